@@ -1,0 +1,49 @@
+"""dq: dataset distillation by optimal quantization in the latent space of a diffusion model.
+
+`import dq` costs torch and nothing heavier; public names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch as torch
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DistillPipeline": "dq.pipeline",
+    "DistilledSet": "dq.distilled",
+    "ImageSource": "dq.data",
+    "InputError": "dq.errors",
+    "Prototypes": "dq.prototypes",
+    "RunConfig": "dq.config",
+    "RunError": "dq.errors",
+    "evaluate": "dq.evaluation",
+    "image_weights": "dq.prototypes",
+    "kmeans": "dq.cluster",
+    "load_config": "dq.config",
+    "load_source": "dq.data",
+}
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    from dq.cluster import kmeans
+    from dq.config import RunConfig, load_config
+    from dq.data import ImageSource, load_source
+    from dq.distilled import DistilledSet
+    from dq.errors import InputError, RunError
+    from dq.evaluation import evaluate
+    from dq.pipeline import DistillPipeline
+    from dq.prototypes import Prototypes, image_weights
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

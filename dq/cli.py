@@ -1,0 +1,263 @@
+"""The command line: verbs over one configuration. Results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dq.config import RunConfig, apply_settings, load_config
+from dq.errors import InputError, RunError
+
+log = logging.getLogger("dq")
+
+VERBS = {
+    "run": "all stages: encode, cluster, generate, label, evaluate, report",
+    "encode": "encode the images of every class into the latent cache",
+    "cluster": "quantize every class: prototypes and their masses",
+    "generate": "draw the prototypes as images",
+    "label": "label the images with the teacher and assemble the sets",
+    "evaluate": "train fresh students on every set and its baselines",
+    "report": "write report.html from what the run folder holds",
+    "demo": "digits from scikit-learn: train a small prior, distil, evaluate; no download",
+    "train-codec": "train a small autoencoder on the source",
+    "train-denoiser": "train a small class-conditional DiT on the source's latents",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser; every verb takes the same options."""
+    parser = argparse.ArgumentParser(prog="dq", description="Dataset distillation by optimal quantization.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for verb, text in VERBS.items():
+        p = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
+        if verb == "demo":
+            p.set_defaults(config="demo")
+        else:
+            p.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+        p.add_argument("--data", metavar="DIR", help="the image set: folder, Hub id or sklearn:digits (source.path)")
+        _option(p, "--output_dir", metavar="DIR", help="the run folder")
+        _option(p, "--cache_dir", metavar="DIR", help="where latents and full-data baselines are kept for all runs")
+        p.add_argument("--seed", type=int, help="the run's seed")
+        p.add_argument("--ipc", metavar="N[,N]", help="images per class, e.g. 1,10,50")
+        p.add_argument(
+            "--set",
+            action="append",
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="any setting by its dotted name, e.g. cluster.engine=torch generate.mode=dit",
+        )
+        p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
+        _option(p, "--dry_run", action="store_true", help="print the plan and stop")
+        p.add_argument("--quiet", action="store_true", help="warnings and results only")
+    return parser
+
+
+def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
+    """An option that may be written with underscores or hyphens."""
+    parser.add_argument(name, *({name.replace("_", "-").replace("---", "--")} - {name}), **kwargs)
+
+
+def resolve(args: argparse.Namespace) -> RunConfig:
+    """Defaults < file < flags."""
+    config = load_config(args.config)
+    config = apply_settings(config, [s for group in args.set for s in group])
+    flags: dict[str, Any] = {"source.path": args.data, "output_dir": args.output_dir, "cache_dir": args.cache_dir}
+    flags["seed"] = args.seed
+    if args.ipc:
+        try:
+            flags["ipc"] = [int(k) for k in args.ipc.split(",")]
+        except ValueError:
+            raise InputError(f"--ipc takes whole numbers such as 1,10,50, not {args.ipc!r}") from None
+    return apply_settings(config, {k: v for k, v in flags.items() if v is not None})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns 0 when done, 1 when the run failed, 2 for bad input, 130 after Ctrl-C."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        import dq
+
+        print(f"dq {dq.__version__}")
+        return 0
+    if args.verb is None:
+        parser.print_help(sys.stderr)
+        return 2
+    _set_up_logging(quiet=args.quiet)
+    try:
+        execute(args)
+        return 0
+    except InputError as e:
+        print(f"dq {args.verb}: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"dq {args.verb}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"dq {args.verb}: interrupted; give the same command again to continue", file=sys.stderr)
+        return 130
+
+
+def _set_up_logging(*, quiet: bool) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.WARNING if quiet or rank else logging.INFO)
+
+    def show(message: Warning | str, *_: Any) -> None:
+        log.warning("note: %s", message)
+
+    warnings.showwarning = show  # one line, without the source line that raised it
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Do what a verb says."""
+    config = resolve(args)
+    from dq.data import load_source
+    from dq.dist import make_accelerator
+
+    accelerator = make_accelerator(cpu=args.cpu)
+    if not accelerator.is_main_process:
+        log.setLevel(logging.WARNING)
+    with accelerator.main_process_first():  # one process fills the data set library's own cache
+        source = load_source(config.source)
+    if args.dry_run:
+        if accelerator.is_main_process:
+            print(plan(config, source))
+        return
+    if args.verb == "demo":
+        _demo(config, source, accelerator)
+        return
+    if args.verb in ("train-codec", "train-denoiser"):
+        print(_train(args.verb, config, source, accelerator))
+        return
+    run_verb(args.verb, config, source, accelerator)
+
+
+def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> None:
+    """One stage of a run, or all of them."""
+    from dq import run as stages
+    from dq.evaluation.stage import evaluate_run, markdown_table
+    from dq.report import write_report
+
+    run = stages.open_run(config, source, accelerator)
+    do = (lambda *names: verb in (*names, "run"))  # noqa: E731
+    if do("encode", "generate"):
+        pipe = load_pipeline(config)
+    if do("encode"):
+        stages.encode(run, pipe.vae)
+    if do("cluster"):
+        stages.cluster(run, stages.cache_of(run))
+    if do("generate"):
+        stages.generate(run, pipe, stages.cache_of(run))
+    if do("generate", "label"):
+        stages.label(run)
+        stages.assemble(run)
+    rows = evaluate_run(run) if do("evaluate") else []
+    if do("report") and run.main:
+        write_report(run)
+    if run.main:
+        if rows:
+            print(markdown_table(rows))
+        _print_paths(verb, run.folder)
+
+
+def _print_paths(verb: str, folder: Path) -> None:
+    wanted = {"run": ("dataset", "eval/summary.csv", "report.html"), "evaluate": ("eval/summary.csv",)}
+    wanted |= {"label": ("dataset",), "generate": ("dataset",), "report": ("report.html",), "cluster": ("prototypes",)}
+    for name in wanted.get(verb, ("config.yaml",)):
+        print(folder / name)
+
+
+def load_pipeline(config: RunConfig) -> Any:
+    """The generator of a run with its codec; for `decode`, the codec alone."""
+    from dq.codec import DTYPES, load_codec
+    from dq.pipeline import DistillPipeline
+
+    c, g = config.codec, config.generate
+    if not c.path:
+        raise InputError("no codec is named; set codec.path to an autoencoder, e.g. one made by `dq train-codec`")
+    vae = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype)
+    if g.model is None:
+        return DistillPipeline(vae=vae)
+    return DistillPipeline.from_pretrained(g.model, vae=vae, revision=g.revision, dtype=DTYPES[g.dtype])
+
+
+def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
+    """Train a part of the prior, and give the folder it is in."""
+    from dq.codec import load_codec
+    from dq.latents import encode_source, open_cache
+    from dq.prior import train_codec, train_denoiser
+
+    if verb == "train-codec":
+        return train_codec(source, config.source, config.codec, config.prior, accelerator=accelerator)
+    c = config.codec
+    codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
+    cache = open_cache(config.cache_dir, source, codec, config.source, c, config.seed)
+    from dq.dist import shard
+
+    mine = shard([float(n) for n in source.class_counts()], accelerator.process_index, accelerator.num_processes)
+    main = accelerator.is_main_process
+    encode_source(source, codec, cache, config.source, c, labels=mine, seed=config.seed, main=main)
+    accelerator.wait_for_everyone()
+    return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
+
+
+def _demo(config: RunConfig, source: Any, accelerator: Any) -> None:
+    """Train the small prior, then run; everything that is there from an earlier call is used."""
+    began = time.perf_counter()
+    _train("train-codec", config, source, accelerator)
+    _train("train-denoiser", config, source, accelerator)
+    run_verb("run", config, source, accelerator)
+    if accelerator.is_main_process:
+        print(f"{Path(config.output_dir) / 'dataset'} opens with datasets.load_dataset")
+        log.info("demo: %.0f s in all", time.perf_counter() - began)
+
+
+def plan(config: RunConfig, source: Any) -> str:
+    """What a run would do: classes, units, disk, model calls."""
+    counts = source.class_counts()
+    n, classes = int(counts.sum()), len(counts)
+    copies = config.generate.images_per_prototype if config.generate.mode != "decode" else 1
+    lines = [
+        f"source      {source.origin}: {n} train images, {classes} classes of {counts.min()} to {counts.max()}, "
+        f"test split {source.test_name or 'missing'}",
+        f"encode      {n} images at {config.codec.resolution} px, one shard per class ({classes} units)",
+    ]
+    walked = 0
+    if config.generate.mode != "decode":
+        g = config.generate
+        share = f"strength {g.strength}" if g.strength is not None else f"SNR {g.snr}"
+        lines.append(f"generate    {g.mode}, {g.num_inference_steps} nominal steps from {share}")
+        walked = g.num_inference_steps
+    pixels = config.image_size**2 * 3
+    for ipc in config.ipc:
+        prototypes = int(counts.clip(max=ipc).sum())
+        short = [source.class_names[c] for c in range(classes) if counts[c] < ipc]
+        images = prototypes * copies
+        lines.append(
+            f"ipc {ipc:<7d} {prototypes} prototypes, {len(config.methods)} methods "
+            f"({', '.join(config.methods)}), {images * len(config.methods)} images, "
+            f"{images * pixels * len(config.methods) / 1e6:.1f} MB of pixels, "
+            f"up to {images * walked * len(config.methods)} denoiser calls"
+            + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
+        )
+    e = config.evaluate
+    sets = len(config.ipc) * (len(config.methods) + len(set(e.baselines) - {"full"})) + ("full" in e.baselines)
+    lines.append(f"evaluate    {sets} sets x {len(e.students)} students x {e.seeds} seeds = "
+                 f"{sets * len(e.students) * e.seeds} trainings")
+    lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Seeding, exact assignment and Lloyd iterations in plain torch, for many classes at once.
+
+Shapes: x (B, n, d) float32, B classes padded to n points; weights (B, n), zero where a row is padding;
+centroids (B, k, d). Every function works on any device and gives the same bits on every call: centroid updates are
+matrix products with a one-hot assignment, never atomic scatter-adds. One class is the case B = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Elements of the largest temporary (a chunk of the score matrix): 64 MiB in float32.
+CHUNK_ELEMENTS = 1 << 24
+# Elements of a block of points that is worked on several times and should stay in a core's cache.
+CACHED_ELEMENTS = 1 << 18
+# Size of the race in which the starting cells are found.
+RACE_STARTS = 4
+RACE_DIMENSIONS = 64
+RACE_POINTS = 2048
+RACE_POINTS_PER_CENTROID = 32
+RACE_ITERATIONS = 25
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the nearest centroid of every point, (B, n) int64; ties go to the lower index.
+
+    argmin_k |x - c_k|^2 = argmax_k <x, c_k> - |c_k|^2 / 2, so that |x|^2 is never needed. Points should be centred:
+    the product loses digits under large offsets.
+    """
+    half = centroids.square().sum(-1).mul_(0.5).unsqueeze(1)  # (B, 1, k)
+    step = max(1, CHUNK_ELEMENTS // max(1, centroids.shape[0] * centroids.shape[1]))
+    parts = [
+        torch.baddbmm(half, part, centroids.transpose(1, 2), beta=-1).argmax(-1) for part in x.split(step, dim=1)
+    ]
+    return torch.cat(parts, 1)
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """|x|^2 over the last axis, without a temporary as large as x."""
+    return torch.linalg.vector_norm(x, dim=-1).square_()
+
+
+def cell_sums(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the points of each cell, (B, k, d), and the cells' weights, (B, k)."""
+    sums = x.new_zeros(x.shape[0], k, x.shape[2])
+    mass = x.new_zeros(x.shape[0], k)
+    step = max(1, CHUNK_ELEMENTS // max(1, x.shape[0] * k))
+    for part, label, weight in zip(x.split(step, 1), labels.split(step, 1), weights.split(step, 1)):
+        member = torch.zeros(*label.shape, k, device=x.device).scatter_(2, label.unsqueeze(2), weight.unsqueeze(2))
+        sums.baddbmm_(member.transpose(1, 2), part)
+        mass += member.sum(1)
+    return sums, mass
+
+
+def squared_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    """|x - c_label|^2 of every point, (B, n) float32, from differences: exact to rounding even in tight cells."""
+    B, n, d = x.shape
+    out = x.new_empty(B, n)
+    flat = centroids.reshape(-1, d)
+    rows = labels + torch.arange(B, device=x.device)[:, None] * centroids.shape[1]
+    elements = CACHED_ELEMENTS if x.device.type == "cpu" else CHUNK_ELEMENTS
+    step = max(1, elements // (B * d))
+    for start in range(0, n, step):
+        nearest = flat.index_select(0, rows[:, start : start + step].flatten()).view(B, -1, d)
+        out[:, start : start + step] = nearest.sub_(x[:, start : start + step]).square_().sum(-1)
+    return out
+
+
+def kmeans_plusplus(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007, with the best of 2 + ln k candidates at each step, as
+    scikit-learn does): indices of the starting points, (B, k).
+
+    `generators` has one CPU generator per class, so that a class draws the same points alone and in a batch.
+    """
+    B, n, _ = x.shape
+    trials = 2 + int(torch.tensor(float(k)).log())
+    draws = torch.stack([torch.rand(k, trials, generator=g, dtype=torch.float64) for g in generators]).to(x.device)
+    norms = squared_norms(x)
+    rows = torch.arange(B, device=x.device)
+    chosen = torch.empty(B, k, dtype=torch.int64, device=x.device)
+
+    def pick(mass: Tensor, u: Tensor) -> Tensor:
+        """Inverse-transform sampling of `trials` points with probability ~ mass; without mass left, uniformly."""
+        cumulative = mass.double().cumsum(1)
+        total = cumulative[:, -1:]
+        found = torch.searchsorted(cumulative, u * total, right=True)
+        last = weights.gt(0).sum(1, keepdim=True) - 1
+        spread = (u * (last + 1)).long()
+        return torch.where(total > 0, found, spread).minimum(last)
+
+    chosen[:, 0] = pick(weights, draws[:, 0, :1])[:, 0]
+    closest = _to_candidates(x, norms, chosen[:, :1])[:, 0]
+    for j in range(1, k):
+        candidates = pick(weights * closest, draws[:, j])  # (B, trials)
+        distance = torch.minimum(_to_candidates(x, norms, candidates), closest.unsqueeze(1))
+        best = (distance * weights.unsqueeze(1)).sum(-1).argmin(1)
+        chosen[:, j] = candidates[rows, best]
+        closest = distance[rows, best]
+    return chosen
+
+
+def _to_candidates(x: Tensor, norms: Tensor, candidates: Tensor) -> Tensor:
+    """Squared distances of the candidates (B, t) to all points, (B, t, n)."""
+    points = x.gather(1, candidates.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    own = norms.gather(1, candidates).unsqueeze(2)
+    distance = torch.baddbmm(own + norms.unsqueeze(1), points, x.transpose(1, 2), alpha=-2).clamp_(min=0)
+    return distance.scatter_(2, candidates.unsqueeze(2), 0.0)  # rounding must not leave a chosen point some mass
+
+
+def _sample(x: Tensor, weights: Tensor, m: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """At most m points of each class and their weights, (B, <= m, d) and (B, <= m)."""
+    if x.shape[1] <= m:
+        return x, weights
+    rows = []
+    for w, g in zip(weights, generators):
+        last = int(w.gt(0).nonzero().max()) + 1  # padding stands at the end and must not use up the sample
+        rows.append(torch.randperm(last, generator=g).repeat(m // last + 1)[:m])
+    index = torch.stack(rows).to(x.device)
+    inside = torch.tensor([len(r.unique()) for r in rows], device=x.device)
+    kept = weights.gather(1, index) * (torch.arange(m, device=x.device) < inside[:, None])
+    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2])), kept
+
+
+def principal_basis(x: Tensor, weights: Tensor, r: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Orthonormal basis (B, d, r) of about the r leading principal directions of centred points, by one power
+    iteration from a random start (Halko, Martinsson & Tropp 2011)."""
+    probe = torch.stack([torch.randn(x.shape[2], r, generator=g) for g in generators]).to(x.device)
+    scaled = x * weights.sqrt().unsqueeze(2)
+    return torch.linalg.qr(scaled.transpose(1, 2) @ (scaled @ probe)).Q
+
+
+def race(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generator], *, tol: float) -> Tensor:
+    """Starting centroids (B, k, d) that are worth more than a single k-means++: several starts run Lloyd on a sample
+    in the leading principal subspace, where an iteration costs next to nothing; all points then settle there from
+    the best start, and the means of their cells are returned.
+
+    Projection keeps the k-means cost of every partition up to the variance left out (Cohen et al. 2015), and what
+    sample and projection leave out is settled by the Lloyd iterations that follow, on all points in all dimensions.
+    """
+    B, _, d = x.shape
+    sample, sample_weights = _sample(x, weights, max(RACE_POINTS, RACE_POINTS_PER_CENTROID * k), generators)
+    if d > 2 * RACE_DIMENSIONS and sample.shape[1] > RACE_DIMENSIONS:
+        basis = principal_basis(sample[:, :1024], sample_weights[:, :1024], RACE_DIMENSIONS, generators)
+        y = x @ basis
+        sample = y if sample is x else sample @ basis
+    else:
+        y = x
+    # All starts of all classes are one batch: row s * B + b is start s of class b.
+    many, many_weights = sample.repeat(RACE_STARTS, 1, 1), sample_weights.repeat(RACE_STARTS, 1)
+    draws = [int(torch.randint(2**62, (), generator=g)) for _ in range(RACE_STARTS) for g in generators]
+    chosen = kmeans_plusplus(many, many_weights, k, [torch.Generator().manual_seed(s) for s in draws])
+    start = many.gather(1, chosen.unsqueeze(2).expand(-1, -1, y.shape[2]))
+    found, _, _ = lloyd(many, start, many_weights, n_iter=RACE_ITERATIONS, tol=10 * tol)
+    cost = (squared_distances(many, found, assign(many, found)) * many_weights).sum(1).view(RACE_STARTS, B)
+    winner = found.view(RACE_STARTS, B, k, -1)[cost.argmin(0), torch.arange(B, device=x.device)]
+    settled, _, _ = lloyd(y, winner, weights, n_iter=RACE_ITERATIONS, tol=tol)
+    labels = assign(y, settled)
+    sums, mass = cell_sums(x, labels, weights, k)
+    centroids = sums / mass.unsqueeze(2).clamp(min=1e-30)
+    for b in (mass <= 0).any(1).nonzero()[:, 0].tolist():
+        centroids[b] = fill_empty(x[b], centroids[b], labels[b], weights[b], mass[b])
+    return centroids
+
+
+def fill_empty(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+    """Move every empty centroid of one class onto a distinct point, the farthest from its own centroid first
+    (scikit-learn's rule). x (n, d), centroids (k, d), labels (n,), weights (n,), mass (k,).
+    """
+    empty = (mass <= 0).nonzero()[:, 0]
+    distance = squared_distances(x[None], centroids[None], labels[None])[0] * (weights > 0)
+    out = centroids.clone()
+    for e in empty.tolist():
+        far = int(distance.argmax())
+        if distance[far] <= 0:
+            break  # fewer distinct points than centroids
+        out[e] = x[far]
+        distance = torch.minimum(distance, (x - x[far]).square().sum(-1))
+    return out
+
+
+def lloyd(
+    x: Tensor, centroids: Tensor, weights: Tensor, *, n_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's algorithm on B classes at once.
+
+    A class stops when its labels no longer change, or when an iteration lowers its distortion by less than the share
+    `tol`; the others go on without it.
+
+    Returns:
+        centroids (B, k, d), iterations (B,), converged (B,) bool.
+    """
+    B, k = x.shape[0], centroids.shape[1]
+    result = centroids.clone()
+    iterations = torch.zeros(B, dtype=torch.int64)
+    converged = torch.zeros(B, dtype=torch.bool)
+    active = torch.arange(B, device=x.device)
+    c, labels = result, torch.full(x.shape[:2], -1, device=x.device)
+    power = (squared_norms(x) * weights).sum(1)  # (B,)
+    previous = torch.full((B,), torch.inf, device=x.device)
+    for _ in range(n_iter):
+        new = assign(x, c)
+        sums, mass = cell_sums(x, new, weights, k)
+        c = torch.where(mass.unsqueeze(2) > 0, sums / mass.unsqueeze(2).clamp(min=1e-30), c)
+        for b in (mass <= 0).any(1).nonzero()[:, 0].tolist():
+            c[b] = fill_empty(x[b], c[b], new[b], weights[b], mass[b])
+        # Distortion after the update: sum w |x|^2 - sum_k mass_k |c_k|^2 (cells and means belong together).
+        sse = power - (mass * c.square().sum(-1)).sum(1)
+        same = ((new == labels) | (weights <= 0)).all(1)
+        done = same | ((previous - sse).abs() <= tol * sse) & (mass > 0).all(1) & (tol > 0)
+        iterations[active.cpu()] += 1
+        result[active] = c
+        converged[active[done].cpu()] = True
+        if done.all():
+            break
+        labels, previous = new, sse
+        if done.any():
+            keep = ~done
+            active, c, labels, previous = active[keep], c[keep], labels[keep], previous[keep]
+            x, weights, power = x[keep], weights[keep], power[keep]
+    return result, iterations, converged

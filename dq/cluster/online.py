@@ -1,0 +1,152 @@
+"""Quantizers that see the data as a stream: CLVQ, and D4M's one-pass mini-batch k-means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dq.cluster.lloyd import assign, kmeans_plusplus
+from dq.errors import InputError
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    centroids: Tensor  # (k, d) float32
+    companion: Tensor  # (k,) float64, running estimate of the masses, sums to 1
+    steps: int  # samples seen
+    converged: bool = True
+
+
+def clvq(
+    stream: Callable[[int], Iterable[Tensor]],
+    k: int,
+    *,
+    generator: torch.Generator,
+    passes: int = 1,
+    init: Tensor | None = None,
+    step: tuple[float, float] | None = None,
+    init_size: int | None = None,
+) -> StreamResult:
+    """Competitive Learning Vector Quantization: stochastic gradient descent on the distortion (Pagès 2015).
+
+        k* = argmin_k |z - x_k|;   x_k* <- x_k* - g (x_k* - z);   w <- (1 - g') w + g' e_k*
+
+    Memory is bounded by one batch and the start buffer. Within a batch the winners are found with the centroids at
+    its beginning and the updates are then applied in order, in closed form; batches of one give the textbook method.
+
+    Args:
+        stream: `stream(pass)` iterates over batches (b, d) of that pass, in the order to be used.
+        step: (a, b) for g_l = a / (b + l) with l the sample count, for points and companion weights alike (the
+            global schedule of the theory). Default: g = 1 / (samples won by k* so far), MacQueen's step, with
+            g' = 1 / l, whose companion weights are the shares of samples won.
+        init: starting points (k, d). Default: greedy k-means++ on the first `init_size` samples (20 k).
+
+    Returns:
+        Points and companion weights. Exact masses need one more pass that assigns without moving.
+    """
+    centroids = init.double().clone() if init is not None else _start_points(stream, k, generator, init_size or 20 * k)
+    # A starting point counts as one sample of its own cell, as MacQueen has it.
+    won = torch.ones(k, dtype=torch.float64)
+    companion = torch.full((k,), 1 / k, dtype=torch.float64)
+    seen = 0
+    for p in range(passes):
+        for batch in stream(p):
+            z = batch.double()
+            winner = assign(z[None].float(), centroids[None].float())[0]
+            m = len(z)
+            clock = torch.arange(seen + 1, seen + m + 1, dtype=torch.float64)
+            if step is None:
+                gain_w = 1 / (clock + 1)
+                order = _rank_in_group(winner)  # 0, 1, ... among the samples that the same point won
+                gain = 1 / (won[winner] + order + 1)
+            else:
+                gain_w = gain = step[0] / (step[1] + clock)
+                if gain.max() > 1:
+                    raise InputError(f"CLVQ step a/(b+l) with a={step[0]}, b={step[1]} exceeds 1; choose a <= b + 1")
+            member = torch.zeros(m, k, dtype=torch.float64)
+            member[torch.arange(m), winner] = 1.0
+            pull, remain = _in_order(member * gain[:, None])
+            centroids = remain[:, None] * centroids + pull.T @ z
+            # every sample decays the companion weights, the winner's gets the gain
+            decay = (1 - gain_w).flip(0).cumprod(0).flip(0)
+            after = torch.cat([decay[1:], decay.new_ones(1)])
+            companion = decay[0] * companion + member.T @ (gain_w * after)
+            won += member.sum(0)
+            seen += m
+    if seen == 0:
+        raise InputError("the stream for CLVQ gave no samples")
+    return StreamResult(centroids.float(), companion / companion.sum(), seen)
+
+
+def _in_order(gains: Tensor) -> tuple[Tensor, Tensor]:
+    """Closed form of x <- (1 - g_i) x + g_i z_i for i = 1..m, per column of gains (m, k), zero where not won.
+
+    Returns the weight of each sample, g_i prod_{j>i} (1 - g_j), (m, k), and of the start, prod_j (1 - g_j), (k,).
+    """
+    decay = (1 - gains).flip(0).cumprod(0).flip(0)
+    after = torch.cat([decay[1:], decay.new_ones(1, gains.shape[1])])
+    return gains * after, decay[0]
+
+
+def _rank_in_group(group: Tensor) -> Tensor:
+    """How many earlier entries have the same value, (m,) float64."""
+    order = group.argsort(stable=True)
+    sorted_group = group[order]
+    first = torch.searchsorted(sorted_group, sorted_group)
+    rank = torch.empty(len(group), dtype=torch.float64)
+    rank[order] = (torch.arange(len(group)) - first).double()
+    return rank
+
+
+def _start_points(
+    stream: Callable[[int], Iterable[Tensor]], k: int, generator: torch.Generator, size: int
+) -> Tensor:
+    buffer: list[Tensor] = []
+    have = 0
+    for batch in stream(0):
+        buffer.append(batch[: size - have].float())
+        have += len(buffer[-1])
+        if have >= size:
+            break
+    if have < k:
+        raise InputError(f"the stream for CLVQ gave {have} samples but k={k}")
+    x = torch.cat(buffer)[None]
+    chosen = kmeans_plusplus(x, torch.ones(1, have), k, [generator])[0]
+    return x[0, chosen].double()
+
+
+def minibatch(x: Tensor, k: int, *, order: Tensor, expand: int, drop_tail: bool, seed: int) -> StreamResult:
+    """D4M's quantizer: scikit-learn's `MiniBatchKMeans.partial_fit` on batches of expand * k, one pass in `order`
+    (Su et al., CVPR 2024; the released code).
+
+    `drop_tail=True` reproduces the released code's fault: after the loop only the class of the very last image is
+    flushed, so that n mod (expand * k) images of every other class never count. By default the tail is fitted.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    points = x[order].cpu().numpy()
+    size = expand * k
+    if len(points) < size and drop_tail:
+        raise InputError(
+            f"a class of {len(points)} images never fills one batch of expand*k = {size}, so D4M's code would not fit "
+            "it at all; lower cluster.expand or set cluster.drop_tail=false"
+        )
+    model = MiniBatchKMeans(n_clusters=k, random_state=seed, n_init="auto")
+    full = len(points) // size * size
+    starts = list(range(0, full, size))
+    tail = points[full:]
+    if not drop_tail and len(tail) and not starts and len(tail) >= k:
+        model.partial_fit(tail)
+    for start in starts:
+        model.partial_fit(points[start : start + size])
+    if not drop_tail and starts and len(tail):
+        model.partial_fit(tail)
+    counts = torch.from_numpy(model._counts.astype("float64"))
+    return StreamResult(
+        torch.from_numpy(model.cluster_centers_.astype("float32")).to(x.device),
+        counts / counts.sum().clamp(min=1e-30),
+        len(points) if not drop_tail else full,
+    )

@@ -1,0 +1,179 @@
+"""Autoencoders of latent diffusion models, all seen in one way: images in [-1, 1] on one side, latents in the space
+the denoiser sees on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from dq.dist import digest_of, digest_of_tensors, read_json
+from dq.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+
+    Codec = AutoencoderKL | AutoencoderTiny | AutoencoderDC
+
+SUPPORTED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_codec(
+    path: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+) -> Codec:
+    """Load the autoencoder of a model folder or Hub repository.
+
+    A pipeline repository may be given as it is: its `vae/` is taken.
+
+    Raises:
+        InputError: if there is no such model, or it is of a class that `dq` does not know.
+    """
+    import diffusers
+
+    folder = Path(path)
+    local = folder.is_dir()
+    if not local and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
+        raise InputError(f"there is no model folder {path}; give a folder with config.json and safetensors, or a Hub id")
+    if subfolder is None and local and not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        subfolder = "vae"
+    if local:
+        file = folder / (subfolder or "") / "config.json"
+        if not file.is_file():
+            raise InputError(f"{file.parent} has no config.json; give the folder of an autoencoder or of a pipeline")
+        name = read_json(file).get("_class_name")
+    else:
+        name, subfolder = _hub_class(str(path), subfolder, revision)
+    if name not in SUPPORTED:
+        raise InputError(f"{path} is a {name}, not one of the autoencoders {', '.join(SUPPORTED)}")
+    # torch_dtype at loading, not .to() afterwards: some modules stay in float32 on purpose.
+    codec = getattr(diffusers, name).from_pretrained(
+        str(path), subfolder=subfolder, revision=revision, dtype=DTYPES[dtype], use_safetensors=True
+    )
+    return codec.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def _hub_class(repo: str, subfolder: str | None, revision: str | None) -> tuple[str | None, str | None]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    for sub in (subfolder,) if subfolder else (None, "vae"):
+        try:
+            file = hf_hub_download(repo, "config.json", subfolder=sub, revision=revision)
+            return read_json(Path(file)).get("_class_name"), sub
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            continue
+    raise InputError(f"there is no folder {repo}, and the Hub gave no autoencoder of that name; check the spelling")
+
+
+def codec_digest(codec: Codec) -> str:
+    """Digest of what the codec computes: its class, its config without bookkeeping, its weights."""
+    config = {k: v for k, v in codec.config.items() if not k.startswith("_")}
+    return digest_of([type(codec).__name__, config, digest_of_tensors(codec.state_dict())])
+
+
+def downscale(codec: Codec) -> int:
+    """Pixels per latent cell along one side."""
+    if hasattr(codec, "spatial_compression_ratio"):
+        return int(codec.spatial_compression_ratio)
+    blocks = codec.config.get("block_out_channels") or codec.config.get("encoder_block_out_channels")
+    return 2 ** (len(blocks) - 1)
+
+
+def latent_shape(codec: Codec, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of square images of `resolution` px."""
+    factor = downscale(codec)
+    if resolution % factor:
+        raise InputError(f"codec.resolution={resolution} is not a multiple of the codec's downscaling factor {factor}")
+    return int(codec.config.latent_channels), resolution // factor, resolution // factor
+
+
+def encode_latents(
+    codec: Codec,
+    images: Tensor,
+    *,
+    posterior: Literal["mean", "sample"] = "mean",
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """Encode images (n, 3, H, W) in [-1, 1] to latents (n, C, h, w) float32 in the denoiser's space.
+
+    For `AutoencoderKL` that is (z - shift) * scaling, or (z - mean) / std * scaling where the config has channel
+    statistics; `AutoencoderTiny` is there already; `AutoencoderDC` has a scaling factor.
+
+    Args:
+        posterior: "sample" draws from the KL posterior with one CPU generator per image; the two other codecs are
+            deterministic and ignore it.
+
+    Raises:
+        RunError: if the result is not finite (half precision overflows in some autoencoders).
+    """
+    parameter = next(codec.parameters())
+    x = images.to(parameter.device, parameter.dtype, memory_format=torch.channels_last)
+    encoded: Any = codec.encode(x)
+    if hasattr(encoded, "latent_dist"):  # AutoencoderKL
+        z = encoded.latent_dist.mode().float()
+        if posterior == "sample":
+            if generators is None or len(generators) != len(images):
+                raise InputError(f"posterior='sample' needs one generator per image, {len(images)} in this batch")
+            noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators])
+            z = z + encoded.latent_dist.std.float() * noise.to(z.device)
+    else:  # AutoencoderTiny: latents; AutoencoderDC: latent
+        z = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
+    shift, scale = _affine(codec, z)
+    z = (z - shift) * scale
+    if not torch.isfinite(z).all():
+        raise RunError(
+            f"the codec gave NaN or infinite latents in {str(parameter.dtype).removeprefix('torch.')}; "
+            "use --set codec.dtype=bfloat16 or float32"
+        )
+    return z
+
+
+def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
+    """Decode latents (n, C, h, w) of the denoiser's space to images (n, 3, H, W) float32, clipped to [-1, 1]."""
+    parameter = next(codec.parameters())
+    z = latents.to(parameter.device).float()
+    shift, scale = _affine(codec, z)
+    z = z / scale + shift
+    images = codec.decode(z.to(parameter.dtype, memory_format=torch.channels_last)).sample.float()
+    if not torch.isfinite(images).all():
+        raise RunError(
+            f"the codec decoded to NaN or infinite pixels in {str(parameter.dtype).removeprefix('torch.')}; "
+            "use --set generate.dtype=float32"
+        )
+    return images.clamp(-1, 1)
+
+
+def _affine(codec: Codec, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """shift and scale such that (z - shift) * scale lies in the denoiser's space."""
+    config = codec.config
+    if type(codec).__name__ == "AutoencoderTiny":
+        # its factor is 1 by design; scale_latents() only maps to [0, 1] for display
+        return 0.0, 1.0
+    scale = float(config.get("scaling_factor") or 1.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        view = (1, -1, 1, 1)
+        return torch.tensor(mean, device=z.device).view(view), scale / torch.tensor(std, device=z.device).view(view)
+    return float(config.get("shift_factor") or 0.0), scale
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """8-bit images to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_unit(images: Tensor, size: int | None = None) -> Tensor:
+    """Images in [-1, 1] to [0, 1], shrunk or enlarged to `size` px (bicubic, widened kernel when shrinking)."""
+    x = images.float() * 0.5 + 0.5
+    if size is not None and x.shape[-1] != size:
+        x = torch.nn.functional.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return x.clamp(0, 1)

@@ -1,0 +1,329 @@
+"""The configuration: frozen dataclasses, read from YAML, changed by `key=value`, written back beside every result.
+
+Precedence is defaults < file < flags. Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from dq.errors import InputError
+
+C = TypeVar("C")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    path: str = ""  # Hub data set id, local folder, or "sklearn:digits"
+    name: str | None = None  # configuration name of a Hub data set
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str | None = None  # None: test, validation, valid or val, whichever is there
+    image_column: str | None = None
+    label_column: str | None = None
+    on_bad_image: Literal["raise", "skip"] = "raise"
+    preprocess: Literal["squash", "crop", "pad"] = "crop"  # how an image becomes a square
+    image_size: int | None = None  # side in px of distilled and test images; None: codec.resolution
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    path: str = ""  # model folder or Hub id of an autoencoder, or of a pipeline that has one under vae/
+    subfolder: str | None = None
+    revision: str | None = None
+    resolution: int = 64  # side in px of the images that the codec sees
+    posterior: Literal["mean", "sample"] = "mean"
+    dtype: Dtype = "float32"
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    engine: Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"] = "auto"
+    init: Literal["race", "k-means++", "random"] = "race"  # race: the best of several k-means++ in a subspace
+    n_init: int = 1  # restarts; the lowest distortion wins
+    n_iter: int = 100  # Lloyd iterations (barycentre: rounds) at most
+    tol: float = 1e-4  # stop when the distortion falls by less than this share; 0: when no label changes
+    on_small: Literal["clamp", "raise"] = "clamp"  # a class with fewer distinct images than ipc
+    batch_size: int = 256  # clvq: samples per step
+    passes: int = 1  # clvq: passes over the class
+    expand: int = 1  # minibatch: batch = expand * ipc (D4M: 1 in the scripts, 10 by default)
+    drop_tail: bool = False  # minibatch: True loses the incomplete last batch, as D4M's code does
+    transport: Literal["exact", "entropic"] = "exact"  # barycentre
+    entropy: float = 0.01  # barycentre: entropic regularisation in units of the mean squared distance
+    uniform_w2: bool = True  # also solve the transport problem of the uniformly weighted points
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    mode: Literal["decode", "dit", "img2img"] = "decode"
+    model: str | None = None  # pipeline folder or Hub id; None: the codec alone
+    revision: str | None = None
+    scheduler: str | None = None  # diffusers class name; None: the one that comes with the model
+    num_inference_steps: int = 50
+    snr: float | None = 0.1  # start at the grid step whose signal-to-noise ratio is nearest to this ...
+    strength: float | None = None  # ... or at this share of the steps, as diffusers counts it
+    guidance_scale: float = 4.0
+    prompt: str = "{name}"
+    negative_prompt: str = "cartoon, anime, painting"
+    class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
+    images_per_prototype: int = 1
+    image_dtype: Literal["uint8", "float32"] = "uint8"
+    dtype: Dtype = "float32"
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """One way to make a set: which points, which representative, which weights. `override` changes `cluster.*` or
+    `generate.*` for this method alone."""
+
+    representative: Literal["centroid", "medoid", "real"] = "centroid"
+    weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
+    normalize: Literal["none", "class", "sqrt_k"] = "none"
+    override: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    net: str = "resnet56"
+    path: str = ""  # safetensors file, or folder with model.safetensors
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    batch_size: int = 256
+    check_images: int = 500  # real test images on which the teacher is checked before it labels anything
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    net: str = "convnet3"
+    labels: Literal["hard", "soft"] = "hard"
+    epochs: dict[str, int] = field(default_factory=lambda: {"default": 300})  # by ipc; keys: "10", "full", "default"
+    batch_size: int = 256
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "cosine", "constant"] = "step"  # step: x0.1 at half time with a new optimiser
+    augment: Literal["dsa", "crop_flip", "none"] = "dsa"
+    temperature: float = 4.0  # soft labels only
+    tests: int = 5  # how often the test split is looked at, the last epoch included
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    seeds: int = 3
+    baselines: tuple[Literal["random", "nearest", "full"], ...] = ("random", "nearest", "full")
+    students: tuple[StudentConfig, ...] = (StudentConfig(),)
+
+
+@dataclass(frozen=True)
+class TrainCodecConfig:
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (32, 64)
+    layers_per_block: int = 1
+    steps: int = 2000
+    batch_size: int = 64
+    lr: float = 1e-3
+    kl_weight: float = 1e-5
+    ema: float = 0.995
+    save_every: int = 200
+    dtype: Dtype = "float32"  # autocast
+
+
+@dataclass(frozen=True)
+class TrainDenoiserConfig:
+    num_layers: int = 6
+    num_attention_heads: int = 4
+    attention_head_dim: int = 32
+    patch_size: int = 2
+    steps: int = 3000
+    batch_size: int = 128
+    lr: float = 5e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    ema: float = 0.998
+    dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
+    save_every: int = 500
+    dtype: Dtype = "float32"  # autocast
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    output_dir: str = "runs/prior"  # becomes a stock pipeline folder: vae/, transformer/, scheduler/
+    seed: int = 0
+    codec: TrainCodecConfig = TrainCodecConfig()
+    denoiser: TrainDenoiserConfig = TrainDenoiserConfig()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    output_dir: str = "runs/dq"
+    cache_dir: str = "runs/cache"
+    seed: int = 0
+    source: SourceConfig = SourceConfig()
+    codec: CodecConfig = CodecConfig()
+    ipc: tuple[int, ...] = (10,)
+    cluster: ClusterConfig = ClusterConfig()
+    generate: GenerateConfig = GenerateConfig()
+    methods: dict[str, MethodConfig] = field(default_factory=lambda: {"ddoq": MethodConfig()})
+    teacher: TeacherConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    prior: PriorConfig = PriorConfig()
+
+    @property
+    def image_size(self) -> int:
+        return self.source.image_size or self.codec.resolution
+
+
+# --- dataclasses <-> plain data -----------------------------------------------------------------------------------
+
+
+def from_dict(cls: type[C], data: Any, where: str = "") -> C:
+    """Build a config dataclass from plain data, checking every key and type on the way."""
+    return _build(cls, data, where)
+
+
+def _build(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise InputError(f"{where or 'the configuration'} must be a mapping of settings, not {value!r}")
+        hints = typing.get_type_hints(hint)
+        for key in value:
+            if key not in hints:
+                raise InputError(unknown_key(f"{where}.{key}".lstrip("."), str(key), list(hints)))
+        return hint(**{k: _build(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in value.items()})
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _build(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where} must be a mapping, not {value!r}")
+        return {str(k): _build(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where} must be a list, not {value!r}")
+        return tuple(_build(args[0], v, f"{where}.{i}") for i, v in enumerate(value))
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            raise InputError(f"{where} must be a number, not {value!r}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise InputError(f"{where} must be {names.get(hint, hint)}, not {value!r}")
+    return value
+
+
+def unknown_key(where: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown setting {where!r}; {hint}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data of a config dataclass (tuples become lists), such that `from_dict` gives an equal one back."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
+        return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
+
+    return plain(dataclasses.asdict(config))
+
+
+def set_value(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key (`cluster.n_iter`, `evaluate.students.0.lr`) in plain data, in place."""
+    *path, last = key.split(".")
+    node: Any = data
+    for i, part in enumerate(path):
+        child = _child(node, part, ".".join(path[: i + 1]))
+        if child is None:
+            child = {}
+            _assign(node, part, child, key)
+        node = child
+    _assign(node, last, value, key)
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise InputError(f"{where!r} does not exist: the list has {len(node)} entries, counted from 0")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise InputError(f"{where!r} cannot be set: its parent is the value {node!r}")
+    return node.get(part)
+
+
+def _assign(node: Any, part: str, value: Any, where: str) -> None:
+    if isinstance(node, list):
+        _child(node, part, where)
+        node[int(part)] = value
+    elif isinstance(node, dict):
+        node[part] = value
+    else:
+        raise InputError(f"{where!r} cannot be set: its parent is the value {node!r}")
+
+
+def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
+    """A copy of `config` with `key=value` strings (values read as YAML) or a dict of dotted keys applied."""
+    if isinstance(settings, list):
+        pairs: dict[str, Any] = {}
+        for s in settings:
+            key, sep, text = s.partition("=")
+            if not sep:
+                raise InputError(f"--set needs key=value, not {s!r}")
+            try:
+                pairs[key.strip()] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise InputError(f"the value of {key.strip()!r} is not readable: {text!r}") from None
+        settings = pairs
+    data = to_dict(config)
+    for key, value in settings.items():
+        set_value(data, key, value)
+    return from_dict(type(config), data)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a `RunConfig` from a YAML file, or by the name of one that ships with the package (e.g. "demo")."""
+    path = Path(path)
+    if not path.exists() and path.suffix == "" and path.parent == Path("."):
+        path = Path(__file__).parent / "configs" / f"{path.name}.yaml"
+    if not path.is_file():
+        raise InputError(f"there is no configuration file {path}; give the path of a YAML file with --config")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        line = getattr(getattr(e, "problem_mark", None), "line", None)
+        at = f" (line {line + 1})" if line is not None else ""
+        raise InputError(f"{path} is not valid YAML{at}; correct it or start from a file in configs/") from None
+    return from_dict(RunConfig, data or {})
+
+
+def dump_config(config: Any) -> str:
+    """YAML text of a config; `load_config` on it gives an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)

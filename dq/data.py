@@ -1,0 +1,416 @@
+"""Image sources: where labelled images come from, and how one becomes a square array of 8-bit RGB.
+
+A source is a Hub data set, a local folder that `datasets.load_dataset` reads, a folder of images by class, tensors in
+memory, or scikit-learn's digits. Class identity is an index with a name list; nothing downstream sees anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from dq.config import SourceConfig
+from dq.errors import InputError
+
+Preprocess = Literal["squash", "crop", "pad"]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: labels at hand, images read on demand."""
+
+    labels: np.ndarray  # (n,) int64
+    read: Callable[[int], Any]  # row -> PIL image, encoded bytes, path, or (C, H, W) array
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def where(self, row: int) -> str:
+        """How an error message names a row."""
+        return f"row {row} of split {self.name!r}"
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A labelled image set with its splits.
+
+    `splits` maps split names to `Split`s; `train` and `test` name the two that matter (test may be absent).
+    """
+
+    splits: dict[str, Split]
+    class_names: tuple[str, ...]
+    fingerprint: str  # of the content: rows, labels, names
+    origin: str
+    train_name: str = "train"
+    test_name: str | None = None
+
+    @property
+    def train(self) -> Split:
+        return self.splits[self.train_name]
+
+    @property
+    def test(self) -> Split:
+        if self.test_name is None:
+            raise InputError(
+                f"{self.origin} has no test split (it has {', '.join(self.splits)}); "
+                "name one with --set source.test_split=NAME, or add a test folder"
+            )
+        return self.splits[self.test_name]
+
+    def class_counts(self, split: str | None = None) -> np.ndarray:
+        """Images per class, (C,) int64, in class order."""
+        return np.bincount(self.splits[split or self.train_name].labels, minlength=len(self.class_names))
+
+    def rows_of_class(self, label: int) -> np.ndarray:
+        """Rows of the train split that carry `label`, ascending."""
+        return np.flatnonzero(self.train.labels == label)
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any PIL image: EXIF orientation applied, 16-bit scaled to 8, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        array = np.asarray(image)
+        if image.mode == "F":
+            array = array * 255.0 if array.max(initial=0.0) <= 1.0 else array
+        else:
+            # 16-bit grey: PNG and TIFF keep the full range 0..65535, whatever integer mode Pillow opens them in
+            array = array / 257.0
+        return Image.fromarray(np.clip(np.rint(array), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_square(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
+    """A `size` x `size` image: `squash` ignores the aspect ratio, `crop` takes the central square, `pad` keeps all of
+    the image on black. Bicubic; Pillow widens the kernel when it shrinks, so there is no aliasing."""
+    w, h = image.size
+    if preprocess == "squash" or w == h:
+        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+    if preprocess == "crop":
+        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    if preprocess == "pad":
+        return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=(0, 0, 0))
+    raise InputError(f"preprocess must be 'squash', 'crop' or 'pad', not {preprocess!r}")
+
+
+def _open(raw: Any) -> Image.Image:
+    if isinstance(raw, Image.Image):
+        return raw
+    if isinstance(raw, np.ndarray):  # (C, H, W) uint8, from tensors
+        return Image.fromarray(raw[0] if raw.shape[0] == 1 else raw.transpose(1, 2, 0))
+    return Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw)
+
+
+def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.ndarray:
+    """Row `row` as a (3, size, size) uint8 array. Raises `InputError` that names the row if it cannot be read."""
+    raw = None
+    try:
+        raw = split.read(row)
+        image = _open(raw)
+        image.load()
+        array = np.asarray(to_square(to_rgb(image), size, preprocess))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        where = str(raw) if isinstance(raw, Path) else split.where(row)
+        raise InputError(
+            f"the image in {where} cannot be read ({type(e).__name__}: {str(e)[:120]}); "
+            "replace it, or set it aside with --set source.on_bad_image=skip"
+        ) from e
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def read_images(
+    split: Split,
+    rows: Sequence[int] | np.ndarray,
+    size: int,
+    preprocess: Preprocess,
+    *,
+    on_bad: Literal["raise", "skip"] = "raise",
+    threads: int = 2,
+) -> tuple[Tensor, list[int], list[str]]:
+    """Read many rows: images (n, 3, size, size) uint8, the rows that were read, and one sentence per bad image."""
+
+    def one(row: int) -> np.ndarray | InputError:
+        try:
+            return read_image(split, int(row), size, preprocess)
+        except InputError as e:
+            return e
+
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(one, rows))
+    problems = [r for r in results if isinstance(r, InputError)]
+    if problems and on_bad == "raise":
+        raise problems[0]
+    good = [(int(row), r) for row, r in zip(rows, results) if not isinstance(r, InputError)]
+    stack = np.stack([a for _, a in good]) if good else np.zeros((0, 3, size, size), np.uint8)
+    return torch.from_numpy(stack), [row for row, _ in good], [str(p) for p in problems]
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+def load_source(
+    source: str | Path | SourceConfig | ImageSource | tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]],
+    *,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> ImageSource:
+    """Open a labelled image set.
+
+    Args:
+        source: a Hub data set id; a local folder with Parquet files in the layout that `load_dataset` reads; a folder
+            of images `split/class/*.png` or `class/*.png`; "sklearn:digits"; tensors `(images, labels)` or
+            `{"train": (images, labels), "test": ...}` with images (n, C, H, W), uint8 or float in [0, 1], C 1 or 3.
+        class_names: names in index order, for tensors.
+        **options: fields of `SourceConfig` (`train_split`, `test_split`, `image_column`, `label_column`, ...).
+
+    Raises:
+        InputError: if it is not there, lacks a split or a column, or its classes do not fit together.
+    """
+    if isinstance(source, ImageSource):
+        return source
+    if isinstance(source, (tuple, dict)):
+        return from_tensors(source, class_names=class_names)
+    config = source if isinstance(source, SourceConfig) else SourceConfig(path=str(source), **options)
+    if not config.path:
+        raise InputError("no data set is named; give one with --data or source.path")
+    if config.path == "sklearn:digits":
+        return _digits()
+    folder = Path(config.path)
+    if folder.is_dir():
+        has_tables = next(folder.rglob("*.parquet"), None) or next(folder.rglob("*.arrow"), None)
+        return _from_datasets(config) if has_tables else _from_image_folder(folder, config)
+    if folder.exists() or config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1:
+        raise InputError(f"{config.path} is not a folder; give a folder of images or Parquet files, or a Hub id")
+    return _from_datasets(config)
+
+
+def _digits() -> ImageSource:
+    """scikit-learn's 1,797 handwritten digits, 8x8, inside the package; a fixed stratified 75:25 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=digits.target)
+    splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    return from_tensors(splits, class_names=[str(i) for i in range(10)], origin="sklearn:digits")
+
+
+def from_tensors(
+    source: tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]],
+    *,
+    class_names: Sequence[str] | None = None,
+    origin: str = "tensors",
+) -> ImageSource:
+    """A source over tensors in memory; see `load_source`."""
+    pairs = source if isinstance(source, dict) else {"train": source}
+    if "train" not in pairs:
+        raise InputError(f"tensors need a 'train' split, not only {', '.join(pairs)}")
+    h = hashlib.blake2b(digest_size=8)
+    splits = {}
+    for name, (images, labels) in pairs.items():
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) != len(labels):
+            raise InputError(
+                f"split {name!r} needs images (n, 1 or 3, H, W) and labels (n,), "
+                f"not {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
+        if images.dtype != torch.uint8:
+            if not torch.isfinite(images).all() or images.min() < 0 or images.max() > 1:
+                raise InputError(f"float images of split {name!r} must be finite and lie in [0, 1]")
+            images = (images * 255).round().to(torch.uint8)
+        array = images.cpu().numpy()
+        splits[name] = Split(labels.cpu().numpy().astype(np.int64), array.__getitem__, name)
+        h.update(np.ascontiguousarray(array))
+        h.update(splits[name].labels)
+    highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
+    names = tuple(class_names) if class_names is not None else tuple(str(i) for i in range(highest))
+    return _checked(splits, names, h, origin, "train", _test_name(splits, None, origin))
+
+
+def _test_name(splits: dict[str, Split] | list[str], wanted: str | None, origin: str) -> str | None:
+    if wanted is not None:
+        if wanted not in splits:
+            raise InputError(f"{origin} has no split {wanted!r}; it has {', '.join(splits)}")
+        return wanted
+    return next((s for s in TEST_SPLITS if s in splits), None)
+
+
+def _checked(
+    splits: dict[str, Split], names: tuple[str, ...], content: Any, origin: str, train: str, test: str | None
+) -> ImageSource:
+    """Last step of every loader: labels in range, names unique, every class trained on."""
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise InputError(f"class name {twice!r} of {origin} stands for two classes; give every class its own name")
+    for s in splits.values():
+        if len(s) and (s.labels.min() < 0 or s.labels.max() >= len(names)):
+            wrong = int(s.labels.min()) if s.labels.min() < 0 else int(s.labels.max())
+            raise InputError(
+                f"split {s.name!r} of {origin} has label {wrong} but there are {len(names)} classes; "
+                "drop unlabelled rows or name every class"
+            )
+    counts = np.bincount(splits[train].labels, minlength=len(names))
+    if not len(names) or counts.min(initial=1) == 0:
+        empty = names[int(counts.argmin())] if len(names) else "(none)"
+        raise InputError(f"class {empty!r} of {origin} has no image in split {train!r}; drop the class or add images")
+    content.update("\x1f".join((*names, train, test or "")).encode())
+    return ImageSource(splits, names, content.hexdigest(), origin, train, test)
+
+
+def _hash_files(h: Any, root: Path, files: Sequence[Path]) -> None:
+    """Relative names and full contents: copying a folder keeps its fingerprint, changing one byte does not."""
+    for f in files:
+        h.update(f"{f.relative_to(root).as_posix()}|{f.stat().st_size}|".encode())
+        with open(f, "rb") as handle:
+            while block := handle.read(1 << 20):
+                h.update(block)
+
+
+# --- datasets -----------------------------------------------------------------------------------------------------
+
+
+def _from_datasets(config: SourceConfig) -> ImageSource:
+    import datasets
+    from datasets import ClassLabel, load_dataset
+
+    local = Path(config.path).is_dir()
+    try:
+        loaded = load_dataset(config.path, config.name, revision=None if local else config.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        kind = "folder" if local else "Hub data set (and there is no such local folder)"
+        raise InputError(f"{config.path} cannot be opened as a {kind}: {str(e).splitlines()[0][:200]}") from e
+    if config.train_split not in loaded:
+        raise InputError(
+            f"{config.path} has no split {config.train_split!r}; it has {', '.join(loaded)}: "
+            "name one with --set source.train_split=NAME"
+        )
+    test = _test_name(list(loaded), config.test_split, config.path)
+    features = loaded[config.train_split].features
+    image_column = _column(config.image_column, features, datasets.Image, ("image", "img"), config.path)
+    label_column = _column(
+        config.label_column, features, ClassLabel, ("label", "labels", "fine_label", "class"), config.path
+    )
+    keep = [s for s in (config.train_split, test) if s]
+    raw_labels = {s: loaded[s].with_format("arrow")[label_column].to_pylist() for s in keep}
+    feature = features[label_column]
+    missing = next((s for s in keep if None in raw_labels[s]), None)
+    if missing:
+        raise InputError(f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label")
+    if isinstance(feature, ClassLabel):
+        names = tuple(feature.names)
+        index: dict[Any, int] | None = None
+        if test and getattr(loaded[test].features[label_column], "names", None) != feature.names:
+            raise InputError(f"splits {config.train_split!r} and {test!r} of {config.path} name their classes differently")
+    else:
+        values = sorted({v for s in keep for v in raw_labels[s]})
+        names, index = tuple(str(v) for v in values), {v: i for i, v in enumerate(values)}
+    splits = {}
+    for s in keep:
+        rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        ids = raw_labels[s] if index is None else [index[v] for v in raw_labels[s]]
+        splits[s] = Split(np.asarray(ids, np.int64), _row_reader(rows, image_column), s)
+    h = hashlib.blake2b(digest_size=8)
+    if local:
+        root = Path(config.path)
+        _hash_files(h, root, sorted(f for f in root.rglob("*") if f.suffix in (".parquet", ".arrow")))
+    else:
+        info = loaded[config.train_split].info
+        h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
+        for s in splits.values():
+            h.update(s.labels)
+    h.update(f"{image_column}|{label_column}".encode())
+    return _checked(splits, names, h, config.path, config.train_split, test)
+
+
+def _row_reader(rows: Any, column: str) -> Callable[[int], Any]:
+    def read(i: int) -> Any:
+        cell = rows[i][column]
+        if cell is None:
+            raise ValueError("the cell is empty")
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
+
+    return read
+
+
+def _column(wanted: str | None, features: Any, kind: type, usual: Sequence[str], origin: str) -> str:
+    what = "image" if usual[0] == "image" else "label"
+    if wanted is not None:
+        if wanted not in features:
+            raise InputError(f"{origin} has no column {wanted!r}; it has {', '.join(features)}")
+        return wanted
+    of_kind = [c for c, f in features.items() if isinstance(f, kind)]
+    named = [c for c in usual if c in (of_kind or features)]
+    if named or len(of_kind) == 1:
+        return named[0] if named else of_kind[0]
+    raise InputError(
+        f"{origin} has no clear {what} column among {', '.join(features)}; name it with --set source.{what}_column=NAME"
+    )
+
+
+# --- image folders ------------------------------------------------------------------------------------------------
+
+
+def _class_order(names: set[str]) -> list[str]:
+    """Numeric order for folders that are numbers (0, 1, ..., 10), else plain sorted order, as torchvision has it."""
+    if all(re.fullmatch(r"\d+", n) for n in names):
+        return sorted(names, key=lambda n: (int(n), n))
+    return sorted(names)
+
+
+def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
+    known = {config.train_split, config.test_split, *TEST_SPLITS}
+    split_dirs = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and d.name in known}
+    if config.train_split not in split_dirs:
+        if config.train_split != "train":
+            raise InputError(f"{root} has no folder {config.train_split!r}; name the train split that is there")
+        if split_dirs:
+            raise InputError(
+                f"{root} has {', '.join(split_dirs)} but no folder 'train'; name it with --set source.train_split=NAME"
+            )
+        split_dirs = {"train": root}
+    test = _test_name(list(split_dirs), config.test_split, str(root))
+    files: dict[str, list[tuple[Path, str]]] = {}
+    for s in (config.train_split, test):
+        if s:
+            classes = sorted(d for d in split_dirs[s].iterdir() if d.is_dir())
+            files[s] = [
+                (f, d.name) for d in classes for f in sorted(d.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES
+            ]
+    if not files[config.train_split]:
+        raise InputError(f"{root} holds no images in class folders; expected {root}/train/CLASS/*.png or {root}/CLASS/*.png")
+    names = tuple(_class_order({c for _, c in files[config.train_split]}))
+    index = {n: i for i, n in enumerate(names)}
+    strange = next((c for pairs in files.values() for _, c in pairs if c not in index), None)
+    if strange:
+        raise InputError(f"class folder {strange!r} of split {test!r} in {root} has no images in the train split")
+    splits = {}
+    h = hashlib.blake2b(digest_size=8)
+    for s, pairs in files.items():
+        paths = [f for f, _ in pairs]
+        splits[s] = Split(np.asarray([index[c] for _, c in pairs], np.int64), paths.__getitem__, s)
+        _hash_files(h, root, paths)
+    return _checked(splits, names, h, str(root), config.train_split, test)

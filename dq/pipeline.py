@@ -1,0 +1,316 @@
+"""`DistillPipeline`: a diffusers pipeline that turns an image set into a distilled set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dq.codec import DTYPES, decode_latents, latent_shape, load_codec, to_unit
+from dq.config import GenerateConfig, RunConfig, apply_settings
+from dq.data import ImageSource, load_source
+from dq.dist import digest_of, digest_of_tensors, make_accelerator, read_json, write_json
+from dq.errors import InputError
+from dq.sampling import Start, choose_start, denoise, fresh_scheduler, guided
+
+if TYPE_CHECKING:
+    from dq.distilled import DistilledSet
+
+STOCK_CLASS = {"dit": "DiTPipeline", "img2img": "StableDiffusionImg2ImgPipeline"}
+
+
+class DistillPipeline(DiffusionPipeline):
+    """Quantize an image set in the latent space of a diffusion model and draw the quantizers back as images.
+
+    Holds stock components only, so that what it saves loads in stock diffusers: an autoencoder alone (mode
+    `decode`), a class-conditional DiT (`dit`), or Stable Diffusion (`img2img`). Load with
+    `DistillPipeline.from_pretrained(...)`; `DiffusionPipeline.from_pretrained` would look the class up in diffusers.
+
+    Example:
+        pipe = DistillPipeline.from_pretrained("facebook/DiT-XL-2-256")
+        small = pipe("my/images", ipc=10, output_dir="runs/mine")
+        small.push_to_hub  # or load_dataset("runs/mine/dataset")
+    """
+
+    _optional_components = ["transformer", "unet", "text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->unet->transformer->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC,
+        transformer: DiTTransformer2DModel | None = None,
+        unet: UNet2DConditionModel | None = None,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        scheduler: SchedulerMixin | None = None,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            transformer=transformer,
+            unet=unet,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+        )
+        # JSON turns integer keys into text; keep them text always
+        self.register_to_config(id2label={str(k): v for k, v in id2label.items()} if id2label else None)
+
+    # --- loading and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> DistillPipeline:
+        """Open a stock pipeline folder or repository, or an autoencoder alone.
+
+        Args:
+            path: local folder or Hub id.
+            **kwargs: as for diffusers (`dtype`, `revision`, components such as `vae=` or `scheduler=`, ...).
+        """
+        folder = Path(path)
+        if folder.is_dir():
+            alone = not (folder / "model_index.json").is_file()
+        else:
+            from huggingface_hub import file_exists
+            from huggingface_hub.errors import HfHubHTTPError
+
+            try:
+                alone = not file_exists(str(path), "model_index.json", revision=kwargs.get("revision"))
+            except (HfHubHTTPError, OSError, ValueError) as e:
+                raise InputError(
+                    f"there is no model folder {path}, and the Hub could not be asked for one ({type(e).__name__})"
+                ) from e
+        if alone:
+            dtype = kwargs.get("dtype", torch.float32)
+            name = next(n for n, d in DTYPES.items() if d == dtype)
+            return cls(vae=kwargs.get("vae") or load_codec(path, revision=kwargs.get("revision"), dtype=name))
+        return super().from_pretrained(str(path), **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class."""
+        super().save_pretrained(save_directory, **kwargs)
+        index = Path(save_directory) / "model_index.json"
+        stock = STOCK_CLASS.get(self.default_mode)
+        if stock:
+            # a class name that diffusers knows, without the empty components that its constructor does not
+            config = {k: v for k, v in read_json(index).items() if v not in (None, [None, None])}
+            config["_class_name"] = stock
+            if stock == STOCK_CLASS["img2img"]:
+                config |= dict.fromkeys(("safety_checker", "feature_extractor"), [None, None])
+                config["requires_safety_checker"] = False
+            write_json(index, config)
+
+    @property
+    def default_mode(self) -> str:
+        return "dit" if self.transformer is not None else "img2img" if self.unet is not None else "decode"
+
+    def digest(self, mode: str) -> str:
+        """Digest of the weights and settings that decide what `mode` draws."""
+        parts: list[Any] = [mode, digest_of_tensors(self.vae.state_dict())]
+        models = {"decode": [], "dit": [self.transformer], "img2img": [self.unet, self.text_encoder]}[mode]
+        parts += [digest_of_tensors(m.state_dict()) for m in models if m is not None]
+        if mode != "decode":
+            parts += [type(self.scheduler).__name__, dict(self.scheduler.config)]
+        return digest_of(parts)
+
+    # --- prototypes -> images -------------------------------------------------------------------------------------
+
+    def check_inputs(self, config: GenerateConfig, resolution: int, class_names: Sequence[str]) -> list[int]:
+        """Check that these components can draw these classes; returns the generator's class index per class.
+
+        Raises:
+            InputError: for a missing component, a codec that does not fit the denoiser, or a class it lacks.
+        """
+        needs = {"decode": (), "dit": ("transformer",), "img2img": ("unet", "text_encoder", "tokenizer")}[config.mode]
+        for part in needs + (("scheduler",) if needs else ()):
+            if getattr(self, part) is None:
+                raise InputError(f"generate.mode={config.mode} needs a {part}, which this model does not have")
+        channels, side, _ = latent_shape(self.vae, resolution)
+        model = {"decode": None, "dit": self.transformer, "img2img": self.unet}[config.mode]
+        if model is not None and model.config.in_channels != channels:
+            raise InputError(
+                f"the codec has {channels} latent channels but the denoiser takes {model.config.in_channels}; "
+                "use the codec that the denoiser was trained with"
+            )
+        if config.mode == "dit":
+            if self.transformer.config.sample_size != side:
+                raise InputError(
+                    f"codec.resolution={resolution} gives {side}x{side} latents but the DiT takes "
+                    f"{self.transformer.config.sample_size}x{self.transformer.config.sample_size}"
+                )
+            return self.condition_ids(class_names, config.class_map)
+        return list(range(len(class_names)))
+
+    def condition_ids(self, class_names: Sequence[str], class_map: dict[str, str] | None = None) -> list[int]:
+        """Class index of the DiT for every class of the source, by `class_map`, else by name, else (for a DiT without
+        names and with as many classes) by index."""
+        total = int(self.transformer.config.num_embeds_ada_norm)
+        names = self.config.id2label or {}
+        # "tench, Tinca tinca" answers to either name
+        known = {part.strip(): int(i) for i, text in names.items() for part in (text, *text.split(","))}
+        if not names and not class_map and total == len(class_names):
+            return list(range(total))
+        ids = []
+        for name in class_names:
+            wanted = (class_map or {}).get(name, name)
+            by_index = int(wanted) if class_map and wanted.isdigit() and wanted not in known else None
+            found = known.get(wanted, by_index)
+            if found is None or not 0 <= found < total:
+                raise InputError(
+                    f"the generator ({total} classes) lacks class {name!r}; "
+                    "map it with generate.class_map: {name: the generator's name or index}"
+                )
+            ids.append(found)
+        return ids
+
+    def start(self, config: GenerateConfig) -> Start | None:
+        """Where the walk back begins under `config`; None for `decode`."""
+        if config.mode == "decode":
+            return None
+        scheduler = fresh_scheduler(self._scheduler(config), config.num_inference_steps)
+        return choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
+
+    def _scheduler(self, config: GenerateConfig) -> Any:
+        if config.scheduler is None:
+            return self.scheduler
+        import diffusers
+
+        cls = getattr(diffusers, config.scheduler, None)
+        if cls is None or not config.scheduler.endswith("Scheduler"):
+            raise InputError(f"diffusers has no scheduler {config.scheduler!r}; e.g. DDIMScheduler")
+        return cls.from_config(self.scheduler.config)
+
+    def synthesize(
+        self,
+        latents: Tensor,
+        labels: Sequence[int],
+        generators: Sequence[torch.Generator],
+        config: GenerateConfig,
+        *,
+        class_names: Sequence[str],
+        condition_ids: Sequence[int] | None = None,
+        image_size: int | None = None,
+    ) -> Tensor:
+        """Draw images from latent points: noise to the start, denoise under the class, decode.
+
+        Args:
+            latents: (B, C, h, w) float32 in the denoiser's space.
+            labels: class of each point; points of different classes share a batch.
+            generators: one CPU generator per image; an image depends on nothing else in the batch.
+            condition_ids: the generator's index per class, from `check_inputs`.
+            image_size: side in px of the result; None keeps the codec's.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1] on the CPU.
+        """
+        z = latents.to(self._execution_device)
+        if config.mode != "decode":
+            model = self.transformer if config.mode == "dit" else self.unet
+            scheduler = fresh_scheduler(self._scheduler(config), config.num_inference_steps, z.device)
+            start = choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
+            if config.mode == "dit":
+                predict = self._dit(labels, condition_ids, config.guidance_scale, z.device)
+            else:
+                predict = self._unet([class_names[c] for c in labels], config)
+            z = denoise(predict, scheduler, z.to(model.dtype), start, generators).float()
+        with torch.no_grad():
+            return to_unit(decode_latents(self.vae, z), image_size).cpu()
+
+    def _dit(
+        self, labels: Sequence[int], condition_ids: Sequence[int] | None, scale: float, device: torch.device
+    ) -> Any:
+        ids = condition_ids or range(int(self.transformer.config.num_embeds_ada_norm))
+        cond = torch.tensor([ids[c] for c in labels], device=device)
+        # the null class is the last row of this table; stock DiTPipeline has 1000 written into it
+        null = torch.full_like(cond, int(self.transformer.config.num_embeds_ada_norm))
+        channels = self.transformer.config.in_channels
+
+        def predict(x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
+            out = self.transformer(x, timestep=t.expand(len(x)).to(x.device), class_labels=classes).sample
+            return out[:, :channels]  # a learned variance, if any, follows the noise
+
+        return guided(predict, cond, null, scale)
+
+    def _unet(self, names: Sequence[str], config: GenerateConfig) -> Any:
+        cond = self._embed([config.prompt.format(name=n.replace("_", " ")) for n in names])
+        null = self._embed([config.negative_prompt] * len(names))
+
+        def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            return self.unet(x, t, encoder_hidden_states=text).sample
+
+        return guided(predict, cond, null, config.guidance_scale)
+
+    def _embed(self, prompts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].to(self.unet.dtype)
+
+    # --- the whole run --------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        source: str | Path | ImageSource | tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]],
+        *,
+        ipc: int = 10,
+        seed: int = 0,
+        output_dir: str | Path = "runs/dq",
+        resolution: int | None = None,
+        config: RunConfig | None = None,
+        accelerator: Any = None,
+        **settings: Any,
+    ) -> DistilledSet:
+        """Distil `source` to `ipc` images per class: encode, cluster, generate, assemble.
+
+        Args:
+            source: anything that `load_source` takes.
+            resolution: side in px at which the codec sees the images; default: what the denoiser was made for, else
+                the images' own.
+            config: a full `RunConfig` to start from; its first method is used.
+            **settings: single settings by dotted or underscored section, e.g. `generate={"guidance_scale": 2.0}`,
+                `cluster={"engine": "torch"}`, `method={"weights": "mass"}`.
+
+        Returns:
+            The distilled set, also saved in `output_dir/dataset`. The same call again continues or returns at once.
+        """
+        from dq import run as stages
+
+        data = load_source(source)
+        base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))  # type: ignore[arg-type]
+        flat = {f"{section}.{k}": v for section, values in settings.items() for k, v in values.items()}
+        name = next(iter(base.methods))
+        flat = {k.replace("method.", f"methods.{name}.", 1) if k.startswith("method.") else k: v for k, v in flat.items()}
+        side = resolution or self._native_resolution() or base.codec.resolution
+        chosen = apply_settings(base, {"codec.resolution": side, **flat})
+        chosen = dataclasses.replace(chosen, ipc=(ipc,), seed=seed, output_dir=str(output_dir))
+        run = stages.open_run(chosen, data, accelerator or make_accelerator())
+        cache = stages.encode(run, self.vae)
+        stages.cluster(run, cache)
+        stages.generate(run, self, cache)
+        stages.label(run)
+        return stages.assemble(run)[(ipc, name)]
+
+    def _native_resolution(self) -> int | None:
+        from dq.codec import downscale
+
+        model = self.transformer or self.unet
+        return int(model.config.sample_size) * downscale(self.vae) if model is not None else None

@@ -1,0 +1,111 @@
+"""Prototypes of one class: points, the cells they own, and the training weights computed from exact counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dq.cluster import Clustering
+from dq.dist import read_tensors, write_tensors
+from dq.errors import InputError
+
+WeightKind = Literal["uniform", "mass", "sqrt"]
+Normalization = Literal["none", "class", "sqrt_k"]
+
+
+def image_weights(counts: Tensor, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
+    """Training weights of the prototypes of one class from their counts n_k, (K,) float32.
+
+    With masses m_k = n_k / sum n:  `uniform` 1;  `mass` K m_k (Algorithm 1 of DDOQ);  `sqrt` sqrt(K m_k), the reading
+    of the paper's variance-reducing heuristic that gives 1 for equal clusters. The literal equation is not known.
+
+    Args:
+        normalize: "none" leaves them; "class" scales to mean 1 in the class; "sqrt_k" scales to sum sqrt(K), the
+            form of the only public port (its mean is 1 / sqrt(K)).
+    """
+    if counts.ndim != 1 or not len(counts) or (counts <= 0).any():
+        raise InputError(f"weights need a vector of positive counts, not {counts.tolist()}")
+    k = len(counts)
+    mass = counts.double() / counts.sum()
+    if kind == "uniform":
+        w = torch.ones(k, dtype=torch.float64)
+    elif kind == "mass":
+        w = k * mass
+    elif kind == "sqrt":
+        w = (k * mass).sqrt()
+    else:
+        raise InputError(f"weights must be 'uniform', 'mass' or 'sqrt', not {kind!r}")
+    if normalize == "class":
+        w = w * (k / w.sum())
+    elif normalize == "sqrt_k":
+        w = w * (k**0.5 / w.sum())
+    elif normalize != "none":
+        raise InputError(f"normalize must be 'none', 'class' or 'sqrt_k', not {normalize!r}")
+    return w.float()
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Quantizer of one class in the denoiser's latent space, largest cell first. K may be below the ipc asked for."""
+
+    label: int
+    name: str
+    centroids: Tensor  # (K, C, h, w) float32
+    counts: Tensor  # (K,) int64, images per cell; raw, never transformed
+    sse: Tensor  # (K,) float64, sum of squared distances in the cell
+    medoids: Tensor  # (K, C, h, w) float32, the member of the cell nearest to its centroid
+    medoid_rows: Tensor  # (K,) int64, the rows of the source that the medoids are
+    stats: dict[str, Any]  # see `quantization_stats`
+
+    def weights(self, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
+        """Training weights, (K,) float32; see `image_weights`."""
+        return image_weights(self.counts, kind, normalize)
+
+    def points(self, representative: Literal["centroid", "medoid", "real"]) -> Tensor:
+        """The latents (K, C, h, w) that stand for the cells. `real` images need no latents; theirs are the medoids."""
+        return self.centroids if representative == "centroid" else self.medoids
+
+    def save(self, path: Path) -> None:
+        tensors = {
+            "centroids": self.centroids,
+            "counts": self.counts,
+            "sse": self.sse,
+            "medoids": self.medoids,
+            "medoid_rows": self.medoid_rows,
+        }
+        write_tensors(path, tensors, {"label": self.label, "name": self.name, "stats": self.stats})
+
+    @staticmethod
+    def load(path: Path) -> Prototypes:
+        t, meta = read_tensors(path)
+        return Prototypes(label=meta["label"], name=meta["name"], stats=meta["stats"], **t)
+
+
+def make_prototypes(
+    label: int, name: str, latents: Tensor, rows: Tensor, result: Clustering, stats: dict[str, Any]
+) -> Prototypes:
+    """Prototypes from a clustering of latents (n, C, h, w) that are the images `rows` of the source.
+
+    Among the members of a cell the nearest to the mean is also the one with the least summed squared distance to
+    the others, so the medoid needs no pairwise distances.
+    """
+    x = latents.flatten(1).float()
+    distance = (x - result.centroids[result.labels]).square().sum(1)
+    order = distance.argsort(stable=True)
+    by_cell = order[result.labels[order].argsort(stable=True)]  # cell after cell, nearest first
+    first = by_cell[torch.cat([result.counts.new_zeros(1), result.counts.cumsum(0)[:-1]])]
+    k = len(result.counts)
+    return Prototypes(
+        label=label,
+        name=name,
+        centroids=result.centroids.reshape(k, *latents.shape[1:]).cpu(),
+        counts=result.counts.cpu(),
+        sse=result.sse.cpu(),
+        medoids=latents[first].float().cpu(),
+        medoid_rows=rows[first.cpu()],
+        stats=stats,
+    )

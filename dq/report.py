@@ -1,0 +1,238 @@
+"""Figures and one self-contained HTML page from what a run folder holds."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq.config import dump_config
+from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+from dq.prototypes import Prototypes
+from dq.run import Run, cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
+
+GAP = 2  # px of white between images
+MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000
+
+
+def image_grid(rows: list[list[Tensor]], *, scale: int = 1) -> Image.Image:
+    """Paste images (3, H, W) uint8 into a grid, whole-number scaling without smoothing; rows may differ in length."""
+    side = rows[0][0].shape[-1]
+    width, height = max(len(r) for r in rows), len(rows)
+    canvas = Image.new("RGB", (width * (side + GAP) - GAP, height * (side + GAP) - GAP), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            canvas.paste(picture, (j * (side + GAP), i * (side + GAP)))
+    return canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.NEAREST)
+
+
+def set_grid(small: DistilledSet, nearest: list[Tensor] | None = None) -> Image.Image:
+    """Rows are classes, columns prototypes by weight; with `nearest`, each image has its nearest real image at its
+    right."""
+    images = small.images_uint8()
+    rows = []
+    for c in range(min(MAX_CLASSES, len(small.class_names))):
+        own = (small.labels == c).nonzero()[:, 0][:MAX_COLUMNS].tolist()
+        row: list[Tensor] = []
+        for i in own:
+            row.append(images[i])
+            if nearest is not None:
+                row.append(nearest[c][int(small.prototype[i])])
+        rows.append(row)
+    return image_grid(rows, scale=max(1, round(64 / images.shape[-1])))
+
+
+def write_report(run: Run) -> Path:
+    """Write `report.html` and `figures/*.png`; returns the path of the page.
+
+    Raises:
+        InputError: if the folder holds no sets yet.
+    """
+    base = run.folder / "dataset"
+    c = run.config
+    present = [(i, m) for i in c.ipc for m in c.methods if (base / f"ipc{i}-{m}" / "provenance.json").is_file()]
+    if not present:
+        raise InputError(f"{base} holds no distilled sets yet; run `dq run` or its stages first")
+    cache = cache_of(run)
+    figures = run.folder / "figures"
+    body = ["<h1>Distilled sets</h1>", _facts(run)]
+    summary = run.folder / "eval" / "summary.csv"
+    if summary.is_file():
+        body += ["<h2>Accuracy</h2>", _results(summary)]
+    body.append("<h2>Images</h2><p>Rows are classes, columns prototypes by weight; at the right of each image stands "
+                "the real train image nearest to its prototype.</p>")
+    shown = sorted(present, key=lambda p: (p[0] != _shown_ipc(c.ipc), list(c.methods).index(p[1]), p[0]))
+    for ipc, method in shown[:8]:
+        small = DistilledSet.load(base, f"ipc{ipc}-{method}")
+        points = load_prototypes(run, cache, ipc, run.resolved(method)[1])
+        path = figures / f"grid-ipc{ipc}-{method}.png"
+        _save_image(set_grid(small, [nearest_images(run, p) for p in points[:MAX_CLASSES]]), path)
+        body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{_embed(path)}")
+    body.append("<h2>Quantization</h2>")
+    for ipc, cfg in clusterings(run):
+        points = load_prototypes(run, cache, ipc, cfg)
+        name = prototype_folder(run, cache, ipc, cfg).name
+        body.append(f"<h3>IPC {ipc}, engine {points[0].stats['engine']}</h3>{_quantization_table(points)}")
+        if ipc > 1:
+            path = figures / f"{name}-sizes.png"
+            _plot_sizes(points, path)
+            body.append(_embed(path))
+    ipc, cfg = next(((i, k) for i, k in clusterings(run) if i == _shown_ipc(c.ipc)), clusterings(run)[0])
+    path = figures / "latents.png"
+    _plot_latents(run, load_prototypes(run, cache, ipc, cfg), path)
+    body += [f"<h2>Latents and prototypes, IPC {ipc}</h2>", _embed(path)]
+    body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(c))}</pre>"]
+    body += ["<h2>Provenance</h2>", f"<pre>{html.escape((run.folder / 'provenance.json').read_text())}</pre>"]
+    page = run.folder / "report.html"
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
+        "td:first-child,th:first-child{text-align:left}img{max-width:100%;image-rendering:pixelated}"
+        "pre{background:#f6f6f6;padding:1em;overflow:auto}"
+    )
+    title = html.escape(str(run.source.origin))
+    write_text(
+        page,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dq: {title}</title><style>{style}</style>'
+        f"<body>{''.join(body)}</body></html>\n",
+    )
+    return page
+
+
+def _shown_ipc(ipcs: tuple[int, ...]) -> int:
+    """The ipc whose pictures say most: ten if there, else the largest up to a screenful."""
+    return 10 if 10 in ipcs else max((i for i in ipcs if i <= 20), default=min(ipcs))
+
+
+def _facts(run: Run) -> str:
+    counts = run.source.class_counts()
+    p = read_json(run.folder / "provenance.json")
+    return (
+        f"<p>{int(counts.sum())} train images of {len(counts)} classes from <code>{html.escape(run.source.origin)}</code>"
+        f" (fingerprint {run.source.fingerprint}); dq {p['dq']}, torch {p['versions']['torch']}, "
+        f"diffusers {p['versions']['diffusers']}; seed {p['seed']}.</p>"
+    )
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    lines = ["<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows]
+    return f"<table><tr>{cells}</tr>{''.join(lines)}</table>"
+
+
+def _results(summary: Path) -> str:
+    with open(summary, newline="") as f:
+        records = list(csv.DictReader(f))
+
+    def percent(r: dict[str, str], which: str) -> str:
+        std = f" ± {100 * float(r[f'{which}_std']):.1f}" if r[f"{which}_std"] else ""
+        return f"{100 * float(r[f'{which}_mean']):.1f}{std}"
+
+    head = ["set", "IPC", "images", "student", "labels", "seeds", "last %", "best % (chosen on test)", "protocol"]
+    rows = [
+        [r["set"], r["ipc"], r["images"], r["student"], r["labels"], r["seeds"], percent(r, "last"), percent(r, "best"),
+         r["protocol"]]
+        for r in records
+    ]
+    return _table(head, rows)
+
+
+def _quantization_table(points: list[Prototypes]) -> str:
+    head = ["class", "images", "prototypes", "distortion", "explained", "W2 masses", "W2 uniform", "ESS masses",
+            "ESS roots"]
+    rows = [
+        [
+            p.name,
+            p.stats["n"],
+            p.stats["k"],
+            f"{p.stats['distortion']:.3f}",
+            f"{p.stats['explained']:.1%}",
+            f"{p.stats['w2_mass']:.3f}",
+            f"{p.stats['w2_uniform']:.3f}",
+            f"{p.stats['ess_mass']:.1f}",
+            f"{p.stats['ess_sqrt']:.1f}",
+        ]
+        for p in points[:100]
+    ]
+    means = [np.mean([p.stats[k] for p in points]) for k in ("distortion", "explained", "w2_mass", "w2_uniform")]
+    rows.append(["mean", "", "", f"{means[0]:.3f}", f"{means[1]:.1%}", f"{means[2]:.3f}", f"{means[3]:.3f}", "", ""])
+    return _table(head, rows)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _plot_sizes(points: list[Prototypes], path: Path) -> None:
+    """Cluster sizes as shares of an equal share, and distortion per class."""
+    figure = _figure(10, 3)
+    left, right = figure.subplots(1, 2)
+    ratios = torch.cat([p.counts * len(p.counts) / p.counts.sum() for p in points]).numpy()
+    left.hist(ratios, bins=30, color="#3b6ea5")
+    left.axvline(1, color="#222", lw=1)
+    left.set(xlabel="cluster size / equal share", ylabel="prototypes")
+    names = [p.name for p in points[:40]]
+    right.bar(range(len(names)), [p.stats["distortion"] for p in points[:40]], color="#3b6ea5")
+    right.set(ylabel="distortion")
+    right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    _save_figure(figure, path)
+
+
+def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
+    """Latents of some classes on their two leading principal axes, with prototypes sized by mass."""
+    shown = points[:10]
+    cache = cache_of(run)
+    samples = []
+    for p in shown:
+        z, _ = cache.load(p.label)
+        pick = torch.randperm(len(z), generator=generator("map", p.label))[: MAX_POINTS // len(shown)]
+        samples.append(z[pick].flatten(1).float())
+    x = torch.cat(samples)
+    mean = x.mean(0)
+    g = generator("map", "basis")
+    probe = torch.randn(x.shape[1], 8, generator=g)
+    q = torch.linalg.qr((x - mean).T @ ((x - mean) @ probe)).Q  # one power iteration, then exact within its span
+    axes = q @ torch.linalg.svd(((x - mean) @ q).T, full_matrices=False).U[:, :2]
+    figure = _figure(7, 6)
+    ax = figure.subplots()
+    from matplotlib import colormaps
+
+    colors = colormaps["tab10"].colors
+    for i, (p, s) in enumerate(zip(shown, samples)):
+        flat = (s - mean) @ axes
+        own = (p.centroids.flatten(1) - mean) @ axes
+        ax.scatter(*flat.T.numpy(), s=3, color=colors[i % 10], alpha=0.3)
+        size = (30 + 170 * p.counts / p.counts.max()).numpy()
+        ax.scatter(*own.T.numpy(), s=size, color=colors[i % 10], edgecolor="black", lw=0.7, label=p.name)
+    ax.set(xlabel="first principal axis", ylabel="second principal axis")
+    ax.legend(fontsize=7, markerscale=0.5)
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())
+
+
+def _save_image(image: Image.Image, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _embed(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'

@@ -1,0 +1,517 @@
+"""The stages of a run over a run folder: encode, cluster, generate, label, assemble, evaluate.
+
+Every stage divides its units of work over processes, writes one file per unit, skips units whose file is there, and
+meets the other processes only at its end. A unit's folder is named by a digest of everything that decides its content,
+so results of other settings are never taken for this one's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dq.cluster import choose_engine, kmeans_many, quantization_stats
+from dq.config import (
+    ClusterConfig,
+    GenerateConfig,
+    MethodConfig,
+    RunConfig,
+    apply_settings,
+    dump_config,
+    load_config,
+    to_dict,
+)
+from dq.data import ImageSource, read_images
+from dq.dist import (
+    append_jsonl,
+    derive_seed,
+    digest_of,
+    generator,
+    progress,
+    read_json,
+    read_tensors,
+    shard,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+from dq.latents import LatentCache, encode_source, open_cache
+from dq.prototypes import Prototypes, make_prototypes
+from dq.teachers import check_teacher, load_teacher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dq.codec import Codec
+    from dq.pipeline import DistillPipeline
+
+log = logging.getLogger("dq")
+
+# Settings that decide what a run folder holds. The others (more ipc, more methods, another student) may change
+# between calls: their units are named by digests of their own.
+IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teacher")
+# ... of which these change speed only
+SPEED = ("batch_size", "path", "model")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its settings, data, processes and folder."""
+
+    config: RunConfig
+    source: ImageSource
+    accelerator: Accelerator
+    folder: Path
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def mine(self, costs: list[float]) -> list[int]:
+        """Indices of the units that this process works on."""
+        return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def resolved(self, method: str) -> tuple[MethodConfig, ClusterConfig, GenerateConfig]:
+        """A method with the clustering and generation settings that hold for it."""
+        m = self.config.methods[method]
+        for key in m.override:
+            if key.split(".")[0] not in ("cluster", "generate"):
+                raise InputError(f"methods.{method}.override may set cluster.* and generate.*, not {key!r}")
+        config = apply_settings(self.config, m.override)
+        return m, config.cluster, config.generate
+
+    def finish(self, stage: str, began: float, **numbers: Any) -> None:
+        """Meet the other processes; the main one logs the stage."""
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            record = {"stage": stage, "seconds": round(time.perf_counter() - began, 3), **numbers}
+            append_jsonl(self.folder / "metrics.jsonl", record)
+            log.info("%s: %.1f s", stage, record["seconds"])
+
+
+def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Run:
+    """Open or continue the run in `config.output_dir`.
+
+    Raises:
+        InputError: if the folder belongs to a run with other settings or data, or holds something else.
+    """
+    if not config.methods or not config.ipc or min(config.ipc) < 1:
+        raise InputError("a run needs at least one method and ipc values of at least 1")
+    folder = Path(config.output_dir)
+    known = folder / "config.yaml"
+    run = Run(config, source, accelerator, folder)
+    for method in config.methods:
+        run.resolved(method)
+    if known.is_file():
+        changed = sorted(_changed(load_config(known), config))
+        if changed:
+            raise InputError(
+                f"{folder} belongs to a run with other settings ({', '.join(changed[:4])}); "
+                "choose another --output_dir, or delete that folder"
+            )
+        fingerprint = read_json(folder / "provenance.json")["source"]["fingerprint"]
+        if fingerprint != source.fingerprint:
+            raise InputError(
+                f"{folder} was made from other data (fingerprint {fingerprint}, now {source.fingerprint}); "
+                "choose another --output_dir"
+            )
+    elif folder.is_dir() and any(f.name != "provenance.json" and f.name[0] != "." for f in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and not a run of dq; choose another --output_dir")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if not (folder / "provenance.json").is_file():
+            write_json(folder / "provenance.json", provenance(run))
+        write_text(known, dump_config(config))  # last: the folder is a run once this file is there
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _changed(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    a, b = to_dict(old), to_dict(new)
+    for section in IDENTITY:
+        if isinstance(a[section], dict) and isinstance(b[section], dict):
+            for key in a[section]:
+                if a[section][key] != b[section][key] and key not in SPEED:
+                    yield f"{section}.{key}: {a[section][key]} -> {b[section][key]}"
+        elif a[section] != b[section] and None not in (a[section], b[section]):
+            yield f"{section}: {a[section]} -> {b[section]}"
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What made this run: versions, hardware, data."""
+    import accelerate
+    import datasets
+    import diffusers
+
+    import dq
+
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    return {
+        "dq": dq.__version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__,
+            "datasets": datasets.__version__,
+        },
+        "hardware": {"machine": platform.machine(), "device": gpu or run.device.type, "threads": torch.get_num_threads()},
+        "processes": run.accelerator.num_processes,
+        "source": {
+            "origin": run.source.origin,
+            "fingerprint": run.source.fingerprint,
+            "classes": list(run.source.class_names),
+            "train_counts": run.source.class_counts().tolist(),
+        },
+        "seed": run.config.seed,
+    }
+
+
+# --- encode -------------------------------------------------------------------------------------------------------
+
+
+def encode(run: Run, codec: Codec) -> LatentCache:
+    """Encode every class into the latent cache; classes that are there are left alone."""
+    began = time.perf_counter()
+    c = run.config
+    codec.to(run.device)
+    cache = open_cache(c.cache_dir, run.source, codec, c.source, c.codec, c.seed)
+    costs = [float(n) for n in run.source.class_counts()]
+    mine = run.mine(costs)
+    encode_source(run.source, codec, cache, c.source, c.codec, labels=mine, seed=c.seed, main=run.main)
+    run.finish("encode", began, images=int(sum(costs)), cache=cache.key)
+    if run.main:
+        write_json(run.folder / "latents.json", {"key": cache.key, "shape": list(cache.shape)})
+    run.accelerator.wait_for_everyone()
+    if run.main and (bad := cache.bad_images()):
+        write_text(run.folder / "bad_images.txt", "\n".join(bad) + "\n")
+        log.warning("%d images were set aside, listed in %s", len(bad), run.folder / "bad_images.txt")
+    return cache
+
+
+# --- cluster ------------------------------------------------------------------------------------------------------
+
+
+def prototype_folder(run: Run, cache: LatentCache, ipc: int, cluster: ClusterConfig) -> Path:
+    """Where the prototypes of these settings are."""
+    settings = dict(to_dict(cluster), engine=choose_engine(cluster.engine, run.device))
+    key = digest_of([cache.key, settings, run.config.seed])
+    return run.folder / "prototypes" / f"ipc{ipc:05d}-{settings['engine']}-{key}"
+
+
+def clusterings(run: Run) -> list[tuple[int, ClusterConfig]]:
+    """The distinct (ipc, settings) that the methods ask for."""
+    found: dict[str, tuple[int, ClusterConfig]] = {}
+    for ipc in run.config.ipc:
+        for method in run.config.methods:
+            cluster = run.resolved(method)[1]
+            found.setdefault(digest_of([ipc, to_dict(cluster)]), (ipc, cluster))
+    return list(found.values())
+
+
+def cluster(run: Run, cache: LatentCache) -> None:
+    """Quantize every class for every ipc and clustering setting."""
+    began = time.perf_counter()
+    counts = run.source.class_counts()
+    units = [(ipc, cfg, c) for ipc, cfg in clusterings(run) for c in range(len(counts))]
+    mine = [units[i] for i in run.mine([float(counts[c]) * ipc for ipc, _, c in units])]
+    todo = [u for u in mine if not _class_file(prototype_folder(run, cache, u[0], u[1]), u[2]).is_file()]
+    with progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar:
+        for ipc, cfg, labels in _batches(run, cache, todo):
+            _cluster_classes(run, cache, ipc, cfg, labels)
+            bar.update(len(labels))
+    run.finish("cluster", began, units=len(units))
+    if run.main:
+        for ipc, cfg in clusterings(run):
+            _log_distortion(run, cache, ipc, cfg)
+
+
+def _class_file(folder: Path, label: int) -> Path:
+    return folder / f"class-{label:05d}.safetensors"
+
+
+def _batches(
+    run: Run, cache: LatentCache, units: list[tuple[int, ClusterConfig, int]]
+) -> Iterator[tuple[int, ClusterConfig, list[int]]]:
+    """Group units for one call each: many classes at once on an accelerator, as memory allows, else one by one."""
+    counts = run.source.class_counts()
+    width = 4 * cache.shape[0] * cache.shape[1] * cache.shape[2]
+    budget = torch.cuda.mem_get_info(run.device)[0] // 6 if run.device.type == "cuda" else 0
+    group: list[int] = []
+    for i, (ipc, cfg, label) in enumerate(units):
+        group.append(label)
+        following = units[i + 1] if i + 1 < len(units) else None
+        largest = max(int(counts[c]) for c in (*group, following[2] if following else label))
+        full = (len(group) + 1) * largest * width > budget or choose_engine(cfg.engine, run.device) != "torch"
+        if following is None or following[:2] != (ipc, cfg) or full:
+            yield ipc, cfg, group
+            group = []
+
+
+def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> None:
+    folder = prototype_folder(run, cache, ipc, cfg)
+    names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
+    data = [cache.load(c) for c in labels]
+    xs = [z.to(run.device).flatten(1).float() for z, _ in data]
+    starts: list[Tensor | None] = [None] * len(labels)
+    seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
+    results = kmeans_many(xs, ipc, config=cfg, seeds=seeds, starts=starts, names=names)
+    for c, x, (z, rows), result in zip(labels, xs, data, results):
+        stats = quantization_stats(x, result, with_uniform=cfg.uniform_w2)
+        stats["engine"] = result.engine
+        z = z.to(run.device)
+        make_prototypes(c, run.source.class_names[c], z, rows, result, stats).save(_class_file(folder, c))
+
+
+def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:
+    """Append one record per class to metrics.jsonl, once."""
+    folder = prototype_folder(run, cache, ipc, cfg)
+    marker = folder / "stats.json"
+    if marker.is_file():
+        return
+    stats = [Prototypes.load(_class_file(folder, c)) for c in range(len(run.source.class_names))]
+    for p in stats:
+        record = {"stage": "quantization", "ipc": ipc, "class": p.label, "name": p.name, **p.stats}
+        append_jsonl(run.folder / "metrics.jsonl", record)
+    write_json(marker, [p.stats for p in stats])
+
+
+def load_prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> list[Prototypes]:
+    """Prototypes of all classes under these settings."""
+    folder = prototype_folder(run, cache, ipc, cfg)
+    missing = [c for c in range(len(run.source.class_names)) if not _class_file(folder, c).is_file()]
+    if missing:
+        raise InputError(
+            f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no prototypes for ipc {ipc}; "
+            "run `dq cluster` first"
+        )
+    return [Prototypes.load(_class_file(folder, c)) for c in range(len(run.source.class_names))]
+
+
+# --- generate -----------------------------------------------------------------------------------------------------
+
+
+def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None) -> Path:
+    """Where the images of a method are. Methods that differ in weights alone share them."""
+    m, cluster_config, generate_config = run.resolved(method)
+    settings = to_dict(generate_config)
+    for key in (*SPEED, "revision"):
+        settings.pop(key, None)
+    identity = [
+        prototype_folder(run, cache, ipc, cluster_config).name,
+        m.representative,
+        run.config.image_size,
+        # real images need no generator
+        ["real", run.config.source.preprocess] if m.representative == "real" else [settings, pipe_digest],
+    ]
+    return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
+
+
+def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
+    """Draw every prototype of every method as images, one file per class."""
+    began = time.perf_counter()
+    pipe.to(run.device)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = 0
+    folders: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for method in run.config.methods:
+        m, cluster_config, cfg = run.resolved(method)
+        digest = None
+        ids: list[int] = []
+        if m.representative != "real":
+            ids = pipe.check_inputs(cfg, run.config.codec.resolution, run.source.class_names)
+            digest = digests.setdefault(cfg.mode, "") or pipe.digest(cfg.mode)
+            digests[cfg.mode] = digest
+        for ipc in run.config.ipc:
+            folder = image_folder(run, cache, ipc, method, digest)
+            folders[f"{ipc}/{method}"] = folder.name
+            mine = run.mine([1.0] * len(run.source.class_names))
+            todo = [c for c in mine if not _class_file(folder, c).is_file()]
+            prototypes = [p for p in load_prototypes(run, cache, ipc, cluster_config) if p.label in todo]
+            if m.representative == "real":
+                _copy_real(run, prototypes, folder)
+            else:
+                drawn += _draw(run, pipe, prototypes, folder, cfg, m, ids, desc=f"generate {method} ipc {ipc}")
+    run.finish("generate", began, images=drawn)
+    if run.main:
+        write_json(run.folder / "images" / "index.json", folders)
+    run.accelerator.wait_for_everyone()
+
+
+def _draw(
+    run: Run,
+    pipe: DistillPipeline,
+    prototypes: list[Prototypes],
+    folder: Path,
+    cfg: GenerateConfig,
+    method: MethodConfig,
+    ids: list[int],
+    desc: str,
+) -> int:
+    """Batches run across classes; a class is written as soon as its last image is there."""
+    copies = cfg.images_per_prototype if cfg.mode != "decode" else 1  # decoding twice gives the same image twice
+    queue = [(p, k, i) for p in prototypes for k in range(len(p.counts)) for i in range(copies)]
+    done: dict[int, list[Tensor]] = {p.label: [] for p in prototypes}
+    start = pipe.start(cfg)
+    with progress([], desc=desc, total=len(queue), unit="img", main=run.main and bool(queue)) as bar:
+        for first in range(0, len(queue), cfg.batch_size):
+            batch = queue[first : first + cfg.batch_size]
+            images = pipe.synthesize(
+                torch.stack([p.points(method.representative)[k] for p, k, _ in batch]),
+                [p.label for p, _, _ in batch],
+                [generator(run.config.seed, "generate", p.label, k, i) for p, k, i in batch],
+                cfg,
+                class_names=run.source.class_names,
+                condition_ids=ids,
+                image_size=run.config.image_size,
+            )
+            if cfg.image_dtype == "uint8":
+                images = (images * 255).round().to(torch.uint8)
+            for (p, _, _), image in zip(batch, images):
+                done[p.label].append(image)
+                if len(done[p.label]) == len(p.counts) * copies:
+                    tensors = {"images": torch.stack(done.pop(p.label))}
+                    meta = {"start": dataclasses.asdict(start) if start else None, "copies": copies}
+                    write_tensors(_class_file(folder, p.label), tensors, meta)
+            bar.update(len(batch))
+    return len(queue)
+
+
+def _copy_real(run: Run, prototypes: list[Prototypes], folder: Path) -> None:
+    for p in prototypes:
+        images = nearest_images(run, p)
+        write_tensors(_class_file(folder, p.label), {"images": images}, {"start": None, "copies": 1})
+
+
+def nearest_images(run: Run, p: Prototypes) -> Tensor:
+    """The real image nearest to each prototype, (K, 3, H, W) uint8, at the size of the distilled images."""
+    rows = p.medoid_rows.tolist()
+    return read_images(run.source.train, rows, run.config.image_size, run.config.source.preprocess)[0]
+
+
+# --- label --------------------------------------------------------------------------------------------------------
+
+
+def _image_folders(run: Run) -> dict[str, Path]:
+    index = run.folder / "images" / "index.json"
+    if not index.is_file():
+        raise InputError(f"{run.folder} has no images yet; run `dq generate` first")
+    return {k: run.folder / "images" / v for k, v in read_json(index).items()}
+
+
+def _images(run: Run, folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
+    files = [read_tensors(_class_file(folder, c)) for c in range(len(run.source.class_names))]
+    return [t["images"] for t, _ in files], files[0][1]
+
+
+def label(run: Run) -> None:
+    """Label the images of every set with the teacher, after checking the teacher on real test images. Without a
+    teacher there is nothing to do."""
+    if run.config.teacher is None:
+        return
+    began = time.perf_counter()
+    teacher = load_teacher(run.config.teacher, len(run.source.class_names), run.config.image_size, run.device)
+    folders = sorted(set(_image_folders(run).values()))
+    names = [_label_file(run, f, teacher.digest) for f in folders]
+    todo = [i for i in run.mine([1.0] * len(folders)) if not names[i].is_file()]
+    if todo:
+        accuracy = check_teacher(teacher, run.source, run.config.teacher, run.config.image_size)
+        for i in progress(todo, desc="label", unit="set", main=run.main):
+            images = torch.cat(_images(run, folders[i])[0])
+            meta = {"teacher": run.config.teacher.net, "digest": teacher.digest, "teacher_accuracy": accuracy}
+            write_tensors(names[i], {"logits": teacher.logits(images).half()}, meta)
+    run.finish("label", began, sets=len(folders))
+
+
+def _label_file(run: Run, folder: Path, digest: str) -> Path:
+    return run.folder / "labels" / f"{folder.name}-{digest}.safetensors"
+
+
+def _find_labels(run: Run, folder: Path) -> Path | None:
+    return next(iter(sorted((run.folder / "labels").glob(f"{folder.name}-*.safetensors"))), None)
+
+
+# --- assemble -----------------------------------------------------------------------------------------------------
+
+
+def assemble(run: Run) -> dict[tuple[int, str], DistilledSet]:
+    """Put images, labels and weights together, one set per ipc and method; the main process saves them in
+    `dataset/`."""
+    folders = _image_folders(run)
+    cache = cache_of(run)
+    sets = {}
+    for ipc in run.config.ipc:
+        for method in run.config.methods:
+            key = f"{ipc}/{method}"
+            if key not in folders:
+                raise InputError(f"{run.folder} has no images of method {method!r} at ipc {ipc}; run `dq generate` first")
+            sets[(ipc, method)] = _assemble_one(run, cache, ipc, method, folders[key])
+    if run.main:
+        base = run.folder / "dataset"
+        for (ipc, method), s in progress(sets.items(), desc="assemble", unit="set"):
+            s.save(base, f"ipc{ipc}-{method}")
+    run.accelerator.wait_for_everyone()
+    return sets
+
+
+def cache_of(run: Run) -> LatentCache:
+    """The latent cache that the encode stage of this run used, without loading the codec."""
+    pointer = run.folder / "latents.json"
+    if not pointer.is_file():
+        raise InputError(f"{run.folder} has no latents yet; run `dq encode` first")
+    known = read_json(pointer)
+    folder = Path(run.config.cache_dir) / f"latents-{known['key']}"
+    cache = LatentCache(folder, tuple(known["shape"]), run.source.class_names, known["key"])
+    if missing := cache.missing():
+        raise InputError(
+            f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no latents in {folder}; run `dq encode` first"
+        )
+    return cache
+
+
+def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: Path) -> DistilledSet:
+    m, cluster_config, generate_config = run.resolved(method)
+    prototypes = load_prototypes(run, cache, ipc, cluster_config)
+    images, meta = _images(run, folder)
+    copies = meta["copies"]
+    soft_file = _find_labels(run, folder) if run.config.teacher is not None else None
+    soft, soft_meta = read_tensors(soft_file) if soft_file else ({}, None)
+
+    def spread(per_prototype: list[Tensor]) -> Tensor:
+        return torch.cat([t.repeat_interleave(copies, 0) for t in per_prototype])
+
+    return DistilledSet(
+        images=torch.cat(images),
+        labels=spread([torch.full_like(p.counts, p.label) for p in prototypes]),
+        weights=spread([p.weights(m.weights, m.normalize) for p in prototypes]),
+        class_names=run.source.class_names,
+        prototype=spread([torch.arange(len(p.counts)) for p in prototypes]),
+        counts=spread([p.counts for p in prototypes]),
+        source_row=spread([p.medoid_rows for p in prototypes]),
+        soft_labels=soft.get("logits"),
+        provenance={
+            **read_json(run.folder / "provenance.json"),
+            "ipc": ipc,
+            "method": {"name": method, **to_dict(m)},
+            "codec": to_dict(run.config.codec),
+            "cluster": dict(to_dict(cluster_config), engine=prototypes[0].stats["engine"]),
+            "generate": {**to_dict(generate_config), "start": meta["start"]},
+            "labels": soft_meta,
+        },
+    )
