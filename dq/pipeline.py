@@ -124,7 +124,8 @@ class DistillPipeline(DiffusionPipeline):
         models = {"decode": [], "dit": [self.transformer], "img2img": [self.unet, self.text_encoder]}[mode]
         parts += [digest_of_tensors(m.state_dict()) for m in models if m is not None]
         if mode != "decode":
-            parts += [type(self.scheduler).__name__, dict(self.scheduler.config)]
+            settings = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+            parts += [type(self.scheduler).__name__, settings]
         return digest_of(parts)
 
     # --- prototypes -> images -------------------------------------------------------------------------------------

@@ -54,7 +54,9 @@ def grid_snr(scheduler: Any) -> Tensor:
     if sigmas is not None:
         s = torch.as_tensor(sigmas).double().cpu()[:n].clamp(min=1e-12)
         return ((1 - s) / s).square() if is_flow(scheduler) else 1 / s.square()
-    alpha_bar = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.long().cpu()]
+    table = scheduler.alphas_cumprod.double().cpu()
+    # a full grid with an offset runs one past the table
+    alpha_bar = table[scheduler.timesteps.long().cpu().clamp(max=len(table) - 1)]
     return alpha_bar / (1 - alpha_bar)
 
 

@@ -48,8 +48,8 @@ def clvq(
         Points and companion weights. Exact masses need one more pass that assigns without moving.
     """
     centroids = init.double().clone() if init is not None else _start_points(stream, k, generator, init_size or 20 * k)
-    # A starting point counts as one sample of its own cell, as MacQueen has it.
-    won = torch.ones(k, dtype=torch.float64)
+    # Starting points are samples of the stream that come by again, so they count for nothing by themselves.
+    won = torch.zeros(k, dtype=torch.float64)
     companion = torch.full((k,), 1 / k, dtype=torch.float64)
     seen = 0
     for p in range(passes):
@@ -59,7 +59,7 @@ def clvq(
             m = len(z)
             clock = torch.arange(seen + 1, seen + m + 1, dtype=torch.float64)
             if step is None:
-                gain_w = 1 / (clock + 1)
+                gain_w = 1 / clock
                 order = _rank_in_group(winner)  # 0, 1, ... among the samples that the same point won
                 gain = 1 / (won[winner] + order + 1)
             else:

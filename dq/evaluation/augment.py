@@ -1,0 +1,145 @@
+"""Training augmentations on batches of normalised float images: DSA's six operations, and crop with flip.
+
+The operations are functions of images (B, 3, S, S) and of one parameter per image, (B,). Parameters are drawn on the
+CPU from the generator that is passed in, so that they do not depend on the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dq.errors import InputError
+
+# Settings of DSA (Zhao & Bilen 2021) as released: strategy color_crop_cutout_flip_scale_rotate
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
+CROP_PAD, CUTOUT = 0.125, 0.5  # shares of the side
+FLIP = 0.5
+SCALE = 1.2
+ROTATE_DEGREES = 15.0
+
+
+def augment(kind: str, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Augment a batch (B, 3, S, S) as `StudentConfig.augment` says: "dsa", "crop_flip" or "none"."""
+    if kind == "dsa":
+        return dsa(images, generator)
+    if kind == "crop_flip":
+        return crop_flip(images, generator)
+    if kind == "none":
+        return images
+    raise InputError(f"augment must be 'dsa', 'crop_flip' or 'none', not {kind!r}")
+
+
+def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = None) -> Tensor:
+    """Differentiable Siamese augmentation as evaluation uses it: one operation per batch, parameters per image.
+
+    Args:
+        images: (B, 3, S, S), normalised.
+        generator: CPU generator of the operation and its parameters.
+        operation: one of `OPERATIONS`; None draws it.
+    """
+    x, n, side = images, len(images), images.shape[-1]
+
+    def uniform(low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(n, generator=generator)).to(x.device)
+
+    if operation is None:
+        operation = OPERATIONS[int(torch.randint(len(OPERATIONS), (), generator=generator))]
+    if operation == "color":
+        x = brightness(x, uniform(-BRIGHTNESS / 2, BRIGHTNESS / 2))
+        x = saturation(x, uniform(0, SATURATION))
+        return contrast(x, uniform(CONTRAST, 1 + CONTRAST))
+    if operation == "crop":
+        return _random_crop(x, generator)
+    if operation == "cutout":
+        size = int(side * CUTOUT + 0.5)
+        # the centre lies anywhere in the image, so a part of the square may fall outside
+        centres = torch.randint(0, side + 1 - size % 2, (2, n), generator=generator).to(x.device)
+        return cutout(x, centres[0], centres[1], size)
+    if operation == "flip":
+        return _random_flip(x, generator)
+    if operation == "scale":
+        sx, sy = uniform(1 / SCALE, SCALE), uniform(1 / SCALE, SCALE)
+        zero = torch.zeros_like(sx)
+        return affine(x, torch.stack([sx, zero, zero, sy], 1).view(n, 2, 2))
+    if operation == "rotate":
+        angle = uniform(-ROTATE_DEGREES, ROTATE_DEGREES) * (math.pi / 180)
+        cos, sin = angle.cos(), angle.sin()
+        return affine(x, torch.stack([cos, -sin, sin, cos], 1).view(n, 2, 2))
+    raise InputError(f"DSA has no operation {operation!r}; it has {', '.join(OPERATIONS)}")
+
+
+def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random window of the zero-padded image (4 px of padding for 32 px images), mirrored half of the time."""
+    return _random_flip(_random_crop(images, generator), generator)
+
+
+def _random_crop(x: Tensor, generator: torch.Generator) -> Tensor:
+    pad = int(x.shape[-1] * CROP_PAD + 0.5)
+    moves = torch.randint(-pad, pad + 1, (2, len(x)), generator=generator).to(x.device)
+    return shift(x, moves[0], moves[1], pad)
+
+
+def _random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    return flip(x, (torch.rand(len(x), generator=generator) < FLIP).to(x.device))
+
+
+# --- the operations -----------------------------------------------------------------------------------------------
+
+
+def _each(parameter: Tensor) -> Tensor:
+    return parameter.view(-1, 1, 1, 1)
+
+
+def brightness(x: Tensor, amount: Tensor) -> Tensor:
+    """x + amount."""
+    return x + _each(amount)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Distance from the grey of each pixel times `factor`."""
+    return torch.lerp(x.mean(1, keepdim=True), x, _each(factor))
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Distance from the mean of each image times `factor`."""
+    return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, _each(factor))
+
+
+def flip(x: Tensor, mirror: Tensor) -> Tensor:
+    """Mirror left to right the images of which `mirror` (B,) bool is true."""
+    return torch.where(_each(mirror), x.flip(3), x)
+
+
+def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:
+    """Move the window on each image by (down, right) px, at most `pad` either way; outside the image is zero."""
+    n, channels, height, width = x.shape
+    padded = F.pad(x, (pad, pad, pad, pad))
+    rows = torch.arange(height, device=x.device) + (down + pad)[:, None]  # (B, S)
+    columns = torch.arange(width, device=x.device) + (right + pad)[:, None]  # (B, S)
+    image = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(channels, device=x.device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def cutout(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
+    """Set a square of `size` px around (row, column) to zero, which is the mean colour of normalised images."""
+
+    def inside(side: int, centre: Tensor) -> Tensor:
+        start = (centre - size // 2)[:, None]
+        at = torch.arange(side, device=x.device)
+        return (at >= start) & (at < start + size)  # (B, S)
+
+    hole = inside(x.shape[2], row)[:, None, :, None] & inside(x.shape[3], column)[:, None, None, :]
+    return x.masked_fill(hole, 0.0)
+
+
+def affine(x: Tensor, matrix: Tensor) -> Tensor:
+    """Resample: the pixel at p (centre 0, border 1) is read at `matrix` (B, 2, 2) @ p; outside is zero."""
+    theta = F.pad(matrix.to(x.dtype), (0, 1))  # (B, 2, 3), no translation
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)

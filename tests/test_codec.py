@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_kl
+from diffusers import AutoencoderDC, AutoencoderTiny
+
+from dq.codec import codec_digest, decode_latents, downscale, encode_latents, latent_shape, load_codec, to_signed, to_unit
+from dq.dist import generator
+from dq.errors import InputError, RunError
+
+
+def tiny_taesd() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).eval()
+
+
+def tiny_dc() -> AutoencoderDC:
+    torch.manual_seed(0)
+    return AutoencoderDC(
+        latent_channels=4,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.5,
+    ).eval()
+
+
+IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_kl(scaling_factor=0.3, shift_factor=0.1), tiny_taesd, tiny_dc], ids=["kl", "tiny", "dc"]
+)
+def test_encode_and_decode_are_the_models_own_in_the_denoisers_space(make) -> None:
+    codec = make()
+    z = encode_latents(codec, IMAGES)
+    assert tuple(z.shape[1:]) == latent_shape(codec, 8) == (4, 4, 4)
+    assert downscale(codec) == 2
+    encoded = codec.encode(IMAGES)
+    if hasattr(encoded, "latent_dist"):
+        own = (encoded.latent_dist.mode() - 0.1) * 0.3
+    elif hasattr(encoded, "latents"):
+        own = encoded.latents
+    else:
+        own = encoded.latent * 0.5
+    assert torch.allclose(z, own, atol=1e-5)
+    raw = z / 0.3 + 0.1 if hasattr(encoded, "latent_dist") else z if hasattr(encoded, "latents") else z / 0.5
+    assert torch.allclose(decode_latents(codec, z), codec.decode(raw).sample.clamp(-1, 1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_channel_statistics_of_the_config_are_used() -> None:
+    codec = tiny_kl(scaling_factor=1.0, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
+    plain = tiny_kl(scaling_factor=1.0)
+    m, s = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1), torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
+    z = encode_latents(codec, IMAGES)
+    assert torch.allclose(z, (encode_latents(plain, IMAGES) - m) / s, atol=1e-5)
+    assert torch.allclose(decode_latents(codec, z), decode_latents(plain, z * s + m), atol=1e-5)
+
+
+@torch.no_grad()
+def test_posterior_sample_belongs_to_the_image_not_to_the_batch() -> None:
+    codec = tiny_kl()
+
+    def draw(rows: list[int]) -> torch.Tensor:
+        return encode_latents(codec, IMAGES[rows], posterior="sample", generators=[generator(0, r) for r in rows])
+
+    together = draw([0, 1, 2])
+    assert torch.allclose(together[2], draw([2])[0], atol=1e-6)
+    assert not torch.allclose(together, encode_latents(codec, IMAGES))
+    posterior = codec.encode(IMAGES).latent_dist
+    expected = posterior.mean[1] + posterior.std[1] * torch.randn(4, 4, 4, generator=generator(0, 1))
+    assert torch.allclose(together[1], expected * codec.config.scaling_factor, atol=1e-5)
+    with pytest.raises(InputError, match="one generator per image, 3 in this batch"):
+        encode_latents(codec, IMAGES, posterior="sample")
+
+
+@torch.no_grad()
+def test_non_finite_latents_stop() -> None:
+    codec = tiny_kl()
+    codec.encoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(RunError, match=r"NaN or infinite latents in float32; use --set codec.dtype=bfloat16"):
+        encode_latents(codec, IMAGES)
+
+
+def test_load_from_model_and_from_pipeline_folder(tmp_path: Path) -> None:
+    codec = tiny_kl()
+    codec.save_pretrained(tmp_path / "alone")
+    codec.save_pretrained(tmp_path / "pipe" / "vae")
+    a = load_codec(tmp_path / "alone")
+    b = load_codec(tmp_path / "pipe")
+    assert codec_digest(a) == codec_digest(b) == codec_digest(codec)
+    half = load_codec(tmp_path / "alone", dtype="bfloat16")
+    assert next(half.parameters()).dtype == torch.bfloat16
+    assert codec_digest(tiny_kl(seed=1)) != codec_digest(codec)
+    assert codec_digest(tiny_kl(scaling_factor=0.5)) != codec_digest(codec)
+
+
+def test_wrong_codecs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no model folder"):
+        load_codec(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty has no config.json"):
+        load_codec(tmp_path / "empty")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(InputError, match="is a UNet2DModel, not one of the autoencoders"):
+        load_codec(tmp_path / "unet")
+    with pytest.raises(InputError, match="resolution=9 is not a multiple of the codec's downscaling factor 2"):
+        latent_shape(tiny_kl(), 9)
+
+
+def test_pixel_ranges() -> None:
+    x = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
+    assert to_signed(x).flatten().tolist() == [-1, 1]
+    assert to_unit(to_signed(x)).flatten().tolist() == [0, 1]
+    board = (torch.arange(64).view(8, 8) + torch.arange(8)[:, None]) % 2 * 2.0 - 1
+    small = to_unit(board.expand(1, 3, 8, 8), 2)
+    assert small.shape == (1, 3, 2, 2)
+    assert torch.allclose(small, torch.full_like(small, 0.5), atol=0.05)
