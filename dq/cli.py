@@ -116,7 +116,9 @@ def _set_up_logging(*, quiet: bool) -> None:
         log.warning("note: %s", message)
 
     warnings.showwarning = show  # one line, without the source line that raised it
+    # read by libraries at their import
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -252,9 +254,12 @@ def plan(config: RunConfig, source: Any) -> str:
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
     e = config.evaluate
-    sets = len(config.ipc) * (len(config.methods) + len(set(e.baselines) - {"full"})) + ("full" in e.baselines)
-    lines.append(f"evaluate    {sets} sets x {len(e.students)} students x {e.seeds} seeds = "
-                 f"{sets * len(e.students) * e.seeds} trainings")
+    sets = len(config.ipc) * (len(config.methods) + len(set(e.baselines) - {"full"}))
+    full = len(e.students) * e.full_seeds if "full" in e.baselines else 0
+    lines.append(
+        f"evaluate    {sets} sets x {len(e.students)} students x {e.seeds} seeds = "
+        f"{sets * len(e.students) * e.seeds} trainings, and {full} on the full data"
+    )
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
     return "\n".join(lines)
 

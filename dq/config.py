@@ -124,6 +124,7 @@ class StudentConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     seeds: int = 3
+    full_seeds: int = 1  # of the full-data baseline, which costs more than all the others together
     baselines: tuple[Literal["random", "nearest", "full"], ...] = ("random", "nearest", "full")
     students: tuple[StudentConfig, ...] = (StudentConfig(),)
 

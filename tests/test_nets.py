@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq.errors import InputError
-from dq.nets import make_net
+from dq.nets import fast_layout, make_net
 
 
 def images(n: int, side: int) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_convnet_is_conv_instance_norm_relu_pool():
 
 
 def test_resnet20_is_the_published_function():
-    """Written out once more with option A shortcuts, in training mode, where batch norm needs no running statistics."""
+    """Written out once more with option A shortcuts, in training mode: no running statistics are needed."""
     net = make_net("resnet20", 10, 8, seed=3).train()
     p = dict(net.named_parameters())
 
@@ -139,6 +139,24 @@ def test_instance_norm_looks_at_one_image_and_batch_norm_at_all(name, norm, alon
     assert same == alone
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("convnet3", torch.contiguous_format),
+        ("resnet20", torch.channels_last),
+        ("resnet20-in", torch.contiguous_format),
+    ],
+)
+def test_layout_follows_the_norm_and_leaves_the_function_alone(name, layout):
+    net = make_net(name, 10, 16, seed=0)
+    assert fast_layout(net) is layout
+    with torch.no_grad():
+        before = net(images(3, 16))
+        moved = net.to(memory_format=layout)
+        torch.testing.assert_close(moved(images(3, 16)), before, rtol=1e-4, atol=1e-5)
+    assert moved.state_dict().keys() == make_net(name, 10, 16, seed=1).state_dict().keys()
+
+
 def test_weights_depend_on_the_seed_and_on_nothing_global():
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -164,7 +182,7 @@ def test_resnet_convolutions_start_with_he_variance():
 
 def test_unknown_names_list_the_known_ones():
     for name in ("vgg11", "convnet3-gn", "convnet2", ""):
-        with pytest.raises(InputError, match="convnet3, convnet4.*resnet20, resnet56, resnet18"):
+        with pytest.raises(InputError, match=r"convnet3, convnet4.*resnet20, resnet56, resnet18"):
             make_net(name, 10, 32, seed=0)
     with pytest.raises(InputError, match="only one"):
         make_net("convnet3-bn", 10, 32, norm="instance", seed=0)

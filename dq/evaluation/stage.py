@@ -267,7 +267,7 @@ def _units(run: Run, bench: Bench, sets: dict[tuple[int, str], DistilledSet]) ->
                     points = prototype_folder(run, cache, ipc, _first_clustering(run, ipc)).name
                     identity = digest_of([world, taught, points])
                     yield Unit("nearest", str(ipc), j, seed, small, of_nearest, folder), identity
-            if "full" in c.evaluate.baselines:
+            if "full" in c.evaluate.baselines and seed < c.evaluate.full_seeds:
 
                 def of_full(soft: bool = soft) -> Data:
                     return bench.real(range(len(run.source.train)), soft)
