@@ -26,7 +26,6 @@ _HOME = {
     "load_config": "dq.config",
     "load_source": "dq.data",
 }
-__all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from dq.cluster import kmeans
@@ -37,6 +36,22 @@ if TYPE_CHECKING:
     from dq.evaluation import evaluate
     from dq.pipeline import DistillPipeline
     from dq.prototypes import Prototypes, image_weights
+
+
+__all__ = [
+    "DistillPipeline",
+    "DistilledSet",
+    "ImageSource",
+    "InputError",
+    "Prototypes",
+    "RunConfig",
+    "RunError",
+    "evaluate",
+    "image_weights",
+    "kmeans",
+    "load_config",
+    "load_source",
+]
 
 
 def __getattr__(name: str) -> Any:

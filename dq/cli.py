@@ -115,7 +115,7 @@ def _set_up_logging(*, quiet: bool) -> None:
     def show(message: Warning | str, *_: Any) -> None:
         log.warning("note: %s", message)
 
-    warnings.showwarning = show  # one line, without the source line that raised it
+    warnings.showwarning = show  # type: ignore[assignment]  # one line, without the source line that raised it
     # read by libraries at their import
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -152,7 +152,7 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
     from dq.report import write_report
 
     run = stages.open_run(config, source, accelerator)
-    do = (lambda *names: verb in (*names, "run"))  # noqa: E731
+    do = lambda *names: verb in (*names, "run")  # noqa: E731
     if do("encode", "generate"):
         pipe = load_pipeline(config)
     if do("encode"):

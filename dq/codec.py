@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,8 @@ from torch import Tensor
 from dq.dist import digest_of, digest_of_tensors, read_json
 from dq.errors import InputError, RunError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
-
-    Codec = AutoencoderKL | AutoencoderTiny | AutoencoderDC
-
+# AutoencoderKL | AutoencoderTiny | AutoencoderDC; Any, so that this module loads without diffusers
+Codec = Any
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,7 +39,9 @@ def load_codec(
     folder = Path(path)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
-        raise InputError(f"there is no model folder {path}; give a folder with config.json and safetensors, or a Hub id")
+        raise InputError(
+            f"there is no model folder {path}; give a folder with config.json and safetensors, or a Hub id"
+        )
     if subfolder is None and local and not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         subfolder = "vae"
     if local:

@@ -244,8 +244,8 @@ def from_tensors(
             images = (images * 255).round().to(torch.uint8)
         array = images.cpu().numpy()
         splits[name] = Split(labels.cpu().numpy().astype(np.int64), array.__getitem__, name)
-        h.update(np.ascontiguousarray(array))
-        h.update(splits[name].labels)
+        h.update(np.ascontiguousarray(array).tobytes())
+        h.update(splits[name].labels.tobytes())
     highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
     names = tuple(class_names) if class_names is not None else tuple(str(i) for i in range(highest))
     return _checked(splits, names, h, origin, "train", _test_name(splits, None, origin))
@@ -324,7 +324,9 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         names = tuple(feature.names)
         index: dict[Any, int] | None = None
         if test and getattr(loaded[test].features[label_column], "names", None) != feature.names:
-            raise InputError(f"splits {config.train_split!r} and {test!r} of {config.path} name their classes differently")
+            raise InputError(
+                f"splits {config.train_split!r} and {test!r} of {config.path} name their classes differently"
+            )
     else:
         values = sorted({v for s in keep for v in raw_labels[s]})
         names, index = tuple(str(v) for v in values), {v: i for i, v in enumerate(values)}
@@ -340,8 +342,8 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     else:
         info = loaded[config.train_split].info
         h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
-        for s in splits.values():
-            h.update(s.labels)
+        for split in splits.values():
+            h.update(split.labels.tobytes())
     h.update(f"{image_column}|{label_column}".encode())
     return _checked(splits, names, h, config.path, config.train_split, test)
 
@@ -367,7 +369,8 @@ def _column(wanted: str | None, features: Any, kind: type, usual: Sequence[str],
     if named or len(of_kind) == 1:
         return named[0] if named else of_kind[0]
     raise InputError(
-        f"{origin} has no clear {what} column among {', '.join(features)}; name it with --set source.{what}_column=NAME"
+        f"{origin} has no clear {what} column among {', '.join(features)}; "
+        f"name it with --set source.{what}_column=NAME"
     )
 
 
@@ -401,7 +404,9 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
                 (f, d.name) for d in classes for f in sorted(d.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES
             ]
     if not files[config.train_split]:
-        raise InputError(f"{root} holds no images in class folders; expected {root}/train/CLASS/*.png or {root}/CLASS/*.png")
+        raise InputError(
+            f"{root} holds no images in class folders; expected {root}/train/CLASS/*.png or {root}/CLASS/*.png"
+        )
     names = tuple(_class_order({c for _, c in files[config.train_split]}))
     index = {n: i for i, n in enumerate(names)}
     strange = next((c for pairs in files.values() for _, c in pairs if c not in index), None)

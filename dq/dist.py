@@ -74,7 +74,7 @@ def digest_of_tensors(tensors: dict[str, torch.Tensor], *, size: int = 8) -> str
         t = tensors[name].detach().cpu().contiguous()
         h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
         if t.numel():
-            h.update(t.flatten().view(torch.uint8).numpy())
+            h.update(t.flatten().view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

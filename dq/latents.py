@@ -10,20 +10,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dq.codec import codec_digest, encode_latents, latent_shape, to_signed
+from dq.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
 from dq.config import CodecConfig, SourceConfig
 from dq.data import ImageSource, read_images
 from dq.dist import digest_of, generator, progress, read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.errors import InputError
-
-if TYPE_CHECKING:
-    from dq.codec import Codec
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,12 @@ class LatentCache:
 
 
 def open_cache(
-    cache_dir: str | Path, source: ImageSource, codec: Codec, source_config: SourceConfig, config: CodecConfig, seed: int
+    cache_dir: str | Path,
+    source: ImageSource,
+    codec: Codec,
+    source_config: SourceConfig,
+    config: CodecConfig,
+    seed: int,
 ) -> LatentCache:
     """The cache folder of this combination of data, codec and settings, with its manifest written."""
     # The seed matters only where latents are drawn; batch size and process count never do.
@@ -90,7 +92,9 @@ def open_cache(
     if not manifest.is_file():
         write_json(manifest, {**identity, "origin": source.origin, "classes": list(source.class_names)})
     elif {k: read_json(manifest).get(k) for k in identity} != identity:
-        raise InputError(f"{manifest} does not describe its own folder; delete {folder} and give the same command again")
+        raise InputError(
+            f"{manifest} does not describe its own folder; delete {folder} and give the same command again"
+        )
     return cache
 
 
@@ -135,12 +139,14 @@ def encode_class(
             if on_batch is not None:
                 on_batch(min(config.batch_size, len(rows) - start))
     if not kept:
-        raise InputError(f"no image of class {label} {source.class_names[label]!r} can be read; replace them or drop the class")
+        raise InputError(
+            f"no image of class {label} {source.class_names[label]!r} can be read; replace them or drop the class"
+        )
     tensors = {"latents": torch.cat(parts), "rows": torch.tensor(kept)}
     if not torch.isfinite(tensors["latents"]).all():
         raise InputError(
-            f"latents of class {label} {source.class_names[label]!r} exceed the float16 range in which they are stored; "
-            "this codec's scaling factor is not that of its latents"
+            f"latents of class {label} {source.class_names[label]!r} exceed the float16 range in which they "
+            "are stored; this codec's scaling factor is not that of its latents"
         )
     write_tensors(cache.path(label), tensors, {"label": label, "bad_images": bad})
 

@@ -110,7 +110,7 @@ class DistillPipeline(DiffusionPipeline):
             config = {k: v for k, v in read_json(index).items() if v not in (None, [None, None])}
             config["_class_name"] = stock
             if stock == STOCK_CLASS["img2img"]:
-                config |= dict.fromkeys(("safety_checker", "feature_extractor"), [None, None])
+                config |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
                 config["requires_safety_checker"] = False
             write_json(index, config)
 
@@ -299,7 +299,9 @@ class DistillPipeline(DiffusionPipeline):
         base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))  # type: ignore[arg-type]
         flat = {f"{section}.{k}": v for section, values in settings.items() for k, v in values.items()}
         name = next(iter(base.methods))
-        flat = {k.replace("method.", f"methods.{name}.", 1) if k.startswith("method.") else k: v for k, v in flat.items()}
+        flat = {
+            k.replace("method.", f"methods.{name}.", 1) if k.startswith("method.") else k: v for k, v in flat.items()
+        }
         side = resolution or self._native_resolution() or base.codec.resolution
         chosen = apply_settings(base, {"codec.resolution": side, **flat})
         chosen = dataclasses.replace(chosen, ipc=(ipc,), seed=seed, output_dir=str(output_dir))

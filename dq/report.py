@@ -70,8 +70,10 @@ def write_report(run: Run) -> Path:
     summary = run.folder / "eval" / "summary.csv"
     if summary.is_file():
         body += ["<h2>Accuracy</h2>", _results(summary)]
-    body.append("<h2>Images</h2><p>Rows are classes, columns prototypes by weight; at the right of each image stands "
-                "the real train image nearest to its prototype.</p>")
+    body.append(
+        "<h2>Images</h2><p>Rows are classes, columns prototypes by weight; at the right of each image stands "
+        "the real train image nearest to its prototype.</p>"
+    )
     shown = sorted(present, key=lambda p: (p[0] != _shown_ipc(c.ipc), list(c.methods).index(p[1]), p[0]))
     for ipc, method in shown[:8]:
         small = DistilledSet.load(base, f"ipc{ipc}-{method}")
@@ -119,9 +121,9 @@ def _facts(run: Run) -> str:
     counts = run.source.class_counts()
     p = read_json(run.folder / "provenance.json")
     return (
-        f"<p>{int(counts.sum())} train images of {len(counts)} classes from <code>{html.escape(run.source.origin)}</code>"
-        f" (fingerprint {run.source.fingerprint}); dq {p['dq']}, torch {p['versions']['torch']}, "
-        f"diffusers {p['versions']['diffusers']}; seed {p['seed']}.</p>"
+        f"<p>{int(counts.sum())} train images of {len(counts)} classes from "
+        f"<code>{html.escape(run.source.origin)}</code> (fingerprint {run.source.fingerprint}); "
+        f"dq {p['dq']}, torch {p['versions']['torch']}, diffusers {p['versions']['diffusers']}; seed {p['seed']}.</p>"
     )
 
 
@@ -141,16 +143,34 @@ def _results(summary: Path) -> str:
 
     head = ["set", "IPC", "images", "student", "labels", "seeds", "last %", "best % (chosen on test)", "protocol"]
     rows = [
-        [r["set"], r["ipc"], r["images"], r["student"], r["labels"], r["seeds"], percent(r, "last"), percent(r, "best"),
-         r["protocol"]]
+        [
+            r["set"],
+            r["ipc"],
+            r["images"],
+            r["student"],
+            r["labels"],
+            r["seeds"],
+            percent(r, "last"),
+            percent(r, "best"),
+            r["protocol"],
+        ]
         for r in records
     ]
     return _table(head, rows)
 
 
 def _quantization_table(points: list[Prototypes]) -> str:
-    head = ["class", "images", "prototypes", "distortion", "explained", "W2 masses", "W2 uniform", "ESS masses",
-            "ESS roots"]
+    head = [
+        "class",
+        "images",
+        "prototypes",
+        "distortion",
+        "explained",
+        "W2 masses",
+        "W2 uniform",
+        "ESS masses",
+        "ESS roots",
+    ]
     rows = [
         [
             p.name,
@@ -210,13 +230,13 @@ def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
     ax = figure.subplots()
     from matplotlib import colormaps
 
-    colors = colormaps["tab10"].colors
+    palette = colormaps["tab10"]
     for i, (p, s) in enumerate(zip(shown, samples)):
         flat = (s - mean) @ axes
         own = (p.centroids.flatten(1) - mean) @ axes
-        ax.scatter(*flat.T.numpy(), s=3, color=colors[i % 10], alpha=0.3)
+        ax.scatter(*flat.T.numpy(), s=3, color=palette(i % 10), alpha=0.3)
         size = (30 + 170 * p.counts / p.counts.max()).numpy()
-        ax.scatter(*own.T.numpy(), s=size, color=colors[i % 10], edgecolor="black", lw=0.7, label=p.name)
+        ax.scatter(*own.T.numpy(), s=size, color=palette(i % 10), edgecolor="black", lw=0.7, label=p.name)
     ax.set(xlabel="first principal axis", ylabel="second principal axis")
     ax.legend(fontsize=7, markerscale=0.5)
     _save_figure(figure, path)

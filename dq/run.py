@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dq.cluster import choose_engine, kmeans_many, quantization_stats
+from dq.codec import Codec
 from dq.config import (
     ClusterConfig,
     GenerateConfig,
@@ -53,7 +54,6 @@ from dq.teachers import check_teacher, load_teacher
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dq.codec import Codec
     from dq.pipeline import DistillPipeline
 
 log = logging.getLogger("dq")
@@ -170,7 +170,11 @@ def provenance(run: Run) -> dict[str, Any]:
             "accelerate": accelerate.__version__,
             "datasets": datasets.__version__,
         },
-        "hardware": {"machine": platform.machine(), "device": gpu or run.device.type, "threads": torch.get_num_threads()},
+        "hardware": {
+            "machine": platform.machine(),
+            "device": gpu or run.device.type,
+            "threads": torch.get_num_threads(),
+        },
         "processes": run.accelerator.num_processes,
         "source": {
             "origin": run.source.origin,
@@ -272,8 +276,7 @@ def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig,
     seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
     results = kmeans_many(xs, ipc, config=cfg, seeds=seeds, starts=starts, names=names)
     for c, x, (z, rows), result in zip(labels, xs, data, results):
-        stats = quantization_stats(x, result, with_uniform=cfg.uniform_w2)
-        stats["engine"] = result.engine
+        stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
         z = z.to(run.device)
         make_prototypes(c, run.source.class_names[c], z, rows, result, stats).save(_class_file(folder, c))
 
@@ -460,7 +463,9 @@ def assemble(run: Run) -> dict[tuple[int, str], DistilledSet]:
         for method in run.config.methods:
             key = f"{ipc}/{method}"
             if key not in folders:
-                raise InputError(f"{run.folder} has no images of method {method!r} at ipc {ipc}; run `dq generate` first")
+                raise InputError(
+                    f"{run.folder} has no images of method {method!r} at ipc {ipc}; run `dq generate` first"
+                )
             sets[(ipc, method)] = _assemble_one(run, cache, ipc, method, folders[key])
     if run.main:
         base = run.folder / "dataset"
@@ -480,7 +485,8 @@ def cache_of(run: Run) -> LatentCache:
     cache = LatentCache(folder, tuple(known["shape"]), run.source.class_names, known["key"])
     if missing := cache.missing():
         raise InputError(
-            f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no latents in {folder}; run `dq encode` first"
+            f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no latents in {folder}; "
+            "run `dq encode` first"
         )
     return cache
 

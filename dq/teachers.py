@@ -73,7 +73,7 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
     """Accuracy of the teacher on real test images; stops near chance, where the class order is the usual cause.
 
     Raises:
-        InputError: if the accuracy is not a tenth of the way from chance to 1, or within three standard errors of chance.
+        InputError: if the accuracy is less than a tenth of the way from chance to 1, or within three standard errors.
     """
     test = source.test
     g = generator("teacher check")

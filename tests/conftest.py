@@ -31,7 +31,9 @@ def tiny_kl(latent_channels: int = 4, seed: int = 0, **config):
         ).eval()
 
 
-def tiny_dit(classes: int = 3, in_channels: int = 4, out_channels: int | None = None, sample_size: int = 4, seed: int = 0):
+def tiny_dit(
+    classes: int = 3, in_channels: int = 4, out_channels: int | None = None, sample_size: int = 4, seed: int = 0
+):
     from diffusers import DiTTransformer2DModel
 
     with torch.random.fork_rng(devices=[]):

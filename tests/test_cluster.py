@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -79,7 +80,9 @@ def test_gaussian_quantizer(k: int, points: list, masses: list, distortion: floa
         assert torch.allclose(r.counts[order] / len(x), torch.tensor(masses), atol=3e-3)
 
 
-@pytest.mark.parametrize(("k", "mass", "best_uniform", "points_uniform"), [(3, 0.4361, 0.4547, 0.4675), (8, 0.1859, 0.2344, 0.4341)])
+@pytest.mark.parametrize(
+    ("k", "mass", "best_uniform", "points_uniform"), [(3, 0.4361, 0.4547, 0.4675), (8, 0.1859, 0.2344, 0.4341)]
+)
 def test_weights_repair_what_kmeans_points_alone_get_wrong(
     k: int, mass: float, best_uniform: float, points_uniform: float
 ) -> None:
@@ -129,8 +132,10 @@ def test_lloyd_fixed_point(engine: str) -> None:
 def test_distortion_never_rises_with_iterations() -> None:
     x = blobs(400, 10, 9, spread=0.8)
     start = x[:7].clone()
-    sse = [kmeans(x, 7, config=ClusterConfig(engine="torch", n_iter=i, tol=0.0), start=start).inertia for i in range(1, 9)]
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(sse, sse[1:]))
+    sse = [
+        kmeans(x, 7, config=ClusterConfig(engine="torch", n_iter=i, tol=0.0), start=start).inertia for i in range(1, 9)
+    ]
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(sse))
     assert sse[-1] < sse[0]
 
 
@@ -288,7 +293,10 @@ def test_restarts_keep_the_best() -> None:
     x = blobs(300, 4, 12, spread=0.1)
     config = ClusterConfig(engine="torch", init="random", tol=0.0)
     one = [kmeans(x, 12, config=config, seed=s).inertia for s in range(4)]
-    many = [kmeans(x, 12, config=ClusterConfig(engine="torch", init="random", tol=0.0, n_init=6), seed=s).inertia for s in range(4)]
+    many = [
+        kmeans(x, 12, config=ClusterConfig(engine="torch", init="random", tol=0.0, n_init=6), seed=s).inertia
+        for s in range(4)
+    ]
     assert all(m <= o * (1 + 1e-6) for m, o in zip(many, one))
     assert sum(many) < 0.9 * sum(one)
 
@@ -409,8 +417,12 @@ def test_clvq_companion_weights_approach_the_masses() -> None:
 
 def test_clvq_more_passes_do_not_hurt() -> None:
     x = blobs(800, 8, 10, spread=0.5)
+
     def run(passes: int) -> float:
-        return np.mean([kmeans(x, 10, config=ClusterConfig(engine="clvq", passes=passes), seed=s).inertia for s in range(4)])
+        return np.mean(
+            [kmeans(x, 10, config=ClusterConfig(engine="clvq", passes=passes), seed=s).inertia for s in range(4)]
+        )
+
     assert run(6) < run(1)
 
 
@@ -418,8 +430,22 @@ def test_minibatch_tail_bug_is_reproduced_and_mended() -> None:
     x = torch.zeros(25, 2)
     x[20:] = 100.0  # only the tail holds them
     order = torch.arange(25)
-    lost = minibatch(x + torch.randn(25, 2, generator=torch.Generator().manual_seed(0)), 5, order=order, expand=2, drop_tail=True, seed=0)
-    kept = minibatch(x + torch.randn(25, 2, generator=torch.Generator().manual_seed(0)), 5, order=order, expand=2, drop_tail=False, seed=0)
+    lost = minibatch(
+        x + torch.randn(25, 2, generator=torch.Generator().manual_seed(0)),
+        5,
+        order=order,
+        expand=2,
+        drop_tail=True,
+        seed=0,
+    )
+    kept = minibatch(
+        x + torch.randn(25, 2, generator=torch.Generator().manual_seed(0)),
+        5,
+        order=order,
+        expand=2,
+        drop_tail=False,
+        seed=0,
+    )
     assert (lost.steps, kept.steps) == (20, 25)
     assert lost.centroids.max() < 50
     assert kept.centroids.max() > 10
@@ -464,7 +490,9 @@ def test_sinkhorn_batch_is_the_loop_and_tends_to_the_exact_plan() -> None:
 def test_barycentre_cells_are_balanced(transport: str) -> None:
     x = torch.cat([blobs(90, 4, 1, spread=0.3), 3 + blobs(30, 4, 1, seed=2, spread=0.3)])
     _, labels, _, _ = barycentre(x, x[[0, 40, 80, 110]].clone(), transport=transport, n_iter=50)
-    assert torch.bincount(labels, minlength=4).tolist() == pytest.approx([30] * 4, abs=0 if transport == "exact" else 6)
+    assert torch.bincount(labels, minlength=4).tolist() == pytest.approx(
+        [30] * 4, abs=0 if transport == "exact" else 6
+    )
 
 
 def test_barycentre_beats_kmeans_points_under_uniform_weights() -> None:

@@ -7,7 +7,16 @@ import torch
 from conftest import tiny_kl
 from diffusers import AutoencoderDC, AutoencoderTiny
 
-from dq.codec import codec_digest, decode_latents, downscale, encode_latents, latent_shape, load_codec, to_signed, to_unit
+from dq.codec import (
+    codec_digest,
+    decode_latents,
+    downscale,
+    encode_latents,
+    latent_shape,
+    load_codec,
+    to_signed,
+    to_unit,
+)
 from dq.dist import generator
 from dq.errors import InputError, RunError
 

@@ -20,7 +20,9 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert load_config(tmp_path / "c.yaml") == config
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "dq/configs").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "dq/configs").glob("*.yaml"))
+)
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
     assert from_dict(RunConfig, yaml.safe_load(dump_config(config))) == config
@@ -29,7 +31,13 @@ def test_shipped_configs_load(path: Path) -> None:
 def test_settings_reach_nested_values_and_lists() -> None:
     c = apply_settings(
         RunConfig(),
-        ["cluster.engine=torch", "ipc=[1, 10]", "evaluate.students.0.lr=1e-3", "methods.ddoq.weights=mass", "teacher.net=resnet20"],
+        [
+            "cluster.engine=torch",
+            "ipc=[1, 10]",
+            "evaluate.students.0.lr=1e-3",
+            "methods.ddoq.weights=mass",
+            "teacher.net=resnet20",
+        ],
     )
     assert c.cluster.engine == "torch"
     assert c.ipc == (1, 10)

@@ -150,7 +150,9 @@ def write_parquet(folder: Path, *, names: list[str] | None = None) -> Path:
     for split, n in (("train", 6), ("test", 3)):
         labels = [i % 3 for i in range(n)] if names else [["b", "a", "c"][i % 3] for i in range(n)]
         images = [picture((40 * (i % 3), i, 0)) for i in range(n)]
-        table = Dataset.from_dict({"img": images, "label": labels}, features=Features({"img": Image(), "label": label}))
+        table = Dataset.from_dict(
+            {"img": images, "label": labels}, features=Features({"img": Image(), "label": label})
+        )
         folder.mkdir(exist_ok=True)
         table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     return folder
@@ -241,7 +243,12 @@ def test_folder_faults(tmp_path: Path) -> None:
         (torch.full((2, 3, 3, 3), 2.0), torch.tensor([0, 1]), None, "must be finite and lie in"),
         (torch.zeros(2, 3, 3, 3), torch.tensor([0, 5]), ["a", "b"], "has label 5 but there are 2 classes"),
         (torch.zeros(2, 3, 3, 3), torch.tensor([0, 0]), ["a", "b"], "class 'b' of tensors has no image"),
-        (torch.zeros(2, 3, 3, 3), torch.tensor([0, 1]), ["a", "a"], "class name 'a' of tensors stands for two classes"),
+        (
+            torch.zeros(2, 3, 3, 3),
+            torch.tensor([0, 1]),
+            ["a", "a"],
+            "class name 'a' of tensors stands for two classes",
+        ),
         (torch.zeros(2, 3, 3, 3), torch.tensor([0, -1]), ["a", "b"], "has label -1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,11 +56,12 @@ def lloyd_faiss(
         config = faiss.GpuIndexFlatConfig()
         # Kmeans(gpu=True) would take every visible GPU in every process.
         config.device = x.device.index if x.device.index is not None else torch.cuda.current_device()
-        index = faiss.GpuIndexFlatL2(resources, d, config)
+        index: Any = faiss.GpuIndexFlatL2(resources, d, config)
     else:
         index = faiss.IndexFlatL2(d)
     w = None if weights is None else np.ascontiguousarray(weights.detach().cpu().numpy(), dtype=np.float32)
     clustering.train(points, index, w)
     found = faiss.vector_float_to_array(clustering.centroids).reshape(k, d)
-    used = clustering.iteration_stats.size()
+    stats: Any = clustering.iteration_stats
+    used = stats.size()
     return torch.from_numpy(found.copy()).to(x.device), int(used), bool(used < n_iter)

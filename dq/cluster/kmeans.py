@@ -1,4 +1,4 @@
-"""The door to all engines: checks, centring, restarts, the exact final assignment, and the numbers that describe it."""
+"""The door to all engines: checks, centring, restarts, exact final assignment, and the numbers that describe it."""
 
 from __future__ import annotations
 
@@ -218,9 +218,7 @@ def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _
         g = generator(p.seed, "order", restart)
         seed = derive_seed(p.seed, "minibatch", restart) % 2**32
         order = torch.randperm(len(p.x), generator=g)
-        result = minibatch(
-            p.x.cpu(), p.k, order=order, expand=config.expand, drop_tail=config.drop_tail, seed=seed
-        )
+        result = minibatch(p.x.cpu(), p.k, order=order, expand=config.expand, drop_tail=config.drop_tail, seed=seed)
         return result.centroids.to(p.x), 1, True, None, result.companion
     if engine == "clvq":
 
@@ -241,7 +239,9 @@ def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _
             init=None if p.start is None else p.start.cpu(),  # else k-means++ on the head of the stream
         )
         return result.centroids.to(p.x), config.passes, True, None, result.companion
-    raise InputError(f"there is no clustering engine {engine!r}; use auto, faiss, torch, clvq, minibatch or barycentre")
+    raise InputError(
+        f"there is no clustering engine {engine!r}; use auto, faiss, torch, clvq, minibatch or barycentre"
+    )
 
 
 def _finish(
@@ -274,9 +274,7 @@ def _finish(
     distance = squared_distances(x[None], c[None], labels[None])[0].double() * w.double()
     counts = torch.bincount(labels, minlength=len(c))
     sse = torch.bincount(labels, weights=distance, minlength=len(c))
-    return Clustering(
-        c + p.mean, labels, counts, sse, engine, n_iter, converged, p.asked, companion=companion
-    )
+    return Clustering(c + p.mean, labels, counts, sse, engine, n_iter, converged, p.asked, companion=companion)
 
 
 def _report(p: _Problem, result: Clustering, config: ClusterConfig) -> Clustering:

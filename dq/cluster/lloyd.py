@@ -32,9 +32,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """
     half = centroids.square().sum(-1).mul_(0.5).unsqueeze(1)  # (B, 1, k)
     step = max(1, CHUNK_ELEMENTS // max(1, centroids.shape[0] * centroids.shape[1]))
-    parts = [
-        torch.baddbmm(half, part, centroids.transpose(1, 2), beta=-1).argmax(-1) for part in x.split(step, dim=1)
-    ]
+    parts = [torch.baddbmm(half, part, centroids.transpose(1, 2), beta=-1).argmax(-1) for part in x.split(step, dim=1)]
     return torch.cat(parts, 1)
 
 
@@ -75,7 +73,7 @@ def kmeans_plusplus(x: Tensor, weights: Tensor, k: int, generators: Sequence[tor
 
     `generators` has one CPU generator per class, so that a class draws the same points alone and in a batch.
     """
-    B, n, _ = x.shape
+    B = len(x)
     trials = 2 + int(torch.tensor(float(k)).log())
     draws = torch.stack([torch.rand(k, trials, generator=g, dtype=torch.float64) for g in generators]).to(x.device)
     norms = squared_norms(x)
@@ -181,9 +179,7 @@ def fill_empty(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, ma
     return out
 
 
-def lloyd(
-    x: Tensor, centroids: Tensor, weights: Tensor, *, n_iter: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def lloyd(x: Tensor, centroids: Tensor, weights: Tensor, *, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """Lloyd's algorithm on B classes at once.
 
     A class stops when its labels no longer change, or when an iteration lowers its distortion by less than the share

@@ -101,9 +101,7 @@ def _rank_in_group(group: Tensor) -> Tensor:
     return rank
 
 
-def _start_points(
-    stream: Callable[[int], Iterable[Tensor]], k: int, generator: torch.Generator, size: int
-) -> Tensor:
+def _start_points(stream: Callable[[int], Iterable[Tensor]], k: int, generator: torch.Generator, size: int) -> Tensor:
     buffer: list[Tensor] = []
     have = 0
     for batch in stream(0):

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dq.evaluation.baselines import random_rows
-from dq.evaluation.statistics import format_mean_std, mean_std
-from dq.evaluation.train import epochs_for, train_student
 from torch import Tensor
 
 from dq.config import ClusterConfig, EvaluateConfig, StudentConfig, TeacherConfig, to_dict
@@ -22,6 +19,9 @@ from dq.data import ImageSource, read_images
 from dq.dist import derive_seed, digest_of, digest_of_tensors, generator, progress, read_json, write_json, write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
+from dq.evaluation.baselines import random_rows
+from dq.evaluation.statistics import format_mean_std, mean_std
+from dq.evaluation.train import epochs_for, train_student
 from dq.run import Run, cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
 from dq.teachers import Teacher, check_teacher, load_teacher
 
@@ -87,7 +87,7 @@ def protocol_name(config: StudentConfig, ipc: str) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that trainings share: the real data at the students' size, its statistics, a teacher if one labels."""
+    """What trainings share: the real data at the students' size, its statistics, a teacher if one labels."""
 
     source: ImageSource
     image_size: int
@@ -204,13 +204,9 @@ def evaluate_run(run: Run) -> list[Row]:
     """The evaluate stage: all methods and baselines of a run, all students, all seeds; one file per training."""
     began = time.perf_counter()
     c = run.config
-    sets = {
-        (ipc, m): DistilledSet.load(run.folder / "dataset", f"ipc{ipc}-{m}") for ipc in c.ipc for m in c.methods
-    }
+    sets = {(ipc, m): DistilledSet.load(run.folder / "dataset", f"ipc{ipc}-{m}") for ipc in c.ipc for m in c.methods}
     soft = any(s.labels == "soft" for s in c.evaluate.students)
-    bench = make_bench(
-        run.source, c.image_size, c.source.preprocess, teacher=c.teacher, soft=soft, device=run.device
-    )
+    bench = make_bench(run.source, c.image_size, c.source.preprocess, teacher=c.teacher, soft=soft, device=run.device)
     units = list(_units(run, bench, sets))
     files = [_unit_file(u, c.evaluate.students[u.student], identity) for u, identity in units]
     costs = [float(u.images * epochs_for(c.evaluate.students[u.student], u.ipc)) for u, _ in units]
@@ -244,7 +240,9 @@ def _units(run: Run, bench: Bench, sets: dict[tuple[int, str], DistilledSet]) ->
         for seed in range(c.evaluate.seeds):
             for (ipc, method), s in sets.items():
                 if soft and s.soft_labels is None:
-                    raise InputError(f"the set ipc{ipc}-{method} has no soft labels; run `dq label` and evaluate again")
+                    raise InputError(
+                        f"the set ipc{ipc}-{method} has no soft labels; run `dq label` and evaluate again"
+                    )
 
                 def of_set(s: DistilledSet = s) -> Data:
                     return Data(s.images, s.labels, s.weights, s.soft_labels)
@@ -381,10 +379,11 @@ def to_csv(rows: list[Row]) -> str:
 def markdown_table(rows: list[Row], *, which: str = "last") -> str:
     """Accuracy in percent, mean ± std over seeds: one line per set, one column per student and ipc."""
     columns = list(dict.fromkeys((r.student, r.labels, r.ipc) for r in rows))
-    columns.sort(key=lambda c: (list(dict.fromkeys((r.student, r.labels) for r in rows)).index(c[:2]), _order(c[2])))
+    students = list(dict.fromkeys((r.student, r.labels) for r in rows))
+    columns.sort(key=lambda c: (students.index(c[:2]), _order(c[2])))
     names = list(dict.fromkeys(r.set for r in rows))
     cells = {(r.set, r.student, r.labels, r.ipc): r for r in rows}
-    head = [f"{s}, {l}, {'full' if i == 'full' else f'IPC {i}'}" for s, l, i in columns]
+    head = [f"{net}, {kind}, {'full' if i == 'full' else f'IPC {i}'}" for net, kind, i in columns]
     lines = ["| set | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
     for name in names:
         found = [cells.get((name, *c)) for c in columns]

@@ -52,7 +52,9 @@ def train_codec(
     if finished(recipe):
         return folder / "vae"
     if len(source.train) * size * size * 3 > MAX_BYTES:
-        raise InputError(f"{len(source.train)} images at {size} px do not fit in memory; train the codec on a part of them")
+        raise InputError(
+            f"{len(source.train)} images at {size} px do not fit in memory; train the codec on a part of them"
+        )
     images = _all_images(source, source.train_name, source_config, size)
     held_out = images[:256]
     if source.test_name is not None:
@@ -60,7 +62,7 @@ def train_codec(
     depth = len(cfg.block_out_channels)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(prior.seed, "codec init"))
-        model = AutoencoderKL(
+        model: Any = AutoencoderKL(
             block_out_channels=cfg.block_out_channels,
             down_block_types=("DownEncoderBlock2D",) * depth,
             up_block_types=("UpDecoderBlock2D",) * depth,
@@ -84,7 +86,7 @@ def train_codec(
 
     def sample(net: nn.Module, step: int) -> dict[str, float]:
         x = to_signed(held_out).to(accelerator.device)
-        back = torch.cat([net(b).sample for b in x.split(64)]).float().clamp(-1, 1)  # type: ignore[operator]
+        back = torch.cat([net(b).sample for b in x.split(64)]).float().clamp(-1, 1)
         psnr = -10 * ((back - x) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
         shown = ((back[:12] * 0.5 + 0.5) * 255).round().to(torch.uint8).cpu()
         path = folder / "samples" / f"codec-{step:06d}.png"
@@ -106,14 +108,12 @@ def train_codec(
 
 def _reconstruct(net: nn.Module, x: Tensor, noise: Tensor) -> tuple[Tensor, Any]:
     """Encode, sample with the given noise, decode, through `forward` so that wrapped models synchronise."""
-    model = getattr(net, "module", net)
+    model: Any = getattr(net, "module", net)
     posterior = model.encode(x).latent_dist
     return model.decode(posterior.mean + posterior.std * noise).sample, posterior
 
 
-def _all_images(
-    source: ImageSource, split: str, config: SourceConfig, size: int, limit: int | None = None
-) -> Tensor:
+def _all_images(source: ImageSource, split: str, config: SourceConfig, size: int, limit: int | None = None) -> Tensor:
     part = source.splits[split]
     rows = range(min(limit or len(part), len(part)))
     return read_images(part, rows, size, config.preprocess, on_bad=config.on_bad_image)[0]

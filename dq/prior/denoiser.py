@@ -55,7 +55,7 @@ def train_denoiser(
         raise InputError(f"{len(latents)} latents of {cache.shape} do not fit in memory; train on a part of the data")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(prior.seed, "denoiser init"))
-        model = DiTTransformer2DModel(
+        model: Any = DiTTransformer2DModel(
             num_attention_heads=cfg.num_attention_heads,
             attention_head_dim=cfg.attention_head_dim,
             in_channels=channels,
@@ -126,7 +126,7 @@ def train_denoiser(
     return folder
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialise(model: Any) -> None:
     """What diffusers' DiT leaves out of the reference implementation."""
     for module in model.modules():
         if type(module).__name__ == "LabelEmbedding":

@@ -130,9 +130,7 @@ def averaged(model: nn.Module, average: dict[str, Tensor]) -> Any:
         model.train()
 
 
-def _save(
-    path: Path, recipe: Recipe, model: nn.Module, average: dict[str, Tensor], optimizer: Any, step: int
-) -> None:
+def _save(path: Path, recipe: Recipe, model: nn.Module, average: dict[str, Tensor], optimizer: Any, step: int) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in average.items()}
     for i, state in optimizer.state_dict()["state"].items():

@@ -1,0 +1,37 @@
+# Every target makes .venv by itself from the pinned versions; nothing else has to be typed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow test-gpu lint bench clean
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
+	# torch first and pinned: a later package would pull the newest build with its CUDA packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.done
+	$(BIN)/dq demo
+
+test: $(VENV)/.done
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.done
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.done
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.done
+	for b in import cluster encode memory; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,468 @@
+"""Whole runs on a toy set through the command line: results, resume, kills, processes, and faults a user meets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_dit, tiny_kl
+from PIL import Image
+
+from dq.cli import main
+from dq.config import RunConfig, from_dict
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, toy_images) -> Path:
+    """A folder with images by class, a codec, a DiT pipeline and a trained teacher."""
+    from diffusers import DDIMScheduler
+    from safetensors.torch import save_file
+
+    from dq.nets import make_net
+    from dq.pipeline import DistillPipeline
+
+    root = tmp_path_factory.mktemp("world")
+    for split, (images, labels) in toy_images.items():
+        for i, (x, c) in enumerate(zip(images, labels.tolist())):
+            folder = root / "images" / split / ("red", "green", "blue")[c]
+            folder.mkdir(parents=True, exist_ok=True)
+            array = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            Image.fromarray(array).save(folder / f"{i:03d}.png")
+    tiny_kl().save_pretrained(root / "vae")
+    pipe = DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(), scheduler=DDIMScheduler(clip_sample=False))
+    pipe.save_pretrained(root / "dit")
+    # classes in folder order: blue, green, red; one linear look at the channels is a perfect teacher
+    net = make_net("convnet3", 3, 8, seed=0)
+    x, y = toy_images["train"]
+    y = torch.tensor([2, 1, 0])[y]
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net((x - 0.5) / 0.5), y).backward()
+        optimizer.step()
+    save_file(net.state_dict(), root / "teacher.safetensors")
+    return root
+
+
+def config(world: Path, out: Path, **changes) -> Path:
+    """A complete configuration file for a run of seconds."""
+    data = {
+        "output_dir": str(out / "run"),
+        "cache_dir": str(out / "cache"),
+        "source": {"path": str(world / "images")},
+        "codec": {"path": str(world / "vae"), "resolution": 8, "batch_size": 4},
+        "ipc": [1, 3],
+        "methods": {
+            "ddoq": {"representative": "centroid", "weights": "sqrt"},
+            "d4m": {"representative": "centroid", "weights": "uniform", "override": {"cluster.engine": "minibatch"}},
+            "real": {"representative": "real", "weights": "mass"},
+        },
+        "evaluate": {
+            "seeds": 2,
+            "students": [
+                {"net": "convnet3", "epochs": {"default": 2}, "dtype": "float32", "tests": 2},
+            ],
+        },
+    }
+    for key, value in changes.items():
+        node = data
+        *path, last = key.split("__")
+        for p in path:
+            node = node.setdefault(p, {})
+        node[last] = value
+    from_dict(RunConfig, data)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "config.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Everything in a run folder that must not depend on kills, processes or time."""
+    run = out / "run"
+    files = [*run.glob("prototypes/*/*.safetensors"), *run.glob("images/*/*.safetensors")]
+    files += [*run.glob("labels/*.safetensors"), *run.glob("dataset/*/*.parquet"), *out.glob("cache/*/*.safetensors")]
+    return {str(f.relative_to(out)): f.read_bytes() for f in files}
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One complete, uninterrupted run with a DiT and a teacher."""
+    out = tmp_path_factory.mktemp("finished")
+    assert main(["run", "--config", str(full(world, out)), "--cpu"]) == 0
+    return out
+
+
+def full(world: Path, out: Path, **more) -> Path:
+    return config(
+        world,
+        out,
+        generate__mode="dit",
+        generate__model=str(world / "dit"),
+        generate__num_inference_steps=4,
+        generate__batch_size=5,
+        teacher={
+            "net": "convnet3",
+            "path": str(world / "teacher.safetensors"),
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+        },
+        evaluate__students=[
+            {"net": "convnet3", "epochs": {"default": 2}, "tests": 2},
+            {
+                "net": "resnet20",
+                "labels": "soft",
+                "epochs": {"default": 1},
+                "optimizer": "adamw",
+                "lr": 1e-3,
+                "tests": 1,
+            },
+        ],
+        **more,
+    )
+
+
+def launch(file: Path, *, processes: int = 1) -> subprocess.Popen:
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29577", "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "dq.cli", "run", "--config", str(file), "--cpu"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+# --- what a run leaves --------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    from datasets import load_dataset
+
+    run = finished / "run"
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "report.html", "eval/summary.csv"):
+        assert (run / name).is_file(), name
+    rows = load_dataset(str(run / "dataset"), "ipc3-ddoq", split="train")
+    assert len(rows) == 9
+    assert rows.features["label"].names == ["blue", "green", "red"]
+    assert "soft_label" in rows.features
+    page = (run / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "red" in page
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for stage in ("encode", "cluster", "generate", "label", "evaluate"):
+        assert any(e["stage"] == stage for e in events), stage
+    quantized = [e for e in events if e["stage"] == "quantization"]
+    assert len(quantized) == 2 * 2 * 3  # ipc x engines x classes
+    assert all(e["w2_uniform"] >= e["w2_mass"] - 1e-6 for e in quantized)
+
+
+def test_real_images_are_the_sources_own(finished: Path, toy_images) -> None:
+    from dq.distilled import DistilledSet
+
+    s = DistilledSet.load(finished / "run" / "dataset", "ipc3-real")
+    known = {x.numpy().tobytes() for x in (toy_images["train"][0] * 255).round().to(torch.uint8)}
+    assert all(x.numpy().tobytes() in known for x in s.images)
+    assert s.counts.sum() == 24
+
+
+def test_summary_has_every_set_student_and_baseline(finished: Path) -> None:
+    import csv
+
+    with open(finished / "run" / "eval" / "summary.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    sets = {(r["set"], r["ipc"], r["student"]) for r in rows}
+    for student in ("convnet3", "resnet20"):
+        for name in ("ddoq", "d4m", "real", "random", "nearest"):
+            assert {(name, "1", student), (name, "3", student)} <= sets
+        assert ("full", "full", student) in sets
+    assert all(r["seeds"] == ("1" if r["set"] == "full" else "2") for r in rows)
+    assert all(0 <= float(r["last_mean"]) <= float(r["best_mean"]) <= 1 for r in rows)
+
+
+def test_the_same_command_again_does_no_unit_again(finished: Path, world: Path, capsys: pytest.CaptureFixture) -> None:
+    stamps = {f: f.stat().st_mtime_ns for f in finished.rglob("*.safetensors")}
+    stamps |= {f: f.stat().st_mtime_ns for f in finished.glob("run/eval/units/*.json")}
+    before = (finished / "run" / "eval" / "summary.csv").read_text()
+    assert main(["run", "--config", str(finished / "config.yaml"), "--cpu"]) == 0
+    assert {f: f.stat().st_mtime_ns for f in stamps} == stamps
+    assert (finished / "run" / "eval" / "summary.csv").read_text() == before
+    assert "| ddoq |" in capsys.readouterr().out
+
+
+def test_stages_one_by_one_equal_the_whole_run(world: Path, finished: Path, tmp_path: Path) -> None:
+    file = full(world, tmp_path)
+    for verb in ("encode", "cluster", "generate", "label"):
+        assert main([verb, "--config", str(file), "--cpu"]) == 0
+    assert results(tmp_path) == results(finished)
+
+
+def test_another_generation_batch_gives_the_same_images(world: Path, finished: Path, tmp_path: Path) -> None:
+    from dq.distilled import DistilledSet
+
+    assert main(["encode", "--config", str(full(world, tmp_path)), "--cpu"]) == 0
+    for verb in ("cluster", "generate"):
+        assert main([verb, "--config", str(tmp_path / "config.yaml"), "--cpu", "--set", "generate.batch_size=2"]) == 0
+    for name in ("ipc3-ddoq", "ipc1-d4m"):
+        a = DistilledSet.load(tmp_path / "run" / "dataset", name).images.int()
+        b = DistilledSet.load(finished / "run" / "dataset", name).images.int()
+        assert (a - b).abs().max() <= 1
+
+
+def test_more_ipc_and_students_may_be_added_later(world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path)
+    assert main(["run", "--config", str(file), "--cpu", "--ipc", "1", "--set", "evaluate.seeds=1"]) == 0
+    first = results(tmp_path)
+    assert main(["run", "--config", str(file), "--cpu", "--ipc", "1,2", "--set", "evaluate.seeds=1"]) == 0
+    after = results(tmp_path)
+    assert first.items() <= after.items()
+    assert len(after) > len(first)
+
+
+# --- kills and processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.multi_process
+def test_killed_and_restarted_equals_uninterrupted(world: Path, finished: Path, tmp_path: Path) -> None:
+    file = full(world, tmp_path)
+    watched = ["cache/*/class-*.safetensors", "run/prototypes/*/class-*", "run/images/*/class-*", "run/eval/units/*"]
+    for pattern in watched:
+        process = launch(file)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert list(tmp_path.glob(pattern)), pattern
+    process = launch(file)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-2000:]
+    assert results(tmp_path) == results(finished)
+    summary = "run/eval/summary.csv"
+    strip = [line.split(",")[:10] for line in (tmp_path / summary).read_text().splitlines()]
+    assert strip == [line.split(",")[:10] for line in (finished / summary).read_text().splitlines()]
+
+
+@pytest.mark.multi_process
+def test_two_processes_give_the_bytes_of_one(world: Path, finished: Path, tmp_path: Path) -> None:
+    process = launch(full(world, tmp_path), processes=2)
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors[-3000:]
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
+    assert results(tmp_path) == results(finished)
+
+
+@pytest.mark.multi_process
+def test_ctrl_c_says_how_to_go_on(world: Path, tmp_path: Path) -> None:
+    process = launch(full(world, tmp_path))
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/prototypes/*/class-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; give the same command again to continue" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+# --- faults: exit code, one sentence, nothing half-written ---------------------------------------------------------
+
+
+def fails(args: list[str], capsys: pytest.CaptureFixture, *, code: int = 2) -> str:
+    capsys.readouterr()
+    assert main([*args, "--cpu"]) == code
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dq ")]
+    assert len(message) == 1
+    return message[0]
+
+
+def test_misspelt_key(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = config(world, tmp_path)
+    said = fails(["run", "--config", str(file), "--set", "cluster.engin=torch"], capsys)
+    assert "unknown setting 'cluster.engin'; did you mean 'engine'?" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_and_missing_split(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = config(world, tmp_path)
+    assert "/nowhere is not a folder" in fails(["run", "--config", str(file), "--data", "/nowhere"], capsys)
+    said = fails(["run", "--config", str(file), "--data", str(world / "images" / "train")], capsys)
+    assert "has no test split" in said
+
+
+def test_class_that_the_generator_lacks(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for i, name in enumerate(("a", "b", "c", "d")):
+        (tmp_path / "set" / "train" / name).mkdir()
+        for j in range(3):
+            Image.new("RGB", (8, 8), (60 * i, j, 0)).save(tmp_path / "set" / "train" / name / f"{j}.png")
+    file = full(world, tmp_path)
+    assert main(["encode", "--config", str(file), "--cpu", "--data", str(tmp_path / "set"), "--ipc", "1"]) == 0
+    assert main(["cluster", "--config", str(file), "--cpu", "--data", str(tmp_path / "set"), "--ipc", "1"]) == 0
+    said = fails(["generate", "--config", str(file), "--data", str(tmp_path / "set"), "--ipc", "1"], capsys)
+    assert "the generator (3 classes) lacks class 'a'; map it with generate.class_map" in said
+
+
+def test_codec_that_does_not_fit_the_denoiser(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny_kl(latent_channels=3).save_pretrained(tmp_path / "three")
+    file = full(world, tmp_path)
+    said = fails(["run", "--config", str(file), "--set", f"codec.path={tmp_path / 'three'}"], capsys)
+    assert "the codec has 3 latent channels but the denoiser takes 4" in said
+
+
+def test_one_image_in_a_class_and_fewer_than_ipc(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dq.distilled import DistilledSet
+
+    for name, n in (("a", 1), ("b", 4)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for j in range(n):
+            Image.new("RGB", (8, 8), (50 * j, 90, 10 * n)).save(tmp_path / "set" / name / f"{j}.png")
+    file = config(world, tmp_path)
+    for verb in ("encode", "cluster", "generate"):
+        assert main([verb, "--config", str(file), "--cpu", "--data", str(tmp_path / "set")]) == 0
+    assert "class 0 'a' has only 1 distinct points to offer for ipc=3; it gets 1 prototypes" in caplog.text
+    s = DistilledSet.load(tmp_path / "run" / "dataset", "ipc3-ddoq")
+    assert torch.bincount(s.labels).tolist() == [1, 3]
+    said = fails(
+        [
+            "run",
+            "--config",
+            str(config(world, tmp_path / "x")),
+            "--data",
+            str(tmp_path / "set"),
+            "--set",
+            "cluster.on_small=raise",
+        ],
+        capsys,
+    )
+    assert "class 0 'a' has 1 images but ipc=3; lower ipc, drop the class, or set cluster.on_small=clamp" in said
+
+
+def test_unreadable_image(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for j in range(3):
+        (tmp_path / "set" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (50 * j, 90, 1)).save(tmp_path / "set" / "a" / f"{j}.png")
+    (tmp_path / "set" / "a" / "1.png").write_bytes(b"\x89PNG broken")
+    file = config(world, tmp_path)
+    said = fails(["encode", "--config", str(file), "--data", str(tmp_path / "set")], capsys)
+    assert "a/1.png cannot be read" in said
+    assert "source.on_bad_image=skip" in said
+    skip = [
+        "--data",
+        str(tmp_path / "set"),
+        "--set",
+        "source.on_bad_image=skip",
+        "--output_dir",
+        str(tmp_path / "again"),
+    ]
+    assert main(["encode", "--config", str(file), "--cpu", *skip]) == 0
+    assert "1.png" in (tmp_path / "again" / "bad_images.txt").read_text()
+
+
+def test_nan_latents(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    codec = tiny_kl()
+    codec.encoder.conv_out.weight.data.fill_(float("nan"))
+    codec.save_pretrained(tmp_path / "broken")
+    file = config(world, tmp_path, codec__path=str(tmp_path / "broken"))
+    said = fails(["run", "--config", str(file)], capsys, code=1)
+    assert "the codec gave NaN or infinite latents in float32; use --set codec.dtype=bfloat16" in said
+    assert not list(tmp_path.glob("cache/*/class-*"))
+
+
+def test_folder_of_another_run(world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    said = fails(["run", "--config", str(finished / "config.yaml"), "--seed", "9"], capsys)
+    assert "belongs to a run with other settings (seed: 0 -> 9); choose another --output_dir" in said
+    said = fails(["run", "--config", str(finished / "config.yaml"), "--set", "cluster.n_init=2"], capsys)
+    assert "cluster.n_init: 1 -> 2" in said
+    said = fails(["run", "--config", str(finished / "config.yaml"), "--data", "sklearn:digits"], capsys)
+    assert "was made from other data" in said
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    said = fails(["run", "--config", str(config(world, tmp_path)), "--output_dir", str(tmp_path / "mine")], capsys)
+    assert "is not empty and not a run of dq" in said
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_stage_before_its_time(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = config(world, tmp_path)
+    assert "run `dq encode` first" in fails(["cluster", "--config", str(file)], capsys)
+    assert "run `dq encode` first" in fails(["generate", "--config", str(file)], capsys)
+    assert "run `dq generate` first" in fails(["label", "--config", str(file)], capsys)
+    assert "has no set" in fails(["evaluate", "--config", str(file)], capsys)
+    assert "holds no distilled sets yet" in fails(["report", "--config", str(file)], capsys)
+
+
+def test_teacher_of_another_class_order_is_stopped(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(world / "teacher.safetensors")
+    for key in ("classifier.weight", "classifier.bias"):
+        state[key] = state[key].roll(1, 0).contiguous()
+    save_file(state, tmp_path / "rolled.safetensors")
+    file = full(world, tmp_path, teacher__path=str(tmp_path / "rolled.safetensors"))
+    said = fails(["run", "--config", str(file)], capsys)
+    assert "near the chance of 33.3%: its class order or input normalisation is probably not that of" in said
+    said = fails(
+        ["run", "--config", str(file), "--set", "teacher.net=resnet20", "--output_dir", str(tmp_path / "b")], capsys
+    )
+    assert "are not a resnet20 for 3 classes" in said
+
+
+def test_full_disk(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    file = config(world, tmp_path)
+    write = Path.write_bytes
+
+    def full_disk(self: Path, data: bytes) -> int:
+        if "class-00001" in self.name:
+            write(self, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    said = fails(["run", "--config", str(file)], capsys, code=1)
+    assert "the disk is full while writing" in said
+    assert "give the same command again, finished work is kept" in said
+    assert [f.name for f in tmp_path.glob("cache/*/*class*")] == ["class-00000.safetensors"]
+    monkeypatch.undo()
+    assert main(["run", "--config", str(file), "--cpu"]) == 0
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["run", "--config", str(full(world, tmp_path)), "--cpu", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for part in ("24 train images, 3 classes of 7 to 9", "3 units", "9 prototypes", "denoiser calls", "trainings"):
+        assert part in said
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_usage(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dq 0.")
+    with pytest.raises(SystemExit):
+        main(["destil"])
