@@ -298,8 +298,17 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     from datasets import ClassLabel, load_dataset
 
     local = Path(config.path).is_dir()
+    h = hashlib.blake2b(digest_size=8)
+    own_cache = None
+    if local:
+        root = Path(config.path)
+        _hash_files(h, root, sorted(f for f in root.rglob("*") if f.suffix in (".parquet", ".arrow")))
+        # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
+        own_cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{h.hexdigest()}")
     try:
-        loaded = load_dataset(config.path, config.name, revision=None if local else config.revision)
+        loaded = load_dataset(
+            config.path, config.name, revision=None if local else config.revision, cache_dir=own_cache
+        )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
         kind = "folder" if local else "Hub data set (and there is no such local folder)"
         raise InputError(f"{config.path} cannot be opened as a {kind}: {str(e).splitlines()[0][:200]}") from e
@@ -335,11 +344,7 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         ids = raw_labels[s] if index is None else [index[v] for v in raw_labels[s]]
         splits[s] = Split(np.asarray(ids, np.int64), _row_reader(rows, image_column), s)
-    h = hashlib.blake2b(digest_size=8)
-    if local:
-        root = Path(config.path)
-        _hash_files(h, root, sorted(f for f in root.rglob("*") if f.suffix in (".parquet", ".arrow")))
-    else:
+    if not local:
         info = loaded[config.train_split].info
         h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
         for split in splits.values():

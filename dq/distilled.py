@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from dq.dist import atomic_path, read_json, write_json, write_text
 from dq.errors import InputError
+
+
+PARQUET = "train-00000-of-00001.parquet"
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,16 @@ class DistilledSet:
             columns["pixels"] = self.images.numpy()
             features["pixels"] = Array3D(shape=tuple(self.images.shape[1:]), dtype="float32")
         table = Dataset.from_dict(columns, features=Features(features))
-        path = folder / config_name / "train-00000-of-00001.parquet"
+        path = folder / config_name / PARQUET
         with atomic_path(path) as temporary:
             table.to_parquet(str(temporary))
-        record = {**self.provenance, "config_name": config_name, "rows": len(self), "classes": list(self.class_names)}
+        record = {
+            **self.provenance,
+            "config_name": config_name,
+            "rows": len(self),
+            "classes": list(self.class_names),
+            "content": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
+        }
         write_json(folder / config_name / "provenance.json", record)
         write_text(folder / "README.md", dataset_card(folder))
         return path
@@ -95,7 +105,8 @@ class DistilledSet:
     @staticmethod
     def load(folder: str | Path, config_name: str | None = None) -> DistilledSet:
         """Read a set written by `save`; `config_name` may be left out if the folder holds one set."""
-        from datasets import load_dataset
+        import pyarrow.parquet as pq
+        from datasets import Dataset
 
         folder = Path(folder)
         known = sorted(p.parent.name for p in folder.glob("*/provenance.json"))
@@ -103,7 +114,8 @@ class DistilledSet:
             config_name = known[0]
         if config_name not in known:
             raise InputError(f"{folder} has no set {config_name!r}; it has {', '.join(known) or 'none'}")
-        rows = load_dataset(str(folder), config_name, split="train")
+        # Not load_dataset: its cache takes two folders with the same card for the same data.
+        rows = Dataset(pq.read_table(folder / config_name / PARQUET))
         soft = rows.with_format("numpy")["soft_label"][:] if "soft_label" in rows.column_names else None
         if "pixels" in rows.column_names:
             images = torch.from_numpy(np.stack(rows.with_format("numpy")["pixels"][:])).float()

@@ -166,6 +166,14 @@ def test_parquet_folder_with_class_labels(tmp_path: Path) -> None:
     assert read_image(source.train, 4, 4, "crop")[:, 0, 0].tolist() == [40, 4, 0]
 
 
+def test_a_parquet_folder_that_changed_is_read_anew(tmp_path: Path) -> None:
+    before = load_source(write_parquet(tmp_path / "set", names=["x", "y", "z"]))
+    (tmp_path / "other").mkdir()
+    after = load_source(write_parquet(tmp_path / "set"))  # the same files, other labels
+    assert after.fingerprint != before.fingerprint
+    assert after.class_names == ("a", "b", "c")
+
+
 def test_parquet_folder_with_text_labels_sorts_them(tmp_path: Path) -> None:
     source = load_source(write_parquet(tmp_path / "set"))
     assert source.class_names == ("a", "b", "c")

@@ -68,6 +68,18 @@ def test_load_dataset_opens_the_folder_with_the_right_features(tmp_path: Path) -
     )
 
 
+def test_load_dataset_sees_that_a_folder_was_written_anew(tmp_path: Path) -> None:
+    """Its cache is keyed by the card, so the card must follow the content."""
+    from datasets import load_dataset
+
+    first = make()
+    first.save(tmp_path, "x")
+    assert load_dataset(str(tmp_path), "x", split="train")["count"][:] == first.counts.tolist()
+    dataclasses.replace(first, counts=first.counts + 5).save(tmp_path, "x")
+    assert load_dataset(str(tmp_path), "x", split="train")["count"][:] == (first.counts + 5).tolist()
+    assert DistilledSet.load(tmp_path).counts.tolist() == (first.counts + 5).tolist()
+
+
 def test_same_set_same_bytes(tmp_path: Path) -> None:
     a = make(soft=True).save(tmp_path / "a")
     b = make(soft=True).save(tmp_path / "b")
