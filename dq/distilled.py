@@ -17,7 +17,6 @@ from torch import Tensor
 from dq.dist import atomic_path, read_json, write_json, write_text
 from dq.errors import InputError
 
-
 PARQUET = "train-00000-of-00001.parquet"
 
 

@@ -50,7 +50,7 @@ class Row:
     labels: str  # hard or soft
     last: tuple[float, ...]  # accuracy after the last epoch, per seed
     best: tuple[float, ...]  # best of the looks at the test split, per seed: model selection on test data
-    seconds: float  # of training and testing, mean over seeds
+    seconds: float  # of training without tests, mean over seeds
     protocol: str
 
     def record(self) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""Throughput of the encode stage (read, decode, resize, encode, store) against a bare loop over preloaded tensors with
+the same model and batch.
+
+    python benchmarks/encode.py [--data DIR] [--codec DIR] [--images 1500] [--csv results/encode.csv]
+
+Without arguments: digits and a small random AutoencoderKL. The ratio should be at least 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from dq.codec import encode_latents, load_codec, to_signed
+from dq.config import CodecConfig, SourceConfig
+from dq.data import ImageSource, Split, load_source, read_images
+from dq.latents import encode_source, open_cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="sklearn:digits")
+    parser.add_argument("--codec")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--images", type=int, default=1280)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    source_config, config = SourceConfig(path=args.data), CodecConfig(resolution=args.resolution, dtype=args.dtype)
+    whole = load_source(source_config)
+    # two classes of equal size, so that the stage does what it does on a real set
+    rows = [int(r) for c in (0, 1) for r in whole.rows_of_class(c)[: args.images // 2]]
+    part = Split(whole.train.labels[rows], lambda i: whole.train.read(rows[i]), "train")
+    source = ImageSource({"train": part}, whole.class_names[:2], whole.fingerprint, args.data)
+    with tempfile.TemporaryDirectory() as folder:
+        codec = load_codec(args.codec or random_codec(Path(folder)), dtype=args.dtype)
+        images, _, _ = read_images(part, range(len(part)), args.resolution, "crop")
+        bare, stage = [], []
+        for r in range(args.rounds + 1):  # in turn; the first round warms up
+            began = time.perf_counter()
+            with torch.inference_mode():
+                for batch in images.split(config.batch_size):
+                    encode_latents(codec, to_signed(batch))
+            bare.append(time.perf_counter() - began)
+            cache = open_cache(f"{folder}/{r}", source, codec, source_config, config, 0)
+            stage.append(encode_source(source, codec, cache, source_config, config, labels=[0, 1], seed=0))
+    a, b = statistics.median(bare[1:]), statistics.median(stage[1:])
+    row = {
+        "data": args.data.rsplit("/", 1)[-1],
+        "codec": (args.codec or "random AutoencoderKL").rsplit("/", 1)[-1],
+        "resolution": args.resolution,
+        "dtype": args.dtype,
+        "images": len(rows),
+        "bare_images_per_s": round(len(rows) / a, 1),
+        "stage_images_per_s": round(len(rows) / b, 1),
+        "ratio": round(a / b, 3),
+    }
+    print(", ".join(f"{k} {v}" for k, v in row.items()))
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.csv, "w", newline="") as f:
+            f.write(f"# python {' '.join(sys.argv)}  ({platform.machine()}, {torch.get_num_threads()} threads)\n")
+            writer = csv.DictWriter(f, fieldnames=list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerow(row)
+
+
+def random_codec(folder: Path) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "codec")
+    return folder / "codec"
+
+
+if __name__ == "__main__":
+    main()
