@@ -1,0 +1,62 @@
+"""Copy what a finished run proves into `results/`: accuracies, quantization numbers, the picture, and how it was made.
+
+    python pipelines/collect_results.py runs/cifar10-ddoq results/cifar10_ddoq --command "dq run --config ..."
+
+Writes accuracy.csv, quantization.csv (mean over classes per ipc and engine), images.png and run.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+from dq.dist import read_json, write_json
+
+MEANS = ("distortion", "explained", "w2_mass", "w2_uniform", "ess_mass", "ess_sqrt")
+
+
+def quantization_rows(metrics: Path) -> list[dict[str, object]]:
+    """One row per ipc and engine: means over classes, and how much the masses lower W2."""
+    groups: dict[tuple[int, str], dict[int, dict]] = {}
+    for line in metrics.read_text().splitlines():
+        event = json.loads(line)
+        if event["stage"] == "quantization":
+            groups.setdefault((event["ipc"], event["engine"]), {})[event["class"]] = event
+    rows = []
+    for (ipc, engine), classes in sorted(groups.items()):
+        mean = {k: statistics.mean(e[k] for e in classes.values()) for k in MEANS}
+        # the mean of the classes' own reductions, as the paper averages them
+        saved = statistics.mean(1 - e["w2_mass"] / e["w2_uniform"] for e in classes.values())
+        row = {"ipc": ipc, "engine": engine, "classes": len(classes), "w2_reduction": round(saved, 4)}
+        rows.append({**row, **{k: round(v, 4) for k, v in mean.items()}})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--command", required=True, help="the command that made the run")
+    parser.add_argument("--picture", default="figures/grid-ipc10-ddoq.png")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(args.run / "eval" / "summary.csv", args.results / "accuracy.csv")
+    rows = quantization_rows(args.run / "metrics.jsonl")
+    with open(args.results / "quantization.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    if (args.run / args.picture).is_file():
+        shutil.copyfile(args.run / args.picture, args.results / "images.png")
+    shutil.copyfile(args.run / "config.yaml", args.results / "config.yaml")
+    provenance = read_json(args.run / "provenance.json")
+    write_json(args.results / "run.json", {"command": args.command, **provenance})
+    print(args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Write the tables of README.md from the files in `results/`.
+
+    python pipelines/readme_tables.py [--check]
+
+Everything between `<!-- table NAME -->` and `<!-- end -->` is replaced. `--check` changes nothing and fails if the
+README does not say what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with open(ROOT / "results" / name, newline="") as f:
+        return list(csv.DictReader(line for line in f if not line.startswith("#")))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(r) + " |" for r in lines)
+
+
+def accuracy(folder: str) -> str:
+    """Sets against students and ipc; last epoch, mean ± std in percent."""
+    rows = read(f"{folder}/accuracy.csv")
+    columns = list(dict.fromkeys((r["student"], r["labels"]) for r in rows))
+    ipcs = list(dict.fromkeys(r["ipc"] for r in rows if r["ipc"] != "full"))
+    cells = {(r["set"], r["student"], r["labels"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        if r is None:
+            return ""
+        std = f" ± {100 * float(r['last_std']):.1f}" if r["last_std"] else ""
+        return f"{100 * float(r['last_mean']):.1f}{std}"
+
+    head = ["set", *[f"{s}, {kind}, IPC {i}" for s, kind in columns for i in ipcs]]
+    body = []
+    for name in dict.fromkeys(r["set"] for r in rows):
+        if name == "full":
+            found = [cells.get(("full", s, kind, "full")) for s, kind in columns for _ in ipcs]
+            body.append(["full data", *[cell(r) if n % len(ipcs) == 0 else "" for n, r in enumerate(found)]])
+        else:
+            body.append([name, *[cell(cells.get((name, s, kind, i))) for s, kind in columns for i in ipcs]])
+    lines = [table(head, body), ""]
+    for s, kind in columns:
+        protocols = {r["ipc"]: r for r in rows if (r["student"], r["labels"]) == (s, kind)}
+        for ipc, r in protocols.items():
+            where = "full data" if ipc == "full" else f"IPC {ipc}"
+            lines.append(f"- {s}, {kind} labels, {where}: {r['seeds']} seed(s), {r['protocol']}.")
+    return "\n".join(lines)
+
+
+def quantization(folder: str) -> str:
+    head = [
+        "points",
+        "IPC",
+        "variance explained",
+        "W2, masses",
+        "W2, uniform",
+        "masses lower W2 by",
+        "effective points",
+    ]
+    body = [
+        [
+            {"minibatch": "D4M one-pass mini-batch"}.get(r["engine"], f"converged k-means ({r['engine']})"),
+            r["ipc"],
+            f"{100 * float(r['explained']):.1f} %",
+            f"{float(r['w2_mass']):.2f}",
+            f"{float(r['w2_uniform']):.2f}",
+            f"{100 * float(r['w2_reduction']):.1f} %",
+            f"{float(r['ess_mass']):.1f}",
+        ]
+        for r in read(f"{folder}/quantization.csv")
+        if r["ipc"] != "1"
+    ]
+    return table(head, body)
+
+
+def codecs() -> str:
+    head = ["codec", "precision", "PSNR", "ResNet-56 accuracy"]
+    body = [
+        [
+            r["codec"],
+            r["dtype"],
+            f"{r['psnr_db']} dB" if r["psnr_db"] else "",
+            f"{100 * float(r['teacher_accuracy']):.1f} %",
+        ]
+        for r in read("codec_ceiling.csv")
+    ]
+    return table(head, body)
+
+
+def clustering() -> str:
+    rows = read("cluster.csv")
+    head = ["data, k", "method", "time", "against scikit-learn", "distortion against scikit-learn"]
+    wanted = ("scikit-learn", "D4M", "dq default", "dq faiss")
+    body = [
+        [
+            f"{r['data']}, {r['k']}",
+            r["method"],
+            f"{float(r['seconds']):.2f} s",
+            f"{float(r['time_ratio']):.2f}",
+            f"{100 * (float(r['distortion_ratio']) - 1):+.2f} %",
+        ]
+        for r in rows
+        if r["method"].startswith(wanted) and "random" not in r["method"]
+    ]
+    return table(head, body)
+
+
+TABLES = {
+    "cifar10": lambda: accuracy("cifar10_ddoq"),
+    "quantization": lambda: quantization("cifar10_ddoq"),
+    "codecs": codecs,
+    "clustering": clustering,
+    "digits": lambda: accuracy("digits_demo"),
+}
+
+
+def render(text: str) -> str:
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- table {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = render(text)
+    if args.check:
+        if new != text:
+            print("README.md differs from results/; run python pipelines/readme_tables.py", file=sys.stderr)
+            return 1
+        return 0
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
