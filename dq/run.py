@@ -213,7 +213,7 @@ def encode(run: Run, codec: Codec) -> LatentCache:
 
 def prototype_folder(run: Run, cache: LatentCache, ipc: int, cluster: ClusterConfig) -> Path:
     """Where the prototypes of these settings are."""
-    settings = dict(to_dict(cluster), engine=choose_engine(cluster.engine, run.device))
+    settings = dict(to_dict(cluster), engine=choose_engine(cluster.engine))
     key = digest_of([cache.key, settings, run.config.seed])
     return run.folder / "prototypes" / f"ipc{ipc:05d}-{settings['engine']}-{key}"
 
@@ -261,7 +261,7 @@ def _batches(
         group.append(label)
         following = units[i + 1] if i + 1 < len(units) else None
         largest = max(int(counts[c]) for c in (*group, following[2] if following else label))
-        full = (len(group) + 1) * largest * width > budget or choose_engine(cfg.engine, run.device) != "torch"
+        full = (len(group) + 1) * largest * width > budget or choose_engine(cfg.engine) != "torch"
         if following is None or following[:2] != (ipc, cfg) or full:
             yield ipc, cfg, group
             group = []

@@ -18,6 +18,7 @@ CHUNK_ELEMENTS = 1 << 24
 CACHED_ELEMENTS = 1 << 18
 # Size of the race in which the starting cells are found.
 RACE_STARTS = 4
+RACE_MANY = 20
 RACE_DIMENSIONS = 64
 RACE_POINTS = 2048
 RACE_POINTS_PER_CENTROID = 32
@@ -108,18 +109,25 @@ def _to_candidates(x: Tensor, norms: Tensor, candidates: Tensor) -> Tensor:
     return distance.scatter_(2, candidates.unsqueeze(2), 0.0)  # rounding must not leave a chosen point some mass
 
 
-def _sample(x: Tensor, weights: Tensor, m: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """At most m points of each class and their weights, (B, <= m, d) and (B, <= m)."""
-    if x.shape[1] <= m:
-        return x, weights
-    rows = []
+def _sample(weights: Tensor, m: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Rows of at most m points of each class and their weights, both (B, <= m)."""
+    B, n = weights.shape
+    if n <= m:
+        return torch.arange(n, device=weights.device).expand(B, n), weights
+    rows, inside = [], []
     for w, g in zip(weights, generators):
         last = int(w.gt(0).nonzero().max()) + 1  # padding stands at the end and must not use up the sample
         rows.append(torch.randperm(last, generator=g).repeat(m // last + 1)[:m])
-    index = torch.stack(rows).to(x.device)
-    inside = torch.tensor([len(r.unique()) for r in rows], device=x.device)
-    kept = weights.gather(1, index) * (torch.arange(m, device=x.device) < inside[:, None])
-    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2])), kept
+        inside.append(min(last, m))
+    index = torch.stack(rows).to(weights.device)
+    kept = torch.arange(m, device=weights.device) < torch.tensor(inside, device=weights.device)[:, None]
+    return index, weights.gather(1, index) * kept
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, n, d) at index (B, m): (B, m, d)."""
+    flat = index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.reshape(-1, x.shape[2]).index_select(0, flat.flatten()).view(*index.shape, x.shape[2])
 
 
 def principal_basis(x: Tensor, weights: Tensor, r: int, generators: Sequence[torch.Generator]) -> Tensor:
@@ -138,22 +146,25 @@ def race(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generato
     Projection keeps the k-means cost of every partition up to the variance left out (Cohen et al. 2015), and what
     sample and projection leave out is settled by the Lloyd iterations that follow, on all points in all dimensions.
     """
-    B, _, d = x.shape
-    sample, sample_weights = _sample(x, weights, max(RACE_POINTS, RACE_POINTS_PER_CENTROID * k), generators)
-    if d > 2 * RACE_DIMENSIONS and sample.shape[1] > RACE_DIMENSIONS:
-        basis = principal_basis(sample[:, :1024], sample_weights[:, :1024], RACE_DIMENSIONS, generators)
+    B, n, d = x.shape
+    index, sample_weights = _sample(weights, max(RACE_POINTS, RACE_POINTS_PER_CENTROID * k), generators)
+    y = x
+    if d > 2 * RACE_DIMENSIONS and n > RACE_DIMENSIONS:
+        few = index[:, : RACE_POINTS // 2]
+        basis = principal_basis(_rows(x, few), sample_weights[:, : RACE_POINTS // 2], RACE_DIMENSIONS, generators)
         y = x @ basis
-        sample = y if sample is x else sample @ basis
-    else:
-        y = x
+    sample = _rows(y, index)
+    starts = (
+        RACE_STARTS if k <= RACE_MANY else RACE_STARTS // 2
+    )  # the more cells, the less a start differs from another
     # All starts of all classes are one batch: row s * B + b is start s of class b.
-    many, many_weights = sample.repeat(RACE_STARTS, 1, 1), sample_weights.repeat(RACE_STARTS, 1)
-    draws = [int(torch.randint(2**62, (), generator=g)) for _ in range(RACE_STARTS) for g in generators]
+    many, many_weights = sample.repeat(starts, 1, 1), sample_weights.repeat(starts, 1)
+    draws = [int(torch.randint(2**62, (), generator=g)) for _ in range(starts) for g in generators]
     chosen = kmeans_plusplus(many, many_weights, k, [torch.Generator().manual_seed(s) for s in draws])
-    start = many.gather(1, chosen.unsqueeze(2).expand(-1, -1, y.shape[2]))
+    start = _rows(many, chosen)
     found, _, _ = lloyd(many, start, many_weights, n_iter=RACE_ITERATIONS, tol=10 * tol)
-    cost = (squared_distances(many, found, assign(many, found)) * many_weights).sum(1).view(RACE_STARTS, B)
-    winner = found.view(RACE_STARTS, B, k, -1)[cost.argmin(0), torch.arange(B, device=x.device)]
+    cost = (squared_distances(many, found, assign(many, found)) * many_weights).sum(1).view(starts, B)
+    winner = found.view(starts, B, k, -1)[cost.argmin(0), torch.arange(B, device=x.device)]
     settled, _, _ = lloyd(y, winner, weights, n_iter=RACE_ITERATIONS, tol=tol)
     labels = assign(y, settled)
     sums, mass = cell_sums(x, labels, weights, k)
