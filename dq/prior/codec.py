@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dq.codec import to_signed
 from dq.config import CodecConfig, PriorConfig, SourceConfig, to_dict
-from dq.data import ImageSource, read_images
-from dq.dist import derive_seed, digest_of, generator
+from dq.data import ImageSource, Split, read_images
+from dq.dist import atomic_path, generator
 from dq.errors import InputError
-from dq.prior.training import Recipe, finish, finished, fit, share
+from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
 
-MAX_BYTES = 8 << 30
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL
+
+HELD_OUT = 256  # images at most, for the PSNR
+SHOWN = 12
 
 
 def train_codec(
@@ -27,101 +32,158 @@ def train_codec(
     codec_config: CodecConfig,
     prior: PriorConfig,
     *,
-    accelerator: Any,
+    accelerator: Accelerator,
 ) -> Path:
     """Train an autoencoder on the train split and save it as a stock folder, `<prior.output_dir>/vae`.
 
-    Loss: mean absolute error + kl_weight * KL(posterior || N(0, 1)), per pixel. The scaling factor of the saved
-    config is 1 / (standard deviation of the train latents), so that a denoiser sees unit variance; stock pipelines
-    apply it by themselves. All images are held in memory as bytes.
+    Per image, loss = mean (x - x')^2 + kl_weight * KL(posterior || N(0, 1)) / number of latent values. The scaling
+    factor of the saved config is 1 / (standard deviation of the train latents), so that a denoiser sees unit
+    variance. All train images are held in memory as bytes. Giving the same command again continues.
 
     Returns:
         The folder; at once if this very training is done.
 
     Raises:
-        InputError: if the folder holds another training, or the images do not fit in 8 GiB.
+        InputError: if the images exceed 8 GiB, or a setting does not fit the resolution.
+        RunError: if the folder holds another training, or the loss is not finite.
     """
-    from diffusers import AutoencoderKL
-
-    cfg, size = prior.codec, codec_config.resolution
-    folder = Path(prior.output_dir)
-    identity = [source.fingerprint, size, source_config.preprocess, prior.seed, to_dict(cfg)]
+    settings, size, folder = prior.codec, codec_config.resolution, Path(prior.output_dir)
     recipe = Recipe(
-        "codec", folder, digest_of(identity), cfg.steps, cfg.lr, 50, 0.0, cfg.ema, cfg.save_every, cfg.dtype
+        name="codec",
+        folder=folder,
+        product=folder / "vae",
+        identity={
+            "data": source.fingerprint,
+            "resolution": size,
+            "preprocess": source_config.preprocess,
+            "on_bad_image": source_config.on_bad_image,
+            "seed": prior.seed,
+            **{k: v for k, v in to_dict(settings).items() if k != "save_every"},
+        },
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        ema=settings.ema,
+        save_every=settings.save_every,
+        dtype=settings.dtype,
     )
     if finished(recipe):
-        return folder / "vae"
-    if len(source.train) * size * size * 3 > MAX_BYTES:
+        return recipe.product
+    factor = 2 ** (len(settings.block_out_channels) - 1)
+    if size % factor:
         raise InputError(
-            f"{len(source.train)} images at {size} px do not fit in memory; train the codec on a part of them"
+            f"codec.resolution={size} is not a multiple of {factor}, the downscaling factor of "
+            f"{len(settings.block_out_channels)} levels in prior.codec.block_out_channels"
         )
-    images = _all_images(source, source.train_name, source_config, size)
-    held_out = images[:256]
-    if source.test_name is not None:
-        held_out = _all_images(source, source.test_name, source_config, size, limit=256)
-    depth = len(cfg.block_out_channels)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(prior.seed, "codec init"))
-        model: Any = AutoencoderKL(
-            block_out_channels=cfg.block_out_channels,
-            down_block_types=("DownEncoderBlock2D",) * depth,
-            up_block_types=("UpDecoderBlock2D",) * depth,
-            latent_channels=cfg.latent_channels,
-            layers_per_block=cfg.layers_per_block,
-            norm_num_groups=math.gcd(*cfg.block_out_channels, 32),
-            sample_size=size,
-            mid_block_add_attention=False,
-        )
+    images, held_out = _images(source, source_config, size, prior.seed)
+    model = new_codec(prior, size)
+    objective = CodecLoss(model, settings.kl_weight)
+    latent = (settings.batch_size, settings.latent_channels, size // factor, size // factor)
 
-    def loss(net: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+    def batch(step: int) -> dict[str, Tensor]:
         g = generator(prior.seed, "codec", step)
-        rows, part = share(torch.randint(len(images), (cfg.batch_size,), generator=g), accelerator)
-        noise = torch.randn(cfg.batch_size, cfg.latent_channels, size >> (depth - 1), size >> (depth - 1), generator=g)
-        x = to_signed(images[rows]).to(accelerator.device)
-        out, posterior = _reconstruct(net, x, noise[part].to(x.device))
-        reconstruction = F.l1_loss(out.float(), x)
-        kl = posterior.kl().mean() / x[0].numel()
-        total = reconstruction + cfg.kl_weight * kl
-        return total, {"l1": float(reconstruction.detach()), "kl": float(kl.detach())}
+        rows = torch.randint(len(images), (settings.batch_size,), generator=g)
+        return {"images": images[rows], "noise": torch.randn(latent, generator=g)}
 
-    def sample(net: nn.Module, step: int) -> dict[str, float]:
-        x = to_signed(held_out).to(accelerator.device)
-        back = torch.cat([net(b).sample for b in x.split(64)]).float().clamp(-1, 1)
-        psnr = -10 * ((back - x) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-        shown = ((back[:12] * 0.5 + 0.5) * 255).round().to(torch.uint8).cpu()
+    def on_save(step: int) -> dict[str, float]:
+        back = reconstruct(model, held_out)
         path = folder / "samples" / f"codec-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid([list(held_out[:12]), list(shown)], scale=max(1, 64 // size)).save(path)
-        return {"psnr": float(psnr.mean())}
+        shown = ((back[:SHOWN] * 0.5 + 0.5) * 255).round().to(torch.uint8)
+        with atomic_path(path) as temporary:
+            image_grid([list(held_out[:SHOWN]), list(shown)], scale=max(1, 64 // size)).save(temporary, "png")
+        return {"psnr": psnr(back, to_signed(held_out))}
 
-    accelerator.wait_for_everyone()
-    model = fit(recipe, model, loss, accelerator, sample=sample)
+    fit(recipe, objective, batch, accelerator=accelerator, on_save=on_save)
     if accelerator.is_main_process:
         std = _latent_std(model, images)
         model.register_to_config(scaling_factor=1 / std)
-        model.cpu().save_pretrained(folder / "vae")
-        numbers = sample(model.to(accelerator.device), cfg.steps)
-        finish(recipe, {"settings": to_dict(cfg), "latent_std": std, **numbers})
+        numbers = {"latent_std": std, "psnr": psnr(reconstruct(model, held_out), to_signed(held_out))}
+        publish(recipe, model.save_pretrained, numbers)
     accelerator.wait_for_everyone()
-    return folder / "vae"
+    return recipe.product
 
 
-def _reconstruct(net: nn.Module, x: Tensor, noise: Tensor) -> tuple[Tensor, Any]:
-    """Encode, sample with the given noise, decode, through `forward` so that wrapped models synchronise."""
-    model: Any = getattr(net, "module", net)
-    posterior = model.encode(x).latent_dist
-    return model.decode(posterior.mean + posterior.std * noise).sample, posterior
+class CodecLoss(nn.Module):
+    """Reconstruction error and KL divergence per image."""
+
+    def __init__(self, model: AutoencoderKL, kl_weight: float):
+        super().__init__()
+        self.model = model
+        self.kl_weight = kl_weight
+
+    def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Terms (b,) for images (b, 3, H, W) uint8 and posterior noise (b, C, h, w)."""
+        x = to_signed(images)
+        posterior = self.model.encode(x).latent_dist
+        out = self.model.decode(posterior.mean + posterior.std * noise).sample
+        reconstruction = (out.float() - x).square().mean((1, 2, 3))
+        kl = posterior.kl().float() / noise[0].numel()
+        return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
 
 
-def _all_images(source: ImageSource, split: str, config: SourceConfig, size: int, limit: int | None = None) -> Tensor:
-    part = source.splits[split]
-    rows = range(min(limit or len(part), len(part)))
-    return read_images(part, rows, size, config.preprocess, on_bad=config.on_bad_image)[0]
+@torch.no_grad()
+def reconstruct(model: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) uint8 through the posterior mean and back, in [-1, 1], on the CPU."""
+    device = next(model.parameters()).device
+    parts = [model.decode(model.encode(to_signed(b).to(device)).latent_dist.mode()).sample for b in images.split(64)]
+    return torch.cat(parts).float().clamp(-1, 1).cpu()
+
+
+def psnr(x: Tensor, y: Tensor) -> float:
+    """Mean over images (n, C, H, W) in [-1, 1] of -10 log10(mean ((x - y) / 2)^2), in dB."""
+    return float((-10 * ((x - y) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).mean())
+
+
+def new_codec(prior: PriorConfig, size: int) -> AutoencoderKL:
+    """The untrained autoencoder of these settings and this seed."""
+    from diffusers import AutoencoderKL
+
+    channels = prior.codec.block_out_channels
+    with seeded(prior.seed, "codec", "init"):
+        return AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            latent_channels=prior.codec.latent_channels,
+            layers_per_block=prior.codec.layers_per_block,
+            # several channels in each group, or the norm would take away what a channel says on average
+            norm_num_groups=max(1, math.gcd(*channels) // 8),
+            sample_size=size,
+        )
+
+
+def _images(source: ImageSource, config: SourceConfig, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images to train on and images held out, (n, 3, size, size) uint8: of the test split, else of train."""
+    n = len(source.train)
+    if n * 3 * size * size > MAX_BYTES:
+        raise InputError(
+            f"{n} train images of {size} px take {n * 3 * size * size / 2**30:.0f} GiB and training holds at most "
+            f"{MAX_BYTES >> 30} GiB in memory; lower codec.resolution, or train on a part of {source.origin}"
+        )
+
+    def read(split: Split, rows: np.ndarray) -> Tensor:
+        return read_images(split, rows, size, config.preprocess, on_bad=config.on_bad_image)[0]
+
+    other = source.splits[source.test_name] if source.test_name is not None else source.train
+    order = torch.randperm(len(other), generator=generator(seed, "held out")).numpy()
+    if other is not source.train:
+        images, held_out = read(source.train, np.arange(n)), read(other, order[:HELD_OUT])
+    else:
+        k = min(HELD_OUT, max(1, n // 10))
+        images, held_out = read(source.train, np.sort(order[k:])), read(source.train, order[:k])
+    if not len(images) or not len(held_out):
+        raise InputError(
+            f"{source.origin} has too few readable images to train on some and test on others; add images"
+        )
+    return images, held_out
 
 
 @torch.no_grad()
 def _latent_std(model: Any, images: Tensor) -> float:
-    """Standard deviation of posterior means over at most 2,048 train images and all channels."""
+    """Standard deviation of the posterior means of all images, over all their values."""
     device = next(model.parameters()).device
-    z = [model.encode(to_signed(b).to(device)).latent_dist.mode().float().cpu() for b in images[:2048].split(64)]
-    return float(torch.cat(z).std())
+    count, total, squares = 0, 0.0, 0.0
+    for b in images.split(64):
+        z = model.encode(to_signed(b).to(device)).latent_dist.mode().double()
+        count, total, squares = count + z.numel(), total + float(z.sum()), squares + float(z.square().sum())
+    return math.sqrt(squares / count - (total / count) ** 2)

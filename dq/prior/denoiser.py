@@ -2,137 +2,220 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.codec import codec_digest, decode_latents, to_unit
+from dq.codec import codec_digest, decode_latents, load_codec, to_unit
 from dq.config import PriorConfig, to_dict
-from dq.dist import derive_seed, digest_of, generator, write_json
-from dq.errors import InputError
+from dq.dist import atomic_path, generator, write_json
+from dq.errors import InputError, RunError
 from dq.latents import LatentCache
-from dq.prior.training import Recipe, finish, finished, fit, share
+from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
 from dq.sampling import fresh_scheduler, guided
 
-MAX_BYTES = 8 << 30
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    from dq.codec import Codec
+
+TIMESTEPS = 1000
+SHOWN_CLASSES, SHOWN_COLUMNS, SHOWN_STEPS, SHOWN_GUIDANCE = 20, 8, 20, 2.0
 
 
 def train_denoiser(
-    cache: LatentCache, codec: Any, prior: PriorConfig, *, class_names: Sequence[str], accelerator: Any
+    cache: LatentCache,
+    codec: Codec,
+    prior: PriorConfig,
+    *,
+    class_names: Sequence[str],
+    accelerator: Accelerator,
 ) -> Path:
-    """Train a `DiTTransformer2DModel` to predict the noise in latents (Peebles & Xie 2023; no learned variance), and
-    save a stock pipeline folder, `prior.output_dir`, that `DiTPipeline` opens.
+    """Train a `DiTTransformer2DModel` on cached latents; `prior.output_dir` becomes a folder of a stock `DiTPipeline`.
+
+    loss = mean (noise - model(sqrt(a_t) z + sqrt(1 - a_t) noise, t, y))^2 with the linear betas of DiT (Peebles & Xie
+    2023) and without learned variances; y is the null class for a share `dropout` of the rows. All latents are held
+    in memory as float16. Giving the same command again continues.
+
+    Args:
+        codec: the one that made the latents; saved beside the denoiser unless it is there already.
 
     Returns:
         The folder; at once if this very training is done.
 
     Raises:
-        InputError: if the folder holds another training, or the latents do not fit in 8 GiB or the patch size.
+        InputError: if the latents exceed 8 GiB, or classes or patches do not fit them.
+        RunError: if the folder holds another training or another codec, or the loss is not finite.
     """
-    from diffusers import DDIMScheduler, DiTTransformer2DModel
+    import diffusers
 
-    cfg, folder = prior.denoiser, Path(prior.output_dir)
-    channels, side, _ = cache.shape
-    classes = len(class_names)
-    identity = [cache.key, codec_digest(codec), prior.seed, to_dict(cfg), list(class_names)]
+    settings, folder = prior.denoiser, Path(prior.output_dir)
     recipe = Recipe(
-        "denoiser", folder, digest_of(identity), cfg.steps, cfg.lr, cfg.warmup_steps, cfg.weight_decay, cfg.ema,
-        cfg.save_every, cfg.dtype,
-    )  # fmt: skip
+        name="denoiser",
+        folder=folder,
+        product=folder / "transformer",
+        identity={
+            "latents": cache.key,
+            "codec": codec_digest(codec),
+            "classes": list(class_names),
+            "seed": prior.seed,
+            **{k: v for k, v in to_dict(settings).items() if k != "save_every"},
+        },
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        ema=settings.ema,
+        save_every=settings.save_every,
+        dtype=settings.dtype,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+    )
     if finished(recipe):
         return folder
-    if side % cfg.patch_size:
-        raise InputError(f"prior.denoiser.patch_size={cfg.patch_size} does not divide the latents' side {side}")
-    shards = [cache.load(c)[0] for c in range(classes)]
-    labels = torch.cat([torch.full((len(z),), c) for c, z in enumerate(shards)])
-    latents = torch.cat(shards)
-    if latents.numel() * 2 > MAX_BYTES:
-        raise InputError(f"{len(latents)} latents of {cache.shape} do not fit in memory; train on a part of the data")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(prior.seed, "denoiser init"))
-        model: Any = DiTTransformer2DModel(
-            num_attention_heads=cfg.num_attention_heads,
-            attention_head_dim=cfg.attention_head_dim,
-            in_channels=channels,
-            out_channels=channels,
-            num_layers=cfg.num_layers,
-            sample_size=side,
-            patch_size=cfg.patch_size,
-            num_embeds_ada_norm=classes,
+    _check_codec(folder / "vae", codec)
+    classes, (channels, side, _) = len(class_names), cache.shape
+    if classes != len(cache.class_names):
+        raise InputError(
+            f"there are {classes} class names but latents of {len(cache.class_names)} classes; give one each"
         )
-        _initialise(model)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False
+    if side % settings.patch_size:
+        raise InputError(f"prior.denoiser.patch_size={settings.patch_size} does not divide the latents' side {side}")
+    latents, labels = _latents(cache)
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False
     )
+    model = new_denoiser(prior, cache.shape, classes)
+    objective = DenoiserLoss(model, scheduler)
 
-    def loss(net: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+    def batch(step: int) -> dict[str, Tensor]:
         g = generator(prior.seed, "denoiser", step)
-        rows, part = share(torch.randint(len(latents), (cfg.batch_size,), generator=g), accelerator)
-        noise = torch.randn(cfg.batch_size, channels, side, side, generator=g)[part]
-        t = torch.randint(1000, (cfg.batch_size,), generator=g)[part]
-        dropped = (torch.rand(cfg.batch_size, generator=g) < cfg.dropout)[part]
-        # the null class is the row after the last class
-        y = torch.where(dropped, torch.full_like(labels[rows], classes), labels[rows])
-        noisy = scheduler.add_noise(latents[rows].float(), noise, t)
-        device = accelerator.device
-        out = net(noisy.to(device), timestep=t.to(device), class_labels=y.to(device)).sample
-        value = F.mse_loss(out.float(), noise.to(device))
-        return value, {}
+        b = settings.batch_size
+        rows = torch.randint(len(latents), (b,), generator=g)
+        dropped = torch.rand(b, generator=g) < settings.dropout
+        return {
+            "latents": latents[rows],
+            "noise": torch.randn(b, channels, side, side, generator=g),
+            "t": torch.randint(TIMESTEPS, (b,), generator=g),
+            # the null class is the row after the last class
+            "labels": torch.where(dropped, classes, labels[rows]),
+        }
 
-    def sample(net: nn.Module, step: int) -> dict[str, float]:
-        shown, columns = min(classes, 20), 8
-        device = accelerator.device
-        y = torch.arange(shown).repeat_interleave(columns).to(device)
-        x = torch.randn(len(y), channels, side, side, generator=generator(prior.seed, "samples")).to(device)
-        walk = fresh_scheduler(scheduler, 25, device)
-        predict = guided(
-            lambda a, t, c: net(a, timestep=t.expand(len(a)), class_labels=c).sample,
-            y,
-            torch.full_like(y, classes),
-            2.0,
-        )
-        for t in walk.timesteps:
-            x = walk.step(predict(x, t), t, x).prev_sample
-        images = (to_unit(decode_latents(codec, x)) * 255).round().to(torch.uint8).cpu()
-        path = folder / "samples" / f"denoiser-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid([list(row) for row in images.split(columns)], scale=max(1, 48 // images.shape[-1])).save(path)
+    def on_save(step: int) -> dict[str, float]:
+        y = torch.arange(min(classes, SHOWN_CLASSES)).repeat_interleave(SHOWN_COLUMNS)
+        noise = torch.randn(len(y), channels, side, side, generator=generator(prior.seed, "denoiser", "samples"))
+        images = (to_unit(decode_latents(codec, _sample(model, scheduler, y, noise))) * 255).round().to(torch.uint8)
+        rows = [list(row) for row in images.cpu().split(SHOWN_COLUMNS)]
+        with atomic_path(folder / "samples" / f"denoiser-{step:06d}.png") as temporary:
+            image_grid(rows, scale=max(1, 48 // images.shape[-1])).save(temporary, "png")
         return {}
 
-    codec.to(accelerator.device)
-    accelerator.wait_for_everyone()
-    model = fit(recipe, model, loss, accelerator, sample=sample)
+    fit(recipe, objective, batch, accelerator=accelerator, on_save=on_save)
     if accelerator.is_main_process:
-        model.cpu().save_pretrained(folder / "transformer")
+        if not (folder / "vae").exists():
+            copy.deepcopy(codec).float().save_pretrained(folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
-        if not (folder / "vae" / "config.json").is_file():
-            codec.cpu().float().save_pretrained(folder / "vae")
         index = {
             "_class_name": "DiTPipeline",
-            "_diffusers_version": model.config.get("_diffusers_version"),
+            "_diffusers_version": diffusers.__version__,
             "id2label": {str(i): name for i, name in enumerate(class_names)},
             "scheduler": ["diffusers", "DDIMScheduler"],
             "transformer": ["diffusers", "DiTTransformer2DModel"],
             "vae": ["diffusers", type(codec).__name__],
         }
         write_json(folder / "model_index.json", index)
-        finish(recipe, {"settings": to_dict(cfg)})
+        # last, because the denoiser's folder is what marks the training as done
+        publish(recipe, model.save_pretrained, {})
     accelerator.wait_for_everyone()
     return folder
 
 
-def _initialise(model: Any) -> None:
-    """What diffusers' DiT leaves out of the reference implementation."""
+class DenoiserLoss(nn.Module):
+    """Squared error of the predicted noise per latent."""
+
+    def __init__(self, model: DiTTransformer2DModel, scheduler: DDIMScheduler):
+        super().__init__()
+        self.model = model
+        self.scheduler = scheduler
+
+    def forward(self, latents: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Terms (b,) for latents and noise (b, C, h, w), timesteps (b,) and class ids (b,)."""
+        noisy = self.scheduler.add_noise(latents.float(), noise, t)
+        out = self.model(noisy, timestep=t, class_labels=labels).sample
+        return {"loss": (out.float() - noise).square().mean((1, 2, 3))}
+
+
+def new_denoiser(prior: PriorConfig, shape: tuple[int, int, int], classes: int) -> DiTTransformer2DModel:
+    """The untrained DiT of these settings and this seed, for latents of `shape` (C, h, w)."""
+    from diffusers import DiTTransformer2DModel
+    from diffusers.models.embeddings import LabelEmbedding
+
+    with seeded(prior.seed, "denoiser", "init"):
+        model = DiTTransformer2DModel(
+            num_attention_heads=prior.denoiser.num_attention_heads,
+            attention_head_dim=prior.denoiser.attention_head_dim,
+            in_channels=shape[0],
+            out_channels=shape[0],
+            num_layers=prior.denoiser.num_layers,
+            dropout=0.0,
+            sample_size=shape[1],
+            patch_size=prior.denoiser.patch_size,
+            num_embeds_ada_norm=classes,
+        )
     for module in model.modules():
-        if type(module).__name__ == "LabelEmbedding":
-            # Every block would drop labels by itself, from the global generator; the loss drops them instead.
+        if isinstance(module, LabelEmbedding):
+            # Each block would drop labels by itself, with draws from the global generator; the batch has them dropped.
             module.dropout_prob = 0.0
-    # adaLN-zero: modulation and output start at zero, so that every block starts as the identity
-    for name, p in model.named_parameters():
-        if ".norm1.linear." in name or name.startswith(("proj_out_1.", "proj_out_2.")):
-            nn.init.zeros_(p)
+    # adaLN-zero, which diffusers leaves out: every block starts as the identity, and the output at zero
+    for linear in [*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2]:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return model
+
+
+def _latents(cache: LatentCache) -> tuple[Tensor, Tensor]:
+    """All latents (n, C, h, w) float16 and their labels (n,) int64."""
+    shards: list[Tensor] = []
+    size = 0
+    for c in range(len(cache.class_names)):
+        shards.append(cache.load(c)[0])
+        size += shards[-1].nbytes
+        if size > MAX_BYTES:
+            raise InputError(
+                f"the latents in {cache.folder} exceed the {MAX_BYTES >> 30} GiB that training holds in memory; "
+                "lower codec.resolution, or train on a part of the data"
+            )
+    counts = torch.tensor([len(z) for z in shards])
+    return torch.cat(shards), torch.repeat_interleave(torch.arange(len(shards)), counts)
+
+
+def _check_codec(path: Path, codec: Codec) -> None:
+    if not path.exists():
+        return
+    # compared in the precision in which the caller holds it
+    dtype = str(next(codec.parameters()).dtype).removeprefix("torch.")
+    if codec_digest(load_codec(path, dtype=dtype)) != codec_digest(codec):
+        raise RunError(
+            f"{path} is not the codec that made these latents; "
+            f"set codec.path={path}, or choose another prior.output_dir"
+        )
+
+
+def _sample(model: Any, scheduler: DDIMScheduler, labels: Tensor, noise: Tensor) -> Tensor:
+    """Latents (n, C, h, w) of classes (n,), walked from noise by guided DDIM."""
+    device = next(model.parameters()).device
+    y, x = labels.to(device), noise.to(device)
+    walk = fresh_scheduler(scheduler, SHOWN_STEPS, device)
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return model(x, timestep=t.expand(len(x)), class_labels=y).sample
+
+    both = guided(predict, y, torch.full_like(y, model.config.num_embeds_ada_norm), SHOWN_GUIDANCE)
+    for t in walk.timesteps:
+        x = walk.step(both(x, t), t, x).prev_sample
+    return x
