@@ -150,8 +150,9 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
     from dq import run as stages
     from dq.evaluation.stage import evaluate_run, markdown_table
     from dq.report import write_report
+    from dq.runfolder import open_run
 
-    run = stages.open_run(config, source, accelerator)
+    run = open_run(config, source, accelerator)
     do = lambda *names: verb in (*names, "run")  # noqa: E731
     if do("encode", "generate"):
         pipe = load_pipeline(config)

@@ -6,14 +6,12 @@ A cache serves every number of prototypes and every later run. A shard is there 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dq.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
@@ -42,14 +40,6 @@ class LatentCache:
         """Latents (n, C, h, w) float16 and source rows (n,) int64 of one class."""
         tensors, _ = read_tensors(self._existing(label))
         return tensors["latents"], tensors["rows"]
-
-    def batches(self, label: int, size: int) -> Iterator[Tensor]:
-        """Latents of one class in storage order, `size` at a time, never all in memory."""
-        with safe_open(self._existing(label), framework="pt") as f:
-            part = f.get_slice("latents")
-            n = part.get_shape()[0]
-            for start in range(0, n, size):
-                yield part[start : start + size]
 
     def bad_images(self) -> list[str]:
         """Sentences on images set aside while encoding, over all classes."""

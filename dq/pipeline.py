@@ -20,11 +20,13 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dq.codec import DTYPES, decode_latents, latent_shape, load_codec, to_unit
+from dq import run as stages
+from dq.codec import DTYPES, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.config import GenerateConfig, RunConfig, apply_settings
 from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, make_accelerator, read_json, write_json
 from dq.errors import InputError
+from dq.runfolder import open_run
 from dq.sampling import Start, choose_start, denoise, fresh_scheduler, guided
 
 if TYPE_CHECKING:
@@ -293,8 +295,6 @@ class DistillPipeline(DiffusionPipeline):
         Returns:
             The distilled set, also saved in `output_dir/dataset`. The same call again continues or returns at once.
         """
-        from dq import run as stages
-
         data = load_source(source)
         base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))  # type: ignore[arg-type]
         flat = {f"{section}.{k}": v for section, values in settings.items() for k, v in values.items()}
@@ -305,7 +305,7 @@ class DistillPipeline(DiffusionPipeline):
         side = resolution or self._native_resolution() or base.codec.resolution
         chosen = apply_settings(base, {"codec.resolution": side, **flat})
         chosen = dataclasses.replace(chosen, ipc=(ipc,), seed=seed, output_dir=str(output_dir))
-        run = stages.open_run(chosen, data, accelerator or make_accelerator())
+        run = open_run(chosen, data, accelerator or make_accelerator())
         cache = stages.encode(run, self.vae)
         stages.cluster(run, cache)
         stages.generate(run, self, cache)
@@ -313,7 +313,5 @@ class DistillPipeline(DiffusionPipeline):
         return stages.assemble(run)[(ipc, name)]
 
     def _native_resolution(self) -> int | None:
-        from dq.codec import downscale
-
         model = self.transformer or self.unet
         return int(model.config.sample_size) * downscale(self.vae) if model is not None else None

@@ -19,7 +19,8 @@ from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.prototypes import Prototypes
-from dq.run import Run, cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
+from dq.run import cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
+from dq.runfolder import Run
 
 GAP = 2  # px of white between images
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000

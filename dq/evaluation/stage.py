@@ -22,7 +22,8 @@ from dq.errors import InputError
 from dq.evaluation.baselines import random_rows
 from dq.evaluation.statistics import format_mean_std, mean_std
 from dq.evaluation.train import epochs_for, train_student
-from dq.run import Run, cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
+from dq.run import cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
+from dq.runfolder import Run
 from dq.teachers import Teacher, check_teacher, load_teacher
 
 if TYPE_CHECKING:

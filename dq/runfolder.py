@@ -1,0 +1,159 @@
+"""A run folder: whose it is, which settings hold for a method, and who works on what."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dq.config import (
+    ClusterConfig,
+    GenerateConfig,
+    MethodConfig,
+    RunConfig,
+    apply_settings,
+    dump_config,
+    load_config,
+    to_dict,
+)
+from dq.data import ImageSource
+from dq.dist import append_jsonl, read_json, shard, write_json, write_text
+from dq.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("dq")
+
+# Settings that decide what a run folder holds. The others (more ipc, more methods, another student) may change
+# between calls: their units are named by digests of their own.
+IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teacher")
+# ... of which these change speed only
+SPEED = ("batch_size", "path", "model")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its settings, data, processes and folder."""
+
+    config: RunConfig
+    source: ImageSource
+    accelerator: Accelerator
+    folder: Path
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def mine(self, costs: list[float]) -> list[int]:
+        """Indices of the units that this process works on."""
+        return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def resolved(self, method: str) -> tuple[MethodConfig, ClusterConfig, GenerateConfig]:
+        """A method with the clustering and generation settings that hold for it."""
+        m = self.config.methods[method]
+        for key in m.override:
+            if key.split(".")[0] not in ("cluster", "generate"):
+                raise InputError(f"methods.{method}.override may set cluster.* and generate.*, not {key!r}")
+        config = apply_settings(self.config, m.override)
+        return m, config.cluster, config.generate
+
+    def finish(self, stage: str, began: float, **numbers: Any) -> None:
+        """Meet the other processes; the main one logs the stage."""
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            record = {"stage": stage, "seconds": round(time.perf_counter() - began, 3), **numbers}
+            append_jsonl(self.folder / "metrics.jsonl", record)
+            log.info("%s: %.1f s", stage, record["seconds"])
+
+
+def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Run:
+    """Open or continue the run in `config.output_dir`.
+
+    Raises:
+        InputError: if the folder belongs to a run with other settings or data, or holds something else.
+    """
+    if not config.methods or not config.ipc or min(config.ipc) < 1:
+        raise InputError("a run needs at least one method and ipc values of at least 1")
+    folder = Path(config.output_dir)
+    known = folder / "config.yaml"
+    run = Run(config, source, accelerator, folder)
+    for method in config.methods:
+        run.resolved(method)
+    if known.is_file():
+        changed = sorted(_changed(load_config(known), config))
+        if changed:
+            raise InputError(
+                f"{folder} belongs to a run with other settings ({', '.join(changed[:4])}); "
+                "choose another --output_dir, or delete that folder"
+            )
+        fingerprint = read_json(folder / "provenance.json")["source"]["fingerprint"]
+        if fingerprint != source.fingerprint:
+            raise InputError(
+                f"{folder} was made from other data (fingerprint {fingerprint}, now {source.fingerprint}); "
+                "choose another --output_dir"
+            )
+    elif folder.is_dir() and any(f.name != "provenance.json" and f.name[0] != "." for f in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and not a run of dq; choose another --output_dir")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if not (folder / "provenance.json").is_file():
+            write_json(folder / "provenance.json", provenance(run))
+        write_text(known, dump_config(config))  # last: the folder is a run once this file is there
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _changed(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    a, b = to_dict(old), to_dict(new)
+    for section in IDENTITY:
+        if isinstance(a[section], dict) and isinstance(b[section], dict):
+            for key in a[section]:
+                if a[section][key] != b[section][key] and key not in SPEED:
+                    yield f"{section}.{key}: {a[section][key]} -> {b[section][key]}"
+        elif a[section] != b[section] and None not in (a[section], b[section]):
+            yield f"{section}: {a[section]} -> {b[section]}"
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What made this run: versions, hardware, data."""
+    import accelerate
+    import datasets
+    import diffusers
+
+    import dq
+
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    return {
+        "dq": dq.__version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__,
+            "datasets": datasets.__version__,
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "device": gpu or run.device.type,
+            "threads": torch.get_num_threads(),
+        },
+        "processes": run.accelerator.num_processes,
+        "source": {
+            "origin": run.source.origin,
+            "fingerprint": run.source.fingerprint,
+            "classes": list(run.source.class_names),
+            "train_counts": run.source.class_counts().tolist(),
+        },
+        "seed": run.config.seed,
+    }
