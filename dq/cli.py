@@ -102,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as e:
         print(f"dq {args.verb}: {e}", file=sys.stderr)
         return 1
+    except OSError as e:
+        what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+        print(f"dq {args.verb}: {what}; check that the path is right and can be written", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"dq {args.verb}: interrupted; give the same command again to continue", file=sys.stderr)
         return 130
@@ -126,12 +130,15 @@ def execute(args: argparse.Namespace) -> None:
     config = resolve(args)
     from dq.data import load_source
     from dq.dist import make_accelerator
+    from dq.evaluation.stage import check_evaluation
 
     accelerator = make_accelerator(cpu=args.cpu)
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
         source = load_source(config.source)
+    if args.verb in ("run", "demo"):
+        check_evaluation(config, source)
     if args.dry_run:
         if accelerator.is_main_process:
             print(plan(config, source))
@@ -165,7 +172,7 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
     if do("generate", "label"):
         stages.label(run)
         stages.assemble(run)
-    rows = evaluate_run(run) if do("evaluate") else []
+    rows = evaluate_run(run) if do("evaluate") and config.evaluate.students else []
     if do("report") and run.main:
         write_report(run)
     if run.main:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dq.dist import digest_of, digest_of_tensors, read_json
@@ -54,9 +55,14 @@ def load_codec(
     if name not in SUPPORTED:
         raise InputError(f"{path} is a {name}, not one of the autoencoders {', '.join(SUPPORTED)}")
     # torch_dtype at loading, not .to() afterwards: some modules stay in float32 on purpose.
-    codec = getattr(diffusers, name).from_pretrained(
-        str(path), subfolder=subfolder, revision=revision, dtype=DTYPES[dtype], use_safetensors=True
-    )
+    try:
+        codec = getattr(diffusers, name).from_pretrained(
+            str(path), subfolder=subfolder, revision=revision, dtype=DTYPES[dtype], use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as e:
+        raise InputError(
+            f"the autoencoder {path} cannot be loaded ({str(e).splitlines()[0][:150]}); get it again"
+        ) from e
     return codec.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 

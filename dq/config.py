@@ -21,9 +21,37 @@ C = TypeVar("C")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+# Least values of settings by name; a trailing ">" leaves the bound itself out. All must be finite.
+LEAST: dict[str, tuple[float, bool]] = {
+    **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
+    **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests"), (1, True)),
+    **dict.fromkeys(("seeds", "full_seeds", "steps", "save_every", "patch_size", "num_layers"), (1, True)),
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),
+    **dict.fromkeys(("entropy", "snr", "strength", "temperature"), (0, False)),
+    **dict.fromkeys(("tol", "momentum", "weight_decay", "kl_weight", "warmup_steps", "guidance_scale"), (0, True)),
+    **dict.fromkeys(("ema", "dropout", "lr"), (0, True)),
+}
+
+
+class Checked:
+    """Refuses values that no code could use, however a configuration was made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):
+                options = ", ".join(map(repr, get_args(hints[f.name])))
+                raise InputError(f"{f.name} must be one of {options}, not {value!r}")
+            if f.name in LEAST and isinstance(value, int | float):
+                least, inclusive = LEAST[f.name]
+                if not (value >= least if inclusive else value > least) or value == float("inf"):
+                    bound = f"at least {least:g}" if inclusive else f"more than {least:g}"
+                    raise InputError(f"{f.name} must be {bound} and finite, not {value!r}")
+
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Checked):
     path: str = ""  # Hub data set id, local folder, or "sklearn:digits"
     name: str | None = None  # configuration name of a Hub data set
     revision: str | None = None
@@ -37,7 +65,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class CodecConfig:
+class CodecConfig(Checked):
     path: str = ""  # model folder or Hub id of an autoencoder, or of a pipeline that has one under vae/
     subfolder: str | None = None
     revision: str | None = None
@@ -48,7 +76,7 @@ class CodecConfig:
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
+class ClusterConfig(Checked):
     engine: Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"] = "auto"
     init: Literal["race", "k-means++", "random"] = "race"  # race: the best of several k-means++ in a subspace
     n_init: int = 1  # restarts; the lowest distortion wins
@@ -65,7 +93,7 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     mode: Literal["decode", "dit", "img2img"] = "decode"
     model: str | None = None  # pipeline folder or Hub id; None: the codec alone
     revision: str | None = None
@@ -84,9 +112,9 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """One way to make a set: which points, which representative, which weights. `override` changes `cluster.*` or
-    `generate.*` for this method alone."""
+class MethodConfig(Checked):
+    """One way to make a set: which points, which representative, which weights. `override` changes settings of
+    `cluster` or `generate` for this method alone."""
 
     representative: Literal["centroid", "medoid", "real"] = "centroid"
     weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
@@ -95,7 +123,7 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Checked):
     net: str = "resnet56"
     path: str = ""  # safetensors file, or folder with model.safetensors
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -105,7 +133,7 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Checked):
     net: str = "convnet3"
     labels: Literal["hard", "soft"] = "hard"
     epochs: dict[str, int] = field(default_factory=lambda: {"default": 300})  # by ipc; keys: "10", "full", "default"
@@ -122,15 +150,15 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     seeds: int = 3
     full_seeds: int = 1  # of the full-data baseline, which costs more than all the others together
     baselines: tuple[Literal["random", "nearest", "full"], ...] = ("random", "nearest", "full")
-    students: tuple[StudentConfig, ...] = (StudentConfig(),)
+    students: tuple[StudentConfig, ...] = (StudentConfig(),)  # none: `dq run` does not evaluate
 
 
 @dataclass(frozen=True)
-class TrainCodecConfig:
+class TrainCodecConfig(Checked):
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (32, 64)
     layers_per_block: int = 1
@@ -144,7 +172,7 @@ class TrainCodecConfig:
 
 
 @dataclass(frozen=True)
-class TrainDenoiserConfig:
+class TrainDenoiserConfig(Checked):
     num_layers: int = 6
     num_attention_heads: int = 4
     attention_head_dim: int = 32
@@ -161,7 +189,7 @@ class TrainDenoiserConfig:
 
 
 @dataclass(frozen=True)
-class PriorConfig:
+class PriorConfig(Checked):
     output_dir: str = "runs/prior"  # becomes a stock pipeline folder: vae/, transformer/, scheduler/
     seed: int = 0
     codec: TrainCodecConfig = TrainCodecConfig()
@@ -169,7 +197,7 @@ class PriorConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     output_dir: str = "runs/dq"
     cache_dir: str = "runs/cache"
     seed: int = 0
@@ -207,7 +235,11 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         for key in value:
             if key not in hints:
                 raise InputError(unknown_key(f"{where}.{key}".lstrip("."), str(key), list(hints)))
-        return hint(**{k: _build(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in value.items()})
+        values = {k: _build(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        try:
+            return hint(**values)
+        except InputError as e:
+            raise InputError(f"{where}.{e}".lstrip(".")) from None
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from dq.config import SourceConfig
+from dq.config import SourceConfig, from_dict, to_dict
 from dq.errors import InputError
 
 Preprocess = Literal["squash", "crop", "pad"]
@@ -93,8 +93,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F":
             array = array * 255.0 if array.max(initial=0.0) <= 1.0 else array
         else:
-            # 16-bit grey: PNG and TIFF keep the full range 0..65535, whatever integer mode Pillow opens them in
-            array = array / 257.0
+            # 16-bit grey: PNG and TIFF keep the full range 0..65535, whatever integer mode Pillow opens them in;
+            # only 32-bit files may hold 8-bit values
+            array = array / (1.0 if image.mode == "I" and array.max(initial=0) <= 255 else 257.0)
         return Image.fromarray(np.clip(np.rint(array), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -192,8 +193,13 @@ def load_source(
     if isinstance(source, ImageSource):
         return source
     if isinstance(source, (tuple, dict)):
+        if options:
+            raise InputError(f"tensors have no setting {', '.join(options)}; it is for folders and Hub data sets")
         return from_tensors(source, class_names=class_names)
-    config = source if isinstance(source, SourceConfig) else SourceConfig(path=str(source), **options)
+    if not isinstance(source, (str, Path, SourceConfig)):
+        raise InputError(f"a source is a path, a Hub id, tensors or a SourceConfig, not {type(source).__name__}")
+    base = to_dict(source) if isinstance(source, SourceConfig) else {"path": str(source)}
+    config = from_dict(SourceConfig, {**base, **options})
     if not config.path:
         raise InputError("no data set is named; give one with --data or source.path")
     if config.path == "sklearn:digits":
@@ -233,21 +239,27 @@ def from_tensors(
     h = hashlib.blake2b(digest_size=8)
     splits = {}
     for name, (images, labels) in pairs.items():
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) != len(labels):
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or labels.shape != images.shape[:1]:
             raise InputError(
                 f"split {name!r} needs images (n, 1 or 3, H, W) and labels (n,), "
                 f"not {tuple(images.shape)} and {tuple(labels.shape)}"
             )
+        if labels.dtype.is_floating_point or not len(images):
+            raise InputError(f"split {name!r} needs at least one image and whole-number labels, not {labels.dtype}")
         if images.dtype != torch.uint8:
+            if not images.dtype.is_floating_point:
+                raise InputError(f"images of split {name!r} must be uint8 or float in [0, 1], not {images.dtype}")
             if not torch.isfinite(images).all() or images.min() < 0 or images.max() > 1:
                 raise InputError(f"float images of split {name!r} must be finite and lie in [0, 1]")
             images = (images * 255).round().to(torch.uint8)
         array = images.cpu().numpy()
         splits[name] = Split(labels.cpu().numpy().astype(np.int64), array.__getitem__, name)
+        h.update(str(array.shape).encode())
         h.update(np.ascontiguousarray(array).tobytes())
         h.update(splits[name].labels.tobytes())
     highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
-    names = tuple(class_names) if class_names is not None else tuple(str(i) for i in range(highest))
+    names = tuple(map(str, class_names)) if class_names is not None else tuple(str(i) for i in range(highest))
     return _checked(splits, names, h, origin, "train", _test_name(splits, None, origin))
 
 
@@ -302,7 +314,8 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     own_cache = None
     if local:
         root = Path(config.path)
-        _hash_files(h, root, sorted(f for f in root.rglob("*") if f.suffix in (".parquet", ".arrow")))
+        # everything: a folder with tables may hold its images beside them
+        _hash_files(h, root, sorted(f for f in root.rglob("*") if f.is_file() and f.name[0] != "."))
         # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
         own_cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{h.hexdigest()}")
     try:
@@ -389,6 +402,15 @@ def _class_order(names: set[str]) -> list[str]:
     return sorted(names)
 
 
+def _images_below(folder: Path) -> list[Path]:
+    """Image files below a folder, sorted; hidden files (editors, file managers) are not images."""
+    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
+    lost = next((f for f in found if not f.exists()), None)
+    if lost:
+        raise InputError(f"{lost} points to a file that is not there; restore the file or remove the link")
+    return [f for f in found if f.is_file()]
+
+
 def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
     known = {config.train_split, config.test_split, *TEST_SPLITS}
     split_dirs = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and d.name in known}
@@ -404,10 +426,8 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
     files: dict[str, list[tuple[Path, str]]] = {}
     for s in (config.train_split, test):
         if s:
-            classes = sorted(d for d in split_dirs[s].iterdir() if d.is_dir())
-            files[s] = [
-                (f, d.name) for d in classes for f in sorted(d.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES
-            ]
+            classes = sorted(d for d in split_dirs[s].iterdir() if d.is_dir() and d.name[0] != ".")
+            files[s] = [(f, d.name) for d in classes for f in _images_below(d)]
     if not files[config.train_split]:
         raise InputError(
             f"{root} holds no images in class folders; expected {root}/train/CLASS/*.png or {root}/CLASS/*.png"

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from dq.errors import RunError
+from dq.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -134,7 +135,9 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """Read a JSON file; a missing or damaged one is one sentence."""
+    with _readable(path):
+        return json.loads(path.read_text())
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -169,6 +172,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def _metadata(f: Any) -> dict[str, Any]:
     return json.loads((f.metadata() or {}).get("dq", "{}"))
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse names that could not be a folder or would leave it."""
+    if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name):
+        raise InputError(f"{what} {name!r} must be letters, digits and _ . + - (it names a folder); choose another")
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq.dist import atomic_path, read_json, write_json, write_text
-from dq.errors import InputError
+from dq.dist import atomic_path, check_name, read_json, write_json, write_text
+from dq.errors import InputError, RunError
 
 PARQUET = "train-00000-of-00001.parquet"
 
@@ -39,8 +39,13 @@ class DistilledSet:
         for name in ("labels", "weights", "prototype", "counts", "source_row"):
             if len(getattr(self, name)) != n:
                 raise InputError(f"a distilled set of {n} images has {len(getattr(self, name))} {name}")
-        if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
-            raise InputError(f"images must be (N, 3, H, W) uint8 or float32, not {tuple(self.images.shape)}")
+        if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype not in (torch.uint8, torch.float32):
+            shape = tuple(self.images.shape)
+            raise InputError(f"images must be (N, 3, H, W) uint8 or float32, not {shape} {self.images.dtype}")
+        if not n:
+            raise InputError("a distilled set needs at least one image")
+        if self.images.dtype == torch.float32 and not (self.images.min() >= 0 and self.images.max() <= 1):
+            raise InputError("float images of a distilled set must lie in [0, 1]; scale or clip them first")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,6 +69,7 @@ class DistilledSet:
         from datasets import Image as ImageFeature
 
         folder = Path(folder)
+        check_name(config_name, "the set's name")
         columns: dict[str, Any] = {
             "image": [{"bytes": _png(x), "path": None} for x in self.images_uint8()],
             "label": self.labels.tolist(),
@@ -114,7 +120,12 @@ class DistilledSet:
         if config_name not in known:
             raise InputError(f"{folder} has no set {config_name!r}; it has {', '.join(known) or 'none'}")
         # Not load_dataset: its cache takes two folders with the same card for the same data.
-        rows = Dataset(pq.read_table(folder / config_name / PARQUET))
+        try:
+            rows = Dataset(pq.read_table(folder / config_name / PARQUET))
+        except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
+            raise RunError(
+                f"{folder / config_name / PARQUET} cannot be read ({e}); make the set again with `dq label`"
+            ) from e
         soft = rows.with_format("numpy")["soft_label"][:] if "soft_label" in rows.column_names else None
         if "pixels" in rows.column_names:
             images = torch.from_numpy(np.stack(rows.with_format("numpy")["pixels"][:])).float()

@@ -45,7 +45,7 @@ class DistillPipeline(DiffusionPipeline):
     Example:
         pipe = DistillPipeline.from_pretrained("facebook/DiT-XL-2-256")
         small = pipe("my/images", ipc=10, output_dir="runs/mine")
-        small.push_to_hub  # or load_dataset("runs/mine/dataset")
+        load_dataset("runs/mine/dataset")
     """
 
     _optional_components = ["transformer", "unet", "text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012
@@ -277,6 +277,7 @@ class DistillPipeline(DiffusionPipeline):
         ipc: int = 10,
         seed: int = 0,
         output_dir: str | Path = "runs/dq",
+        cache_dir: str | Path | None = None,
         resolution: int | None = None,
         config: RunConfig | None = None,
         accelerator: Any = None,
@@ -289,22 +290,31 @@ class DistillPipeline(DiffusionPipeline):
             resolution: side in px at which the codec sees the images; default: what the denoiser was made for, else
                 the images' own.
             config: a full `RunConfig` to start from; its first method is used.
-            **settings: single settings by dotted or underscored section, e.g. `generate={"guidance_scale": 2.0}`,
-                `cluster={"engine": "torch"}`, `method={"weights": "mass"}`.
+            **settings: sections of a `RunConfig`, e.g. `generate={"guidance_scale": 2.0}`, `cluster={"n_init": 3}`,
+                `source={"image_size": 32}`, and `method={"weights": "mass"}` for the one method of this run.
 
         Returns:
             The distilled set, also saved in `output_dir/dataset`. The same call again continues or returns at once.
         """
         data = load_source(source)
         base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))  # type: ignore[arg-type]
-        flat = {f"{section}.{k}": v for section, values in settings.items() for k, v in values.items()}
+        flat: dict[str, Any] = {}
+        for section, values in settings.items():
+            flat |= {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
         name = next(iter(base.methods))
         flat = {
             k.replace("method.", f"methods.{name}.", 1) if k.startswith("method.") else k: v for k, v in flat.items()
         }
         side = resolution or self._native_resolution() or base.codec.resolution
         chosen = apply_settings(base, {"codec.resolution": side, **flat})
-        chosen = dataclasses.replace(chosen, ipc=(ipc,), seed=seed, output_dir=str(output_dir))
+        chosen = dataclasses.replace(
+            chosen,
+            ipc=(ipc,),
+            seed=seed,
+            methods={name: chosen.methods[name]},
+            output_dir=str(output_dir),
+            cache_dir=str(cache_dir or chosen.cache_dir),
+        )
         run = open_run(chosen, data, accelerator or make_accelerator())
         cache = stages.encode(run, self.vae)
         stages.cluster(run, cache)

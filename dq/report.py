@@ -19,7 +19,7 @@ from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.prototypes import Prototypes
-from dq.run import cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
+from dq.run import cache_of, clusterings, load_prototypes, load_set, nearest_images, prototype_folder
 from dq.runfolder import Run
 
 GAP = 2  # px of white between images
@@ -77,7 +77,7 @@ def write_report(run: Run) -> Path:
     )
     shown = sorted(present, key=lambda p: (p[0] != _shown_ipc(c.ipc), list(c.methods).index(p[1]), p[0]))
     for ipc, method in shown[:8]:
-        small = DistilledSet.load(base, f"ipc{ipc}-{method}")
+        small = load_set(run, ipc, method)
         points = load_prototypes(run, cache, ipc, run.resolved(method)[1])
         path = figures / f"grid-ipc{ipc}-{method}.png"
         _save_image(set_grid(small, [nearest_images(run, p) for p in points[:MAX_CLASSES]]), path)
@@ -197,6 +197,11 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
+def _plain(name: str) -> str:
+    """A class name that matplotlib neither sets as a formula nor hides from the legend."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _plot_sizes(points: list[Prototypes], path: Path) -> None:
     """Cluster sizes as shares of an equal share, and distortion per class."""
     figure = _figure(10, 3)
@@ -205,7 +210,7 @@ def _plot_sizes(points: list[Prototypes], path: Path) -> None:
     left.hist(ratios, bins=30, color="#3b6ea5")
     left.axvline(1, color="#222", lw=1)
     left.set(xlabel="cluster size / equal share", ylabel="prototypes")
-    names = [p.name for p in points[:40]]
+    names = [_plain(p.name) for p in points[:40]]
     right.bar(range(len(names)), [p.stats["distortion"] for p in points[:40]], color="#3b6ea5")
     right.set(ylabel="distortion")
     right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
@@ -237,7 +242,7 @@ def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
         own = (p.centroids.flatten(1) - mean) @ axes
         ax.scatter(*flat.T.numpy(), s=3, color=palette(i % 10), alpha=0.3)
         size = (30 + 170 * p.counts / p.counts.max()).numpy()
-        ax.scatter(*own.T.numpy(), s=size, color=palette(i % 10), edgecolor="black", lw=0.7, label=p.name)
+        ax.scatter(*own.T.numpy(), s=size, color=palette(i % 10), edgecolor="black", lw=0.7, label=_plain(p.name))
     ax.set(xlabel="first principal axis", ylabel="second principal axis")
     ax.legend(fontsize=7, markerscale=0.5)
     _save_figure(figure, path)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dq.cluster import choose_engine, kmeans_many, quantization_stats
-from dq.codec import Codec
+from dq.codec import Codec, codec_digest
 from dq.config import ClusterConfig, GenerateConfig, MethodConfig, to_dict
 from dq.data import read_images
 from dq.dist import (
@@ -197,6 +197,7 @@ def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
         digest = None
         ids: list[int] = []
         if m.representative != "real":
+            _check_codec(pipe, cache)
             ids = pipe.check_inputs(cfg, run.config.codec.resolution, run.source.class_names)
             digest = digests.setdefault(cfg.mode, "") or pipe.digest(cfg.mode)
             digests[cfg.mode] = digest
@@ -214,6 +215,16 @@ def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
     if run.main:
         write_json(run.folder / "images" / "index.json", folders)
     run.accelerator.wait_for_everyone()
+
+
+def _check_codec(pipe: DistillPipeline, cache: LatentCache) -> None:
+    """The latents must be decoded by the codec that made them."""
+    made_by = read_json(cache.folder / "manifest.json")["codec"]
+    if codec_digest(pipe.vae) != made_by:
+        raise InputError(
+            f"the latents in {cache.folder} were made by another codec (digest {made_by}) than the one given; "
+            "set codec.path and codec.dtype back, or start again with `dq encode` in another --output_dir"
+        )
 
 
 def _draw(
@@ -293,12 +304,16 @@ def label(run: Run) -> None:
     names = [_label_file(run, f, teacher.digest) for f in folders]
     todo = [i for i in run.mine([1.0] * len(folders)) if not names[i].is_file()]
     if todo:
-        accuracy = check_teacher(teacher, run.source, run.config.teacher, run.config.image_size)
+        accuracy = check_teacher(teacher, run.source, run.config.teacher, run.config.source, run.config.image_size)
         for i in progress(todo, desc="label", unit="set", main=run.main):
             images = torch.cat(_images(run, folders[i])[0])
             meta = {"teacher": run.config.teacher.net, "digest": teacher.digest, "teacher_accuracy": accuracy}
             write_tensors(names[i], {"logits": teacher.logits(images).half()}, meta)
     run.finish("label", began, sets=len(folders))
+    if run.main:
+        # which labels are this teacher's; those of an earlier one stay beside them
+        write_json(run.folder / "labels" / "index.json", {f.name: n.name for f, n in zip(folders, names)})
+    run.accelerator.wait_for_everyone()
 
 
 def _label_file(run: Run, folder: Path, digest: str) -> Path:
@@ -306,7 +321,9 @@ def _label_file(run: Run, folder: Path, digest: str) -> Path:
 
 
 def _find_labels(run: Run, folder: Path) -> Path | None:
-    return next(iter(sorted((run.folder / "labels").glob(f"{folder.name}-*.safetensors"))), None)
+    index = run.folder / "labels" / "index.json"
+    name = read_json(index).get(folder.name) if run.config.teacher is not None and index.is_file() else None
+    return run.folder / "labels" / name if name else None
 
 
 # --- assemble -----------------------------------------------------------------------------------------------------
@@ -334,6 +351,31 @@ def assemble(run: Run) -> dict[tuple[int, str], DistilledSet]:
     return sets
 
 
+def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
+    """A set of the run as it was saved.
+
+    Raises:
+        InputError: if it is not there, or was made under other settings of this method than the present ones.
+    """
+    name = f"ipc{ipc}-{method}"
+    m, cluster_config, generate_config = run.resolved(method)
+    s = DistilledSet.load(run.folder / "dataset", name)
+    now = {
+        "method": {"name": method, **to_dict(m)},
+        "cluster": dict(to_dict(cluster_config), engine=choose_engine(cluster_config.engine)),
+        "generate": to_dict(generate_config),
+    }
+    for section, settings in now.items():
+        for key, value in settings.items():
+            made_with = s.provenance[section].get(key)
+            if key not in SPEED and made_with != value:
+                raise InputError(
+                    f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
+                    "run `dq label` to put it together again, or `dq run`"
+                )
+    return s
+
+
 def cache_of(run: Run) -> LatentCache:
     """The latent cache that the encode stage of this run used, without loading the codec."""
     pointer = run.folder / "latents.json"
@@ -355,7 +397,7 @@ def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: P
     prototypes = load_prototypes(run, cache, ipc, cluster_config)
     images, meta = _images(run, folder)
     copies = meta["copies"]
-    soft_file = _find_labels(run, folder) if run.config.teacher is not None else None
+    soft_file = _find_labels(run, folder)
     soft, soft_meta = read_tensors(soft_file) if soft_file else ({}, None)
 
     def spread(per_prototype: list[Tensor]) -> Tensor:
@@ -375,7 +417,7 @@ def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: P
             "ipc": ipc,
             "method": {"name": method, **to_dict(m)},
             "codec": to_dict(run.config.codec),
-            "cluster": dict(to_dict(cluster_config), engine=prototypes[0].stats["engine"]),
+            "cluster": dict(to_dict(cluster_config), engine=choose_engine(cluster_config.engine)),
             "generate": {**to_dict(generate_config), "start": meta["start"]},
             "labels": soft_meta,
         },

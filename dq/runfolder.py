@@ -23,7 +23,7 @@ from dq.config import (
     to_dict,
 )
 from dq.data import ImageSource
-from dq.dist import append_jsonl, read_json, shard, write_json, write_text
+from dq.dist import append_jsonl, check_name, read_json, shard, write_json, write_text
 from dq.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,10 +62,15 @@ class Run:
     def resolved(self, method: str) -> tuple[MethodConfig, ClusterConfig, GenerateConfig]:
         """A method with the clustering and generation settings that hold for it."""
         m = self.config.methods[method]
-        for key in m.override:
+        override = dict(_flat(m.override))
+        for key in override:
             if key.split(".")[0] not in ("cluster", "generate"):
                 raise InputError(f"methods.{method}.override may set cluster.* and generate.*, not {key!r}")
-        config = apply_settings(self.config, m.override)
+            if key in ("generate.model", "generate.revision", "generate.dtype"):
+                raise InputError(
+                    f"methods.{method}.override cannot change {key}: one model draws all methods of a run"
+                )
+        config = apply_settings(self.config, override)
         return m, config.cluster, config.generate
 
     def finish(self, stage: str, began: float, **numbers: Any) -> None:
@@ -77,6 +82,15 @@ class Run:
             log.info("%s: %.1f s", stage, record["seconds"])
 
 
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of nested settings, so that {cluster: {engine: torch}} changes one value and not the section."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and f"{prefix}{key}" in ("cluster", "generate"):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Run:
     """Open or continue the run in `config.output_dir`.
 
@@ -85,6 +99,12 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
     """
     if not config.methods or not config.ipc or min(config.ipc) < 1:
         raise InputError("a run needs at least one method and ipc values of at least 1")
+    if len(set(config.ipc)) < len(config.ipc):
+        raise InputError(f"ipc={list(config.ipc)} names a number twice; give every number once")
+    for name in config.methods:
+        check_name(name, "the method name")
+        if name in ("random", "nearest", "full"):
+            raise InputError(f"the method name {name!r} is that of a baseline; choose another")
     folder = Path(config.output_dir)
     known = folder / "config.yaml"
     run = Run(config, source, accelerator, folder)

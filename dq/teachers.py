@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dq.config import TeacherConfig
+from dq.config import SourceConfig, TeacherConfig
 from dq.data import ImageSource, read_images
-from dq.dist import digest_of_tensors, generator
+from dq.dist import digest_of, digest_of_tensors, generator
 from dq.errors import InputError
 from dq.nets import make_net
 
@@ -25,7 +25,7 @@ class Teacher:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     batch_size: int
-    digest: str
+    digest: str  # of network, weights and normalisation
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
@@ -66,10 +66,13 @@ def load_teacher(
             f"({str(e).splitlines()[1].strip()[:150]}); set teacher.net to the right network"
         ) from e
     net = net.eval().requires_grad_(False).to(device)
-    return Teacher(net, config.mean, config.std, config.batch_size, digest_of_tensors(state))
+    digest = digest_of([config.net, config.mean, config.std, digest_of_tensors(state)])
+    return Teacher(net, config.mean, config.std, config.batch_size, digest)
 
 
-def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, image_size: int) -> float:
+def check_teacher(
+    teacher: Teacher, source: ImageSource, config: TeacherConfig, source_config: SourceConfig, image_size: int
+) -> float:
     """Accuracy of the teacher on real test images; stops near chance, where the class order is the usual cause.
 
     Raises:
@@ -78,7 +81,7 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
     test = source.test
     g = generator("teacher check")
     rows = torch.randperm(len(test), generator=g)[: config.check_images].tolist()
-    images, rows, _ = read_images(test, rows, image_size, "crop", on_bad="skip")
+    images, rows, _ = read_images(test, rows, image_size, source_config.preprocess, on_bad=source_config.on_bad_image)
     labels = torch.from_numpy(test.labels[rows])
     accuracy = float((teacher.logits(images).argmax(1) == labels).double().mean())
     chance = 1 / len(source.class_names)

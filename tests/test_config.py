@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dq.config import MethodConfig, RunConfig, apply_settings, dump_config, from_dict, load_config
+from dq.config import (
+    ClusterConfig,
+    MethodConfig,
+    RunConfig,
+    StudentConfig,
+    apply_settings,
+    dump_config,
+    from_dict,
+    load_config,
+)
 from dq.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -62,11 +71,32 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("seed=[", "value of 'seed' is not readable"),
         ("ipc=10", "ipc must be a list"),
         ("source=here", "source must be a mapping"),
+        ("codec.batch_size=0", "codec.batch_size must be at least 1 and finite, not 0"),
+        ("codec.resolution=-8", "codec.resolution must be at least 1"),
+        ("cluster.tol=.nan", "cluster.tol must be at least 0 and finite"),
+        ("cluster.entropy=0", "cluster.entropy must be more than 0"),
+        ("evaluate.students.0.lr=.inf", "evaluate.students.0.lr must be at least 0 and finite"),
+        ("evaluate.students.0.temperature=0", "temperature must be more than 0"),
+        ("evaluate.seeds=0", "evaluate.seeds must be at least 1"),
     ],
 )
 def test_wrong_settings_name_the_key_and_the_way_out(setting: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         apply_settings(RunConfig(), [setting])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClusterConfig(init="rndom"), "init must be one of 'race', 'k-means\\+\\+', 'random', not 'rndom'"),
+        (lambda: ClusterConfig(on_small="rais"), "on_small must be one of"),
+        (lambda: StudentConfig(optimizer="adma"), "optimizer must be one of"),
+        (lambda: StudentConfig(batch_size=0), "batch_size must be at least 1"),
+    ],
+)
+def test_values_are_checked_in_python_too(make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

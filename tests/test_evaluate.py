@@ -342,13 +342,7 @@ X, Y = stripes(24, 0)
     [
         ({"config": dataclasses.replace(PLAIN, labels="soft")}, "soft labels but there are none"),
         ({"config": dataclasses.replace(PLAIN, labels="soft"), "soft_labels": X[:, 0, 0, :5]}, r"\(24, 4\), not"),
-        (
-            {"config": dataclasses.replace(PLAIN, labels="soft", temperature=0.0), "soft_labels": X[:, 0, 0, :4]},
-            "positive",
-        ),
         ({"config": dataclasses.replace(PLAIN, dtype="float16")}, "float16.*use bfloat16"),
-        ({"config": dataclasses.replace(PLAIN, batch_size=0)}, "batch_size"),
-        ({"config": dataclasses.replace(PLAIN, tests=0)}, "at least once"),
         ({"config": dataclasses.replace(PLAIN, net="vgg")}, "no network is called 'vgg'"),
         ({"weights": torch.ones(23)}, r"24 images need weights \(24,\)"),
         ({"weights": torch.zeros(24)}, "not all zero"),

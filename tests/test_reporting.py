@@ -29,6 +29,7 @@ def record(
         "labels": "hard",
         "seed": seed,
         "protocol": "p",
+        "recipe": 0,
         "last": last,
         "best": best,
         "train_seconds": 2.0,
@@ -59,9 +60,37 @@ def test_table_orders_ipc_as_numbers() -> None:
     assert lines[-1] == "Top-1 test accuracy in %, last epoch, mean ± std over 1/2 seeds."
 
 
+def test_two_recipes_of_one_network_are_two_columns() -> None:
+    records = [record("a", 0, 0.2), {**record("a", 0, 0.4), "recipe": 1}]
+    lines = markdown_table(summarize(records)).splitlines()
+    assert lines[0] == "| set | convnet3 #1, hard, IPC 10 | convnet3 #2, hard, IPC 10 |"
+    assert lines[2] == "| a | 20.0 | 40.0 |"
+
+
+def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_source) -> None:
+    from dq.cluster import kmeans, quantization_stats
+    from dq.prototypes import make_prototypes
+    from dq.report import _plot_sizes
+
+    z = torch.rand(9, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    r = kmeans(z.flatten(1), 3)
+    stats = quantization_stats(z.flatten(1), r)
+    points = [make_prototypes(i, n, z, torch.arange(9), r, stats) for i, n in enumerate(("$5_vs_$10%", "$^$", "_x"))]
+    _plot_sizes(points, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").stat().st_size > 1000
+
+
 def test_protocol_names_every_setting() -> None:
     name = protocol_name(StudentConfig(labels="soft", temperature=4.0, epochs={"10": 7}), "10")
-    for part in ("7 epochs", "batch 256", "sgd lr 0.01 wd 0.0005", "step", "augment dsa", "soft T=4", "float32"):
+    for part in (
+        "7 epochs",
+        "batch 256",
+        "sgd lr 0.01 wd 0.0005 momentum 0.9",
+        "step",
+        "augment dsa",
+        "soft T=4",
+        "float32",
+    ):
         assert part in name
 
 

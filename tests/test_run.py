@@ -341,18 +341,10 @@ def test_one_image_in_a_class_and_fewer_than_ipc(
     assert "class 0 'a' has only 1 distinct points to offer for ipc=3; it gets 1 prototypes" in caplog.text
     s = DistilledSet.load(tmp_path / "run" / "dataset", "ipc3-ddoq")
     assert torch.bincount(s.labels).tolist() == [1, 3]
-    said = fails(
-        [
-            "run",
-            "--config",
-            str(config(world, tmp_path / "x")),
-            "--data",
-            str(tmp_path / "set"),
-            "--set",
-            "cluster.on_small=raise",
-        ],
-        capsys,
-    )
+    strict = ["--config", str(config(world, tmp_path / "x")), "--data", str(tmp_path / "set")]
+    strict += ["--set", "cluster.on_small=raise"]
+    assert main(["encode", *strict, "--cpu"]) == 0
+    said = fails(["cluster", *strict], capsys)
     assert "class 0 'a' has 1 images but ipc=3; lower ipc, drop the class, or set cluster.on_small=clamp" in said
 
 
@@ -424,6 +416,104 @@ def test_teacher_of_another_class_order_is_stopped(world: Path, tmp_path: Path, 
         ["run", "--config", str(file), "--set", "teacher.net=resnet20", "--output_dir", str(tmp_path / "b")], capsys
     )
     assert "are not a resnet20 for 3 classes" in said
+
+
+def test_another_teacher_labels_anew(world: Path, tmp_path: Path) -> None:
+    from dq.distilled import DistilledSet
+
+    file = full(world, tmp_path)
+    for verb in ("encode", "cluster", "generate", "label"):
+        assert main([verb, "--config", str(file), "--cpu"]) == 0
+    first = DistilledSet.load(tmp_path / "run" / "dataset", "ipc3-ddoq")
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(world / "teacher.safetensors")
+    state["classifier.bias"] = state["classifier.bias"] + 0.01
+    save_file(state, tmp_path / "other.safetensors")
+    other = ["--set", f"teacher.path={tmp_path / 'other.safetensors'}"]
+    assert main(["label", "--config", str(file), "--cpu", *other]) == 0
+    second = DistilledSet.load(tmp_path / "run" / "dataset", "ipc3-ddoq")
+    assert second.provenance["labels"]["digest"] != first.provenance["labels"]["digest"]
+    assert not torch.equal(second.soft_labels, first.soft_labels)
+    assert main(["label", "--config", str(file), "--cpu"]) == 0
+    assert torch.equal(DistilledSet.load(tmp_path / "run" / "dataset", "ipc3-ddoq").soft_labels, first.soft_labels)
+
+
+def test_latents_of_another_codec_are_not_decoded(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny_kl(seed=7).save_pretrained(tmp_path / "other")
+    file = config(world, tmp_path)
+    for verb in ("encode", "cluster"):
+        assert main([verb, "--config", str(file), "--cpu"]) == 0
+    said = fails(["generate", "--config", str(file), "--set", f"codec.path={tmp_path / 'other'}"], capsys)
+    assert "were made by another codec" in said
+
+
+def test_a_set_of_other_settings_is_not_evaluated(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = config(world, tmp_path, evaluate__seeds=1)
+    assert main(["run", "--config", str(file), "--cpu", "--ipc", "1"]) == 0
+    mass = ["--config", str(file), "--ipc", "1", "--set", "methods.ddoq.weights=mass"]
+    said = fails(["evaluate", *mass], capsys)
+    assert "the set ipc1-ddoq was made with method.weights=sqrt, not mass; run `dq label`" in said
+    assert main(["label", *mass, "--cpu"]) == 0
+    assert main(["evaluate", *mass, "--cpu"]) == 0
+
+
+def test_names_and_numbers_that_cannot_be(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = ["run", "--config", str(config(world, tmp_path))]
+    assert "ipc=[2, 2] names a number twice" in fails([*file, "--ipc", "2,2"], capsys)
+    assert "'random' is that of a baseline" in fails([*file, "--set", "methods.random.weights=mass"], capsys)
+    said = fails([*file, "--set", "methods={../../out: {weights: mass}}"], capsys)
+    assert "'../../out' must be letters, digits" in said
+    assert not (tmp_path / "run").exists()
+    said = fails([*file, "--set", "methods.x.override={generate.model: other}"], capsys)
+    assert "cannot change generate.model: one model draws all methods of a run" in said
+
+
+def test_a_nested_override_changes_one_value() -> None:
+    from dq.config import apply_settings
+    from dq.runfolder import Run
+
+    base = apply_settings(RunConfig(), ["cluster.n_iter=7", "methods.x.override.cluster.engine=faiss"])
+    run = Run(base, None, None, Path())  # type: ignore[arg-type]
+    assert (run.resolved("x")[1].engine, run.resolved("x")[1].n_iter) == ("faiss", 7)
+    assert run.resolved("ddoq")[1].engine == "auto"
+
+
+def test_unreadable_test_images_are_not_dropped_in_silence(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    shutil.copytree(world / "images", tmp_path / "set")
+    broken = next((tmp_path / "set" / "test" / "red").iterdir())
+    broken.write_bytes(b"garbage")
+    args = ["--config", str(config(world, tmp_path, evaluate__seeds=1)), "--data", str(tmp_path / "set"), "--ipc", "1"]
+    assert f"test/red/{broken.name} cannot be read" in fails(["run", *args], capsys)
+    skip = ["--set", "source.on_bad_image=skip", "--output_dir", str(tmp_path / "skipped")]
+    assert main(["run", *args, *skip, "--cpu"]) == 0
+    assert "1 of 12 test images cannot be read and are left out" in caplog.text
+
+
+def test_faults_of_the_label_and_evaluate_stages_are_found_before_the_first(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = ["run", "--config", str(full(world, tmp_path))]
+    assert "there is no teacher at /nope" in fails([*file, "--set", "teacher.path=/nope"], capsys)
+    assert "no network is called 'resnt20'" in fails([*file, "--set", "evaluate.students.1.net=resnt20"], capsys)
+    assert "need a teacher" in fails([*file, "--set", "teacher=null"], capsys)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_damaged_files_are_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = config(world, tmp_path, evaluate__students=[])
+    assert main(["run", "--config", str(file), "--cpu", "--ipc", "1"]) == 0
+    pointer = tmp_path / "run" / "latents.json"
+    pointer.write_text("{")
+    assert "latents.json cannot be read" in fails(["cluster", "--config", str(file), "--ipc", "1"], capsys, code=1)
+    taken = tmp_path / "file"
+    taken.write_text("")
+    said = fails(["run", "--config", str(file), "--output_dir", str(taken / "below")], capsys, code=1)
+    assert "check that the path is right" in said
 
 
 def test_full_disk(

@@ -64,13 +64,14 @@ def kmeans(
 ) -> Clustering:
     """Quantize x (n, d) with k points: minimise sum_i w_i min_k |x_i - c_k|^2.
 
-    All engines start from the same seeded greedy k-means++ points (or `start`), run on centred float32 data, and end
-    in an exact assignment to the points that are returned; the choice among `faiss` and `torch` changes speed, not
-    results beyond rounding.
+    All engines run on centred float32 data and end in an exact assignment to the points that are returned. `faiss`,
+    `torch` and `barycentre` start from the same seeded points (or `start`), so that the choice among the first two
+    changes speed, not results beyond rounding; the two streams start from their own first samples.
 
     Args:
         config: engine and its settings; see `ClusterConfig`.
-        weights: (n,) non-negative weights of the points; not for `minibatch` and `barycentre`.
+        weights: (n,) non-negative weights of the points; not for `minibatch` and `barycentre`. They weigh the sum
+            above and the means; `counts` stay numbers of points.
         seed: of the start points and, for streams, of the order.
         start: (k, d) starting centroids instead of drawn ones.
         name: how messages name the data, e.g. "class 3 'cat'".
@@ -138,12 +139,18 @@ class _Problem:
     ) -> _Problem:
         if x.ndim != 2 or not len(x):
             raise InputError(f"{name} must be a non-empty (n, d) array, not {tuple(x.shape)}")
-        x = x.float()
-        if not torch.isfinite(x.sum()):  # one pass; a sum of finite float32 latents stays finite
-            row = int((~torch.isfinite(x)).any(1).nonzero()[0])
+        x = x if x.dtype == torch.float64 else x.float()
+        size = float(torch.linalg.vector_norm(x))
+        if not size < 1e18:  # one pass; NaN, infinite, or too large to be squared
+            bad = (~torch.isfinite(x)).any(1).nonzero()
+            if not len(bad):
+                raise InputError(f"{name} has values too large for float32 distances (norm {size:.1e}); scale them")
             raise InputError(
-                f"{name} has NaN or infinite latents (first at its point {row}); encode again in bfloat16 or float32"
+                f"{name} has NaN or infinite latents (first at its point {int(bad[0])}); "
+                "encode again in bfloat16 or float32"
             )
+        if start is not None and config.engine == "minibatch":
+            raise InputError("cluster.engine=minibatch draws its own start, as D4M does; give no start points")
         if weights is not None and config.engine in ("minibatch", "barycentre"):
             raise InputError(f"cluster.engine={config.engine} takes no point weights; use faiss, torch or clvq")
         w = torch.ones(len(x), device=x.device) if weights is None else weights.to(x)
@@ -156,9 +163,9 @@ class _Problem:
             )
         if start is not None and start.shape != (k, x.shape[1]):
             raise InputError(f"start centroids of {name} must be ({k}, {x.shape[1]}), not {tuple(start.shape)}")
-        mean = x.mean(0)
-        centred = None if start is None else start.to(x)[:allowed] - mean
-        return _Problem(x - mean, mean, w, weights is not None, centred, allowed, k, seed, name)
+        mean = x.mean(0)  # subtracted before float64 is rounded, so that large offsets cost no digits
+        centred = None if start is None else (start.to(x)[:allowed] - mean).float()
+        return _Problem((x - mean).float(), mean, w.float(), weights is not None, centred, allowed, k, seed, name)
 
 
 def _start_points(group: list[_Problem], x: Tensor, weights: Tensor, restart: int, config: ClusterConfig) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,20 +15,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dq.config import ClusterConfig, EvaluateConfig, StudentConfig, TeacherConfig, to_dict
-from dq.data import ImageSource, read_images
+from dq.config import (
+    ClusterConfig,
+    EvaluateConfig,
+    RunConfig,
+    SourceConfig,
+    StudentConfig,
+    TeacherConfig,
+    from_dict,
+    to_dict,
+)
+from dq.data import ImageSource, load_source, read_images
 from dq.dist import derive_seed, digest_of, digest_of_tensors, generator, progress, read_json, write_json, write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.baselines import random_rows
 from dq.evaluation.statistics import format_mean_std, mean_std
 from dq.evaluation.train import epochs_for, train_student
-from dq.run import cache_of, clusterings, load_prototypes, nearest_images, prototype_folder
+from dq.nets import make_net
+from dq.run import cache_of, clusterings, load_prototypes, load_set, nearest_images, prototype_folder
 from dq.runfolder import Run
 from dq.teachers import Teacher, check_teacher, load_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+log = logging.getLogger("dq")
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Row:
     labels: str  # hard or soft
     last: tuple[float, ...]  # accuracy after the last epoch, per seed
     best: tuple[float, ...]  # best of the looks at the test split, per seed: model selection on test data
+    recipe: int  # which student of the configuration, from 0
     seconds: float  # of training without tests, mean over seeds
     protocol: str
 
@@ -77,7 +92,8 @@ def protocol_name(config: StudentConfig, ipc: str) -> str:
     parts = [
         f"{epochs_for(config, ipc)} epochs",
         f"batch {config.batch_size}",
-        f"{config.optimizer} lr {config.lr:g} wd {config.weight_decay:g}",
+        f"{config.optimizer} lr {config.lr:g} wd {config.weight_decay:g}"
+        + (f" momentum {config.momentum:g}" if config.optimizer == "sgd" else ""),
         config.schedule,
         f"augment {config.augment}",
         f"soft T={config.temperature:g}" if config.labels == "soft" else "hard",
@@ -91,8 +107,8 @@ class Bench:
     """What trainings share: the real data at the students' size, its statistics, a teacher if one labels."""
 
     source: ImageSource
+    source_config: SourceConfig
     image_size: int
-    preprocess: str
     test: tuple[Tensor, Tensor]  # (M, 3, H, W) uint8, (M,)
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -102,7 +118,8 @@ class Bench:
     def real(self, rows: Iterable[int], soft: bool) -> Data:
         """Real train images as training data."""
         wanted = list(rows)
-        images, kept, _ = read_images(self.source.train, wanted, self.image_size, self.preprocess, on_bad="skip")  # type: ignore[arg-type]
+        c = self.source_config
+        images, kept, _ = read_images(self.source.train, wanted, self.image_size, c.preprocess, on_bad=c.on_bad_image)
         labels = torch.from_numpy(self.source.train.labels[kept])
         return Data(images, labels, None, self.soften(images) if soft else None)
 
@@ -114,8 +131,8 @@ class Bench:
 
 def make_bench(
     source: ImageSource,
+    source_config: SourceConfig,
     image_size: int,
-    preprocess: str,
     *,
     teacher: TeacherConfig | None,
     soft: bool,
@@ -125,17 +142,24 @@ def make_bench(
     if soft and teacher is None:
         raise InputError("students with labels=soft need a teacher; set teacher.path, or use labels=hard")
     test_rows = range(len(source.test))
-    test, kept, _ = read_images(source.test, test_rows, image_size, preprocess, on_bad="skip")  # type: ignore[arg-type]
+    preprocess, on_bad = source_config.preprocess, source_config.on_bad_image
+    test, kept, bad = read_images(source.test, test_rows, image_size, preprocess, on_bad=on_bad)
+    if bad:
+        log.warning(
+            "%d of %d test images cannot be read and are left out, first: %s", len(bad), len(test_rows), bad[0]
+        )
+    if not kept:
+        raise InputError(f"no test image of {source.origin} can be read; replace the split")
     sample = torch.randperm(len(source.train), generator=generator("statistics"))[:5000].tolist()
-    pixels = read_images(source.train, sample, image_size, preprocess, on_bad="skip")[0].float() / 255  # type: ignore[arg-type]
+    pixels = read_images(source.train, sample, image_size, preprocess, on_bad=on_bad)[0].float() / 255
     loaded = None
     if soft and teacher is not None:
         loaded = load_teacher(teacher, len(source.class_names), image_size, device)
-        check_teacher(loaded, source, teacher, image_size)
+        check_teacher(loaded, source, teacher, source_config, image_size)
     return Bench(
         source=source,
         image_size=image_size,
-        preprocess=preprocess,
+        source_config=source_config,
         test=(test, torch.from_numpy(source.test.labels[kept])),
         mean=tuple(pixels.mean((0, 2, 3)).tolist()),
         # a constant channel (white paper) would divide by zero
@@ -172,7 +196,7 @@ def train_unit(unit: Unit, bench: Bench, config: StudentConfig) -> dict[str, Any
         soft_labels=data.soft_labels if config.labels == "soft" else None,
         mean=bench.mean,
         std=bench.std,
-        seed=derive_seed("student", unit.seed),
+        seed=derive_seed("student", unit.seed),  # not the run's: evaluation seeds are the same for all sets ever
         device=bench.device,
     )
     return {
@@ -182,6 +206,7 @@ def train_unit(unit: Unit, bench: Bench, config: StudentConfig) -> dict[str, Any
         "student": config.net,
         "labels": config.labels,
         "seed": unit.seed,
+        "recipe": unit.student,
         "protocol": protocol_name(config, unit.ipc),
         **dataclasses.asdict(result),
     }
@@ -201,13 +226,32 @@ def _data_identity(s: DistilledSet) -> str:
     return digest_of_tensors(tensors)
 
 
+def check_evaluation(config: RunConfig, source: ImageSource) -> None:
+    """What can be known before the first image is encoded: split, teacher, networks, epochs.
+
+    Raises:
+        InputError: for whatever would stop the label or the evaluate stage.
+    """
+    if config.teacher is not None and not Path(config.teacher.path).exists():
+        raise InputError(f"there is no teacher at {config.teacher.path}; set teacher.path to a safetensors file")
+    keys = [str(i) for i in config.ipc] + ["full"] * ("full" in config.evaluate.baselines)
+    for s in config.evaluate.students:
+        if s.labels == "soft" and config.teacher is None:
+            raise InputError("students with labels=soft need a teacher; set teacher.path, or use labels=hard")
+        make_net(s.net, len(source.class_names), config.image_size, seed=0)
+        for key in keys:
+            epochs_for(s, key)
+    if config.evaluate.students or config.teacher is not None:
+        _ = source.test
+
+
 def evaluate_run(run: Run) -> list[Row]:
     """The evaluate stage: all methods and baselines of a run, all students, all seeds; one file per training."""
     began = time.perf_counter()
     c = run.config
-    sets = {(ipc, m): DistilledSet.load(run.folder / "dataset", f"ipc{ipc}-{m}") for ipc in c.ipc for m in c.methods}
+    sets = {(ipc, m): load_set(run, ipc, m) for ipc in c.ipc for m in c.methods}
     soft = any(s.labels == "soft" for s in c.evaluate.students)
-    bench = make_bench(run.source, c.image_size, c.source.preprocess, teacher=c.teacher, soft=soft, device=run.device)
+    bench = make_bench(run.source, c.source, c.image_size, teacher=c.teacher, soft=soft, device=run.device)
     units = list(_units(run, bench, sets))
     files = [_unit_file(u, c.evaluate.students[u.student], identity) for u, identity in units]
     costs = [float(u.images * epochs_for(c.evaluate.students[u.student], u.ipc)) for u, _ in units]
@@ -234,7 +278,7 @@ def _units(run: Run, bench: Bench, sets: dict[tuple[int, str], DistilledSet]) ->
     folder = run.folder / "eval" / "units"
     counts = run.source.class_counts()
     cache = cache_of(run)
-    world = [run.source.fingerprint, c.image_size, c.source.preprocess]
+    world = [run.source.fingerprint, c.image_size, c.source.preprocess, c.source.on_bad_image]
     for j, student in enumerate(c.evaluate.students):
         soft = student.labels == "soft"
         taught = bench.teacher.digest if soft and bench.teacher else None
@@ -250,13 +294,15 @@ def _units(run: Run, bench: Bench, sets: dict[tuple[int, str], DistilledSet]) ->
 
                 yield Unit(method, str(ipc), j, seed, len(s), of_set, folder), digest_of([world, _data_identity(s)])
             for ipc in c.ipc:
-                small = int(counts.clip(max=ipc).sum())
+                # several images of a prototype: random real images in equal number
+                size = max(s.ipc for (i, _), s in sets.items() if i == ipc)
+                small = int(counts.clip(max=size).sum())
                 if "random" in c.evaluate.baselines:
 
-                    def of_random(ipc: int = ipc, seed: int = seed, soft: bool = soft) -> Data:
-                        return bench.real(random_rows(run.source.train.labels, ipc, seed), soft)
+                    def of_random(size: int = size, seed: int = seed, soft: bool = soft) -> Data:
+                        return bench.real(random_rows(run.source.train.labels, size, seed), soft)
 
-                    yield Unit("random", str(ipc), j, seed, small, of_random, folder), digest_of([world, taught])
+                    yield Unit("random", str(ipc), j, seed, small, of_random, folder), digest_of([world, taught, size])
                 if "nearest" in c.evaluate.baselines:
 
                     def of_nearest(ipc: int = ipc, soft: bool = soft) -> Data:
@@ -290,33 +336,44 @@ def _first_clustering(run: Run, ipc: int) -> ClusterConfig:
 
 def evaluate(
     small: DistilledSet,
-    source: ImageSource,
+    source: Any,
     *,
     student: str | StudentConfig = "convnet3",
     seeds: int = 3,
     baselines: tuple[str, ...] = ("random",),
     teacher: TeacherConfig | None = None,
-    preprocess: str = "crop",
+    source_config: SourceConfig | None = None,
     accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> Results:
     """Train `seeds` fresh students on a set and on baselines of equal size, and test them on `source.test`.
 
     Args:
+        source: anything that `load_source` takes.
         student: network name or full settings.
         baselines: "random" (another subset per seed) and "full".
-        **settings: fields of `StudentConfig`.
+        source_config: how images become squares, and what happens to unreadable ones.
+        accelerator: where to train; default: the accelerator of this machine if there is one.
+        **settings: fields of `StudentConfig`; `epochs` may be one number.
 
     Example:
         print(evaluate(small, source, student="convnet3", seeds=3, epochs={"default": 300}))
     """
-    config = student if isinstance(student, StudentConfig) else StudentConfig(net=student, **settings)
+    source = load_source(source)
+    if isinstance(settings.get("epochs"), int):
+        settings["epochs"] = {"default": settings["epochs"]}
+    base = to_dict(student) if isinstance(student, StudentConfig) else {"net": student}
+    config = from_dict(StudentConfig, {**base, **settings})
+    if seeds < 1:
+        raise InputError(f"an evaluation needs at least 1 seed, not {seeds}")
     unknown = set(baselines) - {"random", "full"}
     if unknown:
         raise InputError(f"baselines of a bare set are 'random' and 'full', not {sorted(unknown)}")
-    device = accelerator.device if accelerator is not None else torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator.device if accelerator is not None else found or torch.device("cpu")
     soft = config.labels == "soft"
-    bench = make_bench(source, small.images.shape[-1], preprocess, teacher=teacher, soft=soft, device=device)
+    side = small.images.shape[-1]
+    bench = make_bench(source, source_config or SourceConfig(), side, teacher=teacher, soft=soft, device=device)
     ipc = str(small.ipc)
     own = small.soft_labels if small.soft_labels is not None or not soft else bench.soften(small.images)
     loads: dict[str, Any] = {"set": lambda seed: Data(small.images, small.labels, small.weights, own)}
@@ -345,11 +402,11 @@ class Results:
 
 def summarize(records: list[dict[str, Any]]) -> list[Row]:
     """Group trainings that differ in their seed alone, in the order of first appearance."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in records:
-        groups.setdefault((r["set"], r["ipc"], r["student"], r["labels"], r["protocol"]), []).append(r)
+        groups.setdefault((r["set"], r["ipc"], r["student"], r["labels"], r["protocol"], r["recipe"]), []).append(r)
     rows = []
-    for (name, ipc, student, labels, protocol), group in groups.items():
+    for (name, ipc, student, labels, protocol, recipe), group in groups.items():
         group.sort(key=lambda r: r["seed"])
         rows.append(
             Row(
@@ -362,6 +419,7 @@ def summarize(records: list[dict[str, Any]]) -> list[Row]:
                 best=tuple(r["best"] for r in group),
                 seconds=sum(r["train_seconds"] for r in group) / len(group),
                 protocol=protocol,
+                recipe=recipe,
             )
         )
     return rows
@@ -379,12 +437,16 @@ def to_csv(rows: list[Row]) -> str:
 
 def markdown_table(rows: list[Row], *, which: str = "last") -> str:
     """Accuracy in percent, mean ± std over seeds: one line per set, one column per student and ipc."""
-    columns = list(dict.fromkeys((r.student, r.labels, r.ipc) for r in rows))
-    students = list(dict.fromkeys((r.student, r.labels) for r in rows))
-    columns.sort(key=lambda c: (students.index(c[:2]), _order(c[2])))
+    columns = list(dict.fromkeys((r.recipe, r.student, r.labels, r.ipc) for r in rows))
+    columns.sort(key=lambda c: (c[0], _order(c[3])))
     names = list(dict.fromkeys(r.set for r in rows))
-    cells = {(r.set, r.student, r.labels, r.ipc): r for r in rows}
-    head = [f"{net}, {kind}, {'full' if i == 'full' else f'IPC {i}'}" for net, kind, i in columns]
+    cells = {(r.set, r.recipe, r.student, r.labels, r.ipc): r for r in rows}
+    # two recipes of one network are told apart by their number
+    twins = {(s, k) for _, s, k, i in columns if sum((s, k, i) == c[1:] for c in columns) > 1}
+    head = [
+        f"{net}{f' #{n + 1}' if (net, kind) in twins else ''}, {kind}, {'full' if i == 'full' else f'IPC {i}'}"
+        for n, net, kind, i in columns
+    ]
     lines = ["| set | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
     for name in names:
         found = [cells.get((name, *c)) for c in columns]

@@ -251,12 +251,8 @@ def _check(
                 f"soft labels must be logits ({len(labels)}, {num_classes}), not {tuple(soft_labels.shape)}; "
                 "the teacher has to know the same classes"
             )
-        if not config.temperature > 0:
-            raise InputError(f"temperature of student {config.net!r} must be positive, not {config.temperature}")
     if config.dtype == "float16":
         raise InputError(f"student {config.net!r} cannot train in float16, which needs loss scaling; use bfloat16")
-    if config.batch_size < 1:
-        raise InputError(f"student {config.net!r} needs a batch_size of at least 1, not {config.batch_size}")
 
 
 def _check_pair(what: str, images: Tensor, labels: Tensor, num_classes: int) -> None:
