@@ -111,6 +111,7 @@ def encode_class(
             config.resolution,
             source_config.preprocess,
             on_bad=source_config.on_bad_image,
+            threads=1 if next(codec.parameters()).device.type == "cpu" else 4,  # the codec has the other cores
         )
 
     with ThreadPoolExecutor(1) as ahead, torch.inference_mode():

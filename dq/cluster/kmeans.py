@@ -41,8 +41,8 @@ class Clustering:
 
 
 def choose_engine(engine: str) -> str:
-    """What `auto` stands for: torch, everywhere. From the same start it is as fast as FAISS or faster on two CPU cores
-    at the sizes of `benchmarks/cluster.py`, and it runs many classes at once on an accelerator."""
+    """What `auto` stands for: torch, everywhere. From the same start neither it nor FAISS is clearly faster on two CPU
+    cores (`benchmarks/cluster.py`), and torch runs many classes at once on an accelerator."""
     return "torch" if engine == "auto" else engine
 
 
