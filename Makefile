@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu lint bench clean
+.PHONY: demo test test-gpu lint bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,9 +18,6 @@ demo: $(VENV)/.done
 
 test: $(VENV)/.done
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/.done
-	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/.done
 	$(BIN)/python -m pytest -m gpu
