@@ -116,6 +116,7 @@ class CodecLoss(nn.Module):
         x = to_signed(images)
         posterior = self.model.encode(x).latent_dist
         out = self.model.decode(posterior.mean + posterior.std * noise).sample
+        # What PSNR measures; absolute error came out the same on digits (37.5 and 37.6 dB, 300 steps, one seed).
         reconstruction = (out.float() - x).square().mean((1, 2, 3))
         kl = posterior.kl().float() / noise[0].numel()
         return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
