@@ -45,7 +45,7 @@ def problems(latents: Path | None) -> list[tuple[str, torch.Tensor, int]]:
     if latents is not None:
         for file in sorted(latents.glob("class-*.safetensors"))[:2]:
             z = load_file(file)["latents"].flatten(1).float()
-            # the sizes of the issue: 256 numbers are the first channels of a latent
+            # the mixtures' dimensions: 256 numbers are the first channels of a latent
             for d, k in ((256, 50), (1024, 10), (1024, 50)):
                 found.append((f"{file.stem} {len(z)}x{d}", z[:, :d].contiguous(), k))
     return found
