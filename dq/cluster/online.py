@@ -17,7 +17,6 @@ class StreamResult:
     centroids: Tensor  # (k, d) float32
     companion: Tensor  # (k,) float64, running estimate of the masses, sums to 1
     steps: int  # samples seen
-    converged: bool = True
 
 
 def clvq(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dq.config import (
     ClusterConfig,
-    EvaluateConfig,
     RunConfig,
     SourceConfig,
     StudentConfig,
@@ -459,12 +458,3 @@ def markdown_table(rows: list[Row], *, which: str = "last") -> str:
 
 def _order(ipc: str) -> tuple[int, int]:
     return (1, 0) if ipc == "full" else (0, int(ipc))
-
-
-def settings_of(config: EvaluateConfig) -> list[str]:
-    """One line per student with its full protocol, for reports."""
-    lines = []
-    for s in config.students:
-        for key in s.epochs:
-            lines.append(f"{s.net}, {s.labels}, {key}: {protocol_name(s, key)}")
-    return lines
