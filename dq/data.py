@@ -117,7 +117,7 @@ def to_square(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Im
     raise InputError(f"preprocess must be 'squash', 'crop' or 'pad', not {preprocess!r}")
 
 
-def _open(raw: Any) -> Image.Image:
+def open_image(raw: Any) -> Image.Image:
     if isinstance(raw, Image.Image):
         return raw
     if isinstance(raw, np.ndarray):  # (C, H, W) uint8, from tensors
@@ -130,7 +130,7 @@ def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.
     raw = None
     try:
         raw = split.read(row)
-        image = _open(raw)
+        image = open_image(raw)
         image.load()
         array = np.asarray(to_square(to_rgb(image), size, preprocess))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:

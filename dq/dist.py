@@ -136,7 +136,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or damaged one is one sentence."""
-    with _readable(path):
+    with readable(path):
         return json.loads(path.read_text())
 
 
@@ -151,7 +151,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as e:
@@ -160,13 +160,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read tensors and metadata written by `write_tensors`."""
-    with _readable(path), safe_open(path, framework="pt") as f:
+    with readable(path), safe_open(path, framework="pt") as f:
         return {k: f.get_tensor(k) for k in f.keys()}, _metadata(f)  # noqa: SIM118  (not a dict)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read only the metadata of a file written by `write_tensors`."""
-    with _readable(path), safe_open(path, framework="pt") as f:
+    with readable(path), safe_open(path, framework="pt") as f:
         return _metadata(f)
 
 

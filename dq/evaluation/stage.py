@@ -2,459 +2,588 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
+import functools
 import logging
+import platform
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from dq.config import (
-    ClusterConfig,
-    RunConfig,
-    SourceConfig,
-    StudentConfig,
-    TeacherConfig,
-    from_dict,
-    to_dict,
+from dq.config import EvaluateConfig, RunConfig, SourceConfig, StudentConfig, TeacherConfig, to_dict
+from dq.data import ImageSource, load_source
+from dq.dist import (
+    check_name,
+    derive_seed,
+    digest_of,
+    digest_of_tensors,
+    make_accelerator,
+    progress,
+    read_json,
+    shard,
+    write_json,
+    write_text,
 )
-from dq.data import ImageSource, load_source, read_images
-from dq.dist import derive_seed, digest_of, digest_of_tensors, generator, progress, read_json, write_json, write_text
 from dq.distilled import DistilledSet
-from dq.errors import InputError
-from dq.evaluation.baselines import random_rows
-from dq.evaluation.statistics import format_mean_std, mean_std
-from dq.evaluation.train import epochs_for, train_student
+from dq.errors import InputError, RunError
+from dq.evaluation.bench import Bench, Data, make_bench
+from dq.evaluation.foreign import check_classes
+from dq.evaluation.selection import select
+from dq.evaluation.tables import Comparison, Row, compare, markdown_table, settings_line, summarize, to_csv
+from dq.evaluation.train import train_student
+from dq.labels import (
+    LabelPlan,
+    label_bytes,
+    make_plan,
+    online_labels,
+    read_labels,
+    shard_file,
+    write_manifest,
+    write_shard,
+)
 from dq.nets import make_net
-from dq.run import cache_of, clusterings, load_prototypes, load_set, nearest_images, prototype_folder
+from dq.protocols import student_config
+from dq.run import load_set
 from dq.runfolder import Run
-from dq.teachers import Teacher, check_teacher, load_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
 
 log = logging.getLogger("dq")
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a student is trained on."""
+class Entry:
+    """One line of a table: a set as it is for a seed. Loaded when its turn comes, since sets may be large."""
 
-    images: Tensor  # (N, 3, H, W) uint8 or float32 in [0, 1]
-    labels: Tensor  # (N,) int64
-    weights: Tensor | None = None  # (N,)
-    soft_labels: Tensor | None = None  # (N, C) logits
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a results table: a set, a student, all its seeds. Accuracies are fractions."""
-
-    set: str  # method or baseline
+    name: str  # method, baseline or foreign set
     ipc: str  # "10", or "full"
     images: int
-    student: str
-    labels: str  # hard or soft
-    last: tuple[float, ...]  # accuracy after the last epoch, per seed
-    best: tuple[float, ...]  # best of the looks at the test split, per seed: model selection on test data
+    identity: str  # of what `load` gives
+    load: Callable[[], DistilledSet]
+    seeds: tuple[int, ...]  # that train on it; a random subset serves one seed
+
+
+@dataclass(frozen=True)
+class Training:
+    """One student on one entry with one seed."""
+
+    entry: Entry
     recipe: int  # which student of the configuration, from 0
-    seconds: float  # of training without tests, mean over seeds
-    protocol: str
-
-    def record(self) -> dict[str, Any]:
-        last, best = mean_std(self.last), mean_std(self.best)
-        return {
-            "set": self.set,
-            "ipc": self.ipc,
-            "images": self.images,
-            "student": self.student,
-            "labels": self.labels,
-            "seeds": len(self.last),
-            "last_mean": round(last[0], 5),
-            "last_std": None if last[1] is None else round(last[1], 5),
-            "best_mean": round(best[0], 5),
-            "best_std": None if best[1] is None else round(best[1], 5),
-            "seconds": round(self.seconds, 1),
-            "protocol": self.protocol,
-        }
-
-
-def protocol_name(config: StudentConfig, ipc: str) -> str:
-    """All settings of a training in one line."""
-    parts = [
-        f"{epochs_for(config, ipc)} epochs",
-        f"batch {config.batch_size}",
-        f"{config.optimizer} lr {config.lr:g} wd {config.weight_decay:g}"
-        + (f" momentum {config.momentum:g}" if config.optimizer == "sgd" else ""),
-        config.schedule,
-        f"augment {config.augment}",
-        f"soft T={config.temperature:g}" if config.labels == "soft" else "hard",
-        config.dtype,
-    ]
-    return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What trainings share: the real data at the students' size, its statistics, a teacher if one labels."""
-
-    source: ImageSource
-    source_config: SourceConfig
-    image_size: int
-    test: tuple[Tensor, Tensor]  # (M, 3, H, W) uint8, (M,)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    teacher: Teacher | None
-    device: torch.device
-
-    def real(self, rows: Iterable[int], soft: bool) -> Data:
-        """Real train images as training data."""
-        wanted = list(rows)
-        c = self.source_config
-        images, kept, _ = read_images(self.source.train, wanted, self.image_size, c.preprocess, on_bad=c.on_bad_image)
-        labels = torch.from_numpy(self.source.train.labels[kept])
-        return Data(images, labels, None, self.soften(images) if soft else None)
-
-    def soften(self, images: Tensor) -> Tensor:
-        if self.teacher is None:
-            raise InputError("students with labels=soft need a teacher; set teacher.path, or use labels=hard")
-        return self.teacher.logits(images)
-
-
-def make_bench(
-    source: ImageSource,
-    source_config: SourceConfig,
-    image_size: int,
-    *,
-    teacher: TeacherConfig | None,
-    soft: bool,
-    device: torch.device,
-) -> Bench:
-    """Read the test split once and measure channel statistics on train images."""
-    if soft and teacher is None:
-        raise InputError("students with labels=soft need a teacher; set teacher.path, or use labels=hard")
-    test_rows = range(len(source.test))
-    preprocess, on_bad = source_config.preprocess, source_config.on_bad_image
-    test, kept, bad = read_images(source.test, test_rows, image_size, preprocess, on_bad=on_bad)
-    if bad:
-        log.warning(
-            "%d of %d test images cannot be read and are left out, first: %s", len(bad), len(test_rows), bad[0]
-        )
-    if not kept:
-        raise InputError(f"no test image of {source.origin} can be read; replace the split")
-    sample = torch.randperm(len(source.train), generator=generator("statistics"))[:5000].tolist()
-    pixels = read_images(source.train, sample, image_size, preprocess, on_bad=on_bad)[0].float() / 255
-    loaded = None
-    if soft and teacher is not None:
-        loaded = load_teacher(teacher, len(source.class_names), image_size, device)
-        check_teacher(loaded, source, teacher, source_config, image_size)
-    return Bench(
-        source=source,
-        image_size=image_size,
-        source_config=source_config,
-        test=(test, torch.from_numpy(source.test.labels[kept])),
-        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
-        # a constant channel (white paper) would divide by zero
-        std=tuple(pixels.std((0, 2, 3)).clamp(min=1e-2).tolist()),
-        teacher=loaded,
-        device=device,
-    )
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One training: which data, which student, which seed. `load` gives the data when its turn comes."""
-
-    set: str
-    ipc: str
-    student: int
+    config: StudentConfig
     seed: int
-    images: int
-    load: Any  # () -> Data
-    folder: Path  # where its result is kept
+    file: Path  # where its record is kept
+
+    @property
+    def cost(self) -> float:
+        return float(self.entry.images * self.config.epochs)
 
 
-def train_unit(unit: Unit, bench: Bench, config: StudentConfig) -> dict[str, Any]:
-    """Train and test one student; returns a plain record."""
-    data: Data = unit.load()
+@dataclass(frozen=True)
+class Work:
+    """Where an evaluation keeps its files, and who does what."""
+
+    folder: Path
+    accelerator: Accelerator
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def mine(self, costs: Sequence[float]) -> list[int]:
+        return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
+
+
+# --- what is to be done -------------------------------------------------------------------------------------------
+
+
+def students_of(
+    evaluate: EvaluateConfig, ipcs: Sequence[str], classes: int, image_size: int
+) -> dict[tuple[int, str], StudentConfig]:
+    """Settings of every student for every ipc.
+
+    Raises:
+        InputError: for an unknown network, protocol or setting.
+    """
+    found = {}
+    for j, spec in enumerate(evaluate.students):
+        for ipc in ipcs:
+            found[(j, ipc)] = student_config(spec, ipc=ipc, classes=classes, image_size=image_size)
+            make_net(found[(j, ipc)].net, classes, image_size, norm=found[(j, ipc)].norm, seed=0)
+    return found
+
+
+def check_evaluation(config: RunConfig, source: ImageSource) -> None:
+    """What can be known before the first image is encoded: split, teachers, networks, epochs.
+
+    Raises:
+        InputError: for whatever would stop the label or the evaluate stage.
+    """
+    for t in config.teachers:
+        if t.path.startswith((".", "/", "~")) and not Path(t.path).expanduser().exists():
+            raise InputError(f"there is no teacher at {t.path}; set teachers.0.path to a safetensors file or its folder")
+    e = config.evaluate
+    ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in e.baselines)
+    size = config.image_size
+    students = students_of(e, ipcs, len(source.class_names), size)
+    if any(s.labels != "hard" for s in students.values()) and not config.teachers:
+        raise InputError("students with labels=soft or fixed need a teacher; set teachers, or use labels=hard")
+    if "patches" in e.baselines and e.students and not config.teachers:
+        raise InputError("the baseline 'patches' is scored by a teacher; set teachers, or leave it out of baselines")
+    if e.students or config.teachers:
+        _ = source.test
+
+
+def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, ipcs: Sequence[int]) -> list[Entry]:
+    """Selection baselines at these numbers of images per class, and the full data. Each selected set is saved once."""
+    counts = bench.source.class_counts()
+    seeds = tuple(range(evaluate.seeds))
+    entries = []
+    for ipc in ipcs:
+        images = int(counts.clip(max=ipc).sum())
+        for name in evaluate.baselines:
+            if name == "full":
+                continue
+            # only a random subset is another one for another seed
+            for group in [(s,) for s in seeds] if name == "random" else [seeds]:
+                settings = [bench.world, name, ipc, group[0], evaluate.patch_factor]
+                if name in ("herding", "k-center", "nearest", "patches"):
+                    settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
+                identity = digest_of(settings)
+                load = functools.partial(_selected, bench, evaluate, work, name, ipc, group[0], identity)
+                entries.append(Entry(name, str(ipc), images, identity, load, group))
+    if "full" in evaluate.baselines:
+        identity = digest_of([bench.world, "full"])
+        load = functools.partial(_full, bench)
+        entries.append(
+            Entry("full", "full", len(bench.candidates), identity, load, seeds[: evaluate.full_seeds])
+        )
+    return entries
+
+
+def _selected(
+    bench: Bench, evaluate: EvaluateConfig, work: Work, name: str, ipc: int, seed: int, identity: str
+) -> DistilledSet:
+    folder = _baseline_folder(work, name, ipc, seed, identity)
+    if not (folder / "set" / "provenance.json").is_file():
+        made = select(
+            name,
+            bench.source,
+            ipc,
+            image_size=bench.image_size,
+            source_config=bench.source_config,
+            seed=seed,
+            features=bench.features,
+            teacher=bench.teachers[0] if bench.teachers else None,
+            candidates=bench.candidates,
+            factor=evaluate.patch_factor,
+        )
+        made.save(folder, "set")
+    return DistilledSet.load(folder, "set")
+
+
+def _baseline_folder(work: Work, name: str, ipc: int, seed: int, identity: str) -> Path:
+    return work.folder / "baselines" / f"ipc{ipc}-{name}-seed{seed}-{identity}"
+
+
+def _full(bench: Bench) -> DistilledSet:
+    from dq.evaluation.foreign import bare_set
+
+    images, labels = bench.read(bench.source.train, bench.candidates)
+    return bare_set(images, labels, bench.source.class_names, origin="all of train")
+
+
+def trainings_of(
+    entries: Sequence[Entry],
+    students: dict[tuple[int, str], StudentConfig],
+    bench: Bench,
+    evaluate: EvaluateConfig,
+    work: Work,
+) -> list[Training]:
+    """All trainings, recipe by recipe, each with the file of its record."""
+    found = []
+    for j in range(len(evaluate.students)):
+        for entry in entries:
+            config = students[(j, entry.ipc)]
+            # the one costly baseline is shared by all evaluations on this data
+            base = bench.cache_dir / "full" if entry.ipc == "full" else work.folder / "eval" / "units"
+            settings = to_dict(config)
+            settings["relabel"].pop("storage")
+            identity: list[Any] = [settings, bench.world, entry.identity]
+            if config.labels != "hard":
+                identity.append([t.digest for t in bench.teachers])
+            for seed in entry.seeds:
+                name = f"{entry.name}-ipc{entry.ipc}-{config.net}-{config.labels}-seed{seed}"
+                name = name.replace(":", "_")
+                found.append(Training(entry, j, config, seed, base / f"{name}-{digest_of(identity)}.json"))
+    return found
+
+
+# --- labels of views ----------------------------------------------------------------------------------------------
+
+
+def label_folder(work: Work, entry: Entry, config: StudentConfig, bench: Bench) -> Path:
+    """Where the epoch labels of an entry for a recipe are. Where they would be kept does not change them."""
+    relabel = to_dict(config.relabel)
+    relabel.pop("storage")
+    settings = [
+        entry.identity,
+        bench.image_size,
+        config.batch_size,
+        config.accumulate if config.relabel.statistics == "batch" else 1,
+        to_dict(config.views),
+        relabel,
+        min(config.relabel.epochs or config.epochs, config.epochs),
+        [t.digest for t in bench.teachers],
+    ]
+    name = f"ipc{entry.ipc}-{entry.name}" + (f"-seed{entry.seeds[0]}" if len(entry.seeds) == 1 else "")
+    return work.folder / "labels" / f"{name}-{digest_of(settings)}"
+
+
+def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> None:
+    """Label every view of every entry that some student learns from with stored labels; files that are there stay.
+
+    The files of all sets are divided over processes together. Before anything is written the space is compared with
+    what the disk has left.
+    """
+    wanted: dict[Path, Training] = {}
+    for t in trainings:
+        # the full data would be stored once per epoch: its labels are always computed when needed
+        if t.config.labels == "soft" and t.config.relabel.storage == "shards" and t.entry.ipc != "full":
+            wanted.setdefault(label_folder(work, t.entry, t.config, bench), t)
+    units = []
+    total = 0
+    for folder, t in wanted.items():
+        plan = _blind_plan(t, bench)
+        shards = [r for r in plan.shards() if not shard_file(folder, r.start).is_file()]
+        size = label_bytes(plan.images, plan.epochs, plan.classes, plan.relabel, plan.batch_size, plan.views).total
+        total += size * sum(map(len, shards)) // plan.epochs
+        units += [(folder, t, r) for r in shards]
+    if not units:
+        return
+    _check_space(work, total, len(wanted))
+    costs = [float(t.entry.images * len(r)) for _, t, r in units]
+    mine = [units[i] for i in work.mine(costs)]
+    views = round(sum(t.entry.images * len(r) for _, t, r in mine))
+    open_folder, images, plan = None, torch.empty(0), None
+    with progress([], desc="label", total=views, unit="view", main=work.main) as bar:
+        for folder, t, epochs in mine:
+            if folder != open_folder:
+                data = bench.data_of(t.entry.load())
+                images, open_folder = data.images.to(bench.device), folder
+                plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
+                write_manifest(folder, data.images, plan, bench.teachers, set=t.entry.name, ipc=t.entry.ipc)
+            assert plan is not None
+            write_shard(folder, images, bench.teachers, plan, epochs)
+            bar.update(t.entry.images * len(epochs))
+
+
+def _blind_plan(t: Training, bench: Bench) -> LabelPlan:
+    """The plan of a training's labels, but for the digest of images that are not loaded yet."""
+    stand_in = torch.empty(0, 3, bench.image_size, bench.image_size, dtype=torch.uint8)
+    return dataclasses.replace(make_plan(stand_in, bench.teachers, bench.classes, t.config), images=t.entry.images)
+
+
+def _check_space(work: Work, total: int, sets: int) -> None:
+    import shutil
+
+    work.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work.folder).free
+    if work.main:
+        log.info("soft labels of %d sets: %s to write, %s free", sets, _size(total), _size(free))
+    if total > free:
+        raise RunError(
+            f"the soft labels need {_size(total)} but {work.folder} has {_size(free)} left; "
+            "set relabel.bits=8, relabel.top_k, relabel.epochs or relabel.storage=online"
+        )
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def train_one(t: Training, bench: Bench, work: Work) -> dict[str, Any]:
+    """Train and test one student; returns a plain record with all that is needed to do it again."""
+    s = t.entry.load()
+    check_classes(s, f"the set {t.entry.name!r}")
+    data = bench.data_of(s)
+    size = 0
+    if t.config.labels == "fixed":
+        soft = data.soft_labels if data.soft_labels is not None else bench.soften(data.images)
+        data = dataclasses.replace(data, soft_labels=soft)
+        size = len(data.images) * bench.classes * 2
+    elif t.config.labels == "soft":
+        source, size = _label_source(t, data, bench, work)
+        data = dataclasses.replace(data, soft_labels=source)
     result = train_student(
         data.images,
         data.labels,
-        num_classes=len(bench.source.class_names),
-        config=config,
-        ipc_key=unit.ipc,
-        test=bench.test,
+        num_classes=bench.classes,
+        config=t.config,
+        test=bench.test(t.config.test_scale),
+        validation=bench.validation(t.config.test_scale),
         weights=data.weights,
-        soft_labels=data.soft_labels if config.labels == "soft" else None,
-        mean=bench.mean,
-        std=bench.std,
-        seed=derive_seed("student", unit.seed),  # not the run's: evaluation seeds are the same for all sets ever
+        soft_labels=data.soft_labels,
+        pixels=bench.pixels(t.config),
+        seed=derive_seed("student", t.seed),  # not the run's: evaluation seeds are the same for all sets ever
         device=bench.device,
+        checkpoint=t.file.with_suffix(".checkpoint.safetensors"),
     )
+    gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
     return {
-        "set": unit.set,
-        "ipc": unit.ipc,
+        "set": t.entry.name,
+        "ipc": t.entry.ipc,
         "images": len(data.images),
-        "student": config.net,
-        "labels": config.labels,
-        "seed": unit.seed,
-        "recipe": unit.student,
-        "protocol": protocol_name(config, unit.ipc),
+        "student": t.config.net,
+        "labels": t.config.labels,
+        "seed": t.seed,
+        "recipe": t.recipe,
+        "protocol": t.config.protocol,
+        "settings": settings_line(t.config),
+        "image_bytes": data.images.nbytes,
+        "label_bytes": size,
         **dataclasses.asdict(result),
+        "config": to_dict(t.config),
+        "teachers": [{"name": x.name, "digest": x.digest} for x in bench.teachers],
+        "data": {"origin": bench.source.origin, "world": bench.world, "set": t.entry.identity},
+        "software": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {"device": gpu or bench.device.type, "threads": torch.get_num_threads()},
     }
 
 
-def _unit_file(unit: Unit, config: StudentConfig, identity: str) -> Path:
-    settings = to_dict(config)
-    settings["epochs"] = epochs_for(config, unit.ipc)
-    name = f"{unit.set}-ipc{unit.ipc}-{config.net}-{config.labels}-seed{unit.seed}"
-    return unit.folder / f"{name}-{digest_of([settings, identity])}.json"
+def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[Any, int]:
+    if t.config.relabel.storage == "online" or t.entry.ipc == "full":
+        plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
+        return online_labels(data.images.to(bench.device), bench.teachers, plan), 0
+    folder = label_folder(work, t.entry, t.config, bench)
+    return read_labels(folder, data.images), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-def _data_identity(s: DistilledSet) -> str:
+def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[Row]:
+    """Do all trainings, one file each, divided over processes; the main process writes the tables."""
+    needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not t.file.is_file()}
+    selections = list(needed.values())
+    for i in work.mine([float(e.images) for e in selections]):
+        if selections[i].ipc != "full":
+            selections[i].load()  # selected sets are saved by one process and read by the others
+    work.accelerator.wait_for_everyone()
+    write_labels([t for t in trainings if not t.file.is_file()], bench, work)
+    work.accelerator.wait_for_everyone()
+    todo = [i for i in work.mine([t.cost for t in trainings]) if not trainings[i].file.is_file()]
+    # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
+    todo.sort(key=lambda i: trainings[i].cost)
+    total = round(sum(trainings[i].cost for i in todo))
+    with progress([], desc="evaluate", total=total, unit="img", main=work.main) as bar:
+        for i in todo:
+            t = trainings[i]
+            bar.set_postfix_str(f"{t.entry.name} ipc {t.entry.ipc} {t.config.net} seed {t.seed}")
+            write_json(t.file, train_one(t, bench, work))
+            bar.update(round(t.cost))
+    work.accelerator.wait_for_everyone()
+    # the record may come from another evaluation's full data, under another number of recipe
+    records = [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
+    rows = summarize(records)
+    if work.main:
+        import json
+
+        write_text(work.folder / "eval" / "summary.csv", to_csv([r.record() for r in rows]))
+        write_text(work.folder / "eval" / "comparisons.csv", to_csv([c.record() for c in compare(rows)]))
+        lines = "".join(json.dumps(r) + "\n" for r in records)
+        write_text(work.folder / "eval" / "trainings.jsonl", lines)
+    work.accelerator.wait_for_everyone()
+    return rows
+
+
+# --- the doors ----------------------------------------------------------------------------------------------------
+
+
+def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Bench, Work]:
+    """The trainings of a run: all its sets and, with `baselines`, what they are compared with."""
+    c = run.config
+    ipcs = [str(i) for i in c.ipc] + ["full"] * ("full" in c.evaluate.baselines)
+    students = students_of(c.evaluate, ipcs, len(run.source.class_names), c.image_size)
+    bench = make_bench(
+        run.source,
+        c.source,
+        c.evaluate,
+        list(students.values()),
+        image_size=c.image_size,
+        cache_dir=Path(c.cache_dir),
+        teachers=c.teachers,
+        device=run.device,
+    )
+    work = Work(run.folder, run.accelerator)
+    entries = []
+    largest: dict[int, int] = {}
+    for ipc in c.ipc:
+        for method in c.methods:
+            s = load_set(run, ipc, method)
+            # several images of a prototype: baselines in equal number
+            largest[ipc] = max(largest.get(ipc, 0), s.ipc)
+            load = functools.partial(load_set, run, ipc, method)
+            seeds = tuple(range(c.evaluate.seeds))
+            entries.append(Entry(method, str(ipc), len(s), s.provenance["content"], load, seeds))
+    if baselines:
+        sizes = {s: str(i) for i, s in largest.items()}
+        found = baseline_entries(bench, c.evaluate, work, list(sizes))
+        entries += [dataclasses.replace(e, ipc=sizes[int(e.ipc)]) if e.ipc != "full" else e for e in found]
+    return trainings_of(entries, students, bench, c.evaluate, work), bench, work
+
+
+def evaluate_run(run: Run) -> list[Row]:
+    """The evaluate stage: all methods and baselines of a run, all students, all seeds; one file per training."""
+    began = time.perf_counter()
+    trainings, bench, work = prepare_run(run)
+    rows = train_all(trainings, bench, work)
+    run.finish("evaluate", began, trainings=len(trainings))
+    return rows
+
+
+def label_run(run: Run) -> None:
+    """Store the labels of every view that the students of a run learn from, for the sets of the run."""
+    if any(spec for spec in run.config.evaluate.students) and run.config.teachers:
+        began = time.perf_counter()
+        trainings, bench, work = prepare_run(run, baselines=False)
+        write_labels(trainings, bench, work)
+        run.finish("label views", began)
+
+
+def evaluate_sets(
+    sets: dict[str, DistilledSet],
+    source: ImageSource,
+    *,
+    config: EvaluateConfig,
+    source_config: SourceConfig,
+    teachers: Sequence[TeacherConfig] = (),
+    image_size: int | None = None,
+    folder: Path,
+    cache_dir: Path,
+    accelerator: Accelerator,
+) -> list[Row]:
+    """Evaluate sets of any origin beside baselines of equal size; files and resume as in a run.
+
+    Raises:
+        InputError: if a set has other classes than the source, or an empty one.
+    """
+    baseline_names = {"random", "herding", "k-center", "nearest", "patches", "full"}
+    for name, s in sets.items():
+        check_name(name, "the set's name")
+        if name in baseline_names:
+            raise InputError(f"the set's name {name!r} is that of a baseline; choose another")
+        if s.class_names != source.class_names:
+            raise InputError(f"the set {name!r} has other classes than {source.origin}, or another order of them")
+        check_classes(s, f"the set {name!r}")
+    sizes = {s.images.shape[-1] for s in sets.values()}
+    if image_size is None and len(sizes) > 1:
+        raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
+    side = image_size or sizes.pop()
+    ipcs = sorted({s.ipc for s in sets.values()})
+    keys = [str(i) for i in ipcs] + ["full"] * ("full" in config.baselines)
+    students = students_of(config, keys, len(source.class_names), side)
+    bench = make_bench(
+        source,
+        source_config,
+        config,
+        list(students.values()),
+        image_size=side,
+        cache_dir=cache_dir,
+        teachers=teachers,
+        device=accelerator.device,
+    )
+    work = Work(folder, accelerator)
+    seeds = tuple(range(config.seeds))
+    entries = [
+        Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds) for name, s in sets.items()
+    ]
+    entries += baseline_entries(bench, config, work, ipcs)
+    return train_all(trainings_of(entries, students, bench, config, work), bench, work)
+
+
+def _itself(s: DistilledSet) -> DistilledSet:
+    return s
+
+
+def _identity(s: DistilledSet) -> str:
     tensors = {"images": s.images, "labels": s.labels, "weights": s.weights}
     if s.soft_labels is not None:
         tensors["soft_labels"] = s.soft_labels
     return digest_of_tensors(tensors)
 
 
-def check_evaluation(config: RunConfig, source: ImageSource) -> None:
-    """What can be known before the first image is encoded: split, teacher, networks, epochs.
-
-    Raises:
-        InputError: for whatever would stop the label or the evaluate stage.
-    """
-    if config.teacher is not None and not Path(config.teacher.path).exists():
-        raise InputError(f"there is no teacher at {config.teacher.path}; set teacher.path to a safetensors file")
-    keys = [str(i) for i in config.ipc] + ["full"] * ("full" in config.evaluate.baselines)
-    for s in config.evaluate.students:
-        if s.labels == "soft" and config.teacher is None:
-            raise InputError("students with labels=soft need a teacher; set teacher.path, or use labels=hard")
-        make_net(s.net, len(source.class_names), config.image_size, seed=0)
-        for key in keys:
-            epochs_for(s, key)
-    if config.evaluate.students or config.teacher is not None:
-        _ = source.test
-
-
-def evaluate_run(run: Run) -> list[Row]:
-    """The evaluate stage: all methods and baselines of a run, all students, all seeds; one file per training."""
-    began = time.perf_counter()
-    c = run.config
-    sets = {(ipc, m): load_set(run, ipc, m) for ipc in c.ipc for m in c.methods}
-    soft = any(s.labels == "soft" for s in c.evaluate.students)
-    bench = make_bench(run.source, c.source, c.image_size, teacher=c.teacher, soft=soft, device=run.device)
-    units = list(_units(run, bench, sets))
-    files = [_unit_file(u, c.evaluate.students[u.student], identity) for u, identity in units]
-    costs = [float(u.images * epochs_for(c.evaluate.students[u.student], u.ipc)) for u, _ in units]
-    todo = [i for i in run.mine(costs) if not files[i].is_file()]
-    # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
-    todo.sort(key=lambda i: costs[i])
-    with progress([], desc="evaluate", total=round(sum(costs[i] for i in todo)), unit="img", main=run.main) as bar:
-        for i in todo:
-            unit = units[i][0]
-            bar.set_postfix_str(f"{unit.set} ipc {unit.ipc} {c.evaluate.students[unit.student].net}")
-            write_json(files[i], train_unit(unit, bench, c.evaluate.students[unit.student]))
-            bar.update(round(costs[i]))
-    run.finish("evaluate", began, trainings=len(units))
-    rows = summarize([read_json(f) for f in files])
-    if run.main:
-        write_text(run.folder / "eval" / "summary.csv", to_csv(rows))
-    run.accelerator.wait_for_everyone()
-    return rows
-
-
-def _units(run: Run, bench: Bench, sets: dict[tuple[int, str], DistilledSet]) -> Iterator[tuple[Unit, str]]:
-    """All trainings of a run with a digest of the data that each sees."""
-    c = run.config
-    folder = run.folder / "eval" / "units"
-    counts = run.source.class_counts()
-    cache = cache_of(run)
-    world = [run.source.fingerprint, c.image_size, c.source.preprocess, c.source.on_bad_image]
-    for j, student in enumerate(c.evaluate.students):
-        soft = student.labels == "soft"
-        taught = bench.teacher.digest if soft and bench.teacher else None
-        for seed in range(c.evaluate.seeds):
-            for (ipc, method), s in sets.items():
-                if soft and s.soft_labels is None:
-                    raise InputError(
-                        f"the set ipc{ipc}-{method} has no soft labels; run `dq label` and evaluate again"
-                    )
-
-                def of_set(s: DistilledSet = s) -> Data:
-                    return Data(s.images, s.labels, s.weights, s.soft_labels)
-
-                yield Unit(method, str(ipc), j, seed, len(s), of_set, folder), digest_of([world, _data_identity(s)])
-            for ipc in c.ipc:
-                # several images of a prototype: random real images in equal number
-                size = max(s.ipc for (i, _), s in sets.items() if i == ipc)
-                small = int(counts.clip(max=size).sum())
-                if "random" in c.evaluate.baselines:
-
-                    def of_random(size: int = size, seed: int = seed, soft: bool = soft) -> Data:
-                        return bench.real(random_rows(run.source.train.labels, size, seed), soft)
-
-                    yield Unit("random", str(ipc), j, seed, small, of_random, folder), digest_of([world, taught, size])
-                if "nearest" in c.evaluate.baselines:
-
-                    def of_nearest(ipc: int = ipc, soft: bool = soft) -> Data:
-                        return _nearest(run, bench, ipc, soft)
-
-                    # prototypes of other settings have other nearest images
-                    points = prototype_folder(run, cache, ipc, _first_clustering(run, ipc)).name
-                    identity = digest_of([world, taught, points])
-                    yield Unit("nearest", str(ipc), j, seed, small, of_nearest, folder), identity
-            if "full" in c.evaluate.baselines and seed < c.evaluate.full_seeds:
-
-                def of_full(soft: bool = soft) -> Data:
-                    return bench.real(range(len(run.source.train)), soft)
-
-                # the one costly baseline is shared by all runs on this data
-                shared = Path(c.cache_dir) / "full"
-                yield Unit("full", "full", j, seed, int(counts.sum()), of_full, shared), digest_of([world, taught])
-
-
-def _nearest(run: Run, bench: Bench, ipc: int, soft: bool) -> Data:
-    """The real images nearest to the centroids of the run's first method, equal weights."""
-    prototypes = load_prototypes(run, cache_of(run), ipc, _first_clustering(run, ipc))
-    images = torch.cat([nearest_images(run, p) for p in prototypes])
-    labels = torch.cat([torch.full_like(p.counts, p.label) for p in prototypes])
-    return Data(images, labels, None, bench.soften(images) if soft else None)
-
-
-def _first_clustering(run: Run, ipc: int) -> ClusterConfig:
-    return next(cfg for i, cfg in clusterings(run) if i == ipc)
-
-
 def evaluate(
     small: DistilledSet,
     source: Any,
     *,
-    student: str | StudentConfig = "convnet3",
+    protocol: str = "classic",
+    student: str | dict[str, Any] | Sequence[str | dict[str, Any]] | None = None,
     seeds: int = 3,
     baselines: tuple[str, ...] = ("random",),
-    teacher: TeacherConfig | None = None,
+    teachers: TeacherConfig | Sequence[TeacherConfig] = (),
+    image_size: int | None = None,
     source_config: SourceConfig | None = None,
+    output_dir: str | Path | None = None,
+    cache_dir: str | Path = "runs/cache",
     accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> Results:
-    """Train `seeds` fresh students on a set and on baselines of equal size, and test them on `source.test`.
+    """Train fresh students on a set and on baselines of equal size, and test them on `source.test`.
 
     Args:
         source: anything that `load_source` takes.
-        student: network name or full settings.
-        baselines: "random" (another subset per seed) and "full".
+        protocol: a preset: classic, hard, sre2l, rded, edc, fadrm; or custom.
+        student: a network by name, or a mapping of `StudentConfig` settings; several for a cross-architecture table;
+            None: the network of the protocol.
+        baselines: any of random, herding, k-center, nearest, patches, full.
+        teachers: who labels views, where the protocol needs labels.
+        image_size: side in px at which students train; None: the set's.
         source_config: how images become squares, and what happens to unreadable ones.
+        output_dir: where records and labels are kept, so that the same call continues; None: nowhere.
         accelerator: where to train; default: the accelerator of this machine if there is one.
-        **settings: fields of `StudentConfig`; `epochs` may be one number.
+        **settings: fields of `StudentConfig` for all students; `epochs` may be a mapping by ipc.
 
     Example:
-        print(evaluate(small, source, student="convnet3", seeds=3, epochs={"default": 300}))
+        print(evaluate(small, source, protocol="classic", student=["convnet3", "vgg11"], seeds=5))
     """
+    from dq.config import from_dict
+
     source = load_source(source)
-    if isinstance(settings.get("epochs"), int):
-        settings["epochs"] = {"default": settings["epochs"]}
-    base = to_dict(student) if isinstance(student, StudentConfig) else {"net": student}
-    config = from_dict(StudentConfig, {**base, **settings})
-    if seeds < 1:
-        raise InputError(f"an evaluation needs at least 1 seed, not {seeds}")
-    unknown = set(baselines) - {"random", "full"}
-    if unknown:
-        raise InputError(f"baselines of a bare set are 'random' and 'full', not {sorted(unknown)}")
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator.device if accelerator is not None else found or torch.device("cpu")
-    soft = config.labels == "soft"
-    side = small.images.shape[-1]
-    bench = make_bench(source, source_config or SourceConfig(), side, teacher=teacher, soft=soft, device=device)
-    ipc = str(small.ipc)
-    own = small.soft_labels if small.soft_labels is not None or not soft else bench.soften(small.images)
-    loads: dict[str, Any] = {"set": lambda seed: Data(small.images, small.labels, small.weights, own)}
-    if "random" in baselines:
-        loads["random"] = lambda seed: bench.real(random_rows(source.train.labels, small.ipc, seed), soft)
-    if "full" in baselines:
-        loads["full"] = lambda seed: bench.real(range(len(source.train)), soft)
-    records = []
-    for name, load in loads.items():
-        for seed in progress(range(seeds), desc=f"evaluate {name}", unit="seed"):
-            key = "full" if name == "full" else ipc
-            unit = Unit(name, key, 0, seed, 0, lambda load=load, seed=seed: load(seed), Path())
-            records.append(train_unit(unit, bench, config))
-    return Results(tuple(summarize(records)))
+    asked = student if isinstance(student, (list, tuple)) else [student]
+    specs = [dict(s) if isinstance(s, dict) else {"net": s} if s else {} for s in asked]
+    specs = [{"protocol": protocol, **settings, **s} for s in specs]
+    config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": list(baselines), "students": specs}, "evaluate")
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = evaluate_sets(
+            {"set": small},
+            source,
+            config=config,
+            source_config=source_config or SourceConfig(),
+            teachers=(teachers,) if isinstance(teachers, TeacherConfig) else tuple(teachers),
+            image_size=image_size,
+            folder=Path(output_dir or scratch),
+            cache_dir=Path(cache_dir if output_dir else scratch),
+            accelerator=accelerator or make_accelerator(),
+        )
+    return Results(tuple(rows), tuple(compare(rows)))
 
 
 @dataclass(frozen=True)
 class Results:
-    """Rows of a table; prints as one."""
+    """Rows of a table and what may be said of their differences; prints as both."""
 
     rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...] = ()
 
     def __str__(self) -> str:
-        return markdown_table(list(self.rows))
-
-
-def summarize(records: list[dict[str, Any]]) -> list[Row]:
-    """Group trainings that differ in their seed alone, in the order of first appearance."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for r in records:
-        groups.setdefault((r["set"], r["ipc"], r["student"], r["labels"], r["protocol"], r["recipe"]), []).append(r)
-    rows = []
-    for (name, ipc, student, labels, protocol, recipe), group in groups.items():
-        group.sort(key=lambda r: r["seed"])
-        rows.append(
-            Row(
-                set=name,
-                ipc=ipc,
-                images=group[0]["images"],
-                student=student,
-                labels=labels,
-                last=tuple(r["last"] for r in group),
-                best=tuple(r["best"] for r in group),
-                seconds=sum(r["train_seconds"] for r in group) / len(group),
-                protocol=protocol,
-                recipe=recipe,
-            )
-        )
-    return rows
-
-
-def to_csv(rows: list[Row]) -> str:
-    """The rows as CSV text with a header."""
-    out = io.StringIO()
-    records = [r.record() for r in rows]
-    writer = csv.DictWriter(out, fieldnames=list(records[0]) if records else ["set"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return out.getvalue()
-
-
-def markdown_table(rows: list[Row], *, which: str = "last") -> str:
-    """Accuracy in percent, mean ± std over seeds: one line per set, one column per student and ipc."""
-    columns = list(dict.fromkeys((r.recipe, r.student, r.labels, r.ipc) for r in rows))
-    columns.sort(key=lambda c: (c[0], _order(c[3])))
-    names = list(dict.fromkeys(r.set for r in rows))
-    cells = {(r.set, r.recipe, r.student, r.labels, r.ipc): r for r in rows}
-    # two recipes of one network are told apart by their number
-    twins = {(s, k) for _, s, k, i in columns if sum((s, k, i) == c[1:] for c in columns) > 1}
-    head = [
-        f"{net}{f' #{n + 1}' if (net, kind) in twins else ''}, {kind}, {'full' if i == 'full' else f'IPC {i}'}"
-        for n, net, kind, i in columns
-    ]
-    lines = ["| set | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
-    for name in names:
-        found = [cells.get((name, *c)) for c in columns]
-        text = [format_mean_std([100 * a for a in getattr(r, which)]) if r else "" for r in found]
-        lines.append(f"| {name} | " + " | ".join(text) + " |")
-    seeds = sorted({len(r.last) for r in rows})
-    note = f"Top-1 test accuracy in %, {which} epoch, mean ± std over {'/'.join(map(str, seeds))} seeds."
-    return "\n".join([*lines, "", note])
-
-
-def _order(ipc: str) -> tuple[int, int]:
-    return (1, 0) if ipc == "full" else (0, int(ipc))
+        return "\n".join([markdown_table(list(self.rows)), *map(str, self.comparisons)])

@@ -1,9 +1,10 @@
-"""Mean and spread over seeds, and how they are written."""
+"""Mean and spread over seeds, differences between two sets, and how they are written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dq.errors import InputError
 
@@ -22,3 +23,40 @@ def format_mean_std(values: Sequence[float], *, digits: int = 1) -> str:
     """Text such as "12.3 ± 0.4", or "12.3" for a single value."""
     mean, std = mean_std(values)
     return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences with a confidence interval, and what may be said of it."""
+
+    mean: float
+    low: float  # -inf with a single pair
+    high: float
+    pairs: int
+    confidence: float
+
+    @property
+    def verdict(self) -> str:
+        """"better" or "worse" if the interval leaves zero out, else "undecided"."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> Difference:
+    """a - b, pair by pair: students of the same seed start from the same weights and see batches in the same order.
+
+    The interval is Student's: mean +- t(n - 1) std / sqrt(n), for differences that are about normal. It covers the
+    seeds of training (and of the draw, for random subsets), not the making of the two sets; several comparisons of one
+    table are not corrected for one another.
+
+    Raises:
+        InputError: if the numbers of values differ.
+    """
+    if len(a) != len(b):
+        raise InputError(f"a paired difference needs the same seeds on both sides, not {len(a)} and {len(b)}")
+    mean, std = mean_std([x - y for x, y in zip(a, b)])
+    if std is None:
+        return Difference(mean, -math.inf, math.inf, 1, confidence)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.5 + confidence / 2, len(a) - 1)) * std / math.sqrt(len(a))
+    return Difference(mean, mean - half, mean + half, len(a), confidence)

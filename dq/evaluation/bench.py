@@ -1,0 +1,230 @@
+"""What all trainings of an evaluation share: real test, validation and train images, teachers, preprocessing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dq.config import EvaluateConfig, SourceConfig, StudentConfig, TeacherConfig
+from dq.data import ImageSource, Split, read_images
+from dq.dist import digest_of, generator, progress, read_tensors, write_tensors
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+from dq.evaluation.train import Pixels, normalizer
+from dq.evaluation.whitening import Zca, fit_zca
+from dq.labels import LabelSource
+from dq.teachers import Teacher, check_teacher, load_teacher
+
+log = logging.getLogger("dq")
+
+READ_AT_ONCE = 2000  # images
+STATISTICS_IMAGES = 5000
+POOLED_SIDE = 8  # px, of images that stand in for features where there is no teacher
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a student is trained on."""
+
+    images: Tensor  # (N, 3, S, S) uint8 or float32 in [0, 1]
+    labels: Tensor  # (N,) int64
+    weights: Tensor | None = None  # (N,)
+    soft_labels: Tensor | LabelSource | None = None  # (N, C) logits, or a source of label epochs
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Real data at the students' size, and what is derived from it once."""
+
+    source: ImageSource
+    source_config: SourceConfig
+    image_size: int
+    cache_dir: Path
+    device: torch.device
+    teachers: tuple[Teacher, ...]
+    validation_rows: np.ndarray  # of train; empty if no student chooses its epoch on them
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    _cache: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    @property
+    def classes(self) -> int:
+        return len(self.source.class_names)
+
+    @property
+    def world(self) -> list[object]:
+        """What decides real images, for digests."""
+        c = self.source_config
+        return [self.source.fingerprint, self.image_size, c.preprocess, c.on_bad_image, len(self.validation_rows)]
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Rows of train that baselines may use."""
+        return np.setdiff1d(np.arange(len(self.source.train)), self.validation_rows)
+
+    def read(self, split: Split, rows: Sequence[int] | np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, S, S) uint8 and labels (n,); with `scale`, resized to scale * S and cut to the centre."""
+        side = round(self.image_size * scale)
+        c = self.source_config
+        images, kept, bad = read_images(split, rows, side, c.preprocess, on_bad=c.on_bad_image)
+        if bad:
+            log.warning("%d of %d images of split %r are left out, first: %s", len(bad), len(rows), split.name, bad[0])
+        edge = (side - self.image_size) // 2
+        cut = slice(edge, edge + self.image_size)
+        return images[:, :, cut, cut].contiguous(), torch.from_numpy(split.labels[kept])
+
+    def test(self, scale: float) -> tuple[Tensor, Tensor]:
+        """The test split."""
+        return self._once(f"test {scale}", lambda: self.read(self.source.test, range(len(self.source.test)), scale))
+
+    def validation(self, scale: float) -> tuple[Tensor, Tensor] | None:
+        """The validation part of train; None if there is none."""
+        if not len(self.validation_rows):
+            return None
+        return self._once(f"val {scale}", lambda: self.read(self.source.train, self.validation_rows, scale))
+
+    def pixels(self, config: StudentConfig) -> Pixels:
+        """What a student's images go through before the network."""
+        return self._once("zca", self._zca) if config.whiten else normalizer(self.mean, self.std)
+
+    def _once(self, key: str, make: Callable):  # type: ignore[no-untyped-def]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def _zca(self) -> Zca:
+        if self.image_size > 64:
+            raise InputError(f"whiten needs a matrix of all pixel pairs, too large at {self.image_size} px; leave it out")
+        path = self.cache_dir / f"zca-{digest_of(self.world)}.safetensors"
+        if not path.is_file():
+            log.info("fitting ZCA on %d train images", len(self.candidates))
+            zca = fit_zca(self.read(self.source.train, self.candidates)[0])
+            write_tensors(path, {"mean": zca.mean, "matrix": zca.matrix})
+        tensors, _ = read_tensors(path)
+        return Zca(tensors["mean"], tensors["matrix"])
+
+    def soften(self, images: Tensor) -> Tensor:
+        """Mean logits (N, C) of the teachers for stored images."""
+        if not self.teachers:
+            raise InputError("labels=fixed need a teacher or labels in the set; set teachers, or use labels=hard")
+        return torch.stack([t.logits(images) for t in self.teachers]).mean(0)
+
+    def features(self) -> Tensor:
+        """Features (n, D) float32 of all train images, for selection baselines: the input of the first teacher's last
+        layer, or without teachers the image shrunk to 8 x 8 px. Kept in the cache folder."""
+        identity = [self.world[:4], self.teachers[0].digest if self.teachers else "pooled"]
+        path = self.cache_dir / f"features-{digest_of(identity)}.safetensors"
+        if not path.is_file():
+            rows = np.arange(len(self.source.train))
+            chunks = np.array_split(rows, max(1, len(rows) // READ_AT_ONCE))
+            found = []
+            for chunk in progress(chunks, desc="features", unit="chunk"):
+                images, _ = self.read(self.source.train, chunk)
+                if len(images) < len(chunk):
+                    raise InputError(
+                        "baselines by features need every train image, but some cannot be read; replace them, "
+                        "or use the baselines random and full"
+                    )
+                found.append(self.teachers[0].features(images) if self.teachers else _pooled(images))
+            write_tensors(path, {"features": torch.cat(found)})
+        return read_tensors(path)[0]["features"]
+
+    def data_of(self, s: DistilledSet) -> Data:
+        """A set as training data, its images brought to the students' size."""
+        return Data(resized(s.images, self.image_size), s.labels, s.weights, s.soft_labels)
+
+
+def _pooled(images: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(images.float() / 255, min(POOLED_SIDE, images.shape[-1])).flatten(1)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images (N, 3, S, S) at `side` px: bicubic, antialiased; the same tensor if they have that size."""
+    if images.shape[-1] == side:
+        return images
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    return (x * 255).round().to(torch.uint8) if images.dtype == torch.uint8 else x
+
+
+def make_bench(
+    source: ImageSource,
+    source_config: SourceConfig,
+    evaluate: EvaluateConfig,
+    students: Sequence[StudentConfig],
+    *,
+    image_size: int,
+    cache_dir: Path,
+    teachers: Sequence[TeacherConfig],
+    device: torch.device,
+) -> Bench:
+    """Set validation images aside, load and check the teachers, measure channel statistics."""
+    _ = source.test  # there must be one
+    rows = np.array([], np.int64)
+    if any(s.tests > 1 and s.select == "validation" for s in students):
+        rows = validation_rows(source.train.labels, evaluate.validation_images)
+    loaded = load_teachers(teachers, source, source_config, image_size, device) if teachers else ()
+    if any(s.labels == "soft" for s in students) and not loaded:
+        raise InputError("students with labels=soft need a teacher; set teachers, or use labels=hard")
+    if "patches" in evaluate.baselines and not loaded:
+        raise InputError("the baseline 'patches' is scored by a teacher; set teachers, or leave it out of baselines")
+    bench = Bench(
+        source=source,
+        source_config=source_config,
+        image_size=image_size,
+        cache_dir=cache_dir,
+        device=device,
+        teachers=loaded,
+        validation_rows=rows,
+        mean=(),
+        std=(),
+    )
+    sample = torch.randperm(len(source.train), generator=generator("statistics"))[:STATISTICS_IMAGES]
+    values = bench.read(source.train, sample.numpy())[0].float() / 255
+    return dataclasses.replace(
+        bench,
+        mean=tuple(values.mean((0, 2, 3)).tolist()),
+        # a constant channel (white paper) would divide by zero
+        std=tuple(values.std((0, 2, 3)).clamp(min=1e-2).tolist()),
+    )
+
+
+def load_teachers(
+    configs: Sequence[TeacherConfig],
+    source: ImageSource,
+    source_config: SourceConfig,
+    image_size: int,
+    device: torch.device,
+) -> tuple[Teacher, ...]:
+    """Load teachers and check each on real images."""
+    loaded = []
+    for config in configs:
+        teacher = load_teacher(config, len(source.class_names), image_size, device)
+        found = check_teacher(teacher, source, config, source_config, image_size)
+        log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * found, config.check_images)
+        loaded.append(teacher)
+    return tuple(loaded)
+
+
+def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:
+    """Rows of a stratified part of train: about `total` images, a fifth of a class at most.
+
+    The same for every evaluation of a data set, so that sets are compared on the same images.
+    """
+    classes = np.unique(labels)
+    chosen = []
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        count = min(max(1, round(total / len(classes))), len(rows) // 5)
+        order = torch.randperm(len(rows), generator=generator("validation", int(label)))
+        chosen.append(rows[order[:count].numpy()])
+    return np.sort(np.concatenate(chosen))
+

@@ -1,0 +1,169 @@
+"""Sets that were made elsewhere: a folder of images by class, Parquet files, or tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq.config import SourceConfig
+from dq.data import load_source, read_images
+from dq.dist import readable
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+
+TENSORS = (".safetensors", ".npz")
+
+
+def read_set(path: str | Path, class_names: tuple[str, ...], *, image_size: int | None = None) -> DistilledSet:
+    """Read a distilled set of any origin.
+
+    Args:
+        path: what `DistilledSet.save` wrote (a set's own folder, or the folder of one set); a Parquet folder with an
+            image and a label column; a folder `class/*.png`; or a `.safetensors` or `.npz` file with `images`
+            (N, 3, S, S) uint8 or float in [0, 1] and `labels` (N,), and perhaps `weights` (N,) and `soft_labels`
+            (N, C). Files of torch.save are not opened, since they can run code; save them as safetensors.
+        class_names: of the data set that it is a distillate of. Class folders are either these names, or numbers
+            that sort to these classes (00000, 00001, ...).
+        image_size: side in px at which images are read; None: that of the first image.
+
+    Raises:
+        InputError: if it cannot be read, or its classes are not `class_names`.
+    """
+    path = Path(path)
+    if path.suffix in TENSORS:
+        s = _from_tensor_file(path, class_names)
+    elif (path / "provenance.json").is_file():
+        s = DistilledSet.load(path.parent, path.name)
+    elif any(path.glob("*/provenance.json")):
+        s = DistilledSet.load(path)
+    elif path.is_dir():
+        s = _from_folder(path, class_names, image_size)
+    else:
+        what = "files of torch.save can run code; save the tensors as safetensors" if path.suffix in (".pt", ".pth") else (
+            "give a folder of images by class, a Parquet folder, or a .safetensors or .npz file"
+        )
+        raise InputError(f"{path} is not a distilled set that can be read; {what}")
+    missing = [n for n in class_names if n not in s.class_names]
+    if missing and set(s.class_names) < set(class_names):
+        raise InputError(
+            f"class {class_names.index(missing[0])} {missing[0]!r} has no image in {path}; every class needs one at least"
+        )
+    if set(s.class_names) != set(class_names):
+        raise InputError(
+            f"{path} has the classes {', '.join(s.class_names[:5])}..., the data has {', '.join(class_names[:5])}...; "
+            "they must be the same"
+        )
+    if s.class_names != class_names:
+        order = torch.tensor([class_names.index(n) for n in s.class_names])
+        s = _reordered(s, order, class_names)
+    check_classes(s, str(path))
+    return s
+
+
+def check_classes(s: DistilledSet, what: str) -> None:
+    """Every class has an image.
+
+    Raises:
+        InputError: that names the first empty class.
+    """
+    counts = torch.bincount(s.labels, minlength=len(s.class_names))
+    empty = (counts == 0).nonzero()[:, 0].tolist()
+    if empty:
+        raise InputError(
+            f"class {empty[0]} {s.class_names[empty[0]]!r} has no image in {what}"
+            + (f" (nor have {len(empty) - 1} others)" if len(empty) > 1 else "")
+            + "; every class needs one at least"
+        )
+
+
+def bare_set(
+    images: Tensor,
+    labels: Tensor,
+    class_names: tuple[str, ...],
+    weights: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    origin: str = "tensors",
+) -> DistilledSet:
+    """A `DistilledSet` of images and labels of which nothing else is known."""
+    n = len(labels)
+    if len(images) != n:
+        raise InputError(f"{origin} has {len(images)} images but {n} labels")
+    if n and not (labels.min() >= 0 and labels.max() < len(class_names)):
+        raise InputError(
+            f"labels of {origin} go from {int(labels.min())} to {int(labels.max())}, but there are "
+            f"{len(class_names)} classes; number them from 0"
+        )
+    order = torch.argsort(labels.long(), stable=True)
+    rank = torch.cat([torch.arange(int(k)) for k in torch.bincount(labels.long()) if k])
+    return DistilledSet(
+        images=images[order].contiguous(),
+        labels=labels[order].long(),
+        weights=torch.ones(n) if weights is None else weights[order].float(),
+        class_names=class_names,
+        prototype=rank,
+        counts=torch.ones(n, dtype=torch.int64),
+        source_row=torch.full((n,), -1),
+        soft_labels=None if soft_labels is None else soft_labels[order].half(),
+        provenance={"origin": origin},
+    )
+
+
+def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    with readable(path):
+        found: dict[str, Any]
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as f:
+                found = {k: torch.from_numpy(f[k]) for k in f.files}
+        else:
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+    if not {"images", "labels"} <= set(found):
+        raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(found) or 'none'}")
+    extras = {k: found.get(k) for k in ("weights", "soft_labels")}
+    images = found["images"] if found["images"].dtype == torch.uint8 else found["images"].float()
+    return bare_set(images, found["labels"], class_names, **extras, origin=str(path))
+
+
+def _from_folder(path: Path, class_names: tuple[str, ...], image_size: int | None) -> DistilledSet:
+    source = load_source(SourceConfig(path=str(path)))
+    names = source.class_names
+    if set(names) != set(class_names) and len(names) == len(class_names) and all(n.isdigit() for n in names):
+        names = class_names  # numbered folders stand in class order
+    size = image_size or min(_first_size(source.train.read(0)))
+    images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
+    return bare_set(images, torch.from_numpy(source.train.labels[rows]), names, origin=str(path))
+
+
+def _first_size(raw: Any) -> tuple[int, int]:
+    from dq.data import open_image
+
+    return open_image(raw).size
+
+
+def _reordered(s: DistilledSet, order: Tensor, class_names: tuple[str, ...]) -> DistilledSet:
+    """The set with label i of its own names as `order`[i] of `class_names`."""
+    labels = order[s.labels]
+    at = torch.argsort(labels, stable=True)
+    soft = s.soft_labels
+    if soft is not None:
+        moved = torch.empty_like(soft)
+        moved[:, order] = soft
+        soft = moved[at]
+    return DistilledSet(
+        images=s.images[at],
+        labels=labels[at],
+        weights=s.weights[at],
+        class_names=class_names,
+        prototype=s.prototype[at],
+        counts=s.counts[at],
+        source_row=s.source_row[at],
+        soft_labels=soft,
+        provenance=s.provenance,
+    )

@@ -1,0 +1,203 @@
+"""Results of trainings as rows, CSV, Markdown and statements about differences."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from dq.config import RelabelConfig, StudentConfig, ViewConfig, to_dict
+from dq.evaluation.statistics import Difference, format_mean_std, mean_std, paired_difference
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results table: a set, a student, all its seeds. Accuracies are fractions."""
+
+    set: str  # method, baseline or foreign set
+    ipc: str  # "10", or "full"
+    images: int
+    student: str
+    labels: str  # hard, soft or fixed
+    seeds: tuple[int, ...]
+    last: tuple[float, ...]  # accuracy after the last epoch, per seed
+    best: tuple[float, ...]  # of the epoch chosen on `selected_on`, per seed
+    selected_on: str  # validation, test or none
+    recipe: int  # which student of the configuration, from 0
+    seconds: float  # of training without looks, mean over seeds
+    image_bytes: int
+    label_bytes: int  # of the soft labels on disk
+    protocol: str  # name of the preset
+    settings: str  # all settings of the training
+
+    def record(self) -> dict[str, Any]:
+        last, best = mean_std(self.last), mean_std(self.best)
+        return {
+            "set": self.set,
+            "ipc": self.ipc,
+            "images": self.images,
+            "student": self.student,
+            "labels": self.labels,
+            "seeds": len(self.last),
+            "last_mean": round(last[0], 5),
+            "last_std": None if last[1] is None else round(last[1], 5),
+            "best_mean": round(best[0], 5),
+            "best_std": None if best[1] is None else round(best[1], 5),
+            "selected_on": self.selected_on,
+            "seconds": round(self.seconds, 1),
+            "image_bytes": self.image_bytes,
+            "label_bytes": self.label_bytes,
+            "protocol": self.protocol,
+            "settings": self.settings,
+        }
+
+
+def settings_line(c: StudentConfig) -> str:
+    """All settings of a training in one line."""
+    parts = [
+        f"{c.epochs} epochs",
+        f"batch {c.batch_size}" + (f" in {c.accumulate} parts" if c.accumulate > 1 else ""),
+        f"{c.optimizer} lr {c.lr:g} wd {c.weight_decay:g}" + (f" momentum {c.momentum:g}" * (c.optimizer == "sgd")),
+        c.schedule + (f" zeta {c.zeta:g}" if c.zeta != 1 else ""),
+        f"augment {c.augment}",
+    ]
+    view, plain = to_dict(c.views), to_dict(ViewConfig())
+    parts += [f"{k} {_short(v)}" for k, v in view.items() if v != plain[k]]
+    if c.labels == "hard":
+        parts.append("hard labels")
+    else:
+        kind = f"KL T={c.temperature:g}" if c.loss == "kl" else f"MSE + {c.gt_weight:g} CE"
+        parts.append(f"{c.labels} labels, {kind}")
+    if c.labels == "soft":
+        relabel, usual = to_dict(c.relabel), to_dict(RelabelConfig())
+        parts += [f"label {k} {_short(v)}" for k, v in relabel.items() if v != usual[k] or k == "statistics"]
+    parts += [f"{c.norm} norm"] if c.norm else []
+    parts += ["ZCA"] if c.whiten else []
+    parts += [f"EMA {c.ema:g}"] if c.ema else []
+    parts += [f"test images resized to {c.test_scale:.4g} sides and cut"] if c.test_scale != 1 else []
+    parts += [f"best of {c.tests} looks at {c.select}"] if c.tests > 1 else []
+    return ", ".join([*parts, c.dtype])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(_short(v) for v in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def summarize(records: list[dict[str, Any]]) -> list[Row]:
+    """Group trainings that differ in their seed alone, in the order of first appearance."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in records:
+        key = tuple(r[k] for k in ("set", "ipc", "student", "labels", "settings", "recipe"))
+        groups.setdefault(key, []).append(r)
+    rows = []
+    for group in groups.values():
+        group.sort(key=lambda r: r["seed"])
+        first = group[0]
+        same = ("set", "ipc", "images", "student", "labels", "selected_on", "recipe", "protocol", "settings")
+        rows.append(
+            Row(
+                **{k: first[k] for k in same},
+                image_bytes=first["image_bytes"],
+                label_bytes=round(sum(r["label_bytes"] for r in group) / len(group)),
+                seeds=tuple(r["seed"] for r in group),
+                last=tuple(r["last"] for r in group),
+                best=tuple(r["best"] for r in group),
+                seconds=sum(r["train_seconds"] for r in group) / len(group),
+            )
+        )
+    return rows
+
+
+def to_csv(records: list[dict[str, Any]]) -> str:
+    """Plain records as CSV text with a header."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(records[0]) if records else ["set"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def markdown_table(rows: list[Row], *, which: str = "last") -> str:
+    """Accuracy in percent, mean ± std over seeds: one line per set, one column per student and ipc."""
+    columns = list(dict.fromkeys((r.recipe, r.student, r.labels, r.ipc) for r in rows))
+    columns.sort(key=lambda c: (c[0], _order(c[3])))
+    names = list(dict.fromkeys(r.set for r in rows))
+    cells = {(r.set, r.recipe, r.student, r.labels, r.ipc): r for r in rows}
+    # two recipes of one network are told apart by their number
+    twins = {(s, k) for _, s, k, i in columns if sum((s, k, i) == c[1:] for c in columns) > 1}
+    head = [
+        f"{net}{f' #{n + 1}' if (net, kind) in twins else ''}, {kind}, {'full' if i == 'full' else f'IPC {i}'}"
+        for n, net, kind, i in columns
+    ]
+    lines = ["| set | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
+    for name in names:
+        found = [cells.get((name, *c)) for c in columns]
+        text = [format_mean_std([100 * a for a in getattr(r, which)]) if r else "" for r in found]
+        lines.append(f"| {name} | " + " | ".join(text) + " |")
+    seeds = sorted({len(r.last) for r in rows})
+    chosen = sorted({r.selected_on for r in rows} - {"none"})
+    what = "last epoch" if which == "last" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
+    used = "; ".join(dict.fromkeys(f"{r.protocol}, {r.student}: {r.settings}" for r in rows))
+    note = f"Top-1 test accuracy in %, {what}, mean ± std over {'/'.join(map(str, seeds))} seeds."
+    return "\n".join([*lines, "", note, f"Protocols: {used}."])
+
+
+def _order(ipc: str) -> tuple[int, int]:
+    return (1, 0) if ipc == "full" else (0, int(ipc))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets at equal ipc under one recipe."""
+
+    a: Row
+    b: Row
+    difference: Difference  # of last-epoch accuracies, a - b
+
+    def record(self) -> dict[str, Any]:
+        d = self.difference
+        single = d.pairs == 1
+        return {
+            "set": self.a.set,
+            "against": self.b.set,
+            "ipc": self.a.ipc,
+            "student": self.a.student,
+            "labels": self.a.labels,
+            "protocol": self.a.protocol,
+            "pairs": d.pairs,
+            "difference": round(d.mean, 5),
+            "low": None if single else round(d.low, 5),
+            "high": None if single else round(d.high, 5),
+            "confidence": d.confidence,
+            "verdict": d.verdict,
+        }
+
+    def __str__(self) -> str:
+        d, where = self.difference, f"{self.a.student}, {self.a.labels}, IPC {self.a.ipc}"
+        if d.pairs == 1:
+            return f"{where}: {self.a.set} and {self.b.set} cannot be compared with one seed"
+        gap = f"{100 * d.mean:+.1f} points, {d.confidence:.0%} interval {100 * d.low:+.1f} to {100 * d.high:+.1f}"
+        said = {
+            "better": f"{self.a.set} beats {self.b.set}",
+            "worse": f"{self.b.set} beats {self.a.set}",
+            "undecided": f"{d.pairs} seeds do not tell {self.a.set} from {self.b.set}",
+        }[d.verdict]
+        return f"{where}: {said} ({gap})"
+
+
+def compare(rows: list[Row], *, against: str = "random") -> list[Comparison]:
+    """Every set against `against` at equal ipc and recipe, over the seeds that both have."""
+    found = []
+    for a in rows:
+        for b in rows:
+            same = (a.recipe, a.ipc, a.student, a.labels) == (b.recipe, b.ipc, b.student, b.labels)
+            if b.set != against or a.set == against or not same:
+                continue
+            both = sorted(set(a.seeds) & set(b.seeds))
+            values = [[dict(zip(r.seeds, r.last))[s] for s in both] for r in (a, b)]
+            if both:
+                found.append(Comparison(a, b, paired_difference(values[0], values[1])))
+    return found

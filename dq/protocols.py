@@ -1,0 +1,115 @@
+"""Evaluation protocols by name: presets of student settings, kept as data in `configs/protocols/*.yaml`.
+
+A preset is a mapping of `StudentConfig` settings and a list of rules `when: {...}, set: {...}`, applied in order. What
+the user sets himself wins over both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dq.config import StudentConfig, from_dict, unknown_key
+from dq.errors import InputError
+
+FOLDER = Path(__file__).parent / "configs" / "protocols"
+FACTS = ("dataset", "net", "ipc", "classes", "image_size")
+
+
+def protocols() -> dict[str, str]:
+    """Names of the presets and what each is, in one line."""
+    return {p.stem: _preset(p.stem)["about"] for p in sorted(FOLDER.glob("*.yaml"))}
+
+
+def student_config(spec: dict[str, Any], *, ipc: str, classes: int, image_size: int) -> StudentConfig:
+    """Settings of a student for one set.
+
+    Args:
+        spec: fields of `StudentConfig`; `protocol` names a preset, `dataset` the data set whose published settings to
+            take (e.g. "cifar100"; without it the preset's general ones hold); `epochs` may be a mapping by ipc with
+            the keys "10", "full" or "default".
+        ipc: images per class, or "full".
+        classes: number of classes.
+        image_size: side of the images in px.
+
+    Raises:
+        InputError: if a key, a preset or a data set is unknown, or `epochs` has no entry for this ipc.
+    """
+    own = dict(spec)
+    dataset = own.pop("dataset", None)
+    name = own.get("protocol", "custom")
+    settings: dict[str, Any] = {}
+    if name != "custom":
+        preset = _preset(name)
+        settings = _merged({}, preset["settings"])
+        known = {d for rule in preset["rules"] for d in _listed(rule["when"].get("dataset", []))}
+        if dataset is not None and dataset not in known:
+            about = ", ".join(sorted(known)) or "no data set"
+            raise InputError(
+                f"protocol {name!r} has settings for {about}, not for {dataset!r}; "
+                "leave dataset out to take the general ones"
+            )
+        net = str(own.get("net", settings["net"])).partition("-")[0]
+        number = math.inf if ipc == "full" else int(ipc)
+        facts = {"dataset": dataset, "net": net, "ipc": number, "classes": classes, "image_size": image_size}
+        for rule in preset["rules"]:
+            if all(_holds(key, wanted, facts) for key, wanted in rule["when"].items()):
+                settings = _merged(settings, rule["set"])
+    elif dataset is not None:
+        raise InputError("dataset chooses the settings of a protocol; name a protocol, or leave dataset out")
+    if "-" in str(own.get("net", "")):
+        settings.pop("norm", None)  # the name says it
+    settings = _merged(settings, own)
+    settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
+    return from_dict(StudentConfig, settings, "student")
+
+
+def _epochs(epochs: Any, ipc: str, net: str) -> Any:
+    if not isinstance(epochs, dict):
+        return epochs
+    by_ipc = {str(k): v for k, v in epochs.items()}
+    found = by_ipc.get(ipc, by_ipc.get("default"))
+    if found is None:
+        raise InputError(
+            f"student {net!r} has epochs for {', '.join(by_ipc) or 'nothing'} but not for {ipc!r}; add 'default'"
+        )
+    return found
+
+
+@functools.cache
+def _preset(name: str) -> dict[str, Any]:
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = [*(p.stem for p in sorted(FOLDER.glob("*.yaml"))), "custom"]
+        raise InputError(unknown_key(name, name, known).replace("setting", "protocol"))
+    preset = yaml.safe_load(path.read_text())
+    for rule in preset["rules"]:
+        for key in rule["when"]:
+            if key.removesuffix("_from").removesuffix("_to") not in FACTS:
+                raise InputError(f"{path} has a rule about {key!r}; rules know {', '.join(FACTS)}")
+    return preset
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _holds(key: str, wanted: Any, facts: dict[str, Any]) -> bool:
+    if key.endswith("_from"):
+        return facts[key.removesuffix("_from")] >= wanted
+    if key.endswith("_to"):
+        return facts[key.removesuffix("_to")] <= wanted
+    return facts[key] in _listed(wanted)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `changes`, nested mappings joined key by key; `epochs` is replaced whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "epochs"
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

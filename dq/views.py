@@ -1,0 +1,223 @@
+"""What a network sees of an image in an epoch: patch shuffle, crop, mirror, colour, and the mixing of a batch.
+
+Draws and arithmetic are apart. `draw_views` makes all numbers of an epoch from a seed; `apply_views` turns images into
+views by them. Labels stored for views and a student that replays them therefore meet the same pixels, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq.config import ViewConfig
+from dq.dist import derive_seed, generator
+
+# Principal components of the colours of ImageNet (Krizhevsky et al. 2012, section 4.1)
+LIGHT_VALUES = (0.2175, 0.0188, 0.0045)
+LIGHT_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+GREY = (0.299, 0.587, 0.114)
+CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Views:
+    """All draws of one epoch over N images in B batches. Rows are positions in `order`, not images."""
+
+    order: Tensor  # (N,) int32, the image at each position
+    shuffle: Tensor  # (N, P) uint8, which patch comes to each place; P = 0 if patches stay
+    box: Tensor  # (N, 4) int16, crop in px: top, left, height, width
+    flip: Tensor  # (N,) uint8
+    partner: Tensor  # (N,) int16, position inside the batch of the image that is mixed in
+    kept: Tensor  # (B,) float32, share of the image itself in a mix: for CutMix the area outside the clipped box
+    cut: Tensor  # (B, 4) int16, pasted box in px: top, left, height, width
+    colour: Tensor  # (N, 3) float32 jitter of brightness, saturation, contrast; (N, 0) if there is none
+    colour_order: Tensor  # (N, 3) uint8, or (N, 0)
+    light: Tensor  # (N, 3) float32, or (N, 0)
+
+    def digest(self) -> int:
+        """63 bits of all draws."""
+        h = hashlib.blake2b(digest_size=8)
+        for f in fields(self):
+            h.update(getattr(self, f.name).numpy().tobytes())
+        return int.from_bytes(h.digest(), "big") >> 1
+
+
+def batches(n: int, batch_size: int, accumulate: int = 1) -> list[slice]:
+    """Positions of the batches of an epoch. A last batch too small to give two images to each of `accumulate` parts
+    is joined to the one before, since batch norm cannot normalise a single image."""
+    starts = list(range(0, n, batch_size))
+    if len(starts) > 1 and n - starts[-1] < 2 * accumulate:
+        starts.pop()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], n])]
+
+
+def parts(n: int, accumulate: int) -> list[slice]:
+    """The parts of a batch of n images that go through a network one after another: contiguous, nearly equal."""
+    edges = [n * i // accumulate for i in range(accumulate + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+
+
+def draw_views(config: ViewConfig, n: int, side: int, *, batch_size: int, accumulate: int, seed: int, epoch: int) -> Views:
+    """The draws of epoch `epoch` for `n` images of `side` px: a pure function of its arguments.
+
+    Crops are drawn as torchvision's RandomResizedCrop draws them (ten attempts, then the largest central crop of an
+    admissible ratio) and kept in whole pixels. CutMix: lambda ~ Beta(a, a), a box of side sqrt(1 - lambda), its centre
+    uniform, clipped to the image (Yun et al. 2019); `kept` is what remains after clipping.
+    """
+    order = torch.randperm(n, generator=generator(seed, "student order", epoch)).to(torch.int32)
+    rng = np.random.default_rng(derive_seed(seed, "views", epoch))
+    spans = batches(n, batch_size, accumulate)
+    box = np.tile(np.array([0, 0, side, side], np.int16), (n, 1))
+    if config.crop_scale:
+        box = _draw_crops(rng, n, side, config.crop_scale, config.crop_ratio)
+    flip = (rng.random(n) < config.flip).astype(np.uint8) if config.flip else np.zeros(n, np.uint8)
+    places = config.shuffle**2 if config.shuffle > 1 else 0
+    shuffle = rng.permuted(np.tile(np.arange(places, dtype=np.uint8), (n, 1)), axis=1)
+    partner = np.concatenate([np.arange(s.stop - s.start) for s in spans]).astype(np.int16)
+    kept, cut = np.ones(len(spans), np.float32), np.zeros((len(spans), 4), np.int16)
+    if config.mix != "none":
+        for i, s in enumerate(spans):
+            partner[s] = rng.permutation(s.stop - s.start)
+            share = rng.beta(config.mix_alpha, config.mix_alpha)
+            if config.mix == "mixup":
+                kept[i] = share
+            else:
+                cut[i], kept[i] = _draw_cut(rng, side, share)
+    colours = 3 if config.jitter else 0
+    colour = rng.uniform(1 - config.jitter, 1 + config.jitter, (n, colours)).astype(np.float32)
+    colour_order = rng.permuted(np.tile(np.arange(colours, dtype=np.uint8), (n, 1)), axis=1)
+    light = (rng.standard_normal((n, 3 if config.lighting else 0)) * config.lighting).astype(np.float32)
+    arrays = (shuffle, box, flip, partner, kept, cut, colour, colour_order, light)
+    return Views(order, *(torch.from_numpy(a) for a in arrays))
+
+
+def _draw_crops(
+    rng: np.random.Generator, n: int, side: int, scale: tuple[float, ...], ratio: tuple[float, ...]
+) -> np.ndarray:
+    area = side * side * rng.uniform(*scale, (n, CROP_ATTEMPTS))
+    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, CROP_ATTEMPTS)))
+    width, height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (width >= 1) & (width <= side) & (height >= 1) & (height <= side)
+    first = fits.argmax(1)
+    rows = np.arange(n)
+    w, h = width[rows, first], height[rows, first]
+    # the image is square: the largest crop of an admissible ratio is all of it, or a strip if 1 is not admissible
+    nearest = min(max(1.0, ratio[0]), ratio[1])
+    none = ~fits.any(1)
+    w[none], h[none] = np.rint(side * min(1.0, nearest)), np.rint(side * min(1.0, 1 / nearest))
+    top, left = np.floor(rng.random(n) * (side - h + 1)), np.floor(rng.random(n) * (side - w + 1))
+    top[none], left[none] = (side - h[none]) // 2, (side - w[none]) // 2
+    return np.stack([top, left, h, w], 1).astype(np.int16)
+
+
+def _draw_cut(rng: np.random.Generator, side: int, share: float) -> tuple[list[int], float]:
+    length = int(side * math.sqrt(1 - share))
+    row, column = rng.integers(side, size=2)
+    top, left = max(row - length // 2, 0), max(column - length // 2, 0)
+    bottom, right = min(row + length // 2, side), min(column + length // 2, side)
+    height, width = bottom - top, right - left
+    return [top, left, height, width], 1 - height * width / side**2
+
+
+def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at: slice) -> Tensor:
+    """The views of batch number `batch`, which holds the positions `at`.
+
+    Args:
+        images: (N, 3, S, S), uint8 or float in [0, 1], all images of the set in their own order.
+
+    Returns:
+        (B, 3, S, S) float32 pixels on the device of `images`; in [0, 1] unless colours are changed.
+    """
+    device = images.device
+    x = images[views.order[at].long().to(device)]
+    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    if config.shuffle > 1:
+        x = shuffle_patches(x, views.shuffle[at].to(device), config.shuffle)
+    if config.crop_scale or config.flip:
+        x = crop_and_flip(x, views.box[at].to(device), views.flip[at].bool().to(device))
+    if config.jitter:
+        x = jitter(x, views.colour[at].to(device), views.colour_order[at].to(device))
+    if config.lighting:
+        x = x + lighting(views.light[at].to(device))
+    if config.mix != "none":
+        other = x[views.partner[at].long().to(device)]  # a copy, so that no alias of the batch is changed
+        x = mix(x, other, float(views.kept[batch]), views.cut[batch].tolist(), config.mix)
+    return x
+
+
+# --- the operations -----------------------------------------------------------------------------------------------
+
+
+def crop_and_flip(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
+    """Cut the boxes (B, 4) out of the images (B, C, H, W), bring them to the images' size, mirror where `flip`.
+
+    Bilinear with half-pixel centres, pixels outside the box repeated from its border: what `interpolate` gives for the
+    cut-out crop. A crop is never larger than the image, so nothing is shrunk and antialiasing would change nothing.
+    Written as two products with one matrix per image and axis.
+    """
+    top, left, height, width = box.long().unbind(1)
+    rows = _resize_matrix(top, height, x.shape[2], torch.zeros_like(flip))  # (B, H, H)
+    columns = _resize_matrix(left, width, x.shape[3], flip)  # (B, W, W)
+    return rows[:, None] @ x @ columns[:, None].mT
+
+
+def _resize_matrix(start: Tensor, length: Tensor, side: int, mirror: Tensor) -> Tensor:
+    """(B, side, side) weights that stretch `length` pixels from `start` to `side`, backwards where `mirror`."""
+    i = torch.arange(side, device=start.device).expand(len(start), -1)
+    i = torch.where(mirror[:, None], side - 1 - i, i)
+    at = ((i + 0.5) * (length[:, None] / side) - 0.5).clamp(min=0)
+    low = at.floor().long().clamp(max=(length - 1)[:, None])
+    high = (low + 1).clamp(max=(length - 1)[:, None])
+    share = (at - low).clamp(max=1)
+    matrix = torch.zeros(len(start), side, side, device=start.device)
+    matrix.scatter_add_(2, (start[:, None] + low)[..., None], (1 - share)[..., None])
+    return matrix.scatter_add_(2, (start[:, None] + high)[..., None], share[..., None])
+
+
+def shuffle_patches(x: Tensor, order: Tensor, grid: int) -> Tensor:
+    """Cut each image into grid x grid patches and put patch order[b, j] at place j. A side that `grid` does not divide
+    keeps its last pixels in place."""
+    b, c = x.shape[:2]
+    h, w = x.shape[2] // grid, x.shape[3] // grid
+    patches = x[:, :, : grid * h, : grid * w].reshape(b, c, grid, h, grid, w).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(b, grid * grid, c, h, w)[torch.arange(b, device=x.device)[:, None], order.long()]
+    whole = patches.reshape(b, grid, grid, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, grid * h, grid * w)
+    out = x.clone()
+    out[:, :, : grid * h, : grid * w] = whole
+    return out
+
+
+def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Brightness, saturation and contrast times `factors` (B, 3), each image in its own `order` (B, 3): distance from
+    black, from the grey of each pixel, from the mean grey of the image (Minimax's and IDC's code)."""
+    grey = torch.tensor(GREY, device=x.device).view(1, 3, 1, 1)
+    for step in order.long().unbind(1):
+        factor = factors.gather(1, step[:, None]).view(-1, 1, 1, 1)
+        luma = (x * grey).sum(1, keepdim=True)
+        anchors = torch.stack([torch.zeros_like(luma), luma, luma.mean((2, 3), keepdim=True).expand_as(luma)])
+        anchor = anchors[step, torch.arange(len(x), device=x.device)]
+        x = anchor + factor * (x - anchor)
+    return x
+
+
+def lighting(amounts: Tensor) -> Tensor:
+    """(B, 3, 1, 1) shift of the colours along ImageNet's principal ones by `amounts` (B, 3)."""
+    vectors = torch.tensor(LIGHT_VECTORS, device=amounts.device)
+    values = torch.tensor(LIGHT_VALUES, device=amounts.device)
+    return ((amounts * values) @ vectors.T)[..., None, None]
+
+
+def mix(x: Tensor, other: Tensor, kept: float, cut: list[int], kind: str) -> Tensor:
+    """MixUp blends `other` in with share 1 - kept; CutMix pastes its box."""
+    if kind == "mixup":
+        return kept * x + (1 - kept) * other
+    top, left, height, width = cut
+    x = x.clone()
+    box = (..., slice(top, top + height), slice(left, left + width))
+    x[box] = other[box]
+    return x
