@@ -1,0 +1,476 @@
+"""Real images to compare with: as many as a distilled set has, at random, by coreset rules, or as a teacher's patches.
+
+The rules are functions of arrays that return row numbers; `select` turns one of them into a `DistilledSet`.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dq
+from dq.cluster import kmeans
+from dq.config import SourceConfig
+from dq.data import ImageSource, read_images
+from dq.dist import derive_seed, digest_of, generator
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+from dq.teachers import Teacher
+
+log = logging.getLogger("dq")
+
+Rank = Literal["easy", "medium"]
+BASELINES = ("random", "herding", "k-center", "nearest", "patches")
+BY_FEATURES = ("herding", "k-center", "nearest")
+CHUNK_BYTES = 1 << 27  # of float crops held at once; a matter of memory, not of results
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+
+
+def random_rows(labels: np.ndarray, ipc: int, seed: int) -> np.ndarray:
+    """Rows of a stratified random subset, drawn without replacement: `ipc` of every class, in class order.
+
+    A class with fewer than `ipc` images gives all that it has, as a distilled set of that size does. Another seed
+    draws another subset; the draw within a class depends on nothing but the seed, the class and its size.
+
+    Args:
+        labels: (n,) class indices.
+        ipc: images per class.
+        seed: of the draw.
+
+    Returns:
+        (rows,) int64, ascending within each class.
+    """
+    if ipc < 1:
+        raise InputError(f"a random subset needs at least 1 image per class, not {ipc}")
+    chosen = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        order = torch.randperm(len(rows), generator=generator(seed, "random rows", int(label)))
+        chosen.append(np.sort(rows[order[:ipc].numpy()]))
+    return np.concatenate(chosen).astype(np.int64)
+
+
+def herding_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
+    """Rows of a greedy coreset whose mean follows the class mean (herding, Welling 2009; as in iCaRL, without
+    replacement).
+
+    Pick t of a class minimises |mu - (f_1 + ... + f_{t-1} + f) / t| over the points f not yet picked; ties go to the
+    lowest row. A class with fewer than `ipc` images gives all that it has.
+
+    Args:
+        features: (n, d) float, the space in which images are compared.
+        labels: (n,) class indices.
+        ipc: images per class.
+
+    Returns:
+        (rows,) int64 in class order, within a class in the order of picking.
+    """
+    chosen = []
+    for _, rows, x in _centred_classes(features, labels, ipc):
+        square = x.square().sum(1)
+        total = torch.zeros_like(x[0])
+        free = torch.zeros_like(square)  # infinite where a point is taken
+        for _ in range(min(ipc, len(rows))):
+            # x is centred, so |mu - (total + f) / t| is |total + f| / t; |total|^2 is the same for all
+            pick = int((square + 2 * (x @ total) + free).argmin())
+            free[pick] = torch.inf
+            total = total + x[pick]
+            chosen.append(rows[pick])
+    return np.array(chosen, np.int64)
+
+
+def k_center_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
+    """Rows of the greedy solution of the k-centre problem in every class (Gonzalez 1985; for coresets Sener & Savarese
+    2018): its covering radius is at most twice the smallest possible one.
+
+    The first centre is the point nearest to the class mean, every further one the point farthest from the centres so
+    far; ties go to the lowest row. Arguments and result as for `herding_rows`.
+    """
+    chosen = []
+    for _, rows, x in _centred_classes(features, labels, ipc):
+        pick = int(x.square().sum(1).argmin())
+        distance = torch.full_like(x[:, 0], torch.inf)
+        for _ in range(min(ipc, len(rows))):
+            chosen.append(rows[pick])
+            # a centre is below every distance, so that copies of it are picked before it is picked again
+            distance = torch.minimum(distance, (x - x[pick]).square().sum(1))
+            distance[pick] = -1
+            pick = int(distance.argmax())
+    return np.array(chosen, np.int64)
+
+
+def nearest_rows(features: Tensor, labels: np.ndarray, ipc: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the real points nearest to k-means centroids, one of each cell, and the sizes of the cells.
+
+    A class with fewer than `ipc` images gives all that it has. One with copies may have fewer cells than that, of
+    which `kmeans` warns.
+
+    Args:
+        features: (n, d) float.
+        labels: (n,) class indices.
+        ipc: centroids per class.
+        seed: of the start points of k-means.
+
+    Returns:
+        (rows,) and (rows,) int64: rows in class order, within a class the largest cell first, and points per cell.
+    """
+    chosen, counts = [], []
+    for label, rows, x in _centred_classes(features, labels, ipc):
+        found = kmeans(x, min(ipc, len(rows)), seed=derive_seed(seed, "nearest", label), name=f"class {label}")
+        distance = (x - found.centroids[found.labels]).square().sum(1)
+        for cell, count in enumerate(found.counts.tolist()):
+            own = (found.labels == cell).nonzero()[:, 0]
+            chosen.append(rows[int(own[distance[own].argmin()])])
+            counts.append(count)
+    return np.array(chosen, np.int64), np.array(counts, np.int64)
+
+
+def _centred_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Of every class: its index, its rows, and its features (n, d) as float64 with mean zero."""
+    if ipc < 1:
+        raise InputError(f"a selection needs at least 1 image per class, not {ipc}")
+    if features.ndim != 2 or len(features) != len(labels):
+        raise InputError(f"features must be ({len(labels)}, d), a row per label, not {tuple(features.shape)}")
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        x = features[torch.from_numpy(rows)].detach().cpu().double()
+        bad = (~torch.isfinite(x)).any(1).nonzero()
+        if len(bad):
+            raise InputError(
+                f"features have NaN or infinite values, first in row {rows[int(bad[0])]}; make them again"
+            )
+        yield int(label), rows, x - x.mean(0)
+
+
+# --- patches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Mosaics of patches cut from real images, in class order."""
+
+    images: Tensor  # (N, 3, S, S) uint8
+    rows: np.ndarray  # (N,) int64, source row of the first patch of each
+
+
+def patch_images(
+    source: ImageSource,
+    ipc: int,
+    *,
+    teacher: Teacher,
+    image_size: int,
+    source_config: SourceConfig,
+    seed: int = 0,
+    candidates: np.ndarray | None = None,
+    pool: int = 300,
+    crops: int = 5,
+    factor: int = 1,
+    rank: Rank = "easy",
+) -> Patches:
+    """The crops of real images that a teacher recognises best, `factor`^2 in every output (RDED, Sun et al. 2024).
+
+    Per class: draw `pool` images, cut `crops` random squares from each, score them by the teacher's cross-entropy,
+    keep the best of each image, rank the images, and fill the outputs. Where this departs from RDED: crops are cut
+    from images already brought to `image_size`, and the stored 8-bit crops are the ones scored. A class with fewer
+    than `ipc` * `factor`^2 images gives the full mosaics that it has.
+
+    Args:
+        seed: of the draw of images and crops. Crops of an image depend on nothing but the seed and the image's row.
+        candidates: ascending rows of the train split that may be used; None: all.
+        rank: "easy" takes the lowest cross-entropies first, as RDED does; "medium" those around the median, in turn
+            below and above it (DELT, Shen et al. 2024).
+
+    Raises:
+        InputError: if `pool` is too small, a class too small for one mosaic, or `factor` does not divide the size.
+    """
+    settings = {"ipc": ipc, "pool": pool, "crops": crops, "factor": factor}
+    low = next((f"{k}={v}" for k, v in settings.items() if v < 1), None)
+    if low:
+        raise InputError(f"patches need whole numbers of at least 1, not {low}")
+    if image_size % factor:
+        raise InputError(f"{factor} patches do not fit beside one another in {image_size} px; choose a divisor")
+    if rank not in get_args(Rank):
+        raise InputError(f"rank must be 'easy' or 'medium', not {rank!r}")
+    tiles = factor**2
+    if pool < ipc * tiles:
+        raise InputError(f"pool={pool} images of a class are too few for {ipc} mosaics of {tiles}; raise it")
+    rows = np.arange(len(source.train)) if candidates is None else candidates
+    images, firsts = [], []
+    chunk = max(1, CHUNK_BYTES // (crops * 3 * image_size**2 * 4))
+    for label, name in enumerate(source.class_names):
+        own = rows[source.train.labels[rows] == label]
+        order = torch.randperm(len(own), generator=generator(seed, "patch pool", label))
+        drawn = np.sort(own[order[:pool].numpy()])
+        patches, losses, kept = [], [], []
+        for first in range(0, len(drawn), chunk):
+            part, read, _ = read_images(
+                source.train,
+                drawn[first : first + chunk],
+                image_size,
+                source_config.preprocess,
+                on_bad=source_config.on_bad_image,
+            )
+            if read:
+                best, loss = best_crops(part, read, label, teacher=teacher, crops=crops, factor=factor, seed=seed)
+                patches.append(best)
+                losses.append(loss)
+                kept += read
+        number = min(ipc, len(kept) // tiles)
+        if not number:
+            raise InputError(
+                f"class {label} {name!r} has {len(kept)} images but a mosaic needs {tiles}; lower factor, "
+                "add candidates, or drop the class"
+            )
+        chosen = rank_order(torch.cat(losses), rank)[: number * tiles]
+        images.append(mosaics(torch.cat(patches)[chosen], factor))
+        firsts.append(np.array(kept, np.int64)[chosen[:number].numpy()])
+    return Patches(torch.cat(images), np.concatenate(firsts))
+
+
+def crop_boxes(size: int, crops: int, g: torch.Generator) -> list[tuple[int, int, int]]:
+    """Top, left and side of random squares in a square of `size` px: area uniform in (0.08, 1) of the whole, then the
+    place uniform, as torchvision's RandomResizedCrop draws them with ratio 1."""
+    boxes = []
+    for area, down, right in torch.rand(crops, 3, generator=g, dtype=torch.float64).tolist():
+        side = max(1, round(size * (0.08 + 0.92 * area) ** 0.5))
+        boxes.append((int(down * (size - side + 1)), int(right * (size - side + 1)), side))
+    return boxes
+
+
+def best_crops(
+    images: Tensor, rows: list[int], label: int, *, teacher: Teacher, crops: int, factor: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The crop of every image with the lowest cross-entropy under a teacher.
+
+    Args:
+        images: (n, 3, S, S) uint8, of one class.
+        rows: (n,) what the images' crops are drawn by, beside the seed.
+        label: the class.
+        factor: crops are resized to S / `factor` and shown to the teacher in the middle of zeros. The zeros are those
+            of its normalised input, so the mean colour, as in RDED.
+
+    Returns:
+        Patches (n, 3, S / factor, S / factor) uint8 and cross-entropies (n,) float64.
+    """
+    size = images.shape[-1]
+    side = size // factor
+    cut = torch.empty(len(images), crops, 3, side, side, dtype=torch.uint8)
+    for i, (image, row) in enumerate(zip(images.float(), rows)):
+        for j, (top, left, width) in enumerate(crop_boxes(size, crops, generator(seed, "patch crops", row))):
+            square = image[None, :, top : top + width, left : left + width]
+            resized = F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0]
+            cut[i, j] = resized.round().clamp(0, 255).to(torch.uint8)
+    shown = cut.flatten(0, 1).float() / 255
+    if factor > 1:
+        canvas = torch.tensor(teacher.mean).view(1, 3, 1, 1).repeat(len(shown), 1, size, size)
+        edge = (size - side) // 2
+        canvas[:, :, edge : edge + side, edge : edge + side] = shown
+        shown = canvas
+    # float64: a confident teacher's cross-entropies are all 0 in float32, and would rank nothing
+    logits = teacher.logits(shown).double()
+    if logits.shape[1] <= label:
+        raise InputError(f"the teacher has {logits.shape[1]} outputs and none for class {label}; give another teacher")
+    if not torch.isfinite(logits).all():
+        raise InputError(f"the teacher gives NaN or infinite logits for class {label}; give another teacher")
+    loss = F.cross_entropy(logits, torch.full((len(logits),), label), reduction="none").view(len(images), crops)
+    best = loss.argmin(1)
+    index = torch.arange(len(images))
+    return cut[index, best], loss[index, best]
+
+
+def rank_order(loss: Tensor, rank: Rank) -> Tensor:
+    """Indices of (n,) cross-entropies in the order of taking: lowest first, or from the median outwards. Ties go to
+    the lowest index."""
+    easiest = loss.argsort(stable=True)
+    if rank == "easy":
+        return easiest
+    n = len(loss)
+    return easiest[torch.tensor(sorted(range(n), key=lambda r: (abs(2 * r - (n - 1)), r)))]
+
+
+def mosaics(patches: Tensor, factor: int) -> Tensor:
+    """Ranked patches (factor^2 * n, 3, s, s) as n images (n, 3, factor * s, factor * s).
+
+    As in RDED's code, the first n patches are the top left corners and so on row by row, so that the mosaics are
+    about equally good.
+    """
+    s = patches.shape[-1]
+    grid = patches.unflatten(0, (factor, factor, -1))  # (row, column, n, 3, s, s)
+    return grid.permute(2, 3, 0, 4, 1, 5).reshape(-1, 3, factor * s, factor * s)
+
+
+# --- sets ---------------------------------------------------------------------------------------------------------
+
+
+def select(
+    name: str,
+    source: ImageSource,
+    ipc: int,
+    *,
+    image_size: int,
+    source_config: SourceConfig | None = None,
+    seed: int = 0,
+    features: Tensor | Callable[[], Tensor] | None = None,
+    teacher: Teacher | None = None,
+    candidates: np.ndarray | None = None,
+    pool: int = 300,
+    crops: int = 5,
+    factor: int = 1,
+    rank: Rank = "easy",
+) -> DistilledSet:
+    """A set of real images chosen by one of `BASELINES`, with weights 1, in class order.
+
+    Args:
+        name: "random", "herding", "k-center", "nearest" or "patches".
+        ipc: images per class; a smaller class gives all that it has.
+        image_size: side of the images in px.
+        source_config: how images become squares, and what happens to unreadable ones.
+        seed: of random, nearest and patches; the other two are deterministic.
+        features: (n, d) float for the rows of the train split, or a function that makes them; for herding, k-center
+            and nearest.
+        teacher: for patches.
+        candidates: (m,) ascending int64 rows of the train split that may be chosen; None: all.
+        pool: of patches; see `patch_images`, also for crops, factor and rank.
+
+    Raises:
+        InputError: if the name is unknown, what the rule needs is missing, or a class has no candidates.
+
+    Example:
+        small = select("herding", source, 10, image_size=64, features=latents.flatten(1))
+        small.save("sets", "ipc10-herding")
+    """
+    if name not in BASELINES:
+        raise InputError(f"no selection is called {name!r}; choose {', '.join(BASELINES)}")
+    config = source_config or SourceConfig()
+    labels = _candidate_labels(source, candidates)
+    record: dict[str, Any] = {
+        "name": name,
+        "seed": seed,
+        "image_size": image_size,
+        "preprocess": config.preprocess,
+        "candidates": None
+        if candidates is None
+        else {"rows": len(candidates), "digest": digest_of(candidates.tolist())},
+    }
+    counts = None
+    if name == "patches":
+        if teacher is None:
+            raise InputError("the selection 'patches' needs a teacher; give one, or choose another selection")
+        record |= {"teacher": teacher.digest, "pool": pool, "crops": crops, "factor": factor, "rank": rank}
+        found = patch_images(
+            source,
+            ipc,
+            teacher=teacher,
+            image_size=image_size,
+            source_config=config,
+            seed=seed,
+            candidates=candidates,
+            pool=pool,
+            crops=crops,
+            factor=factor,
+            rank=rank,
+        )
+        images, rows = found.images, found.rows
+    else:
+        if name == "random":
+            rows = random_rows(labels, ipc, seed)
+        else:
+            x = _features(name, features, source, candidates)
+            record["feature_size"] = x.shape[1]
+            if name == "herding":
+                rows = herding_rows(x, labels, ipc)
+            elif name == "k-center":
+                rows = k_center_rows(x, labels, ipc)
+            else:
+                rows, counts = nearest_rows(x, labels, ipc, seed)
+        rows = rows if candidates is None else candidates[rows]
+        images, kept, bad = read_images(source.train, rows, image_size, config.preprocess, on_bad=config.on_bad_image)
+        if bad:
+            log.warning(
+                "%d of %d selected images cannot be read and are left out, first: %s", len(bad), len(rows), bad[0]
+            )
+            counts = None if counts is None else counts[np.isin(rows, kept)]
+            rows = np.array(kept, np.int64)
+        record["unreadable"] = len(bad)
+    return _assemble(source, images, rows, counts, ipc, record)
+
+
+def _candidate_labels(source: ImageSource, candidates: np.ndarray | None) -> np.ndarray:
+    """Labels of the rows that may be chosen, checked."""
+    n = len(source.train)
+    if candidates is None:
+        labels = source.train.labels
+    else:
+        ascending = candidates.ndim == 1 and candidates.dtype == np.int64 and (np.diff(candidates) > 0).all()
+        if not ascending or not len(candidates) or candidates[0] < 0 or candidates[-1] >= n:
+            raise InputError(f"candidates must be ascending int64 rows in 0..{n - 1}, without repetition")
+        labels = source.train.labels[candidates]
+    sizes = np.bincount(labels, minlength=len(source.class_names))
+    _check_no_empty(source, sizes, "candidates" if candidates is not None else "images")
+    return labels
+
+
+def _check_no_empty(source: ImageSource, sizes: np.ndarray, what: str) -> None:
+    if sizes.min() == 0:
+        c = int(sizes.argmin())
+        raise InputError(
+            f"class {c} {source.class_names[c]!r} has no {what} to select from; add some, or drop the class"
+        )
+
+
+def _features(
+    name: str, features: Tensor | Callable[[], Tensor] | None, source: ImageSource, candidates: np.ndarray | None
+) -> Tensor:
+    """Features of the candidates."""
+    if features is None:
+        raise InputError(f"the selection {name!r} compares images by features; give features, or choose 'random'")
+    x = features() if callable(features) else features
+    n = len(source.train)
+    if x.ndim != 2 or len(x) != n or not x.is_floating_point():
+        raise InputError(f"features must be ({n}, d) float, a row per train image, not {tuple(x.shape)} {x.dtype}")
+    return x if candidates is None else x[torch.from_numpy(candidates)]
+
+
+def _assemble(
+    source: ImageSource, images: Tensor, rows: np.ndarray, counts: np.ndarray | None, ipc: int, record: dict[str, Any]
+) -> DistilledSet:
+    labels = source.train.labels[rows]
+    _check_no_empty(source, np.bincount(labels, minlength=len(source.class_names)), "readable images")
+    n = len(rows)
+    return DistilledSet(
+        images=images,
+        labels=torch.from_numpy(labels.copy()),
+        weights=torch.ones(n),
+        class_names=source.class_names,
+        prototype=torch.from_numpy(np.arange(n) - np.searchsorted(labels, labels)),
+        counts=torch.ones(n, dtype=torch.int64) if counts is None else torch.from_numpy(counts),
+        source_row=torch.from_numpy(rows),
+        provenance={
+            "dq": dq.__version__,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "source": {
+                "origin": source.origin,
+                "fingerprint": source.fingerprint,
+                "classes": list(source.class_names),
+                "train_counts": source.class_counts().tolist(),
+            },
+            "seed": record["seed"],
+            "ipc": ipc,
+            # what the columns of the dataset card ask for
+            "method": {"name": record["name"], "representative": "real", "weights": "uniform"},
+            "cluster": {"engine": "torch" if record["name"] == "nearest" else "no clustering"},
+            "generate": {"mode": "none"},
+            "labels": None,
+            "selection": record,
+        },
+    )

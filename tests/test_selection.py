@@ -1,0 +1,341 @@
+"""Real images as baselines: rules on points with known answers, a teacher's patches, and the sets they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dq.config import SourceConfig
+from dq.data import ImageSource, from_tensors
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+from dq.evaluation import baselines
+from dq.evaluation.selection import (
+    BASELINES,
+    best_crops,
+    crop_boxes,
+    herding_rows,
+    k_center_rows,
+    mosaics,
+    nearest_rows,
+    patch_images,
+    random_rows,
+    rank_order,
+    select,
+)
+from dq.teachers import Teacher
+
+ONE = np.zeros(5, np.int64)
+LINE = torch.tensor([[0.0], [1.0], [2.0], [3.0], [14.0]])  # mean 4
+
+
+def points(n: int = 60, d: int = 3, classes: int = 2) -> tuple[torch.Tensor, np.ndarray]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, d, generator=g), np.arange(n) % classes
+
+
+class Brightness(nn.Module):
+    """Two logits, +-10 times the mean of what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.gain * x.mean((1, 2, 3))
+        return torch.stack([mean, -mean], 1)
+
+
+def bright_teacher(mean: float = 0.0) -> Teacher:
+    return Teacher(Brightness(), (mean,) * 3, (1.0,) * 3, 64, "bright")
+
+
+def conv_teacher(batch_size: int, classes: int = 3) -> Teacher:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes)
+        )
+    return Teacher(net.eval(), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), batch_size, "conv")
+
+
+def flat_source(values: list[int], size: int = 8) -> ImageSource:
+    """Images of one grey each, all of one class."""
+    images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, size, size)
+    return from_tensors((images, torch.zeros(len(values), dtype=torch.int64)))
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+
+
+def test_random_rows_are_those_of_the_baseline() -> None:
+    labels = np.array([2, 0, 0, 1, 2, 2, 0, 1])
+    for seed in range(3):
+        assert random_rows(labels, 2, seed).tolist() == baselines.random_rows(labels, 2, seed).tolist()
+
+
+def test_herding_by_hand() -> None:
+    # 3 is nearest to 4 (distance 1); then (3+3)/2 would be, but rows are taken once: (3+2)/2 = 2.5, (3+14)/2 = 8.5;
+    # then (3+2+14)/3 = 6.33 is 2.33 away, (3+2+1)/3 = 2 only 2
+    assert herding_rows(LINE, ONE, 3).tolist() == [3, 2, 1]
+    assert herding_rows(LINE, ONE, 4).tolist() == [3, 2, 1, 4]
+    assert herding_rows(LINE, ONE, 9).tolist() == [3, 2, 1, 4, 0]
+
+
+def test_k_center_by_hand() -> None:
+    # 3 is nearest to the mean, 14 farthest from it, then 0 (3 away), then 1 before 2 by its row
+    assert k_center_rows(LINE, ONE, 4).tolist() == [3, 4, 0, 1]
+
+
+def test_k_center_takes_copies_of_a_centre_but_no_row_twice() -> None:
+    same = torch.ones(4, 2)
+    assert sorted(k_center_rows(same, np.zeros(4, np.int64), 3).tolist()) == [0, 1, 2]
+    assert sorted(herding_rows(same, np.zeros(4, np.int64), 9).tolist()) == [0, 1, 2, 3]
+
+
+def test_herding_starts_at_the_mean_and_follows_it_better_than_random_rows() -> None:
+    x, labels = points()
+    for ipc in (1, 3, 5, 10, 30):
+        herded = herding_rows(x, labels, ipc)
+        for c in (0, 1):
+            mean = x[labels == c].mean(0)
+            own = herded[labels[herded] == c]
+            if ipc == 1:
+                assert own[0] == np.flatnonzero(labels == c)[(x[labels == c] - mean).norm(dim=1).argmin()]
+            else:
+                error = (x[own].mean(0) - mean).norm()
+                drawn = [random_rows(labels, ipc, seed) for seed in range(20)]
+                others = [(x[r[labels[r] == c]].mean(0) - mean).norm() for r in drawn]
+                assert error <= min(others) + 1e-6  # ipc=30 is the whole class
+
+
+def test_k_center_covers_within_twice_the_optimum() -> None:
+    for seed in range(10):
+        x = torch.randn(9, 2, generator=torch.Generator().manual_seed(seed)).double()
+        distance = torch.cdist(x, x)
+        best = min(float(distance[:, list(c)].min(1).values.max()) for c in itertools.combinations(range(9), 3))
+        found = k_center_rows(x, np.zeros(9, np.int64), 3)
+        assert float(distance[:, found].min(1).values.max()) <= 2 * best + 1e-9
+
+
+def test_nearest_rows_are_real_points_in_the_middle_of_their_cells() -> None:
+    centre = torch.tensor([[0.0, 0], [100, 0], [0, 100]])
+    around = torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    x = torch.cat([centre[:1] + around, centre[1:2] + around[:3], centre[2:]])
+    rows, counts = nearest_rows(x, np.zeros(9, np.int64), 3, 0)
+    assert rows.tolist() == [0, 5, 8]
+    assert counts.tolist() == [5, 3, 1]
+
+
+@pytest.mark.parametrize("rule", [herding_rows, k_center_rows, lambda x, y, ipc: nearest_rows(x, y, ipc, 0)[0]])
+def test_rules_give_rows_in_class_order_once_and_all_of_a_small_class(rule) -> None:
+    x, _ = points(20)
+    labels = np.array([1, 0, 2, 1, 0] * 4)
+    rows = rule(x, labels, 6)
+    assert rows.dtype == np.int64
+    assert len(set(rows.tolist())) == len(rows)
+    assert labels[rows].tolist() == [0] * 6 + [1] * 6 + [2] * 4
+
+
+@pytest.mark.parametrize("rule", [herding_rows, k_center_rows])
+def test_permuted_rows_give_the_same_points(rule) -> None:
+    x, labels = points()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).numpy()
+    assert order[rule(x[order], labels[order], 7)].tolist() == rule(x, labels, 7).tolist()
+
+
+def test_rules_refuse_what_they_cannot_use() -> None:
+    bad = LINE.clone()
+    bad[2] = torch.nan
+    with pytest.raises(InputError, match="first in row 2"):
+        herding_rows(bad, ONE, 2)
+    with pytest.raises(InputError, match="at least 1 image per class, not 0"):
+        k_center_rows(LINE, ONE, 0)
+    with pytest.raises(InputError, match=r"features must be \(5, d\)"):
+        nearest_rows(LINE[:4], ONE, 2, 0)
+
+
+# --- patches ------------------------------------------------------------------------------------------------------
+
+
+def test_crop_boxes_have_the_areas_of_random_resized_crops() -> None:
+    boxes = crop_boxes(100, 2000, torch.Generator().manual_seed(0))
+    assert all(min(top, left) >= 0 and max(top, left) + side <= 100 for top, left, side in boxes)
+    assert min(side for _, _, side in boxes) == 28  # sqrt(0.08) of 100
+    areas = np.array([side**2 / 1e4 for _, _, side in boxes])
+    # mean of the uniform law on (0.08, 1), five standard errors; rounding to pixels moves an area by 1 % at most
+    assert abs(areas.mean() - 0.54) < 5 * 0.92 / 12**0.5 / 2000**0.5 + 0.01
+
+
+def test_rank_order_by_hand() -> None:
+    loss = torch.tensor([0.5, 0.1, 0.4, 0.2, 0.3])
+    assert rank_order(loss, "easy").tolist() == [1, 3, 4, 2, 0]
+    assert rank_order(loss, "medium").tolist() == [4, 3, 2, 1, 0]
+    assert rank_order(loss[:4], "medium").tolist() == [3, 2, 1, 0]  # ranks 1 and 2 of 0..3 are the middle
+
+
+def test_mosaics_spread_the_ranks_over_the_images() -> None:
+    patches = torch.arange(8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    first, second = mosaics(patches, 2)[:, 0]
+    assert first.tolist() == [[0, 0, 2, 2], [0, 0, 2, 2], [4, 4, 6, 6], [4, 4, 6, 6]]
+    assert torch.equal(second, first + 1)
+
+
+def test_best_crop_is_the_brightest_and_its_score_is_that_of_the_stored_patch() -> None:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 8, 8), generator=g, dtype=torch.uint8)
+    options = {"teacher": bright_teacher(0.5), "crops": 6, "seed": 0}
+    best, loss = best_crops(images, [3, 1, 4, 1], 0, factor=2, **options)
+    assert best.shape == (4, 3, 4, 4)
+    # the same image row draws the same crops
+    again, _ = best_crops(images[1:2], [1], 0, factor=2, **options)
+    assert torch.equal(best[1:2], again)
+    # a crop of half the side fills a quarter of what the teacher sees; the rest is zero after normalisation
+    mean = (best.double().mean((1, 2, 3)) / 255 - 0.5) / 4
+    assert torch.allclose(loss, torch.log1p(torch.exp(-20 * mean)), atol=1e-6)
+    darker = [best_crops(images, [3, 1, 4, 1], 0, factor=2, **{**options, "crops": n})[1] for n in (1, 3)]
+    assert (loss <= darker[1]).all()
+    assert (darker[1] <= darker[0]).all()
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_patches_come_easiest_first(factor: int) -> None:
+    source = flat_source([40, 200, 90, 250, 10, 120, 160, 70, 220, 30])
+    tiles = factor**2
+    found = patch_images(
+        source, 2, teacher=bright_teacher(), image_size=8, source_config=SourceConfig(), factor=factor, pool=20
+    )
+    assert found.images.shape == (2, 3, 8, 8)
+    assert found.images.dtype == torch.uint8
+    assert found.rows.tolist() == [3, 8]  # 250 and 220
+    ranked = [250, 220, 200, 160, 120, 90, 70, 40][: 2 * tiles]
+    side = 8 // factor
+    for j in range(2):
+        corners = found.images[j, 0, ::side, ::side].flatten().tolist()
+        assert corners == ranked[j::2]
+    medium = patch_images(
+        source, 2, teacher=bright_teacher(), image_size=8, source_config=SourceConfig(), pool=20, rank="medium"
+    )
+    assert medium.rows.tolist() == [5, 2]  # of 250 220 200 160 [120 90] 70 40 30 10
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, monkeypatch) -> None:
+    options = {"image_size": 8, "source_config": SourceConfig(), "factor": factor, "pool": 8}
+    one = patch_images(toy_source, 1, teacher=conv_teacher(64), **options)
+    monkeypatch.setattr("dq.evaluation.selection.CHUNK_BYTES", 1)
+    two = patch_images(toy_source, 1, teacher=conv_teacher(3), **options)
+    assert torch.equal(one.images, two.images)
+    assert one.rows.tolist() == two.rows.tolist()
+    other = patch_images(toy_source, 1, teacher=conv_teacher(3), seed=1, **options)
+    assert not torch.equal(one.images, other.images)
+
+
+def test_patches_of_small_classes(toy_source) -> None:
+    options = {"teacher": conv_teacher(64), "image_size": 8, "source_config": SourceConfig()}
+    # 9, 8 and 7 images give two, two and one mosaics of 4
+    found = patch_images(toy_source, 3, factor=2, **options)
+    assert toy_source.train.labels[found.rows].tolist() == [0, 0, 1, 1, 2]
+    with pytest.raises(InputError, match="class 0 'red' has 9 images but a mosaic needs 16"):
+        patch_images(toy_source, 3, factor=4, **options)
+    with pytest.raises(InputError, match="pool=11 images of a class are too few for 3 mosaics of 4"):
+        patch_images(toy_source, 3, factor=2, pool=11, **options)
+    with pytest.raises(InputError, match="3 patches do not fit beside one another in 8 px"):
+        patch_images(toy_source, 3, factor=3, **options)
+    with pytest.raises(InputError, match="the teacher has 2 outputs and none for class 2"):
+        patch_images(toy_source, 3, **(options | {"teacher": conv_teacher(64, classes=2)}))
+
+
+# --- sets ---------------------------------------------------------------------------------------------------------
+
+
+def toy_features(source) -> torch.Tensor:
+    pixels = torch.from_numpy(np.stack([source.train.read(i) for i in range(len(source.train))]))
+    return pixels.flatten(1).float() / 255
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_selected_sets(toy_source, tmp_path: Path, name: str) -> None:
+    candidates = np.array([r for r in range(24) if r % 4], np.int64)
+    options = {"image_size": 8, "features": lambda: toy_features(toy_source), "teacher": conv_teacher(64)}
+    s = select(name, toy_source, 2, candidates=candidates, **options)
+    assert s.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert s.prototype.tolist() == [0, 1] * 3
+    assert set(s.source_row.tolist()) <= set(candidates.tolist())
+    assert len(set(s.source_row.tolist())) == 6
+    assert toy_source.train.labels[s.source_row].tolist() == s.labels.tolist()
+    assert torch.equal(s.weights, torch.ones(6))
+    if name != "patches":
+        for row, image in zip(s.source_row.tolist(), s.images):
+            assert np.array_equal(toy_source.train.read(row), image.numpy())
+    if name == "nearest":
+        in_class = np.bincount(toy_source.train.labels[candidates])
+        assert s.counts.view(3, 2).sum(1).tolist() == in_class.tolist()
+    else:
+        assert s.counts.tolist() == [1] * 6
+    again = select(name, toy_source, 2, candidates=candidates, **options)
+    assert torch.equal(s.images, again.images)
+
+    s.save(tmp_path, f"ipc2-{name}")
+    t = DistilledSet.load(tmp_path)
+    for field in ("images", "labels", "weights", "prototype", "counts", "source_row"):
+        assert torch.equal(getattr(s, field), getattr(t, field)), field
+    assert t.provenance["selection"] == s.provenance["selection"]
+    assert t.provenance["selection"]["candidates"]["rows"] == 18
+    assert f"| `ipc2-{name}` | 6 | 2 | {name} (" in (tmp_path / "README.md").read_text()
+
+
+def test_selection_without_candidates_equals_all_candidates(toy_source) -> None:
+    for name in ("random", "herding"):
+        a = select(name, toy_source, 3, image_size=8, features=toy_features(toy_source))
+        b = select(name, toy_source, 3, image_size=8, features=toy_features(toy_source), candidates=np.arange(24))
+        assert a.source_row.tolist() == b.source_row.tolist()
+
+
+def test_unreadable_images_are_left_out_where_that_is_wished(toy_source) -> None:
+    def read(row: int):
+        if row == broken:
+            raise OSError("gone")
+        return toy_source.train.read(row)
+
+    full = select("nearest", toy_source, 3, image_size=8, features=toy_features(toy_source))
+    broken = int(full.source_row[0])
+    split = dataclasses.replace(toy_source.train, read=read)
+    source = dataclasses.replace(toy_source, splits={"train": split})
+    with pytest.raises(InputError, match="gone"):
+        select("nearest", source, 3, image_size=8, features=toy_features(toy_source))
+    s = select(
+        "nearest",
+        source,
+        3,
+        image_size=8,
+        features=toy_features(toy_source),
+        source_config=SourceConfig(on_bad_image="skip"),
+    )
+    assert s.source_row.tolist() == full.source_row[1:].tolist()
+    assert s.counts.tolist() == full.counts[1:].tolist()
+    assert s.prototype.tolist() == [0, 1, 0, 1, 2, 0, 1, 2]
+    assert s.provenance["selection"]["unreadable"] == 1
+
+
+def test_selection_refuses_what_it_cannot_do(toy_source) -> None:
+    with pytest.raises(InputError, match="no selection is called 'forgetting'; choose random, herding"):
+        select("forgetting", toy_source, 1, image_size=8)
+    with pytest.raises(InputError, match="'herding' compares images by features"):
+        select("herding", toy_source, 1, image_size=8)
+    with pytest.raises(InputError, match=r"features must be \(24, d\) float, .* not \(23, 4\)"):
+        select("k-center", toy_source, 1, image_size=8, features=torch.zeros(23, 4))
+    with pytest.raises(InputError, match="'patches' needs a teacher"):
+        select("patches", toy_source, 1, image_size=8)
+    with pytest.raises(InputError, match="class 1 'green' has no candidates to select from"):
+        only = np.array([0, 1, 20], np.int64)
+        select("random", toy_source, 1, image_size=8, candidates=only)
+    for wrong in ([3, 1], [1, 1], [0, 24], [-1, 2], []):
+        with pytest.raises(InputError, match=r"candidates must be ascending int64 rows in 0\.\.23"):
+            select("random", toy_source, 1, image_size=8, candidates=np.array(wrong, np.int64))
