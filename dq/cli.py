@@ -22,12 +22,13 @@ VERBS = {
     "encode": "encode the images of every class into the latent cache",
     "cluster": "quantize every class: prototypes and their masses",
     "generate": "draw the prototypes as images",
-    "label": "label the images with the teacher and assemble the sets",
-    "evaluate": "train fresh students on every set and its baselines",
+    "label": "label images and views with the teachers and assemble the sets",
+    "evaluate": "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
     "report": "write report.html from what the run folder holds",
     "demo": "digits from scikit-learn: train a small prior, distil, evaluate; no download",
     "train-codec": "train a small autoencoder on the source",
     "train-denoiser": "train a small class-conditional DiT on the source's latents",
+    "train-teachers": "train classifiers on the source, which label or score images later",
 }
 
 
@@ -41,7 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
         if verb == "demo":
             p.set_defaults(config="demo")
         else:
-            p.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+            p.add_argument(
+                "--config",
+                required=verb not in ("evaluate", "train-teachers"),
+                metavar="FILE",
+                help="YAML file; see configs/",
+            )
         p.add_argument("--data", metavar="DIR", help="the image set: folder, Hub id or sklearn:digits (source.path)")
         _option(p, "--output_dir", metavar="DIR", help="the run folder")
         _option(p, "--cache_dir", metavar="DIR", help="where latents and full-data baselines are kept for all runs")
@@ -55,10 +61,29 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="any setting by its dotted name, e.g. cluster.engine=torch generate.mode=dit",
         )
+        if verb == "evaluate":
+            _evaluate_options(p)
         p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
         _option(p, "--dry_run", action="store_true", help="print the plan and stop")
         p.add_argument("--quiet", action="store_true", help="warnings and results only")
     return parser
+
+
+def _evaluate_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--distilled",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="a set of any origin: folder of images by class, Parquet folder, .safetensors or .npz; may be repeated",
+    )
+    p.add_argument("--protocol", help="preset: classic, hard, sre2l, rded, edc, fadrm; or ddr for DD-Ranking's scores")
+    p.add_argument("--student", action="append", metavar="NET", help="a network by name; may be repeated")
+    p.add_argument("--dataset", help="whose published settings of the protocol to take, e.g. cifar100")
+    p.add_argument("--teacher", action="append", metavar="NET=PATH", help="who labels views; may be repeated")
+    p.add_argument("--baselines", metavar="NAME[,NAME]", help="random, herding, k-center, nearest, patches, full")
+    p.add_argument("--seeds", type=int, help="students per set")
+    _option(p, "--image_size", type=int, help="side in px at which students train")
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
@@ -68,7 +93,7 @@ def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
 
 def resolve(args: argparse.Namespace) -> RunConfig:
     """Defaults < file < flags."""
-    config = load_config(args.config)
+    config = load_config(args.config) if args.config else RunConfig()
     config = apply_settings(config, [s for group in args.set for s in group])
     flags: dict[str, Any] = {"source.path": args.data, "output_dir": args.output_dir, "cache_dir": args.cache_dir}
     flags["seed"] = args.seed
@@ -77,7 +102,30 @@ def resolve(args: argparse.Namespace) -> RunConfig:
             flags["ipc"] = [int(k) for k in args.ipc.split(",")]
         except ValueError:
             raise InputError(f"--ipc takes whole numbers such as 1,10,50, not {args.ipc!r}") from None
+    if args.verb == "evaluate":
+        flags |= _evaluate_flags(args, config)
     return apply_settings(config, {k: v for k, v in flags.items() if v is not None})
+
+
+def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    """Settings that the options of `evaluate` stand for."""
+    flags: dict[str, Any] = {"evaluate.seeds": args.seeds, "source.image_size": args.image_size}
+    if args.baselines is not None:
+        flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]
+    if args.teacher:
+        pairs = [t.partition("=") for t in args.teacher]
+        if not all(path for _, _, path in pairs):
+            raise InputError(f"--teacher takes NET=PATH such as resnet56=teachers/resnet56, not {args.teacher[0]!r}")
+        flags["teachers"] = [{"net": net, "path": path} for net, _, path in pairs]
+    if args.protocol or args.student or args.dataset:
+        # what --set said of the first student holds for all that are named here
+        first = dict(config.evaluate.students[0]) if config.evaluate.students else {}
+        if args.protocol and args.protocol != "ddr":
+            first["protocol"] = args.protocol
+        if args.dataset:
+            first["dataset"] = args.dataset
+        flags["evaluate.students"] = [{**first, **({"net": n} if n else {})} for n in args.student or [None]]
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,13 +197,23 @@ def execute(args: argparse.Namespace) -> None:
     if args.verb in ("train-codec", "train-denoiser"):
         print(_train(args.verb, config, source, accelerator))
         return
+    if args.verb == "train-teachers":
+        from dq.evaluation.teaching import train_teachers
+
+        for folder in train_teachers(config, source, accelerator=accelerator):
+            print(folder)
+        return
+    if args.verb == "evaluate" and (args.distilled or args.protocol == "ddr"):
+        _evaluate_sets(args, config, source, accelerator)
+        return
     run_verb(args.verb, config, source, accelerator)
 
 
 def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> None:
     """One stage of a run, or all of them."""
     from dq import run as stages
-    from dq.evaluation.stage import evaluate_run, markdown_table
+    from dq.evaluation.stage import evaluate_run, label_run
+    from dq.evaluation.tables import compare, markdown_table
     from dq.report import write_report
     from dq.runfolder import open_run
 
@@ -172,18 +230,59 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
     if do("generate", "label"):
         stages.label(run)
         stages.assemble(run)
+    if verb == "label":
+        label_run(run)
     rows = evaluate_run(run) if do("evaluate") and config.evaluate.students else []
     if do("report") and run.main:
         write_report(run)
     if run.main:
         if rows:
             print(markdown_table(rows))
+            print(*compare(rows), sep="\n")
         _print_paths(verb, run.folder)
+
+
+def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> None:
+    """Evaluate sets of any origin."""
+    from dq.evaluation.ddr import evaluate_ddr
+    from dq.evaluation.foreign import read_set
+    from dq.evaluation.stage import evaluate_sets
+    from dq.evaluation.tables import compare, markdown_table
+
+    if not args.distilled:
+        raise InputError("name the set to score with --distilled PATH")
+    sets = {}
+    for text in args.distilled:
+        name, sep, path = text.partition("=")
+        path = path if sep else text
+        name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
+        if name in sets:
+            raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
+        sets[name] = read_set(path, source.class_names, image_size=config.source.image_size)
+    score = evaluate_ddr if args.protocol == "ddr" else evaluate_sets
+    results = score(
+        sets,
+        source,
+        config=config.evaluate,
+        source_config=config.source,
+        teachers=config.teachers,
+        image_size=config.source.image_size,
+        folder=Path(config.output_dir),
+        cache_dir=Path(config.cache_dir),
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        if args.protocol == "ddr":
+            print(results)
+        else:
+            print(markdown_table(results))
+            print(*compare(results), sep="\n")
+        print(Path(config.output_dir) / "eval" / ("ddr.csv" if args.protocol == "ddr" else "summary.csv"))
 
 
 def _print_paths(verb: str, folder: Path) -> None:
     wanted = {"run": ("dataset", "eval/summary.csv", "report.html"), "evaluate": ("eval/summary.csv",)}
-    wanted |= {"label": ("dataset",), "generate": ("dataset",), "report": ("report.html",), "cluster": ("prototypes",)}
+    wanted |= {"label": ("dataset", "labels"), "generate": ("dataset",), "report": ("report.html",), "cluster": ("prototypes",)}
     for name in wanted.get(verb, ("config.yaml",)):
         print(folder / name)
 

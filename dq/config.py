@@ -20,6 +20,7 @@ from dq.errors import InputError
 C = TypeVar("C")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"]
 
 # Least values of settings by name; a trailing ">" leaves the bound itself out. All must be finite.
 LEAST: dict[str, tuple[float, bool]] = {
@@ -225,11 +226,7 @@ class StudentConfig(Checked):
 class EvaluateConfig(Checked):
     seeds: int = 3
     full_seeds: int = 1  # of the full-data baseline, which costs more than all the others together
-    baselines: tuple[Literal["random", "herding", "k-center", "nearest", "patches", "full"], ...] = (
-        "random",
-        "nearest",
-        "full",
-    )
+    baselines: tuple[Baseline, ...] = ("random", "nearest", "full")
     patch_factor: int = 1  # patches: a baseline image is a mosaic of factor x factor crops
     validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
     # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate

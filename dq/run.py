@@ -38,7 +38,7 @@ from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.prototypes import Prototypes, make_prototypes
 from dq.runfolder import SPEED, Run
-from dq.teachers import check_teacher, load_teacher
+from dq.teachers import load_teachers
 
 if TYPE_CHECKING:
     from dq.pipeline import DistillPipeline
@@ -294,24 +294,25 @@ def _images(run: Run, folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def label(run: Run) -> None:
-    """Label the images of every set with the teacher, after checking the teacher on real test images. Without a
-    teacher there is nothing to do."""
-    if run.config.teacher is None:
+    """Label the stored images of every set with the teachers, after checking these on real images. Without a teacher
+    there is nothing to do."""
+    c = run.config
+    if not c.teachers:
         return
     began = time.perf_counter()
-    teacher = load_teacher(run.config.teacher, len(run.source.class_names), run.config.image_size, run.device)
+    teachers = load_teachers(c.teachers, run.source, c.source, c.image_size, run.device)
+    digest = digest_of([t.digest for t in teachers])
     folders = sorted(set(_image_folders(run).values()))
-    names = [_label_file(run, f, teacher.digest) for f in folders]
+    names = [_label_file(run, f, digest) for f in folders]
     todo = [i for i in run.mine([1.0] * len(folders)) if not names[i].is_file()]
-    if todo:
-        accuracy = check_teacher(teacher, run.source, run.config.teacher, run.config.source, run.config.image_size)
-        for i in progress(todo, desc="label", unit="set", main=run.main):
-            images = torch.cat(_images(run, folders[i])[0])
-            meta = {"teacher": run.config.teacher.net, "digest": teacher.digest, "teacher_accuracy": accuracy}
-            write_tensors(names[i], {"logits": teacher.logits(images).half()}, meta)
+    for i in progress(todo, desc="label", unit="set", main=run.main and bool(todo)):
+        images = torch.cat(_images(run, folders[i])[0])
+        logits = torch.stack([t.logits(images) for t in teachers]).mean(0)
+        meta = {"teachers": [t.name for t in teachers], "digest": digest}
+        write_tensors(names[i], {"logits": logits.half()}, meta)
     run.finish("label", began, sets=len(folders))
     if run.main:
-        # which labels are this teacher's; those of an earlier one stay beside them
+        # which labels are these teachers'; those of earlier ones stay beside them
         write_json(run.folder / "labels" / "index.json", {f.name: n.name for f, n in zip(folders, names)})
     run.accelerator.wait_for_everyone()
 
@@ -322,7 +323,7 @@ def _label_file(run: Run, folder: Path, digest: str) -> Path:
 
 def _find_labels(run: Run, folder: Path) -> Path | None:
     index = run.folder / "labels" / "index.json"
-    name = read_json(index).get(folder.name) if run.config.teacher is not None and index.is_file() else None
+    name = read_json(index).get(folder.name) if run.config.teachers and index.is_file() else None
     return run.folder / "labels" / name if name else None
 
 

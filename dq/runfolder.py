@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from dq.config import (
+    Baseline,
     ClusterConfig,
     GenerateConfig,
     MethodConfig,
@@ -33,7 +34,7 @@ log = logging.getLogger("dq")
 
 # Settings that decide what a run folder holds. The others (more ipc, more methods, another student) may change
 # between calls: their units are named by digests of their own.
-IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teacher")
+IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teachers")
 # ... of which these change speed only
 SPEED = ("batch_size", "path", "model")
 
@@ -103,7 +104,7 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
         raise InputError(f"ipc={list(config.ipc)} names a number twice; give every number once")
     for name in config.methods:
         check_name(name, "the method name")
-        if name in ("random", "nearest", "full"):
+        if name in (*get_args(Baseline), "set"):
             raise InputError(f"the method name {name!r} is that of a baseline; choose another")
     folder = Path(config.output_dir)
     known = folder / "config.yaml"
@@ -141,7 +142,12 @@ def _changed(old: RunConfig, new: RunConfig) -> Iterator[str]:
             for key in a[section]:
                 if a[section][key] != b[section][key] and key not in SPEED:
                     yield f"{section}.{key}: {a[section][key]} -> {b[section][key]}"
-        elif a[section] != b[section] and None not in (a[section], b[section]):
+        elif isinstance(a[section], list):
+            # teachers may be named later, and may lie elsewhere
+            old_list, new_list = ([{k: v for k, v in x.items() if k not in SPEED} for x in y[section]] for y in (a, b))
+            if old_list and new_list and old_list != new_list:
+                yield f"{section}: {old_list} -> {new_list}"
+        elif a[section] != b[section]:
             yield f"{section}: {a[section]} -> {b[section]}"
 
 

@@ -21,7 +21,7 @@ from dq.errors import InputError
 from dq.evaluation.train import Pixels, normalizer
 from dq.evaluation.whitening import Zca, fit_zca
 from dq.labels import LabelSource
-from dq.teachers import Teacher, check_teacher, load_teacher
+from dq.teachers import Teacher, load_teachers
 
 log = logging.getLogger("dq")
 
@@ -195,23 +195,6 @@ def make_bench(
         # a constant channel (white paper) would divide by zero
         std=tuple(values.std((0, 2, 3)).clamp(min=1e-2).tolist()),
     )
-
-
-def load_teachers(
-    configs: Sequence[TeacherConfig],
-    source: ImageSource,
-    source_config: SourceConfig,
-    image_size: int,
-    device: torch.device,
-) -> tuple[Teacher, ...]:
-    """Load teachers and check each on real images."""
-    loaded = []
-    for config in configs:
-        teacher = load_teacher(config, len(source.class_names), image_size, device)
-        found = check_teacher(teacher, source, config, source_config, image_size)
-        log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * found, config.check_images)
-        loaded.append(teacher)
-    return tuple(loaded)
 
 
 def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from dq.config import EvaluateConfig, RunConfig, SourceConfig, StudentConfig, TeacherConfig, to_dict
+from dq.config import Baseline, EvaluateConfig, RunConfig, SourceConfig, StudentConfig, TeacherConfig, to_dict
 from dq.data import ImageSource, load_source
 from dq.dist import (
     check_name,
@@ -477,10 +477,9 @@ def evaluate_sets(
     Raises:
         InputError: if a set has other classes than the source, or an empty one.
     """
-    baseline_names = {"random", "herding", "k-center", "nearest", "patches", "full"}
     for name, s in sets.items():
         check_name(name, "the set's name")
-        if name in baseline_names:
+        if name in get_args(Baseline):
             raise InputError(f"the set's name {name!r} is that of a baseline; choose another")
         if s.class_names != source.class_names:
             raise InputError(f"the set {name!r} has other classes than {source.origin}, or another order of them")

@@ -1,0 +1,118 @@
+"""Training of teachers: classifiers of the source's own images, by the loop that trains students."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dq.config import EvaluateConfig, RunConfig, StudentConfig, to_dict
+from dq.data import ImageSource
+from dq.dist import derive_seed, digest_of, progress, read_json, shard, write_json, write_tensors
+from dq.errors import RunError
+from dq.evaluation.bench import make_bench
+from dq.evaluation.train import accuracy, fit
+from dq.nets import make_net
+from dq.teachers import TEACHER_FACTS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("dq")
+
+
+def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accelerator) -> list[Path]:
+    """Train `config.train_teachers.nets` on the train split, one network per process at a time.
+
+    SGD with momentum, cosine to 0, random crop and mirror. The validation part of train (see
+    `EvaluateConfig.validation_images`) is left out and measures the result; the test split is not touched. Published
+    teachers of distillation are deliberately not trained to convergence (CV-DD), hence the short default.
+
+    A killed training goes on from its checkpoint; a finished one is left alone. All train images are held in memory.
+
+    Returns:
+        The folders `<output_dir>/<net>` with `model.safetensors` and `teacher.json`, to be named as a teacher's path.
+
+    Raises:
+        RunError: if a folder holds a teacher of other settings or data.
+    """
+    t = config.train_teachers
+    student = StudentConfig(
+        labels="hard",
+        epochs=t.epochs,
+        batch_size=t.batch_size,
+        optimizer="sgd",
+        lr=t.lr,
+        momentum=t.momentum,
+        weight_decay=t.weight_decay,
+        schedule="cosine",
+        augment="crop_flip",
+        dtype=t.dtype,
+        tests=2,  # so that validation images are set aside
+    )
+    bench = make_bench(
+        source,
+        config.source,
+        EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
+        [student],
+        image_size=config.image_size,
+        cache_dir=Path(config.cache_dir),
+        teachers=(),
+        device=accelerator.device,
+    )
+    folders = [Path(t.output_dir) / net.replace(":", "_") for net in t.nets]
+    mine = shard([1.0] * len(folders), accelerator.process_index, accelerator.num_processes)
+    todo = []
+    for i in mine:
+        make_net(t.nets[i], bench.classes, bench.image_size, seed=0)
+        settings = {"net": t.nets[i], "world": bench.world, "student": to_dict(student), "seed": t.seed}
+        record = folders[i] / TEACHER_FACTS
+        if not record.is_file():
+            todo.append((t.nets[i], folders[i], digest_of(settings)))
+        elif read_json(record)["digest"] != digest_of(settings):
+            raise RunError(f"{folders[i]} holds a teacher of other settings or data; choose another output_dir")
+    if todo:
+        images, labels = bench.read(source.train, bench.candidates)
+        images, labels = images.to(bench.device), labels.to(bench.device)
+    for net, folder, digest in todo:
+        recipe = dataclasses.replace(student, net=net)
+        pixels = bench.pixels(recipe)
+        with progress([], desc=f"train {net}", total=t.epochs, unit="epoch", main=accelerator.is_main_process) as bar:
+
+            def show(epoch: int, loss: float, bar=bar) -> None:  # type: ignore[no-untyped-def]
+                bar.update(epoch - bar.n)
+                bar.set_postfix(loss=f"{loss:.3f}")
+
+            fitted = fit(
+                images,
+                labels,
+                num_classes=bench.classes,
+                config=recipe,
+                pixels=pixels,
+                seed=derive_seed(t.seed, "teacher", net),
+                on_epoch=show,
+                checkpoint=folder / "checkpoint.safetensors",
+                checkpoint_s=t.checkpoint_s,
+            )
+        held_out = bench.validation(1.0)
+        found = accuracy(fitted.net, *held_out, pixels=pixels, dtype=t.dtype) if held_out else None
+        write_tensors(folder / "model.safetensors", fitted.net.state_dict())
+        facts = {
+            "net": net,
+            "mean": bench.mean,
+            "std": bench.std,
+            "classes": list(source.class_names),
+            "validation_accuracy": found,
+            "validation_images": len(bench.validation_rows),
+            "source": {"origin": source.origin, "fingerprint": source.fingerprint},
+            "image_size": bench.image_size,
+            "recipe": to_dict(recipe),
+            "seed": t.seed,
+            "seconds": round(fitted.seconds, 1),
+            "digest": digest,
+        }
+        write_json(folder / TEACHER_FACTS, facts)  # last: the teacher is whole once this file is there
+        log.info("teacher %s: %.1f %% of %d validation images", net, 100 * (found or 0), len(bench.validation_rows))
+    accelerator.wait_for_everyone()
+    return folders
