@@ -126,10 +126,14 @@ class MethodConfig(Checked):
 
 @dataclass(frozen=True)
 class TeacherConfig(Checked):
-    net: str = "resnet56"
-    path: str = ""  # safetensors file, or folder with model.safetensors
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    net: str = "resnet56"  # a network of `dq.nets`, timm:NAME, torchvision:NAME, or "transformers"
+    # safetensors file, or folder with model.safetensors; with timm: or torchvision: also "pretrained"; with
+    # "transformers": model folder or Hub id
+    path: str = ""
+    mean: tuple[float, ...] | None = None  # None: what the model comes with, else ImageNet's
+    std: tuple[float, ...] | None = None
+    classes: tuple[int, ...] | None = None  # output of the network for each class of the data; None: all, in order
+    image_size: int | None = None  # side in px at which the network sees the images; None: as they are
     batch_size: int = 256
     check_images: int = 500  # real test images on which the teacher is checked before it labels anything
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+import contextlib
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +28,7 @@ def instance_norm(channels: int) -> nn.Module:
 
 NORMS: dict[Norm, MakeNorm] = {"instance": instance_norm, "batch": nn.BatchNorm2d}
 SUFFIXES: dict[str, Norm] = {"in": "instance", "bn": "batch"}
-CONVNETS = {"convnet3": 3, "convnet4": 4, "convnet5": 5, "convnet6": 6}  # name -> depth
-CIFAR_RESNETS = {"resnet20": 3, "resnet56": 9}  # name -> blocks per stage
-NAMES = (*CONVNETS, *CIFAR_RESNETS, "resnet18")
+LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}  # prefix of a name -> module
 
 
 class ConvNet(nn.Module):
@@ -45,8 +48,51 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(x).flatten(1))  # (B, 3, S, S) -> (B, classes)
 
 
+class AlexNet(nn.Module):
+    """The AlexNet of the dataset condensation papers for 32 px images: five convolutions, no norm, a linear layer."""
+
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        # (channels, kernel, whether a 2x2 max pool follows)
+        layers = [(128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)]
+        self.features = nn.Sequential()
+        inputs = 3
+        for channels, kernel, pool in layers:
+            self.features.append(nn.Conv2d(inputs, channels, kernel, padding=kernel // 2))
+            self.features.append(nn.ReLU(inplace=True))
+            if pool:
+                self.features.append(nn.MaxPool2d(2))
+            inputs = channels
+        self.fc = nn.Linear(inputs * (image_size // 8) ** 2, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).flatten(1))
+
+
+class VGG11(nn.Module):
+    """Configuration A of Simonyan & Zisserman 2015 with a norm behind every convolution and one linear layer, as the
+    dataset condensation papers use it for 32 px images; larger ones leave a larger map to the linear layer."""
+
+    def __init__(self, num_classes: int, image_size: int, norm: MakeNorm) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        inputs = 3
+        for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+            for channels in stage:
+                conv = nn.Conv2d(inputs, channels, 3, padding=1)
+                self.features.extend([conv, norm(channels), nn.ReLU(inplace=True)])
+                inputs = channels
+            self.features.append(nn.MaxPool2d(2))
+        self.classifier = nn.Linear(inputs * (image_size // 32) ** 2, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al. 2016)."""
+
+    expansion = 1  # channels out of a block by `outputs`
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: MakeNorm, downsample: nn.Module) -> None:
         super().__init__()
@@ -59,6 +105,39 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class PooledBlock(BasicBlock):
+    """A `BasicBlock` that shrinks its maps by average pooling behind the first ReLU, not by a strided convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: MakeNorm, downsample: nn.Module) -> None:
+        super().__init__(inputs, outputs, 1, norm, downsample)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(F.relu(self.bn1(self.conv1(x))))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut; the stride is that of the 3x3 one, as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: MakeNorm, downsample: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.bn1 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = norm(outputs)
+        self.conv3 = nn.Conv2d(outputs, outputs * self.expansion, 1, bias=False)
+        self.bn3 = norm(outputs * self.expansion)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
 
 class ShortcutA(nn.Module):
@@ -99,37 +178,87 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 with torchvision's parameter names. Images up to 64 px get a 3x3 stem of stride 1 and no max pool."""
+class ResNet(nn.Module):
+    """ResNets of four stages with torchvision's parameter names.
 
-    def __init__(self, num_classes: int, image_size: int, norm: MakeNorm) -> None:
+    Images up to 64 px get a 3x3 stem of stride 1 and no pool behind it. With `PooledBlock` no convolution has a
+    stride, as in ResNet-AP: the stem of larger images is 3x3 with a 2x2 average pool up to 128 px, then 7x7 with a
+    4x4 one (IDC, Kim et al. 2022).
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        blocks: tuple[int, ...],
+        num_classes: int,
+        image_size: int,
+        norm: MakeNorm,
+        *,
+        keep_map: bool = False,
+    ) -> None:
+        """With `keep_map`, the classifier sees the last map itself and not its mean over the pixels."""
         super().__init__()
-        small = image_size <= 64
-        kernel, stride = (3, 1) if small else (7, 2)
+        pooled = block is PooledBlock
+        self.maxpool: nn.Module = nn.Identity()
+        kernel, stride, shrink = 3, 1, 1
+        if pooled and image_size > 64:
+            kernel, shrink = (3, 2) if image_size <= 128 else (7, 4)
+            self.maxpool = nn.AvgPool2d(shrink)
+        elif image_size > 64:
+            kernel, stride = 7, 2
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.conv1 = nn.Conv2d(3, 64, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.bn1 = norm(64)
-        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._stage(64, 64, norm)
-        self.layer2 = self._stage(64, 128, norm)
-        self.layer3 = self._stage(128, 256, norm)
-        self.layer4 = self._stage(256, 512, norm)
-        self.fc = nn.Linear(512, num_classes)
+        self.layer1 = self._stage(block, 64, 64, 1, blocks[0], norm)
+        self.layer2 = self._stage(block, 64 * block.expansion, 128, 2, blocks[1], norm)
+        self.layer3 = self._stage(block, 128 * block.expansion, 256, 2, blocks[2], norm)
+        self.layer4 = self._stage(block, 256 * block.expansion, 512, 2, blocks[3], norm)
+        self.keep_map = keep_map
+        pixels = (image_size // shrink // 8) ** 2 if keep_map else 1
+        self.fc = nn.Linear(512 * block.expansion * pixels, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def _stage(inputs: int, outputs: int, norm: MakeNorm) -> nn.Sequential:
+    def _stage(
+        block: type[BasicBlock] | type[Bottleneck], inputs: int, outputs: int, stride: int, count: int, norm: MakeNorm
+    ) -> nn.Sequential:
+        wide = outputs * block.expansion
         shortcut: nn.Module = nn.Identity()
-        if inputs != outputs:
-            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), norm(outputs))
-        first = BasicBlock(inputs, outputs, 2 if inputs != outputs else 1, norm, shortcut)
-        return nn.Sequential(first, BasicBlock(outputs, outputs, 1, norm, nn.Identity()))
+        if block is PooledBlock and stride > 1:
+            conv = nn.Conv2d(inputs, wide, 1, bias=False)
+            shortcut = nn.Sequential(conv, nn.AvgPool2d(stride), norm(wide))
+        elif inputs != wide:
+            shortcut = nn.Sequential(nn.Conv2d(inputs, wide, 1, stride=stride, bias=False), norm(wide))
+        first = block(inputs, outputs, stride, norm, shortcut)
+        return nn.Sequential(first, *(block(wide, outputs, 1, norm, nn.Identity()) for _ in range(count - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(x.flatten(1) if self.keep_map else x.mean((2, 3)))
+
+
+class Recipe(NamedTuple):
+    norm: Norm | None  # the usual one; None: the network has none
+    smallest: int  # side in px; the last norm needs maps of 2x2, for over one pixel instance norm is constant
+    build: Callable[[int, int, MakeNorm], nn.Module]  # (classes, side in px, norm)
+
+
+RECIPES: dict[str, Recipe] = {
+    **{f"convnet{depth}": Recipe("instance", 2**depth, partial(ConvNet, depth)) for depth in (3, 4, 5, 6)},
+    "resnet20": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(3, classes, norm)),
+    "resnet56": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(9, classes, norm)),
+    "resnet18": Recipe("batch", 9, partial(ResNet, BasicBlock, (2, 2, 2, 2))),
+    "resnet50": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 6, 3))),
+    "resnet101": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 23, 3))),
+    # the ResNet18BN_AP of the dataset condensation code, whose classifier sees the whole last map
+    "resnet18ap": Recipe("batch", 16, partial(ResNet, PooledBlock, (2, 2, 2, 2), keep_map=True)),
+    "resnetap10": Recipe("instance", 16, partial(ResNet, PooledBlock, (1, 1, 1, 1))),
+    "alexnet": Recipe(None, 8, lambda classes, side, norm: AlexNet(classes, side)),
+    "vgg11": Recipe("instance", 32, VGG11),
+}
 
 
 def fast_layout(net: nn.Module) -> torch.memory_format:
@@ -139,43 +268,128 @@ def fast_layout(net: nn.Module) -> torch.memory_format:
     return torch.contiguous_format if grouped else torch.channels_last
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside the block, and the global random state untouched after it."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would also reseed every accelerator, which fork_rng(devices=[]) does not restore
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def is_library_net(name: str) -> bool:
+    """Whether `name` is timm:NAME or torchvision:NAME."""
+    return name.partition(":")[0] in LIBRARIES
+
+
+def library_of(name: str) -> tuple[ModuleType, str]:
+    """The module that builds timm:NAME or torchvision:NAME, and NAME.
+
+    Raises:
+        InputError: if the library is not installed, or knows no classifier of that name.
+    """
+    prefix, _, inner = name.partition(":")
+    try:
+        library = importlib.import_module(LIBRARIES[prefix])
+    except ImportError as e:
+        raise InputError(
+            f"network {name!r} needs {prefix}, which is not installed; pip install 'dq-distill[vision]'"
+        ) from e
+    # torchvision.models also lists detectors and video networks, in modules of their own
+    known = library.list_models() if prefix == "timm" else library.list_models(module=library)
+    if not (library.is_model(inner) if prefix == "timm" else inner in known):
+        near = _nearest(inner, known)
+        raise InputError(
+            f"{prefix} has no classifier called {inner!r}{near}; list them with {LIBRARIES[prefix]}.list_models()"
+        )
+    return library, inner
+
+
+def library_net(name: str, num_classes: int | None, image_size: int, *, pretrained: bool = False) -> nn.Module:
+    """Build timm:NAME or torchvision:NAME, with the library's own published weights if `pretrained`.
+
+    Args:
+        num_classes: length of the output; None: as published.
+        image_size: side of the images in px, for networks that are built for one side.
+
+    Raises:
+        InputError: if the library, the network or its published weights cannot be had, or not for this side.
+    """
+    library, inner = library_of(name)
+    options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+    if name.startswith("timm:"):
+        options["pretrained"] = pretrained
+        if pretrained and not library.is_model_pretrained(inner):
+            raise InputError(f"timm has no published weights of {inner!r}; set teacher.path to a safetensors file")
+        if not pretrained and library.get_pretrained_cfg(inner).fixed_input_size:
+            options["img_size"] = image_size
+    else:
+        options["weights"] = library.get_model_weights(inner).DEFAULT if pretrained else None
+        if inner.startswith("vit_") and not pretrained:
+            options["image_size"] = image_size
+        if inner.startswith("maxvit_") and not pretrained:
+            options["input_size"] = (image_size, image_size)
+        if inner in ("googlenet", "inception_v3") and not pretrained:
+            # their auxiliary classifiers would make a tuple of the output in training mode
+            options |= {"aux_logits": False, "init_weights": True}
+    try:
+        return (library.create_model if name.startswith("timm:") else library.get_model)(inner, **options)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
+        said = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+        if pretrained:
+            raise InputError(
+                f"the published weights of {name!r} cannot be had ({said}); "
+                "download them elsewhere and set teacher.path to a safetensors file"
+            ) from e
+        raise InputError(
+            f"network {name!r} cannot be built for {image_size} px images ({said}); choose another"
+        ) from e
+
+
 def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None = None, seed: int) -> nn.Module:
     """Build a network for (B, 3, `image_size`, `image_size`) images with freshly drawn weights, on the CPU.
 
     Args:
-        name: convnet3 to convnet6, resnet20, resnet56 or resnet18; with "-bn" or "-in" behind it, batch norm or
-            instance norm takes the place of the usual one (instance norm for ConvNets, batch norm for ResNets).
+        name: one of `RECIPES`, or timm:NAME or torchvision:NAME for a classifier of those libraries. With "-bn" or
+            "-in" behind a name of `RECIPES`, batch norm or instance norm takes the place of the usual one (instance
+            norm for ConvNets, VGG-11 and ResNetAP-10, batch norm for the other ResNets; AlexNet has no norm).
         num_classes: length of the output.
-        image_size: side of the images in px; the classifier of a ConvNet and the stem of ResNet-18 depend on it.
+        image_size: side of the images in px; classifiers and stems depend on it.
         norm: the same choice as the ending of `name`, for callers that have it as a value.
         seed: of the weights. The global random state is neither read nor changed.
 
     Raises:
-        InputError: if the name is unknown, or the images are too small for the depth.
+        InputError: if the name is unknown, its library is not installed, or the images are too small for the depth.
     """
+    if is_library_net(name):
+        if norm is not None:
+            raise InputError(f"network {name!r} comes with its own norm; leave norm={norm!r} out")
+        with seeded(seed):
+            return library_net(name, num_classes, image_size)
     base, _, suffix = name.partition("-")
-    if base not in NAMES or (suffix and suffix not in SUFFIXES):
-        raise InputError(f"no network is called {name!r}; choose {', '.join(NAMES)}, with -bn or -in for another norm")
+    if base not in RECIPES or (suffix and suffix not in SUFFIXES):
+        known = ", ".join([*RECIPES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
+        raise InputError(
+            f"no network is called {name!r}{_nearest(name, RECIPES)}; choose among {known}, "
+            "the ones without a colon also with -bn or -in for another norm"
+        )
+    recipe = RECIPES[base]
     if norm is not None and norm not in NORMS:
         raise InputError(f"norm must be 'instance' or 'batch', not {norm!r}")
     if suffix and norm not in (None, SUFFIXES[suffix]):
         raise InputError(f"network {name!r} asks for {SUFFIXES[suffix]} norm but norm={norm!r}; give only one of them")
-    kind = norm or (SUFFIXES[suffix] if suffix else "instance" if base in CONVNETS else "batch")
-    # The last norm needs maps of 2x2 px at least: over a single pixel, instance norm returns a constant.
-    if base in CONVNETS:
-        smallest = 2 ** CONVNETS[base]
-    else:
-        smallest = 9 if base == "resnet18" else 5
-    if image_size < smallest:
+    if recipe.norm is None and (suffix or norm):
+        raise InputError(f"network {base!r} has no norm that could be chosen; call it plain {base!r}")
+    if image_size < recipe.smallest:
         raise InputError(
-            f"network {name!r} needs images of at least {smallest} px, not {image_size}; "
+            f"network {name!r} needs images of at least {recipe.smallest} px, not {image_size}; "
             "choose a shallower network or raise source.image_size"
         )
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also reseed every accelerator, which fork_rng(devices=[]) does not restore
-        torch.default_generator.manual_seed(seed)
-        if base in CONVNETS:
-            return ConvNet(CONVNETS[base], num_classes, image_size, NORMS[kind])
-        if base in CIFAR_RESNETS:
-            return CifarResNet(CIFAR_RESNETS[base], num_classes, NORMS[kind])
-        return ResNet18(num_classes, image_size, NORMS[kind])
+    kind = norm or (SUFFIXES[suffix] if suffix else recipe.norm) or "batch"
+    with seeded(seed):
+        return recipe.build(num_classes, image_size, NORMS[kind])

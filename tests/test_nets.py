@@ -1,5 +1,7 @@
 """Networks: sizes and parameter names that others rely on, the functions they compute, and seeded initial weights."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,16 @@ def images(n: int, side: int) -> torch.Tensor:
         ("resnet18", 10, 32, 11173962),
         ("resnet18-in", 10, 32, 11173962),
         ("resnet18", 1000, 224, 11689512),
+        ("resnet50", 1000, 224, 25557032),
+        ("resnet101", 1000, 224, 44549160),
+        # conv 9,728 + 614,592 + 442,624 + 442,560 + 331,968, linear 192 * 4 * 4 * 10 + 10
+        ("alexnet", 10, 32, 1872202),
+        ("vgg11", 10, 32, 9231114),
+        ("vgg11-bn", 10, 32, 9231114),
+        # those of resnet18, but the classifier sees 4x4 pixels: 512 * 15 * 10 weights more
+        ("resnet18ap", 10, 32, 11173962 + 76800),
+        # stem 9,536; stages 73,984 + 230,144 + 919,040 + 3,673,088; linear 5,130
+        ("resnetap10", 10, 224, 4910922),
     ],
 )
 def test_parameter_counts_of_the_literature(name, num_classes, side, parameters):
@@ -35,7 +47,24 @@ def test_parameter_counts_of_the_literature(name, num_classes, side, parameters)
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("convnet3", 8), ("convnet3", 28), ("convnet4", 64), ("resnet20", 32), ("resnet18", 32), ("resnet18", 96)],
+    [
+        ("convnet3", 8),
+        ("convnet3", 28),
+        ("convnet4", 64),
+        ("resnet20", 32),
+        ("resnet18", 32),
+        ("resnet18", 96),
+        ("resnet50", 16),
+        ("resnet101", 72),
+        ("alexnet", 28),
+        ("vgg11", 32),
+        ("vgg11", 64),
+        ("resnet18ap", 32),
+        ("resnet18ap", 72),
+        ("resnetap10", 32),
+        ("resnetap10", 72),
+        ("resnetap10", 132),
+    ],
 )
 def test_logits_have_one_column_per_class(name, side):
     net = make_net(name, 7, side, seed=0).eval()
@@ -76,6 +105,73 @@ def test_resnet18_keeps_the_resolution_of_small_images():
         with torch.no_grad():
             net(images(1, side))
     assert sizes == {32: 32, 64: 64, 128: 32}
+
+
+def test_resnet50_has_the_names_and_strides_of_torchvision():
+    net = make_net("resnet50", 1000, 224, seed=0)
+    state = net.state_dict()
+    assert len(state) == 320
+    assert state["layer1.0.downsample.0.weight"].shape == (256, 64, 1, 1)
+    assert state["layer4.2.conv3.weight"].shape == (2048, 512, 1, 1)
+    assert net.layer2[0].conv1.stride == (1, 1)
+    assert net.layer2[0].conv2.stride == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "maps"),
+    [
+        ("resnetap10", 32, [32, 32, 16, 8, 4]),
+        ("resnetap10", 128, [64, 64, 32, 16, 8]),
+        ("resnetap10", 160, [40, 40, 20, 10, 5]),
+        ("resnet18ap", 32, [32, 32, 16, 8, 4]),
+    ],
+)
+def test_resnet_ap_shrinks_by_average_pools_alone(name, side, maps):
+    net = make_net(name, 10, side, seed=0).eval()
+    assert all(m.stride == (1, 1) for m in net.modules() if isinstance(m, nn.Conv2d))
+    assert not any(isinstance(m, nn.MaxPool2d) for m in net.modules())
+    assert net.conv1.kernel_size == ((7, 7) if side > 128 else (3, 3))
+    sizes = []
+    for part in (net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4):
+        part.register_forward_hook(lambda m, x, y: sizes.append(y.shape[-1]))
+    with torch.no_grad():
+        net(images(1, side))
+    assert sizes == maps
+
+
+def test_pooled_block_is_conv_pool_conv_beside_conv_pool():
+    """The first block of a stage of ResNetAP-10, written out."""
+    block = make_net("resnetap10", 10, 32, seed=3).layer2[0]
+    p = dict(block.named_parameters())
+
+    def norm(y, name):
+        return F.group_norm(y, 128, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    x = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = F.avg_pool2d(norm(F.conv2d(x, p["conv1.weight"], padding=1), "bn1").relu(), 2)
+        y = norm(F.conv2d(y, p["conv2.weight"], padding=1), "bn2")
+        beside = norm(F.avg_pool2d(F.conv2d(x, p["downsample.0.weight"]), 2), "downsample.2")
+        torch.testing.assert_close(block(x), (y + beside).relu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pools"), [("alexnet", [True, True, False, False, True]), ("vgg11", [1, 1, 0, 1, 0, 1, 0, 1])]
+)
+def test_alexnet_and_vgg11_are_convolutions_relus_and_max_pools(name, pools):
+    net = make_net(name, 10, 32, seed=3)
+    p = list(net.features.parameters())
+    y = x = images(2, 32)
+    with torch.no_grad():
+        for pool in pools:
+            weight = p.pop(0)
+            y = F.conv2d(y, weight, p.pop(0), padding=weight.shape[-1] // 2)
+            if name == "vgg11":
+                y = F.group_norm(y, weight.shape[0], p.pop(0), p.pop(0))
+            y = F.max_pool2d(y.relu(), 2) if pool else y.relu()
+        head = list(net.parameters())[-2:]
+        torch.testing.assert_close(net(x), y.flatten(1) @ head[0].T + head[1], rtol=1e-4, atol=1e-4)
+    assert p == []
 
 
 def test_convnet_is_conv_instance_norm_relu_pool():
@@ -181,9 +277,14 @@ def test_resnet_convolutions_start_with_he_variance():
 
 
 def test_unknown_names_list_the_known_ones():
-    for name in ("vgg11", "convnet3-gn", "convnet2", ""):
-        with pytest.raises(InputError, match=r"convnet3, convnet4.*resnet20, resnet56, resnet18"):
+    for name in ("vgg12", "convnet3-gn", "convnet2", "", "tim:resnet18"):
+        with pytest.raises(InputError, match=r"convnet3, convnet4.*resnet20, resnet56, resnet18.*torchvision:NAME"):
             make_net(name, 10, 32, seed=0)
+    with pytest.raises(InputError, match=r"'resnet19'; nearest: resnet18, .*; choose among convnet3"):
+        make_net("resnet19", 10, 32, seed=0)
+    for name, norm in (("alexnet-bn", None), ("alexnet", "instance")):
+        with pytest.raises(InputError, match="'alexnet' has no norm"):
+            make_net(name, 10, 32, norm=norm, seed=0)
     with pytest.raises(InputError, match="only one"):
         make_net("convnet3-bn", 10, 32, norm="instance", seed=0)
     with pytest.raises(InputError, match="'instance' or 'batch'"):
@@ -191,9 +292,70 @@ def test_unknown_names_list_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "least"), [("convnet4", 8, 16), ("convnet3", 7, 8), ("resnet18", 8, 9), ("resnet20-in", 4, 5)]
+    ("name", "side", "least"),
+    [
+        ("convnet4", 8, 16),
+        ("convnet3", 7, 8),
+        ("resnet18", 8, 9),
+        ("resnet20-in", 4, 5),
+        ("resnet50-in", 8, 9),
+        ("alexnet", 7, 8),
+        ("vgg11", 28, 32),
+        ("resnetap10", 15, 16),
+        ("resnet18ap-in", 15, 16),
+    ],
 )
 def test_images_too_small_for_the_depth_are_refused(name, side, least):
     with pytest.raises(InputError, match=f"at least {least} px, not {side}"):
         make_net(name, 10, side, seed=0)
     assert make_net(name, 10, least, seed=0).train()(images(2, least)).std() > 0
+
+
+@pytest.mark.parametrize("prefix", ["timm", "torchvision"])
+def test_a_library_that_is_not_installed_is_named(prefix, monkeypatch):
+    monkeypatch.setitem(sys.modules, prefix, None)
+    monkeypatch.delitem(sys.modules, "torchvision.models", raising=False)
+    with pytest.raises(InputError, match=rf"needs {prefix}, .*pip install 'dq-distill\[vision\]'"):
+        make_net(f"{prefix}:resnet18", 10, 32, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("timm:test_resnet", 32), ("timm:test_vit", 64), ("torchvision:squeezenet1_1", 32)]
+)
+def test_networks_of_libraries_are_seeded_too(name, side):
+    pytest.importorskip(name.partition(":")[0])
+    before = torch.get_rng_state()
+    net = make_net(name, 7, side, seed=1).eval()
+    assert torch.equal(torch.get_rng_state(), before)
+    again, other = (make_net(name, 7, side, seed=s).eval() for s in (1, 2))
+    with torch.no_grad():
+        x = images(2, side)
+        assert net(x).shape == (2, 7)
+        assert torch.equal(net(x), again(x))
+        assert not torch.equal(net(x), other(x))
+
+
+def test_resnets_are_those_of_torchvision():
+    pytest.importorskip("torchvision")
+    for name in ("resnet18", "resnet50"):
+        theirs = make_net(f"torchvision:{name}", 10, 96, seed=0).eval()
+        ours = make_net(name, 10, 96, seed=1).eval()
+        ours.load_state_dict(theirs.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images(2, 96)), theirs(images(2, 96)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm:resnet19", "timm has no classifier called 'resnet19'; nearest: resnet18"),
+        ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no classifier"),
+        ("torchvision:vit_b_16", "'torchvision:vit_b_16' cannot be built for 17 px images"),
+    ],
+)
+def test_what_a_library_cannot_build_is_named(name, said):
+    pytest.importorskip(name.partition(":")[0])
+    with pytest.raises(InputError, match=said):
+        make_net(name, 10, 17, seed=0)
+    with pytest.raises(InputError, match="comes with its own norm"):
+        make_net(name, 10, 17, norm="batch", seed=0)
