@@ -259,30 +259,34 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
         if name in sets:
             raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
         sets[name] = read_set(path, source.class_names, image_size=config.source.image_size)
-    score = evaluate_ddr if args.protocol == "ddr" else evaluate_sets
-    results = score(
-        sets,
-        source,
-        config=config.evaluate,
-        source_config=config.source,
-        teachers=config.teachers,
-        image_size=config.source.image_size,
-        folder=Path(config.output_dir),
-        cache_dir=Path(config.cache_dir),
-        accelerator=accelerator,
-    )
+    options: dict[str, Any] = {
+        "config": config.evaluate,
+        "source_config": config.source,
+        "teachers": config.teachers,
+        "image_size": config.source.image_size,
+        "folder": Path(config.output_dir),
+        "cache_dir": Path(config.cache_dir),
+        "accelerator": accelerator,
+    }
+    if args.protocol == "ddr":
+        scores = evaluate_ddr(sets, source, **options)
+        said, file = str(scores), "ddr.csv"
+    else:
+        rows = evaluate_sets(sets, source, **options)
+        said, file = "\n".join([markdown_table(rows), *map(str, compare(rows))]), "summary.csv"
     if accelerator.is_main_process:
-        if args.protocol == "ddr":
-            print(results)
-        else:
-            print(markdown_table(results))
-            print(*compare(results), sep="\n")
-        print(Path(config.output_dir) / "eval" / ("ddr.csv" if args.protocol == "ddr" else "summary.csv"))
+        print(said)
+        print(Path(config.output_dir) / "eval" / file)
 
 
 def _print_paths(verb: str, folder: Path) -> None:
     wanted = {"run": ("dataset", "eval/summary.csv", "report.html"), "evaluate": ("eval/summary.csv",)}
-    wanted |= {"label": ("dataset", "labels"), "generate": ("dataset",), "report": ("report.html",), "cluster": ("prototypes",)}
+    wanted |= {
+        "label": ("dataset", "labels"),
+        "generate": ("dataset",),
+        "report": ("report.html",),
+        "cluster": ("prototypes",),
+    }
     for name in wanted.get(verb, ("config.yaml",)):
         print(folder / name)
 

@@ -26,11 +26,15 @@ Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"
 LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
     **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests", "epochs"), (1, True)),
-    **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor", "checkpoint_s"), (1, True)),
+    **dict.fromkeys(
+        ("accumulate", "shuffle", "top_k", "validation_images", "patch_factor", "checkpoint_s"), (1, True)
+    ),
     **dict.fromkeys(("seeds", "full_seeds", "steps", "save_every", "patch_size", "num_layers"), (1, True)),
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),
-    **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "test_scale"), (0, False)),
-    **dict.fromkeys(("tol", "momentum", "weight_decay", "kl_weight", "warmup_steps", "guidance_scale"), (0, True)),
+    **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
+    **dict.fromkeys(
+        ("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps", "guidance_scale"), (0, True)
+    ),
     **dict.fromkeys(("ema", "dropout", "lr", "jitter", "lighting", "gt_weight", "flip"), (0, True)),
 }
 

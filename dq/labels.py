@@ -296,9 +296,7 @@ def shard_file(folder: Path, first: int) -> Path:
     return folder / f"epoch-{first + 1:05d}.safetensors"
 
 
-def write_manifest(
-    folder: Path, images: Tensor, plan: LabelPlan, teachers: Sequence[Teacher], **facts: Any
-) -> None:
+def write_manifest(folder: Path, images: Tensor, plan: LabelPlan, teachers: Sequence[Teacher], **facts: Any) -> None:
     """Say what the labels in `folder` are labels of, unless that has been said."""
     if (folder / MANIFEST).is_file():
         return
@@ -327,7 +325,15 @@ def write_shard(folder: Path, images: Tensor, teachers: Sequence[Teacher], plan:
         views, logits = label_epoch(images, teachers, plan, epoch)
         row = pack(logits, plan.relabel)
         if plan.relabel.views == "stored":
-            stored = ("order", "box", "flip", "partner", "kept", "cut", *(["shuffle"] if views.shuffle.numel() else []))
+            stored = (
+                "order",
+                "box",
+                "flip",
+                "partner",
+                "kept",
+                "cut",
+                *(["shuffle"] if views.shuffle.numel() else []),
+            )
             row |= {name: getattr(views, name) for name in stored}
         else:
             row["views_digest"] = torch.tensor(views.digest())
@@ -356,7 +362,9 @@ def read_labels(folder: str | Path, images: Tensor) -> LabelSource:
     spans = plan.shards()
     missing = [shard_file(folder, s.start).name for s in spans if not shard_file(folder, s.start).is_file()]
     if missing:
-        raise InputError(f"{folder} lacks {len(missing)} of {len(spans)} label files, first {missing[0]}; run `dq label`")
+        raise InputError(
+            f"{folder} lacks {len(missing)} of {len(spans)} label files, first {missing[0]}; run `dq label`"
+        )
     handles: dict[int, Any] = {}
 
     def epoch_labels(epoch: int) -> EpochLabels:

@@ -325,7 +325,7 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
     if name.startswith("timm:"):
         options["pretrained"] = pretrained
         if pretrained and not library.is_model_pretrained(inner):
-            raise InputError(f"timm has no published weights of {inner!r}; set teacher.path to a safetensors file")
+            raise InputError(f"timm has no published weights of {inner!r}; set teachers.N.path to a safetensors file")
         if not pretrained and library.get_pretrained_cfg(inner).fixed_input_size:
             options["img_size"] = image_size
     else:
@@ -344,7 +344,7 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
         if pretrained:
             raise InputError(
                 f"the published weights of {name!r} cannot be had ({said}); "
-                "download them elsewhere and set teacher.path to a safetensors file"
+                "download them elsewhere and set teachers.N.path to a safetensors file"
             ) from e
         raise InputError(
             f"network {name!r} cannot be built for {image_size} px images ({said}); choose another"

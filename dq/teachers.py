@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from dq.config import SourceConfig, TeacherConfig
 from dq.data import ImageSource, read_images
-from dq.dist import digest_of, digest_of_tensors, generator
+from dq.dist import digest_of, digest_of_tensors, generator, read_json
 from dq.errors import InputError
 from dq.nets import is_library_net, library_net, library_of, make_net, seeded
 
+log = logging.getLogger("dq")
+
+TEACHER_FACTS = "teacher.json"  # beside the weights: network and normalisation, as `dq train-teachers` writes it
 PRETRAINED = "pretrained"  # as teacher.path: the weights that timm or torchvision publishes
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std by channel, of pixels in [0, 1]
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -133,6 +137,23 @@ def load_teacher(
     return Teacher(net, mean, std, config.batch_size, digest_of(parts), name, config.classes, config.image_size)
 
 
+def load_teachers(
+    configs: Sequence[TeacherConfig],
+    source: ImageSource,
+    source_config: SourceConfig,
+    image_size: int,
+    device: torch.device,
+) -> tuple[Teacher, ...]:
+    """Load teachers and check each on real images."""
+    loaded = []
+    for config in configs:
+        teacher = load_teacher(config, len(source.class_names), image_size, device)
+        found = check_teacher(teacher, source, config, source_config, image_size)
+        log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * found, config.check_images)
+        loaded.append(teacher)
+    return tuple(loaded)
+
+
 def teacher_file(config: TeacherConfig) -> Path | None:
     """The local file of a teacher's weights; None if a library finds them.
 
@@ -141,19 +162,19 @@ def teacher_file(config: TeacherConfig) -> Path | None:
     """
     if config.net == "transformers":
         if not config.path:
-            raise InputError("a transformers teacher has no path; set teacher.path to a model folder or a Hub id")
+            raise InputError("a transformers teacher has no path; set teachers.N.path to a model folder or a Hub id")
         return None
     if config.path == PRETRAINED:
         if not is_library_net(config.net):
             raise InputError(
-                f"network {config.net!r} has no published weights; set teacher.path to a safetensors file, "
-                "or teacher.net to timm:NAME or torchvision:NAME"
+                f"network {config.net!r} has no published weights; set teachers.N.path to a safetensors file, "
+                "or teachers.N.net to timm:NAME or torchvision:NAME"
             )
         return None
     path = Path(config.path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"there is no teacher at {file}; set teacher.path to a safetensors file or its folder")
+        raise InputError(f"there is no teacher at {file}; set teachers.N.path to a safetensors file or its folder")
     return file
 
 
@@ -162,6 +183,9 @@ def _from_file(config: TeacherConfig, file: Path, num_classes: int, side: int) -
         state = load_file(file)
     except (OSError, SafetensorError) as e:
         raise InputError(f"the teacher {file} is not a readable safetensors file ({e}); get it again") from e
+    facts = file.parent / TEACHER_FACTS
+    if facts.is_file() and read_json(facts)["net"] != config.net:
+        raise InputError(f"{file} was trained as a {read_json(facts)['net']}; set teachers.N.net to that")
     net = make_net(config.net, num_classes, side, seed=0)
     head = f"{_head(net)[0]}.weight"
     outputs = state[head].shape[0] if head in state else num_classes
@@ -175,8 +199,8 @@ def _from_file(config: TeacherConfig, file: Path, num_classes: int, side: int) -
     except RuntimeError as e:
         raise InputError(
             f"the weights in {file} are not a {config.net} for {outputs} classes and {side} px images "
-            f"({str(e).splitlines()[1].strip()[:150]}); set teacher.net to the right network or teacher.image_size to "
-            "the side it was trained at"
+            f"({str(e).splitlines()[1].strip()[:150]}); set teachers.N.net to the right network or "
+            "teachers.N.image_size to the side it was trained at"
         ) from e
     return net
 
@@ -213,14 +237,14 @@ def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]
         said = " ".join(str(e).split())[:200]
         raise InputError(
             f"transformers cannot open the teacher {config.path} ({said}); "
-            "set teacher.path to the folder or Hub id of an image classifier with safetensors weights"
+            "set teachers.N.path to the folder or Hub id of an image classifier with safetensors weights"
         ) from e
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("num_batches_tracked"))
     if missing:
         # transformers draws such weights at random and only warns
         raise InputError(
             f"the teacher {config.path} lacks the weights {', '.join(missing[:3])}; "
-            "set teacher.path to a model that was trained as a classifier"
+            "set teachers.N.path to a model that was trained as a classifier"
         )
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     return _Logits(model), {k: v for k, v in model.config.to_diff_dict().items() if k not in ignored}
@@ -235,14 +259,21 @@ def _normalization(config: TeacherConfig) -> Normalization:
         elif is_library_net(config.net):
             own = _library_normalization(config.net)
         else:
-            own = IMAGENET
+            own = _trained_normalization(Path(config.path) / TEACHER_FACTS)
         mean, std = own[0] if mean is None else mean, own[1] if std is None else std
     if len(mean) not in (1, 3) or len(std) not in (1, 3) or min(std) <= 0:
         raise InputError(
-            f"teacher.mean={list(mean)} and teacher.std={list(std)} do not normalise RGB images; "
+            f"teachers.N.mean={list(mean)} and teachers.N.std={list(std)} do not normalise RGB images; "
             "give three numbers each, those of std above 0"
         )
     return mean, std
+
+
+def _trained_normalization(facts: Path) -> Normalization:
+    if not facts.is_file():
+        return IMAGENET
+    record = read_json(facts)
+    return tuple(record["mean"]), tuple(record["std"])
 
 
 def _library_normalization(name: str) -> Normalization:
@@ -266,12 +297,15 @@ def _processor(path: str) -> dict[str, Any]:
                 file = Path(hf_hub_download(path, name))
             data = json.loads(file.read_text())
         except LocalEntryNotFoundError as e:  # no connection: nobody knows whether the file exists
-            raise InputError(f"{name} of the teacher {path} cannot be had; set teacher.mean and teacher.std") from e
+            raise InputError(
+                f"{name} of the teacher {path} cannot be had; set teachers.N.mean and teachers.N.std"
+            ) from e
         except (EntryNotFoundError, FileNotFoundError):
             continue
         except (OSError, ValueError) as e:
             raise InputError(
-                f"{name} of the teacher {path} cannot be read ({e}); get it again or set teacher.mean and teacher.std"
+                f"{name} of the teacher {path} cannot be read ({e}); get it again or set teachers.N.mean "
+                "and teachers.N.std"
             ) from e
         # a processor of several parts nests the one for images
         if name == "preprocessor_config.json" or "image_processor" in data:
@@ -299,7 +333,7 @@ def _count_outputs(config: TeacherConfig, net: nn.Module, side: int) -> int:
         said = " ".join(str(e).split())[:150]
         raise InputError(
             f"the teacher {config.net} {config.path} cannot see images of {side} px ({said}); "
-            "set teacher.image_size to the side it was trained at"
+            "set teachers.N.image_size to the side it was trained at"
         ) from e
 
 
@@ -309,18 +343,18 @@ def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> Non
         if outputs != num_classes:
             raise InputError(
                 f"the teacher {config.path} has {outputs} outputs but the data has {num_classes} classes; "
-                "set teacher.classes to the outputs that are these classes, in order"
+                "set teachers.N.classes to the outputs that are these classes, in order"
             )
         return
     if len(chosen) != num_classes or len(set(chosen)) != num_classes:
         raise InputError(
-            f"teacher.classes lists {len(set(chosen))} different outputs in {len(chosen)} entries but the data has "
+            f"teachers.N.classes lists {len(set(chosen))} different outputs in {len(chosen)} entries but the data has "
             f"{num_classes} classes; list one output for each class, in order"
         )
     strange = next((c for c in chosen if not 0 <= c < outputs), None)
     if strange is not None:
         raise InputError(
-            f"teacher.classes lists output {strange} but those of the teacher {config.path} are 0 to {outputs - 1}; "
+            f"teachers.N.classes lists output {strange} but those of {config.path} are 0 to {outputs - 1}; "
             "list one of them for each class, in order"
         )
 
@@ -328,19 +362,22 @@ def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> Non
 def check_teacher(
     teacher: Teacher, source: ImageSource, config: TeacherConfig, source_config: SourceConfig, image_size: int
 ) -> float:
-    """Accuracy of the teacher on real test images; stops near chance, where the class order is the usual cause.
+    """Accuracy of the teacher on real train images; stops near chance, where the class order is the usual cause.
+
+    A teacher has usually seen them, so this says nothing of its quality; but it shows that classes and normalisation
+    fit, and leaves the test images alone.
 
     Raises:
         InputError: if the accuracy is less than a tenth of the way from chance to 1, or within three standard errors.
             If another order of its outputs would explain the images, the message says which.
     """
-    test = source.test
+    train = source.train
     g = generator("teacher check")
-    rows = torch.randperm(len(test), generator=g)[: config.check_images].tolist()
-    images, rows, _ = read_images(test, rows, image_size, source_config.preprocess, on_bad=source_config.on_bad_image)
+    rows = torch.randperm(len(train), generator=g)[: config.check_images].tolist()
+    images, rows, _ = read_images(train, rows, image_size, source_config.preprocess, on_bad=source_config.on_bad_image)
     if not rows:
-        raise InputError(f"no test image of {source.origin} can be read; replace the split")
-    labels = torch.from_numpy(test.labels[rows])
+        raise InputError(f"none of the train images of {source.origin} that were tried can be read; replace them")
+    labels = torch.from_numpy(train.labels[rows])
     predicted = teacher.logits(images).argmax(1)
     accuracy = float((predicted == labels).double().mean())
     num_classes = len(source.class_names)
@@ -349,7 +386,7 @@ def check_teacher(
     if accuracy >= floor:
         return accuracy
     said = (
-        f"the teacher {config.path} gets {accuracy:.1%} of {len(rows)} real test images right, near the chance of "
+        f"the teacher {config.path} gets {accuracy:.1%} of {len(rows)} real train images right, near the chance of "
         f"{chance:.1%}: its class order or input normalisation is probably not that of {source.origin}"
     )
     reordered = reordered_accuracy(predicted, labels, num_classes)
@@ -358,7 +395,7 @@ def check_teacher(
         classes = [teacher.classes[c] if teacher.classes else c for c in order]
         said += (
             f"; its outputs look permuted: with class order {classes} it would get {reordered:.1%}; "
-            f"set teacher.classes={classes}"
+            f"set teachers.N.classes={classes}"
         )
     raise InputError(said)
 

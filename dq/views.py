@@ -7,6 +7,7 @@ views by them. Labels stored for views and a student that replays them therefore
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass, fields
 
@@ -59,10 +60,12 @@ def batches(n: int, batch_size: int, accumulate: int = 1) -> list[slice]:
 def parts(n: int, accumulate: int) -> list[slice]:
     """The parts of a batch of n images that go through a network one after another: contiguous, nearly equal."""
     edges = [n * i // accumulate for i in range(accumulate + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+    return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
 
-def draw_views(config: ViewConfig, n: int, side: int, *, batch_size: int, accumulate: int, seed: int, epoch: int) -> Views:
+def draw_views(
+    config: ViewConfig, n: int, side: int, *, batch_size: int, accumulate: int, seed: int, epoch: int
+) -> Views:
     """The draws of epoch `epoch` for `n` images of `side` px: a pure function of its arguments.
 
     Crops are drawn as torchvision's RandomResizedCrop draws them (ten attempts, then the largest central crop of an
@@ -99,7 +102,7 @@ def draw_views(config: ViewConfig, n: int, side: int, *, batch_size: int, accumu
 def _draw_crops(
     rng: np.random.Generator, n: int, side: int, scale: tuple[float, ...], ratio: tuple[float, ...]
 ) -> np.ndarray:
-    area = side * side * rng.uniform(*scale, (n, CROP_ATTEMPTS))
+    area = side * side * rng.uniform(scale[0], scale[1], (n, CROP_ATTEMPTS))
     aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (n, CROP_ATTEMPTS)))
     width, height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (width >= 1) & (width <= side) & (height >= 1) & (height <= side)

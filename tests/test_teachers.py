@@ -124,14 +124,14 @@ def test_files_in_half_precision_and_without_batch_norm_counters_load(tmp_path):
 def test_a_teacher_of_more_classes_needs_to_be_told_which(convnet):
     _, config = convnet
     for changes, num_classes, said in (
-        ({}, 3, "has 4 outputs but the data has 3 classes; set teacher.classes"),
+        ({}, 3, "has 4 outputs but the data has 3 classes; set teachers.N.classes"),
         ({"classes": (0, 1)}, 3, "lists 2 different outputs in 2 entries but the data has 3 classes"),
         ({"classes": (0, 1, 1)}, 3, "lists 2 different outputs in 3 entries"),
         ({"classes": (0, 4, 1)}, 3, "lists output 4 but those of the teacher .* are 0 to 3"),
         ({"classes": (0, -1, 1)}, 3, "lists output -1"),
-        ({"mean": (0.5, 0.5)}, 4, r"teacher.mean=\[0.5, 0.5\]"),
+        ({"mean": (0.5, 0.5)}, 4, r"teachers.N.mean=\[0.5, 0.5\]"),
         ({"std": (0.5, 0.0, 0.5)}, 4, "std above 0"),
-        ({"image_size": 16}, 4, "not a convnet3 for 4 classes and 16 px.*teacher.image_size"),
+        ({"image_size": 16}, 4, "not a convnet3 for 4 classes and 16 px.*teachers.N.image_size"),
         ({"net": "resnet20"}, 4, "not a resnet20 for 4 classes"),
     ):
         with pytest.raises(InputError, match=said):
@@ -142,7 +142,7 @@ def test_missing_and_corrupt_files_are_named(convnet, tmp_path):
     _, config = convnet
     for path in (tmp_path / "no.safetensors", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(InputError, match=r"there is no teacher at .*; set teacher.path"):
+        with pytest.raises(InputError, match=r"there is no teacher at .*; set teachers.N.path"):
             load_teacher(dataclasses.replace(config, path=str(path)), 4, 8)
     whole = (tmp_path / "teacher.safetensors").read_bytes()
     for content in (whole[:-100], whole[:50], b"", b"\x80\x02pickle" * 20):
@@ -156,9 +156,9 @@ def test_missing_and_corrupt_files_are_named(convnet, tmp_path):
 @pytest.mark.parametrize(
     ("net", "path", "said"),
     [
-        ("convnet3", "pretrained", "'convnet3' has no published weights; set teacher.path"),
-        ("transformers", "", "set teacher.path to a model folder or a Hub id"),
-        ("transformers", "/nowhere", "transformers cannot open the teacher /nowhere .*; set teacher.path"),
+        ("convnet3", "pretrained", "'convnet3' has no published weights; set teachers.N.path"),
+        ("transformers", "", "set teachers.N.path to a model folder or a Hub id"),
+        ("transformers", "/nowhere", "transformers cannot open the teacher /nowhere .*; set teachers.N.path"),
         ("transformers", "nobody/nothing", "transformers cannot open the teacher nobody/nothing"),
     ],
 )
@@ -276,7 +276,7 @@ def test_transformers_vit_wants_its_own_side(tmp_path):
     torch.manual_seed(0)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     told = TeacherConfig(net="transformers", path=str(tmp_path))
-    with pytest.raises(InputError, match=r"cannot see images of 32 px .*; set teacher.image_size"):
+    with pytest.raises(InputError, match=r"cannot see images of 32 px .*; set teachers.N.image_size"):
         load_teacher(told, 2, 32)
     teacher = load_teacher(dataclasses.replace(told, image_size=16), 2, 32)
     assert teacher.logits(images(side=32)).shape == (5, 2)
@@ -320,7 +320,7 @@ def test_published_weights_of_torchvision(tmp_path, monkeypatch):
     assert (teacher.mean, teacher.std) == IMAGENET
     expected = net(normalized(images(side=32), *IMAGENET)).detach()[:, [0, 217, 482]]
     torch.testing.assert_close(teacher.logits(images(side=32)), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match=r"has 1000 outputs but the data has 3 classes; set teacher.classes"):
+    with pytest.raises(InputError, match=r"has 1000 outputs but the data has 3 classes; set teachers.N.classes"):
         load_teacher(dataclasses.replace(config, classes=None), 3, 32)
 
 
@@ -342,7 +342,7 @@ def test_published_weights_of_timm(tmp_path, monkeypatch):
 
 def test_a_network_without_published_weights_is_named():
     pytest.importorskip("timm")
-    with pytest.raises(InputError, match=r"timm has no published weights of 'botnet50ts_256'; set teacher.path"):
+    with pytest.raises(InputError, match=r"timm has no published weights of 'botnet50ts_256'; set teachers.N.path"):
         load_teacher(TeacherConfig(net="timm:botnet50ts_256", path="pretrained"), 10, 32)
 
 
@@ -393,7 +393,7 @@ def test_permuted_teacher_is_stopped_and_the_order_it_is_told_repairs_it(convnet
     assert check_teacher(repaired, quarters, told, SourceConfig(), 8) == 1
     # an order on top of an order
     twice = dataclasses.replace(permuted, classes=(0, 1, 3, 2))
-    with pytest.raises(InputError, match=r"set teacher.classes=\[2, 0, 3, 1\]$"):
+    with pytest.raises(InputError, match=r"set teachers.N.classes=\[2, 0, 3, 1\]$"):
         check_teacher(twice, quarters, config, SourceConfig(), 8)
 
 

@@ -95,14 +95,16 @@ class Bench:
         """What a student's images go through before the network."""
         return self._once("zca", self._zca) if config.whiten else normalizer(self.mean, self.std)
 
-    def _once(self, key: str, make: Callable):  # type: ignore[no-untyped-def]
+    def _once(self, key: str, make: Callable):
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
 
     def _zca(self) -> Zca:
         if self.image_size > 64:
-            raise InputError(f"whiten needs a matrix of all pixel pairs, too large at {self.image_size} px; leave it out")
+            raise InputError(
+                f"whiten needs a matrix of all pixel pairs, too large at {self.image_size} px; leave it out"
+            )
         path = self.cache_dir / f"zca-{digest_of(self.world)}.safetensors"
         if not path.is_file():
             log.info("fitting ZCA on %d train images", len(self.candidates))
@@ -210,4 +212,3 @@ def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:
         order = torch.randperm(len(rows), generator=generator("validation", int(label)))
         chosen.append(rows[order[:count].numpy()])
     return np.sort(np.concatenate(chosen))
-

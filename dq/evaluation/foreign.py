@@ -43,14 +43,17 @@ def read_set(path: str | Path, class_names: tuple[str, ...], *, image_size: int 
     elif path.is_dir():
         s = _from_folder(path, class_names, image_size)
     else:
-        what = "files of torch.save can run code; save the tensors as safetensors" if path.suffix in (".pt", ".pth") else (
-            "give a folder of images by class, a Parquet folder, or a .safetensors or .npz file"
+        what = (
+            "files of torch.save can run code; save the tensors as safetensors"
+            if path.suffix in (".pt", ".pth")
+            else ("give a folder of images by class, a Parquet folder, or a .safetensors or .npz file")
         )
         raise InputError(f"{path} is not a distilled set that can be read; {what}")
     missing = [n for n in class_names if n not in s.class_names]
     if missing and set(s.class_names) < set(class_names):
         raise InputError(
-            f"class {class_names.index(missing[0])} {missing[0]!r} has no image in {path}; every class needs one at least"
+            f"class {class_names.index(missing[0])} {missing[0]!r} has no image in {path}; "
+            "every class needs one at least"
         )
     if set(s.class_names) != set(class_names):
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import platform
 import tempfile
@@ -50,6 +51,7 @@ from dq.nets import make_net
 from dq.protocols import student_config
 from dq.run import load_set
 from dq.runfolder import Run
+from dq.teachers import teacher_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,8 +127,7 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
         InputError: for whatever would stop the label or the evaluate stage.
     """
     for t in config.teachers:
-        if t.path.startswith((".", "/", "~")) and not Path(t.path).expanduser().exists():
-            raise InputError(f"there is no teacher at {t.path}; set teachers.0.path to a safetensors file or its folder")
+        teacher_file(t)
     e = config.evaluate
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in e.baselines)
     size = config.image_size
@@ -151,7 +152,7 @@ def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, ipcs: S
                 continue
             # only a random subset is another one for another seed
             for group in [(s,) for s in seeds] if name == "random" else [seeds]:
-                settings = [bench.world, name, ipc, group[0], evaluate.patch_factor]
+                settings: list[Any] = [bench.world, name, ipc, group[0], evaluate.patch_factor]
                 if name in ("herding", "k-center", "nearest", "patches"):
                     settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
                 identity = digest_of(settings)
@@ -160,9 +161,7 @@ def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, ipcs: S
     if "full" in evaluate.baselines:
         identity = digest_of([bench.world, "full"])
         load = functools.partial(_full, bench)
-        entries.append(
-            Entry("full", "full", len(bench.candidates), identity, load, seeds[: evaluate.full_seeds])
-        )
+        entries.append(Entry("full", "full", len(bench.candidates), identity, load, seeds[: evaluate.full_seeds]))
     return entries
 
 
@@ -270,7 +269,8 @@ def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> Non
     costs = [float(t.entry.images * len(r)) for _, t, r in units]
     mine = [units[i] for i in work.mine(costs)]
     views = round(sum(t.entry.images * len(r) for _, t, r in mine))
-    open_folder, images, plan = None, torch.empty(0), None
+    open_folder: Path | None = None
+    images, plan = torch.empty(0), _blind_plan(units[0][1], bench)
     with progress([], desc="label", total=views, unit="view", main=work.main) as bar:
         for folder, t, epochs in mine:
             if folder != open_folder:
@@ -278,7 +278,7 @@ def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> Non
                 images, open_folder = data.images.to(bench.device), folder
                 plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
                 write_manifest(folder, data.images, plan, bench.teachers, set=t.entry.name, ipc=t.entry.ipc)
-            assert plan is not None
+
             write_shard(folder, images, bench.teachers, plan, epochs)
             bar.update(t.entry.images * len(epochs))
 
@@ -371,8 +371,8 @@ def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[An
     return read_labels(folder, data.images), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[Row]:
-    """Do all trainings, one file each, divided over processes; the main process writes the tables."""
+def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[dict[str, Any]]:
+    """Do all trainings, one file each, divided over processes; returns their records in order."""
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not t.file.is_file()}
     selections = list(needed.values())
     for i in work.mine([float(e.images) for e in selections]):
@@ -393,15 +393,16 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[R
             bar.update(round(t.cost))
     work.accelerator.wait_for_everyone()
     # the record may come from another evaluation's full data, under another number of recipe
-    records = [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
+    return [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
+
+
+def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
+    """Summarise trainings; the main process writes `eval/summary.csv`, `comparisons.csv` and `trainings.jsonl`."""
     rows = summarize(records)
     if work.main:
-        import json
-
         write_text(work.folder / "eval" / "summary.csv", to_csv([r.record() for r in rows]))
         write_text(work.folder / "eval" / "comparisons.csv", to_csv([c.record() for c in compare(rows)]))
-        lines = "".join(json.dumps(r) + "\n" for r in records)
-        write_text(work.folder / "eval" / "trainings.jsonl", lines)
+        write_text(work.folder / "eval" / "trainings.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     work.accelerator.wait_for_everyone()
     return rows
 
@@ -446,7 +447,7 @@ def evaluate_run(run: Run) -> list[Row]:
     """The evaluate stage: all methods and baselines of a run, all students, all seeds; one file per training."""
     began = time.perf_counter()
     trainings, bench, work = prepare_run(run)
-    rows = train_all(trainings, bench, work)
+    rows = write_tables(train_all(trainings, bench, work), work)
     run.finish("evaluate", began, trainings=len(trainings))
     return rows
 
@@ -460,7 +461,7 @@ def label_run(run: Run) -> None:
         run.finish("label views", began)
 
 
-def evaluate_sets(
+def evaluate_records(
     sets: dict[str, DistilledSet],
     source: ImageSource,
     *,
@@ -471,8 +472,9 @@ def evaluate_sets(
     folder: Path,
     cache_dir: Path,
     accelerator: Accelerator,
-) -> list[Row]:
-    """Evaluate sets of any origin beside baselines of equal size; files and resume as in a run.
+    ipcs: Sequence[int] = (),
+) -> list[dict[str, Any]]:
+    """Train on sets of any origin and on baselines of equal size (and of `ipcs`); files and resume as in a run.
 
     Raises:
         InputError: if a set has other classes than the source, or an empty one.
@@ -488,8 +490,8 @@ def evaluate_sets(
     if image_size is None and len(sizes) > 1:
         raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
     side = image_size or sizes.pop()
-    ipcs = sorted({s.ipc for s in sets.values()})
-    keys = [str(i) for i in ipcs] + ["full"] * ("full" in config.baselines)
+    per_class = sorted({*ipcs, *(s.ipc for s in sets.values())})
+    keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
     students = students_of(config, keys, len(source.class_names), side)
     bench = make_bench(
         source,
@@ -506,8 +508,16 @@ def evaluate_sets(
     entries = [
         Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds) for name, s in sets.items()
     ]
-    entries += baseline_entries(bench, config, work, ipcs)
+    entries += baseline_entries(bench, config, work, per_class)
     return train_all(trainings_of(entries, students, bench, config, work), bench, work)
+
+
+def evaluate_sets(
+    sets: dict[str, DistilledSet], source: ImageSource, *, folder: Path, accelerator: Accelerator, **options: Any
+) -> list[Row]:
+    """`evaluate_records` with its tables written to `folder`/eval."""
+    records = evaluate_records(sets, source, folder=folder, accelerator=accelerator, **options)
+    return write_tables(records, Work(folder, accelerator))
 
 
 def _itself(s: DistilledSet) -> DistilledSet:

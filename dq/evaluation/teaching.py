@@ -80,7 +80,7 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
         pixels = bench.pixels(recipe)
         with progress([], desc=f"train {net}", total=t.epochs, unit="epoch", main=accelerator.is_main_process) as bar:
 
-            def show(epoch: int, loss: float, bar=bar) -> None:  # type: ignore[no-untyped-def]
+            def show(epoch: int, loss: float, bar=bar) -> None:
                 bar.update(epoch - bar.n)
                 bar.set_postfix(loss=f"{loss:.3f}")
 

@@ -57,9 +57,9 @@ def train_student(
 ) -> StudentResult:
     """Train a freshly initialised student on weighted images and test it.
 
-    The test images are used once, at the end: for the last parameters, and for those of the epoch that was best on the
-    validation images if the student looks at them (`config.tests` > 1). With `config.select: test` the looks themselves
-    are at the test images, as in most published code.
+    The test images are used once, at the end: for the last parameters, and for those of the epoch that was best on
+    the validation images if the student looks at them (`config.tests` > 1). With `config.select: test` the looks
+    themselves are at the test images, as in most published code.
 
     Args:
         images: (N, 3, S, S), uint8 or float in [0, 1].
@@ -89,8 +89,8 @@ def train_student(
     watch = {"test": test, "validation": validation}[config.select] if config.tests > 1 else None
     if watch is None and config.tests > 1:
         raise InputError(
-            f"student {config.net!r} chooses its best of {config.tests} looks on validation images but there are none; "
-            "set evaluate.validation_images, or tests=1"
+            f"student {config.net!r} chooses its best of {config.tests} looks on validation images but there are "
+            "none; set evaluate.validation_images, or tests=1"
         )
 
     def score(net: nn.Module, pair: tuple[Tensor, Tensor]) -> float:
@@ -167,7 +167,9 @@ def fit(
     net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
     w = (torch.ones(len(y)) if weights is None else weights).to(device, torch.float32)
     source = soft_labels if config.labels == "soft" and not isinstance(soft_labels, Tensor) else None
-    fixed = soft_labels.to(device, torch.float32) if config.labels == "fixed" and isinstance(soft_labels, Tensor) else None
+    fixed = (
+        soft_labels.to(device, torch.float32) if config.labels == "fixed" and isinstance(soft_labels, Tensor) else None
+    )
     plain = config.views == ViewConfig()
     given = pixels(x) if plain and x.numel() <= AT_ONCE else None  # the same pixels in every epoch
     average = {k: p.detach().clone() for k, p in net.named_parameters()} if config.ema else None
@@ -443,7 +445,9 @@ def _check(
     if config.labels == "hard":
         return
     if soft_labels is None:
-        raise InputError(f"student {config.net!r} learns from {config.labels} labels but there are none; name a teacher")
+        raise InputError(
+            f"student {config.net!r} learns from {config.labels} labels but there are none; name a teacher"
+        )
     if (config.labels == "fixed") != isinstance(soft_labels, Tensor):
         kind = "a tensor of logits (N, C)" if config.labels == "fixed" else "a source of label epochs"
         raise InputError(f"labels={config.labels} need {kind}, not {type(soft_labels).__name__}")

@@ -1,0 +1,146 @@
+"""The `ddr` protocol: DD-Ranking's scores (arXiv 2505.13300) by trainings of our own, from accuracies as fractions."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dq.config import Baseline, EvaluateConfig, SourceConfig, TeacherConfig
+from dq.data import ImageSource
+from dq.dist import write_text
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+from dq.evaluation.scores import DDRanking
+from dq.evaluation.stage import evaluate_records
+from dq.evaluation.statistics import format_mean_std
+from dq.evaluation.tables import to_csv
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("dq")
+
+LEARNING_RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # as in the ddranking package
+PLAIN_VIEWS = {"shuffle": 1, "crop_scale": [], "flip": 0.0, "jitter": 0.0, "lighting": 0.0, "mix": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class DDRScores:
+    """Scores of every set under every recipe; prints as a table."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        names = ("hlr", "ior", "lrs", "ars")
+        lines = [
+            "| set | student | HLR (low is good) | IOR | LRS | ARS |",
+            "| --- | --- | ---: | ---: | ---: | ---: |",
+        ]
+        for r in self.rows:
+            cells = [format_mean_std(r[n], digits=3) if r[n] else "" for n in names]
+            lines.append(f"| {r['set']} | {r['student']} | {' | '.join(cells)} |")
+        return "\n".join([*lines, "", "DD-Ranking's scores from fractions; raw accuracies are in eval/ddr.csv."])
+
+
+def evaluate_ddr(
+    sets: dict[str, DistilledSet],
+    source: ImageSource,
+    *,
+    config: EvaluateConfig,
+    source_config: SourceConfig,
+    teachers: Sequence[TeacherConfig] = (),
+    image_size: int | None = None,
+    folder: Path,
+    cache_dir: Path,
+    accelerator: Accelerator,
+) -> DDRScores:
+    """HLR, IOR, LRS and ARS of sets, per seed, then averaged.
+
+    Every student of `config` is the sets' own recipe: its labels, optimiser, augmentation and lr. From it follow
+    - hard: the same with hard labels; lr tuned for distilled and random alike;
+    - random: a random subset of equal size under the own recipe, its lr tuned;
+    - plain: the own recipe without crops, mixes and augmentation.
+    lr is tuned per seed over `LEARNING_RATES` on the validation part of train, not on test images as in the package.
+    The full data is trained with hard labels for the epochs that the recipe names for "full".
+
+    Raises:
+        InputError: if the sets differ in size, since a random subset has to equal each.
+    """
+    if len({s.ipc for s in sets.values()}) > 1:
+        raise InputError("ddr compares sets of equal size; score sets of different ipc one by one")
+    config = dataclasses.replace(config, full_seeds=1)
+    own = [dict(s) for s in config.students]
+    # looks at half time and at the end, so that the last one can choose an lr
+    base = [{**s, "tests": 2, "select": "validation"} for s in own]
+    hard = [{**s, "labels": "hard", "loss": "kl"} for s in base]
+    plain = [{**s, "views": PLAIN_VIEWS, "augment": "none"} for s in base]
+    tuned = lambda specs: [{**s, "lr": lr} for s in specs for lr in LEARNING_RATES]  # noqa: E731
+    groups: dict[str, tuple[list[dict[str, Any]], tuple[Baseline, ...]]] = {
+        "own": (base, ("random",)),
+        "own tuned": (tuned(base), ("random",)),
+        "hard tuned": (tuned(hard), ()),
+        "full": (hard, ("full",)),
+        "plain": (plain, ("random",)),
+    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, (students, baselines) in groups.items():
+        log.info("ddr: %s", name)
+        found[name] = evaluate_records(
+            # the lr of a set's own recipe is the method's; only the random subset's is tuned
+            {} if name in ("own tuned", "full") else sets,
+            source,
+            config=dataclasses.replace(config, students=tuple(students), baselines=baselines),
+            source_config=source_config,
+            teachers=teachers,
+            image_size=image_size or next(iter(sets.values())).images.shape[-1],
+            folder=folder,
+            cache_dir=cache_dir,
+            accelerator=accelerator,
+            ipcs=[next(iter(sets.values())).ipc],
+        )
+    rows = []
+    for j, spec in enumerate(own):
+        net = next(r["student"] for r in found["own"] if r["recipe"] == j)
+        for name in sets:
+            scores = DDRanking(
+                full=_accuracies(found["full"], "full", j),
+                hard=_best_rate(found["hard tuned"], name, j),
+                own=_accuracies(found["own"], name, j),
+                random=_best_rate(found["own tuned"], "random", j),
+                augmented=_accuracies(found["own"], name, j),
+                random_augmented=_accuracies(found["own"], "random", j),
+                plain=_accuracies(found["plain"], name, j),
+                random_plain=_accuracies(found["plain"], "random", j),
+            )
+            rows.append({"set": name, "student": net, "recipe": str(spec), "raw": scores, **scores.per_seed()})
+    if accelerator.is_main_process:
+        records = []
+        for r in rows:
+            raw = dataclasses.asdict(r["raw"])
+            for seed in range(config.seeds):
+                at = {k: v[min(seed, len(v) - 1)] for k, v in raw.items() if isinstance(v, tuple) and v}
+                scores_of_seed = {k: r[k][seed] for k in ("hlr", "ior", "lrs", "ars") if r[k]}
+                named = {f"accuracy_{k}": v for k, v in at.items()}
+                records.append({"set": r["set"], "student": r["student"], "seed": seed, **scores_of_seed, **named})
+        write_text(folder / "eval" / "ddr.csv", to_csv(records))
+    accelerator.wait_for_everyone()
+    return DDRScores(tuple(rows))
+
+
+def _accuracies(records: list[dict[str, Any]], name: str, recipe: int) -> tuple[float, ...]:
+    """Last-epoch accuracies by seed."""
+    mine = sorted((r for r in records if r["set"] == name and r["recipe"] == recipe), key=lambda r: r["seed"])
+    return tuple(r["last"] for r in mine)
+
+
+def _best_rate(records: list[dict[str, Any]], name: str, recipe: int) -> tuple[float, ...]:
+    """By seed, the test accuracy under the lr whose last look at the validation images was best."""
+    rates = len(LEARNING_RATES)
+    mine = [r for r in records if r["set"] == name and r["recipe"] // rates == recipe]
+    chosen = []
+    for seed in sorted({r["seed"] for r in mine}):
+        chosen.append(max((r for r in mine if r["seed"] == seed), key=lambda r: r["looks"][-1][1])["last"])
+    return tuple(chosen)
