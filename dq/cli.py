@@ -203,7 +203,7 @@ def execute(args: argparse.Namespace) -> None:
         for folder in train_teachers(config, source, accelerator=accelerator):
             print(folder)
         return
-    if args.verb == "evaluate" and (args.distilled or args.protocol == "ddr"):
+    if args.verb == "evaluate" and (args.distilled or not args.config):
         _evaluate_sets(args, config, source, accelerator)
         return
     run_verb(args.verb, config, source, accelerator)
@@ -249,8 +249,11 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
     from dq.evaluation.stage import evaluate_sets
     from dq.evaluation.tables import compare, markdown_table
 
-    if not args.distilled:
-        raise InputError("name the set to score with --distilled PATH")
+    if not args.distilled and not (args.ipc and args.protocol != "ddr"):
+        raise InputError(
+            "name the sets to score with --distilled PATH, or a run with --config FILE, or say by --ipc for how many "
+            "images per class baselines are to be measured"
+        )
     sets = {}
     for text in args.distilled:
         name, sep, path = text.partition("=")
@@ -268,6 +271,8 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
         "cache_dir": Path(config.cache_dir),
         "accelerator": accelerator,
     }
+    if args.ipc:
+        options["ipcs"] = config.ipc
     if args.protocol == "ddr":
         scores = evaluate_ddr(sets, source, **options)
         said, file = str(scores), "ddr.csv"

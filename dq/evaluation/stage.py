@@ -489,6 +489,8 @@ def evaluate_records(
     sizes = {s.images.shape[-1] for s in sets.values()}
     if image_size is None and len(sizes) > 1:
         raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
+    if image_size is None and not sizes:
+        raise InputError("baselines alone need the side in px at which to train: --image_size")
     side = image_size or sizes.pop()
     per_class = sorted({*ipcs, *(s.ipc for s in sets.values())})
     keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
