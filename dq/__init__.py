@@ -20,22 +20,31 @@ _HOME = {
     "Prototypes": "dq.prototypes",
     "RunConfig": "dq.config",
     "RunError": "dq.errors",
+    "StudentConfig": "dq.config",
+    "TeacherConfig": "dq.config",
     "evaluate": "dq.evaluation",
     "image_weights": "dq.prototypes",
     "kmeans": "dq.cluster",
     "load_config": "dq.config",
     "load_source": "dq.data",
+    "protocols": "dq.protocols",
+    "read_set": "dq.evaluation.foreign",
+    "select": "dq.evaluation.selection",
+    "student_config": "dq.protocols",
 }
 
 if TYPE_CHECKING:
     from dq.cluster import kmeans
-    from dq.config import RunConfig, load_config
+    from dq.config import RunConfig, StudentConfig, TeacherConfig, load_config
     from dq.data import ImageSource, load_source
     from dq.distilled import DistilledSet
     from dq.errors import InputError, RunError
     from dq.evaluation import evaluate
+    from dq.evaluation.foreign import read_set
+    from dq.evaluation.selection import select
     from dq.pipeline import DistillPipeline
     from dq.prototypes import Prototypes, image_weights
+    from dq.protocols import protocols, student_config
 
 
 __all__ = [
@@ -46,11 +55,17 @@ __all__ = [
     "Prototypes",
     "RunConfig",
     "RunError",
+    "StudentConfig",
+    "TeacherConfig",
     "evaluate",
     "image_weights",
     "kmeans",
     "load_config",
     "load_source",
+    "protocols",
+    "read_set",
+    "select",
+    "student_config",
 ]
 
 

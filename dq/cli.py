@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             p.add_argument(
                 "--config",
-                required=verb not in ("evaluate", "train-teachers"),
+                required=verb not in ("evaluate", "report", "train-teachers"),
                 metavar="FILE",
                 help="YAML file; see configs/",
             )
@@ -176,6 +176,11 @@ def _set_up_logging(*, quiet: bool) -> None:
 def execute(args: argparse.Namespace) -> None:
     """Do what a verb says."""
     config = resolve(args)
+    if args.verb == "report" and not args.config:
+        from dq.report import write_results_report
+
+        print(write_results_report(Path(config.output_dir)))
+        return
     from dq.data import load_source
     from dq.dist import make_accelerator
     from dq.evaluation.stage import check_evaluation
@@ -203,7 +208,7 @@ def execute(args: argparse.Namespace) -> None:
         for folder in train_teachers(config, source, accelerator=accelerator):
             print(folder)
         return
-    if args.verb == "evaluate" and (args.distilled or not args.config):
+    if args.verb == "evaluate" and (args.distilled or not args.config or args.protocol == "ddr"):
         _evaluate_sets(args, config, source, accelerator)
         return
     run_verb(args.verb, config, source, accelerator)
@@ -244,12 +249,16 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
 
 def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> None:
     """Evaluate sets of any origin."""
+    from dq.config import dump_config
+    from dq.dist import write_text
     from dq.evaluation.ddr import evaluate_ddr
     from dq.evaluation.foreign import read_set
     from dq.evaluation.stage import evaluate_sets
     from dq.evaluation.tables import compare, markdown_table
 
-    if not args.distilled and not (args.ipc and args.protocol != "ddr"):
+    if args.protocol == "ddr" and (args.ipc or not args.distilled):
+        raise InputError("ddr scores sets named with --distilled PATH, each against random images of its own --ipc")
+    if not args.distilled and not args.ipc:
         raise InputError(
             "name the sets to score with --distilled PATH, or a run with --config FILE, or say by --ipc for how many "
             "images per class baselines are to be measured"
@@ -280,6 +289,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
         rows = evaluate_sets(sets, source, **options)
         said, file = "\n".join([markdown_table(rows), *map(str, compare(rows))]), "summary.csv"
     if accelerator.is_main_process:
+        write_text(Path(config.output_dir) / "eval" / "config.yaml", dump_config(config))
         print(said)
         print(Path(config.output_dir) / "eval" / file)
 
@@ -369,15 +379,31 @@ def plan(config: RunConfig, source: Any) -> str:
             f"up to {images * walked * len(config.methods)} denoiser calls"
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
-    e = config.evaluate
-    sets = len(config.ipc) * (len(config.methods) + len(set(e.baselines) - {"full"}))
-    full = len(e.students) * e.full_seeds if "full" in e.baselines else 0
-    lines.append(
-        f"evaluate    {sets} sets x {len(e.students)} students x {e.seeds} seeds = "
-        f"{sets * len(e.students) * e.seeds} trainings, and {full} on the full data"
-    )
+    lines += _plan_evaluation(config, counts)
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
     return "\n".join(lines)
+
+
+def _plan_evaluation(config: RunConfig, counts: Any) -> list[str]:
+    """Trainings, and the bytes of the labels that they would store."""
+    from dq.evaluation.stage import students_of
+    from dq.labels import label_bytes
+
+    e = config.evaluate
+    sets = len(config.methods) + len(set(e.baselines) - {"full"})
+    total, trainings = 0, 0
+    students = students_of(e, [str(i) for i in config.ipc], len(counts), config.image_size)
+    for (_, ipc), s in students.items():
+        trainings += sets * e.seeds
+        if s.labels == "soft" and s.relabel.storage == "shards":
+            images = int(counts.clip(max=int(ipc)).sum())
+            epochs = min(s.relabel.epochs or s.epochs, s.epochs)
+            # a random subset of its own for every seed
+            stored = sets + (e.seeds - 1) * ("random" in e.baselines)
+            total += stored * label_bytes(images, epochs, len(counts), s.relabel, s.batch_size, s.views).total
+    full = len(e.students) * e.full_seeds if "full" in e.baselines else 0
+    lines = [f"evaluate    {trainings} trainings, and {full} on the full data"]
+    return lines + [f"labels      {total / 1e6:.1f} MB of soft labels of views"] * (total > 0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 small, read back.
 
 A label epoch is a pure function of images, teachers and a plan. It is computed when needed (`online_labels`) or
-written once and read through a memory map (`write_labels`, `read_labels`); students see the same bits either way.
+written once, file by file, and read through a memory map (`write_shard`, `read_labels`); students see the same bits
+either way.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MANIFEST = "manifest.json"
 SHARD_BYTES = 4 << 20  # several epochs of a small set share a file of about this size ...
 MIN_SHARDS = 4  # ... if that leaves enough files to divide over processes and to resume by
 VIEW_BYTES = {"order": 4, "box": 8, "flip": 1, "partner": 2}  # per image and epoch
+BATCH_BYTES = 12  # per batch and epoch: kept and cut
 TEACHER_BATCH = 256  # images at once where batches do not matter
 
 
@@ -57,21 +59,18 @@ class LabelPlan:
     accumulate: int  # parts of a batch, which batch statistics are taken over
     views: ViewConfig
     relabel: RelabelConfig
+    shard_epochs: int  # label epochs per file
 
     @property
     def digest(self) -> str:
-        """Names the folder of the labels; where they are kept does not change them."""
+        """Names the folder of the labels; where and in which files they are kept does not change them."""
         settings = to_dict(self)
+        settings.pop("shard_epochs")
         settings["relabel"].pop("storage")
+        settings["relabel"].pop("epochs")  # see `epochs`
         if self.relabel.statistics == "running":
             settings["relabel"].pop("dropout")
         return digest_of(settings)
-
-    @property
-    def shard_epochs(self) -> int:
-        """Epochs per file."""
-        per_epoch = label_bytes(self.images, 1, self.classes, self.relabel, self.batch_size, self.views).total
-        return max(1, min(SHARD_BYTES // per_epoch, -(-self.epochs // MIN_SHARDS)))
 
     def shards(self) -> list[range]:
         """The label epochs of each file, counted from 0."""
@@ -97,6 +96,14 @@ def make_plan(images: Tensor, teachers: Sequence[Teacher], classes: int, student
     Raises:
         InputError: if there is no teacher, or the settings do not fit the number of classes.
     """
+    digest = digest_of_tensors({"images": images})
+    return plan_labels(len(images), images.shape[-1], teachers, classes, student, image_digest=digest)
+
+
+def plan_labels(
+    n: int, side: int, teachers: Sequence[Teacher], classes: int, student: StudentConfig, *, image_digest: str
+) -> LabelPlan:
+    """`make_plan` for `n` images of `side` px that need not be at hand."""
     if not teachers:
         raise InputError("labels=soft need a teacher; set teachers, or use labels=hard")
     r = student.relabel
@@ -107,17 +114,20 @@ def make_plan(images: Tensor, teachers: Sequence[Teacher], classes: int, student
             f"batch_size={student.batch_size} in {student.accumulate} parts leaves batch statistics of single images; "
             "raise batch_size or lower accumulate"
         )
+    epochs = min(r.epochs or student.epochs, student.epochs)
+    per_epoch = label_bytes(n, 1, classes, r, student.batch_size, student.views).total
     return LabelPlan(
-        images=len(images),
-        image_digest=digest_of_tensors({"images": images}),
-        side=images.shape[-1],
+        images=n,
+        image_digest=image_digest,
+        side=side,
         classes=classes,
         teachers=tuple(t.digest for t in teachers),
-        epochs=min(r.epochs or student.epochs, student.epochs),
+        epochs=epochs,
         batch_size=student.batch_size,
         accumulate=student.accumulate,
         views=student.views,
         relabel=r,
+        shard_epochs=max(1, min(SHARD_BYTES // per_epoch, -(-epochs // MIN_SHARDS))),
     )
 
 
@@ -140,9 +150,8 @@ def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, ep
     found: list[Tensor] = []
     waiting: list[Tensor] = []
     with contextlib.ExitStack() as stack:
-        if grouped:
-            for t in teachers:
-                stack.enter_context(_batch_statistics(t.net, dropout=plan.relabel.dropout))
+        for t in teachers:
+            stack.enter_context(_modes(t.net, plan.relabel))
         for i, span in enumerate(spans):
             x = apply_views(plan.views, images, views, i, span)
             if not grouped:
@@ -166,25 +175,28 @@ def mean_logits(teachers: Sequence[Teacher], x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _batch_statistics(net: nn.Module, *, dropout: bool) -> Iterator[None]:
-    """Batch norm of `net` in training mode without touching its running statistics, for the time of a block. The
-    released code puts all of the network in training mode, dropout too, and lets the running statistics drift."""
+def _modes(net: nn.Module, relabel: RelabelConfig) -> Iterator[None]:
+    """`net` in evaluation mode for the time of a block; with `statistics: batch` its batch norm in training mode, but
+    without touching the running statistics. The released code puts all of the network in training mode, dropout too,
+    and lets the running statistics drift."""
+    grouped = relabel.statistics == "batch"
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes = [(m, m.training) for m in net.modules()]
     momenta = [m.momentum for m in norms]
     counters = [None if m.num_batches_tracked is None else m.num_batches_tracked.clone() for m in norms]
-    if dropout:
-        net.train()
+    net.train(grouped and relabel.dropout)
     for m in norms:
-        m.train()
+        m.train(grouped)
         m.momentum = 0.0
-    yield
-    for module, mode in modes:
-        module.training = mode
-    for m, momentum, counter in zip(norms, momenta, counters):
-        m.momentum = momentum
-        if m.num_batches_tracked is not None and counter is not None:
-            m.num_batches_tracked.copy_(counter)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for m, momentum, counter in zip(norms, momenta, counters):
+            m.momentum = momentum
+            if m.num_batches_tracked is not None and counter is not None:
+                m.num_batches_tracked.copy_(counter)
 
 
 @contextlib.contextmanager
@@ -269,7 +281,7 @@ def label_bytes(
         drawn = 8 * epochs
     else:
         patches = v.shuffle**2 if v.shuffle > 1 else 0
-        drawn = epochs * (images * (sum(VIEW_BYTES.values()) + patches) + -(-images // batch_size) * 20)
+        drawn = epochs * (images * (sum(VIEW_BYTES.values()) + patches) + -(-images // batch_size) * BATCH_BYTES)
     return LabelBytes(logits, drawn)
 
 
@@ -344,7 +356,7 @@ def write_shard(folder: Path, images: Tensor, teachers: Sequence[Teacher], plan:
 
 
 def read_labels(folder: str | Path, images: Tensor) -> LabelSource:
-    """Labels from the files that `write_labels` made; an epoch is read when it is asked for, through a memory map.
+    """Labels from the files that `write_shard` made; an epoch is read when it is asked for, through a memory map.
 
     Args:
         images: (N, 3, S, S), the images that will be replayed.

@@ -15,8 +15,10 @@ import yaml
 
 from dq.config import StudentConfig, from_dict, unknown_key
 from dq.errors import InputError
+from dq.nets import is_library_net
 
 FOLDER = Path(__file__).parent / "configs" / "protocols"
+ALIASES = {"soft": "fadrm"}  # the usual preset of a family
 FACTS = ("dataset", "net", "ipc", "classes", "image_size")
 
 
@@ -42,6 +44,8 @@ def student_config(spec: dict[str, Any], *, ipc: str, classes: int, image_size: 
     own = dict(spec)
     dataset = own.pop("dataset", None)
     name = own.get("protocol", "custom")
+    if name in ALIASES:
+        name = own["protocol"] = ALIASES[name]
     settings: dict[str, Any] = {}
     if name != "custom":
         preset = _preset(name)
@@ -53,7 +57,7 @@ def student_config(spec: dict[str, Any], *, ipc: str, classes: int, image_size: 
                 f"protocol {name!r} has settings for {about}, not for {dataset!r}; "
                 "leave dataset out to take the general ones"
             )
-        net = str(own.get("net", settings["net"])).partition("-")[0]
+        net = str(own.get("net", settings["net"])).rpartition(":")[2].partition("-")[0]
         number = math.inf if ipc == "full" else int(ipc)
         facts = {"dataset": dataset, "net": net, "ipc": number, "classes": classes, "image_size": image_size}
         for rule in preset["rules"]:
@@ -61,8 +65,8 @@ def student_config(spec: dict[str, Any], *, ipc: str, classes: int, image_size: 
                 settings = _merged(settings, rule["set"])
     elif dataset is not None:
         raise InputError("dataset chooses the settings of a protocol; name a protocol, or leave dataset out")
-    if "-" in str(own.get("net", "")):
-        settings.pop("norm", None)  # the name says it
+    if "-" in str(own.get("net", "")) or is_library_net(str(own.get("net", ""))):
+        settings.pop("norm", None)  # the name says it, or the library does
     settings = _merged(settings, own)
     settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
     return from_dict(StudentConfig, settings, "student")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 from pathlib import Path
@@ -18,6 +17,7 @@ from dq.config import dump_config
 from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
+from dq.evaluation.figures import read_records, results_figures
 from dq.prototypes import Prototypes
 from dq.run import cache_of, clusterings, load_prototypes, load_set, nearest_images, prototype_folder
 from dq.runfolder import Run
@@ -68,9 +68,7 @@ def write_report(run: Run) -> Path:
     cache = cache_of(run)
     figures = run.folder / "figures"
     body = ["<h1>Distilled sets</h1>", _facts(run)]
-    summary = run.folder / "eval" / "summary.csv"
-    if summary.is_file():
-        body += ["<h2>Accuracy</h2>", _results(summary)]
+    body += _accuracy(run.folder)
     body.append(
         "<h2>Images</h2><p>Rows are classes, columns prototypes by weight; at the right of each image stands "
         "the real train image nearest to its prototype.</p>"
@@ -97,18 +95,34 @@ def write_report(run: Run) -> Path:
     body += [f"<h2>Latents and prototypes, IPC {ipc}</h2>", _embed(path)]
     body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(c))}</pre>"]
     body += ["<h2>Provenance</h2>", f"<pre>{html.escape((run.folder / 'provenance.json').read_text())}</pre>"]
-    page = run.folder / "report.html"
+    return _page(run.folder, str(run.source.origin), body)
+
+
+def write_results_report(folder: Path) -> Path:
+    """Write `report.html` and figures of a folder that holds an evaluation and no run.
+
+    Raises:
+        InputError: if it holds no results.
+    """
+    if not (folder / "eval" / "summary.csv").is_file():
+        raise InputError(
+            f"{folder} holds no results (no eval/summary.csv); run `dq evaluate` first, or name a --config"
+        )
+    return _page(folder, folder.name, ["<h1>Results</h1>", *_accuracy(folder)])
+
+
+def _page(folder: Path, title: str, body: list[str]) -> Path:
+    page = folder / "report.html"
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
         "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
         "td:first-child,th:first-child{text-align:left}img{max-width:100%;image-rendering:pixelated}"
         "pre{background:#f6f6f6;padding:1em;overflow:auto}"
     )
-    title = html.escape(str(run.source.origin))
     write_text(
         page,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dq: {title}</title><style>{style}</style>'
-        f"<body>{''.join(body)}</body></html>\n",
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dq: {html.escape(title)}</title>'
+        f"<style>{style}</style><body>{''.join(body)}</body></html>\n",
     )
     return page
 
@@ -134,30 +148,38 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
     return f"<table><tr>{cells}</tr>{''.join(lines)}</table>"
 
 
-def _results(summary: Path) -> str:
-    with open(summary, newline="") as f:
-        records = list(csv.DictReader(f))
+def _accuracy(folder: Path) -> list[str]:
+    """Tables and figures of the results in a folder; nothing if there are none."""
+    summary, comparisons = folder / "eval" / "summary.csv", folder / "eval" / "comparisons.csv"
+    if not summary.is_file():
+        return []
+    records = read_records(summary)
 
     def percent(r: dict[str, str], which: str) -> str:
         std = f" ± {100 * float(r[f'{which}_std']):.1f}" if r[f"{which}_std"] else ""
         return f"{100 * float(r[f'{which}_mean']):.1f}{std}"
 
-    head = ["set", "IPC", "images", "student", "labels", "seeds", "last %", "best % (chosen on test)", "protocol"]
-    rows = [
-        [
-            r["set"],
-            r["ipc"],
-            r["images"],
-            r["student"],
-            r["labels"],
-            r["seeds"],
-            percent(r, "last"),
-            percent(r, "best"),
-            r["protocol"],
-        ]
-        for r in records
-    ]
-    return _table(head, rows)
+    head = ["set", "IPC", "images", "student", "labels", "seeds", "last %", "best %", "best chosen on", "label bytes"]
+    rows = []
+    for r in records:
+        row = [r[k] for k in ("set", "ipc", "images", "student", "labels", "seeds")]
+        row += [percent(r, "last"), percent(r, "best"), r["selected_on"], r["label_bytes"]]
+        rows.append([*row, f"{r['protocol']}: {r['settings']}"])
+    body = ["<h2>Accuracy</h2>", _table([*head, "protocol"], rows)]
+    for name, figure in results_figures(records, _figure):
+        path = folder / "figures" / f"{name}.png"
+        _save_figure(figure, path)
+        body.append(_embed(path))
+    compared = read_records(comparisons) if comparisons.is_file() else []
+    if compared:
+        head = ["set", "against", "IPC", "student", "pairs", "difference, points", "interval", "verdict"]
+        rows = []
+        for r in compared:
+            interval = f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else ""
+            row = [r[k] for k in ("set", "against", "ipc", "student", "pairs")]
+            rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
+        body += ["<h2>Differences of pairs of seeds, 95 % intervals</h2>", _table(head, rows)]
+    return body
 
 
 def _quantization_table(points: list[Prototypes]) -> str:

@@ -2,7 +2,9 @@
 
     python pipelines/collect_results.py runs/cifar10-ddoq results/cifar10_ddoq --command "dq run --config ..."
 
-Writes accuracy.csv, quantization.csv (mean over classes per ipc and engine), images.png and run.json.
+Writes accuracy.csv, comparisons.csv, trainings.jsonl (one record per training, with all settings), run.json and, for
+a run, quantization.csv (mean over classes per ipc and engine) and images.png. A folder of `dq evaluate --distilled`
+works too.
 """
 
 from __future__ import annotations
@@ -45,16 +47,26 @@ def main() -> None:
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.run / "eval" / "summary.csv", args.results / "accuracy.csv")
-    rows = quantization_rows(args.run / "metrics.jsonl")
-    with open(args.results / "quantization.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    if (args.run / args.picture).is_file():
-        shutil.copyfile(args.run / args.picture, args.results / "images.png")
-    shutil.copyfile(args.run / "config.yaml", args.results / "config.yaml")
-    provenance = read_json(args.run / "provenance.json")
-    write_json(args.results / "run.json", {"command": args.command, **provenance})
+    for name in ("comparisons.csv", "ddr.csv"):
+        if (args.run / "eval" / name).is_file():
+            shutil.copyfile(args.run / "eval" / name, args.results / name)
+    with open(args.results / "trainings.jsonl", "w") as f:
+        for line in (args.run / "eval" / "trainings.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            record["data"]["origin"] = Path(record["data"]["origin"]).name  # not where it lay
+            print(json.dumps(record), file=f)
+    facts = {"command": args.command}
+    if (args.run / "metrics.jsonl").is_file():
+        rows = quantization_rows(args.run / "metrics.jsonl")
+        with open(args.results / "quantization.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        if (args.run / args.picture).is_file():
+            shutil.copyfile(args.run / args.picture, args.results / "images.png")
+        facts |= read_json(args.run / "provenance.json")
+        facts["source"]["origin"] = Path(facts["source"]["origin"]).name
+    write_json(args.results / "run.json", facts)
     print(args.results)
 
 

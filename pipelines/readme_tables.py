@@ -53,8 +53,48 @@ def accuracy(folder: str) -> str:
         protocols = {r["ipc"]: r for r in rows if (r["student"], r["labels"]) == (s, kind)}
         for ipc, r in protocols.items():
             where = "full data" if ipc == "full" else f"IPC {ipc}"
-            lines.append(f"- {s}, {kind} labels, {where}: {r['seeds']} seed(s), {r['protocol']}.")
+            lines.append(f"- {s}, {kind} labels, {where}: {r['seeds']} seed(s), {r['protocol']}: {r['settings']}.")
     return "\n".join(lines)
+
+
+def differences(folder: str) -> str:
+    """Every set against random real images of equal number, pairs of seeds."""
+    body = [
+        [
+            r["set"],
+            f"{r['student']}, {r['labels']}, IPC {r['ipc']}",
+            f"{100 * float(r['difference']):+.1f}",
+            f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else "",
+            {"better": "beats random", "worse": "random beats it", "undecided": "undecided"}[r["verdict"]],
+        ]
+        for r in read(f"{folder}/comparisons.csv")
+    ]
+    return table(["set", "student", "points over random", "95 % interval", "verdict"], body)
+
+
+def label_storage(folder: str) -> str:
+    """Bytes of soft labels against accuracy, one line per way of keeping them."""
+    rows = read(f"{folder}/accuracy.csv")
+    whole = int(rows[0]["label_bytes"])
+    payload = int(rows[0]["images"]) * 300 * 10 * 2
+    body = [
+        [
+            r["kept"],
+            f"{int(r['label_bytes']) / 1000:.0f} kB",
+            f"{whole / int(r['label_bytes']):.1f}",
+            f"{payload / int(r['label_bytes']):.1f}",
+            f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}",
+        ]
+        for r in rows
+    ]
+    head = [
+        "labels kept as",
+        "on disk",
+        "times smaller than the first",
+        "times smaller than N·E·C·2 bytes",
+        "accuracy",
+    ]
+    return table(head, body)
 
 
 def quantization(folder: str) -> str:
@@ -115,12 +155,27 @@ def clustering() -> str:
     return table(head, body)
 
 
+def student_speed() -> str:
+    """Seconds per epoch of the training loops."""
+    head = ["network", "loop", "seconds per epoch", "ratio", "of"]
+    body = [
+        [r["net"], r["loop"], f"{float(r['seconds_per_epoch']):.2f}", f"{float(r['ratio']):.2f}", r["against"]]
+        for r in read("student.csv")
+    ]
+    return table(head, body)
+
+
 TABLES = {
     "cifar10": lambda: accuracy("cifar10_ddoq"),
     "quantization": lambda: quantization("cifar10_ddoq"),
     "codecs": codecs,
     "clustering": clustering,
     "digits": lambda: accuracy("digits_demo"),
+    "classic": lambda: accuracy("cifar10_classic"),
+    "labels": lambda: accuracy("cifar10_labels"),
+    "differences": lambda: differences("cifar10_labels"),
+    "storage": lambda: label_storage("cifar10_label_storage"),
+    "student": student_speed,
 }
 
 

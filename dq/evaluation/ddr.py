@@ -69,8 +69,11 @@ def evaluate_ddr(
     Raises:
         InputError: if the sets differ in size, since a random subset has to equal each.
     """
-    if len({s.ipc for s in sets.values()}) > 1:
+    if len({s.ipc for s in sets.values()}) != 1:
         raise InputError("ddr compares sets of equal size; score sets of different ipc one by one")
+    sizes = {s.images.shape[-1] for s in sets.values()}
+    if image_size is None and len(sizes) > 1:
+        raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
     config = dataclasses.replace(config, full_seeds=1)
     own = [dict(s) for s in config.students]
     # looks at half time and at the end, so that the last one can choose an lr
@@ -95,7 +98,7 @@ def evaluate_ddr(
             config=dataclasses.replace(config, students=tuple(students), baselines=baselines),
             source_config=source_config,
             teachers=teachers,
-            image_size=image_size or next(iter(sets.values())).images.shape[-1],
+            image_size=image_size or max(sizes),
             folder=folder,
             cache_dir=cache_dir,
             accelerator=accelerator,

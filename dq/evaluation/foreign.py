@@ -111,7 +111,15 @@ def bare_set(
         counts=torch.ones(n, dtype=torch.int64),
         source_row=torch.full((n,), -1),
         soft_labels=None if soft_labels is None else soft_labels[order].half(),
-        provenance={"origin": origin},
+        # what the columns of the dataset card ask for
+        provenance={
+            "source": {"origin": origin},
+            "ipc": int(torch.bincount(labels.long()).max()) if n else 0,
+            "method": {"name": "foreign", "representative": "unknown", "weights": "unknown"},
+            "cluster": {"engine": "unknown"},
+            "generate": {"mode": "unknown"},
+            "labels": None,
+        },
     )
 
 

@@ -38,10 +38,12 @@ from dq.evaluation.selection import select
 from dq.evaluation.tables import Comparison, Row, compare, markdown_table, settings_line, summarize, to_csv
 from dq.evaluation.train import train_student
 from dq.labels import (
+    MANIFEST,
     LabelPlan,
-    label_bytes,
     make_plan,
     online_labels,
+    plan_bytes,
+    plan_labels,
     read_labels,
     shard_file,
     write_manifest,
@@ -226,22 +228,10 @@ def trainings_of(
 # --- labels of views ----------------------------------------------------------------------------------------------
 
 
-def label_folder(work: Work, entry: Entry, config: StudentConfig, bench: Bench) -> Path:
-    """Where the epoch labels of an entry for a recipe are. Where they would be kept does not change them."""
-    relabel = to_dict(config.relabel)
-    relabel.pop("storage")
-    settings = [
-        entry.identity,
-        bench.image_size,
-        config.batch_size,
-        config.accumulate if config.relabel.statistics == "batch" else 1,
-        to_dict(config.views),
-        relabel,
-        min(config.relabel.epochs or config.epochs, config.epochs),
-        [t.digest for t in bench.teachers],
-    ]
-    name = f"ipc{entry.ipc}-{entry.name}" + (f"-seed{entry.seeds[0]}" if len(entry.seeds) == 1 else "")
-    return work.folder / "labels" / f"{name}-{digest_of(settings)}"
+def label_folder(work: Work, t: Training, bench: Bench) -> Path:
+    """Where the epoch labels of a training are; trainings that differ in nothing that labels depend on share them."""
+    name = f"ipc{t.entry.ipc}-{t.entry.name}" + (f"-seed{t.entry.seeds[0]}" if len(t.entry.seeds) == 1 else "")
+    return work.folder / "labels" / f"{name}-{_blind_plan(t, bench).digest}"
 
 
 def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> None:
@@ -254,15 +244,17 @@ def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> Non
     for t in trainings:
         # the full data would be stored once per epoch: its labels are always computed when needed
         if t.config.labels == "soft" and t.config.relabel.storage == "shards" and t.entry.ipc != "full":
-            wanted.setdefault(label_folder(work, t.entry, t.config, bench), t)
+            wanted.setdefault(label_folder(work, t, bench), t)
     units = []
     total = 0
     for folder, t in wanted.items():
         plan = _blind_plan(t, bench)
-        shards = [r for r in plan.shards() if not shard_file(folder, r.start).is_file()]
-        size = label_bytes(plan.images, plan.epochs, plan.classes, plan.relabel, plan.batch_size, plan.views).total
-        total += size * sum(map(len, shards)) // plan.epochs
+        known = (folder / MANIFEST).is_file()  # else nobody can say what the files are labels of
+        shards = [r for r in plan.shards() if not (known and shard_file(folder, r.start).is_file())]
+        total += plan_bytes(plan).total * sum(map(len, shards)) // plan.epochs
         units += [(folder, t, r) for r in shards]
+    # every process must have seen the same files before the first is written, or they divide different lists
+    work.accelerator.wait_for_everyone()
     if not units:
         return
     _check_space(work, total, len(wanted))
@@ -277,6 +269,8 @@ def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> Non
                 data = bench.data_of(t.entry.load())
                 images, open_folder = data.images.to(bench.device), folder
                 plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
+                # a selected set may be smaller than asked for, but its files are those that were divided
+                plan = dataclasses.replace(plan, shard_epochs=_blind_plan(t, bench).shard_epochs)
                 write_manifest(folder, data.images, plan, bench.teachers, set=t.entry.name, ipc=t.entry.ipc)
 
             write_shard(folder, images, bench.teachers, plan, epochs)
@@ -284,9 +278,10 @@ def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> Non
 
 
 def _blind_plan(t: Training, bench: Bench) -> LabelPlan:
-    """The plan of a training's labels, but for the digest of images that are not loaded yet."""
-    stand_in = torch.empty(0, 3, bench.image_size, bench.image_size, dtype=torch.uint8)
-    return dataclasses.replace(make_plan(stand_in, bench.teachers, bench.classes, t.config), images=t.entry.images)
+    """The plan of a training's labels before its images are loaded."""
+    return plan_labels(
+        t.entry.images, bench.image_size, bench.teachers, bench.classes, t.config, image_digest=t.entry.identity
+    )
 
 
 def _check_space(work: Work, total: int, sets: int) -> None:
@@ -367,7 +362,7 @@ def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[An
     if t.config.relabel.storage == "online" or t.entry.ipc == "full":
         plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
         return online_labels(data.images.to(bench.device), bench.teachers, plan), 0
-    folder = label_folder(work, t.entry, t.config, bench)
+    folder = label_folder(work, t, bench)
     return read_labels(folder, data.images), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 

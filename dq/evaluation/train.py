@@ -350,7 +350,8 @@ def _restore(path: Path, state: _State, config: StudentConfig, identity: str) ->
         groups.setdefault(head, {})[name] = value.to(device)
     state.net.load_state_dict(groups["net"])
     if state.average is not None:
-        state.average = groups["average"]
+        # a file has an order of its own, and the averages go by that of the parameters
+        state.average = {k: groups["average"][k] for k in state.average}
     state.best = groups.get("best", {})
     state.epoch, state.seconds = facts["epoch"], facts["seconds"]
     state.looks = [(int(e), float(a)) for e, a in facts["looks"]]

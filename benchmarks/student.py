@@ -1,0 +1,180 @@
+"""Seconds per epoch of student training against the usual loop (a DataLoader with worker processes that decodes PNG
+files and transforms them with PIL, float32), and the cost of replaying stored labels against fixed ones.
+
+    python benchmarks/student.py [--data DIR] [--net resnet20] [--images 500] [--epochs 4] [--csv results/student.csv]
+
+Same images, same network, same crops and mirrors, in turn within one run. Without --data: digits at 32 px. The usual
+loop should take at least twice as long, replay at most 1.1 times as long as fixed labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dq.config import RelabelConfig, StudentConfig, ViewConfig
+from dq.data import load_source, read_images
+from dq.evaluation.train import fit, normalizer
+from dq.labels import make_plan, read_labels, write_manifest, write_shard
+from dq.nets import make_net
+from dq.teachers import Teacher
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+VIEWS = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5)
+MIXED = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5, mix="cutmix")
+
+
+class Files(Dataset):
+    """Encoded images, opened and transformed one by one with PIL as an image folder is."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.labels = labels
+        self.files = []
+        for x in images:
+            buffer = io.BytesIO()
+            Image.fromarray(x.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+            self.files.append(buffer.getvalue())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        image = Image.open(io.BytesIO(self.files[i])).convert("RGB")
+        side = image.size[0]
+        box = (0, 0, side, side)
+        for _ in range(10):  # RandomResizedCrop
+            area = side * side * random.uniform(0.08, 1.0)
+            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= side and 0 < h <= side:
+                left, top = random.randint(0, side - w), random.randint(0, side - h)
+                box = (left, top, left + w, top + h)
+                break
+        image = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        x = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()).float() / 255
+        return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), int(self.labels[i])
+
+
+def usual(net: torch.nn.Module, loader: DataLoader, epochs: int) -> float:
+    """Seconds per epoch of the loop that most scripts have."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    began = time.perf_counter()
+    for _ in range(epochs):
+        net.train()
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+    return (time.perf_counter() - began) / epochs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="sklearn:digits")
+    parser.add_argument("--net", action="append")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    source = load_source(args.data)
+    images, _, _ = read_images(source.train, range(args.images), 32, "crop")
+    labels = torch.from_numpy(source.train.labels[: args.images])
+    classes = len(source.class_names)
+    pixels = normalizer(MEAN, STD)
+    loader = DataLoader(Files(images, labels), args.batch_size, shuffle=True, num_workers=args.workers)
+    rows = []
+    for net in args.net or ["resnet20", "convnet3"]:
+        with tempfile.TemporaryDirectory() as folder:
+            teacher = Teacher(make_net(net, classes, 32, seed=1).eval(), MEAN, STD, 256, "benchmark", net)
+            soft = StudentConfig(
+                net=net,
+                epochs=args.epochs,
+                batch_size=args.batch_size,
+                augment="none",
+                labels="soft",
+                views=MIXED,
+                relabel=RelabelConfig(),
+            )
+            plan = make_plan(images, [teacher], classes, soft)
+            write_manifest(Path(folder), images, plan, [teacher])
+            for epochs in plan.shards():
+                write_shard(Path(folder), images, [teacher], plan, epochs)
+
+            def ours(dtype: str, labels_are: str, views: ViewConfig = VIEWS, net=net, folder=folder) -> float:
+                config = StudentConfig(
+                    net=net,
+                    epochs=args.epochs,
+                    batch_size=args.batch_size,
+                    augment="none",
+                    labels=labels_are,
+                    views=views,
+                    dtype=dtype,
+                )
+                given = {"hard": None, "fixed": torch.zeros(len(labels), classes)}.get(labels_are)
+                if labels_are == "soft":
+                    given = read_labels(folder, images)
+                fitted = fit(
+                    images, labels, num_classes=classes, config=config, soft_labels=given, pixels=pixels, seed=0
+                )
+                return fitted.seconds / args.epochs
+
+            found: dict[str, list[float]] = {}
+            for _ in range(args.rounds + 1):  # in turn; the first round warms up
+                measured = {
+                    "usual loop, float32": usual(make_net(net, classes, 32, seed=0), loader, args.epochs),
+                    "dq, float32": ours("float32", "hard"),
+                    "dq, bfloat16": ours("bfloat16", "hard"),
+                    "dq, float32, fixed labels": ours("float32", "fixed"),
+                    "dq, float32, replayed labels": ours("float32", "soft", MIXED),
+                }
+                for name, seconds in measured.items():
+                    found.setdefault(name, []).append(seconds)
+        medians = {name: statistics.median(v[1:]) for name, v in found.items()}
+        for name, seconds in medians.items():
+            against = "dq, float32, fixed labels" if "replayed" in name else "usual loop, float32"
+            ratio = seconds / medians[against]
+            rows.append(
+                {
+                    "net": net,
+                    "images": len(images),
+                    "batch": args.batch_size,
+                    "loop": name,
+                    "seconds_per_epoch": round(seconds, 4),
+                    "against": against,
+                    "ratio": round(ratio, 3),
+                }
+            )
+            print(f"{net}: {name}: {seconds:.3f} s per epoch, x{ratio:.2f} of {against}")
+    if args.csv:
+        with open(args.csv, "w", newline="") as f:
+            print("#", "python", *(a if "/" not in a else Path(a).name for a in sys.argv), file=f)
+            print(f"# {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", file=f)
+            writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

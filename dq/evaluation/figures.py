@@ -1,0 +1,102 @@
+"""Figures of results: accuracy against images per class, across networks, and against the bytes of the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#8d6a9f", "#b8860b", "#444444", "#2a9d8f", "#a23b72")
+MARKERS = "osD^vPX*"
+
+
+def results_figures(records: list[dict[str, str]], figure: Any) -> Iterable[tuple[str, Any]]:
+    """Yield (name, figure) of everything that the rows of `summary.csv` allow.
+
+    Args:
+        records: rows as read from the file; accuracies are fractions.
+        figure: makes an empty figure from its width and height in inches.
+    """
+    by_recipe: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for r in records:
+        by_recipe.setdefault((r["protocol"], r["student"], r["labels"]), []).append(r)
+    if len({r["ipc"] for r in records} - {"full"}) > 1:
+        yield "accuracy", against_ipc(by_recipe, figure)
+    if len({r["student"] for r in records}) > 1:
+        yield "networks", across_networks(records, figure)
+    if len({int(r["label_bytes"]) for r in records if int(r["label_bytes"])}) > 1:
+        yield "label-bytes", against_label_bytes(records, figure)
+
+
+def against_ipc(by_recipe: dict[tuple[str, ...], list[dict[str, str]]], figure: Any) -> Any:
+    """Accuracy over images per class, one panel per recipe; full data as a line across."""
+    drawn = figure(5.2 * len(by_recipe), 4)
+    for ax, (recipe, rows) in zip(drawn.subplots(1, len(by_recipe), squeeze=False)[0], by_recipe.items()):
+        for i, name in enumerate(_sets(rows)):
+            own = sorted((r for r in rows if r["set"] == name), key=lambda r: int(r["ipc"]))
+            x = [int(r["ipc"]) for r in own]
+            ax.errorbar(x, *_accuracies(own), label=name, **_style(i), capsize=3)
+        for r in rows:
+            if r["ipc"] == "full":
+                ax.axhline(100 * float(r["last_mean"]), color="#222", lw=1, ls=":", label="all of train")
+        ticks = sorted({int(r["ipc"]) for r in rows if r["ipc"] != "full"})
+        ax.set(xscale="log", xlabel="images per class", ylabel="test accuracy, %", title=", ".join(recipe))
+        ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.minorticks_off()
+        ax.legend(fontsize=7)
+    return drawn
+
+
+def across_networks(records: list[dict[str, str]], figure: Any) -> Any:
+    """Bars per network at each number of images per class, sets side by side."""
+    ipcs = sorted({int(r["ipc"]) for r in records if r["ipc"] != "full"})
+    drawn = figure(max(7, 1.6 * len({r["student"] for r in records}) * len(ipcs)), 3.6)
+    for ax, ipc in zip(drawn.subplots(1, len(ipcs), squeeze=False)[0], ipcs):
+        rows = [r for r in records if r["ipc"] == str(ipc)]
+        nets = list(dict.fromkeys((r["student"], r["labels"]) for r in rows))
+        sets = _sets(rows)
+        width = 0.8 / len(sets)
+        for i, name in enumerate(sets):
+            own = [r for r in rows if r["set"] == name]
+            x = [nets.index((r["student"], r["labels"])) + (i - (len(sets) - 1) / 2) * width for r in own]
+            height, error = _accuracies(own)
+            ax.bar(x, height, width, yerr=error, label=name, color=COLOURS[i % len(COLOURS)], capsize=2)
+        ax.set(ylabel="test accuracy, %", title=f"{ipc} images per class")
+        ax.set_xticks(range(len(nets)), [", ".join(n) for n in nets], fontsize=8)
+        ax.legend(fontsize=7)
+    return drawn
+
+
+def against_label_bytes(records: list[dict[str, str]], figure: Any) -> Any:
+    """Accuracy over the bytes of stored labels; sets without stored labels stay out."""
+    drawn = figure(7, 4)
+    ax = drawn.subplots()
+    rows = [r for r in records if int(r["label_bytes"]) and r["ipc"] != "full"]
+    for i, key in enumerate(dict.fromkeys((r["set"], r["ipc"]) for r in rows)):
+        own = sorted((r for r in rows if (r["set"], r["ipc"]) == key), key=lambda r: int(r["label_bytes"]))
+        x = [int(r["label_bytes"]) for r in own]
+        ax.errorbar(x, *_accuracies(own), label=f"{key[0]}, IPC {key[1]}", **_style(i), capsize=3)
+    ax.set(xscale="log", xlabel="bytes of soft labels", ylabel="test accuracy, %")
+    ax.legend(fontsize=7)
+    return drawn
+
+
+def _sets(rows: list[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(r["set"] for r in rows if r["ipc"] != "full"))
+
+
+def _accuracies(rows: list[dict[str, str]]) -> tuple[list[float], list[float]]:
+    """Means and standard deviations in percent; a single seed has no error bar."""
+    return [100 * float(r["last_mean"]) for r in rows], [100 * float(r["last_std"] or 0) for r in rows]
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2}
+
+
+def read_records(summary: Path) -> list[dict[str, str]]:
+    """The rows of a `summary.csv`."""
+    import csv
+
+    with open(summary, newline="") as f:
+        return list(csv.DictReader(f))
