@@ -269,11 +269,16 @@ def fast_layout(net: nn.Module) -> torch.memory_format:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside the block, and the global random state untouched after it."""
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also reseed every accelerator, which fork_rng(devices=[]) does not restore
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Random numbers from `seed` inside the block, on the CPU and on a CUDA `device`, and the global random state
+    untouched after it."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # torch.manual_seed would also reseed every other accelerator, which fork_rng does not restore
         torch.default_generator.manual_seed(seed)
+        for d in devices:
+            with torch.cuda.device(d):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -1,33 +1,40 @@
-"""Students: weighted and soft losses, recipes, augmentation, results, baselines and their statistics."""
+"""Students: weighted and soft losses, recipes, resumed trainings, looks, augmentation, and statistics of results."""
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dq.config import StudentConfig
+from dq.config import StudentConfig, ViewConfig
 from dq.dist import derive_seed
 from dq.errors import InputError, RunError
 from dq.evaluation import augment as aug
-from dq.evaluation.baselines import random_rows
-from dq.evaluation.statistics import format_mean_std, mean_std
+from dq.evaluation.selection import random_rows
+from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference
 from dq.evaluation.train import (
+    Fitted,
     accuracy,
-    epochs_for,
+    fit,
+    image_losses,
     learning_rate,
     looks_at,
     make_optimizer,
-    normalize,
+    normalizer,
     train_student,
-    weighted_loss,
 )
+from dq.labels import EpochLabels
 from dq.nets import make_net
+from dq.protocols import student_config
+from dq.views import draw_views
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
-PLAIN = StudentConfig(epochs={"default": 6}, batch_size=16, augment="none", schedule="constant", tests=3)
+PIXELS = normalizer(MEAN, STD)
+PLAIN = StudentConfig(epochs=6, batch_size=16, augment="none", schedule="constant", tests=3)
 
 
 def stripes(n: int, seed: int, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,10 +54,9 @@ def train(config: StudentConfig = PLAIN, *, n: int = 24, data=None, seed: int = 
     arguments = {
         "num_classes": 4,
         "config": config,
-        "ipc_key": "6",
         "test": stripes(40, 1, images.shape[-1]),
-        "mean": MEAN,
-        "std": STD,
+        "validation": stripes(40, 2, images.shape[-1]),
+        "pixels": PIXELS,
         "seed": seed,
         "device": "cpu",
         "on_epoch": lambda epoch, loss: losses.append(loss),
@@ -58,10 +64,36 @@ def train(config: StudentConfig = PLAIN, *, n: int = 24, data=None, seed: int = 
     return train_student(images, labels, **(arguments | changes)), losses
 
 
-def gradient(images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    net = make_net("convnet3", 4, images.shape[-1], seed=0)
-    weighted_loss(net(normalize(images, MEAN, STD)), targets, weights, temperature=2.0).backward()
-    return torch.cat([p.grad.flatten() for p in net.parameters()])
+def movement(images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, soft=None, **changes) -> torch.Tensor:
+    """What one step of plain SGD at lr 1 on a single batch takes from every parameter: the gradient."""
+    config = StudentConfig(
+        labels="hard" if soft is None else "fixed",
+        epochs=1,
+        batch_size=100,
+        lr=1.0,
+        momentum=0.0,
+        weight_decay=0.0,
+        schedule="constant",
+        augment="none",
+        temperature=2.0,
+    )
+    config = dataclasses.replace(config, **changes)
+    fitted = fit(
+        images,
+        labels,
+        num_classes=4,
+        config=config,
+        weights=weights,
+        soft_labels=soft,
+        pixels=PIXELS,
+        seed=0,
+    )
+    start = make_net(config.net, 4, images.shape[-1], norm=config.norm, seed=derive_seed(0, "student init"))
+    return parameters(start) - parameters(fitted.net)
+
+
+def parameters(net: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
@@ -71,17 +103,17 @@ def gradient(images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor)
     "changes",
     [
         {},
-        {"labels": "soft", "temperature": 4.0},
-        {"labels": "soft", "optimizer": "adamw", "lr": 0.003, "schedule": "cosine"},
+        {"labels": "fixed", "temperature": 4.0},
+        {"labels": "fixed", "optimizer": "adamw", "lr": 0.003, "schedule": "cosine"},
         {"net": "resnet20", "lr": 0.05},
         {"augment": "crop_flip", "dtype": "bfloat16"},
     ],
     ids=lambda c: "-".join(map(str, c.values())) or "hard",
 )
 def test_student_learns_separable_classes(changes):
-    config = dataclasses.replace(PLAIN, epochs={"default": 30}, **changes)
+    config = dataclasses.replace(PLAIN, epochs=30, **changes)
     images, labels = stripes(48, 0)
-    soft = 8.0 * F.one_hot(labels, 4) if config.labels == "soft" else None
+    soft = 8.0 * F.one_hot(labels, 4) if config.labels == "fixed" else None
     result, losses = train(config, data=(images, labels), soft_labels=soft)
     assert result.last > 0.95
     assert losses[-1] < 0.9 * losses[0]
@@ -106,21 +138,41 @@ def test_same_seed_same_student_and_nothing_global():
     assert losses != train(config, seed=4)[1]
 
 
+def test_dropout_is_drawn_from_the_seed_of_the_student(monkeypatch):
+    """Networks of timm and torchvision have dropout, which knows the global generator alone."""
+
+    def make(*args, **options) -> torch.nn.Module:
+        torch.manual_seed(7)
+        layers = torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(48, 4)
+        net = torch.nn.Sequential(*layers)
+        torch.manual_seed(next(states))  # where the global generator stands, as far as the caller knows
+        return net
+
+    monkeypatch.setattr("dq.evaluation.train.make_net", make)
+    states = iter((1, 2, 3))
+    first, again, other = (train(seed=s)[1] for s in (0, 0, 1))
+    assert first == again != other
+    states = iter((4,))
+    config = dataclasses.replace(PLAIN, epochs=3, lr=0.0, weight_decay=0.0, batch_size=24)
+    assert len(set(train(config)[1])) == 3  # another mask in every epoch
+
+
 def test_last_and_best_are_kept_apart():
-    config = dataclasses.replace(PLAIN, epochs={"default": 12}, lr=0.05, tests=12)
+    config = dataclasses.replace(PLAIN, epochs=12, lr=0.05, tests=12, select="test")
     results = [train(config, n=8, seed=s)[0] for s in range(3)]
     for r in results:
-        assert [epoch for epoch, _ in r.tests] == list(range(1, 13))
-        assert r.last == r.tests[-1][1]
-        assert r.best == max(a for _, a in r.tests)
-        assert r.best_epoch == next(e for e, a in r.tests if a == r.best)
+        assert [epoch for epoch, _ in r.looks] == list(range(1, 13))
+        assert r.last == r.looks[-1][1]
+        assert r.best == max(a for _, a in r.looks)
+        assert r.best_epoch == next(e for e, a in r.looks if a == r.best)
+        assert r.selected_on == "test"
         assert r.train_seconds > 0
     assert any(r.best > r.last or r.best_epoch < 12 for r in results)  # else nothing was told apart
 
 
 def test_training_is_the_written_out_loop():
     """Full batches without augmentation: SGD with momentum, a tenth of the lr and fresh momentum at half time."""
-    config = dataclasses.replace(PLAIN, epochs={"default": 6}, batch_size=100, schedule="step", weight_decay=0.01)
+    config = dataclasses.replace(PLAIN, batch_size=100, schedule="step", weight_decay=0.01)
     images, labels = stripes(12, 0)
     weights = torch.linspace(0.5, 1.5, 12)
     _, losses = train(config, data=(images, labels), weights=weights, seed=7)
@@ -144,8 +196,10 @@ def test_every_epoch_has_its_own_order():
     assert len(set(train(config)[1])) == 6
 
 
-def test_looking_at_the_test_images_does_not_change_training():
-    config = dataclasses.replace(PLAIN, net="resnet20", augment="dsa")
+@pytest.mark.parametrize("select", ["validation", "test"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_looking_does_not_change_training(select, ema):
+    config = dataclasses.replace(PLAIN, net="resnet20", augment="dsa", select=select, ema=ema)
     often, losses = train(dataclasses.replace(config, tests=6))
     once, losses_once = train(dataclasses.replace(config, tests=1))
     assert losses == losses_once
@@ -168,51 +222,94 @@ def test_bfloat16_is_near_float32_but_not_it():
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", ["hard", "soft"])
+@pytest.mark.parametrize("labels", ["hard", "fixed"])
 def test_weights_of_one_are_bit_identical_to_none(labels):
     config = dataclasses.replace(PLAIN, augment="dsa", labels=labels, batch_size=10)
     soft = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
     without, losses = train(config, soft_labels=soft)
     ones, losses_ones = train(config, soft_labels=soft, weights=torch.ones(24))
     assert losses == losses_ones
-    assert without.tests == ones.tests
+    assert without.looks == ones.looks
     assert losses != train(config, soft_labels=soft, weights=torch.full((24,), 0.5))[1]
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_weight_two_is_the_image_twice(soft):
     images, labels = stripes(5, 0)
-    targets = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)) if soft else labels
-    weighted = gradient(images, targets, torch.tensor([1.0, 1, 2, 1, 1]))
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)) if soft else None
+    weighted = movement(images, labels, torch.tensor([1.0, 1, 2, 1, 1]), logits)
     twice = [0, 1, 2, 2, 3, 4]
-    repeated = gradient(images[twice], targets[twice], torch.ones(6))
+    repeated = movement(images[twice], labels[twice], torch.ones(6), logits[twice] if soft else None)
     # means over 5 and over 6
-    torch.testing.assert_close(5 * weighted, 6 * repeated, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(weighted, gradient(images, targets, torch.ones(5)), rtol=1e-2)
+    torch.testing.assert_close(5 * weighted, 6 * repeated, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(weighted, movement(images, labels, torch.ones(5), logits), rtol=1e-2)
 
 
 def test_loss_is_divided_by_the_batch_and_not_by_the_weights():
     images, labels = stripes(5, 0)
     w = torch.tensor([0.5, 1, 2, 1, 1])
-    torch.testing.assert_close(gradient(images, labels, 2 * w), 2 * gradient(images, labels, w))
+    torch.testing.assert_close(movement(images, labels, 2 * w), 2 * movement(images, labels, w), rtol=1e-5, atol=1e-6)
 
 
-def test_an_image_of_weight_zero_has_no_influence():
+def test_an_image_of_vanishing_weight_has_no_influence():
     images, labels = stripes(24, 0)
     other_images, other_labels = images.clone(), labels.clone()
     other_images[5] = torch.arange(192).view(3, 8, 8).to(torch.uint8)
     other_labels[5] = 3 - labels[5]
-    zero = torch.ones(24)
-    zero[5] = 0
+    w = torch.ones(24)
+    w[5] = 1e-30  # times a loss near 1, lost in a float32 sum
     config = dataclasses.replace(PLAIN, batch_size=24)
-    assert (
-        train(config, data=(images, labels), weights=zero)[1]
-        == train(config, data=(other_images, other_labels), weights=zero)[1]
+    assert train(config, data=(images, labels), weights=w)[1] == pytest.approx(
+        train(config, data=(other_images, other_labels), weights=w)[1], rel=1e-6
     )
     assert train(config, data=(images, labels))[1] != train(config, data=(other_images, other_labels))[1]
 
 
-# --- soft labels --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mix", ["cutmix", "mixup"])
+def test_a_mixed_batch_by_hand(mix):
+    """At lr 0 the loss of an epoch is that of the initial network: (1/B) sum_i v_i l_i with
+    v_i = k w_i + (1 - k) w_partner."""
+    views = ViewConfig(mix=mix)
+    config = dataclasses.replace(PLAIN, epochs=3, batch_size=10, lr=0.0, weight_decay=0.0, views=views)
+    images, labels = stripes(10, 0)
+    w = torch.linspace(0.2, 2, 10)
+    _, losses = train(config, data=(images, labels), weights=w, seed=3)
+    net = make_net("convnet3", 4, 8, seed=derive_seed(3, "student init"))
+    kept = []
+    for epoch, loss in enumerate(losses, 1):
+        drawn = draw_views(views, 10, 8, batch_size=10, accumulate=1, seed=3, epoch=epoch)
+        own = drawn.order.tolist()
+        other = [own[j] for j in drawn.partner.tolist()]
+        assert sorted(other) == sorted(own)
+        k = drawn.kept.item()
+        top, left, height, width = drawn.cut[0].tolist()
+        expected = 0.0
+        for i, j in zip(own, other):
+            x = images[i : i + 1].float() / 255
+            y = images[j : j + 1].float() / 255
+            if mix == "mixup":
+                x = k * x + (1 - k) * y
+            else:
+                inside = (..., slice(top, top + height), slice(left, left + width))
+                x[inside] = y[inside]
+            log_p = net(PIXELS(x)).detach().log_softmax(1)[0]
+            loss_i = -(k * log_p[labels[i]] + (1 - k) * log_p[labels[j]])
+            expected += float((k * w[i] + (1 - k) * w[j]) * loss_i) / 10
+        assert loss == pytest.approx(expected, rel=1e-5)
+        kept.append(k)
+    assert min(kept) < 0.99  # else nothing was mixed
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
+
+
+def losses_of(logits, y, *, other=None, kept=1.0, teacher=None, **settings) -> list[float]:
+    y = torch.tensor(y)
+    other = y if other is None else torch.tensor(other)
+    return image_losses(logits, y, other, kept, teacher, StudentConfig(**settings)).tolist()
+
+
+HALF_AND_SURE = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]])  # probabilities (1/2, 1/2) and (1/4, 3/4)
 
 
 def test_kl_by_hand():
@@ -220,30 +317,301 @@ def test_kl_by_hand():
     teacher = torch.tensor([[0.0, 2 * math.log(3)], [0.0, 2 * math.log(3)]])
     # at T = 2 the teacher says (1/4, 3/4), the first student (1/2, 1/2), the second agrees with the teacher
     kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    loss = weighted_loss(logits, teacher, torch.tensor([3.0, 5.0]), temperature=2.0)
-    assert loss.item() == pytest.approx(3 * kl / 2, rel=1e-5)
+    found = losses_of(logits, [0, 0], teacher=teacher, labels="fixed", temperature=2.0, optimizer="adamw")
+    assert found == pytest.approx([kl, 0], rel=1e-5, abs=1e-7)
+    # the labels of a view are the teacher's: the mix is in them already
+    mixed = losses_of(
+        logits, [0, 0], other=[1, 1], kept=0.3, teacher=teacher, labels="fixed", temperature=2.0, optimizer="adamw"
+    )
+    assert mixed == found
 
 
 def test_cross_entropy_by_hand():
+    assert losses_of(HALF_AND_SURE, [0, 1]) == pytest.approx([math.log(2), math.log(4 / 3)], rel=1e-5)
+
+
+def test_cross_entropy_of_a_mix_by_hand():
+    found = losses_of(HALF_AND_SURE, [1, 1], other=[0, 0], kept=0.7)
+    assert found == pytest.approx([math.log(2), 0.7 * math.log(4 / 3) + 0.3 * math.log(4)], rel=1e-5)
+    assert losses_of(HALF_AND_SURE, [1, 1], other=[0, 0], kept=1.0) == losses_of(HALF_AND_SURE, [1, 1])
+
+
+def test_mse_gt_by_hand():
     logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]])
-    loss = weighted_loss(logits, torch.tensor([0, 1]), torch.tensor([3.0, 5.0]), temperature=2.0)
-    assert loss.item() == pytest.approx((3 * math.log(2) + 5 * math.log(4 / 3)) / 2, rel=1e-5)
+    teacher = torch.tensor([[1.0, -2.0], [0.0, math.log(3)]])
+    settings = {"labels": "fixed", "loss": "mse_gt", "gt_weight": 0.5}
+    expected = [(1 + 4) / 2 + 0.5 * math.log(2), 0.5 * math.log(4)]
+    assert losses_of(logits, [0, 0], teacher=teacher, **settings) == pytest.approx(expected, rel=1e-5)
+    # in a mix the class is that of the image itself, with all of the weight (EDC's code)
+    mixed = losses_of(logits, [0, 0], other=[1, 1], kept=0.3, teacher=teacher, **settings)
+    assert mixed == pytest.approx(expected, rel=1e-5)
 
 
-def test_certain_soft_labels_are_hard_labels():
+def test_losses_of_bfloat16_logits_are_taken_in_float32():
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = torch.arange(6) % 4
+    found = image_losses(logits, y, y, 1.0, None, PLAIN)
+    torch.testing.assert_close(found, F.cross_entropy(logits.float(), y, reduction="none"))
+
+
+def test_certain_fixed_labels_are_hard_labels():
     config = dataclasses.replace(PLAIN, temperature=1.0)
     _, hard = train(config)
     certain = 50.0 * F.one_hot(stripes(24, 0)[1], 4)
-    _, soft = train(dataclasses.replace(config, labels="soft"), soft_labels=certain)
-    assert soft == pytest.approx(hard, rel=1e-4)
+    _, fixed = train(dataclasses.replace(config, labels="fixed"), soft_labels=certain)
+    assert fixed == pytest.approx(hard, rel=1e-4)
     assert train(config, soft_labels=torch.randn(24, 4))[1] == hard  # not asked for, not used
+
+
+def test_soft_labels_belong_to_positions_and_fixed_ones_to_images():
+    """A source that gives every view the label of its image teaches what fixed labels teach."""
+    logits = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def source(epoch: int) -> EpochLabels:
+        asked.append(epoch)
+        views = draw_views(ViewConfig(), 24, 8, batch_size=16, accumulate=1, seed=0, epoch=epoch)
+        return EpochLabels(views, logits[views.order.long()])
+
+    soft = train(dataclasses.replace(PLAIN, labels="soft"), soft_labels=source)[1]
+    assert soft == train(dataclasses.replace(PLAIN, labels="fixed"), soft_labels=logits)[1]
+    assert asked == [1, 2, 3, 4, 5, 6]
 
 
 def test_only_sgd_makes_up_for_the_temperature():
     soft = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
-    config = dataclasses.replace(PLAIN, labels="soft", temperature=3.0, batch_size=24)
+    config = dataclasses.replace(PLAIN, labels="fixed", temperature=3.0, batch_size=24)
     first = {o: train(dataclasses.replace(config, optimizer=o), soft_labels=soft)[1][0] for o in ("sgd", "adamw")}
     assert first["sgd"] == pytest.approx(9 * first["adamw"], rel=1e-5)
+
+
+# --- looks --------------------------------------------------------------------------------------------------------
+
+WILD = dataclasses.replace(PLAIN, epochs=8, lr=0.1, tests=8)  # unsteady enough for a best epoch before the last
+
+
+def test_the_best_on_validation_is_the_test_accuracy_of_that_epoch():
+    chosen = []
+    for seed in range(4):
+        r = train(WILD, n=8, seed=seed)[0]
+        assert r.selected_on == "validation"
+        assert [epoch for epoch, _ in r.looks] == list(range(1, 9))
+        assert r.best_epoch == next(e for e, a in r.looks if a == max(a for _, a in r.looks))
+        # the schedule is constant: a shorter training is the beginning of the longer one
+        again = train(dataclasses.replace(WILD, epochs=r.best_epoch, tests=1), n=8, seed=seed)[0]
+        assert r.best == again.last
+        chosen.append(r)
+    assert any(r.best_epoch < 8 and r.best != r.last for r in chosen)  # else nothing was told apart
+
+
+def test_the_test_images_choose_nothing():
+    others = stripes(40, 1)[0], stripes(40, 1)[1].roll(1)
+    for seed in range(3):
+        a, losses = train(WILD, n=8, seed=seed)
+        b, losses_b = train(WILD, n=8, seed=seed, test=others)
+        assert (a.looks, a.best_epoch, losses) == (b.looks, b.best_epoch, losses_b)
+        assert (a.last, a.best) != (b.last, b.best)
+        c, losses_c = train(WILD, n=8, seed=seed, validation=stripes(40, 5))
+        assert (c.last, losses_c) == (a.last, losses)
+
+
+def test_test_images_are_used_at_the_end_alone():
+    """`pixels` sees every image that a network sees."""
+    test = torch.full((6, 3, 8, 8), 201, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
+    seen: list[str] = []
+
+    def pixels(x: torch.Tensor) -> torch.Tensor:
+        seen.append("test" if x.dtype == torch.uint8 and bool((x == 201).all()) else "other")
+        return PIXELS(x)
+
+    epochs: list[int] = []
+    config = dataclasses.replace(WILD, views=ViewConfig(flip=0.5))
+    r = train(config, n=8, test=test, pixels=pixels, on_epoch=lambda epoch, loss: epochs.append(len(seen)))[0]
+    assert "test" not in seen[: epochs[-1]]
+    assert seen.count("test") == (1 if r.best_epoch == 8 else 2)
+    assert epochs[0] < epochs[-1]
+    chosen = dataclasses.replace(config, select="test")
+    seen.clear()
+    train(chosen, n=8, test=test, pixels=pixels)
+    assert seen.count("test") == 9
+
+
+def test_one_look_chooses_nothing():
+    r = train(dataclasses.replace(WILD, tests=1), n=8, validation=None)[0]
+    assert (r.best, r.best_epoch, r.selected_on, r.looks) == (r.last, 8, "none", ())
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def fitted(config: StudentConfig, on_epoch: Callable[[int, float], None], **more) -> Fitted:
+    x, y = stripes(24, 0)
+    held_out = stripes(40, 2)
+    w = torch.linspace(0.5, 1.5, 24)
+    soft = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)) if config.labels == "fixed" else None
+    return fit(
+        x,
+        y,
+        num_classes=4,
+        config=config,
+        weights=w,
+        soft_labels=soft,
+        pixels=PIXELS,
+        seed=1,
+        look=lambda net: accuracy(net, *held_out, pixels=PIXELS),
+        on_epoch=on_epoch,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": "step", "augment": "dsa"},
+        {"optimizer": "adamw", "schedule": "cosine", "ema": 0.9, "net": "resnet20", "lr": 0.003},
+        {"optimizer": "adamw", "ema": 0.9, "labels": "fixed", "accumulate": 2, "lr": 0.003},
+        {"views": ViewConfig(crop_scale=(0.5, 1), flip=0.5, jitter=0.4, mix="cutmix"), "net": "resnet20"},
+    ],
+    ids=["sgd-step", "adamw-ema", "fixed-parts", "views"],
+)
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, changes):
+    config = dataclasses.replace(WILD, epochs=9, tests=9, **changes)
+    whole: list[tuple[int, float]] = []
+    uninterrupted = fitted(config, lambda *done: whole.append(done))
+    file = tmp_path / "checkpoint.safetensors"
+    seen: list[tuple[int, float]] = []
+
+    def killed_after(epochs: int) -> Callable[[int, float], None]:
+        def on_epoch(epoch: int, loss: float) -> None:
+            seen.append((epoch, loss))
+            if len(seen) == epochs:
+                raise Killed
+
+        return on_epoch
+
+    # a kill before the checkpoint of an epoch is written loses this epoch; the second half of `step` begins with 6
+    for epochs in (3, 7, 9):
+        with pytest.raises(Killed):
+            fitted(config, killed_after(epochs), checkpoint=file, checkpoint_s=0.0)
+    resumed = fitted(config, lambda *done: seen.append(done), checkpoint=file, checkpoint_s=0.0)
+    assert [epoch for epoch, _ in seen] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8, 9]
+    assert set(seen) == set(whole)
+    assert resumed.looks == uninterrupted.looks
+    for a, b in (
+        (resumed.net.state_dict(), uninterrupted.net.state_dict()),
+        (resumed.best_state, uninterrupted.best_state),
+    ):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in b)
+    assert not file.exists()
+
+
+def test_a_resumed_student_keeps_its_best_epoch(tmp_path):
+    """The best look lies before the kill."""
+    for seed in range(8):
+        whole = train(WILD, n=8, seed=seed)[0]
+        if whole.best_epoch < 7 and whole.best != whole.last:
+            break
+    else:
+        pytest.fail("no seed has its best epoch before the kill")
+    file = tmp_path / "checkpoint.safetensors"
+
+    def kill(epoch: int, loss: float) -> None:
+        if epoch == 7:
+            raise Killed
+
+    x, y = stripes(8, 0)
+    held_out = stripes(40, 2)
+    with pytest.raises(Killed):
+        fit(
+            x,
+            y,
+            num_classes=4,
+            config=WILD,
+            pixels=PIXELS,
+            seed=seed,
+            look=lambda net: accuracy(net, *held_out, pixels=PIXELS),
+            on_epoch=kill,
+            checkpoint=file,
+            checkpoint_s=0.0,
+        )
+    assert file.exists()
+    resumed, losses = train(WILD, n=8, seed=seed, checkpoint=file)
+    assert len(losses) == 2
+    assert dataclasses.replace(resumed, train_seconds=0) == dataclasses.replace(whole, train_seconds=0)
+
+
+def first_epoch(config: StudentConfig, checkpoint: Path) -> int:
+    epochs: list[int] = []
+    fitted(config, lambda epoch, loss: epochs.append(epoch), checkpoint=checkpoint)
+    return epochs[0]
+
+
+def test_a_checkpoint_of_another_training_is_not_used(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+
+    def kill(epoch: int, loss: float) -> None:
+        if epoch == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fitted(WILD, kill, checkpoint=file, checkpoint_s=0.0)
+    left = file.read_bytes()
+    for changes in ({"lr": 0.04}, {"epochs": 7}, {"labels": "fixed"}):
+        file.write_bytes(left)
+        assert first_epoch(dataclasses.replace(WILD, **changes), file) == 1
+    file.write_bytes(left)
+    assert first_epoch(WILD, file) == 4
+
+
+# --- parts and averages -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_of_a_batch_make_the_step_of_the_whole(parts):
+    """The network norms each image by itself."""
+    images, labels = stripes(13, 0)
+    w = torch.linspace(0.5, 2, 13)
+    whole = movement(images, labels, w)
+    # sums of 13 float32 terms in another order
+    torch.testing.assert_close(movement(images, labels, w, accumulate=parts), whole, rtol=1e-4, atol=2e-5)
+
+
+def test_batch_norm_sees_the_parts():
+    images, labels = stripes(12, 0)
+    whole = movement(images, labels, torch.ones(12), net="resnet20")
+    assert not torch.allclose(movement(images, labels, torch.ones(12), net="resnet20", accumulate=2), whole, rtol=0.01)
+
+
+def test_averaged_parameters_by_hand():
+    """One batch per epoch: a = 0.8 a + 0.2 p after each step, from the initial parameters."""
+    config = dataclasses.replace(PLAIN, net="resnet20", epochs=4, batch_size=24, lr=0.05)
+    x, y = stripes(24, 0)
+    options = {"num_classes": 4, "pixels": PIXELS, "seed": 2}
+    average = parameters(make_net("resnet20", 4, 8, seed=derive_seed(2, "student init")))
+    for epochs in range(1, 5):
+        plain = fit(x, y, config=dataclasses.replace(config, epochs=epochs), **options)
+        average = 0.8 * average + 0.2 * parameters(plain.net)
+    found = fit(x, y, config=dataclasses.replace(config, ema=0.8), **options).net
+    torch.testing.assert_close(parameters(found), average, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(parameters(plain.net), average, rtol=1e-2)
+    # statistics of batches are those of the network in training
+    for (name, a), (_, b) in zip(found.named_buffers(), plain.net.named_buffers()):
+        assert torch.equal(a, b), name
+
+
+def test_the_average_is_what_is_tested():
+    """With a decay this slow the average stays at the initial parameters."""
+    config = dataclasses.replace(PLAIN, epochs=8, lr=0.05, ema=0.999999, tests=8)
+    r = train(config, n=8)[0]
+    untrained = train(dataclasses.replace(config, lr=0.0, weight_decay=0.0, ema=0.0), n=8)[0]
+    assert r.looks == untrained.looks
+    assert (r.last, r.best) == (untrained.last, untrained.best)
+    assert train(dataclasses.replace(config, ema=0.0), n=8)[0].last > r.last + 0.5
 
 
 # --- recipe -------------------------------------------------------------------------------------------------------
@@ -259,6 +627,32 @@ def test_schedules():
     assert rates("step", 3) == pytest.approx([0.2, 0.2, 0.02])
     assert rates("step", 1) == [0.2]
     assert rates("cosine", 4) == pytest.approx([0.2, 0.2 * (0.5 + 8**-0.5), 0.1, 0.2 * (0.5 - 8**-0.5)])
+    assert rates("multistep", 6) == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.04, 0.008])
+    assert rates("multistep", 12) == pytest.approx([0.2] * 8 + [0.04] * 2 + [0.008] * 2)
+
+
+def test_half_a_cosine_ends_at_half():
+    config = StudentConfig(lr=0.2, schedule="cosine", zeta=2.0)
+    assert [learning_rate(config, e, 2) for e in (1, 2)] == pytest.approx([0.2, 0.1 * (1 + 2**-0.5)])
+    rates = [learning_rate(config, e, 10_000) for e in range(1, 10_001)]
+    assert rates == sorted(rates, reverse=True)
+    # one step before the end the slope is pi / 4 of lr per training
+    assert 0.1 < rates[-1] < 0.1 + 0.2 * math.pi / 4 / 10_000 * 1.001
+
+
+@pytest.mark.parametrize("zeta", [1.0, 2.0])
+def test_the_broken_cosine_falls_by_six(zeta):
+    whole = StudentConfig(lr=0.2, schedule="cosine", zeta=zeta)
+    broken = dataclasses.replace(whole, schedule="cos2")
+    for epochs in (6, 60):
+        switch = 5 * epochs // 6 + 1  # the first epoch of the last sixth
+        for e in range(1, switch):
+            assert learning_rate(broken, e, epochs) == learning_rate(whole, e, epochs)
+        value = learning_rate(whole, switch, epochs)
+        assert value == pytest.approx(0.1 * (1 + math.cos(math.pi * 5 / 6 / zeta)))
+        for e in range(switch, epochs + 1):
+            assert learning_rate(broken, e, epochs) == pytest.approx(value * (epochs - e + 1) / epochs)
+        assert learning_rate(broken, switch, epochs) == pytest.approx(value / 6)
 
 
 def test_tests_are_evenly_spaced_and_end_with_the_last_epoch():
@@ -271,15 +665,20 @@ def test_tests_are_evenly_spaced_and_end_with_the_last_epoch():
 
 
 def test_epochs_by_images_per_class():
-    config = StudentConfig(epochs={"1": 1000, "full": 20, "default": 300})
-    assert [epochs_for(config, k) for k in ("1", "full", "10")] == [1000, 20, 300]
+    def epochs(spec, ipc: str) -> int:
+        return student_config({"epochs": spec}, ipc=ipc, classes=10, image_size=32).epochs
+
+    by_ipc = {"1": 1000, "full": 20, "default": 300}
+    assert [epochs(by_ipc, k) for k in ("1", "full", "10")] == [1000, 20, 300]
+    assert epochs({1: 7, "default": 3}, "1") == 7  # YAML reads bare keys as numbers
+    assert epochs(5, "full") == 5
+    assert student_config({}, ipc="1", classes=10, image_size=32) == StudentConfig()
     with pytest.raises(InputError, match=r"epochs for 1, full but not for '10'; add 'default'"):
-        epochs_for(StudentConfig(epochs={"1": 5, "full": 2}), "10")
-    with pytest.raises(InputError, match="at least 1 epoch"):
-        epochs_for(StudentConfig(epochs={"10": 0}), "10")
-    config = dataclasses.replace(PLAIN, epochs={"6": 2, "default": 5})
-    assert len(train(config)[1]) == 2
-    assert len(train(config, ipc_key="7")[1]) == 5
+        epochs({"1": 5, "full": 2}, "10")
+    with pytest.raises(InputError, match="epochs must be at least 1"):
+        epochs({"10": 0}, "10")
+    assert len(train(dataclasses.replace(PLAIN, epochs=2))[1]) == 2
+    assert len(train(dataclasses.replace(PLAIN, epochs=5))[1]) == 5
 
 
 def test_adamw_decays_matrices_alone():
@@ -302,26 +701,26 @@ def test_accuracy_counts_hits_in_any_batch_size():
     images[range(5), [0, 1, 2, 0, 1]] = 200
     labels = torch.tensor([0, 1, 2, 1, 1])
     for batch_size in (1, 2, 5, 100):
-        found = accuracy(net, images, labels, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=batch_size)
+        found = accuracy(net, images, labels, pixels=normalizer((0.5,) * 3, (0.5,) * 3), batch_size=batch_size)
         assert found == 0.8
     # a mean that darkens channel 2 turns its image over to another class
-    assert accuracy(net, images, labels, mean=(0, 0, 2.0), std=(1.0,) * 3) == 0.6
+    assert accuracy(net, images, labels, pixels=normalizer((0, 0, 2.0), (1.0,) * 3)) == 0.6
 
 
 def test_accuracy_does_not_depend_on_who_shares_a_batch():
     net = make_net("resnet20", 4, 8, seed=0).train()
     images, labels = stripes(40, 1)
     before = net.bn1.running_mean.clone()
-    found = {accuracy(net, images, labels, mean=MEAN, std=STD, batch_size=b) for b in (1, 7, 40)}
+    found = {accuracy(net, images, labels, pixels=PIXELS, batch_size=b) for b in (1, 7, 40)}
     assert len(found) == 1
     assert torch.equal(net.bn1.running_mean, before)
 
 
-def test_normalize_by_hand():
+def test_normalizer_by_hand():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = torch.tensor([-2.0, -1.0, 0.7 / 0.3]).view(1, 3, 1, 1)
-    torch.testing.assert_close(normalize(images, MEAN, STD), expected)
-    torch.testing.assert_close(normalize(images / 255, MEAN, STD), expected)
+    torch.testing.assert_close(PIXELS(images), expected)
+    torch.testing.assert_close(PIXELS(images / 255), expected)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -341,12 +740,16 @@ X, Y = stripes(24, 0)
     ("changes", "message"),
     [
         ({"config": dataclasses.replace(PLAIN, labels="soft")}, "soft labels but there are none"),
-        ({"config": dataclasses.replace(PLAIN, labels="soft"), "soft_labels": X[:, 0, 0, :5]}, r"\(24, 4\), not"),
-        ({"config": dataclasses.replace(PLAIN, dtype="float16")}, "float16.*use bfloat16"),
+        ({"config": dataclasses.replace(PLAIN, labels="fixed")}, "fixed labels but there are none"),
+        ({"config": dataclasses.replace(PLAIN, labels="fixed"), "soft_labels": X[:, 0, 0, :5]}, r"\(24, 4\), not"),
+        ({"config": dataclasses.replace(PLAIN, labels="soft"), "soft_labels": X[:, 0, 0, :4]}, "source of label ep"),
+        ({"config": dataclasses.replace(PLAIN, labels="fixed"), "soft_labels": print}, "need a tensor of logits"),
+        ({"validation": None}, "best of 3 looks on validation images but there are none; set evaluate.validation_im"),
         ({"config": dataclasses.replace(PLAIN, net="vgg")}, "no network is called 'vgg'"),
         ({"weights": torch.ones(23)}, r"24 images need weights \(24,\)"),
-        ({"weights": torch.zeros(24)}, "not all zero"),
-        ({"weights": -torch.ones(24)}, "none negative"),
+        ({"weights": torch.zeros(24)}, "more than 0, but image 0 has 0; leave such images out"),
+        ({"weights": torch.arange(3.0, -21, -1)}, "more than 0, but image 3 has 0"),
+        ({"weights": -torch.ones(24)}, "more than 0, but image 0 has -1"),
         ({"weights": torch.full((24,), torch.nan)}, "finite"),
         ({"data": (X.float(), Y)}, r"floats from .* must lie in \[0, 1\]"),
         ({"data": (X / 255 * torch.nan, Y)}, r"must lie in \[0, 1\]"),
@@ -355,12 +758,29 @@ X, Y = stripes(24, 0)
         ({"data": (X[:0], Y[:0])}, "N > 0"),
         ({"num_classes": 3}, "labels go from 0 to 3 but num_classes is 3"),
         ({"test": stripes(8, 1, side=16)}, "8 px wide but test images 16 px"),
+        ({"validation": stripes(8, 1, side=16)}, "8 px wide but validation images 16 px"),
+        ({"validation": (X[:, :1], Y)}, r"validation images must be \(N, 3, S, S\)"),
         ({"test": (X, Y - 1)}, "test labels go from -1"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(changes, message):
     with pytest.raises(InputError, match=message):
         train(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float16"}, "float16.*use bfloat16"),
+        ({"labels": "soft"}, "labels=soft belong to the view.*augment=none"),
+        ({"labels": "soft", "augment": "none", "views": ViewConfig(jitter=0.4)}, r"views\.jitter=0"),
+        ({"labels": "fixed", "views": ViewConfig(mix="cutmix")}, r"views\.mix=none"),
+        ({"whiten": True, "views": ViewConfig(flip=0.5)}, "whiten works on whole images"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        StudentConfig(**settings)
 
 
 # --- augmentation -------------------------------------------------------------------------------------------------
@@ -562,6 +982,37 @@ def test_mean_and_standard_deviation():
     assert format_mean_std([1.0, 2.0], digits=2) == "1.50 ± 0.71"
     with pytest.raises(InputError, match="at least one seed"):
         mean_std([])
+
+
+def test_paired_difference_by_hand():
+    # differences 1, 2, 3 and 6: mean 3, std sqrt(14/3); Student's t for 3 degrees of freedom at 97.5 % is 3.182446
+    d = paired_difference([11, 12, 13, 16], [10.0, 10, 10, 10])
+    half = 3.182446 * (14 / 3) ** 0.5 / 2
+    assert (d.mean, d.low, d.high) == pytest.approx((3, 3 - half, 3 + half), rel=1e-6)
+    assert (d.pairs, d.verdict) == (4, "undecided")
+    # at 90 % it is 2.353363
+    d = paired_difference([11, 12, 13, 16], [10.0, 10, 10, 10], confidence=0.9)
+    assert d.low == pytest.approx(3 - 2.353363 * (14 / 3) ** 0.5 / 2, rel=1e-5)
+    assert d.verdict == "better"
+    other = paired_difference([10.0, 10, 10, 10], [11, 12, 13, 16], confidence=0.9)
+    assert (other.mean, other.low, other.high) == (-d.mean, -d.high, -d.low)
+    assert other.verdict == "worse"
+
+
+def test_pairs_tell_more_than_means():
+    """What both sides share, such as easy initial weights, does not blur their difference."""
+    base = [10.0, 30.0, 50.0]
+    assert paired_difference([b + 1 for b in base], [b + 0.01 * i for i, b in enumerate(base)]).verdict == "better"
+    assert paired_difference([b + 1 for b in base], base[::-1]).verdict == "undecided"
+
+
+def test_what_cannot_be_decided():
+    single = paired_difference([0.9], [0.1])
+    assert (single.mean, single.low, single.high, single.pairs) == (0.8, -math.inf, math.inf, 1)
+    assert single.verdict == "undecided"
+    assert paired_difference([1.0, 2.0], [1.0, 2.0]).verdict == "undecided"
+    with pytest.raises(InputError, match="same seeds on both sides, not 2 and 1"):
+        paired_difference([1.0, 2.0], [1.0])
 
 
 # --- accelerator --------------------------------------------------------------------------------------------------

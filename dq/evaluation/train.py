@@ -18,7 +18,7 @@ from dq.dist import derive_seed, digest_of, digest_of_tensors, generator, read_t
 from dq.errors import InputError, RunError
 from dq.evaluation.augment import augment
 from dq.labels import LabelSource
-from dq.nets import fast_layout, make_net
+from dq.nets import fast_layout, make_net, seeded
 from dq.views import Views, apply_views, batches, draw_views, parts
 
 AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory
@@ -152,9 +152,9 @@ def fit(
     soft-label recipes, all AdamW, leave it so; SGD would hardly train, hence with `optimizer: sgd` the KL is
     multiplied by T^2.
 
-    Initial weights, batch order, views and augmentation are drawn from generators derived from `seed` (from the label
-    plan's where labels belong to views); on one device and thread count, the same arguments give the same result, and
-    a training that goes on from its checkpoint gives the result of an uninterrupted one.
+    Initial weights, batch order, views, augmentation and dropout are drawn from generators derived from `seed` (views
+    from the label plan's where labels belong to them); on one device and thread count, the same arguments give the
+    same result, and a training that goes on from its checkpoint gives the result of an uninterrupted one.
 
     Args:
         x: (N, 3, S, S), uint8 or float in [0, 1], on the device to train on.
@@ -201,7 +201,9 @@ def fit(
             teacher = logits_now[span] if logits_now is not None else fixed[rows] if fixed is not None else None
             state.optimizer.zero_grad()
             for part in parts(len(rows), config.accumulate):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                # dropout knows only the global generators
+                own = seeded(derive_seed(seed, "student dropout", epoch, i, part.start), device)
+                with own, torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                     logits = net(batch[part])
                 losses = image_losses(
                     logits, y[rows[part]], y[partner[part]], kept, None if teacher is None else teacher[part], config
