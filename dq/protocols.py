@@ -27,7 +27,9 @@ def protocols() -> dict[str, str]:
     return {p.stem: _preset(p.stem)["about"] for p in sorted(FOLDER.glob("*.yaml"))}
 
 
-def student_config(spec: dict[str, Any], *, ipc: str, classes: int, image_size: int) -> StudentConfig:
+def student_config(
+    spec: dict[str, Any], *, ipc: str, classes: int, image_size: int, where: str = "student"
+) -> StudentConfig:
     """Settings of a student for one set.
 
     Args:
@@ -37,6 +39,7 @@ def student_config(spec: dict[str, Any], *, ipc: str, classes: int, image_size: 
         ipc: images per class, or "full".
         classes: number of classes.
         image_size: side of the images in px.
+        where: what messages call the student.
 
     Raises:
         InputError: if a key, a preset or a data set is unknown, or `epochs` has no entry for this ipc.
@@ -69,7 +72,7 @@ def student_config(spec: dict[str, Any], *, ipc: str, classes: int, image_size: 
         settings.pop("norm", None)  # the name says it, or the library does
     settings = _merged(settings, own)
     settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
-    return from_dict(StudentConfig, settings, "student")
+    return from_dict(StudentConfig, settings, where)
 
 
 def _epochs(epochs: Any, ipc: str, net: str) -> Any:

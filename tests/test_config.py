@@ -15,10 +15,20 @@ from dq.config import (
     dump_config,
     from_dict,
     load_config,
+    to_dict,
 )
 from dq.errors import InputError
+from dq.evaluation.stage import students_of
+from dq.protocols import protocols, student_config
 
 ROOT = Path(__file__).parents[1]
+
+
+def resolved(config: RunConfig) -> StudentConfig:
+    """The first student; what a preset or the number of images decides is not known before."""
+    return student_config(
+        config.evaluate.students[0], ipc="10", classes=10, image_size=32, where="evaluate.students.0"
+    )
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -35,6 +45,27 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
     assert from_dict(RunConfig, yaml.safe_load(dump_config(config))) == config
+    ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in config.evaluate.baselines)
+    found = students_of(config.evaluate, ipcs, 10, config.image_size)
+    assert len(found) == len(config.evaluate.students) * len(ipcs) > 0
+    assert config.teachers or all(s.labels == "hard" for s in found.values())
+
+
+@pytest.mark.parametrize("name", protocols())
+def test_shipped_protocols_hold_for_every_size(name: str) -> None:
+    rules = yaml.safe_load((ROOT / f"dq/configs/protocols/{name}.yaml").read_text())["rules"]
+    named = [rule["when"].get("dataset", []) for rule in rules]
+    sets = {None, *(d for n in named for d in (n if isinstance(n, list) else [n]))}
+    for dataset in sets:
+        for ipc in ("1", "10", "50", "200", "1300", "full"):
+            for classes, size in ((10, 32), (100, 32), (200, 64), (10, 224), (1000, 224)):
+                spec = {"protocol": name, **({"dataset": dataset} if dataset else {})}
+                s = student_config(spec, ipc=ipc, classes=classes, image_size=size)
+                assert (s.protocol, from_dict(StudentConfig, to_dict(s))) == (name, s)
+                # what the user sets himself wins
+                assert student_config(
+                    {**spec, "lr": 0.123, "epochs": 7}, ipc=ipc, classes=classes, image_size=size
+                ) == (dataclasses.replace(s, lr=0.123, epochs=7))
 
 
 def test_settings_reach_nested_values_and_lists() -> None:
@@ -45,15 +76,15 @@ def test_settings_reach_nested_values_and_lists() -> None:
             "ipc=[1, 10]",
             "evaluate.students.0.lr=1e-3",
             "methods.ddoq.weights=mass",
-            "teacher.net=resnet20",
+            "teachers=[{net: resnet20}, {}]",
+            "teachers.1.net=resnet110",
         ],
     )
     assert c.cluster.engine == "torch"
     assert c.ipc == (1, 10)
-    assert c.evaluate.students[0].lr == 1e-3
+    assert resolved(c).lr == 1e-3
     assert c.methods["ddoq"].weights == "mass"
-    assert c.teacher is not None
-    assert c.teacher.net == "resnet20"
+    assert [t.net for t in c.teachers] == ["resnet20", "resnet110"]
     assert RunConfig().cluster.engine == "auto"
 
 
@@ -75,14 +106,32 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("codec.resolution=-8", "codec.resolution must be at least 1"),
         ("cluster.tol=.nan", "cluster.tol must be at least 0 and finite"),
         ("cluster.entropy=0", "cluster.entropy must be more than 0"),
-        ("evaluate.students.0.lr=.inf", "evaluate.students.0.lr must be at least 0 and finite"),
-        ("evaluate.students.0.temperature=0", "temperature must be more than 0"),
         ("evaluate.seeds=0", "evaluate.seeds must be at least 1"),
     ],
 )
 def test_wrong_settings_name_the_key_and_the_way_out(setting: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         apply_settings(RunConfig(), [setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluate.students.0.lr=.inf", "evaluate.students.0.lr must be at least 0 and finite"),
+        ("evaluate.students.0.temperature=0", "temperature must be more than 0"),
+        ("evaluate.students.0.learning_rate=1", "unknown setting 'evaluate.students.0.learning_rate'; did you mean"),
+        ("evaluate.students.0.views.mixx=cutmix", "evaluate.students.0.views.mixx'; did you mean 'mix'"),
+        ("evaluate.students.0.views.crop_scale=[0.5]", r"evaluate.students.0.views.crop_scale must be two shares"),
+        ("evaluate.students.0.labels=hrad", "evaluate.students.0.labels must be one of 'hard', 'soft', 'fixed'"),
+        ("evaluate.students.0.protocol=clasic", "unknown protocol 'clasic'; did you mean 'classic'"),
+        ("evaluate.students.0.dataset=mnist", "protocol 'classic' has settings for .*, not for 'mnist'"),
+        ("evaluate.students.0={dataset: cifar10}", "name a protocol, or leave dataset out"),
+    ],
+)
+def test_wrong_settings_of_a_student_name_the_key_too(setting: str, message: str) -> None:
+    """They are read once the preset is known, before anything is computed."""
+    with pytest.raises(InputError, match=message):
+        resolved(apply_settings(RunConfig(), [setting]))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,15 @@ from dq.config import SourceConfig, TeacherConfig, apply_settings
 from dq.data import load_source
 from dq.errors import InputError
 from dq.nets import make_net
-from dq.teachers import IMAGENET, check_teacher, class_order, load_teacher, reordered_accuracy, teacher_file
+from dq.teachers import (
+    IMAGENET,
+    check_teacher,
+    class_order,
+    load_teacher,
+    load_teachers,
+    reordered_accuracy,
+    teacher_file,
+)
 
 ORDER = (2, 0, 3, 1)  # output of the permuted teacher for each class
 
@@ -127,7 +135,7 @@ def test_a_teacher_of_more_classes_needs_to_be_told_which(convnet):
         ({}, 3, "has 4 outputs but the data has 3 classes; set teachers.N.classes"),
         ({"classes": (0, 1)}, 3, "lists 2 different outputs in 2 entries but the data has 3 classes"),
         ({"classes": (0, 1, 1)}, 3, "lists 2 different outputs in 3 entries"),
-        ({"classes": (0, 4, 1)}, 3, "lists output 4 but those of the teacher .* are 0 to 3"),
+        ({"classes": (0, 4, 1)}, 3, r"lists output 4 but those of .*teacher\.safetensors are 0 to 3"),
         ({"classes": (0, -1, 1)}, 3, "lists output -1"),
         ({"mean": (0.5, 0.5)}, 4, r"teachers.N.mean=\[0.5, 0.5\]"),
         ({"std": (0.5, 0.0, 0.5)}, 4, "std above 0"),
@@ -387,7 +395,7 @@ def test_permuted_teacher_is_stopped_and_the_order_it_is_told_repairs_it(convnet
     ) as e:
         check_teacher(permuted, quarters, config, SourceConfig(), 8)
     assert "near the chance of 25.0%: its class order or input normalisation" in str(e.value)
-    told = apply_settings(config, [str(e.value).rpartition("set teacher.")[2]])
+    told = apply_settings(config, [str(e.value).rpartition("set teachers.N.")[2]])
     assert told.classes == ORDER
     repaired = dataclasses.replace(permuted, classes=told.classes)
     assert check_teacher(repaired, quarters, told, SourceConfig(), 8) == 1
@@ -395,6 +403,25 @@ def test_permuted_teacher_is_stopped_and_the_order_it_is_told_repairs_it(convnet
     twice = dataclasses.replace(permuted, classes=(0, 1, 3, 2))
     with pytest.raises(InputError, match=r"set teachers.N.classes=\[2, 0, 3, 1\]$"):
         check_teacher(twice, quarters, config, SourceConfig(), 8)
+
+
+def test_a_teacher_is_checked_without_the_test_images(convnet, quarters):
+    _, config = convnet
+    train = torch.stack([torch.from_numpy(quarters.train.read(i)) for i in range(60)]), torch.arange(60) % 4
+    noise = (torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(3)), torch.zeros(60, dtype=torch.int64))
+    alone = load_source({"train": train}, class_names=["a", "b", "c", "d"])
+    other = load_source({"train": train, "test": noise}, class_names=["a", "b", "c", "d"])
+    teacher = dataclasses.replace(load_teacher(config, 4, 8), net=Brightest(), classes=ORDER)
+    for source in (alone, other):
+        assert check_teacher(teacher, source, config, SourceConfig(), 8) == 1
+
+
+def test_several_teachers_are_each_checked(convnet, quarters, tmp_path):
+    _, config = convnet
+    with pytest.raises(InputError, match=r"other.safetensors gets .* near the chance"):
+        other = saved(tmp_path, make_net("convnet3", 4, 8, seed=2), "other.safetensors")
+        load_teachers([dataclasses.replace(config, path=other)], quarters, SourceConfig(), 8, torch.device("cpu"))
+    assert load_teachers([], quarters, SourceConfig(), 8, torch.device("cpu")) == ()
 
 
 def test_a_teacher_that_knows_nothing_gets_no_order(convnet, quarters):
