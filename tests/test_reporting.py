@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from dq.config import StudentConfig
+from dq.config import RelabelConfig, StudentConfig, ViewConfig
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation import evaluate
-from dq.evaluation.stage import markdown_table, protocol_name, summarize, to_csv
+from dq.evaluation.tables import compare, markdown_table, settings_line, summarize, to_csv
 from dq.report import GAP, image_grid
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +29,15 @@ def record(
         "student": student,
         "labels": "hard",
         "seed": seed,
-        "protocol": "p",
         "recipe": 0,
+        "protocol": "p",
+        "settings": "all of them",
+        "selected_on": "validation",
+        "image_bytes": 3000,
+        "label_bytes": 10 * (seed + 1),
         "last": last,
         "best": best,
-        "train_seconds": 2.0,
+        "train_seconds": 2.0 + seed,
     }
 
 
@@ -44,7 +49,45 @@ def test_seeds_are_grouped_and_last_and_best_kept_apart() -> None:
     r = rows[0].record()
     assert (r["last_mean"], r["last_std"], r["best_mean"], r["seeds"]) == (0.4, 0.1, 0.9, 3)
     assert rows[1].record()["last_std"] is None
-    assert to_csv(rows).splitlines()[1].startswith("b,10,100,convnet3,hard,3,0.4,0.1,0.9,0.0,")
+    assert to_csv([r.record() for r in rows]).splitlines()[1:] == [
+        "b,10,100,convnet3,hard,3,0.4,0.1,0.9,0.0,validation,3.0,3000,20,p,all of them",
+        "a,10,100,convnet3,hard,1,0.2,,0.9,,validation,2.0,3000,10,p,all of them",
+    ]
+
+
+def test_other_settings_are_another_row() -> None:
+    records = [record("a", 0, 0.2), {**record("a", 1, 0.4), "settings": "others"}]
+    assert [r.last for r in summarize(records)] == [(0.2,), (0.4,)]
+
+
+def test_every_set_is_compared_with_random_over_common_seeds() -> None:
+    records = [record("random", s, 0.1 * s) for s in (0, 1, 2, 4)]
+    records += [record("a", s, 0.1 * s + 0.2 + 0.01 * s) for s in (2, 1, 0, 3)]
+    records += [record("b", s, 0.1 * s, ipc="50") for s in range(3)]  # no random set of this size
+    records += [{**record("b", s, 0.1 * s), "recipe": 1} for s in range(3)]  # nor under this recipe
+    records += [record("c", 4, 0.9), record("d", 9, 0.9)]
+    found = compare(summarize(records))
+    assert [(c.a.set, c.b.set, c.difference.pairs) for c in found] == [("a", "random", 3), ("c", "random", 1)]
+    # differences 0.20, 0.21 and 0.22: std 0.01, and Student's t for 2 degrees of freedom at 97.5 % is 4.302653
+    d, half = found[0].difference, 4.302653 * 0.01 / 3**0.5
+    assert (d.mean, d.low, d.high) == pytest.approx((0.21, 0.21 - half, 0.21 + half))
+    assert found[0].record()["verdict"] == "better"
+    assert str(found[0]) == ("convnet3, hard, IPC 10: a beats random (+21.0 points, 95% interval +18.5 to +23.5)")
+    assert found[1].record()["verdict"] == "undecided"
+    assert (found[1].record()["low"], found[1].record()["high"]) == (None, None)
+    assert str(found[1]).endswith("c and random cannot be compared with one seed")
+    turned = compare(summarize(records[:8]), against="a")
+    assert (turned[0].difference.mean, turned[0].difference.verdict) == (pytest.approx(-0.21), "worse")
+    assert "a beats random (-21.0 points" in str(turned[0])
+
+
+def test_an_interval_with_zero_decides_nothing() -> None:
+    records = [record("random", s, 0.5) for s in range(3)]
+    records += [record("a", s, 0.5 + d) for s, d in enumerate((0.3, 0.1, -0.1))]
+    (c,) = compare(summarize(records))
+    assert c.difference.low < 0 < c.difference.mean
+    assert c.record()["verdict"] == "undecided"
+    assert "3 seeds do not tell a from random" in str(c)
 
 
 def test_table_orders_ipc_as_numbers() -> None:
@@ -57,7 +100,13 @@ def test_table_orders_ipc_as_numbers() -> None:
     )
     assert lines[2] == "| a | 15.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1 |  |"
     assert lines[3] == "| full |  |  |  | 80.0 |"
-    assert lines[-1] == "Top-1 test accuracy in %, last epoch, mean ± std over 1/2 seeds."
+    assert lines[-2:] == [
+        "Top-1 test accuracy in %, last epoch, mean ± std over 1/2 seeds.",
+        "Protocols: p, convnet3: all of them.",
+    ]
+    best = markdown_table(summarize(records), which="best").splitlines()
+    assert best[2] == "| a | 90.0 ± 0.0 | 90.0 ± 0.0 | 90.0 ± 0.0 |  |"
+    assert best[-2].startswith("Top-1 test accuracy in %, best epoch, chosen on validation, mean")
 
 
 def test_two_recipes_of_one_network_are_two_columns() -> None:
@@ -80,18 +129,101 @@ def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_sourc
     assert (tmp_path / "sizes.png").stat().st_size > 1000
 
 
-def test_protocol_names_every_setting() -> None:
-    name = protocol_name(StudentConfig(labels="soft", temperature=4.0, epochs={"10": 7}), "10")
+HARD = StudentConfig(epochs=7)
+FIXED = StudentConfig(epochs=7, labels="fixed")
+SOFT = StudentConfig(epochs=7, labels="soft", augment="none")
+# of every setting that changes results: where it does so, and another value
+CHANGES = {
+    "labels": [(HARD, "fixed")],
+    "norm": [(HARD, "batch")],
+    "epochs": [(HARD, 8)],
+    "batch_size": [(HARD, 255)],
+    "accumulate": [(HARD, 2)],
+    "optimizer": [(HARD, "adamw")],
+    "lr": [(HARD, 0.0101)],
+    "momentum": [(HARD, 0.91)],
+    "weight_decay": [(HARD, 0.00051)],
+    "schedule": [(HARD, s) for s in ("multistep", "cosine", "cos2", "constant")],
+    "zeta": [(dataclasses.replace(HARD, schedule="cosine"), 2.0)],
+    "augment": [(HARD, "crop_flip"), (HARD, "none")],
+    "whiten": [(HARD, True)],
+    "loss": [(FIXED, "mse_gt"), (SOFT, "mse_gt")],
+    "temperature": [(FIXED, 4.5), (SOFT, 20.0)],
+    "gt_weight": [(dataclasses.replace(SOFT, loss="mse_gt"), 0.026)],
+    "ema": [(HARD, 0.99)],
+    "test_scale": [(HARD, 8 / 7)],
+    "select": [(dataclasses.replace(HARD, tests=2), "test")],
+    "tests": [(HARD, 2), (dataclasses.replace(HARD, tests=2), 3)],
+    "dtype": [(HARD, "bfloat16")],
+    "views": [
+        (HARD, ViewConfig(**{name: value}))
+        for name, value in {
+            "shuffle": 2,
+            "crop_scale": (0.08, 1.0),
+            "crop_ratio": (0.5, 2.0),
+            "flip": 0.5,
+            "jitter": 0.4,
+            "lighting": 0.1,
+            "mix": "cutmix",
+            "mix_alpha": 0.8,
+        }.items()
+    ],
+    "relabel": [
+        (SOFT, RelabelConfig(**{name: value}))
+        for name, value in {
+            "statistics": "batch",
+            "dropout": True,
+            "bits": 8,
+            "top_k": 5,
+            "epochs": 3,
+            "views": "seed",
+            "seed": 43,
+        }.items()
+    ],
+}
+
+
+def test_settings_line_names_every_setting() -> None:
+    # network and protocol have columns of their own, and where labels are kept does not change results
+    fields = {f.name for f in dataclasses.fields(StudentConfig)}
+    assert set(CHANGES) == fields - {"net", "protocol"}
+    assert len(CHANGES["views"]) == len(dataclasses.fields(ViewConfig))
+    assert len(CHANGES["relabel"]) == len(dataclasses.fields(RelabelConfig)) - 1
+    lines = set()
+    count = 0
+    for name, cases in CHANGES.items():
+        for base, value in cases:
+            changed = settings_line(dataclasses.replace(base, **{name: value}))
+            assert changed != settings_line(base), (name, value)
+            lines |= {changed}
+            count += 1
+    assert len(lines) == count  # no two of them read alike
+    assert settings_line(HARD) not in lines
+
+
+def test_settings_line_can_be_read() -> None:
+    line = settings_line(StudentConfig(labels="fixed", temperature=4.0, epochs=7))
     for part in (
         "7 epochs",
         "batch 256",
         "sgd lr 0.01 wd 0.0005 momentum 0.9",
         "step",
         "augment dsa",
-        "soft T=4",
+        "fixed labels, KL T=4",
         "float32",
     ):
-        assert part in name
+        assert part in line
+    views = ViewConfig(crop_scale=(0.08, 1), mix="cutmix")
+    line = settings_line(StudentConfig(labels="soft", augment="none", views=views, accumulate=2, tests=3, ema=0.99))
+    for part in (
+        "batch 256 in 2 parts",
+        "crop_scale 0.08-1",
+        "mix cutmix",
+        "label statistics running",
+        "EMA 0.99",
+        "best of 3 looks at validation",
+    ):
+        assert part in line
 
 
 def test_grid_places_images_by_row_and_column() -> None:
@@ -121,19 +253,32 @@ def small_set(toy_images) -> DistilledSet:
 
 def test_evaluate_trains_on_the_set_and_on_its_baselines(toy_source, toy_images) -> None:
     settings = {"epochs": {"default": 40}, "augment": "none", "tests": 1, "optimizer": "adamw", "lr": 1e-3}
-    results = evaluate(small_set(toy_images), toy_source, seeds=2, baselines=("random", "full"), **settings)
+    results = evaluate(small_set(toy_images), toy_source, seeds=2, baselines=("random", "nearest", "full"), **settings)
     assert [(r.set, r.ipc, r.images, len(r.last)) for r in results.rows] == [
         ("set", "2", 6, 2),
         ("random", "2", 6, 2),
-        ("full", "full", 24, 2),
+        ("nearest", "2", 6, 2),
+        ("full", "full", 24, 1),
     ]
     assert all(min(r.last) > 0.8 for r in results.rows)  # the classes differ in colour
+    assert {r.protocol for r in results.rows} == {"classic"}
+    assert all("40 epochs" in r.settings and "best" not in r.settings for r in results.rows)
+    assert [(c.a.set, c.b.set) for c in results.comparisons] == [("set", "random"), ("nearest", "random")]
     assert "| set |" in str(results)
+    assert "2 seeds do not tell" in str(results) or "beats" in str(results)
+
+
+def test_validation_images_are_not_trained_on(toy_source, toy_images) -> None:
+    settings = {"epochs": 2, "augment": "none", "tests": 2}
+    results = evaluate(small_set(toy_images), toy_source, seeds=1, baselines=("full",), **settings)
+    # a fifth of each class at most: one of 9, 8 and 7
+    assert [(r.set, r.images, r.selected_on) for r in results.rows] == [
+        ("set", 6, "validation"),
+        ("full", 21, "validation"),
+    ]
 
 
 def test_evaluate_sees_wrong_labels(toy_source, toy_images) -> None:
-    import dataclasses
-
     good = small_set(toy_images)
     wrong = dataclasses.replace(good, labels=good.labels.roll(2))
     result = evaluate(wrong, toy_source, seeds=1, baselines=(), epochs={"default": 30}, augment="none", tests=1)
@@ -141,10 +286,19 @@ def test_evaluate_sees_wrong_labels(toy_source, toy_images) -> None:
 
 
 def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
+    small = small_set(toy_images)
     with pytest.raises(InputError, match="labels=soft need a teacher"):
-        evaluate(small_set(toy_images), toy_source, labels="soft")
-    with pytest.raises(InputError, match="baselines of a bare set"):
-        evaluate(small_set(toy_images), toy_source, baselines=("nearest",))
+        evaluate(small, toy_source, protocol="rded", student="convnet3")
+    with pytest.raises(InputError, match="labels=fixed need a teacher or labels in the set"):
+        evaluate(small, toy_source, labels="fixed", epochs=1)
+    with pytest.raises(InputError, match="'patches' is scored by a teacher"):
+        evaluate(small, toy_source, baselines=("patches",))
+    with pytest.raises(InputError, match=r"baselines.0 must be one of 'random'"):
+        evaluate(small, toy_source, baselines=("herd",))
+    with pytest.raises(InputError, match="the set 'set' has other classes than"):
+        evaluate(dataclasses.replace(small, class_names=("green", "red", "blue")), toy_source)
+    with pytest.raises(InputError, match="class 2 'blue' has no image in the set 'set'"):
+        evaluate(dataclasses.replace(small, labels=small.labels.clamp(max=1)), toy_source)
 
 
 def test_readme_tables_say_what_the_result_files_say() -> None:

@@ -103,7 +103,7 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def full(world: Path, out: Path, **more) -> Path:
+def full(world: Path, out: Path, teacher: Path | None = None, **more) -> Path:
     return config(
         world,
         out,
@@ -111,17 +111,19 @@ def full(world: Path, out: Path, **more) -> Path:
         generate__model=str(world / "dit"),
         generate__num_inference_steps=4,
         generate__batch_size=5,
-        teacher={
-            "net": "convnet3",
-            "path": str(world / "teacher.safetensors"),
-            "mean": [0.5] * 3,
-            "std": [0.5] * 3,
-        },
+        teachers=[
+            {
+                "net": "convnet3",
+                "path": str(teacher or world / "teacher.safetensors"),
+                "mean": [0.5] * 3,
+                "std": [0.5] * 3,
+            }
+        ],
         evaluate__students=[
-            {"net": "convnet3", "epochs": {"default": 2}, "tests": 2},
+            {"net": "convnet3", "epochs": {"default": 2}, "tests": 2, "select": "test"},
             {
                 "net": "resnet20",
-                "labels": "soft",
+                "labels": "fixed",
                 "epochs": {"default": 1},
                 "optimizer": "adamw",
                 "lr": 1e-3,
@@ -154,8 +156,10 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     from datasets import load_dataset
 
     run = finished / "run"
-    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "report.html", "eval/summary.csv"):
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "report.html"):
         assert (run / name).is_file(), name
+    for name in ("summary.csv", "comparisons.csv", "trainings.jsonl"):
+        assert (run / "eval" / name).is_file(), name
     rows = load_dataset(str(run / "dataset"), "ipc3-ddoq", split="train")
     assert len(rows) == 9
     assert rows.features["label"].names == ["blue", "green", "red"]
@@ -192,7 +196,51 @@ def test_summary_has_every_set_student_and_baseline(finished: Path) -> None:
             assert {(name, "1", student), (name, "3", student)} <= sets
         assert ("full", "full", student) in sets
     assert all(r["seeds"] == ("1" if r["set"] == "full" else "2") for r in rows)
+    # chosen on the test images the best is the highest; not looked for, it is the last
     assert all(0 <= float(r["last_mean"]) <= float(r["best_mean"]) <= 1 for r in rows)
+    assert {(r["student"], r["selected_on"]) for r in rows} == {("convnet3", "test"), ("resnet20", "none")}
+    assert all(r["last_mean"] == r["best_mean"] for r in rows if r["selected_on"] == "none")
+    # one float16 vector per image
+    assert {(r["student"], r["label_bytes"]) for r in rows if r["set"] == "ddoq" and r["ipc"] == "3"} == {
+        ("convnet3", "0"),
+        ("resnet20", str(9 * 3 * 2)),
+    }
+    with open(finished / "run" / "eval" / "comparisons.csv", newline="") as f:
+        compared = list(csv.DictReader(f))
+    assert {(r["set"], r["ipc"], r["student"]) for r in compared} == {
+        s for s in sets if s[0] not in ("random", "full")
+    }
+    assert all(r["against"] == "random" and r["pairs"] == "2" for r in compared)
+
+
+def test_a_record_tells_how_to_do_its_training_again(finished: Path) -> None:
+    from dq.config import StudentConfig
+
+    records = [json.loads(line) for line in (finished / "run" / "eval" / "trainings.jsonl").read_text().splitlines()]
+    # 2 students x (2 ipc x 5 sets x 2 seeds + full)
+    assert len(records) == 2 * (2 * 5 * 2 + 1)
+    for r in records:
+        s = from_dict(StudentConfig, r["config"])
+        assert (s.net, s.labels, s.protocol) == (r["student"], r["labels"], r["protocol"])
+        assert f"{s.epochs} epochs" in r["settings"]
+        assert r["teachers"][0]["digest"]
+        assert {"python", "torch"} <= r["software"].keys()
+        if s.tests > 1:
+            assert [epoch for epoch, _ in r["looks"]] == [1, 2]
+            assert r["best"] == max(a for _, a in r["looks"])
+    by_student = {n: {r["config"]["epochs"] for r in records if r["student"] == n} for n in ("convnet3", "resnet20")}
+    assert by_student == {"convnet3": {2}, "resnet20": {1}}
+
+
+def test_validation_images_serve_no_baseline(world: Path, tmp_path: Path) -> None:
+    import csv
+
+    file = config(world, tmp_path, evaluate__seeds=1)
+    assert main(["run", "--config", str(file), "--cpu", "--ipc", "1"]) == 0
+    with open(tmp_path / "run" / "eval" / "summary.csv", newline="") as f:
+        rows = {r["set"]: r for r in csv.DictReader(f)}
+    assert {r["selected_on"] for r in rows.values()} == {"validation"}
+    assert rows["full"]["images"] == "21"  # a fifth of 9, 8 and 7 images at most is set aside
 
 
 def test_the_same_command_again_does_no_unit_again(finished: Path, world: Path, capsys: pytest.CaptureFixture) -> None:
@@ -254,8 +302,10 @@ def test_killed_and_restarted_equals_uninterrupted(world: Path, finished: Path, 
     assert process.returncode == 0, errors[-2000:]
     assert results(tmp_path) == results(finished)
     summary = "run/eval/summary.csv"
-    strip = [line.split(",")[:10] for line in (tmp_path / summary).read_text().splitlines()]
-    assert strip == [line.split(",")[:10] for line in (finished / summary).read_text().splitlines()]
+    before_seconds = [line.split(",")[:11] for line in (tmp_path / summary).read_text().splitlines()]
+    assert before_seconds == [line.split(",")[:11] for line in (finished / summary).read_text().splitlines()]
+    assert before_seconds[0][-1] == "selected_on"
+    assert not list(tmp_path.rglob("*.checkpoint.safetensors"))
 
 
 @pytest.mark.multi_process
@@ -409,11 +459,15 @@ def test_teacher_of_another_class_order_is_stopped(world: Path, tmp_path: Path, 
     for key in ("classifier.weight", "classifier.bias"):
         state[key] = state[key].roll(1, 0).contiguous()
     save_file(state, tmp_path / "rolled.safetensors")
-    file = full(world, tmp_path, teacher__path=str(tmp_path / "rolled.safetensors"))
+    file = full(world, tmp_path, tmp_path / "rolled.safetensors")
     said = fails(["run", "--config", str(file)], capsys)
     assert "near the chance of 33.3%: its class order or input normalisation is probably not that of" in said
+    # output of the rolled teacher for blue, green and red
+    assert said.endswith("with class order [1, 2, 0] it would get 100.0%; set teachers.N.classes=[1, 2, 0]")
+    told = ["--set", "teachers.0.classes=[1, 2, 0]", "--output_dir", str(tmp_path / "told")]
+    assert main(["run", "--config", str(file), "--cpu", "--ipc", "1", "--set", "evaluate.students=[]", *told]) == 0
     said = fails(
-        ["run", "--config", str(file), "--set", "teacher.net=resnet20", "--output_dir", str(tmp_path / "b")], capsys
+        ["run", "--config", str(file), "--set", "teachers.0.net=resnet20", "--output_dir", str(tmp_path / "b")], capsys
     )
     assert "are not a resnet20 for 3 classes" in said
 
@@ -430,7 +484,7 @@ def test_another_teacher_labels_anew(world: Path, tmp_path: Path) -> None:
     state = load_file(world / "teacher.safetensors")
     state["classifier.bias"] = state["classifier.bias"] + 0.01
     save_file(state, tmp_path / "other.safetensors")
-    other = ["--set", f"teacher.path={tmp_path / 'other.safetensors'}"]
+    other = ["--set", f"teachers.0.path={tmp_path / 'other.safetensors'}"]
     assert main(["label", "--config", str(file), "--cpu", *other]) == 0
     second = DistilledSet.load(tmp_path / "run" / "dataset", "ipc3-ddoq")
     assert second.provenance["labels"]["digest"] != first.provenance["labels"]["digest"]
@@ -491,16 +545,21 @@ def test_unreadable_test_images_are_not_dropped_in_silence(
     assert f"test/red/{broken.name} cannot be read" in fails(["run", *args], capsys)
     skip = ["--set", "source.on_bad_image=skip", "--output_dir", str(tmp_path / "skipped")]
     assert main(["run", *args, *skip, "--cpu"]) == 0
-    assert "1 of 12 test images cannot be read and are left out" in caplog.text
+    assert "1 of 12 images of split 'test' are left out" in caplog.text
 
 
 def test_faults_of_the_label_and_evaluate_stages_are_found_before_the_first(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     file = ["run", "--config", str(full(world, tmp_path))]
-    assert "there is no teacher at /nope" in fails([*file, "--set", "teacher.path=/nope"], capsys)
+    assert "there is no teacher at /nope" in fails([*file, "--set", "teachers.0.path=/nope"], capsys)
     assert "no network is called 'resnt20'" in fails([*file, "--set", "evaluate.students.1.net=resnt20"], capsys)
-    assert "need a teacher" in fails([*file, "--set", "teacher=null"], capsys)
+    said = fails([*file, "--set", "evaluate.students.1.epoch=3"], capsys)
+    assert "unknown setting 'evaluate.students.1.epoch'; did you mean 'epochs'?" in said
+    said = fails([*file, "--set", "evaluate.students.1.epochs={1: 5}"], capsys)
+    assert "has epochs for 1 but not for '3'; add 'default'" in said
+    assert "unknown protocol 'clasic'" in fails([*file, "--set", "evaluate.students.0.protocol=clasic"], capsys)
+    assert "need a teacher" in fails([*file, "--set", "teachers=[]"], capsys)
     assert not (tmp_path / "cache").exists()
 
 
