@@ -26,9 +26,7 @@ Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"
 LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
     **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests", "epochs"), (1, True)),
-    **dict.fromkeys(
-        ("accumulate", "shuffle", "top_k", "validation_images", "patch_factor", "checkpoint_s"), (1, True)
-    ),
+    **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor"), (1, True)),
     **dict.fromkeys(("seeds", "full_seeds", "steps", "save_every", "patch_size", "num_layers"), (1, True)),
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),
     **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),

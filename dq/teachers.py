@@ -259,7 +259,8 @@ def _normalization(config: TeacherConfig) -> Normalization:
         elif is_library_net(config.net):
             own = _library_normalization(config.net)
         else:
-            own = _trained_normalization(Path(config.path) / TEACHER_FACTS)
+            path = Path(config.path)
+            own = _trained_normalization((path if path.is_dir() else path.parent) / TEACHER_FACTS)
         mean, std = own[0] if mean is None else mean, own[1] if std is None else std
     if len(mean) not in (1, 3) or len(std) not in (1, 3) or min(std) <= 0:
         raise InputError(

@@ -1,0 +1,71 @@
+"""ZCA: its defining equations, on images small enough to invert their covariance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dq.evaluation.whitening import CHUNK, fit_zca
+
+
+def correlated(n: int, side: int = 4, seed: int = 0) -> torch.Tensor:
+    """Images (n, 3, side, side) in [0, 1] whose pixels share a brightness and a slope."""
+    g = torch.Generator().manual_seed(seed)
+    slope = torch.linspace(-0.2, 0.2, side)
+    x = 0.5 + 0.15 * torch.randn(n, 1, 1, 1, generator=g) + slope * torch.randn(n, 3, 1, 1, generator=g)
+    return (x + 0.05 * torch.randn(n, 3, side, side, generator=g)).clamp(0, 1)
+
+
+def covariance(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).double().T.cov(correction=0)
+
+
+def test_whitened_train_images_have_identity_covariance() -> None:
+    x = correlated(600)
+    assert (covariance(x) - torch.eye(48)).abs().max() > 0.9  # they did not have it before
+    z = fit_zca(x, eps=1e-9)(x)
+    assert z.shape == x.shape
+    assert z.dtype == torch.float32
+    # sums of squares are taken in float32, the least eigenvalue is about 0.05^2: 600 * 6e-8 / 600 / 0.0025
+    torch.testing.assert_close(covariance(z), torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3, 4, 4), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [0.1, 1e-3])
+def test_the_matrix_is_the_inverse_root_of_the_damped_covariance(eps: float) -> None:
+    """It is the only symmetric positive definite W with W (C + eps I) W = I."""
+    x = correlated(300)
+    w = fit_zca(x, eps=eps).matrix.double()
+    damped = covariance(x) + eps * torch.eye(48)
+    torch.testing.assert_close(w @ damped @ w, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(w, w.T, rtol=0, atol=1e-5)
+    assert torch.linalg.eigvalsh((w + w.T) / 2).min() > 0
+
+
+def test_images_are_centred_then_multiplied() -> None:
+    x, other = correlated(300), correlated(5, seed=1)
+    zca = fit_zca(x)
+    torch.testing.assert_close(zca.mean, x.mean(0).flatten())
+    expected = torch.stack([zca.matrix @ (image.flatten() - zca.mean) for image in other]).view_as(other)
+    torch.testing.assert_close(zca(other), expected, rtol=1e-5, atol=1e-5)
+    bytes_ = (other * 255).round().to(torch.uint8)
+    assert torch.equal(zca(bytes_), zca(bytes_.float() / 255))
+
+
+def test_the_default_is_the_released_one() -> None:
+    x = correlated(50)
+    assert torch.equal(fit_zca(x).matrix, fit_zca(x, eps=0.1).matrix)
+
+
+def test_chunks_types_and_constant_pixels_do_not_matter() -> None:
+    x = correlated(CHUNK + 300, side=2)
+    x[:, 1] = 0.25
+    bytes_ = (x * 255).round().to(torch.uint8)
+    a, b = fit_zca(bytes_), fit_zca(bytes_.float() / 255)
+    assert torch.equal(a.matrix, b.matrix)
+    damped = covariance(bytes_.float() / 255) + 0.1 * torch.eye(12)
+    torch.testing.assert_close(
+        a.matrix.double() @ damped @ a.matrix.double(), torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+    assert torch.isfinite(a(bytes_)).all()
+    assert a(bytes_)[:, 1].abs().max() < 1e-3  # a constant channel stays empty
