@@ -257,7 +257,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
     from dq.evaluation.tables import compare, markdown_table
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
-        raise InputError("ddr scores sets named with --distilled PATH, each against random images of its own --ipc")
+        raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
     if not args.distilled and not args.ipc:
         raise InputError(
             "name the sets to score with --distilled PATH, or a run with --config FILE, or say by --ipc for how many "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dq.config import SourceConfig
 from dq.data import load_source, read_images
-from dq.dist import readable
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 
@@ -95,7 +97,14 @@ def bare_set(
     n = len(labels)
     if len(images) != n:
         raise InputError(f"{origin} has {len(images)} images but {n} labels")
-    if n and not (labels.min() >= 0 and labels.max() < len(class_names)):
+    if labels.ndim != 1 or labels.dtype.is_floating_point or not n:
+        raise InputError(
+            f"labels of {origin} must be whole numbers (N,), N > 0, not {tuple(labels.shape)} {labels.dtype}"
+        )
+    for name, value, shape in (("weights", weights, (n,)), ("soft_labels", soft_labels, (n, len(class_names)))):
+        if value is not None and tuple(value.shape) != shape:
+            raise InputError(f"{name} of {origin} must be {shape}, not {tuple(value.shape)}")
+    if not (labels.min() >= 0 and labels.max() < len(class_names)):
         raise InputError(
             f"labels of {origin} go from {int(labels.min())} to {int(labels.max())}, but there are "
             f"{len(class_names)} classes; number them from 0"
@@ -114,7 +123,7 @@ def bare_set(
         # what the columns of the dataset card ask for
         provenance={
             "source": {"origin": origin},
-            "ipc": int(torch.bincount(labels.long()).max()) if n else 0,
+            "ipc": int(torch.bincount(labels.long()).max()),
             "method": {"name": "foreign", "representative": "unknown", "weights": "unknown"},
             "cluster": {"engine": "unknown"},
             "generate": {"mode": "unknown"},
@@ -126,15 +135,15 @@ def bare_set(
 def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    with readable(path):
-        found: dict[str, Any]
+    found: dict[str, Tensor]
+    try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as f:
                 found = {k: torch.from_numpy(f[k]) for k in f.files}
         else:
-            from safetensors.torch import load_file
-
             found = load_file(path)
+    except (EOFError, OSError, SafetensorError, TypeError, ValueError, zipfile.BadZipFile) as e:
+        raise InputError(f"{path} cannot be read ({e}); get it again, or save its tensors as safetensors") from e
     if not {"images", "labels"} <= set(found):
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(found) or 'none'}")
     extras = {k: found.get(k) for k in ("weights", "soft_labels")}
