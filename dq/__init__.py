@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from dq.evaluation.foreign import read_set
     from dq.evaluation.selection import select
     from dq.pipeline import DistillPipeline
-    from dq.prototypes import Prototypes, image_weights
     from dq.protocols import protocols, student_config
+    from dq.prototypes import Prototypes, image_weights
 
 
 __all__ = [

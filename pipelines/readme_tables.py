@@ -76,7 +76,7 @@ def label_storage(folder: str) -> str:
     """Bytes of soft labels against accuracy, one line per way of keeping them."""
     rows = read(f"{folder}/accuracy.csv")
     whole = int(rows[0]["label_bytes"])
-    payload = int(rows[0]["images"]) * 300 * 10 * 2
+    payload = int(rows[0]["views"]) * int(rows[0]["classes"]) * 2
     body = [
         [
             r["kept"],

@@ -34,7 +34,7 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError, RunError
 from dq.evaluation.bench import Bench, Data, make_bench
 from dq.evaluation.foreign import check_classes
-from dq.evaluation.selection import select
+from dq.evaluation.selection import BY_FEATURES, select
 from dq.evaluation.tables import Comparison, Row, compare, markdown_table, settings_line, summarize, to_csv
 from dq.evaluation.train import train_student
 from dq.labels import (
@@ -117,7 +117,8 @@ def students_of(
     found = {}
     for j, spec in enumerate(evaluate.students):
         for ipc in ipcs:
-            found[(j, ipc)] = student_config(spec, ipc=ipc, classes=classes, image_size=image_size)
+            where = f"evaluate.students.{j}"
+            found[(j, ipc)] = student_config(spec, ipc=ipc, classes=classes, image_size=image_size, where=where)
             make_net(found[(j, ipc)].net, classes, image_size, norm=found[(j, ipc)].norm, seed=0)
     return found
 
@@ -155,7 +156,7 @@ def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, ipcs: S
             # only a random subset is another one for another seed
             for group in [(s,) for s in seeds] if name == "random" else [seeds]:
                 settings: list[Any] = [bench.world, name, ipc, group[0], evaluate.patch_factor]
-                if name in ("herding", "k-center", "nearest", "patches"):
+                if name in (*BY_FEATURES, "patches"):
                     settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
                 identity = digest_of(settings)
                 load = functools.partial(_selected, bench, evaluate, work, name, ipc, group[0], identity)
@@ -309,7 +310,9 @@ def _size(n: float) -> str:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def train_one(t: Training, bench: Bench, work: Work) -> dict[str, Any]:
+def train_one(
+    t: Training, bench: Bench, work: Work, on_epoch: Callable[[int, float], None] | None = None
+) -> dict[str, Any]:
     """Train and test one student; returns a plain record with all that is needed to do it again."""
     s = t.entry.load()
     check_classes(s, f"the set {t.entry.name!r}")
@@ -334,6 +337,7 @@ def train_one(t: Training, bench: Bench, work: Work) -> dict[str, Any]:
         pixels=bench.pixels(t.config),
         seed=derive_seed("student", t.seed),  # not the run's: evaluation seeds are the same for all sets ever
         device=bench.device,
+        on_epoch=on_epoch,
         checkpoint=t.file.with_suffix(".checkpoint.safetensors"),
     )
     gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
@@ -369,10 +373,12 @@ def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[An
 def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[dict[str, Any]]:
     """Do all trainings, one file each, divided over processes; returns their records in order."""
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not t.file.is_file()}
-    selections = list(needed.values())
+    selections = [e for e in needed.values() if e.ipc != "full"]
+    if work.main and any(e.name in BY_FEATURES for e in selections):
+        bench.features()  # once, before the processes share the selections
+    work.accelerator.wait_for_everyone()
     for i in work.mine([float(e.images) for e in selections]):
-        if selections[i].ipc != "full":
-            selections[i].load()  # selected sets are saved by one process and read by the others
+        selections[i].load()  # selected sets are saved by one process and read by the others
     work.accelerator.wait_for_everyone()
     write_labels([t for t in trainings if not t.file.is_file()], bench, work)
     work.accelerator.wait_for_everyone()
@@ -381,11 +387,16 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
     todo.sort(key=lambda i: trainings[i].cost)
     total = round(sum(trainings[i].cost for i in todo))
     with progress([], desc="evaluate", total=total, unit="img", main=work.main) as bar:
+        done = 0.0
         for i in todo:
             t = trainings[i]
             bar.set_postfix_str(f"{t.entry.name} ipc {t.entry.ipc} {t.config.net} seed {t.seed}")
-            write_json(t.file, train_one(t, bench, work))
-            bar.update(round(t.cost))
+
+            def advance(epoch: int, loss: float, t: Training = t, done: float = done) -> None:
+                bar.update(round(done + epoch * t.entry.images) - bar.n)
+
+            write_json(t.file, train_one(t, bench, work, advance))
+            done += t.cost
     work.accelerator.wait_for_everyone()
     # the record may come from another evaluation's full data, under another number of recipe
     return [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
