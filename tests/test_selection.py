@@ -13,9 +13,9 @@ from torch import nn
 
 from dq.config import SourceConfig
 from dq.data import ImageSource, from_tensors
+from dq.dist import generator
 from dq.distilled import DistilledSet
 from dq.errors import InputError
-from dq.evaluation import baselines
 from dq.evaluation.selection import (
     BASELINES,
     best_crops,
@@ -53,7 +53,7 @@ class Brightness(nn.Module):
 
 
 def bright_teacher(mean: float = 0.0) -> Teacher:
-    return Teacher(Brightness(), (mean,) * 3, (1.0,) * 3, 64, "bright")
+    return Teacher(Brightness(), (mean,) * 3, (1.0,) * 3, 64, "bright", "bright")
 
 
 def conv_teacher(batch_size: int, classes: int = 3) -> Teacher:
@@ -62,7 +62,7 @@ def conv_teacher(batch_size: int, classes: int = 3) -> Teacher:
         net = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes)
         )
-    return Teacher(net.eval(), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), batch_size, "conv")
+    return Teacher(net.eval(), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), batch_size, "conv", "conv")
 
 
 def flat_source(values: list[int], size: int = 8) -> ImageSource:
@@ -74,10 +74,21 @@ def flat_source(values: list[int], size: int = 8) -> ImageSource:
 # --- rules --------------------------------------------------------------------------------------------------------
 
 
-def test_random_rows_are_those_of_the_baseline() -> None:
+def test_a_draw_depends_on_seed_class_and_size_alone() -> None:
     labels = np.array([2, 0, 0, 1, 2, 2, 0, 1])
+    mirrored = labels[::-1].copy()
+    other = np.array([2, 0, 0, 1, 2, 2, 0, 1, 1, 1])
     for seed in range(3):
-        assert random_rows(labels, 2, seed).tolist() == baselines.random_rows(labels, 2, seed).tolist()
+        rows, moved, grown = (random_rows(y, 2, seed).tolist() for y in (labels, mirrored, other))
+        assert len(rows) == 6
+        places = {c: np.flatnonzero(labels == c).tolist() for c in range(3)}
+        moved_places = {c: np.flatnonzero(mirrored == c).tolist() for c in range(3)}
+        for c in range(3):
+            mine = [places[c].index(r) for r in rows[2 * c : 2 * c + 2]]
+            assert mine == [moved_places[c].index(r) for r in moved[2 * c : 2 * c + 2]]
+            order = torch.randperm(len(places[c]), generator=generator(seed, "random rows", c))
+            assert mine == sorted(order[:2].tolist())
+        assert rows[:2] + rows[4:] == grown[:2] + grown[4:]  # class 1 alone has grown
 
 
 def test_herding_by_hand() -> None:
