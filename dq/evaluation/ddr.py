@@ -14,7 +14,7 @@ from dq.dist import write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.scores import DDRanking
-from dq.evaluation.stage import evaluate_records
+from dq.evaluation.stage import evaluate_records, students_of
 from dq.evaluation.statistics import format_mean_std
 from dq.evaluation.tables import to_csv
 
@@ -60,7 +60,7 @@ def evaluate_ddr(
     """HLR, IOR, LRS and ARS of sets, per seed, then averaged.
 
     Every student of `config` is the sets' own recipe: its labels, optimiser, augmentation and lr. From it follow
-    - hard: the same with hard labels; lr tuned for distilled and random alike;
+    - hard: the same with hard labels, its lr tuned;
     - random: a random subset of equal size under the own recipe, its lr tuned;
     - plain: the own recipe without crops, mixes and augmentation.
     lr is tuned per seed over `LEARNING_RATES` on the validation part of train, not on test images as in the package.
@@ -88,6 +88,10 @@ def evaluate_ddr(
         "full": (hard, ("full",)),
         "plain": (plain, ("random",)),
     }
+    side, ipc = image_size or max(sizes), next(iter(sets.values())).ipc
+    for students, baselines in groups.values():  # what is wrong with the last should not come out after the first
+        wanted = dataclasses.replace(config, students=tuple(students))
+        students_of(wanted, ["full"] if "full" in baselines else [str(ipc)], len(source.class_names), side)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, (students, baselines) in groups.items():
         log.info("ddr: %s", name)
@@ -98,11 +102,11 @@ def evaluate_ddr(
             config=dataclasses.replace(config, students=tuple(students), baselines=baselines),
             source_config=source_config,
             teachers=teachers,
-            image_size=image_size or max(sizes),
+            image_size=side,
             folder=folder,
             cache_dir=cache_dir,
             accelerator=accelerator,
-            ipcs=[next(iter(sets.values())).ipc],
+            ipcs=[ipc],
         )
     rows = []
     for j, spec in enumerate(own):

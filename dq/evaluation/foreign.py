@@ -145,7 +145,7 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
     except (EOFError, OSError, SafetensorError, TypeError, ValueError, zipfile.BadZipFile) as e:
         raise InputError(f"{path} cannot be read ({e}); get it again, or save its tensors as safetensors") from e
     if not {"images", "labels"} <= set(found):
-        raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(found) or 'none'}")
+        raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(found)) or 'none'}")
     extras = {k: found.get(k) for k in ("weights", "soft_labels")}
     images = found["images"] if found["images"].dtype == torch.uint8 else found["images"].float()
     return bare_set(images, found["labels"], class_names, **extras, origin=str(path))
