@@ -20,7 +20,7 @@ from dq.config import SourceConfig, TeacherConfig
 from dq.data import ImageSource, read_images
 from dq.dist import digest_of, digest_of_tensors, generator, read_json
 from dq.errors import InputError
-from dq.nets import is_library_net, library_net, library_of, make_net, seeded
+from dq.nets import fast_layout, is_library_net, library_net, library_of, make_net, seeded
 
 log = logging.getLogger("dq")
 
@@ -130,7 +130,8 @@ def load_teacher(
             net = library_net(config.net, None, side, pretrained=True)
     else:
         net = _from_file(config, file, num_classes, side)
-    net = net.eval().requires_grad_(False).to(device)
+    net = net.eval().requires_grad_(False)
+    net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
     mean, std = _normalization(config)
     _check_classes(config, _count_outputs(config, net, side), num_classes)
     parts = [config.net, identity, digest_of_tensors(net.state_dict()), mean, std, config.classes, config.image_size]
