@@ -1,7 +1,7 @@
 """Evaluation protocols by name: presets of student settings, kept as data in `configs/protocols/*.yaml`.
 
-A preset is a mapping of `StudentConfig` settings and a list of rules `when: {...}, set: {...}`, applied in order. What
-the user sets himself wins over both.
+A preset is a mapping of `StudentConfig` settings, a list of the data sets whose published settings it has, and a list
+of rules `when: {...}, set: {...}`, applied in order. What the user sets himself wins over both.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ def student_config(
     if name != "custom":
         preset = _preset(name)
         settings = _merged({}, preset["settings"])
-        known = {d for rule in preset["rules"] for d in _listed(rule["when"].get("dataset", []))}
-        if dataset is not None and dataset not in known:
-            about = ", ".join(sorted(known)) or "no data set"
+        if dataset is not None and dataset not in preset["datasets"]:
+            about = ", ".join(preset["datasets"]) or "no data set in particular"
             raise InputError(
                 f"protocol {name!r} has settings for {about}, not for {dataset!r}; "
                 "leave dataset out to take the general ones"
