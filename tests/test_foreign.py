@@ -395,7 +395,7 @@ def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583", "-m", "dq.cli"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, *arguments(world, tmp_path, *soft(world))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| set |") == 1  # the main process alone prints
     assert records(tmp_path) == records(evaluated)
