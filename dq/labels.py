@@ -38,8 +38,24 @@ TEACHER_BATCH = 256  # images at once where batches do not matter
 class EpochLabels:
     """One epoch as a student sees it."""
 
+    plan: LabelPlan
     views: Views
     logits: Tensor  # (N, C) float32, by position in `views.order`
+
+    def check(self, images: int, student: StudentConfig) -> None:
+        """Partners, mixes and batch statistics live inside batches: a student must have those of its labels.
+
+        Raises:
+            InputError: that names the first setting in which they differ.
+        """
+        p = self.plan
+        wanted = {"images": images, **{k: getattr(student, k) for k in ("batch_size", "accumulate", "views")}}
+        for name, value in wanted.items():
+            if getattr(p, name) != value:
+                raise InputError(
+                    f"the labels were made with {name}={getattr(p, name)} but the student has {value}; "
+                    "label the set for this student"
+                )
 
 
 LabelSource = Callable[[int], EpochLabels]  # epoch from 1 -> its labels
@@ -298,7 +314,7 @@ def online_labels(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan) 
 
     def epoch_labels(epoch: int) -> EpochLabels:
         views, logits = label_epoch(images, teachers, plan, (epoch - 1) % plan.epochs)
-        return EpochLabels(views, unpack(pack(logits, plan.relabel), plan.classes))
+        return EpochLabels(plan, views, unpack(pack(logits, plan.relabel), plan.classes))
 
     return epoch_labels
 
@@ -389,7 +405,7 @@ def read_labels(folder: str | Path, images: Tensor) -> LabelSource:
                 handles[number] = safe_open(path, framework="pt")
             f = handles[number]
             row = {name: f.get_slice(name)[at - spans[number].start] for name in f.keys()}  # noqa: SIM118
-        return EpochLabels(_views(path, plan, row, at), unpack(row, plan.classes))
+        return EpochLabels(plan, _views(path, plan, row, at), unpack(row, plan.classes))
 
     return epoch_labels
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dq.config import StudentConfig, ViewConfig
+from dq.config import RelabelConfig, StudentConfig, ViewConfig
 from dq.dist import derive_seed
 from dq.errors import InputError, RunError
 from dq.evaluation import augment as aug
@@ -27,7 +27,7 @@ from dq.evaluation.train import (
     normalizer,
     train_student,
 )
-from dq.labels import EpochLabels
+from dq.labels import EpochLabels, LabelPlan
 from dq.nets import make_net
 from dq.protocols import student_config
 from dq.views import draw_views
@@ -363,6 +363,37 @@ def test_certain_fixed_labels_are_hard_labels():
     assert train(config, soft_labels=torch.randn(24, 4))[1] == hard  # not asked for, not used
 
 
+PLAN = LabelPlan(
+    images=24,
+    image_digest="",
+    side=8,
+    classes=4,
+    teachers=(),
+    epochs=6,
+    batch_size=16,
+    accumulate=1,
+    views=ViewConfig(),
+    relabel=RelabelConfig(),
+    shard_epochs=6,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 8}, "batch_size=16 but the student has 8"),
+        ({"accumulate": 2}, "accumulate=1 but the student has 2"),
+        ({"views": ViewConfig(flip=0.5)}, "views="),
+    ],
+)
+def test_labels_of_other_batches_are_refused(changes, message):
+    def source(epoch: int) -> EpochLabels:
+        return EpochLabels(PLAN, PLAN.draw(epoch), torch.zeros(24, 4))
+
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(PLAIN, labels="soft", **changes), soft_labels=source)
+
+
 def test_soft_labels_belong_to_positions_and_fixed_ones_to_images():
     """A source that gives every view the label of its image teaches what fixed labels teach."""
     logits = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
@@ -371,7 +402,7 @@ def test_soft_labels_belong_to_positions_and_fixed_ones_to_images():
     def source(epoch: int) -> EpochLabels:
         asked.append(epoch)
         views = draw_views(ViewConfig(), 24, 8, batch_size=16, accumulate=1, seed=0, epoch=epoch)
-        return EpochLabels(views, logits[views.order.long()])
+        return EpochLabels(PLAN, views, logits[views.order.long()])
 
     soft = train(dataclasses.replace(PLAIN, labels="soft"), soft_labels=source)[1]
     assert soft == train(dataclasses.replace(PLAIN, labels="fixed"), soft_labels=logits)[1]
@@ -507,7 +538,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, changes):
     ):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in b)
-    assert not file.exists()
+    assert file.exists()  # its owner deletes it once the result is safe
 
 
 def test_a_resumed_student_keeps_its_best_epoch(tmp_path):

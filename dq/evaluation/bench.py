@@ -169,7 +169,6 @@ def make_bench(
     device: torch.device,
 ) -> Bench:
     """Set validation images aside, load and check the teachers, measure channel statistics."""
-    _ = source.test  # there must be one
     rows = np.array([], np.int64)
     if any(s.tests > 1 and s.select == "validation" for s in students):
         rows = validation_rows(source.train.labels, evaluate.validation_images)

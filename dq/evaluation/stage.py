@@ -338,7 +338,7 @@ def train_one(
         seed=derive_seed("student", t.seed),  # not the run's: evaluation seeds are the same for all sets ever
         device=bench.device,
         on_epoch=on_epoch,
-        checkpoint=t.file.with_suffix(".checkpoint.safetensors"),
+        checkpoint=_checkpoint(t),
     )
     gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
     return {
@@ -360,6 +360,10 @@ def train_one(
         "software": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"device": gpu or bench.device.type, "threads": torch.get_num_threads()},
     }
+
+
+def _checkpoint(t: Training) -> Path:
+    return t.file.with_suffix(".checkpoint.safetensors")
 
 
 def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[Any, int]:
@@ -396,6 +400,7 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
                 bar.update(round(done + epoch * t.entry.images) - bar.n)
 
             write_json(t.file, train_one(t, bench, work, advance))
+            _checkpoint(t).unlink(missing_ok=True)
             done += t.cost
     work.accelerator.wait_for_everyone()
     # the record may come from another evaluation's full data, under another number of recipe
@@ -511,6 +516,11 @@ def evaluate_records(
         teachers=teachers,
         device=accelerator.device,
     )
+    if any(s.labels == "fixed" for s in students.values()) and not teachers:
+        bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
+        if bare:
+            raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
+    _ = source.test  # there must be one
     work = Work(folder, accelerator)
     seeds = tuple(range(config.seeds))
     entries = [

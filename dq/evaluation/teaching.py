@@ -112,7 +112,8 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
             "seconds": round(fitted.seconds, 1),
             "digest": digest,
         }
-        write_json(folder / TEACHER_FACTS, facts)  # last: the teacher is whole once this file is there
+        write_json(folder / TEACHER_FACTS, facts)  # the teacher is whole once this file is there
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
         log.info("teacher %s: %.1f %% of %d validation images", net, 100 * (found or 0), len(bench.validation_rows))
     accelerator.wait_for_everyone()
     return folders

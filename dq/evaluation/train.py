@@ -74,7 +74,8 @@ def train_student(
         seed: of this student.
         device: where all of it happens; everything is copied there once.
         on_epoch: called with the number of epochs done and the mean training loss of the last one.
-        checkpoint: file from which a killed training goes on; written about once a minute.
+        checkpoint: file from which a killed training goes on, written about once a minute. It stays: delete it once
+            the result is safe. It knows images, labels, weights, settings and seed, not a source of label epochs.
 
     Raises:
         InputError: if tensors or settings do not fit together.
@@ -188,6 +189,8 @@ def fit(
         total = torch.zeros((), device=device)
         draws = generator(seed, "student augmentation", epoch)
         labelled = source(epoch) if source is not None else None
+        if labelled is not None:
+            labelled.check(len(y), config)
         views = labelled.views if labelled is not None else _own_views(config, x, seed, epoch)
         logits_now = labelled.logits.to(device) if labelled is not None else None
         order = views.order.long().to(device)
@@ -236,8 +239,6 @@ def fit(
             saved = time.perf_counter()
     if state.average is not None:
         net.load_state_dict(state.average, strict=False)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return Fitted(net, tuple(state.looks), state.best, state.seconds)
 
 
