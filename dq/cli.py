@@ -386,7 +386,7 @@ def plan(config: RunConfig, source: Any) -> str:
 
 def _plan_evaluation(config: RunConfig, counts: Any) -> list[str]:
     """Trainings, and the bytes of the labels that they would store."""
-    from dq.evaluation.stage import students_of
+    from dq.evaluation.trainings import students_of
     from dq.labels import label_bytes
 
     e = config.evaluate

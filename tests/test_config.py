@@ -18,7 +18,7 @@ from dq.config import (
     to_dict,
 )
 from dq.errors import InputError
-from dq.evaluation.stage import students_of
+from dq.evaluation.trainings import students_of
 from dq.protocols import protocols, student_config
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from torch import nn
 from dq.config import RelabelConfig, SourceConfig, StudentConfig, ViewConfig
 from dq.distilled import DistilledSet
 from dq.errors import InputError, RunError
-from dq.evaluation import stage
+from dq.evaluation import trainings as stage
 from dq.evaluation.bench import Bench
 from dq.evaluation.foreign import bare_set
 from dq.evaluation.train import normalizer, train_student

@@ -294,7 +294,7 @@ def test_mistakes_are_answered_with_the_nearest_name(spec, message):
 
 def test_an_unknown_network_is_answered_with_the_nearest_name():
     from dq.config import EvaluateConfig
-    from dq.evaluation.stage import students_of
+    from dq.evaluation.trainings import students_of
 
     evaluate = EvaluateConfig(students=({"protocol": "classic", "net": "convnet33"},))
     with pytest.raises(InputError, match=r"no network is called 'convnet33'; nearest: convnet3"):

@@ -14,9 +14,10 @@ from dq.dist import write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.scores import DDRanking
-from dq.evaluation.stage import evaluate_records, students_of
+from dq.evaluation.stage import evaluate_records
 from dq.evaluation.statistics import format_mean_std
 from dq.evaluation.tables import to_csv
+from dq.evaluation.trainings import students_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
