@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint bench clean
+.PHONY: demo test test-gpu test-vision lint bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,13 +22,20 @@ test: $(VENV)/.done
 test-gpu: $(VENV)/.done
 	$(BIN)/python -m pytest -m gpu
 
+# torchvision does not import beside the CPU build of torch that .venv pins, so networks and teachers of torchvision and
+# timm have an environment of their own
+test-vision:
+	$(PYTHON) -m venv .venv-vision
+	.venv-vision/bin/python -m pip install -q --disable-pip-version-check -e ".[dev,vision]"
+	.venv-vision/bin/python -m pytest tests/test_nets.py tests/test_teachers.py
+
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.done
-	for b in import cluster encode memory; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+	for b in import cluster encode memory student; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-vision runs build *.egg-info

@@ -15,6 +15,9 @@ import json
 import shutil
 import statistics
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from dq.dist import read_json, write_json
 
@@ -38,6 +41,15 @@ def quantization_rows(metrics: Path) -> list[dict[str, object]]:
     return rows
 
 
+def without_places(value: Any) -> Any:
+    """Plain data with absolute paths cut to their names: results must not say where things lay."""
+    if isinstance(value, dict):
+        return {k: without_places(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_places(v) for v in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -50,11 +62,12 @@ def main() -> None:
     for name in ("comparisons.csv", "ddr.csv"):
         if (args.run / "eval" / name).is_file():
             shutil.copyfile(args.run / "eval" / name, args.results / name)
+    lines = (args.run / "eval" / "trainings.jsonl").read_text().splitlines()
     with open(args.results / "trainings.jsonl", "w") as f:
-        for line in (args.run / "eval" / "trainings.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            record["data"]["origin"] = Path(record["data"]["origin"]).name  # not where it lay
-            print(json.dumps(record), file=f)
+        f.writelines(json.dumps(without_places(json.loads(line))) + "\n" for line in lines)
+    settings = next(p for p in (args.run / "config.yaml", args.run / "eval" / "config.yaml") if p.is_file())
+    plain = without_places(yaml.safe_load(settings.read_text()))
+    (args.results / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
     facts = {"command": args.command}
     if (args.run / "metrics.jsonl").is_file():
         rows = quantization_rows(args.run / "metrics.jsonl")
@@ -64,8 +77,7 @@ def main() -> None:
             writer.writerows(rows)
         if (args.run / args.picture).is_file():
             shutil.copyfile(args.run / args.picture, args.results / "images.png")
-        facts |= read_json(args.run / "provenance.json")
-        facts["source"]["origin"] = Path(facts["source"]["origin"]).name
+        facts |= without_places(read_json(args.run / "provenance.json"))
     write_json(args.results / "run.json", facts)
     print(args.results)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 from dq.config import EvaluateConfig, SourceConfig, TeacherConfig
 from dq.data import load_source
@@ -20,13 +21,15 @@ from dq.dist import make_accelerator
 from dq.evaluation.foreign import read_set
 from dq.evaluation.stage import evaluate_sets
 
-WAYS = {
-    "all logits, 16 bits, views stored": {},
-    "all logits, 16 bits, views stored, an eighth of the epochs": {"epochs": 38},
-    "all logits, 8 bits, views by seed": {"bits": 8, "views": "seed"},
-    "all logits, 8 bits, views by seed, a quarter of the epochs": {"bits": 8, "views": "seed", "epochs": 75},
-    "top 2, 8 bits, views by seed": {"top_k": 2, "bits": 8, "views": "seed"},
-    "top 1, 8 bits, views by seed": {"top_k": 1, "bits": 8, "views": "seed"},
+SEED = {"views": "seed"}  # crops and mixes are drawn again at replay
+# how logits are kept, and which share of the epochs is labelled
+WAYS: dict[str, tuple[dict[str, Any], float]] = {
+    "all logits, 16 bits, views stored": ({}, 1),
+    "all logits, 8 bits, views by seed": ({"bits": 8, **SEED}, 1),
+    "all logits, 8 bits, views by seed, a quarter of the epochs": ({"bits": 8, **SEED}, 1 / 4),
+    "top 2, 8 bits, views by seed": ({"top_k": 2, "bits": 8, **SEED}, 1),
+    "top 2, 8 bits, views by seed, half of the epochs": ({"top_k": 2, "bits": 8, **SEED}, 1 / 2),
+    "top 1, 8 bits, views by seed": ({"top_k": 1, "bits": 8, **SEED}, 1),
 }
 
 
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--student", default="resnet20")
     parser.add_argument("--protocol", default="fadrm")
     parser.add_argument("--dataset")
+    parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/label-storage"))
@@ -48,7 +52,7 @@ def main() -> None:
     accelerator = make_accelerator()
     small = read_set(args.set, source.class_names)
     net, _, path = args.teacher.partition("=")
-    student = {"protocol": args.protocol, "net": args.student, "dtype": args.dtype, "tests": 1}
+    student = {"protocol": args.protocol, "net": args.student, "dtype": args.dtype, "tests": 1, "epochs": args.epochs}
     if args.dataset:
         student["dataset"] = args.dataset
     rows = evaluate_sets(
@@ -57,7 +61,9 @@ def main() -> None:
         config=EvaluateConfig(
             seeds=args.seeds,
             baselines=(),
-            students=tuple({**student, "relabel": {"statistics": "batch", **way}} for way in WAYS.values()),
+            students=tuple(
+                {**student, "relabel": {**way, "epochs": round(share * args.epochs)}} for way, share in WAYS.values()
+            ),
         ),
         source_config=SourceConfig(path=args.data),
         teachers=(TeacherConfig(net=net, path=path),),
@@ -69,7 +75,7 @@ def main() -> None:
         return
     records = []
     for kept, row in zip(WAYS, rows, strict=True):
-        views = row.images * int(row.settings.split(" ")[0])
+        views = row.images * args.epochs
         records.append({"kept": kept, "views": views, "classes": len(source.class_names), **row.record()})
         print(f"{kept}: {row.label_bytes} bytes, {100 * row.record()['last_mean']:.1f} %")
     if args.csv:
