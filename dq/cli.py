@@ -194,7 +194,10 @@ def execute(args: argparse.Namespace) -> None:
         check_evaluation(config, source)
     if args.dry_run:
         if accelerator.is_main_process:
-            print(plan(config, source))
+            if args.verb == "evaluate" and not args.config:
+                print(*_plan_evaluation(config, source.class_counts(), sets=len(args.distilled)), sep="\n")
+            else:
+                print(plan(config, source))
         return
     if args.verb == "demo":
         _demo(config, source, accelerator)
@@ -379,18 +382,18 @@ def plan(config: RunConfig, source: Any) -> str:
             f"up to {images * walked * len(config.methods)} denoiser calls"
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
-    lines += _plan_evaluation(config, counts)
+    lines += _plan_evaluation(config, counts, sets=len(config.methods))
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
     return "\n".join(lines)
 
 
-def _plan_evaluation(config: RunConfig, counts: Any) -> list[str]:
-    """Trainings, and the bytes of the labels that they would store."""
+def _plan_evaluation(config: RunConfig, counts: Any, *, sets: int) -> list[str]:
+    """Trainings of `sets` sets and of their baselines, and the bytes of the labels that they would store."""
     from dq.evaluation.trainings import students_of
     from dq.labels import label_bytes
 
     e = config.evaluate
-    sets = len(config.methods) + len(set(e.baselines) - {"full"})
+    sets += len(set(e.baselines) - {"full"})
     total, trainings = 0, 0
     students = students_of(e, [str(i) for i in config.ipc], len(counts), config.image_size)
     for (_, ipc), s in students.items():

@@ -359,7 +359,7 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
     # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
     todo.sort(key=lambda i: trainings[i].cost)
     total = round(sum(trainings[i].cost for i in todo))
-    with progress([], desc="evaluate", total=total, unit="img", main=work.main) as bar:
+    with progress([], desc="evaluate", total=total, unit="img", main=work.main and bool(todo)) as bar:
         done = 0.0
         for i in todo:
             t = trainings[i]
