@@ -94,6 +94,8 @@ def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
 def resolve(args: argparse.Namespace) -> RunConfig:
     """Defaults < file < flags."""
     config = load_config(args.config) if args.config else RunConfig()
+    if args.verb == "evaluate":
+        config = apply_settings(config, _early_flags(args))  # so that --set can say more of them
     config = apply_settings(config, [s for group in args.set for s in group])
     flags: dict[str, Any] = {"source.path": args.data, "output_dir": args.output_dir, "cache_dir": args.cache_dir}
     flags["seed"] = args.seed
@@ -107,24 +109,35 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     return apply_settings(config, {k: v for k, v in flags.items() if v is not None})
 
 
-def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    """Settings that the options of `evaluate` stand for."""
-    flags: dict[str, Any] = {"evaluate.seeds": args.seeds, "source.image_size": args.image_size}
-    if args.baselines is not None:
-        flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]
+def _early_flags(args: argparse.Namespace) -> dict[str, Any]:
+    flags: dict[str, Any] = {}
+    if not args.config:
+        # the full data costs more than all the rest; who wants it says so
+        flags["evaluate.baselines"] = ["random"]
     if args.teacher:
         pairs = [t.partition("=") for t in args.teacher]
         if not all(path for _, _, path in pairs):
             raise InputError(f"--teacher takes NET=PATH such as resnet56=teachers/resnet56, not {args.teacher[0]!r}")
         flags["teachers"] = [{"net": net, "path": path} for net, _, path in pairs]
+    return flags
+
+
+def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    """Settings that the options of `evaluate` stand for."""
+    flags: dict[str, Any] = {"evaluate.seeds": args.seeds, "source.image_size": args.image_size}
+    if args.baselines is not None:
+        flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]
     if args.protocol or args.student or args.dataset:
-        # what --set said of the first student holds for all that are named here
-        first = dict(config.evaluate.students[0]) if config.evaluate.students else {}
+        students = [dict(s) for s in config.evaluate.students]
+        if args.student:
+            if len(students) > 1:
+                raise InputError("name students either with --student or in evaluate.students, not in both")
+            students = [{**(students[0] if students else {}), "net": net} for net in args.student]
         if args.protocol and args.protocol != "ddr":
-            first["protocol"] = args.protocol
+            students = [{**s, "protocol": args.protocol} for s in students]
         if args.dataset:
-            first["dataset"] = args.dataset
-        flags["evaluate.students"] = [{**first, **({"net": n} if n else {})} for n in args.student or [None]]
+            students = [{**s, "dataset": args.dataset} for s in students]
+        flags["evaluate.students"] = students
     return flags
 
 
@@ -170,6 +183,8 @@ def _set_up_logging(*, quiet: bool) -> None:
     warnings.showwarning = show  # type: ignore[assignment]  # one line, without the source line that raised it
     # read by libraries at their import
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -195,7 +210,8 @@ def execute(args: argparse.Namespace) -> None:
     if args.dry_run:
         if accelerator.is_main_process:
             if args.verb == "evaluate" and not args.config:
-                print(*_plan_evaluation(config, source.class_counts(), sets=len(args.distilled)), sep="\n")
+                sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
+                print(*_plan_evaluation(config, source.class_counts(), sets), sep="\n")
             else:
                 print(plan(config, source))
         return
@@ -221,7 +237,7 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
     """One stage of a run, or all of them."""
     from dq import run as stages
     from dq.evaluation.stage import evaluate_run, label_run
-    from dq.evaluation.tables import compare, markdown_table
+    from dq.evaluation.tables import tables_text
     from dq.report import write_report
     from dq.runfolder import open_run
 
@@ -245,8 +261,7 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
         write_report(run)
     if run.main:
         if rows:
-            print(markdown_table(rows))
-            print(*compare(rows), sep="\n")
+            print(tables_text(rows))
         _print_paths(verb, run.folder)
 
 
@@ -255,25 +270,19 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
     from dq.config import dump_config
     from dq.dist import write_text
     from dq.evaluation.ddr import evaluate_ddr
-    from dq.evaluation.foreign import read_set
     from dq.evaluation.stage import evaluate_sets
-    from dq.evaluation.tables import compare, markdown_table
+    from dq.evaluation.tables import tables_text
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
+    if (Path(config.output_dir) / "config.yaml").is_file():
+        raise InputError(f"{config.output_dir} is a run, whose results would be replaced; choose another --output_dir")
     if not args.distilled and not args.ipc:
         raise InputError(
             "name the sets to score with --distilled PATH, or a run with --config FILE, or say by --ipc for how many "
             "images per class baselines are to be measured"
         )
-    sets = {}
-    for text in args.distilled:
-        name, sep, path = text.partition("=")
-        path = path if sep else text
-        name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
-        if name in sets:
-            raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
-        sets[name] = read_set(path, source.class_names, image_size=config.source.image_size)
+    sets = _read_sets(args, config, source)
     options: dict[str, Any] = {
         "config": config.evaluate,
         "source_config": config.source,
@@ -290,11 +299,26 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
         said, file = str(scores), "ddr.csv"
     else:
         rows = evaluate_sets(sets, source, **options)
-        said, file = "\n".join([markdown_table(rows), *map(str, compare(rows))]), "summary.csv"
+        said, file = tables_text(rows), "summary.csv"
     if accelerator.is_main_process:
         write_text(Path(config.output_dir) / "eval" / "config.yaml", dump_config(config))
         print(said)
         print(Path(config.output_dir) / "eval" / file)
+
+
+def _read_sets(args: argparse.Namespace, config: RunConfig, source: Any) -> dict[str, Any]:
+    """The sets named with --distilled, by name."""
+    from dq.evaluation.foreign import read_set
+
+    sets = {}
+    for text in args.distilled:
+        name, sep, path = text.partition("=")
+        path = path if sep else text
+        name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
+        if name in sets:
+            raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
+        sets[name] = read_set(path, source.class_names, image_size=config.source.image_size)
+    return sets
 
 
 def _print_paths(verb: str, folder: Path) -> None:
@@ -382,30 +406,41 @@ def plan(config: RunConfig, source: Any) -> str:
             f"up to {images * walked * len(config.methods)} denoiser calls"
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
-    lines += _plan_evaluation(config, counts, sets=len(config.methods))
+    sizes = {(m, str(ipc)): int(counts.clip(max=ipc).sum()) * copies for ipc in config.ipc for m in config.methods}
+    lines += _plan_evaluation(config, counts, sizes)
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
     return "\n".join(lines)
 
 
-def _plan_evaluation(config: RunConfig, counts: Any, *, sets: int) -> list[str]:
-    """Trainings of `sets` sets and of their baselines, and the bytes of the labels that they would store."""
+def _plan_evaluation(config: RunConfig, counts: Any, sets: dict[tuple[str, str], int]) -> list[str]:
+    """Trainings of sets and of their baselines, and the bytes of the labels that they would store.
+
+    Args:
+        sets: number of images by name and ipc.
+    """
     from dq.evaluation.trainings import students_of
     from dq.labels import label_bytes
 
     e = config.evaluate
-    sets += len(set(e.baselines) - {"full"})
-    total, trainings = 0, 0
-    students = students_of(e, [str(i) for i in config.ipc], len(counts), config.image_size)
-    for (_, ipc), s in students.items():
-        trainings += sets * e.seeds
-        if s.labels == "soft" and s.relabel.storage == "shards":
-            images = int(counts.clip(max=int(ipc)).sum())
-            epochs = min(s.relabel.epochs or s.epochs, s.epochs)
-            # a random subset of its own for every seed
-            stored = sets + (e.seeds - 1) * ("random" in e.baselines)
-            total += stored * label_bytes(images, epochs, len(counts), s.relabel, s.batch_size, s.views).total
+    ipcs = sorted({int(i) for _, i in sets} or set(config.ipc))
+    students = students_of(e, [str(i) for i in ipcs], len(counts), config.image_size)
+    entries = [(ipc, n, 1) for (_, ipc), n in sets.items()]
+    for largest in ipcs:
+        for name in e.baselines:
+            if name != "full":
+                # a random subset of its own for every seed
+                entries.append((str(largest), int(counts.clip(max=largest).sum()), e.seeds if name == "random" else 1))
+    stored = set()
+    for number, (ipc, n, copies) in enumerate(entries):
+        for (_, key), s in students.items():
+            if key == ipc and s.labels == "soft" and s.relabel.storage == "shards":
+                epochs = min(s.relabel.epochs or s.epochs, s.epochs)
+                size = copies * label_bytes(n, epochs, len(counts), s.relabel, s.batch_size, s.views).total
+                # students that see the same views share their labels
+                stored.add((number, size, s.batch_size, s.accumulate, s.views, s.relabel, epochs))
     full = len(e.students) * e.full_seeds if "full" in e.baselines else 0
-    lines = [f"evaluate    {trainings} trainings, and {full} on the full data"]
+    lines = [f"evaluate    {len(entries) * len(e.students) * e.seeds} trainings, and {full} on the full data"]
+    total = sum(entry[1] for entry in stored)
     return lines + [f"labels      {total / 1e6:.1f} MB of soft labels of views"] * (total > 0)
 
 

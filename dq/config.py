@@ -137,7 +137,7 @@ class TeacherConfig(Checked):
     classes: tuple[int, ...] | None = None  # output of the network for each class of the data; None: all, in order
     image_size: int | None = None  # side in px at which the network sees the images; None: as they are
     batch_size: int = 256
-    check_images: int = 500  # real test images on which the teacher is checked before it labels anything
+    check_images: int = 500  # real train images on which the teacher is checked before it labels anything
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,8 @@ class EvaluateConfig(Checked):
     seeds: int = 3
     full_seeds: int = 1  # of the full-data baseline, which costs more than all the others together
     baselines: tuple[Baseline, ...] = ("random", "nearest", "full")
-    patch_factor: int = 1  # patches: a baseline image is a mosaic of factor x factor crops
+    # patches: a baseline image is a mosaic of factor x factor crops; None: RDED's, 2 from 128 px and ipc 2, else 1
+    patch_factor: int | None = None
     validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
     # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate
     students: tuple[dict[str, Any], ...] = ({"protocol": "classic"},)

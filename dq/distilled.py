@@ -24,7 +24,7 @@ PARQUET = "train-00000-of-00001.parquet"
 class DistilledSet:
     """A small labelled image set. Rows are in class order, heaviest prototype first."""
 
-    images: Tensor  # (N, 3, H, W) uint8, or float32 in [0, 1]
+    images: Tensor  # (N, 3, H, W) uint8, or float32 in [0, 1] unless not `bounded`
     labels: Tensor  # (N,) int64
     weights: Tensor  # (N,) float32, training weights, mean near 1
     class_names: tuple[str, ...]
@@ -32,6 +32,7 @@ class DistilledSet:
     counts: Tensor  # (N,) int64, images that the prototype stands for
     source_row: Tensor  # (N,) int64, the nearest real image's row in the source's train split
     soft_labels: Tensor | None = None  # (N, C) float16, a teacher's logits of the stored images
+    bounded: bool = True  # False: float pixels may leave [0, 1], as those of matching methods do
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,8 +45,13 @@ class DistilledSet:
             raise InputError(f"images must be (N, 3, H, W) uint8 or float32, not {shape} {self.images.dtype}")
         if not n:
             raise InputError("a distilled set needs at least one image")
-        if self.images.dtype == torch.float32 and not (self.images.min() >= 0 and self.images.max() <= 1):
-            raise InputError("float images of a distilled set must lie in [0, 1]; scale or clip them first")
+        if self.images.dtype == torch.float32 and not torch.isfinite(self.images).all():
+            raise InputError("float images of a distilled set must be finite; leave broken ones out")
+        if self.bounded and self.images.dtype == torch.float32 and not _in_range(self.images):
+            raise InputError(
+                "float images of a distilled set must lie in [0, 1]; scale them, or give the mean and std that they "
+                "were normalised with"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -141,12 +147,19 @@ class DistilledSet:
             counts=torch.tensor(rows["count"][:]),
             source_row=torch.tensor(rows["source_row"][:]),
             soft_labels=None if soft is None else torch.from_numpy(np.stack(soft)).half(),
+            bounded=images.dtype == torch.uint8 or _in_range(images),
             provenance=read_json(folder / config_name / "provenance.json"),
         )
 
     def images_uint8(self) -> Tensor:
         """Images as (N, 3, H, W) uint8, rounded where they are float."""
-        return self.images if self.images.dtype == torch.uint8 else (self.images * 255).round().to(torch.uint8)
+        if self.images.dtype == torch.uint8:
+            return self.images
+        return (self.images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _in_range(images: Tensor) -> bool:
+    return bool(images.min() >= 0 and images.max() <= 1)
 
 
 def _png(image: Tensor) -> bytes:

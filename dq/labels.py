@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dq.config import RelabelConfig, StudentConfig, ViewConfig, from_dict, to_dict
 from dq.dist import derive_seed, digest_of, digest_of_tensors, read_json, readable, write_json, write_tensors
 from dq.errors import InputError
+from dq.nets import seeded
 from dq.teachers import Teacher
 from dq.views import Views, apply_views, batches, draw_views, parts
 
@@ -177,7 +178,7 @@ def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, ep
                     found.append(mean_logits(teachers, torch.cat(waiting)).cpu())
                     waiting = []
                 continue
-            with _seeded(images.device, plan.relabel.dropout, plan.relabel.seed, epoch, i):
+            with seeded(derive_seed(plan.relabel.seed, "dropout", epoch, i), images.device):  # global generators only
                 found += [mean_logits(teachers, x[part]).cpu() for part in parts(len(x), plan.accumulate)]
     return views, torch.cat(found)
 
@@ -213,17 +214,6 @@ def _modes(net: nn.Module, relabel: RelabelConfig) -> Iterator[None]:
             m.momentum = momentum
             if m.num_batches_tracked is not None and counter is not None:
                 m.num_batches_tracked.copy_(counter)
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device, dropout: bool, seed: int, epoch: int, batch: int) -> Iterator[None]:
-    """Dropout knows only the global generators: seed them for a block, then give them back."""
-    if not dropout:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(seed, "dropout", epoch, batch))
-        yield
 
 
 # --- keeping logits -----------------------------------------------------------------------------------------------

@@ -104,11 +104,16 @@ def write_results_report(folder: Path) -> Path:
     Raises:
         InputError: if it holds no results.
     """
-    if not (folder / "eval" / "summary.csv").is_file():
+    ddr = folder / "eval" / "ddr.csv"
+    body = _accuracy(folder)
+    if ddr.is_file():
+        rows = read_records(ddr)
+        body += ["<h2>DD-Ranking</h2>", _table(list(rows[0]), [list(r.values()) for r in rows])]
+    if not body:
         raise InputError(
             f"{folder} holds no results (no eval/summary.csv); run `dq evaluate` first, or name a --config"
         )
-    return _page(folder, folder.name, ["<h1>Results</h1>", *_accuracy(folder)])
+    return _page(folder, folder.name, ["<h1>Results</h1>", *body])
 
 
 def _page(folder: Path, title: str, body: list[str]) -> Path:

@@ -38,6 +38,7 @@ class Data:
     labels: Tensor  # (N,) int64
     weights: Tensor | None = None  # (N,)
     soft_labels: Tensor | LabelSource | None = None  # (N, C) logits, or a source of label epochs
+    bounded: bool = True  # pixels in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,17 @@ class Bench:
 
     def test(self, scale: float) -> tuple[Tensor, Tensor]:
         """The test split."""
-        return self._once(f"test {scale}", lambda: self.read(self.source.test, range(len(self.source.test)), scale))
+        return self._once(f"test {scale}", lambda: self._read_test(scale))
+
+    def _read_test(self, scale: float) -> tuple[Tensor, Tensor]:
+        images, labels = self.read(self.source.test, range(len(self.source.test)), scale)
+        if not len(labels):
+            raise InputError(f"no test image of {self.source.origin} can be read; replace the split")
+        absent = (torch.bincount(labels, minlength=self.classes) == 0).nonzero()[:, 0].tolist()
+        if absent:
+            names = ", ".join(self.source.class_names[c] for c in absent[:5])
+            log.warning("%d classes have no test image and count for nothing: %s", len(absent), names)
+        return images, labels
 
     def validation(self, scale: float) -> tuple[Tensor, Tensor] | None:
         """The validation part of train; None if there is none."""
@@ -141,19 +152,21 @@ class Bench:
 
     def data_of(self, s: DistilledSet) -> Data:
         """A set as training data, its images brought to the students' size."""
-        return Data(resized(s.images, self.image_size), s.labels, s.weights, s.soft_labels)
+        images = resized(s.images, self.image_size, bounded=s.bounded)
+        return Data(images, s.labels, s.weights, s.soft_labels, s.bounded)
 
 
 def _pooled(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.float() / 255, min(POOLED_SIDE, images.shape[-1])).flatten(1)
 
 
-def resized(images: Tensor, side: int) -> Tensor:
+def resized(images: Tensor, side: int, *, bounded: bool = True) -> Tensor:
     """Images (N, 3, S, S) at `side` px: bicubic, antialiased; the same tensor if they have that size."""
     if images.shape[-1] == side:
         return images
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
+    x = x.clamp(0, 1) if bounded else x
     return (x * 255).round().to(torch.uint8) if images.dtype == torch.uint8 else x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,9 @@ class DDRScores:
         for r in self.rows:
             cells = [format_mean_std(r[n], digits=3) if r[n] else "" for n in names]
             lines.append(f"| {r['set']} | {r['student']} | {' | '.join(cells)} |")
-        return "\n".join([*lines, "", "DD-Ranking's scores from fractions; raw accuracies are in eval/ddr.csv."])
+        used = "; ".join(dict.fromkeys(f"{r['student']}: {r['protocol']}, {r['settings']}" for r in self.rows))
+        note = f"DD-Ranking's scores from fractions; raw accuracies and tuned lr are in eval/ddr.csv. Recipes: {used}."
+        return "\n".join([*lines, "", note])
 
 
 def evaluate_ddr(
@@ -60,10 +63,11 @@ def evaluate_ddr(
 ) -> DDRScores:
     """HLR, IOR, LRS and ARS of sets, per seed, then averaged.
 
-    Every student of `config` is the sets' own recipe: its labels, optimiser, augmentation and lr. From it follow
-    - hard: the same with hard labels, its lr tuned;
-    - random: a random subset of equal size under the own recipe, its lr tuned;
-    - plain: the own recipe without crops, mixes and augmentation.
+    Every student of `config` is the sets' own recipe: its labels, optimiser and augmentation. From it follow
+    - own: the recipe on the set and on a random subset of equal size, lr tuned for each;
+    - hard: the same on the set with hard labels, lr tuned;
+    - plain: the recipe without crops, mixes and augmentation, on both, with the recipe's own lr, as the recipe itself
+      is compared for ARS.
     lr is tuned per seed over `LEARNING_RATES` on the validation part of train, not on test images as in the package.
     The full data is trained with hard labels for the epochs that the recipe names for "full".
 
@@ -83,9 +87,9 @@ def evaluate_ddr(
     plain = [{**s, "views": PLAIN_VIEWS, "augment": "none"} for s in base]
     tuned = lambda specs: [{**s, "lr": lr} for s in specs for lr in LEARNING_RATES]  # noqa: E731
     groups: dict[str, tuple[list[dict[str, Any]], tuple[Baseline, ...]]] = {
-        "own": (base, ("random",)),
-        "own tuned": (tuned(base), ("random",)),
-        "hard tuned": (tuned(hard), ()),
+        "own": (tuned(base), ("random",)),
+        "augmented": (base, ("random",)),
+        "hard": (tuned(hard), ()),
         "full": (hard, ("full",)),
         "plain": (plain, ("random",)),
     }
@@ -97,8 +101,7 @@ def evaluate_ddr(
     for name, (students, baselines) in groups.items():
         log.info("ddr: %s", name)
         found[name] = evaluate_records(
-            # the lr of a set's own recipe is the method's; only the random subset's is tuned
-            {} if name in ("own tuned", "full") else sets,
+            {} if name == "full" else sets,
             source,
             config=dataclasses.replace(config, students=tuple(students), baselines=baselines),
             source_config=source_config,
@@ -110,20 +113,22 @@ def evaluate_ddr(
             ipcs=[ipc],
         )
     rows = []
-    for j, spec in enumerate(own):
-        net = next(r["student"] for r in found["own"] if r["recipe"] == j)
+    for j in range(len(own)):
+        recipe = next(r for r in found["augmented"] if r["recipe"] == j)
         for name in sets:
             scores = DDRanking(
                 full=_accuracies(found["full"], "full", j),
-                hard=_best_rate(found["hard tuned"], name, j),
-                own=_accuracies(found["own"], name, j),
-                random=_best_rate(found["own tuned"], "random", j),
-                augmented=_accuracies(found["own"], name, j),
-                random_augmented=_accuracies(found["own"], "random", j),
+                hard=_last(hard_best := _best_rates(found["hard"], name, j)),
+                own=_last(own_best := _best_rates(found["own"], name, j)),
+                random=_last(random_best := _best_rates(found["own"], "random", j)),
+                augmented=_accuracies(found["augmented"], name, j),
+                random_augmented=_accuracies(found["augmented"], "random", j),
                 plain=_accuracies(found["plain"], name, j),
                 random_plain=_accuracies(found["plain"], "random", j),
             )
-            rows.append({"set": name, "student": net, "recipe": str(spec), "raw": scores, **scores.per_seed()})
+            rates = {"hard": hard_best, "own": own_best, "random": random_best}
+            facts = {k: recipe[k] for k in ("student", "protocol", "settings")}
+            rows.append({"set": name, **facts, "raw": scores, "rates": rates, **scores.per_seed()})
     if accelerator.is_main_process:
         records = []
         for r in rows:
@@ -132,8 +137,12 @@ def evaluate_ddr(
                 at = {k: v[min(seed, len(v) - 1)] for k, v in raw.items() if isinstance(v, tuple) and v}
                 scores_of_seed = {k: r[k][seed] for k in ("hlr", "ior", "lrs", "ars") if r[k]}
                 named = {f"accuracy_{k}": v for k, v in at.items()}
-                records.append({"set": r["set"], "student": r["student"], "seed": seed, **scores_of_seed, **named})
+                tuned_to = {f"lr_{k}": v[seed]["config"]["lr"] for k, v in r["rates"].items()}
+                facts = {k: r[k] for k in ("set", "student", "protocol", "settings")}
+                records.append({**facts, "seed": seed, **scores_of_seed, **named, **tuned_to})
         write_text(folder / "eval" / "ddr.csv", to_csv(records))
+        lines = "".join(json.dumps({"part": n, **r}) + "\n" for n, part in found.items() for r in part)
+        write_text(folder / "eval" / "trainings.jsonl", lines)
     accelerator.wait_for_everyone()
     return DDRScores(tuple(rows))
 
@@ -144,11 +153,15 @@ def _accuracies(records: list[dict[str, Any]], name: str, recipe: int) -> tuple[
     return tuple(r["last"] for r in mine)
 
 
-def _best_rate(records: list[dict[str, Any]], name: str, recipe: int) -> tuple[float, ...]:
-    """By seed, the test accuracy under the lr whose last look at the validation images was best."""
+def _last(records: list[dict[str, Any]]) -> tuple[float, ...]:
+    return tuple(r["last"] for r in records)
+
+
+def _best_rates(records: list[dict[str, Any]], name: str, recipe: int) -> list[dict[str, Any]]:
+    """By seed, the training under the lr whose last look at the validation images was best."""
     rates = len(LEARNING_RATES)
     mine = [r for r in records if r["set"] == name and r["recipe"] // rates == recipe]
     chosen = []
     for seed in sorted({r["seed"] for r in mine}):
-        chosen.append(max((r for r in mine if r["seed"] == seed), key=lambda r: r["looks"][-1][1])["last"])
-    return tuple(chosen)
+        chosen.append(max((r for r in mine if r["seed"] == seed), key=lambda r: r["looks"][-1][1]))
+    return chosen

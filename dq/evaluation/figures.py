@@ -19,10 +19,10 @@ def results_figures(records: list[dict[str, str]], figure: Any) -> Iterable[tupl
     """
     by_recipe: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for r in records:
-        by_recipe.setdefault((r["protocol"], r["student"], r["labels"]), []).append(r)
+        by_recipe.setdefault((f"#{int(r['recipe']) + 1}", r["protocol"], r["student"], r["labels"]), []).append(r)
     if len({r["ipc"] for r in records} - {"full"}) > 1:
         yield "accuracy", against_ipc(by_recipe, figure)
-    if len({r["student"] for r in records}) > 1:
+    if len(by_recipe) > 1 and len({r["student"] for r in records}) > 1:
         yield "networks", across_networks(records, figure)
     if len({int(r["label_bytes"]) for r in records if int(r["label_bytes"])}) > 1:
         yield "label-bytes", against_label_bytes(records, figure)
@@ -53,12 +53,13 @@ def across_networks(records: list[dict[str, str]], figure: Any) -> Any:
     drawn = figure(max(7, 1.6 * len({r["student"] for r in records}) * len(ipcs)), 3.6)
     for ax, ipc in zip(drawn.subplots(1, len(ipcs), squeeze=False)[0], ipcs):
         rows = [r for r in records if r["ipc"] == str(ipc)]
-        nets = list(dict.fromkeys((r["student"], r["labels"]) for r in rows))
-        sets = _sets(rows)
+        nets = list(dict.fromkeys((f"#{int(r['recipe']) + 1} {r['student']}", r["labels"]) for r in rows))
+        sets = _sets(records)
         width = 0.8 / len(sets)
+        first = min(int(r["recipe"]) for r in rows)
         for i, name in enumerate(sets):
             own = [r for r in rows if r["set"] == name]
-            x = [nets.index((r["student"], r["labels"])) + (i - (len(sets) - 1) / 2) * width for r in own]
+            x = [int(r["recipe"]) - first + (i - (len(sets) - 1) / 2) * width for r in own]
             height, error = _accuracies(own)
             ax.bar(x, height, width, yerr=error, label=name, color=COLOURS[i % len(COLOURS)], capsize=2)
         ax.set(ylabel="test accuracy, %", title=f"{ipc} images per class")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def read_set(path: str | Path, class_names: tuple[str, ...], *, image_size: int 
         path: what `DistilledSet.save` wrote (a set's own folder, or the folder of one set); a Parquet folder with an
             image and a label column; a folder `class/*.png`; or a `.safetensors` or `.npz` file with `images`
             (N, 3, S, S) uint8 or float in [0, 1] and `labels` (N,), and perhaps `weights` (N,) and `soft_labels`
-            (N, C). Files of torch.save are not opened, since they can run code; save them as safetensors.
+            (N, C). With `mean` and `std` (3,) beside them the images are taken as normalised by these, and may leave
+            [0, 1] once they are pixels again, as images of matching methods do. Files of torch.save are not opened,
+            since they can run code; save them as safetensors.
         class_names: of the data set that it is a distillate of. Class folders are either these names, or numbers
             that sort to these classes (00000, 00001, ...).
         image_size: side in px at which images are read; None: that of the first image.
@@ -66,7 +69,7 @@ def read_set(path: str | Path, class_names: tuple[str, ...], *, image_size: int 
         order = torch.tensor([class_names.index(n) for n in s.class_names])
         s = _reordered(s, order, class_names)
     check_classes(s, str(path))
-    return s
+    return dataclasses.replace(s, provenance={**s.provenance, "origin": str(path)})
 
 
 def check_classes(s: DistilledSet, what: str) -> None:
@@ -92,6 +95,8 @@ def bare_set(
     weights: Tensor | None = None,
     soft_labels: Tensor | None = None,
     origin: str = "tensors",
+    *,
+    bounded: bool = True,
 ) -> DistilledSet:
     """A `DistilledSet` of images and labels of which nothing else is known."""
     n = len(labels)
@@ -120,6 +125,7 @@ def bare_set(
         counts=torch.ones(n, dtype=torch.int64),
         source_row=torch.full((n,), -1),
         soft_labels=None if soft_labels is None else soft_labels[order].half(),
+        bounded=bounded,
         # what the columns of the dataset card ask for
         provenance={
             "source": {"origin": origin},
@@ -148,7 +154,10 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(found)) or 'none'}")
     extras = {k: found.get(k) for k in ("weights", "soft_labels")}
     images = found["images"] if found["images"].dtype == torch.uint8 else found["images"].float()
-    return bare_set(images, found["labels"], class_names, **extras, origin=str(path))
+    normalized = {"mean", "std"} <= set(found)
+    if normalized:
+        images = images * found["std"].float().view(1, -1, 1, 1) + found["mean"].float().view(1, -1, 1, 1)
+    return bare_set(images, found["labels"], class_names, **extras, origin=str(path), bounded=not normalized)
 
 
 def _from_folder(path: Path, class_names: tuple[str, ...], image_size: int | None) -> DistilledSet:
@@ -158,7 +167,24 @@ def _from_folder(path: Path, class_names: tuple[str, ...], image_size: int | Non
         names = class_names  # numbered folders stand in class order
     size = image_size or min(_first_size(source.train.read(0)))
     images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
-    return bare_set(images, torch.from_numpy(source.train.labels[rows]), names, origin=str(path))
+    extras = {
+        k: None if v is None else v[torch.tensor(rows)] for k, v in _extra_columns(path, len(source.train)).items()
+    }
+    labels = torch.from_numpy(source.train.labels[rows])
+    return bare_set(images, labels, names, extras["weights"], extras["soft_labels"], str(path))
+
+
+def _extra_columns(path: Path, n: int) -> dict[str, Tensor | None]:
+    """Columns weight and soft_label of Parquet files, which a source does not show."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(f) for f in sorted(path.rglob("*.parquet"))]
+    found: dict[str, Tensor | None] = {"weights": None, "soft_labels": None}
+    for key, column in (("weights", "weight"), ("soft_labels", "soft_label")):
+        if tables and all(column in t.column_names for t in tables) and sum(map(len, tables)) == n:
+            values = [v for t in tables for v in t[column].to_pylist()]
+            found[key] = torch.tensor(values, dtype=torch.float32)
+    return found
 
 
 def _first_size(raw: Any) -> tuple[int, int]:
@@ -185,5 +211,6 @@ def _reordered(s: DistilledSet, order: Tensor, class_names: tuple[str, ...]) -> 
         counts=s.counts[at],
         source_row=s.source_row[at],
         soft_labels=soft,
+        bounded=s.bounded,
         provenance=s.provenance,
     )

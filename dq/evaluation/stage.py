@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import tempfile
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+import torch
 
 from dq.config import Baseline, EvaluateConfig, RunConfig, SourceConfig, TeacherConfig
 from dq.data import ImageSource, load_source
@@ -23,7 +24,7 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.foreign import check_classes
-from dq.evaluation.tables import Comparison, Row, compare, markdown_table
+from dq.evaluation.tables import Comparison, Row, compare, tables_text
 from dq.evaluation.trainings import (
     Entry,
     Training,
@@ -90,11 +91,11 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Be
             largest[ipc] = max(largest.get(ipc, 0), s.ipc)
             load = functools.partial(load_set, run, ipc, method)
             seeds = tuple(range(c.evaluate.seeds))
-            entries.append(Entry(method, str(ipc), len(s), s.provenance["content"], load, seeds))
+            entries.append(
+                Entry(method, str(ipc), len(s), s.provenance["content"], load, seeds, f"{method} of {run.folder}")
+            )
     if baselines:
-        sizes = {s: str(i) for i, s in largest.items()}
-        found = baseline_entries(bench, c.evaluate, work, list(sizes))
-        entries += [dataclasses.replace(e, ipc=sizes[int(e.ipc)]) if e.ipc != "full" else e for e in found]
+        entries += baseline_entries(bench, c.evaluate, work, {str(i): size for i, size in largest.items()})
     return trainings_of(entries, students, bench, c.evaluate, work), bench, work
 
 
@@ -109,7 +110,7 @@ def evaluate_run(run: Run) -> list[Row]:
 
 def label_run(run: Run) -> None:
     """Store the labels of every view that the students of a run learn from, for the sets of the run."""
-    if any(spec for spec in run.config.evaluate.students) and run.config.teachers:
+    if run.config.evaluate.students and run.config.teachers:
         began = time.perf_counter()
         trainings, bench, work = prepare_run(run, baselines=False)
         write_labels(trainings, bench, work)
@@ -134,10 +135,21 @@ def evaluate_records(
     Raises:
         InputError: if a set has other classes than the source, or an empty one.
     """
+    if min(ipcs, default=1) < 1:
+        raise InputError(f"ipc must be at least 1, not {min(ipcs)}")
+    if not config.students:
+        raise InputError("there is no student to train; name one with --student, or in evaluate.students")
+    twice = [s for i, s in enumerate(config.students) if s in config.students[:i]]
+    if twice:
+        raise InputError(f"the student {twice[0]} is named twice; name every student once")
     for name, s in sets.items():
         check_name(name, "the set's name")
         if name in get_args(Baseline):
             raise InputError(f"the set's name {name!r} is that of a baseline; choose another")
+        if s.images.shape[2] != s.images.shape[3]:
+            raise InputError(f"images of the set {name!r} are {tuple(s.images.shape[2:])} px; they must be square")
+        if not (torch.isfinite(s.weights).all() and (s.weights > 0).all()):
+            raise InputError(f"the set {name!r} has weights that are not more than 0; leave such images out")
         if s.class_names != source.class_names:
             raise InputError(f"the set {name!r} has other classes than {source.origin}, or another order of them")
         check_classes(s, f"the set {name!r}")
@@ -168,9 +180,10 @@ def evaluate_records(
     work = Work(folder, accelerator)
     seeds = tuple(range(config.seeds))
     entries = [
-        Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds) for name, s in sets.items()
+        Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds, _origin(s))
+        for name, s in sets.items()
     ]
-    entries += baseline_entries(bench, config, work, per_class)
+    entries += baseline_entries(bench, config, work, {str(i): i for i in per_class})
     return train_all(trainings_of(entries, students, bench, config, work), bench, work)
 
 
@@ -180,6 +193,10 @@ def evaluate_sets(
     """`evaluate_records` with its tables written to `folder`/eval."""
     records = evaluate_records(sets, source, folder=folder, accelerator=accelerator, **options)
     return write_tables(records, Work(folder, accelerator))
+
+
+def _origin(s: DistilledSet) -> str:
+    return str(s.provenance.get("origin", s.provenance.get("source", {}).get("origin", "")))
 
 
 def _itself(s: DistilledSet) -> DistilledSet:
@@ -246,7 +263,7 @@ def evaluate(
             cache_dir=Path(cache_dir if output_dir else scratch),
             accelerator=accelerator or make_accelerator(),
         )
-    return Results(tuple(rows), tuple(compare(rows)))
+    return Results(tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -254,7 +271,10 @@ class Results:
     """Rows of a table and what may be said of their differences; prints as both."""
 
     rows: tuple[Row, ...]
-    comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return compare(list(self.rows))
 
     def __str__(self) -> str:
-        return "\n".join([markdown_table(list(self.rows)), *map(str, self.comparisons)])
+        return tables_text(list(self.rows))

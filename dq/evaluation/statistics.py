@@ -41,12 +41,17 @@ class Difference:
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> Difference:
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], *, test_images: int | None = None, confidence: float = 0.95
+) -> Difference:
     """a - b, pair by pair: students of the same seed start from the same weights and see batches in the same order.
 
-    The interval is Student's: mean +- t(n - 1) std / sqrt(n), for differences that are about normal. It covers the
-    seeds of training (and of the draw, for random subsets), not the making of the two sets; several comparisons of one
-    table are not corrected for one another.
+    The interval is Student's: mean +- t(n - 1) sqrt(std^2 / n + v), for differences that are about normal. The draw of
+    the test images adds at least v = (|mean| - mean^2) / test_images, McNemar's variance if all images on which the
+    two differ speak for one side. Without it, equal differences by chance of few seeds would look certain.
+
+    The interval covers the seeds of training (and of the draw, for random subsets), not the making of the two sets;
+    several comparisons of one table are not corrected for one another.
 
     Raises:
         InputError: if the numbers of values differ.
@@ -58,5 +63,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, confidence: flo
         return Difference(mean, -math.inf, math.inf, 1, confidence)
     from scipy.stats import t
 
-    half = float(t.ppf(0.5 + confidence / 2, len(a) - 1)) * std / math.sqrt(len(a))
+    drawn = (abs(mean) - mean**2) / test_images if test_images else 0.0
+    half = float(t.ppf(0.5 + confidence / 2, len(a) - 1)) * math.sqrt(std**2 / len(a) + drawn)
     return Difference(mean, mean - half, mean + half, len(a), confidence)

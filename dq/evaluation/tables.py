@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from dq.config import RelabelConfig, StudentConfig, ViewConfig, to_dict
+from dq.config import Baseline, RelabelConfig, StudentConfig, ViewConfig, to_dict
 from dq.evaluation.statistics import Difference, format_mean_std, mean_std, paired_difference
 
 
@@ -25,6 +25,7 @@ class Row:
     best: tuple[float, ...]  # of the epoch chosen on `selected_on`, per seed
     selected_on: str  # validation, test or none
     recipe: int  # which student of the configuration, from 0
+    test_images: int
     seconds: float  # of training without looks, mean over seeds
     image_bytes: int
     label_bytes: int  # of the soft labels on disk
@@ -39,6 +40,7 @@ class Row:
             "images": self.images,
             "student": self.student,
             "labels": self.labels,
+            "recipe": self.recipe,
             "seeds": len(self.last),
             "last_mean": round(last[0], 5),
             "last_std": None if last[1] is None else round(last[1], 5),
@@ -76,7 +78,7 @@ def settings_line(c: StudentConfig) -> str:
     parts += ["ZCA"] if c.whiten else []
     parts += [f"EMA {c.ema:g}"] if c.ema else []
     parts += [f"test images resized to {c.test_scale:.4g} sides and cut"] if c.test_scale != 1 else []
-    parts += [f"best of {c.tests} looks at {c.select}"] if c.tests > 1 else []
+    parts += [f"best of {min(c.tests, c.epochs)} looks at {c.select}"] if c.tests > 1 else []
     return ", ".join([*parts, c.dtype])
 
 
@@ -96,7 +98,8 @@ def summarize(records: list[dict[str, Any]]) -> list[Row]:
     for group in groups.values():
         group.sort(key=lambda r: r["seed"])
         first = group[0]
-        same = ("set", "ipc", "images", "student", "labels", "selected_on", "recipe", "protocol", "settings")
+        same = ["set", "ipc", "images", "student", "labels", "selected_on", "recipe", "protocol", "settings"]
+        same.append("test_images")
         rows.append(
             Row(
                 **{k: first[k] for k in same},
@@ -137,11 +140,11 @@ def markdown_table(rows: list[Row], *, which: str = "last") -> str:
         found = [cells.get((name, *c)) for c in columns]
         text = [format_mean_std([100 * a for a in getattr(r, which)]) if r else "" for r in found]
         lines.append(f"| {name} | " + " | ".join(text) + " |")
-    seeds = sorted({len(r.last) for r in rows})
+    seeds = "/".join(str(n) for n in sorted({len(r.last) for r in rows}))
     chosen = sorted({r.selected_on for r in rows} - {"none"})
     what = "last epoch" if which == "last" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
     used = "; ".join(dict.fromkeys(f"{r.protocol}, {r.student}: {r.settings}" for r in rows))
-    note = f"Top-1 test accuracy in %, {what}, mean ± std over {'/'.join(map(str, seeds))} seeds."
+    note = f"Top-1 test accuracy in %, {what}, mean ± std over {seeds} seed{'s' * (seeds != '1')}."
     return "\n".join([*lines, "", note, f"Protocols: {used}."])
 
 
@@ -151,7 +154,7 @@ def _order(ipc: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets at equal ipc under one recipe."""
+    """Two sets of equal number under one recipe."""
 
     a: Row
     b: Row
@@ -166,7 +169,9 @@ class Comparison:
             "ipc": self.a.ipc,
             "student": self.a.student,
             "labels": self.a.labels,
+            "recipe": self.a.recipe,
             "protocol": self.a.protocol,
+            "settings": self.a.settings,
             "pairs": d.pairs,
             "difference": round(d.mean, 5),
             "low": None if single else round(d.low, 5),
@@ -176,7 +181,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        d, where = self.difference, f"{self.a.student}, {self.a.labels}, IPC {self.a.ipc}"
+        d, where = self.difference, f"{self.a.student} #{self.a.recipe + 1}, {self.a.labels}, IPC {self.a.ipc}"
         if d.pairs == 1:
             return f"{where}: {self.a.set} and {self.b.set} cannot be compared with one seed"
         gap = f"{100 * d.mean:+.1f} points, {d.confidence:.0%} interval {100 * d.low:+.1f} to {100 * d.high:+.1f}"
@@ -188,16 +193,38 @@ class Comparison:
         return f"{where}: {said} ({gap})"
 
 
-def compare(rows: list[Row], *, against: str = "random") -> list[Comparison]:
-    """Every set against `against` at equal ipc and recipe, over the seeds that both have."""
+def compare(rows: list[Row]) -> list[Comparison]:
+    """What may be said of pairs of rows at equal ipc and recipe, over the seeds that both have: every set and baseline
+    against random images, and sets against one another. Rows of unequal numbers of images are not compared."""
     found = []
-    for a in rows:
-        for b in rows:
-            same = (a.recipe, a.ipc, a.student, a.labels) == (b.recipe, b.ipc, b.student, b.labels)
-            if b.set != against or a.set == against or not same:
-                continue
+    for i, a in enumerate(rows):
+        for b in [*rows[:i], *rows[i + 1 :]]:
+            same = (a.recipe, a.ipc, a.images) == (b.recipe, b.ipc, b.images)
+            sets = {a.set, b.set}.isdisjoint(get_args(Baseline)) and i < rows.index(b)
             both = sorted(set(a.seeds) & set(b.seeds))
-            values = [[dict(zip(r.seeds, r.last))[s] for s in both] for r in (a, b)]
-            if both:
-                found.append(Comparison(a, b, paired_difference(values[0], values[1])))
+            if same and both and (sets or b.set == "random"):
+                x, y = ([dict(zip(r.seeds, r.last))[s] for s in both] for r in (a, b))
+                found.append(Comparison(a, b, paired_difference(x, y, test_images=a.test_images)))
     return found
+
+
+def tables_text(rows: list[Row]) -> str:
+    """What is printed of an evaluation: last epochs, best epochs where some were chosen, and what follows."""
+    best = any(r.selected_on != "none" for r in rows)
+    parts = [markdown_table(rows), *([markdown_table(rows, which="best")] if best else []), statements(rows)]
+    return "\n\n".join(p for p in parts if p)
+
+
+def statements(rows: list[Row]) -> str:
+    """The comparisons as text, one a line."""
+    found = compare(rows)
+    lines = [str(c) for c in found]
+    if len(found) > 1:
+        lines.append(f"{len(found)} comparisons at 95 % each, not corrected for their number.")
+    unequal = {(r.set, r.ipc) for r in rows for o in rows if o.set == "random" and o.ipc == r.ipc != "full"}
+    unequal -= {(c.a.set, c.a.ipc) for c in found} | {("random", i) for _, i in unequal}
+    lines += [
+        f"{name}, IPC {ipc}: not compared with random images, which are not of equal number"
+        for name, ipc in sorted(unequal)
+    ]
+    return "\n".join(lines)

@@ -49,6 +49,7 @@ def train_student(
     validation: tuple[Tensor, Tensor] | None = None,
     weights: Tensor | None = None,
     soft_labels: Tensor | LabelSource | None = None,
+    bounded: bool = True,
     pixels: Pixels,
     seed: int,
     device: torch.device | str,
@@ -70,6 +71,7 @@ def train_student(
         validation: real images and labels to choose an epoch by.
         weights: (N,) weight of each image, positive; None for all ones.
         soft_labels: (N, `num_classes`) logits of a teacher for labels "fixed"; a source of label epochs for "soft".
+        bounded: float images lie in [0, 1]; False for images of methods that do not keep them there.
         pixels: what is done to images before a network gets them, see `normalizer` and `dq.evaluation.whitening`.
         seed: of this student.
         device: where all of it happens; everything is copied there once.
@@ -81,7 +83,7 @@ def train_student(
         InputError: if tensors or settings do not fit together.
         RunError: if the loss is not a finite number.
     """
-    _check(images, labels, num_classes, config, weights, soft_labels)
+    _check(images, labels, num_classes, config, weights, soft_labels, bounded)
     for what, pair in (("test", test), ("validation", validation)):
         if pair is not None:
             _check_pair(what, *pair, num_classes)
@@ -434,8 +436,9 @@ def _check(
     config: StudentConfig,
     weights: Tensor | None,
     soft_labels: Tensor | LabelSource | None,
+    bounded: bool,
 ) -> None:
-    _check_pair("training", images, labels, num_classes)
+    _check_pair("training", images, labels, num_classes, bounded=bounded)
     if weights is not None:
         if weights.shape != labels.shape:
             raise InputError(f"{len(labels)} images need weights ({len(labels)},), not {tuple(weights.shape)}")
@@ -470,13 +473,13 @@ def _check_sides(images: Tensor, others: Tensor, what: str) -> None:
         )
 
 
-def _check_pair(what: str, images: Tensor, labels: Tensor, num_classes: int) -> None:
+def _check_pair(what: str, images: Tensor, labels: Tensor, num_classes: int, *, bounded: bool = True) -> None:
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or labels.shape != shape[:1] or not len(labels):
         raise InputError(
             f"{what} images must be (N, 3, S, S) with labels (N,), N > 0, not {shape} and {tuple(labels.shape)}"
         )
-    if images.dtype != torch.uint8 and not (images.min() >= 0 and images.max() <= 1):
+    if bounded and images.dtype != torch.uint8 and not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
             f"{what} images are floats from {float(images.min()):.3g} to {float(images.max()):.3g} but must lie in "
             "[0, 1]; give them as they were before normalisation"

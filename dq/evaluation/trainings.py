@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+import dq
 from dq.config import EvaluateConfig, StudentConfig, to_dict
 from dq.dist import (
     derive_seed,
@@ -62,6 +64,7 @@ class Entry:
     identity: str  # of what `load` gives
     load: Callable[[], DistilledSet]
     seeds: tuple[int, ...]  # that train on it; a random subset serves one seed
+    origin: str = "selected from train"  # where it came from, for the record
 
 
 @dataclass(frozen=True)
@@ -114,24 +117,30 @@ def students_of(
     return found
 
 
-def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, ipcs: Sequence[int]) -> list[Entry]:
-    """Selection baselines at these numbers of images per class, and the full data. Each selected set is saved once."""
-    counts = bench.source.class_counts()
+def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
+    """Selection baselines and the full data. Each selected set is saved once.
+
+    Args:
+        sizes: images per class of the baselines for each ipc of the table, which differ where several images are drawn
+            from one prototype.
+    """
+    counts = np.bincount(bench.source.train.labels[bench.candidates], minlength=bench.classes)
     seeds = tuple(range(evaluate.seeds))
     entries = []
-    for ipc in ipcs:
+    for key, ipc in sizes.items():
         images = int(counts.clip(max=ipc).sum())
         for name in evaluate.baselines:
             if name == "full":
                 continue
             # only a random subset is another one for another seed
             for group in [(s,) for s in seeds] if name == "random" else [seeds]:
-                settings: list[Any] = [bench.world, name, ipc, group[0], evaluate.patch_factor]
+                factor = evaluate.patch_factor or (2 if bench.image_size >= 128 and ipc >= 2 else 1)
+                settings: list[Any] = [bench.world, name, ipc, group[0], factor]
                 if name in (*BY_FEATURES, "patches"):
                     settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
                 identity = digest_of(settings)
-                load = functools.partial(_selected, bench, evaluate, work, name, ipc, group[0], identity)
-                entries.append(Entry(name, str(ipc), images, identity, load, group))
+                load = functools.partial(_selected, bench, work, name, ipc, group[0], factor, identity)
+                entries.append(Entry(name, key, images, identity, load, group))
     if "full" in evaluate.baselines:
         identity = digest_of([bench.world, "full"])
         load = functools.partial(_full, bench)
@@ -139,9 +148,7 @@ def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, ipcs: S
     return entries
 
 
-def _selected(
-    bench: Bench, evaluate: EvaluateConfig, work: Work, name: str, ipc: int, seed: int, identity: str
-) -> DistilledSet:
+def _selected(bench: Bench, work: Work, name: str, ipc: int, seed: int, factor: int, identity: str) -> DistilledSet:
     folder = _baseline_folder(work, name, ipc, seed, identity)
     if not (folder / "set" / "provenance.json").is_file():
         made = select(
@@ -154,7 +161,7 @@ def _selected(
             features=bench.features,
             teacher=bench.teachers[0] if bench.teachers else None,
             candidates=bench.candidates,
-            factor=evaluate.patch_factor,
+            factor=factor,
         )
         made.save(folder, "set")
     return DistilledSet.load(folder, "set")
@@ -185,7 +192,7 @@ def trainings_of(
             base = bench.cache_dir / "full" if entry.ipc == "full" else work.folder / "eval" / "units"
             settings = to_dict(config)
             settings["relabel"].pop("storage")
-            identity: list[Any] = [settings, bench.world, entry.identity]
+            identity: list[Any] = [dq.__version__, settings, bench.world, entry.identity]
             if config.labels != "hard":
                 identity.append([t.digest for t in bench.teachers])
             for seed in entry.seeds:
@@ -200,7 +207,7 @@ def trainings_of(
 
 def label_folder(work: Work, t: Training, bench: Bench) -> Path:
     """Where the epoch labels of a training are; trainings that differ in nothing that labels depend on share them."""
-    name = f"ipc{t.entry.ipc}-{t.entry.name}" + (f"-seed{t.entry.seeds[0]}" if len(t.entry.seeds) == 1 else "")
+    name = f"ipc{t.entry.ipc}-{t.entry.name}" + (f"-seed{t.entry.seeds[0]}" if t.entry.name == "random" else "")
     return work.folder / "labels" / f"{name}-{_blind_plan(t, bench).digest}"
 
 
@@ -303,6 +310,7 @@ def train_one(
         validation=bench.validation(t.config.test_scale),
         weights=data.weights,
         soft_labels=data.soft_labels,
+        bounded=data.bounded,
         pixels=bench.pixels(t.config),
         seed=derive_seed("student", t.seed),  # not the run's: evaluation seeds are the same for all sets ever
         device=bench.device,
@@ -324,9 +332,20 @@ def train_one(
         "label_bytes": size,
         **dataclasses.asdict(result),
         "config": to_dict(t.config),
-        "teachers": [{"name": x.name, "digest": x.digest} for x in bench.teachers],
-        "data": {"origin": bench.source.origin, "world": bench.world, "set": t.entry.identity},
-        "software": {"python": platform.python_version(), "torch": torch.__version__},
+        "test_images": len(bench.test(t.config.test_scale)[1]),
+        "teachers": [
+            {"name": x.name, "digest": x.digest, "mean": x.mean, "std": x.std, "classes": x.classes}
+            for x in bench.teachers
+        ],
+        "data": {
+            "source": bench.source.origin,
+            "fingerprint": bench.source.fingerprint,
+            "set": t.entry.origin,
+            "set_digest": t.entry.identity,
+            "image_size": bench.image_size,
+            "validation_images": len(bench.validation_rows),
+        },
+        "software": {"dq": dq.__version__, "python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"device": gpu or bench.device.type, "threads": torch.get_num_threads()},
     }
 
