@@ -58,18 +58,19 @@ def accuracy(folder: str) -> str:
 
 
 def differences(folder: str) -> str:
-    """Every set against random real images of equal number, pairs of seeds."""
+    """What the tool says of pairs of sets, and by how much."""
+    said = {"better": "{0} beats {1}", "worse": "{1} beats {0}", "undecided": "undecided"}
     body = [
         [
-            r["set"],
+            f"{r['set']} - {r['against']}",
             f"{r['student']}, {r['labels']}, IPC {r['ipc']}",
             f"{100 * float(r['difference']):+.1f}",
             f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else "",
-            {"better": "beats random", "worse": "random beats it", "undecided": "undecided"}[r["verdict"]],
+            said[r["verdict"]].format(r["set"], r["against"]),
         ]
         for r in read(f"{folder}/comparisons.csv")
     ]
-    return table(["set", "student", "points over random", "95 % interval", "verdict"], body)
+    return table(["sets", "student", "difference, points", "95 % interval", "verdict"], body)
 
 
 def label_storage(folder: str) -> str:
