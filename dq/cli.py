@@ -211,7 +211,8 @@ def execute(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             if args.verb == "evaluate" and not args.config:
                 sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
-                print(*_plan_evaluation(config, source.class_counts(), sets), sep="\n")
+                asked = config.ipc if args.ipc else ()
+                print(*_plan_evaluation(config, source.class_counts(), sets, asked), sep="\n")
             else:
                 print(plan(config, source))
         return
@@ -412,17 +413,20 @@ def plan(config: RunConfig, source: Any) -> str:
     return "\n".join(lines)
 
 
-def _plan_evaluation(config: RunConfig, counts: Any, sets: dict[tuple[str, str], int]) -> list[str]:
+def _plan_evaluation(
+    config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = ()
+) -> list[str]:
     """Trainings of sets and of their baselines, and the bytes of the labels that they would store.
 
     Args:
         sets: number of images by name and ipc.
+        more: ipc of baselines beside those of the sets.
     """
-    from dq.evaluation.trainings import students_of
+    from dq.evaluation.trainings import format_bytes, students_of
     from dq.labels import label_bytes
 
     e = config.evaluate
-    ipcs = sorted({int(i) for _, i in sets} or set(config.ipc))
+    ipcs = sorted({*more, *(int(i) for _, i in sets)})
     students = students_of(e, [str(i) for i in ipcs], len(counts), config.image_size)
     entries = [(ipc, n, 1) for (_, ipc), n in sets.items()]
     for largest in ipcs:
@@ -441,7 +445,7 @@ def _plan_evaluation(config: RunConfig, counts: Any, sets: dict[tuple[str, str],
     full = len(e.students) * e.full_seeds if "full" in e.baselines else 0
     lines = [f"evaluate    {len(entries) * len(e.students) * e.seeds} trainings, and {full} on the full data"]
     total = sum(entry[1] for entry in stored)
-    return lines + [f"labels      {total / 1e6:.1f} MB of soft labels of views"] * (total > 0)
+    return lines + [f"labels      {format_bytes(total)} of soft labels of views"] * (total > 0)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Split:
     labels: np.ndarray  # (n,) int64
     read: Callable[[int], Any]  # row -> PIL image, encoded bytes, path, or (C, H, W) array
     name: str
+    column: Callable[[str], list[Any] | None] = lambda name: None  # values of another column; None if there is none
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -356,7 +357,7 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     for s in keep:
         rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         ids = raw_labels[s] if index is None else [index[v] for v in raw_labels[s]]
-        splits[s] = Split(np.asarray(ids, np.int64), _row_reader(rows, image_column), s)
+        splits[s] = Split(np.asarray(ids, np.int64), _row_reader(rows, image_column), s, _column_reader(loaded[s]))
     if not local:
         info = loaded[config.train_split].info
         h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
@@ -364,6 +365,13 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
             h.update(split.labels.tobytes())
     h.update(f"{image_column}|{label_column}".encode())
     return _checked(splits, names, h, config.path, config.train_split, test)
+
+
+def _column_reader(rows: Any) -> Callable[[str], list[Any] | None]:
+    def read(name: str) -> list[Any] | None:
+        return rows.with_format("arrow")[name].to_pylist() if name in rows.column_names else None
+
+    return read
 
 
 def _row_reader(rows: Any, column: str) -> Callable[[int], Any]:

@@ -188,5 +188,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it", main: bool = True) -> tqdm:
-    """A progress bar with ETA on standard error, shown by the main process only."""
-    return tqdm(items, desc=desc, total=total, unit=unit, disable=not main, file=sys.stderr, dynamic_ncols=True)
+    """A progress bar with ETA on standard error, shown by the main process only, and not with TQDM_DISABLE=1."""
+    # tqdm itself asks the environment at its import, and not at all where `disable` is given
+    hidden = not main or os.environ.get("TQDM_DISABLE") == "1"
+    return tqdm(items, desc=desc, total=total, unit=unit, disable=hidden, file=sys.stderr, dynamic_ncols=True)

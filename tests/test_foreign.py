@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +18,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dq.cli import main
-from dq.config import EvaluateConfig, SourceConfig
+import dq
+from dq.cli import build_parser, main, resolve
+from dq.config import EvaluateConfig, RunConfig, SourceConfig, StudentConfig, ViewConfig
 from dq.data import load_source
 from dq.dist import make_accelerator
 from dq.distilled import DistilledSet
 from dq.errors import InputError
-from dq.evaluation.ddr import LEARNING_RATES, _best_rate, evaluate_ddr
+from dq.evaluation.bench import resized
+from dq.evaluation.ddr import LEARNING_RATES, _best_rates, _last, evaluate_ddr
 from dq.evaluation.foreign import bare_set, read_set
+from dq.evaluation.train import normalizer, train_student
 from dq.nets import make_net
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +165,36 @@ def test_float_tensors_stay_floats(tmp_path):
     assert_is_small(s)
 
 
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.25, 0.2, 0.3])
+
+
+def normalized(x: torch.Tensor) -> torch.Tensor:
+    return (x - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_normalised_tensors_are_pixels_again(tmp_path, suffix):
+    images, labels = small()
+    pixels = images.float() / 255
+    pixels[0, 0, 0, 0], pixels[5, 2, 7, 7] = 1.4, -0.3  # matching methods do not keep pixels where a screen has them
+    path = tensor_file(tmp_path / f"s{suffix}", images=normalized(pixels), labels=labels, mean=MEAN, std=STD)
+    s = read_set(path, NAMES)
+    assert not s.bounded
+    # values of about 1 after a multiplication and an addition in float32, and the same the other way
+    torch.testing.assert_close(s.images, pixels, rtol=0, atol=1e-6)
+    assert s.images_uint8()[0, 0, 0, 0] == 255
+    assert s.images_uint8()[5, 2, 7, 7] == 0
+    # through a folder of our own, and in another order of the classes
+    s.save(tmp_path, "mine")
+    again = read_set(tmp_path / "mine", NAMES)
+    assert torch.equal(again.images, s.images)
+    assert not again.bounded
+    assert read_set(tmp_path / "mine", ("red", "blue", "green")).images.max() == s.images.max()
+    # without mean and std nobody knows what they are
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\]; scale them, or give the mean and std"):
+        read_set(tensor_file(tmp_path / f"t{suffix}", images=normalized(pixels), labels=labels), NAMES)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -172,7 +207,8 @@ def test_float_tensors_stay_floats(tmp_path):
         ({"labels": torch.zeros(6)}, "must be whole numbers"),
         ({"images": torch.rand(0, 3, 8, 8), "labels": torch.zeros(0, dtype=torch.int64)}, "N > 0"),
         ({"images": 255 * torch.rand(6, 3, 8, 8)}, r"must lie in \[0, 1\]"),
-        ({"images": torch.full((6, 3, 8, 8), torch.nan)}, r"must lie in \[0, 1\]"),
+        ({"images": torch.full((6, 3, 8, 8), torch.nan)}, "must be finite"),
+        ({"images": torch.full((6, 3, 8, 8), torch.inf), "mean": torch.zeros(3), "std": torch.ones(3)}, "finite"),
         ({"images": torch.rand(6, 8, 8, 3)}, r"images must be \(N, 3, H, W\)"),
         ({"weights": torch.ones(5)}, r"weights of .* must be \(6,\), not \(5,\)"),
         ({"soft_labels": torch.ones(6, 4)}, r"soft_labels of .* must be \(6, 3\), not \(6, 4\)"),
@@ -262,18 +298,82 @@ def test_reordered_classes_take_labels_and_soft_labels_with_them(tmp_path):
         assert torch.equal(old, new)
 
 
-def test_parquet_of_others_is_mapped_by_name(tmp_path):
-    from datasets import ClassLabel, Dataset, Features
+def losses(images: torch.Tensor, labels: torch.Tensor, bounded: bool = True) -> list[float]:
+    """Of a student after every epoch."""
+    found: list[float] = []
+    train_student(
+        images,
+        labels,
+        num_classes=3,
+        config=StudentConfig(epochs=8, batch_size=3, tests=1, views=ViewConfig(crop_scale=(0.5, 1.0))),
+        test=(images, labels) if bounded else small(),
+        pixels=normalizer((0.5,) * 3, (0.25,) * 3),
+        bounded=bounded,
+        seed=0,
+        device="cpu",
+        on_epoch=lambda epoch, loss: found.append(loss),
+    )
+    return found
+
+
+def test_normalised_tensors_train_as_the_pixels_they_came_from(tmp_path):
+    images, labels = small()
+    pixels = images.float() / 255
+    file = tensor_file(tmp_path / "s.safetensors", images=normalized(pixels), labels=labels, mean=MEAN, std=STD)
+    s = read_set(file, NAMES)
+    # pixels differ by an ulp or two, which a few steps do not amplify a thousand times
+    assert losses(s.images, s.labels, s.bounded) == pytest.approx(losses(images, labels), rel=1e-4)
+    # what lies outside of [0, 1] is trained on as it is
+    wide = 3 * pixels - 1
+    file = tensor_file(tmp_path / "w.safetensors", images=normalized(wide), labels=labels, mean=MEAN, std=STD)
+    s = read_set(file, NAMES)
+    assert losses(s.images, s.labels, s.bounded) == pytest.approx(losses(wide, labels, bounded=False), rel=1e-4)
+    clipped = losses(wide.clamp(0, 1), labels)
+    assert losses(s.images, s.labels, s.bounded) != pytest.approx(clipped, rel=1e-2)
+    # at another size, too
+    assert resized(s.images, 4, bounded=False).max() > 1.1
+    assert resized(s.images, 4).max() == 1
+
+
+def parquet(path: Path, **more: list) -> Path:
+    """Our classes in another order, under a column `label`, with columns of other people's."""
+    from datasets import ClassLabel, Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
     images, labels = small()
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["green", "red", "blue"])})
+    features = {"image": ImageFeature(), "label": ClassLabel(names=["green", "red", "blue"])}
+    features |= {k: List(Value("float32")) if k == "soft_label" else Value("float64") for k in more}
     own = torch.tensor([2, 0, 1])[labels].tolist()
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
-    table = Dataset.from_dict({"image": pictures, "label": own}, features=features)
-    (tmp_path / "data").mkdir()
-    table.to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
+    table = Dataset.from_dict({"image": pictures, "label": own, **more}, features=Features(features))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(str(path))
+    return path
+
+
+def test_parquet_of_others_is_mapped_by_name(tmp_path):
+    parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     assert_is_small(read_set(tmp_path, NAMES))
+
+
+def test_parquet_weights_and_soft_labels_are_honoured(tmp_path):
+    weights = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
+    # the logit of class c of its names for image i is 10 i + c
+    soft = [[10.0 * i + c for c in range(3)] for i in range(6)]
+    parquet(tmp_path / "data" / "train-00000-of-00001.parquet", weight=weights, soft_label=soft)
+    s = read_set(tmp_path, NAMES)
+    assert torch.equal(s.images_uint8(), small()[0])
+    assert s.weights.tolist() == weights
+    expected = [[10.0 * i + ("green", "red", "blue").index(n) for n in NAMES] for i in range(6)]
+    assert s.soft_labels.tolist() == expected
+    (tmp_path / "broken").mkdir()
+    parquet(tmp_path / "broken" / "train-00000-of-00001.parquet", weight=[1.0, None, *weights[2:]])
+    with pytest.raises(InputError, match=r"column 'weight' of .*broken is not numbers for every image"):
+        read_set(tmp_path / "broken", NAMES)
+    shutil.rmtree(tmp_path / "broken")
+    # a test split beside it is not of the set
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", weight=[9.0] * 6, soft_label=soft)
+    assert read_set(tmp_path, NAMES).weights.tolist() == weights
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -420,6 +520,188 @@ def test_names_of_sets(world, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_record_names_its_set_and_its_software(evaluated, world):
+    for r in records(evaluated):
+        assert r["data"]["set"] == (str(world / "set") if r["set"] == "mine" else "selected from train")
+        assert (r["data"]["source"], r["data"]["image_size"]) == (str(world / "images"), 8)
+        assert r["software"]["dq"] == dq.__version__
+        assert r["test_images"] == 12
+        assert r["teachers"][0]["mean"] == [0.5] * 3
+
+
+def test_another_seed_labels_no_named_set_again(world, tmp_path):
+    call = arguments(world, tmp_path, *soft(world), "--baselines", "random,nearest")
+    once = [*call, "--seeds", "1"]
+    assert main(once) == 0
+    stamps = {f: f.stat().st_mtime_ns for f in tmp_path.glob("run/labels/*/*")}
+    assert {f.parent.name.rpartition("-")[0] for f in stamps} == {"ipc2-mine", "ipc2-nearest", "ipc2-random-seed0"}
+    assert main(call) == 0
+    assert {f: f.stat().st_mtime_ns for f in stamps} == stamps
+    new = {f.parent.name.rpartition("-")[0] for f in tmp_path.glob("run/labels/*/*") if f not in stamps}
+    assert new == {"ipc2-random-seed1"}
+
+
+def test_two_students_of_one_network_are_told_apart(world, tmp_path, capsys):
+    plain = "{net: convnet3, epochs: 1, augment: none"
+    assert main(arguments(world, tmp_path, "--set", f"evaluate.students=[{plain}}}, {plain}, lr: 0.1}}]")) == 0
+    assert "convnet3 #1, hard, IPC 2 | convnet3 #2, hard, IPC 2" in capsys.readouterr().out
+    with open(tmp_path / "run" / "eval" / "comparisons.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["recipe"], r["student"], "lr 0.1 " in r["settings"]) for r in rows] == [
+        ("0", "convnet3", False),
+        ("1", "convnet3", True),
+    ]
+
+
+def test_images_out_of_range_are_labelled_trained_on_and_resized(world, tmp_path):
+    images, labels = small()
+    file = tmp_path / "wide.safetensors"
+    tensor_file(file, images=normalized(images.float() / 255 * 3 - 1), labels=labels, mean=MEAN, std=STD)
+    call = arguments(world, tmp_path, *soft(world), "--distilled", str(file), "--seeds", "1")
+    assert main([*call, "--image_size", "16", "--set", "teachers.0.image_size=8"]) == 0
+    assert {r["set"] for r in records(tmp_path)} == {"mine", "wide", "random"}
+
+
+# --- its flags ----------------------------------------------------------------------------------------------------
+
+
+def resolved(*flags: str) -> RunConfig:
+    return resolve(build_parser().parse_args(["evaluate", *flags]))
+
+
+TWO = "evaluate.students=[{net: convnet3, epochs: 5}, {net: resnet20, lr: 0.3}]"
+
+
+def test_protocol_and_dataset_apply_to_all_configured_students():
+    found = resolved("--set", TWO, "--protocol", "rded", "--dataset", "cifar100").evaluate.students
+    common = {"protocol": "rded", "dataset": "cifar100"}
+    assert list(found) == [{"net": "convnet3", "epochs": 5, **common}, {"net": "resnet20", "lr": 0.3, **common}]
+    assert list(resolved("--set", TWO, "--protocol", "ddr").evaluate.students) == [
+        {"net": "convnet3", "epochs": 5},
+        {"net": "resnet20", "lr": 0.3},
+    ]
+    # what is said of one student holds for all that are named
+    one = ("--set", "evaluate.students=[{epochs: 5}]", "--student", "vgg11", "--student", "convnet3")
+    assert list(resolved(*one).evaluate.students) == [{"epochs": 5, "net": "vgg11"}, {"epochs": 5, "net": "convnet3"}]
+    with pytest.raises(InputError, match=r"either with --student or in evaluate\.students, not in both"):
+        resolved("--set", TWO, "--student", "vgg11")
+
+
+def test_set_says_more_of_a_teacher_that_a_flag_names():
+    flags = ("--teacher", "resnet56=a/b", "--teacher", "convnet3=c")
+    (first, second) = resolved(
+        *flags, "--set", "teachers.0.batch_size=7", "--set", "teachers.1.classes=[1, 0]"
+    ).teachers
+    assert (first.net, first.path, first.batch_size) == ("resnet56", "a/b", 7)
+    assert (second.net, second.path, second.batch_size, second.classes) == ("convnet3", "c", 256, (1, 0))
+    with pytest.raises(InputError, match="--teacher takes NET=PATH such as"):
+        resolved("--teacher", "resnet56")
+
+
+def test_only_a_configuration_or_a_flag_brings_the_full_data(tmp_path):
+    assert resolved().evaluate.baselines == ("random",)
+    assert "full" in RunConfig().evaluate.baselines
+    (tmp_path / "c.yaml").write_text("{}")
+    assert resolved("--config", str(tmp_path / "c.yaml")).evaluate.baselines == RunConfig().evaluate.baselines
+    assert resolved("--set", "evaluate.baselines=[full]").evaluate.baselines == ("full",)
+    assert resolved("--baselines", "random,full").evaluate.baselines == ("random", "full")
+
+
+def planned(call: list[str], capsys: pytest.CaptureFixture) -> tuple[int, float]:
+    """Trainings and bytes of labels that a dry run announces."""
+    capsys.readouterr()
+    assert main([*call, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    number, unit = re.search(r"labels +([\d.]+) (B|kB|MB) of soft labels", said).groups()
+    return int(re.search(r"evaluate +(\d+) trainings", said)[1]), float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+
+
+def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
+    # so many images that the header of a file, which is not counted, is small
+    folder = tensor_file(tmp_path / "big.safetensors", images=small(300)[0], labels=small(300)[1])
+    call = arguments(
+        world, tmp_path, *soft(world), "--set", "evaluate.students.0.epochs=2", "evaluate.students.0.batch_size=60"
+    )
+    call[call.index(f"mine={world / 'set'}")] = str(folder)
+    call[call.index("--baselines") + 1] = ""
+    trainings, expected = planned(call, capsys)
+    assert trainings == 2
+    # two random subsets of all that train has, 10 images a class
+    more = planned([*call, "--baselines", "random"], capsys)
+    assert more[0] == 4
+    assert more[1] - expected == pytest.approx(2 * 30 / 900 * expected, rel=0.2)  # printed with three digits
+    # and at another number that is asked for
+    assert planned([*call, "--baselines", "random", "--ipc", "2"], capsys)[0] == 6
+    # a second student that differs in nothing that labels depend on shares them
+    student = SOFT[1].partition("=")[2].strip("[]")
+    student = student.replace("epochs: 4, batch_size: 4", "epochs: 2, batch_size: 60")
+    twice = [student, student.replace("lr: 1e-3", "lr: 1e-2")]
+    assert planned([*call, "--set", f"evaluate.students=[{', '.join(twice)}]"], capsys) == (4, expected)
+    assert not (tmp_path / "run").exists()
+    assert main(call) == 0
+    files = list(tmp_path.glob("run/labels/*/*.safetensors"))
+    assert expected == pytest.approx(sum(f.stat().st_size for f in files), rel=0.05)
+
+
+def test_quiet_shows_no_bars(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # so that it is put back
+    assert main(arguments(world, tmp_path, *HARD, "--seeds", "1")) == 0
+    assert "evaluate:" in capsys.readouterr().err
+    assert main(arguments(world, tmp_path, *HARD, "--quiet")) == 0
+    assert capsys.readouterr().err == ""
+
+
+# --- refused before anything is trained ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weights_that_are_not_positive_are_refused_at_once(world, tmp_path, capsys, weight):
+    images, labels = small()
+    weights = torch.tensor([1.0, 1, 1, 1, 1, weight])
+    file = tensor_file(tmp_path / "theirs.safetensors", images=images, labels=labels, weights=weights)
+    assert main(arguments(world, tmp_path, *HARD, "--distilled", str(file))) == 2
+    assert "the set 'theirs' has weights that are not more than 0; leave such images out" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_what_cannot_be_trained_is_refused_at_once(world, tmp_path, capsys):
+    images, labels = small()
+    flat = tensor_file(tmp_path / "flat.safetensors", images=images[:, :, :4], labels=labels)
+    student = "{net: convnet3, epochs: 1}"
+    for more, message in (
+        (["--distilled", str(flat)], "images of the set 'flat' are (4, 8) px; they must be square"),
+        (["--set", f"evaluate.students=[{student}, {student}]"], "is named twice; name every student once"),
+        (["--set", "evaluate.students=[]"], "there is no student to train; name one with --student"),
+        (["--ipc", "0"], "ipc"),
+        (["--set", "evaluate.students=[{labels: fixed, epochs: 1}]"], "'mine' has no labels for labels=fixed"),
+        (["--baselines", "patches"], "'patches' is scored by a teacher"),
+    ):
+        assert main(arguments(world, tmp_path, *HARD, *more)) == 2, more
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_folder_of_a_run_is_left_alone(world, tmp_path, capsys):
+    (tmp_path / "run" / "eval").mkdir(parents=True)
+    for name in ("config.yaml", "eval/summary.csv"):
+        (tmp_path / "run" / name).write_text("precious")
+    assert main(arguments(world, tmp_path, *HARD)) == 2
+    assert "is a run, whose results would be replaced; choose another --output_dir" in capsys.readouterr().err
+    assert (tmp_path / "run" / "eval" / "summary.csv").read_text() == "precious"
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_class_without_test_images_is_said(world, tmp_path, caplog):
+    shutil.copytree(world / "images", tmp_path / "images")
+    call = arguments(world, tmp_path, *HARD, "--seeds", "1", "--data", str(tmp_path / "images"))
+    assert main(call) == 0
+    assert "no test image" not in caplog.text
+    for f in (tmp_path / "images" / "test" / "green").iterdir():
+        f.unlink()
+    assert main(call) == 0
+    assert "1 classes have no test image and count for nothing: green" in caplog.text
+
+
 # --- ddr ----------------------------------------------------------------------------------------------------------
 
 
@@ -429,31 +711,47 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
     assert main(call) == 0
     said = capsys.readouterr().out
     assert said.startswith("| set | student | HLR (low is good) | IOR | LRS | ARS |")
+    assert "Recipes: convnet3: custom, 1 epochs, batch 8" in said
     assert said.splitlines()[-1] == str(tmp_path / "run" / "eval" / "ddr.csv")
     with open(tmp_path / "run" / "eval" / "ddr.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [(r["set"], r["student"], r["seed"]) for r in rows] == [
+    facts = [{k: r.pop(k) for k in ("set", "student", "protocol", "settings", "seed")} for r in rows]
+    assert [(f["set"], f["student"], f["seed"]) for f in facts] == [
         ("mine", "convnet3", "0"),
         ("mine", "convnet3", "1"),
     ]
-    for r in rows:
-        value = {k: float(v) for k, v in r.items() if k not in ("set", "student")}
+    assert all(f["protocol"] == "custom" and "augment crop_flip" in f["settings"] for f in facts)
+    trained = records(tmp_path)
+    assert {r["part"] for r in trained} == {"own", "augmented", "hard", "full", "plain"}
+    for r, fact in zip(rows, facts):
+        value = {k: float(v) for k, v in r.items()}
         assert -1 <= value["hlr"] <= 1
         assert -1 <= value["ior"] <= 1
         assert 0 <= value["lrs"] <= 1
         assert 0 <= value["ars"] <= 1
         assert value["hlr"] == pytest.approx(value["accuracy_full"] - value["accuracy_hard"])
         assert value["ior"] == pytest.approx(value["accuracy_own"] - value["accuracy_random"])
-    units = len(list((tmp_path / "run").rglob("units/*.json")))
-    # mine and random by the own recipe, random and mine over all rates (those of the recipe's own lr are the same),
-    # and both without augmentation: for two seeds
+        # the lr that is named is that of the training whose accuracy stands beside it, and best on validation images
+        for column, part, name in (("hard", "hard", "mine"), ("own", "own", "mine"), ("random", "own", "random")):
+            own = [t for t in trained if (t["part"], t["set"], str(t["seed"])) == (part, name, fact["seed"])]
+            assert sorted(t["config"]["lr"] for t in own) == sorted(LEARNING_RATES)
+            (chosen,) = [t for t in own if t["config"]["lr"] == value[f"lr_{column}"]]
+            assert chosen["last"] == value[f"accuracy_{column}"]
+            assert chosen["looks"][-1][1] == max(t["looks"][-1][1] for t in own)
+    # random, the set by its recipe (which is that with hard labels) over all rates, of which the recipe's own lr is
+    # one, and both without augmentation: for two seeds
     own = 0.01
     assert own in LEARNING_RATES
-    assert units == 2 * (2 + 2 * (len(LEARNING_RATES) - 1) + 2)
+    assert len(list((tmp_path / "run").rglob("units/*.json"))) == 2 * (2 * len(LEARNING_RATES) + 2)
     assert len(list(tmp_path.glob("cache/full/*.json"))) == 1
-    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.json")}
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("units/*.json")}
+    before |= {f: f.stat().st_mtime_ns for f in tmp_path.glob("cache/full/*.json")}
     assert main(call) == 0
-    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.json")} == before
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    assert main(["report", "--output_dir", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "DD-Ranking" in page
+    assert "lr_random" in page
 
 
 def test_ddr_takes_the_rate_that_is_best_on_validation_images():
@@ -467,9 +765,10 @@ def test_ddr_takes_the_rate_that_is_best_on_validation_images():
         for seed in (1, 0)
         for i, value in ((i, last[i] + more + seed / 100) for i in range(rates))
     ]
-    assert _best_rate(records, "mine", 1) == pytest.approx((0.4, 0.41))
-    assert _best_rate(records, "random", 1) == pytest.approx((0.5, 0.51))
-    assert _best_rate(records, "mine", 0) == ()
+    assert _last(_best_rates(records, "mine", 1)) == pytest.approx((0.4, 0.41))
+    assert _last(_best_rates(records, "random", 1)) == pytest.approx((0.5, 0.51))
+    assert [r["recipe"] for r in _best_rates(records, "mine", 1)] == [rates + 1, rates + 1]
+    assert _best_rates(records, "mine", 0) == []
 
 
 def test_ddr_says_what_it_cannot_do(world, tmp_path, capsys):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dq.config import SourceConfig
-from dq.data import load_source, read_images
+from dq.data import Split, load_source, read_images
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 
@@ -167,24 +167,20 @@ def _from_folder(path: Path, class_names: tuple[str, ...], image_size: int | Non
         names = class_names  # numbered folders stand in class order
     size = image_size or min(_first_size(source.train.read(0)))
     images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
-    extras = {
-        k: None if v is None else v[torch.tensor(rows)] for k, v in _extra_columns(path, len(source.train)).items()
-    }
+    extras = {name: _column(source.train, name, rows, path) for name in ("weight", "soft_label")}
     labels = torch.from_numpy(source.train.labels[rows])
-    return bare_set(images, labels, names, extras["weights"], extras["soft_labels"], str(path))
+    return bare_set(images, labels, names, extras["weight"], extras["soft_label"], str(path))
 
 
-def _extra_columns(path: Path, n: int) -> dict[str, Tensor | None]:
-    """Columns weight and soft_label of Parquet files, which a source does not show."""
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(f) for f in sorted(path.rglob("*.parquet"))]
-    found: dict[str, Tensor | None] = {"weights": None, "soft_labels": None}
-    for key, column in (("weights", "weight"), ("soft_labels", "soft_label")):
-        if tables and all(column in t.column_names for t in tables) and sum(map(len, tables)) == n:
-            values = [v for t in tables for v in t[column].to_pylist()]
-            found[key] = torch.tensor(values, dtype=torch.float32)
-    return found
+def _column(split: Split, name: str, rows: list[int], path: Path) -> Tensor | None:
+    """A column of Parquet files, for the rows that could be read."""
+    values = split.column(name)
+    if values is None:
+        return None
+    try:
+        return torch.tensor([values[i] for i in rows], dtype=torch.float32)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"column {name!r} of {path} is not numbers for every image ({e}); mend it or drop it") from e
 
 
 def _first_size(raw: Any) -> tuple[int, int]:

@@ -267,15 +267,16 @@ def _check_space(work: Work, total: int, sets: int) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work.folder).free
     if work.main:
-        log.info("soft labels of %d sets: %s to write, %s free", sets, _size(total), _size(free))
+        log.info("soft labels of %d sets: %s to write, %s free", sets, format_bytes(total), format_bytes(free))
     if total > free:
         raise RunError(
-            f"the soft labels need {_size(total)} but {work.folder} has {_size(free)} left; "
+            f"the soft labels need {format_bytes(total)} but {work.folder} has {format_bytes(free)} left; "
             "set relabel.bits=8, relabel.top_k, relabel.epochs or relabel.storage=online"
         )
 
 
-def _size(n: float) -> str:
+def format_bytes(n: float) -> str:
+    """Text such as "13.9 kB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.3g} {unit}"
