@@ -1030,6 +1030,21 @@ def test_paired_difference_by_hand():
     assert other.verdict == "worse"
 
 
+def test_the_draw_of_test_images_widens_an_interval():
+    # three equal differences of 1/450: Student's t is 4.302653, McNemar's least variance (d - d^2) / 450
+    a, b = [0.5 + 1 / 450] * 3, [0.5] * 3
+    assert paired_difference(a, b).verdict == "better"  # of these very images
+    d = paired_difference(a, b, test_images=450)
+    half = 4.302653 * ((1 / 450 - 1 / 450**2) / 450) ** 0.5
+    assert (d.mean, d.low, d.high) == pytest.approx((1 / 450, 1 / 450 - half, 1 / 450 + half), rel=1e-5)
+    assert d.verdict == "undecided"
+    # beside the spread of seeds: differences 0.1, 0.2 and 0.3 on 9 images
+    d = paired_difference([0.6, 0.7, 0.8], b, test_images=9)
+    assert d.high - d.mean == pytest.approx(4.302653 * (0.01 / 3 + 0.16 / 9) ** 0.5, rel=1e-5)
+    other = paired_difference(b, [0.6, 0.7, 0.8], test_images=9)
+    assert (other.mean, other.low, other.high) == pytest.approx((-d.mean, -d.high, -d.low))
+
+
 def test_pairs_tell_more_than_means():
     """What both sides share, such as easy initial weights, does not blur their difference."""
     base = [10.0, 30.0, 50.0]

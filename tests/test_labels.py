@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq.config import RelabelConfig, SourceConfig, StudentConfig, ViewConfig
+from dq.config import EvaluateConfig, RelabelConfig, SourceConfig, StudentConfig, ViewConfig
 from dq.distilled import DistilledSet
 from dq.errors import InputError, RunError
 from dq.evaluation import trainings as stage
@@ -693,3 +693,36 @@ def test_online_and_full_data_labels_are_never_stored(bench, tmp_path):
     hard = training(small_set(22), StudentConfig())
     stage.write_labels([online, full, hard], bench, work)
     assert not (tmp_path / "labels").exists()
+
+
+# --- baselines as entries -----------------------------------------------------------------------------------------
+
+
+def test_baselines_are_as_many_as_the_images_of_the_sets(bench, tmp_path):
+    work = stage.Work(tmp_path, alone())
+    evaluate = EvaluateConfig(seeds=2, baselines=("random", "nearest", "full"))
+    held_out = dataclasses.replace(bench, validation_rows=np.array([23]))  # of the class of 7
+    found = stage.baseline_entries(held_out, evaluate, work, {"2": 4, "5": 7})
+    # under the ipc of the table, one random subset per seed; the last class has 6 images left
+    assert [(e.name, e.ipc, e.images, e.seeds) for e in found] == [
+        ("random", "2", 12, (0,)),
+        ("random", "2", 12, (1,)),
+        ("nearest", "2", 12, (0, 1)),
+        ("random", "5", 20, (0,)),
+        ("random", "5", 20, (1,)),
+        ("nearest", "5", 20, (0, 1)),
+        ("full", "full", 23, (0,)),
+    ]
+    assert all(len(e.load()) == e.images for e in found)
+
+
+@pytest.mark.parametrize(("side", "ipc", "factor"), [(128, 2, 2), (128, 1, 1), (64, 2, 1)])
+def test_patches_are_mosaics_as_in_rded_unless_told(bench, tmp_path, side, ipc, factor):
+    def identity(**settings) -> str:
+        evaluate = EvaluateConfig(baselines=("patches",), **settings)
+        large = dataclasses.replace(bench, image_size=side)
+        (entry,) = stage.baseline_entries(large, evaluate, stage.Work(tmp_path, alone()), {str(ipc): ipc})
+        return entry.identity
+
+    assert identity() == identity(patch_factor=factor)
+    assert identity() != identity(patch_factor=3 - factor)

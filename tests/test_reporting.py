@@ -13,7 +13,16 @@ from dq.config import RelabelConfig, StudentConfig, ViewConfig
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation import evaluate
-from dq.evaluation.tables import compare, markdown_table, settings_line, summarize, to_csv
+from dq.evaluation.figures import results_figures
+from dq.evaluation.tables import (
+    compare,
+    markdown_table,
+    settings_line,
+    statements,
+    summarize,
+    tables_text,
+    to_csv,
+)
 from dq.report import GAP, image_grid
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +39,7 @@ def record(
         "labels": "hard",
         "seed": seed,
         "recipe": 0,
+        "test_images": 450,
         "protocol": "p",
         "settings": "all of them",
         "selected_on": "validation",
@@ -50,8 +60,8 @@ def test_seeds_are_grouped_and_last_and_best_kept_apart() -> None:
     assert (r["last_mean"], r["last_std"], r["best_mean"], r["seeds"]) == (0.4, 0.1, 0.9, 3)
     assert rows[1].record()["last_std"] is None
     assert to_csv([r.record() for r in rows]).splitlines()[1:] == [
-        "b,10,100,convnet3,hard,3,0.4,0.1,0.9,0.0,validation,3.0,3000,20,p,all of them",
-        "a,10,100,convnet3,hard,1,0.2,,0.9,,validation,2.0,3000,10,p,all of them",
+        "b,10,100,convnet3,hard,0,3,0.4,0.1,0.9,0.0,validation,3.0,3000,20,p,all of them",
+        "a,10,100,convnet3,hard,0,1,0.2,,0.9,,validation,2.0,3000,10,p,all of them",
     ]
 
 
@@ -68,17 +78,58 @@ def test_every_set_is_compared_with_random_over_common_seeds() -> None:
     records += [record("c", 4, 0.9), record("d", 9, 0.9)]
     found = compare(summarize(records))
     assert [(c.a.set, c.b.set, c.difference.pairs) for c in found] == [("a", "random", 3), ("c", "random", 1)]
-    # differences 0.20, 0.21 and 0.22: std 0.01, and Student's t for 2 degrees of freedom at 97.5 % is 4.302653
-    d, half = found[0].difference, 4.302653 * 0.01 / 3**0.5
+    # differences 0.20, 0.21 and 0.22: std 0.01, and Student's t for 2 degrees of freedom at 97.5 % is 4.302653; one
+    # draw of 450 test images has a variance of (0.21 - 0.21^2) / 450 at least
+    d, half = found[0].difference, 4.302653 * (0.01**2 / 3 + (0.21 - 0.21**2) / 450) ** 0.5
     assert (d.mean, d.low, d.high) == pytest.approx((0.21, 0.21 - half, 0.21 + half))
     assert found[0].record()["verdict"] == "better"
-    assert str(found[0]) == ("convnet3, hard, IPC 10: a beats random (+21.0 points, 95% interval +18.5 to +23.5)")
+    assert str(found[0]) == "convnet3 #1, hard, IPC 10: a beats random (+21.0 points, 95% interval +12.4 to +29.6)"
     assert found[1].record()["verdict"] == "undecided"
     assert (found[1].record()["low"], found[1].record()["high"]) == (None, None)
     assert str(found[1]).endswith("c and random cannot be compared with one seed")
-    turned = compare(summarize(records[:8]), against="a")
-    assert (turned[0].difference.mean, turned[0].difference.verdict) == (pytest.approx(-0.21), "worse")
-    assert "a beats random (-21.0 points" in str(turned[0])
+    (turned,) = compare(summarize([{**r, "last": 1 - r["last"]} for r in records[:8]]))
+    assert (turned.difference.mean, turned.difference.verdict) == (pytest.approx(-0.21), "worse")
+    assert "random beats a (-21.0 points" in str(turned)
+
+
+def test_sets_are_compared_with_one_another_once_and_baselines_with_random_alone() -> None:
+    level = {"theirs": 0.5, "random": 0.2, "ours": 0.7, "herding": 0.4, "nearest": 0.1}
+    rows = summarize([record(name, s, v) for name, v in level.items() for s in range(2)])
+    found = {(c.a.set, c.b.set): c for c in compare(rows)}
+    assert list(found) == [
+        ("theirs", "random"),
+        ("theirs", "ours"),
+        ("ours", "random"),
+        ("herding", "random"),
+        ("nearest", "random"),
+    ]
+    assert found["theirs", "ours"].difference.mean == pytest.approx(-0.2)
+    assert statements(rows).endswith("5 comparisons at 95 % each, not corrected for their number.")
+    # two sets need no random images between them, and one comparison no warning of many
+    rows = summarize([record(name, s, level[name]) for name in ("theirs", "ours") for s in range(3)])
+    assert statements(rows).startswith("convnet3 #1, hard, IPC 10: ours beats theirs (-20.0 points")
+    assert "corrected" not in statements(rows)
+    rows = summarize([record("full", s, 0.9, ipc="full") for s in range(2)])
+    assert (compare(rows), statements(rows)) == ([], "")
+
+
+def test_unequal_numbers_are_not_compared_and_that_is_said() -> None:
+    records = [record("random", s, 0.1) for s in range(2)]
+    records += [{**record("b", s, 0.9), "images": 99} for s in range(2)]
+    records += [{**record("a", s, 0.5), "images": 101} for s in range(2)]
+    rows = summarize(records)
+    assert compare(rows) == []
+    assert statements(rows).splitlines() == [
+        f"{name}, IPC 10: not compared with random images, which are not of equal number" for name in "ab"
+    ]
+    assert statements(rows) in tables_text(rows)
+    # the equal ones among them are
+    rows = summarize([*records, *(record("c", s, 0.9) for s in range(2))])
+    assert [(c.a.set, c.b.set) for c in compare(rows)] == [("c", "random")]
+    assert [line.split(":")[0] for line in statements(rows).splitlines()[1:]] == ["a, IPC 10", "b, IPC 10"]
+    # of one number of images are two sets of the wrong one
+    rows = summarize([*records, *({**record("d", s, 0.9), "images": 99} for s in range(2))])
+    assert [(c.a.set, c.b.set) for c in compare(rows)] == [("b", "d")]
 
 
 def test_an_interval_with_zero_decides_nothing() -> None:
@@ -88,6 +139,33 @@ def test_an_interval_with_zero_decides_nothing() -> None:
     assert c.difference.low < 0 < c.difference.mean
     assert c.record()["verdict"] == "undecided"
     assert "3 seeds do not tell a from random" in str(c)
+
+
+def test_one_of_450_test_images_decides_nothing() -> None:
+    records = [record(name, s, right / 450) for name, right in (("a", 301), ("random", 300)) for s in range(3)]
+    (c,) = compare(summarize(records))
+    # no spread over seeds at all; McNemar's least variance of the mean 1/450 is (1/450 - 1/450^2) / 450
+    half = 4.302653 * ((1 / 450 - 1 / 450**2) / 450) ** 0.5
+    assert (c.difference.low, c.difference.high) == pytest.approx((1 / 450 - half, 1 / 450 + half), rel=1e-5)
+    assert c.record()["verdict"] == "undecided"
+    # the same share of so many images that chance would not move it so far
+    (c,) = compare(summarize([{**r, "test_images": 450_000} for r in records]))
+    assert c.record()["verdict"] == "better"
+
+
+def test_comparisons_tell_two_students_of_one_network_apart() -> None:
+    records = [
+        {**record(name, s, 0.1 * j + gap), "recipe": j, "protocol": "pq"[j], "settings": f"lr {j}"}
+        for name, gap in (("a", 0.5), ("random", 0.2))
+        for j in range(2)
+        for s in range(2)
+    ]
+    found = [c.record() for c in compare(summarize(records))]
+    assert [(r["student"], r["recipe"], r["protocol"], r["settings"]) for r in found] == [
+        ("convnet3", 0, "p", "lr 0"),
+        ("convnet3", 1, "q", "lr 1"),
+    ]
+    assert [str(c).split(",")[0] for c in compare(summarize(records))] == ["convnet3 #1", "convnet3 #2"]
 
 
 def test_table_orders_ipc_as_numbers() -> None:
@@ -114,6 +192,22 @@ def test_two_recipes_of_one_network_are_two_columns() -> None:
     lines = markdown_table(summarize(records)).splitlines()
     assert lines[0] == "| set | convnet3 #1, hard, IPC 10 | convnet3 #2, hard, IPC 10 |"
     assert lines[2] == "| a | 20.0 | 40.0 |"
+
+
+def test_recipes_of_one_network_are_drawn_apart() -> None:
+    from matplotlib.figure import Figure
+
+    records = [
+        {**record("a", s, 0.1 * (j + 1)), "ipc": ipc, "recipe": j}
+        for j, ipc in ((0, "1"), (0, "10"), (1, "1"), (1, "10"))
+        for s in range(2)
+    ]
+    rows = [{k: str(v) for k, v in r.record().items()} for r in summarize(records)]
+    drawn = dict(results_figures(rows, lambda w, h: Figure(figsize=(w, h))))
+    panels = drawn["accuracy"].axes
+    assert [ax.get_title() for ax in panels] == ["#1, p, convnet3, hard", "#2, p, convnet3, hard"]
+    for ax, height in zip(panels, (10, 20)):
+        assert ax.lines[0].get_ydata() == pytest.approx([height, height])
 
 
 def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_source) -> None:
@@ -289,7 +383,7 @@ def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
     small = small_set(toy_images)
     with pytest.raises(InputError, match="labels=soft need a teacher"):
         evaluate(small, toy_source, protocol="rded", student="convnet3")
-    with pytest.raises(InputError, match="labels=fixed need a teacher or labels in the set"):
+    with pytest.raises(InputError, match="'set' has no labels for labels=fixed; set teachers"):
         evaluate(small, toy_source, labels="fixed", epochs=1)
     with pytest.raises(InputError, match="'patches' is scored by a teacher"):
         evaluate(small, toy_source, baselines=("patches",))

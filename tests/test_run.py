@@ -207,10 +207,13 @@ def test_summary_has_every_set_student_and_baseline(finished: Path) -> None:
     }
     with open(finished / "run" / "eval" / "comparisons.csv", newline="") as f:
         compared = list(csv.DictReader(f))
-    assert {(r["set"], r["ipc"], r["student"]) for r in compared} == {
-        s for s in sets if s[0] not in ("random", "full")
-    }
-    assert all(r["against"] == "random" and r["pairs"] == "2" for r in compared)
+    found = [(r["set"], r["against"], r["ipc"], r["student"]) for r in compared]
+    expected = {(s, "random", i, net) for s, i, net in sets if s not in ("random", "full")}
+    methods = (("d4m", "ddoq"), ("d4m", "real"), ("ddoq", "real"))  # in the order of the file
+    expected |= {(*pair, i, net) for pair in methods for i in "13" for net in ("convnet3", "resnet20")}
+    assert len(found) == len(expected)
+    assert set(found) == expected
+    assert all(r["pairs"] == "2" for r in compared)
 
 
 def test_a_record_tells_how_to_do_its_training_again(finished: Path) -> None:
@@ -302,8 +305,8 @@ def test_killed_and_restarted_equals_uninterrupted(world: Path, finished: Path, 
     assert process.returncode == 0, errors[-2000:]
     assert results(tmp_path) == results(finished)
     summary = "run/eval/summary.csv"
-    before_seconds = [line.split(",")[:11] for line in (tmp_path / summary).read_text().splitlines()]
-    assert before_seconds == [line.split(",")[:11] for line in (finished / summary).read_text().splitlines()]
+    before_seconds = [line.split(",")[:12] for line in (tmp_path / summary).read_text().splitlines()]
+    assert before_seconds == [line.split(",")[:12] for line in (finished / summary).read_text().splitlines()]
     assert before_seconds[0][-1] == "selected_on"
     assert not list(tmp_path.rglob("*.checkpoint.safetensors"))
 
@@ -560,7 +563,20 @@ def test_faults_of_the_label_and_evaluate_stages_are_found_before_the_first(
     assert "has epochs for 1 but not for '3'; add 'default'" in said
     assert "unknown protocol 'clasic'" in fails([*file, "--set", "evaluate.students.0.protocol=clasic"], capsys)
     assert "need a teacher" in fails([*file, "--set", "teachers=[]"], capsys)
+    hard = ["--set", "teachers=[]", "--set", "evaluate.students=[{epochs: 1}]"]
+    said = fails([*file, *hard, "--set", "evaluate.baselines=[patches]"], capsys)
+    assert "'patches' is scored by a teacher" in said
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_folder_of_a_run_is_not_that_of_an_evaluation(
+    world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = {f: f.read_bytes() for f in (finished / "run" / "eval").glob("*.*")}
+    more = ["--data", str(world / "images"), "--cache_dir", str(tmp_path), "--output_dir", str(finished / "run")]
+    said = fails(["evaluate", "--distilled", str(finished / "run" / "dataset" / "ipc1-real"), *more], capsys)
+    assert "is a run, whose results would be replaced; choose another --output_dir" in said
+    assert {f: f.read_bytes() for f in (finished / "run" / "eval").glob("*.*")} == before
 
 
 def test_damaged_files_are_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
