@@ -278,7 +278,7 @@ def _check_space(work: Work, total: int, sets: int) -> None:
 def format_bytes(n: float) -> str:
     """Text such as "13.9 kB"."""
     for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
+        if n < 999.5:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
