@@ -169,7 +169,8 @@ def main() -> None:
             print(f"{net}: {name}: {seconds:.3f} s per epoch, x{ratio:.2f} of {against}")
     if args.csv:
         with open(args.csv, "w", newline="") as f:
-            print("#", "python", *(a if "/" not in a else Path(a).name for a in sys.argv), file=f)
+            said = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
+            print("# python benchmarks/student.py", *said, file=f)
             print(f"# {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", file=f)
             writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
