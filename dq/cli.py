@@ -211,6 +211,12 @@ def execute(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             if args.verb == "evaluate" and not args.config:
                 sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
+                if args.protocol == "ddr":
+                    from dq.evaluation.ddr import count_trainings
+
+                    e = config.evaluate
+                    print(f"evaluate    up to {count_trainings(len(sets), len(e.students), e.seeds)} trainings of ddr")
+                    return
                 asked = config.ipc if args.ipc else ()
                 print(*_plan_evaluation(config, source.class_counts(), sets, asked), sep="\n")
             else:

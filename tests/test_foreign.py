@@ -708,6 +708,9 @@ def test_a_class_without_test_images_is_said(world, tmp_path, caplog):
 def test_ddr_scores_a_set(world, tmp_path, capsys):
     students = ["--set", "evaluate.students=[{net: convnet3, epochs: 1, augment: crop_flip, batch_size: 8}]"]
     call = arguments(world, tmp_path, "--protocol", "ddr", *students)
+    assert main([*call, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.json"))
     assert main(call) == 0
     said = capsys.readouterr().out
     assert said.startswith("| set | student | HLR (low is good) | IOR | LRS | ARS |")
@@ -722,6 +725,7 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
     ]
     assert all(f["protocol"] == "custom" and "augment crop_flip" in f["settings"] for f in facts)
     trained = records(tmp_path)
+    assert planned == f"evaluate    up to {len(trained)} trainings of ddr\n"
     assert {r["part"] for r in trained} == {"own", "augmented", "hard", "full", "plain"}
     for r, fact in zip(rows, facts):
         value = {k: float(v) for k, v in r.items()}

@@ -49,6 +49,12 @@ class DDRScores:
         return "\n".join([*lines, "", note])
 
 
+def count_trainings(sets: int, students: int, seeds: int) -> int:
+    """How many trainings `evaluate_ddr` does: own and hard under every lr, augmented and plain, and the full data."""
+    rates = len(LEARNING_RATES)
+    return students * (seeds * (rates * (sets + 1) + rates * sets + 2 * (sets + 1)) + 1)
+
+
 def evaluate_ddr(
     sets: dict[str, DistilledSet],
     source: ImageSource,
