@@ -38,7 +38,7 @@ from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.prototypes import Prototypes, make_prototypes
 from dq.runfolder import SPEED, Run
-from dq.teachers import load_teachers
+from dq.teachers import load_teachers, pooled_logits
 
 if TYPE_CHECKING:
     from dq.pipeline import DistillPipeline
@@ -307,9 +307,8 @@ def label(run: Run) -> None:
     todo = [i for i in run.mine([1.0] * len(folders)) if not names[i].is_file()]
     for i in progress(todo, desc="label", unit="set", main=run.main and bool(todo)):
         images = torch.cat(_images(run, folders[i])[0])
-        logits = torch.stack([t.logits(images) for t in teachers]).mean(0)
         meta = {"teachers": [t.name for t in teachers], "digest": digest}
-        write_tensors(names[i], {"logits": logits.half()}, meta)
+        write_tensors(names[i], {"logits": pooled_logits(teachers, images).half()}, meta)
     run.finish("label", began, sets=len(folders))
     if run.main:
         # which labels are these teachers'; those of earlier ones stay beside them

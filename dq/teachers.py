@@ -83,6 +83,11 @@ class Teacher:
             yield batch.to(device).float() / (255 if batch.dtype == torch.uint8 else 1)
 
 
+def pooled_logits(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
+    """Mean over teachers of `Teacher.logits`: (N, C) float32 on the CPU."""
+    return torch.stack([t.logits(images) for t in teachers]).mean(0)
+
+
 @contextlib.contextmanager
 def _evaluating(net: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, and every module back in its own mode after it."""

@@ -21,7 +21,7 @@ from dq.errors import InputError
 from dq.evaluation.train import Pixels, normalizer
 from dq.evaluation.whitening import Zca, fit_zca
 from dq.labels import LabelSource
-from dq.teachers import Teacher, load_teachers
+from dq.teachers import Teacher, load_teachers, pooled_logits
 
 log = logging.getLogger("dq")
 
@@ -128,7 +128,7 @@ class Bench:
         """Mean logits (N, C) of the teachers for stored images."""
         if not self.teachers:
             raise InputError("labels=fixed need a teacher or labels in the set; set teachers, or use labels=hard")
-        return torch.stack([t.logits(images) for t in self.teachers]).mean(0)
+        return pooled_logits(self.teachers, images)
 
     def features(self) -> Tensor:
         """Features (n, D) float32 of all train images, for selection baselines: the input of the first teacher's last

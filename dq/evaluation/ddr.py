@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dq.config import Baseline, EvaluateConfig, SourceConfig, TeacherConfig
+from dq.config import Baseline, EvaluateConfig
 from dq.data import ImageSource
 from dq.dist import write_text
 from dq.distilled import DistilledSet
@@ -60,14 +59,12 @@ def evaluate_ddr(
     source: ImageSource,
     *,
     config: EvaluateConfig,
-    source_config: SourceConfig,
-    teachers: Sequence[TeacherConfig] = (),
     image_size: int | None = None,
     folder: Path,
-    cache_dir: Path,
     accelerator: Accelerator,
+    **options: Any,
 ) -> DDRScores:
-    """HLR, IOR, LRS and ARS of sets, per seed, then averaged.
+    """HLR, IOR, LRS and ARS of sets, per seed, then averaged; `options` are those of `evaluate_records`.
 
     Every student of `config` is the sets' own recipe: its labels, optimiser and augmentation. From it follow
     - own: the recipe on the set and on a random subset of equal size, lr tuned for each;
@@ -110,13 +107,11 @@ def evaluate_ddr(
             {} if name == "full" else sets,
             source,
             config=dataclasses.replace(config, students=tuple(students), baselines=baselines),
-            source_config=source_config,
-            teachers=teachers,
             image_size=side,
             folder=folder,
-            cache_dir=cache_dir,
             accelerator=accelerator,
             ipcs=[ipc],
+            **options,
         )
     rows = []
     for j in range(len(own)):
