@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,11 +185,8 @@ def make_bench(
     rows = np.array([], np.int64)
     if any(s.tests > 1 and s.select == "validation" for s in students):
         rows = validation_rows(source.train.labels, evaluate.validation_images)
+    check_taught(evaluate, students, teachers)
     loaded = load_teachers(teachers, source, source_config, image_size, device) if teachers else ()
-    if any(s.labels == "soft" for s in students) and not loaded:
-        raise InputError("students with labels=soft need a teacher; set teachers, or use labels=hard")
-    if "patches" in evaluate.baselines and not loaded:
-        raise InputError("the baseline 'patches' is scored by a teacher; set teachers, or leave it out of baselines")
     bench = Bench(
         source=source,
         source_config=source_config,
@@ -209,6 +206,22 @@ def make_bench(
         # a constant channel (white paper) would divide by zero
         std=tuple(values.std((0, 2, 3)).clamp(min=1e-2).tolist()),
     )
+
+
+def check_taught(
+    evaluate: EvaluateConfig, students: Iterable[StudentConfig], teachers: Sequence[TeacherConfig]
+) -> None:
+    """Someone labels what has to be labelled.
+
+    Raises:
+        InputError: if students or baselines need a teacher and none is named.
+    """
+    if teachers:
+        return
+    if any(s.labels == "soft" for s in students):
+        raise InputError("students with labels=soft need a teacher; set teachers, or use labels=hard")
+    if "patches" in evaluate.baselines and evaluate.students:
+        raise InputError("the baseline 'patches' is scored by a teacher; set teachers, or leave it out of baselines")
 
 
 def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from dq.dist import (
 )
 from dq.distilled import DistilledSet
 from dq.errors import InputError
-from dq.evaluation.bench import Bench, make_bench
+from dq.evaluation.bench import Bench, check_taught, make_bench
 from dq.evaluation.foreign import check_classes
 from dq.evaluation.tables import Comparison, Row, compare, tables_text
 from dq.evaluation.trainings import (
@@ -58,10 +58,9 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in e.baselines)
     size = config.image_size
     students = students_of(e, ipcs, len(source.class_names), size)
-    if any(s.labels != "hard" for s in students.values()) and not config.teachers:
-        raise InputError("students with labels=soft or fixed need a teacher; set teachers, or use labels=hard")
-    if "patches" in e.baselines and e.students and not config.teachers:
-        raise InputError("the baseline 'patches' is scored by a teacher; set teachers, or leave it out of baselines")
+    check_taught(e, students.values(), config.teachers)
+    if any(s.labels == "fixed" for s in students.values()) and not config.teachers:
+        raise InputError("students with labels=fixed need a teacher; set teachers, or use labels=hard")
     if e.students or config.teachers:
         _ = source.test
 
