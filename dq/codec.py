@@ -3,6 +3,7 @@ the denoiser sees on the other."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -160,15 +161,48 @@ def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
 def _affine(codec: Codec, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """shift and scale such that (z - shift) * scale lies in the denoiser's space."""
     config = codec.config
-    if type(codec).__name__ == "AutoencoderTiny":
-        # its factor is 1 by design; scale_latents() only maps to [0, 1] for display
-        return 0.0, 1.0
-    scale = float(config.get("scaling_factor") or 1.0)
+    # AutoencoderTiny's factor is 1 by design; its scale_latents() only maps to [0, 1] for display
+    tiny = type(codec).__name__ == "AutoencoderTiny"
+    scale = 1.0 if tiny else float(config.get("scaling_factor") or 1.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         view = (1, -1, 1, 1)
         return torch.tensor(mean, device=z.device).view(view), scale / torch.tensor(std, device=z.device).view(view)
-    return float(config.get("shift_factor") or 0.0), scale
+    return 0.0 if tiny else float(config.get("shift_factor") or 0.0), scale
+
+
+def normalized(codec: Codec, mean: Tensor, std: Tensor) -> Codec:
+    """A copy of the codec, in float32, whose latents z of the denoiser's space have become (z - mean) / std.
+
+    In an `AutoencoderKL` with 1x1 convolutions around its latents the statistics go into their weights, so that stock
+    pipelines, which know nothing but a scaling factor, decode rightly. Elsewhere they go into the config as
+    `latents_mean` and `latents_std`, which `encode_latents` and `decode_latents` obey.
+
+    Args:
+        mean, std: (C,) by channel.
+    """
+    new = copy.deepcopy(codec).float().cpu()
+    m, s = mean.double().cpu(), std.double().cpu()
+    before, after = getattr(new, "quant_conv", None), getattr(new, "post_quant_conv", None)
+    shift, scale = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in _affine(new, m))
+    # of the codec's own latents: z_new = a * z_own + b
+    a = scale / s
+    b = -(shift * scale + m) / s
+    if before is None or after is None:
+        new.register_to_config(latents_mean=(-b / a).tolist(), latents_std=(1 / a).tolist(), scaling_factor=1.0)
+        return new
+    channels = len(m)
+    with torch.no_grad():
+        weight, bias = before.weight.double(), before.bias.double()
+        weight[:channels] *= a.view(-1, 1, 1, 1)
+        bias[:channels] = a * bias[:channels] + b
+        bias[channels:] += 2 * a.abs().log()  # log variances
+        before.weight.copy_(weight), before.bias.copy_(bias)
+        weight, bias = after.weight.double(), after.bias.double()
+        after.bias.copy_(bias - weight[:, :, 0, 0] @ (b / a))
+        after.weight.copy_(weight / a.view(1, -1, 1, 1))
+    new.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
+    return new
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from dq.errors import InputError
 C = TypeVar("C")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+TrainDtype = Literal["float32", "bfloat16"]  # gradients in float16 would need loss scaling
 Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"]
 
 # Least values of settings by name; a trailing ">" leaves the bound itself out. All must be finite.
@@ -29,6 +30,8 @@ LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor"), (1, True)),
     **dict.fromkeys(("seeds", "full_seeds", "steps", "save_every", "patch_size", "num_layers"), (1, True)),
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),
+    "held_out": (1, True),
+    "perceptual_weight": (0, True),
     **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
     **dict.fromkeys(
         ("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps", "guidance_scale"), (0, True)
@@ -256,33 +259,65 @@ class TrainTeachersConfig(Checked):
 
 @dataclass(frozen=True)
 class TrainCodecConfig(Checked):
+    architecture: Literal["kl", "tiny"] = "kl"  # AutoencoderKL or AutoencoderTiny
+    init: str | None = None  # folder or Hub id of an autoencoder to fine-tune; its architecture counts then
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (32, 64)
+    block_out_channels: tuple[int, ...] = (32, 64)  # by level from the pixels down; each further one halves the side
     layers_per_block: int = 1
+    attention: bool = True  # kl: in the middle block
+    perceptual: TeacherConfig | None = None  # classifier in whose features reconstructions are compared
+    perceptual_weight: float = 1.0
     steps: int = 2000
     batch_size: int = 64
     lr: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
     kl_weight: float = 1e-5
     ema: float = 0.995
     save_every: int = 200
-    dtype: Dtype = "float32"  # autocast
+    dtype: TrainDtype = "float32"  # autocast
 
 
 @dataclass(frozen=True)
 class TrainDenoiserConfig(Checked):
+    # a name sets the next three; numbers of parameters are those of diffusers' DiT with ten classes
+    size: Literal["3M", "8M", "18M", "S", "B", "L", "XL"] | None = None
     num_layers: int = 6
     num_attention_heads: int = 4
     attention_head_dim: int = 32
     patch_size: int = 2
+    init: str | None = None  # folder or Hub id of a DiT pipeline to fine-tune; its architecture counts then
+    new_classes: bool = False  # with init: learn the classes anew, so that their number may differ
+    objective: Literal["noise", "flow"] = "noise"
+    # noise: min_snr (gamma 5); flow: logit_normal draws noise levels around one half more often
+    weighting: Literal["uniform", "min_snr", "logit_normal"] = "uniform"
+    normalize: Literal["channel", "none"] = "channel"  # of the latents: mean 0 and deviation 1 in every channel
     steps: int = 3000
     batch_size: int = 128
+    accumulate: int = 1  # a batch goes through in so many parts
     lr: float = 5e-4
+    schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 100
     weight_decay: float = 0.0
-    ema: float = 0.998
+    ema: tuple[float, ...] = (0.99, 0.998)  # decays; the average with the least loss on held-out latents is saved
+    held_out: int = 512  # latents at most that are not trained on
     dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
     save_every: int = 500
-    dtype: Dtype = "float32"  # autocast
+    compile: bool = False  # torch.compile
+    dtype: TrainDtype = "float32"  # autocast
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ema or not all(0 <= e < 1 for e in self.ema):
+            raise InputError(f"ema must list decays in [0, 1), not {list(self.ema)}")
+        if not 0 <= self.dropout <= 1:
+            raise InputError(f"dropout is a share of the labels and cannot be {self.dropout}")
+        fits = {"noise": ("uniform", "min_snr"), "flow": ("uniform", "logit_normal")}[self.objective]
+        if self.weighting not in fits:
+            raise InputError(
+                f"weighting={self.weighting} does not belong to objective={self.objective}; use {fits[0]} or {fits[1]}"
+            )
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,13 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
+        """`differentiable` without recording gradients."""
+        return self.differentiable(x)
+
+    def differentiable(self, x: Tensor) -> Tensor:
         """Logits (B, C) float32 of float pixels (B, 3, S, S) in [0, 1], both on the teacher's device.
 
-        The network is left in the mode it is in, training or evaluation; no gradient is recorded.
+        The network is left in the mode it is in, training or evaluation; gradients reach x and no weight.
         """
         if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)

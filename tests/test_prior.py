@@ -29,7 +29,7 @@ SMALL = PriorConfig(
     ),
     denoiser=TrainDenoiserConfig(
         num_layers=1, num_attention_heads=2, attention_head_dim=16, steps=120, batch_size=32, lr=5e-3,
-        warmup_steps=10, ema=0.95, save_every=50,
+        warmup_steps=10, ema=(0.95,), save_every=50,
     ),
 )  # fmt: skip
 
@@ -338,8 +338,8 @@ def test_guidance_dropout_decides_which_label_rows_learn(made, accelerator, tmp_
 
 
 def test_learning_rate_warms_up():
-    assert [training.warmup(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert training.warmup(0, 0) == 1.0
+    assert [training.rate(s, 100, "constant", 4) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert training.rate(0, 100, "constant", 0) == 1.0
 
 
 def test_without_a_test_split_some_of_train_is_held_out(toy_images, accelerator):

@@ -1,4 +1,4 @@
-"""Train a small `AutoencoderKL` on the images of a source."""
+"""Train or fine-tune an autoencoder on the images of a source."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.codec import to_signed
+from dq.codec import Codec, codec_digest, decode_latents, downscale, encode_latents, load_codec, normalized, to_signed
 from dq.config import CodecConfig, PriorConfig, SourceConfig, to_dict
 from dq.data import ImageSource, Split, read_images
 from dq.dist import atomic_path, generator
 from dq.errors import InputError
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
+from dq.teachers import Teacher, load_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL
 
-HELD_OUT = 256  # images at most, for the PSNR
+HELD_OUT = 256  # images at most, for PSNR and SSIM
 SHOWN = 12
 
 
@@ -36,9 +37,10 @@ def train_codec(
 ) -> Path:
     """Train an autoencoder on the train split and save it as a stock folder, `<prior.output_dir>/vae`.
 
-    Per image, loss = mean (x - x')^2 + kl_weight * KL(posterior || N(0, 1)) / number of latent values. The scaling
-    factor of the saved config is 1 / (standard deviation of the train latents), so that a denoiser sees unit
-    variance. All train images are held in memory as bytes. Giving the same command again continues.
+    Per image, loss = mean (x - x')^2 + perceptual_weight * `perceptual_distance` of the classifier's features +
+    kl_weight * KL(posterior || N(0, 1)) / number of latent values. The saved codec's latents have mean 0 and
+    deviation 1 in every channel over the train split (see `normalized`), as a denoiser wants them. All train images
+    are held in memory as bytes. Giving the same command again continues.
 
     Returns:
         The folder; at once if this very training is done.
@@ -48,6 +50,11 @@ def train_codec(
         RunError: if the folder holds another training, or the loss is not finite.
     """
     settings, size, folder = prior.codec, codec_config.resolution, Path(prior.output_dir)
+    judge = None
+    if settings.perceptual is not None:
+        # the data's own size, which is what the classifier was trained on
+        judge = load_teacher(settings.perceptual, len(source.class_names), size, accelerator.device)
+    model = new_codec(prior, size)
     recipe = Recipe(
         name="codec",
         folder=folder,
@@ -58,27 +65,30 @@ def train_codec(
             "preprocess": source_config.preprocess,
             "on_bad_image": source_config.on_bad_image,
             "seed": prior.seed,
-            **{k: v for k, v in to_dict(settings).items() if k != "save_every"},
+            **{k: v for k, v in to_dict(settings).items() if k not in ("save_every", "perceptual")},
+            "perceptual": judge.digest if judge else None,
+            "init": codec_digest(model) if settings.init else None,
         },
         steps=settings.steps,
         batch_size=settings.batch_size,
         lr=settings.lr,
-        ema=settings.ema,
+        emas=(settings.ema,),
         save_every=settings.save_every,
         dtype=settings.dtype,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
     )
     if finished(recipe):
         return recipe.product
-    factor = 2 ** (len(settings.block_out_channels) - 1)
-    if size % factor:
+    if size % downscale(model):
         raise InputError(
-            f"codec.resolution={size} is not a multiple of {factor}, the downscaling factor of "
-            f"{len(settings.block_out_channels)} levels in prior.codec.block_out_channels"
+            f"codec.resolution={size} is not a multiple of {downscale(model)}, the codec's downscaling factor"
         )
     images, held_out = _images(source, source_config, size, prior.seed)
-    model = new_codec(prior, size)
-    objective = CodecLoss(model, settings.kl_weight)
-    latent = (settings.batch_size, settings.latent_channels, size // factor, size // factor)
+    objective = CodecLoss(model, settings.kl_weight, judge, settings.perceptual_weight)
+    side = size // downscale(model)
+    latent = (settings.batch_size, int(model.config.latent_channels), side, side)
 
     def batch(step: int) -> dict[str, Tensor]:
         g = generator(prior.seed, "codec", step)
@@ -91,43 +101,93 @@ def train_codec(
         shown = ((back[:SHOWN] * 0.5 + 0.5) * 255).round().to(torch.uint8)
         with atomic_path(path) as temporary:
             image_grid([list(held_out[:SHOWN]), list(shown)], scale=max(1, 64 // size)).save(temporary, "png")
-        return {"psnr": psnr(back, to_signed(held_out))}
+        return similarity(back, to_signed(held_out))
 
-    fit(recipe, objective, batch, accelerator=accelerator, on_save=on_save)
+    fitted = fit(recipe, objective, batch, accelerator=accelerator, on_save=on_save, save=model.save_pretrained)
     if accelerator.is_main_process:
-        std = _latent_std(model, images)
-        model.register_to_config(scaling_factor=1 / std)
-        numbers = {"latent_std": std, "psnr": psnr(reconstruct(model, held_out), to_signed(held_out))}
-        publish(recipe, model.save_pretrained, numbers)
+        mean, std = latent_statistics(model, images)
+        numbers: dict[str, Any] = similarity(reconstruct(model, held_out), to_signed(held_out))
+        numbers |= {"held_out_images": len(held_out), "channel_mean": mean.tolist(), "channel_std": std.tolist()}
+        publish(recipe, normalized(model, mean, std).save_pretrained, numbers, fitted, accelerator)
     accelerator.wait_for_everyone()
     return recipe.product
 
 
 class CodecLoss(nn.Module):
-    """Reconstruction error and KL divergence per image."""
+    """Reconstruction error, distance in a classifier's features, and KL divergence, each per image."""
 
-    def __init__(self, model: AutoencoderKL, kl_weight: float):
+    def __init__(self, model: Codec, kl_weight: float, judge: Teacher | None = None, perceptual_weight: float = 1.0):
         super().__init__()
         self.model = model
         self.kl_weight = kl_weight
+        self.perceptual_weight = perceptual_weight
+        self.judge = judge
 
     def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Terms (b,) for images (b, 3, H, W) uint8 and posterior noise (b, C, h, w)."""
-        x = to_signed(images)
-        posterior = self.model.encode(x).latent_dist
-        out = self.model.decode(posterior.mean + posterior.std * noise).sample
+        x = to_signed(images).contiguous(memory_format=torch.channels_last)
+        terms = {}
+        encoded: Any = self.model.encode(x)
+        if hasattr(encoded, "latent_dist"):
+            posterior = encoded.latent_dist
+            z = posterior.mean + posterior.std * noise
+            terms["kl"] = posterior.kl().float() / noise[0].numel()
+        else:  # AutoencoderTiny has no posterior
+            z = encoded.latents
+        out = self.model.decode(z).sample.float()
         # What PSNR measures; absolute error came out the same on digits (37.5 and 37.6 dB, 300 steps, one seed).
-        reconstruction = (out.float() - x).square().mean((1, 2, 3))
-        kl = posterior.kl().float() / noise[0].numel()
-        return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        terms["reconstruction"] = (out - x).square().mean((1, 2, 3))
+        loss = terms["reconstruction"] + self.kl_weight * terms.get("kl", 0.0)
+        if self.judge is not None:
+            terms["perceptual"] = perceptual_distance(self.judge, out * 0.5 + 0.5, x * 0.5 + 0.5)
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        return {"loss": loss, **terms}
+
+
+def perceptual_distance(judge: Teacher, x: Tensor, y: Tensor) -> Tensor:
+    """Distance (b,) of images x and y (b, 3, H, W) in [0, 1] in the features of a classifier; gradients flow into x.
+
+    As LPIPS without its learned weights (Zhang et al. 2018, equation 1): mean over stages of the network of the mean
+    over places of |f(x) / |f(x)| - f(y) / |f(y)||^2, with vectors of channels; the stages are the network's direct
+    parts that give maps.
+    """
+    with torch.no_grad():
+        targets = stage_features(judge, y)
+    total = x.new_zeros(len(x))
+    for a, b in zip(stage_features(judge, x), targets):
+        total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean((1, 2))
+    return total / len(targets)
+
+
+def stage_features(judge: Teacher, x: Tensor) -> list[Tensor]:
+    """Maps (b, C, h, w) that the direct parts of the judge's network give for images (b, 3, H, W) in [0, 1]."""
+    net: nn.Module = judge.net
+    while len(parts := list(net.children())) == 1:  # a wrapper around the network proper
+        net = parts[0]
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.ndim == 4:
+            seen.append(out)
+
+    hooks = [part.register_forward_hook(keep) for part in parts]
+    try:
+        judge.differentiable(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
 @torch.no_grad()
-def reconstruct(model: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) uint8 through the posterior mean and back, in [-1, 1], on the CPU."""
-    device = next(model.parameters()).device
-    parts = [model.decode(model.encode(to_signed(b).to(device)).latent_dist.mode()).sample for b in images.split(64)]
-    return torch.cat(parts).float().clamp(-1, 1).cpu()
+def reconstruct(model: Codec, images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) uint8 through the codec (posterior mean) and back, in [-1, 1], on the CPU."""
+    return torch.cat([decode_latents(model, encode_latents(model, to_signed(b))).cpu() for b in images.split(64)])
+
+
+def similarity(x: Tensor, y: Tensor) -> dict[str, float]:
+    """PSNR in dB and SSIM of images (n, C, H, W) in [-1, 1], means over images."""
+    return {"psnr": psnr(x, y), "ssim": ssim(x, y)}
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
@@ -135,20 +195,57 @@ def psnr(x: Tensor, y: Tensor) -> float:
     return float((-10 * ((x - y) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).mean())
 
 
-def new_codec(prior: PriorConfig, size: int) -> AutoencoderKL:
-    """The untrained autoencoder of these settings and this seed."""
-    from diffusers import AutoencoderKL
+def ssim(x: Tensor, y: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004, equation 13) of images (n, C, H, W) in [-1, 1]: mean over images,
+    channels and every place of an 11 x 11 Gaussian window of deviation 1.5, or of the largest odd window that fits a
+    smaller image."""
+    channels, h, w = x.shape[1:]
+    side = min(11, (min(h, w) - 1) // 2 * 2 + 1)
+    g = torch.exp(-((torch.arange(side) - side // 2).float() ** 2) / (2 * 1.5**2))
+    window = (g[:, None] * g / g.sum() ** 2).expand(channels, 1, side, side).to(x)
 
-    channels = prior.codec.block_out_channels
+    def mean(v: Tensor) -> Tensor:
+        return F.conv2d(v, window, groups=channels)
+
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # of a range of 2
+    mx, my = mean(x), mean(y)
+    vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    value = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return float(value.mean())
+
+
+def new_codec(prior: PriorConfig, size: int) -> Codec:
+    """The autoencoder that these settings and this seed start from."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    settings = prior.codec
+    if settings.init is not None:
+        return load_codec(settings.init).train().requires_grad_(True)
+    channels = settings.block_out_channels
     with seeded(prior.seed, "codec", "init"):
+        if settings.architecture == "tiny":
+            if len(set(channels)) > 1:
+                raise InputError(
+                    f"prior.codec.block_out_channels={list(channels)} differ by level, which AutoencoderTiny cannot "
+                    "have; give the same number for each, or take architecture=kl"
+                )
+            blocks = (settings.layers_per_block,) * len(channels)
+            return AutoencoderTiny(
+                encoder_block_out_channels=channels,
+                decoder_block_out_channels=channels[::-1],
+                num_encoder_blocks=blocks,
+                num_decoder_blocks=blocks,
+                latent_channels=settings.latent_channels,
+            )
         return AutoencoderKL(
             block_out_channels=channels,
             down_block_types=("DownEncoderBlock2D",) * len(channels),
             up_block_types=("UpDecoderBlock2D",) * len(channels),
-            latent_channels=prior.codec.latent_channels,
-            layers_per_block=prior.codec.layers_per_block,
+            latent_channels=settings.latent_channels,
+            layers_per_block=settings.layers_per_block,
             # several channels in each group, or the norm would take away what a channel says on average
             norm_num_groups=max(1, math.gcd(*channels) // 8),
+            mid_block_add_attention=settings.attention,
             sample_size=size,
         )
 
@@ -180,11 +277,12 @@ def _images(source: ImageSource, config: SourceConfig, size: int, seed: int) -> 
 
 
 @torch.no_grad()
-def _latent_std(model: Any, images: Tensor) -> float:
-    """Standard deviation of the posterior means of all images, over all their values."""
-    device = next(model.parameters()).device
-    count, total, squares = 0, 0.0, 0.0
+def latent_statistics(model: Codec, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) float32 of every channel of the latents of images (n, 3, H, W) uint8."""
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for b in images.split(64):
-        z = model.encode(to_signed(b).to(device)).latent_dist.mode().double()
-        count, total, squares = count + z.numel(), total + float(z.sum()), squares + float(z.square().sum())
-    return math.sqrt(squares / count - (total / count) ** 2)
+        z = encode_latents(model, to_signed(b)).double().cpu()
+        count += z.numel() // z.shape[1]
+        total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
+    mean = total / count
+    return mean.float(), (squares / count - mean.square()).sqrt().float()

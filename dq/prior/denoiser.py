@@ -1,4 +1,4 @@
-"""Train a small class-conditional DiT on cached latents."""
+"""Train or fine-tune a class-conditional DiT on cached latents."""
 
 from __future__ import annotations
 
@@ -10,23 +10,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dq.codec import codec_digest, decode_latents, load_codec, to_unit
+from dq.codec import Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.config import PriorConfig, to_dict
 from dq.dist import atomic_path, generator, write_json
 from dq.errors import InputError, RunError
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
-from dq.sampling import fresh_scheduler, guided
+from dq.sampling import fresh_scheduler, guided, is_flow
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import DDIMScheduler, DiTTransformer2DModel
+    from diffusers import DiTTransformer2DModel
 
-    from dq.codec import Codec
-
+BETAS = (1e-4, 2e-2)  # linear, of DiT
 TIMESTEPS = 1000
+MIN_SNR = 5.0  # gamma
 SHOWN_CLASSES, SHOWN_COLUMNS, SHOWN_STEPS, SHOWN_GUIDANCE = 20, 8, 20, 2.0
+# layers, heads, width of a head. S to XL are those of Peebles & Xie (2023, table 1).
+SIZES: dict[str, tuple[int, int, int]] = {
+    "3M": (4, 3, 64),
+    "8M": (6, 4, 64),
+    "18M": (6, 6, 64),
+    "S": (12, 6, 64),
+    "B": (12, 12, 64),
+    "L": (24, 16, 64),
+    "XL": (28, 16, 72),
+}
 
 
 def train_denoiser(
@@ -39,9 +49,9 @@ def train_denoiser(
 ) -> Path:
     """Train a `DiTTransformer2DModel` on cached latents; `prior.output_dir` becomes a folder of a stock `DiTPipeline`.
 
-    loss = mean (noise - model(sqrt(a_t) z + sqrt(1 - a_t) noise, t, y))^2 with the linear betas of DiT (Peebles & Xie
-    2023) and without learned variances; y is the null class for a share `dropout` of the rows. All latents are held
-    in memory as float16. Giving the same command again continues.
+    The latents are normalised to mean 0 and deviation 1 in every channel, and the codec saved beside the denoiser is
+    one that gives such latents (`normalized`). The class is the null class for a share `dropout` of the rows. All
+    latents are held in memory as float16. Giving the same command again continues.
 
     Args:
         codec: the one that made the latents; saved beside the denoiser unless it is there already.
@@ -50,12 +60,14 @@ def train_denoiser(
         The folder; at once if this very training is done.
 
     Raises:
-        InputError: if the latents exceed 8 GiB, or classes or patches do not fit them.
+        InputError: if the latents exceed 8 GiB, or classes or patches do not fit them, or the checkpoint to start from
+            is one for another codec, other classes or another size of latents.
         RunError: if the folder holds another training or another codec, or the loss is not finite.
     """
     import diffusers
 
     settings, folder = prior.denoiser, Path(prior.output_dir)
+    identity = {k: v for k, v in to_dict(settings).items() if k not in ("save_every", "compile")}
     recipe = Recipe(
         name="denoiser",
         folder=folder,
@@ -65,117 +77,309 @@ def train_denoiser(
             "codec": codec_digest(codec),
             "classes": list(class_names),
             "seed": prior.seed,
-            **{k: v for k, v in to_dict(settings).items() if k != "save_every"},
+            **identity,
         },
         steps=settings.steps,
         batch_size=settings.batch_size,
         lr=settings.lr,
-        ema=settings.ema,
+        emas=settings.ema,
         save_every=settings.save_every,
         dtype=settings.dtype,
+        schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
+        accumulate=settings.accumulate,
+        compile=settings.compile,
     )
     if finished(recipe):
         return folder
-    _check_codec(folder / "vae", codec)
     classes, (channels, side, _) = len(class_names), cache.shape
     if classes != len(cache.class_names):
         raise InputError(
             f"there are {classes} class names but latents of {len(cache.class_names)} classes; give one each"
         )
-    if side % settings.patch_size:
-        raise InputError(f"prior.denoiser.patch_size={settings.patch_size} does not divide the latents' side {side}")
     latents, labels = _latents(cache)
-    scheduler = diffusers.DDIMScheduler(
-        num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False
-    )
-    model = new_denoiser(prior, cache.shape, classes)
-    objective = DenoiserLoss(model, scheduler)
+    identity_map = torch.zeros(channels), torch.ones(channels)
+    mean, std = _statistics(latents) if settings.normalize == "channel" else identity_map
+    ours = _own_codec(folder / "vae", codec, mean, std)
+    if ours is codec:  # its latents are normal already
+        mean, std = identity_map
+    model = new_denoiser(prior, cache.shape, classes, codec=ours)
+    scheduler = new_scheduler(settings.objective)
+    objective = DenoiserLoss(model, settings.objective, settings.weighting)
+    held, kept = _held_out(len(latents), settings.held_out, prior.seed)
+
+    def rows_of(rows: Tensor, g: torch.Generator, levels: Tensor, null: Tensor) -> dict[str, Tensor]:
+        z = (latents[rows].float() - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        noise = torch.randn(len(rows), channels, side, side, generator=g)
+        # the null class is the row after the last class
+        return {"latents": z, "noise": noise, "level": levels, "labels": torch.where(null, classes, labels[rows])}
 
     def batch(step: int) -> dict[str, Tensor]:
         g = generator(prior.seed, "denoiser", step)
         b = settings.batch_size
-        rows = torch.randint(len(latents), (b,), generator=g)
-        dropped = torch.rand(b, generator=g) < settings.dropout
-        return {
-            "latents": latents[rows],
-            "noise": torch.randn(b, channels, side, side, generator=g),
-            "t": torch.randint(TIMESTEPS, (b,), generator=g),
-            # the null class is the row after the last class
-            "labels": torch.where(dropped, classes, labels[rows]),
-        }
+        rows = kept[torch.randint(len(kept), (b,), generator=g)]
+        null = torch.rand(b, generator=g) < settings.dropout
+        if settings.weighting == "logit_normal":
+            levels = torch.randn(b, generator=g).sigmoid()
+        else:
+            levels = torch.rand(b, generator=g)
+        return rows_of(rows, g, levels, null)
+
+    def score() -> float:
+        """Unweighted loss on the held-out latents, each at its own noise level, the levels evenly spread."""
+        g = generator(prior.seed, "denoiser held out")
+        levels = (torch.arange(len(held)) + 0.5) / len(held)
+        whole = rows_of(held, g, levels, torch.zeros(len(held), dtype=torch.bool))
+        device = accelerator.device
+        parts = zip(*(v.split(settings.batch_size) for v in whole.values()))
+        total = sum(float(objective(**{k: v.to(device) for k, v in zip(whole, p)})["error"].sum()) for p in parts)
+        return total / len(held)
 
     def on_save(step: int) -> dict[str, float]:
         y = torch.arange(min(classes, SHOWN_CLASSES)).repeat_interleave(SHOWN_COLUMNS)
         noise = torch.randn(len(y), channels, side, side, generator=generator(prior.seed, "denoiser", "samples"))
-        images = (to_unit(decode_latents(codec, _sample(model, scheduler, y, noise))) * 255).round().to(torch.uint8)
+        ours.to(accelerator.device)
+        images = (to_unit(decode_latents(ours, _sample(model, scheduler, y, noise))) * 255).round().to(torch.uint8)
         rows = [list(row) for row in images.cpu().split(SHOWN_COLUMNS)]
         with atomic_path(folder / "samples" / f"denoiser-{step:06d}.png") as temporary:
             image_grid(rows, scale=max(1, 48 // images.shape[-1])).save(temporary, "png")
         return {}
 
-    fit(recipe, objective, batch, accelerator=accelerator, on_save=on_save)
+    fitted = fit(
+        recipe,
+        objective,
+        batch,
+        accelerator=accelerator,
+        on_save=on_save,
+        save=model.save_pretrained,
+        score=score if len(held) else None,
+    )
     if accelerator.is_main_process:
         if not (folder / "vae").exists():
-            copy.deepcopy(codec).float().save_pretrained(folder / "vae")
+            copy.deepcopy(ours).float().save_pretrained(folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
         index = {
             "_class_name": "DiTPipeline",
             "_diffusers_version": diffusers.__version__,
             "id2label": {str(i): name for i, name in enumerate(class_names)},
-            "scheduler": ["diffusers", "DDIMScheduler"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
             "transformer": ["diffusers", "DiTTransformer2DModel"],
             "vae": ["diffusers", type(codec).__name__],
         }
         write_json(folder / "model_index.json", index)
+        numbers = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_images": len(kept),
+            "held_out_images": len(held),
+            "channel_mean": mean.tolist(),
+            "channel_std": std.tolist(),
+        }
         # last, because the denoiser's folder is what marks the training as done
-        publish(recipe, model.save_pretrained, {})
+        publish(recipe, model.save_pretrained, numbers, fitted, accelerator)
     accelerator.wait_for_everyone()
     return folder
 
 
 class DenoiserLoss(nn.Module):
-    """Squared error of the predicted noise per latent."""
+    """Squared error of the prediction per latent, for noise prediction on DiT's linear betas (Peebles & Xie 2023) or
+    for flow matching on straight paths (Liu et al. 2023; Esser et al. 2024).
 
-    def __init__(self, model: DiTTransformer2DModel, scheduler: DDIMScheduler):
+    noise: x = sqrt(a_t) z + sqrt(1 - a_t) noise, target noise, weights 1 or min(SNR, 5) / SNR (Hang et al. 2023).
+    flow: x = (1 - s) z + s noise, target noise - z; time handed to the model is 1000 s, as diffusers does it.
+    """
+
+    def __init__(self, model: DiTTransformer2DModel, objective: str = "noise", weighting: str = "uniform"):
         super().__init__()
         self.model = model
-        self.scheduler = scheduler
+        self.objective = objective
+        self.weighting = weighting
+        self.alphas = torch.cumprod(1 - torch.linspace(BETAS[0], BETAS[1], TIMESTEPS, dtype=torch.float64), 0)
 
-    def forward(self, latents: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Terms (b,) for latents and noise (b, C, h, w), timesteps (b,) and class ids (b,)."""
-        noisy = self.scheduler.add_noise(latents.float(), noise, t)
-        out = self.model(noisy, timestep=t, class_labels=labels).sample
-        return {"loss": (out.float() - noise).square().mean((1, 2, 3))}
+    def forward(self, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Terms (b,) for latents and noise (b, C, h, w), noise levels (b,) in [0, 1), and class ids (b,); `error` is
+        the squared error without weights."""
+        z, view = latents.float(), (-1, 1, 1, 1)
+        weight: Tensor | float = 1.0
+        if self.objective == "flow":
+            t = level * TIMESTEPS
+            noisy = torch.lerp(z, noise, level.view(view))
+            target = noise - z
+        else:
+            t = (level * TIMESTEPS).long()
+            a = self.alphas.to(t.device)[t]
+            noisy = a.sqrt().float().view(view) * z + (1 - a).sqrt().float().view(view) * noise
+            target = noise
+            if self.weighting == "min_snr":
+                weight = (MIN_SNR * (1 - a) / a).clamp(max=1.0).float()
+        out = self.model(noisy, timestep=t, class_labels=labels).sample.float()
+        # a learned variance, if the checkpoint has one, follows and is left as it is
+        error = (out[:, : z.shape[1]] - target).square().mean((1, 2, 3))
+        return {"loss": weight * error, "error": error}
 
 
-def new_denoiser(prior: PriorConfig, shape: tuple[int, int, int], classes: int) -> DiTTransformer2DModel:
-    """The untrained DiT of these settings and this seed, for latents of `shape` (C, h, w)."""
+def new_scheduler(objective: str) -> Any:
+    """The sampler that a prior is saved with."""
+    import diffusers
+
+    if objective == "flow":
+        # and not FlowMatchEulerDiscreteScheduler, with which the stock DiTPipeline cannot sample
+        return diffusers.DPMSolverMultistepScheduler(
+            num_train_timesteps=TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+        )
+    return diffusers.DDIMScheduler(
+        num_train_timesteps=TIMESTEPS,
+        beta_start=BETAS[0],
+        beta_end=BETAS[1],
+        beta_schedule="linear",
+        clip_sample=False,
+    )
+
+
+def new_denoiser(
+    prior: PriorConfig, shape: tuple[int, int, int], classes: int, *, codec: Codec | None = None
+) -> DiTTransformer2DModel:
+    """The DiT that these settings and this seed start from, for latents of `shape` (C, h, w).
+
+    Args:
+        codec: the one that makes the latents; a checkpoint to start from must come with the same.
+    """
     from diffusers import DiTTransformer2DModel
     from diffusers.models.embeddings import LabelEmbedding
 
-    with seeded(prior.seed, "denoiser", "init"):
-        model = DiTTransformer2DModel(
-            num_attention_heads=prior.denoiser.num_attention_heads,
-            attention_head_dim=prior.denoiser.attention_head_dim,
-            in_channels=shape[0],
-            out_channels=shape[0],
-            num_layers=prior.denoiser.num_layers,
-            dropout=0.0,
-            sample_size=shape[1],
-            patch_size=prior.denoiser.patch_size,
-            num_embeds_ada_norm=classes,
-        )
+    settings = prior.denoiser
+    if settings.init is not None:
+        model = _load_denoiser(prior, shape, classes, codec)
+    else:
+        layers, heads, width = settings.num_layers, settings.num_attention_heads, settings.attention_head_dim
+        if settings.size is not None:
+            layers, heads, width = SIZES[settings.size]
+        if shape[1] % settings.patch_size:
+            raise InputError(
+                f"prior.denoiser.patch_size={settings.patch_size} does not divide the latents' side {shape[1]}"
+            )
+        with seeded(prior.seed, "denoiser", "init"):
+            model = DiTTransformer2DModel(
+                num_attention_heads=heads,
+                attention_head_dim=width,
+                in_channels=shape[0],
+                out_channels=shape[0],
+                num_layers=layers,
+                dropout=0.0,
+                sample_size=shape[1],
+                patch_size=settings.patch_size,
+                num_embeds_ada_norm=classes,
+            )
+        # adaLN-zero, which diffusers leaves out: every block starts as the identity, and the output at zero
+        blocks = [block.norm1.linear for block in model.transformer_blocks]
+        for linear in [*blocks, model.proj_out_1, model.proj_out_2]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             # Each block would drop labels by itself, with draws from the global generator; the batch has them dropped.
             module.dropout_prob = 0.0
-    # adaLN-zero, which diffusers leaves out: every block starts as the identity, and the output at zero
-    for linear in [*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2]:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
     return model
+
+
+def _load_denoiser(
+    prior: PriorConfig, shape: tuple[int, int, int], classes: int, codec: Codec | None
+) -> DiTTransformer2DModel:
+    """The DiT of `prior.denoiser.init`, with new label tables if these are asked for.
+
+    Raises:
+        InputError: if it is none, or was trained for another codec, objective, number of classes or size of latents.
+    """
+    from diffusers import DiTTransformer2DModel
+    from diffusers.models.embeddings import LabelEmbedding
+
+    settings, path = prior.denoiser, str(prior.denoiser.init)
+    try:
+        model = DiTTransformer2DModel.from_pretrained(path, subfolder="transformer", use_safetensors=True)
+        theirs = load_codec(path, subfolder="vae")
+        flow = _is_flow_folder(path)
+    except (OSError, ValueError, InputError) as e:
+        raise InputError(
+            f"prior.denoiser.init={path} is not a DiT pipeline with vae/, transformer/ and scheduler/ "
+            f"({str(e).splitlines()[0][:150]})"
+        ) from e
+    c = model.config
+    if codec is not None and codec_digest(theirs) != codec_digest(copy.deepcopy(codec).float()):
+        raise InputError(f"{path} was trained with another codec than the one of these latents; set codec.path={path}")
+    if (c.in_channels, c.sample_size) != shape[:2]:
+        raise InputError(
+            f"{path} takes latents of {c.in_channels}x{c.sample_size}x{c.sample_size} but the data's are "
+            f"{'x'.join(map(str, shape))}; change codec.resolution, or choose another prior.denoiser.init"
+        )
+    if flow != (settings.objective == "flow"):
+        raise InputError(
+            f"{path} was trained for {'flow matching' if flow else 'noise prediction'}; "
+            f"set prior.denoiser.objective={'flow' if flow else 'noise'}"
+        )
+    if settings.new_classes:
+        tables = [m for m in model.modules() if isinstance(m, LabelEmbedding)]
+        with seeded(prior.seed, "denoiser", "classes"):
+            for table in tables:
+                old = table.embedding_table
+                table.embedding_table = nn.Embedding(classes + 1, old.embedding_dim)
+                with torch.no_grad():
+                    # all classes start as the null class did
+                    table.embedding_table.weight.copy_(old.weight[-1].expand(classes + 1, -1))
+                table.num_classes = classes
+        model.register_to_config(num_embeds_ada_norm=classes)
+    elif c.num_embeds_ada_norm != classes:
+        raise InputError(
+            f"{path} knows {c.num_embeds_ada_norm} classes but the data has {classes}; "
+            "set prior.denoiser.new_classes=true to learn them anew"
+        )
+    return model.train()
+
+
+def _is_flow_folder(path: str) -> bool:
+    from dq.pipeline import DistillPipeline
+
+    return is_flow(DistillPipeline.from_pretrained(path).scheduler)
+
+
+def _own_codec(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
+    """The codec to save beside the denoiser: the one given if its latents are normal already, to within the error of
+    estimating that, else a normalised copy.
+
+    Raises:
+        RunError: if there is another one.
+    """
+    normal = bool((mean.abs() < 0.05).all() and ((std - 1).abs() < 0.05).all())
+    ours = codec if normal else normalized(codec, mean, std)
+    if path.exists():
+        # compared in the precision in which the caller holds it
+        dtype = str(next(ours.parameters()).dtype).removeprefix("torch.")
+        there = codec_digest(load_codec(path, dtype=dtype))
+        if there == codec_digest(codec) and not normal:
+            raise RunError(
+                f"the codec in {path} gives latents that are not normalised by channel; set "
+                "prior.denoiser.normalize=none, or choose another prior.output_dir"
+            )
+        if there != codec_digest(ours):
+            raise RunError(
+                f"{path} is not the codec that made these latents; "
+                f"set codec.path={path}, or choose another prior.output_dir"
+            )
+    return ours
+
+
+def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of every channel of latents (n, C, h, w)."""
+    count = latents.shape[0] * latents.shape[2] * latents.shape[3]
+    mean = sum(z.double().sum((0, 2, 3)) for z in latents.split(4096)) / count
+    square = sum((z.double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for z in latents.split(4096)) / count
+    return mean.float(), square.sqrt().float()
+
+
+def _held_out(n: int, at_most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows held out and rows to train on, ascending, of n latents."""
+    order = torch.randperm(n, generator=generator(seed, "denoiser", "held out"))
+    k = min(at_most, n // 10)
+    return order[:k].sort().values, order[k:].sort().values
 
 
 def _latents(cache: LatentCache) -> tuple[Tensor, Tensor]:
@@ -194,23 +398,11 @@ def _latents(cache: LatentCache) -> tuple[Tensor, Tensor]:
     return torch.cat(shards), torch.repeat_interleave(torch.arange(len(shards)), counts)
 
 
-def _check_codec(path: Path, codec: Codec) -> None:
-    if not path.exists():
-        return
-    # compared in the precision in which the caller holds it
-    dtype = str(next(codec.parameters()).dtype).removeprefix("torch.")
-    if codec_digest(load_codec(path, dtype=dtype)) != codec_digest(codec):
-        raise RunError(
-            f"{path} is not the codec that made these latents; "
-            f"set codec.path={path}, or choose another prior.output_dir"
-        )
-
-
-def _sample(model: Any, scheduler: DDIMScheduler, labels: Tensor, noise: Tensor) -> Tensor:
-    """Latents (n, C, h, w) of classes (n,), walked from noise by guided DDIM."""
+def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor:
+    """Latents (n, C, h, w) of classes (n,), walked from noise with guidance."""
     device = next(model.parameters()).device
-    y, x = labels.to(device), noise.to(device)
     walk = fresh_scheduler(scheduler, SHOWN_STEPS, device)
+    y, x = labels.to(device), noise.to(device) * walk.init_noise_sigma
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return model(x, timestep=t.expand(len(x)), class_labels=y).sample

@@ -1,7 +1,7 @@
-"""The training loop that codec and denoiser share: parameter average, warm-up, checkpoints, resume.
+"""The training loop that codec and denoiser share: parameter averages, schedules, checkpoints, resume.
 
 The batch of step s is a pure function of (seed, s). The state of a training is therefore its parameters, their
-average, the optimiser's moments and the step, and a resumed training equals an uninterrupted one.
+averages, the optimiser's moments and the step, and a resumed training equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_BYTES = 8 << 30  # of training data held in memory
-BAR_EVERY = 20  # steps; reading the loss makes the host wait for the device
+LOOK_EVERY = 20  # steps; reading the loss makes the host wait for the device
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ class Recipe:
     steps: int
     batch_size: int  # over all processes
     lr: float
-    ema: float
+    emas: tuple[float, ...]  # decays of the averages
     save_every: int
     dtype: str  # of the autocast
+    schedule: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    accumulate: int = 1
+    compile: bool = False
 
     @property
     def digest(self) -> str:
@@ -67,6 +72,15 @@ class Recipe:
     @property
     def checkpoint(self) -> Path:
         return self.scratch / "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training cost and which average it left in the model."""
+
+    seconds: float  # over all interruptions, without the time between them
+    ema: float
+    held_out: float | None  # loss of that average on held-out data, None where nothing was held out
 
 
 def finished(recipe: Recipe) -> bool:
@@ -97,87 +111,137 @@ def fit(
     *,
     accelerator: Accelerator,
     on_save: Callable[[int], dict[str, float]],
-) -> None:
-    """Minimise the mean of `objective(**batch(step))["loss"]` and leave the averaged parameters in `objective`.
+    save: Callable[[Path], None],
+    score: Callable[[], float] | None = None,
+) -> Fitted:
+    """Minimise the mean of `objective(**batch(step))["loss"]` and leave the best average of the parameters in
+    `objective`.
 
     Args:
         objective: holds the model; gives named terms, each (b,), for a batch. A module and not a function because
-            DDP sums gradients over processes only for what passes through `forward`.
+            DDP sums gradients over processes only for what passes through `forward`. Parameters that need no gradient
+            are neither trained nor averaged.
         batch: the whole batch of a step on the CPU, the same in every process, each tensor with batch_size rows.
         on_save: called by the main process every `save_every` steps and at the last, while `objective` holds the
             averaged parameters; draws samples and returns numbers for the log.
+        save: writes the model that `objective` holds into a folder; used when the training diverges.
+        score: loss on held-out data of whatever parameters `objective` holds. It chooses among several averages;
+            without it the first decay is taken.
 
     Raises:
-        InputError: if there are more processes than rows in a batch, or the dtype is float16.
-        RunError: if the loss or its gradient is not finite.
+        InputError: if there are more processes or parts than rows in a batch.
+        RunError: if the loss or its gradient is not finite, or the disk lacks room for the checkpoints.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    if recipe.batch_size < world:
-        raise InputError(f"prior.{recipe.name}.batch_size={recipe.batch_size} is less than the {world} processes")
-    if recipe.dtype == "float16":
-        # its gradients underflow without loss scaling, whose state would have to be saved too
-        raise InputError(f"prior.{recipe.name}.dtype=float16 cannot be trained in; use bfloat16 or float32")
+    main = accelerator.is_main_process
+    if recipe.batch_size < world * recipe.accumulate:
+        raise InputError(
+            f"prior.{recipe.name}.batch_size={recipe.batch_size} is less than its {recipe.accumulate} part(s) on "
+            f"{world} process(es); raise it"
+        )
     objective.to(device).train()
-    names = [name for name, _ in objective.named_parameters()]
-    parameters = list(objective.parameters())
-    average = {name: p.detach().clone() for name, p in zip(names, parameters)}
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    first = _restore(recipe, objective, average, optimizer)
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    averages = [{name: p.detach().clone() for name, p in trained.items()} for _ in recipe.emas]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    first, seconds = _restore(recipe, trained, averages, optimizer)
+    _check_disk(recipe, sum(p.numel() * 4 for p in parameters))
     # no process may write before all have read
     accelerator.wait_for_everyone()
-    forward = accelerator.prepare(objective) if world > 1 else objective
+    forward: Any = torch.compile(objective, dynamic=False) if recipe.compile else objective
+    forward = accelerator.prepare(forward) if world > 1 else forward
     autocast = torch.autocast(device.type, DTYPES[recipe.dtype], enabled=recipe.dtype != "float32")
     # Gradients are averaged over processes; shares that differ in size still add up to the mean of the batch.
-    share = slice(rank * recipe.batch_size // world, (rank + 1) * recipe.batch_size // world)
+    cuts = [i * recipe.batch_size // (world * recipe.accumulate) for i in range(world * recipe.accumulate + 1)]
+    parts = [slice(cuts[i], cuts[i + 1]) for i in range(rank * recipe.accumulate, (rank + 1) * recipe.accumulate)]
     sums: dict[str, Tensor] = {}  # of the terms since the last save
     since = first
-    desc, main = f"train {recipe.name}", accelerator.is_main_process
-    with progress([], desc=desc, total=recipe.steps, unit="step", main=main) as bar:
+    began = time.perf_counter()
+    with progress([], desc=f"train {recipe.name}", total=recipe.steps, unit="step", main=main) as bar:
         bar.initial = bar.n = first
         for step in range(first, recipe.steps):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * warmup(step, recipe.warmup_steps)
-            with autocast:
-                terms = forward(**{k: v[share].to(device, non_blocking=True) for k, v in batch(step).items()})
+                group["lr"] = recipe.lr * rate(step, recipe.steps, recipe.schedule, recipe.warmup_steps)
             optimizer.zero_grad(set_to_none=True)
-            (terms["loss"].sum() * world / recipe.batch_size).backward()
+            whole = batch(step)
+            means: dict[str, Tensor] = {}
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+                    with autocast:
+                        terms = forward(**{k: v[part].to(device, non_blocking=True) for k, v in whole.items()})
+                    (terms["loss"].sum() * world / recipe.batch_size).backward()
+                means = {k: means.get(k, 0) + v.detach().sum() / recipe.batch_size for k, v in terms.items()}
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            # a short average at first, so that the start does not linger
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
-            means = {k: v.detach().sum() / recipe.batch_size for k, v in terms.items()} | {"grad_norm": norm / world}
+            for decay, average in zip(recipe.emas, averages):
+                # a short average at first, so that the start does not linger
+                decay = min(decay, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
+            means["grad_norm"] = norm / world
             sums = {k: sums.get(k, 0) + v for k, v in means.items()}
             done = step + 1
             bar.update()
-            if done % BAR_EVERY == 0:
-                bar.set_postfix(loss=f"{float(terms['loss'].detach().mean()):.4f}", refresh=False)
+            if done % LOOK_EVERY == 0:
+                # the norm is the same in every process, so that all of them stop
+                if not math.isfinite(float(norm)):
+                    _diverged(recipe, objective, save, "gradient", done, main)
+                bar.set_postfix(loss=f"{float(means['loss']) * world:.4f}", refresh=False)
             if done % recipe.save_every == 0 or done == recipe.steps:
                 logged = {k: float(accelerator.reduce(v, "sum")) / (done - since) for k, v in sums.items()}
                 broken = next((k for k, v in logged.items() if not math.isfinite(v)), None)
                 if broken:
-                    raise RunError(
-                        f"the {broken} of the {recipe.name} became NaN or infinite between steps {since} and {done}; "
-                        f"lower prior.{recipe.name}.lr and train in another prior.output_dir"
-                    )
+                    _diverged(recipe, objective, save, broken, done, main)
                 if main:
-                    with _averaged(objective, average):
+                    best, scores = _best(objective, averages, score)
+                    with _holding(objective, averages[best]):
                         numbers = on_save(done)
+                    numbers |= {f"held_out_{decay:g}": v for decay, v in zip(recipe.emas, scores)}
                     record = {"stage": recipe.name, "step": done, **logged, **numbers}
                     append_jsonl(recipe.folder / "metrics.jsonl", record)
-                    _save(recipe, objective, average, optimizer, done)
+                    _save(recipe, trained, averages, optimizer, done, seconds + time.perf_counter() - began)
                 sums, since = {}, done
                 accelerator.wait_for_everyone()
-    objective.load_state_dict(average, strict=False)
+    best, scores = _best(objective, averages, score) if main else (0, [])
+    objective.load_state_dict(averages[best], strict=False)
     objective.eval()
+    spent = seconds + time.perf_counter() - began
+    return Fitted(spent, recipe.emas[best], scores[best] if scores else None)
 
 
-def warmup(step: int, warmup_steps: int) -> float:
-    """Factor of the learning rate: rises linearly over the first steps, then stays at 1."""
-    return min(1.0, (step + 1) / max(1, warmup_steps))
+def _best(
+    objective: nn.Module, averages: list[dict[str, Tensor]], score: Callable[[], float] | None
+) -> tuple[int, list[float]]:
+    """Number of the average with the least score, and all scores; without a score the first and none."""
+    if score is None:
+        return 0, []
+    scores = []
+    for average in averages:
+        with _holding(objective, average):
+            scores.append(score())
+    return min(range(len(scores)), key=scores.__getitem__), scores
 
 
-def publish(recipe: Recipe, save: Callable[[Path], None], numbers: dict[str, float]) -> None:
+def rate(step: int, steps: int, schedule: str, warmup_steps: int) -> float:
+    """Factor of the learning rate: rises linearly over the first steps, then stays at 1 or falls to 0 by half a cosine
+    at the last."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    if schedule == "constant" or step < warmup_steps:
+        return warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """What a training ran on, for its record."""
+    device = accelerator.device
+    if device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(device)}"
+    return f"{accelerator.num_processes} process(es) of {torch.get_num_threads()} CPU thread(s), {platform.machine()}"
+
+
+def publish(
+    recipe: Recipe, save: Callable[[Path], None], numbers: dict[str, Any], fitted: Fitted, accelerator: Accelerator
+) -> None:
     """Save the model folder whole or not at all, with its `training.json`, and drop the checkpoint."""
     import diffusers
 
@@ -185,8 +249,17 @@ def publish(recipe: Recipe, save: Callable[[Path], None], numbers: dict[str, flo
     if whole.exists():
         shutil.rmtree(whole)
     save(whole)
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    record = {"digest": recipe.digest, "settings": recipe.identity, "versions": versions, **numbers}
+    record = {
+        "digest": recipe.digest,
+        "settings": recipe.identity,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "hardware": hardware(accelerator),
+        "seconds": round(fitted.seconds, 1),
+        "images_per_s": round(recipe.steps * recipe.batch_size / fitted.seconds, 1),
+        "ema": fitted.ema,
+        "held_out_loss": fitted.held_out,
+        **numbers,
+    }
     write_json(whole / "training.json", record)
     os.replace(whole, recipe.product)
     shutil.rmtree(recipe.scratch)
@@ -202,9 +275,9 @@ def seeded(*parts: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _averaged(objective: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
-    """The module with its averaged parameters, in evaluation mode, for the time of a block."""
-    own = {name: p.detach().clone() for name, p in objective.named_parameters()}
+def _holding(objective: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
+    """The module with these parameters, in evaluation mode, for the time of a block."""
+    own = {name: p.detach().clone() for name, p in objective.named_parameters() if name in average}
     objective.load_state_dict(average, strict=False)
     objective.eval()
     with torch.no_grad():
@@ -213,31 +286,76 @@ def _averaged(objective: nn.Module, average: dict[str, Tensor]) -> Iterator[None
     objective.train()
 
 
+def _diverged(
+    recipe: Recipe, objective: nn.Module, save: Callable[[Path], None], what: str, done: int, main: bool
+) -> NoReturn:
+    """Stop, and leave the averaged model of the last checkpoint where it can be opened.
+
+    Raises:
+        RunError: always.
+    """
+    kept = "no earlier step was saved"
+    if recipe.checkpoint.is_file():
+        step, good = int(read_metadata(recipe.checkpoint)["step"]), recipe.scratch / "last-good"
+        kept = f"the averaged model of step {step} is in {good}"
+        if main:
+            tensors, _ = read_tensors(recipe.checkpoint)
+            average = {k.removeprefix("average.0."): v for k, v in tensors.items() if k.startswith("average.0.")}
+            objective.load_state_dict(average, strict=False)
+            save(good)
+    raise RunError(
+        f"the {what} of the {recipe.name} became NaN or infinite before step {done}; {kept}; lower "
+        f"prior.{recipe.name}.lr or raise its warmup_steps, and train in another prior.output_dir"
+    )
+
+
+def _check_disk(recipe: Recipe, model_bytes: int) -> None:
+    """Room for two checkpoints (the next is written before the last goes) and the model."""
+    need = model_bytes * (2 * (3 + len(recipe.emas)) + 1)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(recipe.folder).free
+    if free < need:
+        raise RunError(
+            f"the checkpoints of the {recipe.name} need {need / 2**20:.0f} MiB but {recipe.folder} has "
+            f"{free / 2**20:.0f} MiB free; free some, or choose another prior.output_dir"
+        )
+
+
 def _save(
-    recipe: Recipe, objective: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int
+    recipe: Recipe,
+    trained: dict[str, nn.Parameter],
+    averages: list[dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
 ) -> None:
-    tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in objective.named_parameters()}
-    tensors |= {f"average.{name}": v for name, v in average.items()}
+    tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in trained.items()}
+    for i, average in enumerate(averages):
+        tensors |= {f"average.{i}.{name}": v for name, v in average.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"moment.{i}.{k}": v for k, v in state.items()}
-    write_tensors(recipe.checkpoint, tensors, {"step": step, "digest": recipe.digest})
+    write_tensors(recipe.checkpoint, tensors, {"step": step, "digest": recipe.digest, "seconds": seconds})
 
 
 def _restore(
-    recipe: Recipe, objective: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> int:
-    """Continue from the checkpoint if there is one; returns the number of steps done."""
+    recipe: Recipe,
+    trained: dict[str, nn.Parameter],
+    averages: list[dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, float]:
+    """Continue from the checkpoint if there is one; returns the number of steps done and the seconds they took."""
     if not recipe.checkpoint.is_file():
-        return 0
+        return 0, 0.0
     tensors, metadata = read_tensors(recipe.checkpoint)
     moments: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
-        for name, p in objective.named_parameters():
+        for name, p in trained.items():
             p.copy_(tensors[f"parameter.{name}"])
-            average[name].copy_(tensors[f"average.{name}"])
+            for i, average in enumerate(averages):
+                average[name].copy_(tensors[f"average.{i}.{name}"])
     for key, v in tensors.items():
         if key.startswith("moment."):
-            _, i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = v
+            _, number, name = key.split(".")
+            moments.setdefault(int(number), {})[name] = v
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return int(metadata["step"]), float(metadata["seconds"])
