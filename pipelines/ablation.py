@@ -1,0 +1,162 @@
+"""Which ingredient of DDOQ is worth what: each factor around one default, with floors and rivals.
+
+    torchrun --nproc_per_node 2 pipelines/ablation.py --config configs/cifar10_ablation.yaml --data DIR \
+        --set codec.path=checkpoints/cifar10/vae generate.model=checkpoints/cifar10 teachers.0.path=FILE
+    python pipelines/ablation.py ... --collect results/cifar10_ablation
+
+The configuration holds the default (`methods.default`), the students and the ipc. Arms that a configuration's
+`methods` cannot express (posterior samples, which are other latents) get a run folder of their own. `--only` takes
+factors, for a short run at one ipc. Everything continues where it was killed. `--collect` writes `ablation.csv`
+(accuracy, and the paired difference to the default with its 95 % interval) and copies every training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from collect_results import without_places
+
+from dq.cli import load_pipeline
+from dq.config import MethodConfig, RunConfig, apply_settings, dump_config, load_config
+from dq.data import load_source
+from dq.dist import make_accelerator
+from dq.evaluation.stage import evaluate_run
+from dq.evaluation.statistics import mean_std, paired_difference
+from dq.run import assemble, cluster, encode, generate
+from dq.runfolder import open_run
+
+# factor -> level -> what differs from the default: fields of a method, and settings of cluster and generate
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    "points": {
+        "one-pass mini-batch": {"cluster.engine": "minibatch"},
+        "CLVQ": {"cluster.engine": "clvq"},
+        "balanced barycentre": {"cluster.engine": "barycentre"},
+    },
+    "weights": {"uniform": {"weights": "uniform"}, "mass": {"weights": "mass"}},
+    "representative": {"medoid": {"representative": "medoid"}},
+    "space": {
+        "whitened": {"cluster.space": "whitened"},
+        "features": {"cluster.space": "features"},
+        "joint": {"cluster.space": "joint"},
+    },
+    "start SNR": {f"{s:g}": {"generate.snr": s} for s in (0.01, 0.03, 0.3, 1.0)},
+    "guidance": {f"{s:g}": {"generate.guidance_scale": s} for s in (1.0, 1.5, 3.0)},
+    "norm": {"rescaled": {"generate.rescale": "norm"}},
+    "noise": {"inversion": {"generate.noise": "inversion"}},
+    "mode guidance": {"0.1": {"generate.mode_guidance": 0.1}},
+    "rivals": {
+        "D4M (one-pass, uniform)": {"weights": "uniform", "cluster.engine": "minibatch"},
+        "prior samples": {"weights": "uniform", "generate.snr": None, "generate.strength": 1.0},
+        "nearest real": {"representative": "real"},
+        "nearest real, features": {"representative": "real", "cluster.space": "features"},
+        "decoded, no prior": {"generate.mode": "decode"},
+    },
+}
+POSTERIOR = ("posterior", "sample")
+
+
+def arms(config: RunConfig, only: list[str] | None = None) -> dict[str, MethodConfig]:
+    """The methods of all arms by name `factor: level`, and `default`."""
+    default = config.methods["default"]
+    fields = {f.name for f in dataclasses.fields(MethodConfig)} - {"override"}
+    methods = {"default": default}
+    for factor, levels in ARMS.items():
+        if only and factor not in only:
+            continue
+        for level, change in levels.items():
+            own = {k: v for k, v in change.items() if k in fields}
+            override = {**default.override, **{k: v for k, v in change.items() if k not in fields}}
+            methods[slug(factor, level)] = dataclasses.replace(default, **own, override=override)
+    return methods
+
+
+def slug(factor: str, level: str) -> str:
+    """A name that can be a folder: `start-SNR_0.03`."""
+    clean = "".join(c if c.isalnum() or c in "._" else "-" for c in f"{factor}_{level}")
+    return "-".join(part for part in clean.split("-") if part)
+
+
+def folders(config: RunConfig, only: list[str] | None) -> list[RunConfig]:
+    """One configuration per run folder."""
+    base = Path(config.output_dir)
+    runs = [dataclasses.replace(config, output_dir=str(base / "main"), methods=arms(config, only))]
+    if not only or POSTERIOR[0] in only:
+        drawn = {slug(*POSTERIOR): config.methods["default"]}
+        one = dataclasses.replace(config, output_dir=str(base / "posterior"), methods=drawn)
+        one = apply_settings(one, {"codec.posterior": POSTERIOR[1], "evaluate.baselines": []})
+        runs.append(one)
+    return runs
+
+
+def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: int) -> None:
+    """Write one row per arm, student and ipc, with the paired difference to the default."""
+    known = {slug(f, level): (f, level) for f, levels in ARMS.items() for level in levels}
+    known |= {slug(*POSTERIOR): POSTERIOR, "default": ("default", ""), "random": ("rivals", "random real")}
+    trainings: list[dict[str, Any]] = []
+    seen: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for run in folders(config, only):
+        for line in (Path(run.output_dir) / "eval" / "trainings.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            trainings.append(without_places(record))
+            key = (record["student"], record["labels"], str(record["ipc"]), record["set"])
+            seen.setdefault(key, []).append(record)
+    rows = []
+    for (student, labels, ipc, name), found in seen.items():
+        if name not in known:
+            continue
+        mine = {r["seed"]: r for r in found}
+        theirs = {r["seed"]: r for r in seen.get((student, labels, ipc, "default"), [])}
+        values = [r["last"] for r in mine.values()]
+        mean, std = mean_std(values)
+        row = {"factor": known[name][0], "level": known[name][1], "ipc": ipc, "student": student, "labels": labels,
+               "seeds": len(values), "mean": round(mean, 5), "std": None if std is None else round(std, 5),
+               "difference": "", "low": "", "high": ""}  # fmt: skip
+        if name != "default" and mine.keys() == theirs.keys():
+            seeds = sorted(mine)
+            pairs = [mine[s]["last"] for s in seeds], [theirs[s]["last"] for s in seeds]
+            d = paired_difference(*pairs, test_images=test_images)
+            row |= {"difference": round(d.mean, 5), "low": round(d.low, 5), "high": round(d.high, 5)}
+        rows.append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "ablation.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "trainings.jsonl").write_text("".join(json.dumps(t) + "\n" for t in trainings))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--only", nargs="+", choices=[*ARMS, POSTERIOR[0]])
+    parser.add_argument("--collect", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    config = apply_settings(
+        load_config(args.config), [*args.set, *([f"source.path={args.data}"] if args.data else [])]
+    )
+    source = load_source(config.source)
+    if args.collect:
+        collect(config, args.collect, args.only, len(source.test))
+        print(args.collect)
+        return
+    accelerator = make_accelerator()
+    for one in folders(config, args.only):
+        run = open_run(one, source, accelerator)
+        pipe = load_pipeline(one)
+        cache = encode(run, pipe.vae)
+        cluster(run, cache)
+        generate(run, pipe, cache)
+        assemble(run)
+        evaluate_run(run)
+    accelerator.print(dump_config(config.evaluate))
+
+
+if __name__ == "__main__":
+    main()
