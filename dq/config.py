@@ -28,9 +28,9 @@ LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
     **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests", "epochs"), (1, True)),
     **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor"), (1, True)),
-    **dict.fromkeys(("seeds", "full_seeds", "steps", "save_every", "patch_size", "num_layers"), (1, True)),
+    **dict.fromkeys(("seeds", "full_seeds", "save_every", "patch_size", "num_layers"), (1, True)),
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),
-    "held_out": (1, True),
+    **dict.fromkeys(("steps", "held_out"), (0, True)),
     "perceptual_weight": (0, True),
     **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
     **dict.fromkeys(
@@ -267,7 +267,7 @@ class TrainCodecConfig(Checked):
     attention: bool = True  # kl: in the middle block
     perceptual: TeacherConfig | None = None  # classifier in whose features reconstructions are compared
     perceptual_weight: float = 1.0
-    steps: int = 2000
+    steps: int = 2000  # 0 with init: only normalise its latents by channel
     batch_size: int = 64
     lr: float = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
@@ -304,6 +304,7 @@ class TrainDenoiserConfig(Checked):
     held_out: int = 512  # latents at most that are not trained on
     dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
     save_every: int = 500
+    save_dtype: TrainDtype = "float32"  # of the saved weights
     compile: bool = False  # torch.compile
     dtype: TrainDtype = "float32"  # autocast
 
@@ -311,6 +312,8 @@ class TrainDenoiserConfig(Checked):
         super().__post_init__()
         if not self.ema or not all(0 <= e < 1 for e in self.ema):
             raise InputError(f"ema must list decays in [0, 1), not {list(self.ema)}")
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, not {self.steps}")
         if not 0 <= self.dropout <= 1:
             raise InputError(f"dropout is a share of the labels and cannot be {self.dropout}")
         fits = {"noise": ("uniform", "min_snr"), "flow": ("uniform", "logit_normal")}[self.objective]

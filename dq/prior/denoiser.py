@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dq.codec import Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
+from dq.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.config import PriorConfig, to_dict
 from dq.dist import atomic_path, generator, write_json
 from dq.errors import InputError, RunError
@@ -176,7 +176,9 @@ def train_denoiser(
             "channel_std": std.tolist(),
         }
         # last, because the denoiser's folder is what marks the training as done
-        publish(recipe, model.save_pretrained, numbers, fitted, accelerator)
+        publish(
+            recipe, copy.deepcopy(model).to(DTYPES[settings.save_dtype]).save_pretrained, numbers, fitted, accelerator
+        )
     accelerator.wait_for_everyone()
     return folder
 

@@ -255,7 +255,7 @@ def publish(
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "hardware": hardware(accelerator),
         "seconds": round(fitted.seconds, 1),
-        "images_per_s": round(recipe.steps * recipe.batch_size / fitted.seconds, 1),
+        "images_per_s": round(recipe.steps * recipe.batch_size / fitted.seconds, 1) if recipe.steps else None,
         "ema": fitted.ema,
         "held_out_loss": fitted.held_out,
         **numbers,
