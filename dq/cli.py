@@ -28,6 +28,7 @@ VERBS = {
     "demo": "digits from scikit-learn: train a small prior, distil, evaluate; no download",
     "train-codec": "train a small autoencoder on the source",
     "train-denoiser": "train a small class-conditional DiT on the source's latents",
+    "prior-report": "measure a trained prior: samples against real images, copies, a page and a card",
     "train-teachers": "train classifiers on the source, which label or score images later",
 }
 
@@ -200,6 +201,10 @@ def execute(args: argparse.Namespace) -> None:
     from dq.dist import make_accelerator
     from dq.evaluation.stage import check_evaluation
 
+    if args.verb == "prior-report":
+        from dq.prior.quality_report import check_prior_report
+
+        check_prior_report(config)
     accelerator = make_accelerator(cpu=args.cpu)
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
@@ -219,6 +224,8 @@ def execute(args: argparse.Namespace) -> None:
                     return
                 asked = config.ipc if args.ipc else ()
                 print(*_plan_evaluation(config, source.class_counts(), sets, asked), sep="\n")
+            elif args.verb == "prior-report":
+                print(_plan_prior_report(config, source))
             else:
                 print(plan(config, source))
         return
@@ -227,6 +234,9 @@ def execute(args: argparse.Namespace) -> None:
         return
     if args.verb in ("train-codec", "train-denoiser"):
         print(_train(args.verb, config, source, accelerator))
+        return
+    if args.verb == "prior-report":
+        _report_prior(config, source, accelerator)
         return
     if args.verb == "train-teachers":
         from dq.evaluation.teaching import train_teachers
@@ -372,6 +382,33 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     encode_source(source, codec, cache, config.source, c, labels=mine, seed=config.seed, main=main)
     accelerator.wait_for_everyone()
     return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
+
+
+def _report_prior(config: RunConfig, source: Any, accelerator: Any) -> None:
+    """Measure a prior; without `codec.path`, with the codec that lies in its folder."""
+    from dq.prior.card import markdown_text, quality_table
+    from dq.prior.quality_report import report_prior
+
+    if not config.codec.path:
+        config = apply_settings(config, {"codec.path": config.generate.model})
+    records = report_prior(config, source, load_pipeline(config), accelerator=accelerator)
+    if records:
+        print(markdown_text(*quality_table(records)))
+        for name in ("prior_quality.csv", "prior_report.html"):
+            print(Path(config.output_dir) / name)
+
+
+def _plan_prior_report(config: RunConfig, source: Any) -> str:
+    """What `prior-report` would do."""
+    from dq.prior.quality import sample_counts
+
+    r = config.prior_report
+    images = int(sample_counts(source, r.per_class).sum())
+    calls = images * r.num_inference_steps * len(r.guidance)
+    return (
+        f"samples     {images} from pure noise at each of {len(r.guidance)} guidance scales, {r.num_inference_steps} "
+        f"steps, {calls} denoiser calls\nwrites to   {config.output_dir}, features in {config.cache_dir}"
+    )
 
 
 def _demo(config: RunConfig, source: Any, accelerator: Any) -> None:

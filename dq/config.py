@@ -32,6 +32,7 @@ LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),
     **dict.fromkeys(("steps", "held_out"), (0, True)),
     "perceptual_weight": (0, True),
+    **dict.fromkeys(("per_class", "neighbours", "shown"), (1, True)),
     **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
     **dict.fromkeys(
         ("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps", "guidance_scale"), (0, True)
@@ -332,6 +333,25 @@ class PriorConfig(Checked):
 
 
 @dataclass(frozen=True)
+class PriorReportConfig(Checked):
+    per_class: int = 100  # samples of a class; fewer where it has fewer test or train images
+    guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)  # guidance scales, each a row of the table
+    neighbours: int = 5  # k of density and coverage, and candidates for copies
+    num_inference_steps: int = 50
+    shown: int = 10  # samples of a class in the grids
+    # for the card of the prior's folder, which is written if any of them is given
+    data: str = ""  # name of the data, e.g. its Hub id
+    licence: str = ""  # of the weights
+    command: str = ""  # that made the prior
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scales = self.guidance
+        if not scales or len(set(scales)) < len(scales) or not all(0 <= g < float("inf") for g in scales):
+            raise InputError(f"guidance must list different scales of at least 0, not {list(scales)}")
+
+
+@dataclass(frozen=True)
 class RunConfig(Checked):
     output_dir: str = "runs/dq"
     cache_dir: str = "runs/cache"
@@ -346,6 +366,7 @@ class RunConfig(Checked):
     train_teachers: TrainTeachersConfig = TrainTeachersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     prior: PriorConfig = PriorConfig()
+    prior_report: PriorReportConfig = PriorReportConfig()
 
     @property
     def image_size(self) -> int:

@@ -78,8 +78,8 @@ def write_report(run: Run) -> Path:
         small = load_set(run, ipc, method)
         points = load_prototypes(run, cache, ipc, run.resolved(method)[1])
         path = figures / f"grid-ipc{ipc}-{method}.png"
-        _save_image(set_grid(small, [nearest_images(run, p) for p in points[:MAX_CLASSES]]), path)
-        body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{_embed(path)}")
+        save_image(set_grid(small, [nearest_images(run, p) for p in points[:MAX_CLASSES]]), path)
+        body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{embed(path)}")
     body.append("<h2>Quantization</h2>")
     for ipc, cfg in clusterings(run):
         points = load_prototypes(run, cache, ipc, cfg)
@@ -88,14 +88,14 @@ def write_report(run: Run) -> Path:
         if ipc > 1:
             path = figures / f"{name}-sizes.png"
             _plot_sizes(points, path)
-            body.append(_embed(path))
+            body.append(embed(path))
     ipc, cfg = next(((i, k) for i, k in clusterings(run) if i == _shown_ipc(c.ipc)), clusterings(run)[0])
     path = figures / "latents.png"
     _plot_latents(run, load_prototypes(run, cache, ipc, cfg), path)
-    body += [f"<h2>Latents and prototypes, IPC {ipc}</h2>", _embed(path)]
+    body += [f"<h2>Latents and prototypes, IPC {ipc}</h2>", embed(path)]
     body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(c))}</pre>"]
     body += ["<h2>Provenance</h2>", f"<pre>{html.escape((run.folder / 'provenance.json').read_text())}</pre>"]
-    return _page(run.folder, str(run.source.origin), body)
+    return write_page(run.folder / "report.html", str(run.source.origin), body)
 
 
 def write_results_report(folder: Path) -> Path:
@@ -108,16 +108,16 @@ def write_results_report(folder: Path) -> Path:
     body = _accuracy(folder)
     if ddr.is_file():
         rows = read_records(ddr)
-        body += ["<h2>DD-Ranking</h2>", _table(list(rows[0]), [list(r.values()) for r in rows])]
+        body += ["<h2>DD-Ranking</h2>", html_table(list(rows[0]), [list(r.values()) for r in rows])]
     if not body:
         raise InputError(
             f"{folder} holds no results (no eval/summary.csv); run `dq evaluate` first, or name a --config"
         )
-    return _page(folder, folder.name, ["<h1>Results</h1>", *body])
+    return write_page(folder / "report.html", folder.name, ["<h1>Results</h1>", *body])
 
 
-def _page(folder: Path, title: str, body: list[str]) -> Path:
-    page = folder / "report.html"
+def write_page(page: Path, title: str, body: list[str]) -> Path:
+    """Write a self-contained HTML page of these pieces; returns its path."""
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
         "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
@@ -147,7 +147,8 @@ def _facts(run: Run) -> str:
     )
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
+def html_table(head: list[str], rows: list[list[Any]]) -> str:
+    """A table with its cells escaped."""
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     lines = ["<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows]
     return f"<table><tr>{cells}</tr>{''.join(lines)}</table>"
@@ -170,11 +171,11 @@ def _accuracy(folder: Path) -> list[str]:
         row = [r[k] for k in ("set", "ipc", "images", "student", "labels", "seeds")]
         row += [percent(r, "last"), percent(r, "best"), r["selected_on"], r["label_bytes"]]
         rows.append([*row, f"{r['protocol']}: {r['settings']}"])
-    body = ["<h2>Accuracy</h2>", _table([*head, "protocol"], rows)]
-    for name, figure in results_figures(records, _figure):
+    body = ["<h2>Accuracy</h2>", html_table([*head, "protocol"], rows)]
+    for name, figure in results_figures(records, new_figure):
         path = folder / "figures" / f"{name}.png"
-        _save_figure(figure, path)
-        body.append(_embed(path))
+        save_figure(figure, path)
+        body.append(embed(path))
     compared = read_records(comparisons) if comparisons.is_file() else []
     if compared:
         head = ["set", "against", "IPC", "student", "pairs", "difference, points", "interval", "verdict"]
@@ -183,7 +184,7 @@ def _accuracy(folder: Path) -> list[str]:
             interval = f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else ""
             row = [r[k] for k in ("set", "against", "ipc", "student", "pairs")]
             rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
-        body += ["<h2>Differences of pairs of seeds, 95 % intervals</h2>", _table(head, rows)]
+        body += ["<h2>Differences of pairs of seeds, 95 % intervals</h2>", html_table(head, rows)]
     return body
 
 
@@ -215,10 +216,11 @@ def _quantization_table(points: list[Prototypes]) -> str:
     ]
     means = [np.mean([p.stats[k] for p in points]) for k in ("distortion", "explained", "w2_mass", "w2_uniform")]
     rows.append(["mean", "", "", f"{means[0]:.3f}", f"{means[1]:.1%}", f"{means[2]:.3f}", f"{means[3]:.3f}", "", ""])
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, sides in inches."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -231,7 +233,7 @@ def _plain(name: str) -> str:
 
 def _plot_sizes(points: list[Prototypes], path: Path) -> None:
     """Cluster sizes as shares of an equal share, and distortion per class."""
-    figure = _figure(10, 3)
+    figure = new_figure(10, 3)
     left, right = figure.subplots(1, 2)
     ratios = torch.cat([p.counts * len(p.counts) / p.counts.sum() for p in points]).numpy()
     left.hist(ratios, bins=30, color="#3b6ea5")
@@ -241,7 +243,7 @@ def _plot_sizes(points: list[Prototypes], path: Path) -> None:
     right.bar(range(len(names)), [p.stats["distortion"] for p in points[:40]], color="#3b6ea5")
     right.set(ylabel="distortion")
     right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
@@ -259,7 +261,7 @@ def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
     probe = torch.randn(x.shape[1], 8, generator=g)
     q = torch.linalg.qr((x - mean).T @ ((x - mean) @ probe)).Q  # one power iteration, then exact within its span
     axes = q @ torch.linalg.svd(((x - mean) @ q).T, full_matrices=False).U[:, :2]
-    figure = _figure(7, 6)
+    figure = new_figure(7, 6)
     ax = figure.subplots()
     from matplotlib import colormaps
 
@@ -272,20 +274,23 @@ def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
         ax.scatter(*own.T.numpy(), s=size, color=palette(i % 10), edgecolor="black", lw=0.7, label=_plain(p.name))
     ax.set(xlabel="first principal axis", ylabel="second principal axis")
     ax.legend(fontsize=7, markerscale=0.5)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_bytes(path, buffer.getvalue())
 
 
-def _save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image as PNG, atomically."""
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
 
 
-def _embed(path: Path) -> str:
+def embed(path: Path) -> str:
+    """A PNG file as an HTML paragraph that holds its bytes."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'

@@ -1,0 +1,186 @@
+"""The card of a prior's folder, and the table of its quality."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from dq.dist import read_json, readable, write_text
+from dq.errors import InputError, RunError
+
+MARKER = "<!-- written by dq prior-report -->"
+QUALITY = "quality.json"  # beside the card: the records of the table
+SHOWN_CLASSES = 20
+
+
+def quality_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of text of the records of `measure_prior`."""
+    columns = (
+        ("accuracy %", "accuracy", lambda v: f"{100 * v:.1f}"),
+        ("Fréchet", "frechet", lambda v: f"{v:.3g}"),
+        ("kernel x 1000", "kernel", lambda v: f"{1000 * v:.3g}"),
+        ("± of subsets", "kernel_std", lambda v: f"{1000 * v:.2g}"),
+        ("density", "density", lambda v: f"{v:.3f}"),
+        ("coverage", "coverage", lambda v: f"{v:.3f}"),
+        ("near train %", "near_share", lambda v: f"{100 * v:.1f}"),
+        ("distance ratio", "median_ratio", lambda v: f"{v:.3f}"),
+        ("least pixel RMSE", "pixel_rmse", lambda v: f"{v:.1f}"),
+    )
+    head = ["images", "number", *(title for title, _, _ in columns)]
+    rows = [
+        [r["row"], str(r["images"]), *("" if r[key] is None else text(r[key]) for _, key, text in columns)]
+        for r in records
+    ]
+    return head, rows
+
+
+def markdown_text(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, first column left and the others right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def protocol_text(records: list[dict[str, Any]]) -> str:
+    """How the numbers of the table were got, in a few sentences."""
+    r = records[0]
+    return (
+        f"{r['images']} images a row, at most {r['per_class']} of each of {r['classes']} classes, at "
+        f"{r['image_size']} px; samples from pure noise by {r['scheduler']} in {r['steps']} steps, seed {r['seed']}. "
+        f"Fréchet (squared) and kernel distance, density and coverage (k = {r['neighbours']}) are against real test "
+        f"images, in {r['features']} features of the teacher {r['teacher']}: not comparable with numbers in Inception "
+        "features, and the Fréchet distance falls with the number of images, so read it beside that of real train "
+        "images. Accuracy is what the teachers say, which may have been trained on the train images; `codec` is test "
+        "images encoded and decoded, and its distances are between pairs. "
+        f"Near train: share of images nearer to one of all {r['train_images']} train images than 1 % of the test "
+        "images are, so 1 % is what new images have; distance ratio: median distance to the nearest train image over "
+        "that of test images. Pixel RMSE is in grey levels, to the most similar of the nearest train images; 0 is a "
+        f"copy. dq {r['dq']}, torch {r['torch']}, diffusers {r['diffusers']}."
+    )
+
+
+def check_card(folder: str | Path) -> None:
+    """Whether a card may be written here.
+
+    Raises:
+        InputError: if it is not the local folder of a DiT pipeline.
+        RunError: if the folder has a README.md that is not this module's.
+    """
+    folder = Path(folder)
+    if not (folder / "transformer" / "config.json").is_file():
+        raise InputError(
+            f"{folder} is not the local folder of a DiT, so it gets no card; leave prior_report.data, .licence and "
+            ".command empty, or set generate.model to a folder"
+        )
+    card = folder / "README.md"
+    if card.is_file() and MARKER not in card.read_text():
+        raise RunError(f"{card} was not written by dq and is kept; move it away, or leave prior_report.data empty")
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    data_name: str = "",
+    licence: str = "",
+    command: str = "",
+    records: list[dict[str, Any]] | None = None,
+) -> Path:
+    """Write `README.md` of a prior's folder from its files: models, `training.json` of each, `quality.json`.
+
+    Args:
+        data_name: what it was trained on; goes to the YAML head if it could be a Hub id.
+        licence: an identifier such as "cc-by-4.0", or any text.
+        command: that made it.
+        records: of `measure_prior`; None: those of `quality.json`, if it is there.
+
+    Raises:
+        InputError, RunError: see `check_card`.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    check_card(folder)
+    folder = Path(folder)
+    if records is None and (folder / QUALITY).is_file():
+        records = read_json(folder / QUALITY)["records"]
+    denoiser, codec = _part(folder / "transformer"), _part(folder / "vae")
+    names = _class_names(folder)
+    environment = Environment(loader=PackageLoader("dq"), trim_blocks=True, lstrip_blocks=True)
+    text = environment.get_template("prior_card.md").render(
+        marker=MARKER,
+        licence=licence,
+        licence_id=licence if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else "",
+        dataset=data_name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data_name) else "",
+        data=data_name,
+        command=command,
+        denoiser=denoiser,
+        codec=codec,
+        classes=names,
+        shown=SHOWN_CLASSES,
+        image_size=denoiser["side"] * _factor(codec["config"]),
+        training=_training([denoiser["training"], codec["training"]]),
+        table=markdown_text(*quality_table(records)) if records else "",
+        protocol=protocol_text(records) if records else "",
+        json=json.dumps,
+    )
+    write_text(folder / "README.md", text)
+    return folder / "README.md"
+
+
+def _part(folder: Path) -> dict[str, Any]:
+    """A model folder in numbers."""
+    config = read_json(folder / "config.json")
+    record = folder / "training.json"
+    size, parameters = 0, 0
+    for file in sorted(folder.glob("*.safetensors")):
+        size += file.stat().st_size
+        with readable(file), safe_open(file, framework="pt") as f:
+            parameters += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118  (not a dict)
+    return {
+        "folder": folder.name,
+        "name": config["_class_name"],
+        "config": config,
+        "side": config.get("sample_size"),
+        "channels": config.get("in_channels"),
+        "classes": config.get("num_embeds_ada_norm"),
+        "parameters": parameters,
+        "megabytes": size / 1e6,
+        "training": read_json(record) if record.is_file() else {},
+    }
+
+
+def _factor(config: dict[str, Any]) -> int:
+    """Pixels per latent cell along one side, of the config of an autoencoder."""
+    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
+
+
+def _class_names(folder: Path) -> list[str]:
+    index = folder / "model_index.json"
+    names = read_json(index).get("id2label") if index.is_file() else None
+    return [names[i] for i in sorted(names, key=int)] if names else []
+
+
+def _training(records: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Lines of the table of trainings: a name, and what each part says of it."""
+
+    def line(name: str, values: list[Any]) -> tuple[str, list[str]]:
+        return name, ["not recorded" if v in (None, "", {}) else str(v) for v in values]
+
+    settings = [r.get("settings", {}) for r in records]
+    lines = [line(k.replace("_", " "), [s.get(k) for s in settings]) for k in ("steps", "batch_size", "lr", "dtype")]
+    lines.append(line("time", [_duration(r["seconds"]) if "seconds" in r else None for r in records]))
+    lines.append(line("hardware", [_plain(r.get("hardware")) for r in records]))
+    return [*lines, line("versions", [_plain(r.get("versions")) for r in records])]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value or "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,212 @@
+"""`dq prior-report`: measure a prior, and write the table, the page, and the card of its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dq.config import EvaluateConfig, PriorReportConfig, RunConfig, dump_config, to_dict
+from dq.data import ImageSource, read_images
+from dq.dist import readable, shard, write_json, write_text
+from dq.errors import InputError
+from dq.evaluation.bench import Bench, make_bench
+from dq.evaluation.tables import to_csv
+from dq.prior.card import QUALITY, check_card, protocol_text, quality_table, write_card
+from dq.prior.quality import PriorQuality, measure_prior, plan_draw
+from dq.prior.sample import stored_samples
+from dq.report import (
+    MAX_CLASSES,
+    embed,
+    html_table,
+    image_grid,
+    new_figure,
+    save_figure,
+    save_image,
+    write_page,
+)
+from dq.runfolder import open_run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dq.pipeline import DistillPipeline
+
+log = logging.getLogger("dq")
+
+NEAREST_ROWS = 3  # of pairs in the grid of samples and train images
+
+
+def check_prior_report(config: RunConfig) -> None:
+    """Whether a prior can be measured under this configuration.
+
+    Raises:
+        InputError: without a prior or a teacher, or if a card is asked for where none can be written.
+        RunError: if the card would replace one that was not written by dq.
+    """
+    if config.generate.model is None:
+        raise InputError("no prior is named; set generate.model to its folder, e.g. what `dq train-denoiser` made")
+    if not config.teachers:
+        raise InputError("a prior is measured in the features of a teacher; set teachers, e.g. by `dq train-teachers`")
+    if _wants_card(config.prior_report):
+        check_card(config.generate.model)
+
+
+def report_prior(
+    config: RunConfig, source: ImageSource, pipe: DistillPipeline, *, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    """Measure `pipe` and write `prior_quality.csv`, `prior_quality.jsonl` and `prior_report.html` in the run folder
+    `config.output_dir`, `quality.json` in the prior's folder, and its card where the settings say what it was made of.
+
+    Guidance scales are divided over processes. Samples are kept under `prior_samples/`: the same call again draws
+    only what is missing.
+
+    Returns:
+        The records of the table in the main process, nothing in the others.
+
+    Raises:
+        InputError: see `check_prior_report`, `plan_draw` and `measure_prior`.
+    """
+    check_prior_report(config)
+    run = open_run(config, source, accelerator)
+    began = time.perf_counter()
+    settings, resolution = config.prior_report, config.codec.resolution
+    pipe.to(run.device)
+    pipe.set_progress_bar_config(disable=True)
+    bench = make_bench(
+        source,
+        config.source,
+        EvaluateConfig(baselines=()),
+        (),
+        image_size=config.image_size,
+        cache_dir=Path(config.cache_dir),
+        teachers=config.teachers,
+        device=run.device,
+    )
+    generate = dataclasses.replace(config.generate, mode="dit")
+    draw = plan_draw(pipe, bench, settings, generate, resolution=resolution, seed=config.seed)
+    kept = run.folder / "prior_samples"
+    for i in shard([1.0] * len(settings.guidance), accelerator.process_index, accelerator.num_processes):
+        stored_samples(draw, settings.guidance[i], kept, main=run.main)
+    accelerator.wait_for_everyone()
+    quality = None
+    if run.main:
+        quality = measure_prior(draw, bench, settings, resolution=resolution, folder=kept)
+        _write(config, bench, quality, pipe.digest("dit"))
+    run.finish("prior-report", began, images=sum(draw.counts) * len(settings.guidance))
+    return quality.records if quality else []
+
+
+def _write(config: RunConfig, bench: Bench, quality: PriorQuality, digest: str) -> None:
+    folder, prior, settings = Path(config.output_dir), Path(str(config.generate.model)), config.prior_report
+    how = {
+        "prior": digest,
+        "data": bench.source.fingerprint,
+        "teachers": [t.digest for t in bench.teachers],
+        "settings": {k: v for k, v in to_dict(settings).items() if k not in ("data", "licence", "command", "shown")},
+    }
+    write_text(folder / "prior_quality.csv", to_csv(quality.records))
+    write_text(folder / "prior_quality.jsonl", "".join(json.dumps(r | how) + "\n" for r in quality.records))
+    if (prior / "transformer").is_dir():
+        write_json(prior / QUALITY, {"records": quality.records, **how})
+    if _wants_card(settings):
+        write_card(prior, data_name=settings.data, licence=settings.licence, command=settings.command)
+    _write_page(config, bench, quality)
+
+
+def _wants_card(settings: PriorReportConfig) -> bool:
+    return bool(settings.data or settings.licence or settings.command)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def _write_page(config: RunConfig, bench: Bench, quality: PriorQuality) -> None:
+    folder, shown = Path(config.output_dir), config.prior_report.shown
+    figures = folder / "figures"
+    body = ["<h1>Quality of a prior</h1>", html_table(*quality_table(quality.records))]
+    body.append(f"<p>{html.escape(protocol_text(quality.records))}</p>")
+    body.append("<h2>Samples</h2><p>Rows are classes; the noise of a place is the same in every grid.</p>")
+    for g, images in quality.samples.items():
+        path = figures / f"prior-samples-{g:g}.png"
+        save_image(image_grid(_by_class(images, quality.labels, shown), scale=_scale(images)), path)
+        body.append(f"<h3>Guidance {g:g}</h3>{embed(path)}")
+    body.append(
+        "<h2>Nearest train images</h2><p>The samples that lie nearest to a train image in the teacher's features, "
+        "nearest first, each with that train image at its right.</p>"
+    )
+    for g, images in quality.samples.items():
+        path = figures / f"prior-nearest-{g:g}.png"
+        save_image(image_grid(_pairs(bench, quality, g, shown), scale=_scale(images)), path)
+        body.append(f"<h3>Guidance {g:g}</h3>{embed(path)}")
+    curves = read_curves(Path(str(config.generate.model)) / "metrics.jsonl")
+    if curves:
+        path = figures / "prior-losses.png"
+        save_figure(loss_figure(curves), path)
+        body.append(f"<h2>Training</h2>{embed(path)}")
+    body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(config))}</pre>"]
+    write_page(folder / "prior_report.html", "quality of a prior", body)
+
+
+def _scale(images: Tensor) -> int:
+    return max(1, round(64 / images.shape[-1]))
+
+
+def _by_class(images: Tensor, labels: Tensor, columns: int) -> list[list[Tensor]]:
+    rows = [images[labels == c][:columns] for c in labels.unique().tolist()]
+    return [list(row) for row in rows[:MAX_CLASSES]]
+
+
+def _pairs(bench: Bench, quality: PriorQuality, g: float, columns: int) -> list[list[Tensor]]:
+    """Rows of samples and train images in turn, by distance."""
+    order = quality.distances[g].argsort(stable=True)[: NEAREST_ROWS * columns]
+    rows = quality.closest[g][order].tolist()
+    real, _, _ = read_images(bench.source.train, rows, bench.image_size, bench.source_config.preprocess)
+    flat = torch.stack([quality.samples[g][order], real], 1).flatten(0, 1)
+    return [list(row) for row in flat.split(2 * columns)]
+
+
+Curves = dict[str, dict[str, list[tuple[int, float]]]]  # stage -> key -> (step, value)
+
+
+def read_curves(path: Path) -> Curves:
+    """Losses over steps by stage of a training's `metrics.jsonl`: `loss`, `held_out...` and `grad_norm`; {} if there
+    is no such file. Of a step that was logged twice the later record counts."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    if not path.is_file():
+        return {}
+    with readable(path):
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    for r in records:
+        for key, value in r.items():
+            wanted = key in ("loss", "grad_norm") or key.startswith("held_out")
+            if wanted and "step" in r and isinstance(value, int | float):
+                found.setdefault(r["stage"], {}).setdefault(key, {})[r["step"]] = float(value)
+    return {s: {k: sorted(v.items()) for k, v in keys.items()} for s, keys in found.items()}
+
+
+def loss_figure(curves: Curves) -> Any:
+    """One column per stage: losses above, the norm of the gradient below."""
+    figure = new_figure(5.2 * len(curves), 5)
+    panels = figure.subplots(2, len(curves), squeeze=False, sharex="col", height_ratios=(3, 1))
+    for column, (stage, keys) in enumerate(curves.items()):
+        upper, lower = panels[0][column], panels[1][column]
+        for key, points in keys.items():
+            ax = lower if key == "grad_norm" else upper
+            ax.plot(*zip(*points), label=key.replace("_", " "), lw=1.2)
+        upper.set(title=stage, ylabel="loss")
+        lower.set(xlabel="step", ylabel="gradient")
+        for ax in (upper, lower):
+            values = [v for line in ax.lines for v in line.get_ydata()]
+            if values and min(values) > 0:
+                ax.set_yscale("log")
+        if upper.lines:
+            upper.legend(fontsize=8)
+    return figure
