@@ -110,8 +110,9 @@ def encode_latents(
 ) -> Tensor:
     """Encode images (n, 3, H, W) in [-1, 1] to latents (n, C, h, w) float32 in the denoiser's space.
 
-    For `AutoencoderKL` that is (z - shift) * scaling, or (z - mean) / std * scaling where the config has channel
-    statistics; `AutoencoderTiny` is there already; `AutoencoderDC` has a scaling factor.
+    For `AutoencoderKL` that is (z - shift) * scaling; `AutoencoderTiny` is there already; `AutoencoderDC` has a
+    scaling factor. Where the config has channel statistics (`latents_mean` and `latents_std`), (z - mean) / std takes
+    the place of z - shift, for every class.
 
     Args:
         posterior: "sample" draws from the KL posterior with one CPU generator per image; the two other codecs are
@@ -160,15 +161,14 @@ def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
 def _affine(codec: Codec, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """shift and scale such that (z - shift) * scale lies in the denoiser's space."""
     config = codec.config
-    if type(codec).__name__ == "AutoencoderTiny":
-        # its factor is 1 by design; scale_latents() only maps to [0, 1] for display
-        return 0.0, 1.0
-    scale = float(config.get("scaling_factor") or 1.0)
+    # the factor of AutoencoderTiny is 1 by design; its scale_latents() only maps to [0, 1] for display
+    tiny = type(codec).__name__ == "AutoencoderTiny"
+    scale = 1.0 if tiny else float(config.get("scaling_factor") or 1.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         view = (1, -1, 1, 1)
         return torch.tensor(mean, device=z.device).view(view), scale / torch.tensor(std, device=z.device).view(view)
-    return float(config.get("shift_factor") or 0.0), scale
+    return 0.0 if tiny else float(config.get("shift_factor") or 0.0), scale
 
 
 def to_signed(images: Tensor) -> Tensor:
