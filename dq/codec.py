@@ -111,8 +111,9 @@ def encode_latents(
 ) -> Tensor:
     """Encode images (n, 3, H, W) in [-1, 1] to latents (n, C, h, w) float32 in the denoiser's space.
 
-    For `AutoencoderKL` that is (z - shift) * scaling, or (z - mean) / std * scaling where the config has channel
-    statistics; `AutoencoderTiny` is there already; `AutoencoderDC` has a scaling factor.
+    For `AutoencoderKL` that is (z - shift) * scaling; `AutoencoderTiny` is there already; `AutoencoderDC` has a
+    scaling factor. Where the config has channel statistics (`latents_mean` and `latents_std`), (z - mean) / std takes
+    the place of z - shift, for every class.
 
     Args:
         posterior: "sample" draws from the KL posterior with one CPU generator per image; the two other codecs are

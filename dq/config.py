@@ -105,11 +105,21 @@ class GenerateConfig(Checked):
     mode: Literal["decode", "dit", "img2img"] = "decode"
     model: str | None = None  # pipeline folder or Hub id; None: the codec alone
     revision: str | None = None
-    scheduler: str | None = None  # diffusers class name; None: the one that comes with the model
+    # diffusers class name; None: the one that comes with the model. A model that predicts a flow needs FlowMatch...,
+    # or DPM-Solver++ or UniPC, whose flow sigmas are then switched on
+    scheduler: str | None = None
     num_inference_steps: int = 50
     snr: float | None = 0.1  # start at the grid step whose signal-to-noise ratio is nearest to this ...
     strength: float | None = None  # ... or at this share of the steps, as diffusers counts it
+    # random: forward noise; inversion: the ODE backwards from the point, without guidance (Song et al. 2021; D3HR)
+    noise: Literal["random", "inversion"] = "random"
+    rescale: Literal["none", "norm"] = "none"  # norm: points are as long as the median latent of their class
     guidance_scale: float = 4.0
+    guidance_snr: tuple[float, ...] = ()  # least and largest SNR at which there is guidance; none: everywhere
+    mode_guidance: float = (
+        0.0  # share of the way to the prototype by which the predicted x_0 is moved (after MGD3) ...
+    )
+    mode_stop: float = 0.5  # ... in this first share of the walked steps
     prompt: str = "{name}"
     negative_prompt: str = "cartoon, anime, painting"
     class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
@@ -117,6 +127,20 @@ class GenerateConfig(Checked):
     image_dtype: Literal["uint8", "float32"] = "uint8"
     dtype: Dtype = "float32"
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        interval = self.guidance_snr
+        if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+            raise InputError(f"guidance_snr must be two rising ratios such as [0.05, 5], not {list(interval)}")
+        for name in ("mode_guidance", "mode_stop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a share and must lie in [0, 1], not {getattr(self, name)!r}")
+        if self.noise == "inversion" and self.images_per_prototype > 1:
+            raise InputError(
+                f"noise=inversion gives the same image every time: set images_per_prototype=1 (now "
+                f"{self.images_per_prototype}), or noise=random"
+            )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,18 @@ from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, make_accelerator, read_json, write_json
 from dq.errors import InputError
 from dq.runfolder import open_run
-from dq.sampling import Start, choose_start, denoise, fresh_scheduler, guided
+from dq.sampling import (
+    Start,
+    choose_scheduler,
+    choose_start,
+    denoise,
+    fresh_scheduler,
+    guided,
+    invert,
+    is_random,
+    limited,
+    toward,
+)
 
 if TYPE_CHECKING:
     from dq.distilled import DistilledSet
@@ -136,12 +147,14 @@ class DistillPipeline(DiffusionPipeline):
         """Check that these components can draw these classes; returns the generator's class index per class.
 
         Raises:
-            InputError: for a missing component, a codec that does not fit the denoiser, or a class it lacks.
+            InputError: for a missing component, a codec or a scheduler that does not fit the denoiser, a start that is
+                none, or a class it lacks.
         """
         needs = {"decode": (), "dit": ("transformer",), "img2img": ("unet", "text_encoder", "tokenizer")}[config.mode]
         for part in needs + (("scheduler",) if needs else ()):
             if getattr(self, part) is None:
                 raise InputError(f"generate.mode={config.mode} needs a {part}, which this model does not have")
+        self.start(config)
         channels, side, _ = latent_shape(self.vae, resolution)
         model = {"decode": None, "dit": self.transformer, "img2img": self.unet}[config.mode]
         if model is not None and model.config.in_channels != channels:
@@ -181,21 +194,25 @@ class DistillPipeline(DiffusionPipeline):
         return ids
 
     def start(self, config: GenerateConfig) -> Start | None:
-        """Where the walk back begins under `config`; None for `decode`."""
-        if config.mode == "decode":
-            return None
-        scheduler = fresh_scheduler(self._scheduler(config), config.num_inference_steps)
-        return choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
+        """Where the walk back begins under `config`; None for `decode`.
 
-    def _scheduler(self, config: GenerateConfig) -> Any:
-        if config.scheduler is None:
-            return self.scheduler
-        import diffusers
+        Its SNR and strength do not depend on `noise`, `rescale` and the guidance.
 
-        cls = getattr(diffusers, config.scheduler, None)
-        if cls is None or not config.scheduler.endswith("Scheduler"):
-            raise InputError(f"diffusers has no scheduler {config.scheduler!r}; e.g. DDIMScheduler")
-        return cls.from_config(self.scheduler.config)
+        Raises:
+            InputError: for a scheduler that does not fit what the model predicts, or a start that is none.
+        """
+        return None if config.mode == "decode" else self._walk(config)[1]
+
+    def _walk(self, config: GenerateConfig) -> tuple[Any, Start]:
+        """A scheduler with its time grid, and where on it the walk begins."""
+        chosen = choose_scheduler(self.scheduler, config.scheduler)
+        if config.noise == "inversion" and is_random(chosen):
+            raise InputError(
+                f"generate.noise=inversion is deterministic but {type(chosen).__name__} draws noise at every step; "
+                "set generate.scheduler=DDIMScheduler, or another without noise, or generate.noise=random"
+            )
+        scheduler = fresh_scheduler(chosen, config.num_inference_steps)
+        return scheduler, choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
 
     def synthesize(
         self,
@@ -210,10 +227,15 @@ class DistillPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Draw images from latent points: noise to the start, denoise under the class, decode.
 
+        The model runs in its own precision, the walk between its calls in float32. `config` also says how the point is
+        noised (`noise`), where on the walk there is guidance (`guidance_snr`), and how much of the way to the point
+        the predicted image is moved (`mode_guidance`, `mode_stop`); see `dq.sampling`.
+
         Args:
             latents: (B, C, h, w) float32 in the denoiser's space.
             labels: class of each point; points of different classes share a batch.
-            generators: one CPU generator per image; an image depends on nothing else in the batch.
+            generators: one CPU generator per image; an image depends on nothing else in the batch. Not advanced with
+                `noise="inversion"`.
             condition_ids: the generator's index per class, from `check_inputs`.
             image_size: side in px of the result; None keeps the codec's.
 
@@ -222,40 +244,49 @@ class DistillPipeline(DiffusionPipeline):
         """
         z = latents.to(self._execution_device)
         if config.mode != "decode":
-            model = self.transformer if config.mode == "dit" else self.unet
-            scheduler = fresh_scheduler(self._scheduler(config), config.num_inference_steps, z.device)
-            start = choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
+            scheduler, start = self._walk(config)
             if config.mode == "dit":
-                predict = self._dit(labels, condition_ids, config.guidance_scale, z.device)
+                predict, cond, null = self._dit(labels, condition_ids, z.device)
             else:
-                predict = self._unet([class_names[c] for c in labels], config)
-            z = denoise(predict, scheduler, z.to(model.dtype), start, generators).float()
+                predict, cond, null = self._unet([class_names[c] for c in labels], config)
+            plain = guided(predict, cond, null, 1.0)
+            steps = limited(guided(predict, cond, null, config.guidance_scale), plain, scheduler, config.guidance_snr)
+            steps = toward(steps, scheduler, start, z, share=config.mode_guidance, stop=config.mode_stop)
+            clean, noise = invert(plain, scheduler, z, start) if config.noise == "inversion" else (z, None)
+            z = denoise(steps, scheduler, clean, start, generators, noise=noise)
         with torch.no_grad():
             return to_unit(decode_latents(self.vae, z), image_size).cpu()
 
     def _dit(
-        self, labels: Sequence[int], condition_ids: Sequence[int] | None, scale: float, device: torch.device
-    ) -> Any:
+        self, labels: Sequence[int], condition_ids: Sequence[int] | None, device: torch.device
+    ) -> tuple[Any, Tensor, Tensor]:
+        """The model as a function of (x, t, class), the classes (B,) and the null class (B,)."""
         ids = condition_ids or range(int(self.transformer.config.num_embeds_ada_norm))
         cond = torch.tensor([ids[c] for c in labels], device=device)
         # the null class is the last row of this table; stock DiTPipeline has 1000 written into it
         null = torch.full_like(cond, int(self.transformer.config.num_embeds_ada_norm))
         channels = self.transformer.config.in_channels
+        dtype = self.transformer.dtype
 
         def predict(x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-            out = self.transformer(x, timestep=t.expand(len(x)).to(x.device), class_labels=classes).sample
-            return out[:, :channels]  # a learned variance, if any, follows the noise
+            out = self.transformer(x.to(dtype), timestep=t.expand(len(x)), class_labels=classes).sample
+            return out[:, :channels].float()  # a learned variance, if any, follows the noise
 
-        return guided(predict, cond, null, scale)
+        return predict, cond, null
 
-    def _unet(self, names: Sequence[str], config: GenerateConfig) -> Any:
-        cond = self._embed([config.prompt.format(name=n.replace("_", " ")) for n in names])
-        null = self._embed([config.negative_prompt] * len(names))
+    def _unet(self, names: Sequence[str], config: GenerateConfig) -> tuple[Any, Tensor, Tensor]:
+        """The model as a function of (x, t, text), the embedded prompts (B, L, D) and negative prompts (B, L, D)."""
+        prompts = [config.prompt.format(name=n.replace("_", " ")) for n in names]
+        each = list(dict.fromkeys([*prompts, config.negative_prompt]))  # a class has many prototypes and one prompt
+        embedded = self._embed(each)
+        cond = embedded[[each.index(p) for p in prompts]]
+        null = embedded[each.index(config.negative_prompt)].expand_as(cond)
+        dtype = self.unet.dtype
 
         def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            return self.unet(x, t, encoder_hidden_states=text).sample
+            return self.unet(x.to(dtype), t, encoder_hidden_states=text).sample.float()
 
-        return guided(predict, cond, null, config.guidance_scale)
+        return predict, cond, null
 
     def _embed(self, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(

@@ -65,9 +65,34 @@ class Prototypes:
         """Training weights, (K,) float32; see `image_weights`."""
         return image_weights(self.counts, kind, normalize)
 
-    def points(self, representative: Literal["centroid", "medoid", "real"]) -> Tensor:
-        """The latents (K, C, h, w) that stand for the cells. `real` images need no latents; theirs are the medoids."""
-        return self.centroids if representative == "centroid" else self.medoids
+    def points(
+        self, representative: Literal["centroid", "medoid", "real"], *, rescale: Literal["none", "norm"] = "none"
+    ) -> Tensor:
+        """The latents (K, C, h, w) that stand for the cells. `real` images need no latents; theirs are the medoids.
+
+        A mean of latents is shorter than any of them. A point that is c times as long has c^2 times the signal: at
+        `Start.snr` S, which takes latents of the usual length for granted, the walk of a point of length r begins with
+        the signal of S (r / median norm)^2, and with that of S itself after `rescale="norm"`.
+
+        Args:
+            rescale: "norm" gives every point the median Euclidean norm of its class's latents (`median_norm` in the
+                stats). The direction stays; a point at the origin stays too.
+
+        Raises:
+            InputError: if the stats have no `median_norm`.
+        """
+        points = self.centroids if representative == "centroid" else self.medoids
+        if rescale == "none":
+            return points
+        if rescale != "norm":
+            raise InputError(f"rescale must be 'none' or 'norm', not {rescale!r}")
+        if "median_norm" not in self.stats:
+            raise InputError(
+                f"the prototypes of class {self.label} {self.name!r} lack the median norm that generate.rescale=norm "
+                "needs; delete prototypes/ of the run and run `dq cluster` again"
+            )
+        norms = points.flatten(1).norm(dim=1).clamp(min=1e-12)
+        return points * (self.stats["median_norm"] / norms).view(-1, 1, 1, 1)
 
     def save(self, path: Path) -> None:
         tensors = {

@@ -241,12 +241,13 @@ def _draw(
     copies = cfg.images_per_prototype if cfg.mode != "decode" else 1  # decoding twice gives the same image twice
     queue = [(p, k, i) for p in prototypes for k in range(len(p.counts)) for i in range(copies)]
     done: dict[int, list[Tensor]] = {p.label: [] for p in prototypes}
+    points = {p.label: p.points(method.representative, rescale=cfg.rescale) for p in prototypes}
     start = pipe.start(cfg)
     with progress([], desc=desc, total=len(queue), unit="img", main=run.main and bool(queue)) as bar:
         for first in range(0, len(queue), cfg.batch_size):
             batch = queue[first : first + cfg.batch_size]
             images = pipe.synthesize(
-                torch.stack([p.points(method.representative)[k] for p, k, _ in batch]),
+                torch.stack([points[p.label][k] for p, k, _ in batch]),
                 [p.label for p, _, _ in batch],
                 [generator(run.config.seed, "generate", p.label, k, i) for p, k, i in batch],
                 cfg,

@@ -1,7 +1,8 @@
 """From a latent point to a sample of the diffusion prior: where to start, how to noise, how to walk back.
 
-The scheduler owns all noise arithmetic; nothing here knows a beta. A scheduler carries state, so every walk gets a
-fresh one.
+The scheduler owns the noise schedule and the steps; nothing here knows a beta. A scheduler carries state, so every
+walk gets a fresh one. What steers a walk (guidance on a part of it, a pull towards the prototype) is one `Predict` per
+entry of the time grid, so that no scheduler has to know of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from dq.errors import InputError, RunError
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, h, w), t) -> model output (B, C, h, w)
 
+# settings of a scheduler that belong to the model
+LEARNT = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    "prediction_type",
+)
+RANDOM = ("Ancestral", "DDPM", "SDE", "LCM", "TCD")  # in the name of a scheduler whose steps draw noise
+
 
 @dataclass(frozen=True)
 class Start:
@@ -29,6 +37,67 @@ class Start:
     snr: float  # signal-to-noise ratio there
     strength: float  # share of the nominal steps that are walked
     calls: int  # model evaluations that follow
+
+
+@dataclass(frozen=True)
+class Level:
+    """One entry of the time grid: the model sees x = signal * x_0 + noise * eps there."""
+
+    signal: float
+    noise: float
+    snr: float  # (signal / noise)^2
+
+
+def choose_scheduler(given: Any, name: str | None) -> Any:
+    """The diffusers scheduler class `name` with the noise schedule and prediction type of `given`; None: `given`.
+
+    Noise prediction ("epsilon", "v_prediction", "sample") goes to any scheduler but those of flow matching; a flow
+    goes to `FlowMatch*`, or to a scheduler with `use_flow_sigmas` (DPM-Solver++, UniPC), which gets
+    prediction_type="flow_prediction" and the same shift of the grid. The rest (Karras spacing, order, lower-order last
+    steps) is the class's default, or what `given` says. Latents are not clipped unless `given` does.
+
+    Raises:
+        InputError: if diffusers has no such scheduler, or it cannot walk what this model predicts.
+    """
+    if name is None:
+        return given
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if cls is None or not name.endswith("Scheduler"):
+        raise InputError(f"diffusers has no scheduler {name!r}; e.g. DDIMScheduler")
+    known = inspect.signature(cls.__init__).parameters
+    mine = type(given).__name__
+    if is_flow(given):
+        if "FlowMatch" in name:
+            if "FlowMatch" in mine:
+                return cls.from_config(given.config)
+            return cls(num_train_timesteps=given.config.num_train_timesteps, shift=given.config.flow_shift)
+        if "use_flow_sigmas" not in known:
+            raise InputError(
+                f"generate.scheduler={name} walks models that predict noise, but this one predicts a flow ({mine}); "
+                "set FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
+            )
+        if "FlowMatch" not in mine:
+            return cls.from_config(given.config)
+        return cls(
+            num_train_timesteps=given.config.num_train_timesteps,
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+            flow_shift=given.config.shift,
+        )
+    if "FlowMatch" in name:
+        raise InputError(
+            f"generate.scheduler={name} walks models that predict a flow, but this one predicts noise ({mine}); "
+            "set DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or EulerDiscreteScheduler"
+        )
+    # by value, because from_config leaves out what is a default of the given class, and Heun's betas default to others
+    changed = {k: given.config[k] for k in LEARNT if k in known and k in given.config}
+    if "clip_sample" in known and "clip_sample" not in given.config:
+        changed["clip_sample"] = False  # the default of DDIM and DDPM is made for pixels
+    if "variance_type" in known and str(given.config.get("variance_type")).startswith("learned"):
+        changed["variance_type"] = known["variance_type"].default  # only the prediction itself is handed over
+    return cls.from_config(given.config, **changed)
 
 
 def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> Any:
@@ -58,6 +127,56 @@ def grid_snr(scheduler: Any) -> Tensor:
     # a full grid with an offset runs one past the table
     alpha_bar = table[scheduler.timesteps.long().cpu().clamp(max=len(table) - 1)]
     return alpha_bar / (1 - alpha_bar)
+
+
+def grid_levels(scheduler: Any) -> list[Level]:
+    """Signal and noise at every entry of `scheduler.timesteps`, as the model sees them.
+
+    signal + noise = 1 for flow matching, else signal^2 + noise^2 = 1: Euler and Heun keep their state in units of the
+    signal, but scale what they hand to the model.
+    """
+    flow, levels = is_flow(scheduler), []
+    for snr in grid_snr(scheduler).tolist():
+        root = math.sqrt(snr)
+        total = 1 + root if flow else math.sqrt(1 + snr)
+        levels.append(Level(signal=root / total, noise=1 / total, snr=snr))
+    return levels
+
+
+def model_times(scheduler: Any) -> Tensor:
+    """The time that the model is given at every entry of `scheduler.timesteps`, (n,).
+
+    Where flow sigmas are used that is 1000 sigma (num_train_timesteps sigma): DPM-Solver++ and UniPC cut their own
+    timesteps to whole numbers.
+    """
+    if scheduler.config.get("use_flow_sigmas"):
+        return scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
+    return scheduler.timesteps
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What the model's output is: "epsilon", "v_prediction", "sample" or "flow_prediction" (noise - x_0)."""
+    if "FlowMatch" in type(scheduler).__name__:
+        return "flow_prediction"
+    return str(scheduler.config.get("prediction_type") or "epsilon")
+
+
+def clean_and_noise(out: Tensor, x: Tensor, level: Level, kind: str) -> tuple[Tensor, Tensor]:
+    """The x_0 and the noise that a model output means for x = signal * x_0 + noise * eps, both (B, C, h, w).
+
+    Args:
+        kind: see `prediction_type`.
+    """
+    a, b = level.signal, level.noise
+    if kind == "epsilon":
+        return (x - b * out) / a, out
+    if kind == "v_prediction":  # a eps - b x_0
+        return a * x - b * out, b * x + a * out
+    if kind == "flow_prediction":  # eps - x_0
+        return x - b * out, x + a * out
+    if kind == "sample":
+        return out, (x - a * out) / b
+    raise InputError(f"prediction_type={kind!r} is not one of epsilon, v_prediction, sample and flow_prediction")
 
 
 def choose_start(
@@ -108,28 +227,79 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, start: Start) -> T
 
 @torch.no_grad()
 def denoise(
-    predict: Predict, scheduler: Any, latents: Tensor, start: Start, generators: Sequence[torch.Generator]
+    predict: Predict | Sequence[Predict],
+    scheduler: Any,
+    latents: Tensor,
+    start: Start,
+    generators: Sequence[torch.Generator],
+    *,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Noise `latents` (B, C, h, w) to `start` and walk back; image b draws all its randomness from generators[b].
 
-    Returns latents of the same shape and dtype.
+    The scheduler's grid may stay on the CPU: its arithmetic is of single numbers, and reading them from a device would
+    wait for it at every step.
+
+    Args:
+        predict: one for the whole walk, or one for every entry of `scheduler.timesteps`.
+        noise: (B, C, h, w), in place of a draw from the generators.
+
+    Returns:
+        Latents of the same shape and dtype.
 
     Raises:
         RunError: if the result is not finite.
     """
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
+    if noise is None:
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
     x = add_noise(scheduler, latents, noise, start)
     random_step = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if random_step else {}
-    for t in scheduler.timesteps[start.index :]:
-        model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(predict(model_input, t), t, x, **extra).prev_sample
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    times = model_times(scheduler).to(x.device)
+    for i in range(start.index, len(scheduler.timesteps)):
+        t = scheduler.timesteps[i]
+        at = predict if callable(predict) else predict[i]
+        x = scheduler.step(at(scale(x, t), times[i]), t, x, **extra).prev_sample
     if not torch.isfinite(x).all():
         raise RunError(
-            f"the denoiser ended in NaN or infinite latents in {str(latents.dtype).removeprefix('torch.')}; "
-            "use --set generate.dtype=float32"
+            "the denoiser ended in NaN or infinite latents; use --set generate.dtype=float32, or bfloat16 in place of "
+            "float16"
         )
     return x
+
+
+@torch.no_grad()
+def invert(predict: Predict, scheduler: Any, latents: Tensor, start: Start) -> tuple[Tensor, Tensor]:
+    """DDIM inversion (Song et al. 2021): the way from the clean `latents` (B, C, h, w) up the time grid to `start`.
+
+    From one level to the next noisier one, x' = signal' x_0 + noise' eps with the x_0 and the noise that the model
+    sees in x; for flow matching this is Euler's step x' = x + (sigma' - sigma) v of the ODE, backwards. One model call
+    per level. The first, at the least noisy level, sees the clean latents.
+
+    Returns:
+        x_0 and noise, (B, C, h, w) both, of which `add_noise` makes the point at `start`; no random number is drawn.
+    """
+    kind, levels, times = prediction_type(scheduler), grid_levels(scheduler), model_times(scheduler).to(latents.device)
+    grid = [(levels[i], times[i]) for i in reversed(range(start.index, len(levels)))]
+    # a scheduler of second order has its levels twice
+    grid = [at for i, at in enumerate(grid) if i == 0 or at[0] != grid[i - 1][0]]
+    clean = latents
+    _, noise = clean_and_noise(predict(clean, grid[0][1]), clean, grid[0][0], kind)
+    for level, t in grid[:-1]:
+        x = level.signal * clean + level.noise * noise
+        clean, noise = clean_and_noise(predict(x, t), x, level, kind)
+    return clean, noise
+
+
+def is_random(scheduler: Any) -> bool:
+    """Whether the scheduler's own steps draw noise (ancestral, DDPM, SDE, LCM)."""
+    config = scheduler.config
+    return (
+        any(word in type(scheduler).__name__ for word in RANDOM)
+        or str(config.get("algorithm_type")).startswith("sde")
+        or bool(config.get("stochastic_sampling"))
+    )
 
 
 def guided(predict: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, null: Any, scale: float) -> Predict:
@@ -139,9 +309,58 @@ def guided(predict: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, null: An
     """
     if scale <= 1:
         return lambda x, t: predict(x, t, cond)
+    conditions = torch.cat([cond, null])
 
     def both(x: Tensor, t: Tensor) -> Tensor:
-        out_cond, out_null = predict(torch.cat([x, x]), t, torch.cat([cond, null])).chunk(2)
+        out_cond, out_null = predict(torch.cat([x, x]), t, conditions).chunk(2)
         return out_null + scale * (out_cond - out_null)
 
     return both
+
+
+def limited(inside: Predict, outside: Predict, scheduler: Any, interval: Sequence[float]) -> list[Predict]:
+    """`inside` at the entries of the grid whose SNR lies in `interval` (low, high), ends included, `outside` at the
+    others; everywhere `inside` if there is no interval. With guidance inside and the conditional prediction outside
+    this is guidance in a limited interval (Kynkäänniemi et al. 2024), who state it in sigma = SNR^-1/2."""
+    if not interval:
+        return [inside] * len(scheduler.timesteps)
+    low, high = interval
+    return [inside if low <= level.snr <= high else outside for level in grid_levels(scheduler)]
+
+
+def toward(
+    predicts: Sequence[Predict], scheduler: Any, start: Start, target: Tensor, *, share: float, stop: float
+) -> list[Predict]:
+    """Mode guidance: x_0' = x_0 + share * (target - x_0) in the first `stop` share of the steps from `start` on.
+
+    The model output is made again from x_0' and the same x, so any scheduler takes it. MGD3 (Chan-Santiago et al.
+    2025) adds a multiple of (target - x_0) times the noise level to the predicted noise, which moves x_0 most where
+    the noise is strong; here x_0 goes the same share of the way at every level, and 1 sets it to the target whatever
+    the schedule.
+
+    Args:
+        predicts: one for every entry of `scheduler.timesteps`.
+        target: (B, C, h, w), the prototypes.
+        share: 0 returns `predicts` as they are.
+        stop: in [0, 1], of the model evaluations that are left at `start`.
+    """
+    if share == 0:
+        return list(predicts)
+    kind = prediction_type(scheduler)
+
+    def pulled(predict: Predict, level: Level) -> Predict:
+        a, b = level.signal, level.noise
+
+        def moved(x: Tensor, t: Tensor) -> Tensor:
+            out = predict(x, t)
+            if kind == "epsilon":  # without dividing by the signal, which is 0 where the grid starts in pure noise
+                return out - share / b * (a * target - (x - b * out))
+            clean, _ = clean_and_noise(out, x, level, kind)
+            step = share * (target - clean)
+            return out + step if kind == "sample" else out - step / b
+
+        return moved
+
+    levels = grid_levels(scheduler)
+    end = start.index + round(stop * start.calls)
+    return [pulled(p, levels[i]) if start.index <= i < end else p for i, p in enumerate(predicts)]

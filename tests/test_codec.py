@@ -83,6 +83,24 @@ def test_channel_statistics_of_the_config_are_used() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("make", "factor"), [(tiny_kl, 0.18215), (tiny_taesd, 1.0), (tiny_dc, 0.5)])
+def test_channel_statistics_hold_for_every_class(make, factor: float, tmp_path: Path) -> None:
+    """A prior trained on latents normalised per channel saves the statistics in the codec's config, whatever it is."""
+    mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
+    plain = make()
+    before = codec_digest(plain)
+    raw = encode_latents(plain, IMAGES) / factor
+    plain.register_to_config(latents_mean=mean, latents_std=std)
+    plain.save_pretrained(tmp_path / "codec")
+    codec = load_codec(tmp_path / "codec")
+    view = (1, 4, 1, 1)
+    z = encode_latents(codec, IMAGES)
+    assert torch.allclose(z, (raw - torch.tensor(mean).view(view)) / torch.tensor(std).view(view) * factor, atol=1e-5)
+    assert torch.allclose(decode_latents(codec, z), decode_latents(make(), raw * factor), atol=1e-5)
+    assert codec_digest(codec) == codec_digest(plain) != before
+
+
+@torch.no_grad()
 def test_posterior_sample_belongs_to_the_image_not_to_the_batch() -> None:
     codec = tiny_kl()
 

@@ -107,6 +107,15 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("cluster.tol=.nan", "cluster.tol must be at least 0 and finite"),
         ("cluster.entropy=0", "cluster.entropy must be more than 0"),
         ("evaluate.seeds=0", "evaluate.seeds must be at least 1"),
+        ("generate.guidance_snr=[1]", r"generate.guidance_snr must be two rising ratios such as \[0.05, 5\]"),
+        ("generate.guidance_snr=[5, 1]", "generate.guidance_snr must be two rising ratios"),
+        ("generate.guidance_snr=[-1, 1]", "generate.guidance_snr must be two rising ratios"),
+        ("generate.guidance_snr=[.nan, 1]", "generate.guidance_snr must be two rising ratios"),
+        ("generate.mode_guidance=1.5", r"generate.mode_guidance is a share and must lie in \[0, 1\], not 1.5"),
+        ("generate.mode_stop=-0.1", "generate.mode_stop is a share"),
+        ("generate.noise=ddim", "generate.noise must be one of 'random', 'inversion'"),
+        ("generate.rescale=yes", "generate.rescale must be one of 'none', 'norm'"),
+        ("generate={noise: inversion, images_per_prototype: 2}", "set images_per_prototype=1"),
     ],
 )
 def test_wrong_settings_name_the_key_and_the_way_out(setting: str, message: str) -> None:

@@ -172,6 +172,94 @@ def test_flow_matching() -> None:
     assert pipe.start(DIT).snr == pytest.approx(0.1, rel=1.0)
 
 
+FLOW = FlowMatchEulerDiscreteScheduler()
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_flow_model_walks_other_grids(name: str) -> None:
+    pipe = dit_pipe()
+    pipe.register_modules(scheduler=FLOW)
+    config = dataclasses.replace(DIT, scheduler=name, num_inference_steps=60, guidance_scale=1.0, snr=0.5)
+    other, own = draw(pipe, config, [0, 1]), draw(pipe, dataclasses.replace(config, scheduler=None), [0, 1])
+    assert (other - own).abs().max() < 0.1 < (own[0] - own[1]).abs().max()  # the same ODE from nearly the same start
+    with pytest.raises(InputError, match=r"scheduler=DDIMScheduler walks models that predict noise"):
+        pipe.check_inputs(dataclasses.replace(config, scheduler="DDIMScheduler"), 8, NAMES)
+
+
+@pytest.mark.parametrize("mode", ["dit", "img2img"])
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_knobs_change_the_image_and_their_defaults_do_not(mode: str, flow: bool, tmp_path: Path) -> None:
+    pipe = dit_pipe() if mode == "dit" else sd_pipe(tmp_path)
+    if flow:
+        pipe.register_modules(scheduler=FLOW)
+    config = dataclasses.replace(DIT, mode=mode)
+    base = draw(pipe, config, [0, 4])
+    for same in ({"guidance_snr": (0.0, float("inf"))}, {"mode_guidance": 0.0, "mode_stop": 1.0}, {"noise": "random"}):
+        assert torch.equal(draw(pipe, dataclasses.replace(config, **same), [0, 4]), base)
+    for other in ({"guidance_snr": (0.2, 2.0)}, {"mode_guidance": 0.3}, {"noise": "inversion"}):
+        changed = draw(pipe, dataclasses.replace(config, **other), [0, 4])
+        assert torch.isfinite(changed).all()
+        assert (changed - base).abs().max() > 1e-6
+        assert torch.allclose(draw(pipe, dataclasses.replace(config, **other), [4])[0], changed[1], atol=2e-5)
+
+
+def test_inversion_needs_no_generator_and_brings_the_point_back() -> None:
+    pipe = dit_pipe()
+    z = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))[:2]
+    config = dataclasses.replace(DIT, noise="inversion", guidance_scale=1.0, num_inference_steps=250, snr=2.0)
+
+    def images(seed: int | None, **settings) -> torch.Tensor:
+        made = [] if seed is None else [generator(seed, i) for i in range(2)]
+        wanted = dataclasses.replace(config, **settings)
+        return pipe.synthesize(z, [0, 1], made, wanted, class_names=NAMES, condition_ids=[0, 1, 2])
+
+    assert torch.equal(images(1), images(2))
+    assert torch.equal(images(1), images(None))
+    with torch.no_grad():
+        point = to_unit(decode_latents(pipe.vae, z))
+    assert (images(1) - point).abs().max() < 0.05 < (images(1, noise="random") - point).abs().max()
+
+
+def test_inversion_refuses_schedulers_that_draw_noise() -> None:
+    config = dataclasses.replace(DIT, noise="inversion", scheduler="DDPMScheduler")
+    with pytest.raises(InputError, match="noise=inversion is deterministic but DDPMScheduler draws noise"):
+        dit_pipe().check_inputs(config, 8, NAMES)
+
+
+def test_guidance_in_an_interval_saves_model_calls() -> None:
+    pipe = dit_pipe()
+    rows: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    draw(pipe, dataclasses.replace(DIT, num_inference_steps=20, guidance_snr=(0.5, 5.0)), [0, 1])
+    assert set(rows) == {2, 4}
+    assert rows.count(4) < rows.count(2)
+
+
+def test_full_mode_guidance_ends_at_the_prototype() -> None:
+    pipe = dit_pipe()
+    z = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        point = to_unit(decode_latents(pipe.vae, z[[0, 4]]))
+    images = draw(pipe, dataclasses.replace(DIT, mode_guidance=1.0, mode_stop=1.0), [0, 4])
+    assert torch.allclose(images, point, atol=1e-3)
+
+
+def test_half_precision_is_the_models_alone() -> None:
+    """The walk between two model calls stays in float32."""
+    pipe = dit_pipe()
+    wanted = draw(pipe, DIT, [0, 1])
+    pipe.transformer.to(torch.bfloat16)
+    seen: set[torch.dtype] = set()
+    pipe.transformer.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    full = dataclasses.replace(DIT, mode_guidance=1.0, mode_stop=1.0)
+    z = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        point = to_unit(decode_latents(pipe.vae, z[[0, 1]]))
+    assert (draw(pipe, DIT, [0, 1]) - wanted).abs().max() < 0.1
+    assert (draw(pipe, full, [0, 1]) - point).abs().max() < 0.02
+    assert seen == {torch.bfloat16}
+
+
 # --- loading and saving -------------------------------------------------------------------------------------------
 
 

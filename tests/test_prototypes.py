@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -59,6 +61,22 @@ def test_points() -> None:
     assert torch.equal(p.points("centroid"), p.centroids)
     assert torch.equal(p.points("medoid"), p.medoids)
     assert p.centroids.shape == (4, 2, 3, 3)
+
+
+def test_points_of_the_usual_length() -> None:
+    z, _, p = make()
+    usual = float(z.float().flatten(1).norm(dim=1).median())
+    measured = dataclasses.replace(p, stats={"median_norm": usual})
+    for kind in ("centroid", "medoid"):
+        plain, longer = p.points(kind).flatten(1), measured.points(kind, rescale="norm").flatten(1)
+        assert longer.norm(dim=1).tolist() == pytest.approx([usual] * 4)
+        assert torch.allclose(torch.cosine_similarity(plain, longer), torch.ones(4))
+    assert (p.centroids.flatten(1).norm(dim=1) < usual).all()  # which is why
+    assert torch.equal(measured.points("centroid", rescale="none"), p.centroids)
+    nought = dataclasses.replace(measured, centroids=torch.zeros_like(p.centroids))
+    assert torch.equal(nought.points("centroid", rescale="norm"), nought.centroids)
+    with pytest.raises(InputError, match=r"class 7 'seven' lack the median norm .*run `dq cluster` again"):
+        p.points("centroid", rescale="norm")
 
 
 def test_save_and_load_give_the_same_and_the_same_bytes(tmp_path) -> None:

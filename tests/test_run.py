@@ -536,6 +536,53 @@ def test_a_nested_override_changes_one_value() -> None:
     assert run.resolved("ddoq")[1].engine == "auto"
 
 
+def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Path, toy_source, accelerator) -> None:
+    from dq.latents import LatentCache
+    from dq.run import image_folder
+    from dq.runfolder import Run
+
+    knobs = [
+        {"scheduler": "UniPCMultistepScheduler"},
+        {"guidance_snr": [0.1, 5]},
+        {"noise": "inversion"},
+        {"rescale": "norm"},
+        {"mode_guidance": 0.1},
+        {"mode_stop": 0.6},
+        {"snr": 0.2},
+        {"images_per_prototype": 2},
+    ]
+    methods = {"plain": {}, "same": {"override": {"generate.batch_size": 3}}}
+    methods |= {f"m{i}": {"override": {f"generate.{k}": v for k, v in knob.items()}} for i, knob in enumerate(knobs)}
+    run = Run(from_dict(RunConfig, {"methods": methods}), toy_source, accelerator, tmp_path)
+    cache = LatentCache(tmp_path, (4, 4, 4), toy_source.class_names, "key")
+    folders = {name: image_folder(run, cache, 1, name, "digest") for name in methods}
+    assert folders["plain"] == folders["same"]  # how many at a time changes nothing
+    assert len(set(folders.values())) == len(knobs) + 1
+
+
+def test_generation_with_the_knobs(world: Path, tmp_path: Path) -> None:
+    knobs = {
+        "guidance_snr": [0.2, 3.0],
+        "noise": "inversion",
+        "mode_guidance": 0.2,
+        "scheduler": "EulerDiscreteScheduler",
+    }
+    file = config(
+        world,
+        tmp_path,
+        ipc=[2],
+        methods={"plain": {}, "knobs": {"override": {"generate": knobs}}},
+        generate__mode="dit",
+        generate__model=str(world / "dit"),
+        generate__num_inference_steps=4,
+        evaluate__students=[],
+    )
+    assert main(["run", "--config", str(file), "--cpu"]) == 0
+    index = json.loads((tmp_path / "run/images/index.json").read_text())
+    assert index["2/plain"] != index["2/knobs"]
+    assert len(list((tmp_path / "run/images" / index["2/knobs"]).glob("class-*.safetensors"))) == 3
+
+
 def test_unreadable_test_images_are_not_dropped_in_silence(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:

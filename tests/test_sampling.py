@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import diffusers
@@ -8,7 +9,23 @@ import torch
 
 from dq.dist import generator
 from dq.errors import InputError, RunError
-from dq.sampling import add_noise, choose_start, denoise, fresh_scheduler, grid_snr, guided
+from dq.sampling import (
+    add_noise,
+    choose_scheduler,
+    choose_start,
+    clean_and_noise,
+    denoise,
+    fresh_scheduler,
+    grid_levels,
+    grid_snr,
+    guided,
+    invert,
+    is_random,
+    limited,
+    model_times,
+    prediction_type,
+    toward,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 DIT = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
@@ -148,5 +165,268 @@ def test_wrong_starts(settings: dict, message: str) -> None:
 def test_overflow_is_an_error() -> None:
     scheduler = make("DDIMScheduler", steps=5)
     start = choose_start(scheduler, 5, snr=0.1)
-    with pytest.raises(RunError, match="NaN or infinite latents in float32"):
+    with pytest.raises(RunError, match="NaN or infinite latents; use"):
         denoise(lambda x, t: x * float("inf"), scheduler, torch.ones(1, 1, 2, 2), start, [generator(0)])
+
+
+# --- schedulers by name -------------------------------------------------------------------------------------------
+
+MEAN, STD = 1.5, 0.4
+NOISE_GIVEN = diffusers.DDIMScheduler(clip_sample=False)  # as a DiT ships it
+V_GIVEN = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+FLOW_GIVEN = diffusers.FlowMatchEulerDiscreteScheduler()
+FLOW_DPM_GIVEN = diffusers.DPMSolverMultistepScheduler(
+    use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
+)
+TO_NOISE = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+]
+TO_FLOW = ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+CASES = [
+    *((NOISE_GIVEN, name) for name in TO_NOISE),
+    *((V_GIVEN, name) for name in TO_NOISE),
+    *((FLOW_GIVEN, name) for name in TO_FLOW),
+    *((FLOW_DPM_GIVEN, name) for name in TO_FLOW),
+]
+
+
+def walker(given, name: str | None, steps: int):
+    return fresh_scheduler(choose_scheduler(given, name), steps)
+
+
+def posterior_mean(scheduler, mean=MEAN, std=STD):
+    """The exact model of data N(mean, std^2) in the scheduler's parameterisation, at any time that it is given."""
+    kind = prediction_type(scheduler)
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if kind == "flow_prediction":
+            b = float(t) / scheduler.config.num_train_timesteps
+            a = 1 - b
+        else:
+            # between two entries of the table, as Euler's grid lies
+            table = scheduler.alphas_cumprod.double()
+            low = min(int(t), len(table) - 1)
+            high, part = min(low + 1, len(table) - 1), float(t) - low
+            log = [float(((1 - table[i]) / table[i]).sqrt().log()) for i in (low, high)]
+            sigma = math.exp((1 - part) * log[0] + part * log[1])
+            a, b = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
+        clean = mean + a * std**2 / (a**2 * std**2 + b**2) * (x - a * mean)
+        if kind == "flow_prediction":
+            return (x - clean) / b
+        noise = (x - a * clean) / b
+        return a * noise - b * clean if kind == "v_prediction" else noise
+
+    return predict
+
+
+@pytest.mark.parametrize(("given", "name"), CASES)
+def test_every_scheduler_carries_noise_to_the_data(given, name: str) -> None:
+    """N(0, 1) ends as N(m, s^2). The walk of this model is affine, so standardised noise gives mean and deviation."""
+    scheduler = walker(given, name, 100)
+    start = choose_start(scheduler, 100, strength=1.0)
+    noise = torch.randn(4, 1, 16, 16, generator=generator(0), dtype=torch.float64)
+    noise = ((noise - noise.mean()) / noise.std()).float()
+    end = denoise(posterior_mean(scheduler), scheduler, torch.zeros_like(noise), start, [], noise=noise)
+    # Euler's and DDIM's error is of first order in the steps; leading grids start a little below pure noise
+    second_order = name.startswith(("DPM", "UniPC", "Heun"))
+    assert float(end.mean()) == pytest.approx(MEAN, abs=0.02)
+    assert float(end.std()) == pytest.approx(STD, rel=0.02 if second_order else 0.06)
+
+
+@pytest.mark.parametrize(("given", "name"), CASES)
+def test_the_start_says_the_signal_and_the_noise_that_add_noise_makes(given, name: str) -> None:
+    one, zero = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    for settings in ({"snr": 0.1}, {"snr": 3.0}, {"strength": 0.4}):
+        scheduler = walker(given, name, 30)
+        start = choose_start(scheduler, 30, **settings)
+        level = grid_levels(scheduler)[start.index]
+        a = add_noise(walker(given, name, 30), one, zero, start)
+        b = add_noise(walker(given, name, 30), zero, one, start)
+        assert float((a / b).square().mean()) == pytest.approx(start.snr, rel=1e-4)
+        first = add_noise(scheduler, one, zero, start)
+        t = scheduler.timesteps[start.index]
+        seen = scheduler.scale_model_input(first, t) if hasattr(scheduler, "scale_model_input") else first
+        assert float(seen.mean()) == pytest.approx(level.signal, rel=1e-4)
+        total = level.signal + level.noise if "Flow" in type(given).__name__ or given is FLOW_DPM_GIVEN else None
+        assert total is None or total == pytest.approx(1)
+        assert total is not None or level.signal**2 + level.noise**2 == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("given", "name"), [c for c in CASES if c[0] in (FLOW_GIVEN, FLOW_DPM_GIVEN)])
+def test_a_flow_is_noised_on_the_straight_line_and_told_1000_sigma(given, name: str) -> None:
+    scheduler = walker(given, name, 7)
+    start = choose_start(scheduler, 7, snr=0.5)
+    sigma = float(scheduler.sigmas[start.index])
+    assert start.snr == pytest.approx(((1 - sigma) / sigma) ** 2, rel=1e-5)
+    x, noise = torch.randn(2, 3, 1, 2, 2, generator=generator(1))
+    assert torch.allclose(add_noise(scheduler, x, noise, start), (1 - sigma) * x + sigma * noise, atol=1e-6)
+    told = []
+    scheduler = walker(given, name, 7)
+    denoise(lambda x, t: told.append(float(t)) or x, scheduler, x, start, [], noise=noise)
+    assert told == pytest.approx([1000 * float(s) for s in scheduler.sigmas[start.index : -1]], rel=1e-6)
+    assert model_times(scheduler).tolist() == pytest.approx((1000 * scheduler.sigmas[:-1]).tolist(), rel=1e-6)
+
+
+def test_a_scheduler_by_name_keeps_what_the_model_predicts() -> None:
+    shifted = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for name in TO_FLOW[1:]:
+        there = choose_scheduler(shifted, name)
+        assert (there.config.prediction_type, there.config.flow_shift) == ("flow_prediction", 3.0)
+        assert there.config.use_flow_sigmas
+        back = choose_scheduler(there, "FlowMatchEulerDiscreteScheduler")
+        assert (back.config.shift, back.config.num_train_timesteps) == (3.0, 1000)
+    scaled = diffusers.DPMSolverMultistepScheduler(**SD, prediction_type="v_prediction", variance_type="learned_range")
+    for name in TO_NOISE:
+        there = choose_scheduler(scaled, name)
+        assert (there.config.prediction_type, there.config.beta_end) == ("v_prediction", 0.012)
+        assert not there.config.get("clip_sample")  # DDIM clips unless told not to
+    assert choose_scheduler(scaled, "UniPCMultistepScheduler").config.get("use_flow_sigmas") is False
+    assert choose_scheduler(scaled, "DDPMScheduler").config.variance_type == "fixed_small"
+    assert choose_scheduler(scaled, None) is scaled
+    for name in TO_NOISE:  # Heun's own betas are those of Stable Diffusion
+        assert choose_scheduler(NOISE_GIVEN, name).config.beta_end == NOISE_GIVEN.config.beta_end
+
+
+@pytest.mark.parametrize("given", [FLOW_GIVEN, FLOW_DPM_GIVEN])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
+def test_noise_schedulers_refuse_flows(given, name: str) -> None:
+    message = (
+        f"generate.scheduler={name} walks models that predict noise, but this one predicts a flow .*set FlowMatch"
+    )
+    with pytest.raises(InputError, match=message):
+        choose_scheduler(given, name)
+
+
+def test_flow_schedulers_refuse_noise() -> None:
+    with pytest.raises(InputError, match=r"but this one predicts noise \(DDIMScheduler\); set DDIMScheduler"):
+        choose_scheduler(NOISE_GIVEN, "FlowMatchEulerDiscreteScheduler")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction", "sample"])
+def test_what_a_model_output_means(kind: str) -> None:
+    clean, noise = torch.randn(2, 5, generator=generator(2))
+    scheduler = make("FlowMatchEulerDiscreteScheduler" if kind == "flow_prediction" else "DDIMScheduler")
+    for level in grid_levels(scheduler)[5::10]:
+        a, b = level.signal, level.noise
+        out = {
+            "epsilon": noise,
+            "v_prediction": a * noise - b * clean,
+            "flow_prediction": noise - clean,
+            "sample": clean,
+        }
+        for got, wanted in zip(clean_and_noise(out[kind], a * clean + b * noise, level, kind), (clean, noise)):
+            assert torch.allclose(got, wanted, atol=2e-4)
+    with pytest.raises(InputError, match="prediction_type='score' is not one of"):
+        clean_and_noise(noise, clean, level, "score")
+
+
+# --- what steers the walk -----------------------------------------------------------------------------------------
+
+
+def test_guidance_in_an_interval_calls_the_model_once_elsewhere() -> None:
+    scheduler = make("EulerDiscreteScheduler", steps=20)
+    start = choose_start(scheduler, 20, snr=0.01)
+    seen: list[int] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return 0.1 * x * c.view(-1, 1, 1, 1)
+
+    cond, null = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0])
+    both, plain = guided(model, cond, null, 4.0), guided(model, cond, null, 1.0)
+    x = torch.ones(2, 1, 2, 2)
+
+    def walk(interval: tuple[float, ...]) -> torch.Tensor:
+        seen.clear()
+        fresh = make("EulerDiscreteScheduler", steps=20)
+        steps = limited(both, plain, fresh, interval)
+        return denoise(steps, fresh, x, start, [generator(0), generator(1)])
+
+    snr = grid_snr(scheduler)
+    inside = walk((0.05, 5.0))
+    assert seen == [4 if 0.05 <= float(s) <= 5.0 else 2 for s in snr[start.index :]]
+    assert {2, 4} == set(seen)
+    everywhere = walk(())
+    assert set(seen) == {4}
+    assert torch.equal(everywhere, walk((0.0, float("inf"))))
+    nowhere = walk((1e9, 1e10))
+    assert set(seen) == {2}
+    for a, b in ((inside, everywhere), (inside, nowhere)):
+        assert not torch.allclose(a, b)
+
+
+@pytest.mark.parametrize(("given", "name"), CASES)
+def test_an_inverted_point_comes_back_and_no_random_number_is_used(given, name: str) -> None:
+    points = MEAN + STD * torch.randn(3, 1, 4, 4, generator=generator(3))
+
+    def there_and_back(steps: int, seed: int = 0) -> torch.Tensor:
+        scheduler = walker(given, name, steps)
+        assert not is_random(scheduler)
+        start = choose_start(scheduler, steps, snr=0.05)
+        predict = posterior_mean(scheduler)
+        clean, noise = invert(predict, scheduler, points, start)
+        return denoise(predict, scheduler, clean, start, [generator(seed, i) for i in range(3)], noise=noise)
+
+    few, many = there_and_back(40), there_and_back(400)
+    # of first order in the steps, whatever the order of the walk back
+    assert (many - points).abs().max() < (few - points).abs().max() / 4
+    assert torch.allclose(many, points, atol=0.03)
+    assert torch.equal(few, there_and_back(40, seed=9))
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_inversion_calls_the_model_once_per_level(name: str) -> None:
+    scheduler = walker(NOISE_GIVEN, name, 20)
+    start = choose_start(scheduler, 20, snr=0.1)
+    told: list[float] = []
+    invert(lambda x, t: told.append(float(t)) or 0.1 * x, scheduler, torch.ones(1, 1, 2, 2), start)
+    levels = sorted({float(t) for t in scheduler.timesteps[start.index :]})
+    # the least noisy level sees the clean point, then its own; the start is where the walk back begins
+    assert told == [levels[0], *levels[:-1]]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EulerAncestralDiscreteScheduler(),
+        diffusers.DDPMScheduler(),
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    ],
+)
+def test_schedulers_that_draw_noise_are_known(scheduler) -> None:
+    assert is_random(scheduler)
+
+
+# without Heun, whose trapezoids overshoot the target where a coarse grid ends in long steps
+@pytest.mark.parametrize(("given", "name"), [(g, n) for g, n in CASES if g is not FLOW_DPM_GIVEN and n[:4] != "Heun"])
+def test_mode_guidance_pulls_towards_the_prototype(given, name: str) -> None:
+    target = torch.full((2, 1, 8, 8), MEAN + 4 * STD)
+
+    def distance(share: float, stop: float = 1.0) -> float:
+        scheduler = walker(given, name, 20)
+        start = choose_start(scheduler, 20, snr=0.02)
+        steps = [posterior_mean(scheduler)] * len(scheduler.timesteps)
+        steps = toward(steps, scheduler, start, target, share=share, stop=stop)
+        out = denoise(steps, scheduler, target, start, [generator(4, i) for i in range(2)])
+        return float((out - target).square().mean().sqrt())
+
+    away = [distance(share) for share in (0.0, 0.1, 0.3, 0.6, 1.0)]
+    assert all(a > b for a, b in itertools.pairwise(away))
+    assert away[-1] < 1e-3
+    assert distance(0.3, stop=0.0) == distance(0.0)
+    assert distance(0.0) > distance(0.3, stop=0.5) > distance(0.3)
+
+
+def test_no_mode_guidance_is_the_same_functions() -> None:
+    scheduler = make("DDIMScheduler")
+    start = choose_start(scheduler, 50, snr=0.1)
+    steps = [lambda x, t: x] * 50
+    assert toward(steps, scheduler, start, torch.ones(1), share=0.0, stop=0.5) == steps
+    moved = toward(steps, scheduler, start, torch.ones(1), share=0.1, stop=0.5)
+    changed = [i for i, (a, b) in enumerate(zip(steps, moved)) if a is not b]
+    assert changed == list(range(start.index, start.index + round(0.5 * start.calls)))
