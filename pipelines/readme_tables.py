@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -71,6 +72,41 @@ def differences(folder: str) -> str:
         for r in read(f"{folder}/comparisons.csv")
     ]
     return table(["sets", "student", "difference, points", "95 % interval", "verdict"], body)
+
+
+def ablation(*names: str) -> str:
+    """Arms against students and ipc: mean ± std, and the paired difference to the default where it is beyond doubt."""
+    rows = [r for name in names for r in read(f"{name}/ablation.csv")]
+    columns = list(dict.fromkeys((r["student"], r["labels"], r["ipc"]) for r in rows))
+    cells = {(r["factor"], r["level"], r["student"], r["labels"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        if r is None:
+            return ""
+        text = f"{100 * float(r['mean']):.1f} ± {100 * float(r['std']):.1f}"
+        if r["low"] and (float(r["low"]) > 0 or float(r["high"]) < 0):
+            text += f" ({100 * float(r['difference']):+.1f})"
+        return text
+
+    order = list(dict.fromkeys((r["factor"], r["level"]) for r in rows))
+    factors = ["default", *(f for f in dict.fromkeys(f for f, _ in order) if f not in ("default", "rivals")), "rivals"]
+    body = [
+        [f"{factor}: {level}" if level else f"**{factor}**", *[cell(cells.get((factor, level, *c))) for c in columns]]
+        for wanted in factors
+        for factor, level in order
+        if factor == wanted
+    ]
+    return table(["arm", *[f"{s}, {kind}, IPC {ipc}" for s, kind, ipc in columns]], body)
+
+
+def prior_quality(folder: str) -> str:
+    from dq.prior.card import quality_table
+
+    records = [
+        json.loads(line) for line in (ROOT / "results" / folder / "prior_quality.jsonl").read_text().splitlines()
+    ]
+    head, body = quality_table(records)
+    return table(head, body)
 
 
 def label_storage(folder: str) -> str:

@@ -17,7 +17,7 @@ from dq.errors import InputError, RunError
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
-from dq.sampling import fresh_scheduler, guided, is_flow
+from dq.sampling import choose_start, denoise, fresh_scheduler, guided, is_flow
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -403,13 +403,12 @@ def _latents(cache: LatentCache) -> tuple[Tensor, Tensor]:
 def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor:
     """Latents (n, C, h, w) of classes (n,), walked from noise with guidance."""
     device = next(model.parameters()).device
-    walk = fresh_scheduler(scheduler, SHOWN_STEPS, device)
-    y, x = labels.to(device), noise.to(device) * walk.init_noise_sigma
+    walk = fresh_scheduler(scheduler, SHOWN_STEPS)
+    y, null = labels.to(device), torch.full_like(labels, model.config.num_embeds_ada_norm).to(device)
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return model(x, timestep=t.expand(len(x)), class_labels=y).sample
+        return model(x, timestep=t.expand(len(x)), class_labels=y).sample[:, : x.shape[1]]
 
-    both = guided(predict, y, torch.full_like(y, model.config.num_embeds_ada_norm), SHOWN_GUIDANCE)
-    for t in walk.timesteps:
-        x = walk.step(both(x, t), t, x).prev_sample
-    return x
+    start = choose_start(walk, SHOWN_STEPS, strength=1.0)
+    walked = guided(predict, y, null, SHOWN_GUIDANCE)
+    return denoise(walked, walk, torch.zeros_like(noise).to(device), start, [], noise=noise.to(device))

@@ -23,7 +23,8 @@ from dq.data import ImageSource, Split, read_images
 from dq.dist import generator
 from dq.errors import InputError
 from dq.evaluation.bench import Bench
-from dq.prior.sample import Draw, scheduler_of, stored_samples
+from dq.prior.sample import Draw, stored_samples
+from dq.sampling import choose_scheduler
 from dq.teachers import pooled_logits
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def plan_draw(
     ids = pipe.check_inputs(generate, resolution, source.class_names)
     return Draw(
         pipe=pipe,
-        scheduler=scheduler_of(pipe, generate.scheduler),
+        scheduler=choose_scheduler(pipe.scheduler, generate.scheduler),
         condition_ids=tuple(ids),
         counts=tuple(wanted.tolist()),
         num_inference_steps=config.num_inference_steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from dq.codec import decode_latents, to_unit
 from dq.dist import digest_of, generator, progress, read_tensors, write_tensors
-from dq.errors import InputError, RunError
-from dq.sampling import fresh_scheduler, guided
+from dq.sampling import choose_start, denoise, fresh_scheduler, guided
 
 if TYPE_CHECKING:
     from dq.pipeline import DistillPipeline
@@ -105,40 +103,17 @@ def sample_latents(
         RunError: if the result is not finite.
     """
     model = pipe.transformer
-    walk = fresh_scheduler(scheduler or pipe.scheduler, num_inference_steps, model.device)
-    channels, side = int(model.config.in_channels), int(model.config.sample_size)
+    walk = fresh_scheduler(scheduler or pipe.scheduler, num_inference_steps)
     cond = torch.tensor(list(classes), device=model.device)
     # the null class is the last row of the table of classes
     null = torch.full_like(cond, int(model.config.num_embeds_ada_norm))
+    channels, side = int(model.config.in_channels), int(model.config.sample_size)
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        out = model(x, timestep=t.expand(len(x)).to(x.device), class_labels=y).sample
-        return out[:, :channels]  # a learned variance, if any, follows
+        out = model(x.to(model.dtype), timestep=t.expand(len(x)), class_labels=y).sample
+        return out[:, :channels].float()  # a learned variance, if any, follows
 
-    both = guided(predict, cond, null, guidance_scale)
-    noise = torch.stack([torch.randn(channels, side, side, generator=g) for g in generators])
-    # FlowMatchEulerDiscreteScheduler begins at plain noise and has no such number
-    x = (noise * getattr(walk, "init_noise_sigma", 1.0)).to(model.device, model.dtype)
-    random_step = "generator" in inspect.signature(walk.step).parameters
-    extra = {"generator": list(generators)} if random_step else {}
-    for t in walk.timesteps:
-        scaled = walk.scale_model_input(x, t) if hasattr(walk, "scale_model_input") else x
-        x = walk.step(both(scaled, t), t, x, **extra).prev_sample
-    if not torch.isfinite(x).all():
-        raise RunError(
-            f"the samples ended in NaN or infinite latents in {str(model.dtype).removeprefix('torch.')} at guidance "
-            f"{guidance_scale:g}; lower prior_report.guidance or use --set generate.dtype=float32"
-        )
-    return x.float()
-
-
-def scheduler_of(pipe: DistillPipeline, name: str | None) -> Any:
-    """The pipeline's scheduler, or that of another class of diffusers with its settings."""
-    if name is None:
-        return pipe.scheduler
-    import diffusers
-
-    cls = getattr(diffusers, name, None)
-    if cls is None or not name.endswith("Scheduler"):
-        raise InputError(f"diffusers has no scheduler {name!r}; set generate.scheduler to one, e.g. DDIMScheduler")
-    return cls.from_config(pipe.scheduler.config)
+    # At the first step of the grid nothing is left of the clean latent.
+    nothing = torch.zeros(len(cond), channels, side, side, device=model.device)
+    start = choose_start(walk, num_inference_steps, strength=1.0)
+    return denoise(guided(predict, cond, null, guidance_scale), walk, nothing, start, generators)
