@@ -106,6 +106,9 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("codec.resolution=-8", "codec.resolution must be at least 1"),
         ("cluster.tol=.nan", "cluster.tol must be at least 0 and finite"),
         ("cluster.entropy=0", "cluster.entropy must be more than 0"),
+        ("cluster.space=pixels", "cluster.space must be one of 'latents', 'pca', 'whitened', 'features', 'joint'"),
+        ("cluster.dims=0", "cluster.dims must be at least 1 and finite, not 0"),
+        ("cluster.feature_weight=-1", "cluster.feature_weight must be at least 0 and finite"),
         ("evaluate.seeds=0", "evaluate.seeds must be at least 1"),
     ],
 )
