@@ -26,6 +26,8 @@ Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"
 # Least values of settings by name; a trailing ">" leaves the bound itself out. All must be finite.
 LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
+    "dims": (1, True),
+    "feature_weight": (0, True),
     **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests", "epochs"), (1, True)),
     **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor"), (1, True)),
     **dict.fromkeys(("seeds", "full_seeds", "save_every", "patch_size", "num_layers"), (1, True)),
@@ -86,6 +88,12 @@ class CodecConfig(Checked):
 @dataclass(frozen=True)
 class ClusterConfig(Checked):
     engine: Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"] = "auto"
+    # where the images of a class are compared; features: those of the first teacher (see `dq.spaces.embed`)
+    space: Literal["latents", "pca", "whitened", "features", "joint"] = "latents"
+    # pca, whitened: principal directions of a class; None: 64, or as many as the class allows. Whitened needs far
+    # fewer than there are images in a class
+    dims: int | None = None
+    feature_weight: float = 1.0  # joint: of the features' variance, that of the latents being 1
     init: Literal["race", "k-means++", "random"] = "race"  # race: the best of several k-means++ in a subspace
     n_init: int = 1  # restarts; the lowest distortion wins
     n_iter: int = 100  # Lloyd iterations (barycentre: rounds) at most
@@ -98,6 +106,10 @@ class ClusterConfig(Checked):
     transport: Literal["exact", "entropic"] = "exact"  # barycentre
     entropy: float = 0.01  # barycentre: entropic regularisation in units of the mean squared distance
     uniform_w2: bool = True  # also solve the transport problem of the uniformly weighted points
+
+    @property
+    def uses_features(self) -> bool:
+        return self.space in ("features", "joint")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dq.cluster import Clustering
+from dq.cluster.lloyd import cell_sums, squared_distances
 from dq.dist import read_tensors, write_tensors
 from dq.errors import InputError
 
@@ -50,16 +52,20 @@ def image_weights(counts: Tensor, kind: WeightKind = "sqrt", normalize: Normaliz
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Quantizer of one class in the denoiser's latent space, largest cell first. K may be below the ipc asked for."""
+    """Quantizer of one class in the denoiser's latent space, largest cell first. K may be below the ipc asked for.
+
+    The cells may have been found in another space (`cluster.space`). Points are latents in every case; what measures
+    distances (`sse`, which member is a medoid) does so in the space of the cells.
+    """
 
     label: int
     name: str
-    centroids: Tensor  # (K, C, h, w) float32
+    centroids: Tensor  # (K, C, h, w) float32; in another space than the latents': means of the cells' latents
     counts: Tensor  # (K,) int64, images per cell; raw, never transformed
     sse: Tensor  # (K,) float64, sum of squared distances in the cell
     medoids: Tensor  # (K, C, h, w) float32, the member of the cell nearest to its centroid
     medoid_rows: Tensor  # (K,) int64, the rows of the source that the medoids are
-    stats: dict[str, Any]  # see `quantization_stats`
+    stats: dict[str, Any]  # see `quantization_stats` and `latent_stats`
 
     def weights(self, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
         """Training weights, (K,) float32; see `image_weights`."""
@@ -111,26 +117,76 @@ class Prototypes:
 
 
 def make_prototypes(
-    label: int, name: str, latents: Tensor, rows: Tensor, result: Clustering, stats: dict[str, Any]
+    label: int,
+    name: str,
+    latents: Tensor,
+    rows: Tensor,
+    result: Clustering,
+    stats: dict[str, Any],
+    *,
+    points: Tensor | None = None,
 ) -> Prototypes:
     """Prototypes from a clustering of latents (n, C, h, w) that are the images `rows` of the source.
 
     Among the members of a cell the nearest to the mean is also the one with the least summed squared distance to
     the others, so the medoid needs no pairwise distances.
+
+    Args:
+        points: (n, d), the same images in the space in which `result` is; None: the latents. Given, the centroids of
+            `result` are no latents, and the means of the cells' latents stand in for them.
     """
-    x = latents.flatten(1).float()
+    z = latents.flatten(1).float()
+    x = z if points is None else points
+    k = len(result.counts)
     distance = (x - result.centroids[result.labels]).square().sum(1)
     order = distance.argsort(stable=True)
     by_cell = order[result.labels[order].argsort(stable=True)]  # cell after cell, nearest first
     first = by_cell[torch.cat([result.counts.new_zeros(1), result.counts.cumsum(0)[:-1]])]
-    k = len(result.counts)
+    centroids = result.centroids if points is None else cell_means(z, result.labels, k)
     return Prototypes(
         label=label,
         name=name,
-        centroids=result.centroids.reshape(k, *latents.shape[1:]).cpu(),
+        centroids=centroids.reshape(k, *latents.shape[1:]).cpu(),
         counts=result.counts.cpu(),
         sse=result.sse.cpu(),
         medoids=latents[first].float().cpu(),
         medoid_rows=rows[first.cpu()],
         stats=stats,
     )
+
+
+def cell_means(x: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Mean (k, d) of the points x (n, d) of each of k cells, none of which is empty."""
+    shift = x.mean(0)
+    sums, mass = cell_sums((x - shift)[None], labels[None], x.new_ones(1, len(x)), k)
+    return sums[0] / mass[0, :, None] + shift
+
+
+def latent_stats(latents: Tensor, labels: Tensor, centroids: Tensor) -> dict[str, float]:
+    """What cells of any space are worth as cells of latents.
+
+    `explained_latents` is the share of the variance of the latents that lies between the means of the cells;
+    `w2_latents` the root of the mean squared distance of a latent to the centroid of its cell: what it costs to move
+    the class into its prototypes with their masses, cell by cell, hence W2 or above (equal for nearest cells);
+    `median_norm` the median Euclidean norm of a latent of the class, `centroid_norm` the mean norm of the centroids.
+
+    Args:
+        latents: (n, C, h, w) or (n, d).
+        labels: (n,) cell of each.
+        centroids: (K, C, h, w) or (K, d), of the prototypes.
+    """
+    z = latents.flatten(1).float()
+    c = centroids.flatten(1).to(z)
+
+    def spread(points: Tensor, own: Tensor) -> float:
+        return float(squared_distances(z[None], points[None], own[None]).double().sum())
+
+    total = spread(z.mean(0, keepdim=True), torch.zeros_like(labels))
+    within = spread(cell_means(z, labels, len(c)), labels)
+    norms = torch.linalg.vector_norm(z, dim=1).double()
+    return {
+        "explained_latents": 1 - within / total if total > 0 else 1.0,
+        "w2_latents": math.sqrt(spread(c, labels) / len(z)),
+        "median_norm": float(norms.quantile(0.5)),
+        "centroid_norm": float(torch.linalg.vector_norm(c, dim=1).double().mean()),
+    }

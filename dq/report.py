@@ -84,7 +84,9 @@ def write_report(run: Run) -> Path:
     for ipc, cfg in clusterings(run):
         points = load_prototypes(run, cache, ipc, cfg)
         name = prototype_folder(run, cache, ipc, cfg).name
-        body.append(f"<h3>IPC {ipc}, engine {points[0].stats['engine']}</h3>{_quantization_table(points)}")
+        space = "" if cfg.space == "latents" else f", in the space {cfg.space!r}"
+        title = f"IPC {ipc}, engine {points[0].stats['engine']}{space}"
+        body.append(f"<h3>{html.escape(title)}</h3>{_quantization_table(points)}")
         if ipc > 1:
             path = figures / f"{name}-sizes.png"
             _plot_sizes(points, path)

@@ -36,8 +36,9 @@ from dq.dist import (
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
-from dq.prototypes import Prototypes, make_prototypes
+from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.runfolder import SPEED, Run
+from dq.spaces import embed, features_of, known_features, prepare_features
 from dq.teachers import load_teachers, pooled_logits
 
 if TYPE_CHECKING:
@@ -73,9 +74,25 @@ def encode(run: Run, codec: Codec) -> LatentCache:
 
 def prototype_folder(run: Run, cache: LatentCache, ipc: int, cluster: ClusterConfig) -> Path:
     """Where the prototypes of these settings are."""
+    settings = cluster_settings(cluster)
+    identity = [cache.key, settings, run.config.seed]
+    if cluster.uses_features:
+        identity.append(features_of(run).key)
+    parts = [f"ipc{ipc:05d}", settings["engine"], *([settings["space"]] if "space" in settings else [])]
+    return run.folder / "prototypes" / "-".join([*parts, digest_of(identity)])
+
+
+def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
+    """The settings that decide prototypes: the engine by its name, and of the space what is read of it. The latents'
+    own leaves none, so that it has the digests of folders from before there was a choice."""
     settings = dict(to_dict(cluster), engine=choose_engine(cluster.engine))
-    key = digest_of([cache.key, settings, run.config.seed])
-    return run.folder / "prototypes" / f"ipc{ipc:05d}-{settings['engine']}-{key}"
+    if cluster.space not in ("pca", "whitened"):
+        del settings["dims"]
+    if cluster.space != "joint":
+        del settings["feature_weight"]
+    if cluster.space == "latents":
+        del settings["space"]
+    return settings
 
 
 def clusterings(run: Run) -> list[tuple[int, ClusterConfig]]:
@@ -84,12 +101,14 @@ def clusterings(run: Run) -> list[tuple[int, ClusterConfig]]:
     for ipc in run.config.ipc:
         for method in run.config.methods:
             cluster = run.resolved(method)[1]
-            found.setdefault(digest_of([ipc, to_dict(cluster)]), (ipc, cluster))
+            found.setdefault(digest_of([ipc, cluster_settings(cluster)]), (ipc, cluster))
     return list(found.values())
 
 
 def cluster(run: Run, cache: LatentCache) -> None:
     """Quantize every class for every ipc and clustering setting."""
+    if any(cfg.uses_features for _, cfg in clusterings(run)):
+        prepare_features(run)
     began = time.perf_counter()
     counts = run.source.class_counts()
     units = [(ipc, cfg, c) for ipc, cfg in clusterings(run) for c in range(len(counts))]
@@ -114,13 +133,14 @@ def _batches(
 ) -> Iterator[tuple[int, ClusterConfig, list[int]]]:
     """Group units for one call each: many classes at once on an accelerator, as memory allows, else one by one."""
     counts = run.source.class_counts()
-    width = 4 * cache.shape[0] * cache.shape[1] * cache.shape[2]
+    latent_width = 4 * cache.shape[0] * cache.shape[1] * cache.shape[2]
     budget = torch.cuda.mem_get_info(run.device)[0] // 6 if run.device.type == "cuda" else 0
     group: list[int] = []
     for i, (ipc, cfg, label) in enumerate(units):
         group.append(label)
         following = units[i + 1] if i + 1 < len(units) else None
         largest = max(int(counts[c]) for c in (*group, following[2] if following else label))
+        width = latent_width + (4 * features_of(run).width() if budget and cfg.uses_features else 0)
         full = (len(group) + 1) * largest * width > budget or choose_engine(cfg.engine) != "torch"
         if following is None or following[:2] != (ipc, cfg) or full:
             yield ipc, cfg, group
@@ -131,13 +151,20 @@ def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig,
     folder = prototype_folder(run, cache, ipc, cfg)
     names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
     data = [cache.load(c) for c in labels]
-    xs = [z.to(run.device).flatten(1).float() for z, _ in data]
+    features = features_of(run) if cfg.uses_features else None
+    xs = []
+    for c, (z, rows) in zip(labels, data):
+        f = features.load_rows(c, rows).to(run.device) if features else None
+        xs.append(embed(z.to(run.device), f, cfg))
     seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
     results = kmeans_many(xs, ipc, config=cfg, seeds=seeds, names=names)
     for c, x, (z, rows), result in zip(labels, xs, data, results):
         stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
         z = z.to(run.device)
-        make_prototypes(c, run.source.class_names[c], z, rows, result, stats).save(_class_file(folder, c))
+        points = None if cfg.space == "latents" else x
+        p = make_prototypes(c, run.source.class_names[c], z, rows, result, stats, points=points)
+        stats |= {"space": cfg.space, **latent_stats(z, result.labels, p.centroids)}
+        dataclasses.replace(p, stats=stats).save(_class_file(folder, c))
 
 
 def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:
@@ -363,12 +390,14 @@ def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
     s = DistilledSet.load(run.folder / "dataset", name)
     now = {
         "method": {"name": method, **to_dict(m)},
-        "cluster": dict(to_dict(cluster_config), engine=choose_engine(cluster_config.engine)),
+        "cluster": _cluster_provenance(run, cluster_config),
         "generate": to_dict(generate_config),
     }
+    # a setting that came later had the value that is now its default
+    before = {"cluster": to_dict(ClusterConfig()), "generate": to_dict(GenerateConfig())}
     for section, settings in now.items():
         for key, value in settings.items():
-            made_with = s.provenance[section].get(key)
+            made_with = s.provenance[section].get(key, before.get(section, {}).get(key))
             if key not in SPEED and made_with != value:
                 raise InputError(
                     f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
@@ -391,6 +420,12 @@ def cache_of(run: Run) -> LatentCache:
             "run `dq encode` first"
         )
     return cache
+
+
+def _cluster_provenance(run: Run, cluster: ClusterConfig) -> dict[str, Any]:
+    """How the points of a set were found, with the digest of the teacher whose features they were found by."""
+    teacher = {"teacher": known_features(run)["digest"]} if cluster.uses_features else {}
+    return {**to_dict(cluster), "engine": choose_engine(cluster.engine), **teacher}
 
 
 def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: Path) -> DistilledSet:
@@ -418,7 +453,7 @@ def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: P
             "ipc": ipc,
             "method": {"name": method, **to_dict(m)},
             "codec": to_dict(run.config.codec),
-            "cluster": dict(to_dict(cluster_config), engine=choose_engine(cluster_config.engine)),
+            "cluster": _cluster_provenance(run, cluster_config),
             "generate": {**to_dict(generate_config), "start": meta["start"]},
             "labels": soft_meta,
         },

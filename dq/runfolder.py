@@ -110,7 +110,12 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
     known = folder / "config.yaml"
     run = Run(config, source, accelerator, folder)
     for method in config.methods:
-        run.resolved(method)
+        space = run.resolved(method)[1]
+        if space.uses_features and not config.teachers:
+            raise InputError(
+                f"method {method!r} has cluster.space={space.space}, which needs a teacher; "
+                "set teachers.0.net and teachers.0.path, or cluster.space=latents"
+            )
     if known.is_file():
         changed = sorted(_changed(load_config(known), config))
         if changed:

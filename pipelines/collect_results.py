@@ -3,8 +3,8 @@
     python pipelines/collect_results.py runs/cifar10-ddoq results/cifar10_ddoq --command "dq run --config ..."
 
 Writes accuracy.csv, comparisons.csv, trainings.jsonl (one record per training, with all settings), run.json and, for
-a run, quantization.csv (mean over classes per ipc and engine) and images.png. A folder of `dq evaluate --distilled`
-works too.
+a run, quantization.csv (mean over classes per ipc, engine and space) and images.png. A folder of `dq evaluate
+--distilled` works too.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ MEANS = ("distortion", "explained", "w2_mass", "w2_uniform", "ess_mass", "ess_sq
 
 
 def quantization_rows(metrics: Path) -> list[dict[str, object]]:
-    """One row per ipc and engine: means over classes, and how much the masses lower W2."""
-    groups: dict[tuple[int, str], dict[int, dict]] = {}
+    """One row per ipc, engine and space: means over classes, and how much the masses lower W2."""
+    groups: dict[tuple[int, str, str], dict[int, dict]] = {}
     for line in metrics.read_text().splitlines():
         event = json.loads(line)
         if event["stage"] == "quantization":
-            groups.setdefault((event["ipc"], event["engine"]), {})[event["class"]] = event
+            key = (event["ipc"], event["engine"], event.get("space", "latents"))
+            groups.setdefault(key, {})[event["class"]] = event
     rows = []
-    for (ipc, engine), classes in sorted(groups.items()):
+    for (ipc, engine, space), classes in sorted(groups.items()):
         mean = {k: statistics.mean(e[k] for e in classes.values()) for k in MEANS}
         # the mean of the classes' own reductions, as the paper averages them
         saved = statistics.mean(1 - e["w2_mass"] / e["w2_uniform"] for e in classes.values())
-        row = {"ipc": ipc, "engine": engine, "classes": len(classes), "w2_reduction": round(saved, 4)}
+        row = {"ipc": ipc, "engine": engine, "space": space, "classes": len(classes), "w2_reduction": round(saved, 4)}
         rows.append({**row, **{k: round(v, 4) for k, v in mean.items()}})
     return rows
 

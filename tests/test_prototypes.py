@@ -7,7 +7,7 @@ import torch
 
 from dq.cluster import kmeans
 from dq.errors import InputError
-from dq.prototypes import Prototypes, image_weights, make_prototypes
+from dq.prototypes import Prototypes, image_weights, latent_stats, make_prototypes
 
 COUNTS = torch.tensor([4, 3, 2, 1])
 
@@ -77,6 +77,27 @@ def test_points_of_the_usual_length() -> None:
     assert torch.equal(nought.points("centroid", rescale="norm"), nought.centroids)
     with pytest.raises(InputError, match=r"class 7 'seven' lack the median norm .*run `dq cluster` again"):
         p.points("centroid", rescale="norm")
+
+
+def test_latent_stats_of_four_points() -> None:
+    # two cells of two points on a line: -5, -3 | 3, 5
+    z = torch.tensor([[-5.0], [-3.0], [3.0], [5.0]])
+    s = latent_stats(z, torch.tensor([0, 0, 1, 1]), torch.tensor([[-4.0], [4.0]]))
+    expected = {"explained_latents": 64 / 68, "w2_latents": 1, "median_norm": 4, "centroid_norm": 4}
+    assert s == pytest.approx(expected)
+    crossed = latent_stats(z, torch.tensor([0, 1, 0, 1]), torch.tensor([[-1.0], [1.0]]))
+    assert crossed == pytest.approx(expected | {"explained_latents": 1 / 17, "w2_latents": 4, "centroid_norm": 1})
+    # the points need not be the means of their cells
+    off = latent_stats(z, torch.tensor([0, 0, 1, 1]), torch.tensor([[-5.0], [5.0]]))
+    assert off == pytest.approx(expected | {"w2_latents": 2**0.5, "centroid_norm": 5})
+
+
+def test_latents_given_as_points_make_the_same_prototypes() -> None:
+    z, _, p = make()
+    x = z.flatten(1).float()
+    q = make_prototypes(7, "seven", z, torch.arange(1000, 1040), kmeans(x, 4), {}, points=x)
+    torch.testing.assert_close(q.centroids, p.centroids, rtol=1e-5, atol=1e-6)
+    assert torch.equal(q.medoid_rows, p.medoid_rows)
 
 
 def test_save_and_load_give_the_same_and_the_same_bytes(tmp_path) -> None:

@@ -321,6 +321,23 @@ def test_two_processes_give_the_bytes_of_one(world: Path, finished: Path, tmp_pa
 
 
 @pytest.mark.multi_process
+def test_two_processes_give_the_bytes_of_one_in_every_space(world: Path, tmp_path: Path) -> None:
+    spaces = ("latents", "pca", "whitened", "features", "joint")
+    methods = {s: {"override": {"cluster": {"space": s, "dims": 3}}} for s in spaces}
+    teacher = {"path": str(world / "teacher.safetensors"), "net": "convnet3", "mean": [0.5] * 3, "std": [0.5] * 3}
+    settings = {"methods": methods, "teachers": [teacher], "evaluate__students": [], "ipc": [2]}
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = launch(config(world, two, **settings), processes=2)
+    assert main(["run", "--config", str(config(world, one, **settings)), "--cpu"]) == 0
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors[-3000:]
+    assert json.loads((two / "run" / "provenance.json").read_text())["processes"] == 2
+    assert len(list(one.glob("cache/features-*/class-*"))) == 3
+    assert results(two) == results(one)
+    assert "in the space &#x27;features&#x27;" in (one / "run" / "report.html").read_text()
+
+
+@pytest.mark.multi_process
 def test_ctrl_c_says_how_to_go_on(world: Path, tmp_path: Path) -> None:
     process = launch(full(world, tmp_path))
     deadline = time.monotonic() + 120

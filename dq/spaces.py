@@ -1,0 +1,264 @@
+"""The space of quantization: where the images of a class are compared, and the cache of a teacher's features.
+
+k-means in another space than that of the latents groups images by other likenesses; its prototypes stay latents, the
+means of the cells (`dq.prototypes`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq.config import ClusterConfig, RunConfig, SourceConfig, to_dict
+from dq.data import ImageSource, read_images
+from dq.dist import digest_of, progress, read_json, read_metadata, read_tensors, write_json, write_tensors
+from dq.errors import InputError, RunError
+from dq.runfolder import Run
+from dq.teachers import Teacher, check_teacher, load_teacher
+
+DIMS = 64  # principal directions where `dims` is None
+RIDGE = 1e-6  # added to every variance before whitening, in units of the largest
+
+
+# --- one class ----------------------------------------------------------------------------------------------------
+
+
+def embed(latents: Tensor, features: Tensor | None, config: ClusterConfig) -> Tensor:
+    """The images of one class as points (n, d) float32 of the space in which k-means compares them.
+
+    With rows z_i of the latents and f_i of the features, s_z^2 and s_f^2 their total variances (the mean squared
+    distance to the mean), `config.space` is
+        latents   z
+        pca       <z - mean, v_j> for the `dims` leading principal directions v_j of the class
+        whitened  the same over sqrt(var_j + RIDGE var_1)
+        features  f as the teacher gives it: neither centred, which k-means does not see, nor l2-normalised
+        joint     [(z - mean) / s_z, sqrt(feature_weight) (f - mean) / s_f]
+
+    Args:
+        latents: (n, C, h, w) or (n, d), of any float type.
+        features: (n, D) on the same device, rows as those of the latents; None where the space has no use for them.
+
+    Raises:
+        InputError: if the space needs features and there are none, or not as many as latents.
+    """
+    z = latents.flatten(1).float()
+    if config.space == "latents":
+        return z
+    if config.space in ("pca", "whitened"):
+        return principal_coordinates(z, config.dims, whiten=config.space == "whitened")
+    if features is None or len(features) != len(z):
+        count = "none" if features is None else len(features)
+        raise InputError(
+            f"cluster.space={config.space} compares {len(z)} images by their features, of which there are {count}; "
+            "give those of a teacher, a row for each image"
+        )
+    f = features.flatten(1).float()
+    if config.space == "features":
+        return f
+    return torch.cat([_unit_variance(z), math.sqrt(config.feature_weight) * _unit_variance(f)], 1)
+
+
+def principal_coordinates(x: Tensor, dims: int | None = None, *, whiten: bool = False) -> Tensor:
+    """Coordinates (n, r) float32 of x (n, d) along its principal directions, largest variance first.
+
+    Exact: an eigendecomposition in float64 of the d x d or the n x n products, whichever is smaller. Every direction
+    points to where its entry of largest size is positive.
+
+    Args:
+        dims: number of directions; None: 64. There are never more than the rank of the centred x, and one (of zeros)
+            where all points are equal.
+        whiten: divide each coordinate by its standard deviation. With as many directions as points less one that
+            puts all points at one distance, and a warning says so.
+    """
+    n, d = x.shape
+    shifted = x.double() - x[0].double()  # equal points become exact zeros
+    centred = shifted - shifted.mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T if n < d else centred.T @ centred)
+    values, vectors = values.flip(0), vectors.flip(1)
+    rank = int((values > max(n, d) * torch.finfo(torch.float64).eps * values[0]).sum())
+    r = min(rank, dims or DIMS)
+    if not r:
+        return x.new_zeros(n, 1, dtype=torch.float32)
+    values, vectors = values[:r], vectors[:, :r]
+    if n < d:
+        coordinates, directions = vectors * values.sqrt(), centred.T @ vectors
+    else:
+        coordinates, directions = centred @ vectors, vectors
+    size = directions.abs()
+    pivot = (size >= (1 - 1e-6) * size.amax(0)).int().argmax(0)  # the first of those that rounding could exchange
+    coordinates = coordinates * directions.gather(0, pivot[None]).sign()
+    if whiten:
+        if r >= n - 1 and n > 2:
+            sentence = f"whitening {n} images in {r} directions puts all of them at one distance"
+            warnings.warn(f"{sentence}; set cluster.dims far below {n}", stacklevel=3)
+        variances = values / n
+        coordinates = coordinates / (variances + RIDGE * variances[0]).sqrt()
+    return coordinates.float()
+
+
+def _unit_variance(x: Tensor) -> Tensor:
+    """x (n, d) centred and scaled to a total variance of 1; zeros where all points are equal."""
+    centred = x - x.mean(0)
+    variance = centred.double().square().sum() / len(x)
+    return centred / variance.sqrt().clamp(min=1e-30).float()
+
+
+# --- features of all classes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A folder of feature shards, one per class."""
+
+    folder: Path
+    class_names: tuple[str, ...]
+    key: str  # digest of data, teacher, image size and preprocessing
+
+    def path(self, label: int) -> Path:
+        return self.folder / f"class-{label:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        return [c for c in range(len(self.class_names)) if not self.path(c).is_file()]
+
+    def width(self) -> int:
+        """Number of features of an image."""
+        return int(read_metadata(self.path(0))["width"])
+
+    def load(self, label: int) -> tuple[Tensor, Tensor]:
+        """Features (n, D) float32 and source rows (n,) int64 of one class."""
+        tensors, _ = read_tensors(self.path(label))
+        return tensors["features"], tensors["rows"]
+
+    def load_rows(self, label: int, rows: Tensor) -> Tensor:
+        """Features (n, D) of one class whose other data belong to the source rows `rows`.
+
+        Raises:
+            RunError: if they are those of other images.
+        """
+        features, own = self.load(label)
+        if not torch.equal(own, rows):
+            raise RunError(
+                f"{self.path(label)} has features of {len(own)} images that are not the {len(rows)} images of class "
+                f"{label} {self.class_names[label]!r}; delete it and give the same command again"
+            )
+        return features
+
+
+def open_features(
+    cache_dir: str | Path, source: ImageSource, source_config: SourceConfig, image_size: int, teacher_digest: str
+) -> FeatureCache:
+    """The feature cache of this combination of data, teacher, image side in px and preprocessing."""
+    identity = {
+        "data": source.fingerprint,
+        "teacher": teacher_digest,
+        "image_size": image_size,
+        "preprocess": source_config.preprocess,
+        "on_bad_image": source_config.on_bad_image,
+    }
+    key = digest_of(identity)
+    cache = FeatureCache(Path(cache_dir) / f"features-{key}", source.class_names, key)
+    if not (cache.folder / "manifest.json").is_file():
+        write_json(cache.folder / "manifest.json", {**identity, "origin": source.origin})
+    return cache
+
+
+def extract_features(
+    source: ImageSource,
+    teacher: Teacher,
+    cache: FeatureCache,
+    source_config: SourceConfig,
+    image_size: int,
+    *,
+    labels: list[int],
+    main: bool = True,
+) -> None:
+    """Write the shards of the classes in `labels` that the cache lacks.
+
+    Raises:
+        InputError: if no image of a class can be read, or the teacher's features are not finite.
+    """
+    todo = [c for c in labels if not cache.path(c).is_file()]
+    total = int(source.class_counts()[todo].sum())
+    with progress([], desc="features", total=total, unit="img", main=main and bool(todo)) as bar:
+        for label in todo:
+            rows = source.rows_of_class(label)
+            parts, kept = [], []
+            for start in range(0, len(rows), teacher.batch_size):
+                batch = rows[start : start + teacher.batch_size]
+                images, good, _ = read_images(
+                    source.train, batch, image_size, source_config.preprocess, on_bad=source_config.on_bad_image
+                )
+                kept += good
+                if len(images):
+                    parts.append(teacher.features(images))
+                bar.update(len(batch))
+            name = f"class {label} {source.class_names[label]!r}"
+            if not kept:
+                raise InputError(f"no image of {name} can be read; replace them or drop the class")
+            features = torch.cat(parts)
+            if not torch.isfinite(features).all():
+                raise InputError(
+                    f"the teacher {teacher.name} gives NaN or infinite features of {name}; name another teacher"
+                )
+            meta = {"label": label, "width": features.shape[1]}
+            write_tensors(cache.path(label), {"features": features, "rows": torch.tensor(kept)}, meta)
+
+
+# --- features of a run --------------------------------------------------------------------------------------------
+
+
+def prepare_features(run: Run) -> FeatureCache:
+    """Put the first teacher's features of every train image into their cache, and note in the run folder which cache
+    that is, so that no later stage has to load the teacher to know.
+
+    Raises:
+        InputError: if the teacher cannot be loaded or is near chance on real images.
+    """
+    began = time.perf_counter()
+    c = run.config
+    teacher = load_teacher(c.teachers[0], len(run.source.class_names), c.image_size, run.device)
+    cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
+    mine = run.mine([float(n) for n in run.source.class_counts()])
+    if not set(mine).isdisjoint(cache.missing()):
+        check_teacher(teacher, run.source, c.teachers[0], c.source, c.image_size)
+    extract_features(run.source, teacher, cache, c.source, c.image_size, labels=mine, main=run.main)
+    run.finish("features", began, images=int(run.source.class_counts().sum()), cache=cache.key)
+    if run.main:
+        known = {"key": cache.key, "digest": teacher.digest, "teacher": _first_teacher(c)}
+        write_json(run.folder / "features.json", known)
+    run.accelerator.wait_for_everyone()
+    return cache
+
+
+def features_of(run: Run) -> FeatureCache:
+    """The feature cache that the cluster stage of this run used, without loading the teacher."""
+    key = known_features(run)["key"]
+    return FeatureCache(Path(run.config.cache_dir) / f"features-{key}", run.source.class_names, key)
+
+
+def known_features(run: Run) -> dict[str, Any]:
+    """What the cluster stage noted: `key` of the cache, `digest` and settings of the teacher.
+
+    Raises:
+        InputError: if it noted nothing, or another teacher than the run now names.
+    """
+    pointer = run.folder / "features.json"
+    if not pointer.is_file():
+        raise InputError(f"{run.folder} has no features of a teacher yet; run `dq cluster` first")
+    known = read_json(pointer)
+    if known["teacher"] != _first_teacher(run.config):
+        raise InputError(f"{run.folder} was clustered by the features of another teacher; run `dq cluster` again")
+    return known
+
+
+def _first_teacher(config: RunConfig) -> dict[str, Any]:
+    """The settings of the first teacher that decide its features."""
+    settings = to_dict(config.teachers[0])
+    return {k: v for k, v in settings.items() if k not in ("batch_size", "check_images")}
