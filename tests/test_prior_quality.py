@@ -242,7 +242,8 @@ def test_a_sample_does_not_depend_on_the_others(name: str) -> None:
 
 
 def test_latents_are_those_of_the_stock_pipeline() -> None:
-    """Without guidance, for whose null class the stock pipeline takes row 1,000."""
+    """Without guidance, for whose null class the stock pipeline takes row 1,000. Stock starts from noise of deviation
+    1, ours from what the grid's first step makes of a latent of zeros: a few 1e-4 less."""
     from diffusers import DiTPipeline
 
     scheduler = schedulers()["ddim"]
@@ -255,7 +256,7 @@ def test_latents_are_those_of_the_stock_pipeline() -> None:
         z = sample_latents(pipe, [1], [generator("test")], **options)
         with torch.no_grad():
             image = pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample
-        torch.testing.assert_close((image / 2 + 0.5).clamp(0, 1), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close((image / 2 + 0.5).clamp(0, 1), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_flow_walk_lands_on_the_point_that_the_velocity_names() -> None:
@@ -304,7 +305,7 @@ def test_images_are_stored_by_what_decides_them(tmp_path: Path, monkeypatch) -> 
 def test_a_model_that_breaks_is_one_sentence() -> None:
     pipe = pipe_of(schedulers()["ddim"])
     torch.nn.init.constant_(pipe.transformer.proj_out_2.bias, math.inf)
-    with pytest.raises(RunError, match=r"NaN or infinite latents in float32 at guidance 2; lower prior_report"):
+    with pytest.raises(RunError, match=r"ended in NaN or infinite latents; use --set generate\.dtype"):
         sample_latents(pipe, [0], [generator("test")], guidance_scale=2.0, num_inference_steps=2)
 
 
