@@ -24,7 +24,7 @@ from dq import run as stages
 from dq.codec import DTYPES, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.config import GenerateConfig, RunConfig, apply_settings
 from dq.data import ImageSource, load_source
-from dq.dist import digest_of, digest_of_tensors, make_accelerator, read_json, write_json
+from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
 from dq.errors import InputError
 from dq.runfolder import open_run
 from dq.sampling import (
@@ -214,6 +214,31 @@ class DistillPipeline(DiffusionPipeline):
         scheduler = fresh_scheduler(chosen, config.num_inference_steps)
         return scheduler, choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
 
+    def sample(
+        self,
+        labels: Sequence[int],
+        *,
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = 25,
+        seed: int = 0,
+        image_size: int | None = None,
+    ) -> Tensor:
+        """Images that the prior draws by itself, from pure noise: (B, 3, H, W) float32 in [0, 1] on the CPU.
+
+        Args:
+            labels: the DiT's own class of each image (`config.id2label`). Image i depends on its class, i and the seed.
+            image_size: side in px of the result; None keeps the codec's.
+        """
+        from dq.prior.sample import sample_latents
+
+        if self.transformer is None:
+            raise InputError("samples need a transformer, which this model does not have; open the folder of a DiT")
+        generators = [generator(seed, "sample", i) for i in range(len(labels))]
+        options: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        z = sample_latents(self, labels, generators, **options)
+        with torch.no_grad():
+            return to_unit(decode_latents(self.vae, z), image_size).cpu()
+
     def synthesize(
         self,
         latents: Tensor,
@@ -310,6 +335,7 @@ class DistillPipeline(DiffusionPipeline):
         output_dir: str | Path = "runs/dq",
         cache_dir: str | Path | None = None,
         resolution: int | None = None,
+        image_size: int | None = None,
         config: RunConfig | None = None,
         accelerator: Any = None,
         **settings: Any,
@@ -320,16 +346,17 @@ class DistillPipeline(DiffusionPipeline):
             source: anything that `load_source` takes.
             resolution: side in px at which the codec sees the images; default: what the denoiser was made for, else
                 the images' own.
+            image_size: side in px of the distilled images; default: `resolution`.
             config: a full `RunConfig` to start from; its first method is used.
             **settings: sections of a `RunConfig`, e.g. `generate={"guidance_scale": 2.0}`, `cluster={"n_init": 3}`,
-                `source={"image_size": 32}`, and `method={"weights": "mass"}` for the one method of this run.
+                and `method={"weights": "mass"}` for the one method of this run.
 
         Returns:
             The distilled set, also saved in `output_dir/dataset`. The same call again continues or returns at once.
         """
         data = load_source(source)
         base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))  # type: ignore[arg-type]
-        flat: dict[str, Any] = {}
+        flat: dict[str, Any] = {} if image_size is None else {"source.image_size": image_size}
         for section, values in settings.items():
             flat |= {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
         name = next(iter(base.methods))
