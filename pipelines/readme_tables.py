@@ -161,15 +161,16 @@ def quantization(folder: str) -> str:
 
 
 def codecs() -> str:
-    head = ["codec", "precision", "PSNR", "ResNet-56 accuracy"]
+    head = ["codec", "at", "precision", "PSNR", "ResNet-56 accuracy"]
     body = [
         [
             r["codec"],
+            f"{r['resolution']} px",
             r["dtype"],
             f"{r['psnr_db']} dB" if r["psnr_db"] else "",
             f"{100 * float(r['teacher_accuracy']):.1f} %",
         ]
-        for r in read("codec_ceiling.csv")
+        for r in [*read("codec_ceiling.csv"), *read("codec_own.csv")[1:]]
     ]
     return table(head, body)
 
