@@ -304,6 +304,31 @@ def test_features_are_the_teachers_of_the_images_in_their_rows(
         assert cache.width() == features.shape[1]
 
 
+def test_evaluation_reads_the_features_that_a_run_was_clustered_by(
+    tmp_path: Path, toy_source, toy_images, accelerator, teacher: Path
+) -> None:
+    from dq.evaluation.bench import make_bench
+    from dq.teachers import load_teacher
+
+    run = clustered(make_run(tmp_path, toy_source, accelerator, teacher, overrides("features")))
+    before = shards(tmp_path)
+    c = run.config
+    bench = make_bench(
+        toy_source,
+        c.source,
+        c.evaluate,
+        [],
+        image_size=8,
+        cache_dir=tmp_path / "cache",
+        teachers=c.teachers,
+        device=run.device,
+    )
+    images = (toy_images["train"][0] * 255).round().to(torch.uint8)
+    expected = load_teacher(c.teachers[0], 3, 8).features(images)
+    torch.testing.assert_close(bench.features(), expected, rtol=1e-4, atol=1e-5)
+    assert shards(tmp_path) == before
+
+
 def test_another_teacher_has_another_folder_and_other_prototypes(
     tmp_path: Path, toy_source, toy_images, accelerator, teacher: Path
 ) -> None:

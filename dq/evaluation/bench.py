@@ -21,6 +21,7 @@ from dq.errors import InputError
 from dq.evaluation.train import Pixels, normalizer
 from dq.evaluation.whitening import Zca, fit_zca
 from dq.labels import LabelSource
+from dq.spaces import extract_features, open_features
 from dq.teachers import Teacher, load_teachers, pooled_logits
 
 log = logging.getLogger("dq")
@@ -132,21 +133,33 @@ class Bench:
 
     def features(self) -> Tensor:
         """Features (n, D) float32 of all train images, for selection baselines: the input of the first teacher's last
-        layer, or without teachers the image shrunk to 8 x 8 px. Kept in the cache folder."""
-        identity = [self.world[:4], self.teachers[0].digest if self.teachers else "pooled"]
-        path = self.cache_dir / f"features-{digest_of(identity)}.safetensors"
+        layer, or without teachers the image shrunk to 8 x 8 px. Kept in the cache folder; those of a teacher are the
+        same files that a run clusters by.
+
+        Raises:
+            InputError: if an image cannot be read.
+        """
+        if not self.teachers:
+            return self._pooled_features()
+        c, t = self.source_config, self.teachers[0]
+        cache = open_features(self.cache_dir, self.source, c, self.image_size, t.digest)
+        labels = self.source.class_counts().nonzero()[0].tolist()
+        extract_features(self.source, t, cache, c, self.image_size, labels=labels)
+        shards = [cache.load(label) for label in labels]
+        rows = torch.cat([rows for _, rows in shards])
+        _check_complete(len(rows), len(self.source.train))
+        return torch.cat([features for features, _ in shards])[rows.argsort()]
+
+    def _pooled_features(self) -> Tensor:
+        path = self.cache_dir / f"features-{digest_of([self.world[:4], 'pooled'])}.safetensors"
         if not path.is_file():
             rows = np.arange(len(self.source.train))
             chunks = np.array_split(rows, max(1, len(rows) // READ_AT_ONCE))
             found = []
             for chunk in progress(chunks, desc="features", unit="chunk"):
                 images, _ = self.read(self.source.train, chunk)
-                if len(images) < len(chunk):
-                    raise InputError(
-                        "baselines by features need every train image, but some cannot be read; replace them, "
-                        "or use the baselines random and full"
-                    )
-                found.append(self.teachers[0].features(images) if self.teachers else _pooled(images))
+                _check_complete(len(images), len(chunk))
+                found.append(_pooled(images))
             write_tensors(path, {"features": torch.cat(found)})
         return read_tensors(path)[0]["features"]
 
@@ -154,6 +167,14 @@ class Bench:
         """A set as training data, its images brought to the students' size."""
         images = resized(s.images, self.image_size, bounded=s.bounded)
         return Data(images, s.labels, s.weights, s.soft_labels, s.bounded)
+
+
+def _check_complete(found: int, wanted: int) -> None:
+    if found < wanted:
+        raise InputError(
+            "baselines by features need every train image, but some cannot be read; replace them, "
+            "or use the baselines random and full"
+        )
 
 
 def _pooled(images: Tensor) -> Tensor:
