@@ -260,7 +260,8 @@ def test_stages_one_by_one_equal_the_whole_run(world: Path, finished: Path, tmp_
     file = full(world, tmp_path)
     for verb in ("encode", "cluster", "generate", "label"):
         assert main([verb, "--config", str(file), "--cpu"]) == 0
-    assert results(tmp_path) == results(finished)
+    # the whole run has evaluated too, and its baselines need features
+    assert results(tmp_path) == {k: v for k, v in results(finished).items() if "features-" not in k}
 
 
 def test_another_generation_batch_gives_the_same_images(world: Path, finished: Path, tmp_path: Path) -> None:
