@@ -313,6 +313,7 @@ class TrainCodecConfig(Checked):
     kl_weight: float = 1e-5
     ema: float = 0.995
     save_every: int = 200
+    save_dtype: TrainDtype = "float32"  # of the saved weights
     dtype: TrainDtype = "float32"  # autocast
 
 

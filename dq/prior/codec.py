@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.codec import Codec, codec_digest, decode_latents, downscale, encode_latents, load_codec, normalized, to_signed
+from dq.codec import (
+    DTYPES,
+    Codec,
+    codec_digest,
+    decode_latents,
+    downscale,
+    encode_latents,
+    load_codec,
+    normalized,
+    to_signed,
+)
 from dq.config import CodecConfig, PriorConfig, SourceConfig, to_dict
 from dq.data import ImageSource, Split, read_images
 from dq.dist import atomic_path, generator
@@ -110,7 +120,8 @@ def train_codec(
         mean, std = latent_statistics(model, images[rows])
         numbers: dict[str, Any] = similarity(reconstruct(model, held_out), to_signed(held_out))
         numbers |= {"held_out_images": len(held_out), "channel_mean": mean.tolist(), "channel_std": std.tolist()}
-        publish(recipe, normalized(model, mean, std).save_pretrained, numbers, fitted, accelerator)
+        saved = normalized(model, mean, std).to(DTYPES[settings.save_dtype])
+        publish(recipe, saved.save_pretrained, numbers, fitted, accelerator)
     accelerator.wait_for_everyone()
     return recipe.product
 
