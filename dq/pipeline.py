@@ -226,7 +226,8 @@ class DistillPipeline(DiffusionPipeline):
         """Images that the prior draws by itself, from pure noise: (B, 3, H, W) float32 in [0, 1] on the CPU.
 
         Args:
-            labels: the DiT's own class of each image (`config.id2label`). Image i depends on its class, i and the seed.
+            labels: the DiT's own class of each image (`config.id2label`). An image depends on it, its number and
+                the seed.
             image_size: side in px of the result; None keeps the codec's.
         """
         from dq.prior.sample import sample_latents

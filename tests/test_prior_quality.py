@@ -22,6 +22,7 @@ from dq.errors import InputError, RunError
 from dq.nets import make_net
 from dq.pipeline import DistillPipeline
 from dq.prior.card import MARKER, write_card
+from dq.prior.curves import loss_figure, read_curves
 from dq.prior.quality import (
     density_coverage,
     frechet_distance,
@@ -30,7 +31,6 @@ from dq.prior.quality import (
     nearest,
     nearest_ratio,
 )
-from dq.prior.quality_report import loss_figure, read_curves
 from dq.prior.sample import Draw, sample_images, sample_latents, stored_samples
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dq.config import EvaluateConfig, PriorReportConfig, RunConfig, dump_config, to_dict
 from dq.data import ImageSource, read_images
-from dq.dist import readable, shard, write_json, write_text
+from dq.dist import shard, write_json, write_text
 from dq.errors import InputError
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.tables import to_csv
 from dq.prior.card import QUALITY, check_card, protocol_text, quality_table, write_card
+from dq.prior.curves import draw_curves
 from dq.prior.quality import PriorQuality, measure_prior, plan_draw
 from dq.prior.sample import stored_samples
 from dq.report import (
@@ -27,8 +28,6 @@ from dq.report import (
     embed,
     html_table,
     image_grid,
-    new_figure,
-    save_figure,
     save_image,
     write_page,
 )
@@ -146,10 +145,8 @@ def _write_page(config: RunConfig, bench: Bench, quality: PriorQuality) -> None:
         path = figures / f"prior-nearest-{g:g}.png"
         save_image(image_grid(_pairs(bench, quality, g, shown), scale=_scale(images)), path)
         body.append(f"<h3>Guidance {g:g}</h3>{embed(path)}")
-    curves = read_curves(Path(str(config.generate.model)) / "metrics.jsonl")
-    if curves:
-        path = figures / "prior-losses.png"
-        save_figure(loss_figure(curves), path)
+    path = figures / "prior-losses.png"
+    if draw_curves(Path(str(config.generate.model)) / "metrics.jsonl", path):
         body.append(f"<h2>Training</h2>{embed(path)}")
     body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(config))}</pre>"]
     write_page(folder / "prior_report.html", "quality of a prior", body)
@@ -171,42 +168,3 @@ def _pairs(bench: Bench, quality: PriorQuality, g: float, columns: int) -> list[
     real, _, _ = read_images(bench.source.train, rows, bench.image_size, bench.source_config.preprocess)
     flat = torch.stack([quality.samples[g][order], real], 1).flatten(0, 1)
     return [list(row) for row in flat.split(2 * columns)]
-
-
-Curves = dict[str, dict[str, list[tuple[int, float]]]]  # stage -> key -> (step, value)
-
-
-def read_curves(path: Path) -> Curves:
-    """Losses over steps by stage of a training's `metrics.jsonl`: `loss`, `held_out...` and `grad_norm`; {} if there
-    is no such file. Of a step that was logged twice the later record counts."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    if not path.is_file():
-        return {}
-    with readable(path):
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    for r in records:
-        for key, value in r.items():
-            wanted = key in ("loss", "grad_norm") or key.startswith("held_out")
-            if wanted and "step" in r and isinstance(value, int | float):
-                found.setdefault(r["stage"], {}).setdefault(key, {})[r["step"]] = float(value)
-    return {s: {k: sorted(v.items()) for k, v in keys.items()} for s, keys in found.items()}
-
-
-def loss_figure(curves: Curves) -> Any:
-    """One column per stage: losses above, the norm of the gradient below."""
-    figure = new_figure(5.2 * len(curves), 5)
-    panels = figure.subplots(2, len(curves), squeeze=False, sharex="col", height_ratios=(3, 1))
-    for column, (stage, keys) in enumerate(curves.items()):
-        upper, lower = panels[0][column], panels[1][column]
-        for key, points in keys.items():
-            ax = lower if key == "grad_norm" else upper
-            ax.plot(*zip(*points), label=key.replace("_", " "), lw=1.2)
-        upper.set(title=stage, ylabel="loss")
-        lower.set(xlabel="step", ylabel="gradient")
-        for ax in (upper, lower):
-            values = [v for line in ax.lines for v in line.get_ydata()]
-            if values and min(values) > 0:
-                ax.set_yscale("log")
-        if upper.lines:
-            upper.legend(fontsize=8)
-    return figure

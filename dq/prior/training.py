@@ -33,6 +33,7 @@ from dq.dist import (
     write_tensors,
 )
 from dq.errors import InputError, RunError
+from dq.prior.curves import draw_curves
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -199,6 +200,7 @@ def fit(
                     numbers |= {f"held_out_{decay:g}": v for decay, v in zip(recipe.emas, scores)}
                     record = {"stage": recipe.name, "step": done, **logged, **numbers}
                     append_jsonl(recipe.folder / "metrics.jsonl", record)
+                    draw_curves(recipe.folder / "metrics.jsonl", recipe.folder / "samples" / "losses.png")
                     _save(recipe, trained, averages, optimizer, done, seconds + time.perf_counter() - began)
                 sums, since = {}, done
                 accelerator.wait_for_everyone()
