@@ -100,6 +100,9 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     config = apply_settings(config, [s for group in args.set for s in group])
     flags: dict[str, Any] = {"source.path": args.data, "output_dir": args.output_dir, "cache_dir": args.cache_dir}
     flags["seed"] = args.seed
+    if args.verb in ("train-codec", "train-denoiser"):
+        flags["prior.seed"] = flags.pop("seed")
+        flags["prior.output_dir"] = flags.pop("output_dir")
     if args.ipc:
         try:
             flags["ipc"] = [int(k) for k in args.ipc.split(",")]
@@ -367,6 +370,7 @@ def load_pipeline(config: RunConfig) -> Any:
 def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     """Train a part of the prior, and give the folder it is in."""
     from dq.codec import load_codec
+    from dq.dist import shard
     from dq.latents import encode_source, open_cache
     from dq.prior import train_codec, train_denoiser
 
@@ -375,8 +379,6 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     c = config.codec
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
     cache = open_cache(config.cache_dir, source, codec, config.source, c, config.seed)
-    from dq.dist import shard
-
     mine = shard([float(n) for n in source.class_counts()], accelerator.process_index, accelerator.num_processes)
     main = accelerator.is_main_process
     encode_source(source, codec, cache, config.source, c, labels=mine, seed=config.seed, main=main)

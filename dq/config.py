@@ -28,6 +28,7 @@ LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
     "dims": (1, True),
     "feature_weight": (0, True),
+    "guidance_scale": (1, True),
     **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests", "epochs"), (1, True)),
     **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor"), (1, True)),
     **dict.fromkeys(("seeds", "full_seeds", "save_every", "patch_size", "num_layers"), (1, True)),
@@ -36,9 +37,7 @@ LEAST: dict[str, tuple[float, bool]] = {
     "perceptual_weight": (0, True),
     **dict.fromkeys(("per_class", "neighbours", "shown"), (1, True)),
     **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
-    **dict.fromkeys(
-        ("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps", "guidance_scale"), (0, True)
-    ),
+    **dict.fromkeys(("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps"), (0, True)),
     **dict.fromkeys(("ema", "dropout", "lr", "jitter", "lighting", "gt_weight", "flip"), (0, True)),
 }
 
@@ -384,8 +383,8 @@ class PriorReportConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         scales = self.guidance
-        if not scales or len(set(scales)) < len(scales) or not all(0 <= g < float("inf") for g in scales):
-            raise InputError(f"guidance must list different scales of at least 0, not {list(scales)}")
+        if not scales or len(set(scales)) < len(scales) or not all(1 <= g < float("inf") for g in scales):
+            raise InputError(f"guidance must list different scales of at least 1, not {list(scales)}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq import run as stages
-from dq.codec import DTYPES, decode_latents, downscale, latent_shape, load_codec, to_unit
+from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.config import GenerateConfig, RunConfig, apply_settings
 from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
@@ -32,11 +32,13 @@ from dq.sampling import (
     choose_scheduler,
     choose_start,
     denoise,
+    dit_prediction,
     fresh_scheduler,
     guided,
     invert,
     is_random,
     limited,
+    null_class,
     toward,
 )
 
@@ -133,7 +135,7 @@ class DistillPipeline(DiffusionPipeline):
 
     def digest(self, mode: str) -> str:
         """Digest of the weights and settings that decide what `mode` draws."""
-        parts: list[Any] = [mode, digest_of_tensors(self.vae.state_dict())]
+        parts: list[Any] = [mode, codec_digest(self.vae)]
         models = {"decode": [], "dit": [self.transformer], "img2img": [self.unet, self.text_encoder]}[mode]
         parts += [digest_of_tensors(m.state_dict()) for m in models if m is not None]
         if mode != "decode":
@@ -234,6 +236,10 @@ class DistillPipeline(DiffusionPipeline):
 
         if self.transformer is None:
             raise InputError("samples need a transformer, which this model does not have; open the folder of a DiT")
+        total = int(self.transformer.config.num_embeds_ada_norm)
+        strange = next((c for c in labels if not 0 <= c < total), None)
+        if strange is not None:
+            raise InputError(f"this model has no class {strange}; its classes are 0 to {total - 1}")
         generators = [generator(seed, "sample", i) for i in range(len(labels))]
         options: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         z = sample_latents(self, labels, generators, **options)
@@ -289,16 +295,7 @@ class DistillPipeline(DiffusionPipeline):
         """The model as a function of (x, t, class), the classes (B,) and the null class (B,)."""
         ids = condition_ids or range(int(self.transformer.config.num_embeds_ada_norm))
         cond = torch.tensor([ids[c] for c in labels], device=device)
-        # the null class is the last row of this table; stock DiTPipeline has 1000 written into it
-        null = torch.full_like(cond, int(self.transformer.config.num_embeds_ada_norm))
-        channels = self.transformer.config.in_channels
-        dtype = self.transformer.dtype
-
-        def predict(x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-            out = self.transformer(x.to(dtype), timestep=t.expand(len(x)), class_labels=classes).sample
-            return out[:, :channels].float()  # a learned variance, if any, follows the noise
-
-        return predict, cond, null
+        return dit_prediction(self.transformer), cond, null_class(self.transformer, cond)
 
     def _unet(self, names: Sequence[str], config: GenerateConfig) -> tuple[Any, Tensor, Tensor]:
         """The model as a function of (x, t, text), the embedded prompts (B, L, D) and negative prompts (B, L, D)."""

@@ -25,6 +25,15 @@ LEARNT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     "prediction_type",
 )
+# Schedulers that transport a Gaussian rightly under a model that is exact (tests/test_sampling.py). Other ones
+# expect other models (EDM, consistency, inverse, two-stage), and would draw noise without a word.
+BOTH_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+NOISE_SCHEDULERS = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("DEISMultistepScheduler", *BOTH_SCHEDULERS),
+)
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", *BOTH_SCHEDULERS)
 RANDOM = ("Ancestral", "DDPM", "SDE", "LCM", "TCD")  # in the name of a scheduler whose steps draw noise
 
 
@@ -51,21 +60,22 @@ class Level:
 def choose_scheduler(given: Any, name: str | None) -> Any:
     """The diffusers scheduler class `name` with the noise schedule and prediction type of `given`; None: `given`.
 
-    Noise prediction ("epsilon", "v_prediction", "sample") goes to any scheduler but those of flow matching; a flow
-    goes to `FlowMatch*`, or to a scheduler with `use_flow_sigmas` (DPM-Solver++, UniPC), which gets
-    prediction_type="flow_prediction" and the same shift of the grid. The rest (Karras spacing, order, lower-order last
+    Noise prediction ("epsilon", "v_prediction", "sample") goes to `NOISE_SCHEDULERS`; a flow goes to
+    `FLOW_SCHEDULERS`, of which those without "FlowMatch" get use_flow_sigmas, prediction_type="flow_prediction" and
+    the same shift of the grid. The rest (Karras spacing, order, lower-order last
     steps) is the class's default, or what `given` says. Latents are not clipped unless `given` does.
 
     Raises:
-        InputError: if diffusers has no such scheduler, or it cannot walk what this model predicts.
+        InputError: if it is none of these, or cannot walk what this model predicts.
     """
     if name is None:
         return given
     import diffusers
 
-    cls = getattr(diffusers, name, None)
-    if cls is None or not name.endswith("Scheduler"):
-        raise InputError(f"diffusers has no scheduler {name!r}; e.g. DDIMScheduler")
+    if name not in NOISE_SCHEDULERS + FLOW_SCHEDULERS:
+        fit = FLOW_SCHEDULERS if is_flow(given) else NOISE_SCHEDULERS
+        raise InputError(f"generate.scheduler={name} is none that this model can be walked with; use {', '.join(fit)}")
+    cls = getattr(diffusers, name)
     known = inspect.signature(cls.__init__).parameters
     mine = type(given).__name__
     if is_flow(given):
@@ -73,7 +83,7 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
             if "FlowMatch" in mine:
                 return cls.from_config(given.config)
             return cls(num_train_timesteps=given.config.num_train_timesteps, shift=given.config.flow_shift)
-        if "use_flow_sigmas" not in known:
+        if name not in FLOW_SCHEDULERS:
             raise InputError(
                 f"generate.scheduler={name} walks models that predict noise, but this one predicts a flow ({mine}); "
                 "set FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
@@ -95,6 +105,8 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
     changed = {k: given.config[k] for k in LEARNT if k in known and k in given.config}
     if "clip_sample" in known and "clip_sample" not in given.config:
         changed["clip_sample"] = False  # the default of DDIM and DDPM is made for pixels
+    if name == "PNDMScheduler":
+        changed["skip_prk_steps"] = True  # its Runge-Kutta steps at the start are for walks from pure noise
     if "variance_type" in known and str(given.config.get("variance_type")).startswith("learned"):
         changed["variance_type"] = known["variance_type"].default  # only the prediction itself is handed over
     return cls.from_config(given.config, **changed)
@@ -285,11 +297,31 @@ def invert(predict: Predict, scheduler: Any, latents: Tensor, start: Start) -> t
     # a scheduler of second order has its levels twice
     grid = [at for i, at in enumerate(grid) if i == 0 or at[0] != grid[i - 1][0]]
     clean = latents
-    _, noise = clean_and_noise(predict(clean, grid[0][1]), clean, grid[0][0], kind)
+    out = predict(clean, grid[0][1])
+    # at level zero a flow's velocity is noise - x_0 of the clean point itself
+    noise = clean + out if kind == "flow_prediction" else clean_and_noise(out, clean, grid[0][0], kind)[1]
     for level, t in grid[:-1]:
         x = level.signal * clean + level.noise * noise
         clean, noise = clean_and_noise(predict(x, t), x, level, kind)
     return clean, noise
+
+
+def dit_prediction(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A class-conditional DiT as a function of (x (B, C, h, w), t, classes (B,)): its prediction (B, C, h, w) float32
+    without the variance that it may have learned."""
+    channels, dtype = int(model.config.in_channels), model.dtype
+
+    def predict(x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
+        out = model(x.to(dtype), timestep=t.expand(len(x)), class_labels=classes).sample
+        return out[:, :channels].float()
+
+    return predict
+
+
+def null_class(model: Any, classes: Tensor) -> Tensor:
+    """The null class for each of `classes` (B,): the last row of the DiT's table. Stock DiTPipeline has 1000 written
+    into it."""
+    return torch.full_like(classes, int(model.config.num_embeds_ada_norm))
 
 
 def is_random(scheduler: Any) -> bool:
@@ -303,11 +335,11 @@ def is_random(scheduler: Any) -> bool:
 
 
 def guided(predict: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, null: Any, scale: float) -> Predict:
-    """Classifier-free guidance: null + scale * (cond - null); a scale of at most 1 calls the model once.
+    """Classifier-free guidance: null + scale * (cond - null); a scale of 1 calls the model once.
 
     `cond` and `null` are tensors with one row per image; both halves go through the model in one batch.
     """
-    if scale <= 1:
+    if scale <= 1:  # settings refuse less than 1
         return lambda x, t: predict(x, t, cond)
     conditions = torch.cat([cond, null])
 

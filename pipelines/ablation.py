@@ -16,15 +16,17 @@ import argparse
 import csv
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from collect_results import without_places
 
 from dq.cli import load_pipeline
-from dq.config import MethodConfig, RunConfig, apply_settings, dump_config, load_config
+from dq.config import MethodConfig, RunConfig, apply_settings, load_config
 from dq.data import load_source
 from dq.dist import make_accelerator
+from dq.errors import InputError
 from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.run import assemble, cluster, encode, generate
@@ -40,12 +42,14 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "weights": {"uniform": {"weights": "uniform"}, "mass": {"weights": "mass"}},
     "representative": {"medoid": {"representative": "medoid"}},
     "space": {
-        "whitened": {"cluster.space": "whitened"},
+        "principal 64": {"cluster.space": "pca"},
+        "whitened 64": {"cluster.space": "whitened"},
         "features": {"cluster.space": "features"},
         "joint": {"cluster.space": "joint"},
     },
     "start SNR": {f"{s:g}": {"generate.snr": s} for s in (0.01, 0.03, 0.3, 1.0)},
     "guidance": {f"{s:g}": {"generate.guidance_scale": s} for s in (1.0, 1.5, 3.0)},
+    "guidance interval": {"SNR 0.1 to 10": {"generate.guidance_snr": [0.1, 10.0]}},
     "norm": {"rescaled": {"generate.rescale": "norm"}},
     "noise": {"inversion": {"generate.noise": "inversion"}},
     "mode guidance": {"0.1": {"generate.mode_guidance": 0.1}},
@@ -62,6 +66,8 @@ POSTERIOR = ("posterior", "sample")
 
 def arms(config: RunConfig, only: list[str] | None = None) -> dict[str, MethodConfig]:
     """The methods of all arms by name `factor: level`, and `default`."""
+    if "default" not in config.methods:
+        raise InputError("the configuration has no methods.default, around which arms are made; name one")
     default = config.methods["default"]
     fields = {f.name for f in dataclasses.fields(MethodConfig)} - {"override"}
     methods = {"default": default}
@@ -100,7 +106,10 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
     trainings: list[dict[str, Any]] = []
     seen: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for run in folders(config, only):
-        for line in (Path(run.output_dir) / "eval" / "trainings.jsonl").read_text().splitlines():
+        file = Path(run.output_dir) / "eval" / "trainings.jsonl"
+        if not file.is_file():
+            raise InputError(f"there is no {file} to collect; give the same command without --collect first")
+        for line in file.read_text().splitlines():
             record = json.loads(line)
             trainings.append(without_places(record))
             key = (record["student"], record["labels"], str(record["ipc"]), record["set"])
@@ -155,8 +164,11 @@ def main() -> None:
         generate(run, pipe, cache)
         assemble(run)
         evaluate_run(run)
-    accelerator.print(dump_config(config.evaluate))
+        accelerator.print(run.folder / "eval" / "summary.csv")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"ablation: {e}")

@@ -17,7 +17,7 @@ from dq.errors import InputError, RunError
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
-from dq.sampling import choose_start, denoise, fresh_scheduler, guided, is_flow
+from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, is_flow, null_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -404,11 +404,7 @@ def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor
     """Latents (n, C, h, w) of classes (n,), walked from noise with guidance."""
     device = next(model.parameters()).device
     walk = fresh_scheduler(scheduler, SHOWN_STEPS)
-    y, null = labels.to(device), torch.full_like(labels, model.config.num_embeds_ada_norm).to(device)
-
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return model(x, timestep=t.expand(len(x)), class_labels=y).sample[:, : x.shape[1]]
-
+    y = labels.to(device)
     start = choose_start(walk, SHOWN_STEPS, strength=1.0)
-    walked = guided(predict, y, null, SHOWN_GUIDANCE)
+    walked = guided(dit_prediction(model), y, null_class(model, y), SHOWN_GUIDANCE)
     return denoise(walked, walk, torch.zeros_like(noise).to(device), start, [], noise=noise.to(device))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dq.codec import decode_latents, to_unit
 from dq.dist import digest_of, generator, progress, read_tensors, write_tensors
-from dq.sampling import choose_start, denoise, fresh_scheduler, guided
+from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:
     from dq.pipeline import DistillPipeline
@@ -105,15 +105,10 @@ def sample_latents(
     model = pipe.transformer
     walk = fresh_scheduler(scheduler or pipe.scheduler, num_inference_steps)
     cond = torch.tensor(list(classes), device=model.device)
-    # the null class is the last row of the table of classes
-    null = torch.full_like(cond, int(model.config.num_embeds_ada_norm))
     channels, side = int(model.config.in_channels), int(model.config.sample_size)
-
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        out = model(x.to(model.dtype), timestep=t.expand(len(x)), class_labels=y).sample
-        return out[:, :channels].float()  # a learned variance, if any, follows
-
     # At the first step of the grid nothing is left of the clean latent.
     nothing = torch.zeros(len(cond), channels, side, side, device=model.device)
     start = choose_start(walk, num_inference_steps, strength=1.0)
-    return denoise(guided(predict, cond, null, guidance_scale), walk, nothing, start, generators)
+    return denoise(
+        guided(dit_prediction(model), cond, null_class(model, cond), guidance_scale), walk, nothing, start, generators
+    )
