@@ -25,7 +25,7 @@ from collect_results import without_places
 from dq.cli import load_pipeline
 from dq.config import MethodConfig, RunConfig, apply_settings, load_config
 from dq.data import load_source
-from dq.dist import make_accelerator
+from dq.dist import make_accelerator, read_json
 from dq.errors import InputError
 from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
@@ -42,13 +42,12 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "weights": {"uniform": {"weights": "uniform"}, "mass": {"weights": "mass"}},
     "representative": {"medoid": {"representative": "medoid"}},
     "space": {
-        "principal 64": {"cluster.space": "pca"},
         "whitened 64": {"cluster.space": "whitened"},
         "features": {"cluster.space": "features"},
         "joint": {"cluster.space": "joint"},
     },
-    "start SNR": {f"{s:g}": {"generate.snr": s} for s in (0.01, 0.03, 0.3, 1.0)},
-    "guidance": {f"{s:g}": {"generate.guidance_scale": s} for s in (1.0, 1.5, 3.0)},
+    "start SNR": {f"{s:g}": {"generate.snr": s} for s in (0.03, 0.3, 1.0)},
+    "guidance": {f"{s:g}": {"generate.guidance_scale": s} for s in (1.0, 3.0)},
     "guidance interval": {"SNR 0.1 to 10": {"generate.guidance_snr": [0.1, 10.0]}},
     "norm": {"rescaled": {"generate.rescale": "norm"}},
     "noise": {"inversion": {"generate.noise": "inversion"}},
@@ -91,7 +90,9 @@ def folders(config: RunConfig, only: list[str] | None) -> list[RunConfig]:
     """One configuration per run folder."""
     base = Path(config.output_dir)
     runs = [dataclasses.replace(config, output_dir=str(base / "main"), methods=arms(config, only))]
-    if not only or POSTERIOR[0] in only:
+    # TAESD and DC-AE have no posterior to draw from
+    stochastic = read_json(Path(config.codec.path) / "config.json")["_class_name"] == "AutoencoderKL"
+    if stochastic and (not only or POSTERIOR[0] in only):
         drawn = {slug(*POSTERIOR): config.methods["default"]}
         one = dataclasses.replace(config, output_dir=str(base / "posterior"), methods=drawn)
         one = apply_settings(one, {"codec.posterior": POSTERIOR[1], "evaluate.baselines": []})

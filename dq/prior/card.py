@@ -58,8 +58,8 @@ def protocol_text(records: list[dict[str, Any]]) -> str:
         "images encoded and decoded, and its distances are between pairs. "
         f"Near train: share of images nearer to one of all {r['train_images']} train images than 1 % of the test "
         "images are, so about 1 % is what new images have; distance ratio: median distance to the nearest train image "
-        "over that of test images. Pixel RMSE is in grey levels, to the most similar of the nearest train images; 0 is "
-        f"a copy. dq {r['dq']}, torch {r['torch']}, diffusers {r['diffusers']}."
+        "over that of test images. Pixel RMSE is in grey levels, to the most similar of the nearest train images; 0 "
+        f"is a copy. dq {r['dq']}, torch {r['torch']}, diffusers {r['diffusers']}."
     )
 
 
