@@ -298,4 +298,4 @@ def latent_statistics(model: Codec, images: Tensor) -> tuple[Tensor, Tensor]:
         count += z.numel() // z.shape[1]
         total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
     mean = total / count
-    return mean.float(), (squares / count - mean.square()).sqrt().float()
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
