@@ -315,6 +315,11 @@ class TrainCodecConfig(Checked):
     save_dtype: TrainDtype = "float32"  # of the saved weights
     dtype: TrainDtype = "float32"  # autocast
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ema < 1:
+            raise InputError(f"ema must be a decay in [0, 1), not {self.ema}")
+
 
 @dataclass(frozen=True)
 class TrainDenoiserConfig(Checked):
