@@ -334,7 +334,8 @@ class TrainDenoiserConfig(Checked):
     objective: Literal["noise", "flow"] = "noise"
     # noise: min_snr (gamma 5); flow: logit_normal draws noise levels around one half more often
     weighting: Literal["uniform", "min_snr", "logit_normal"] = "uniform"
-    normalize: Literal["channel", "none"] = "channel"  # of the latents: mean 0 and deviation 1 in every channel
+    # channel: latents of mean 0 and deviation 1 in every channel; with init they stay those of its codec
+    normalize: Literal["channel", "none"] = "channel"
     steps: int = 3000
     batch_size: int = 128
     accumulate: int = 1  # a batch goes through in so many parts
