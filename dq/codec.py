@@ -181,7 +181,16 @@ def normalized(codec: Codec, mean: Tensor, std: Tensor) -> Codec:
 
     Args:
         mean, std: (C,) by channel.
+
+    Raises:
+        RunError: if a channel does not vary.
     """
+    if not (std > 0).all():
+        dead = (~(std > 0)).nonzero()[:, 0].tolist()
+        raise RunError(
+            f"the latents do not vary in channel(s) {dead}, so that they cannot be normalised; train a codec with "
+            "fewer latent_channels or a smaller kl_weight, or set prior.denoiser.normalize=none"
+        )
     new = copy.deepcopy(codec).float().cpu()
     m, s = mean.double().cpu(), std.double().cpu()
     before, after = getattr(new, "quant_conv", None), getattr(new, "post_quant_conv", None)

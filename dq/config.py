@@ -315,6 +315,11 @@ class TrainCodecConfig(Checked):
     save_dtype: TrainDtype = "float32"  # of the saved weights
     dtype: TrainDtype = "float32"  # autocast
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ema < 1:
+            raise InputError(f"ema must be a decay in [0, 1), not {self.ema}")
+
 
 @dataclass(frozen=True)
 class TrainDenoiserConfig(Checked):
@@ -329,7 +334,8 @@ class TrainDenoiserConfig(Checked):
     objective: Literal["noise", "flow"] = "noise"
     # noise: min_snr (gamma 5); flow: logit_normal draws noise levels around one half more often
     weighting: Literal["uniform", "min_snr", "logit_normal"] = "uniform"
-    normalize: Literal["channel", "none"] = "channel"  # of the latents: mean 0 and deviation 1 in every channel
+    # channel: latents of mean 0 and deviation 1 in every channel; with init they stay those of its codec
+    normalize: Literal["channel", "none"] = "channel"
     steps: int = 3000
     batch_size: int = 128
     accumulate: int = 1  # a batch goes through in so many parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 # before any library reads them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -83,3 +84,22 @@ def accelerator():
     from dq.dist import make_accelerator
 
     return make_accelerator(cpu=True)
+
+
+@pytest.fixture(scope="session")
+def made(toy_source, accelerator, tmp_path_factory):
+    """A prior trained without interruption, and what it was made from."""
+    from small_prior import CODEC, NAMES, SOURCE, encoded, prior_in
+
+    from dq.codec import load_codec
+    from dq.prior import train_codec, train_denoiser
+
+    folder = tmp_path_factory.mktemp("made")
+    prior = prior_in(folder / "prior")
+    before = torch.get_rng_state()
+    vae = train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+    codec = load_codec(vae)
+    cache = encoded(toy_source, folder / "cache", codec)
+    assert train_denoiser(cache, codec, prior, class_names=NAMES, accelerator=accelerator) == folder / "prior"
+    assert torch.equal(before, torch.get_rng_state())  # nothing drew from the global generator
+    return SimpleNamespace(folder=folder / "prior", prior=prior, vae=vae, codec=codec, cache=cache)

@@ -14,6 +14,7 @@ from dq.codec import (
     encode_latents,
     latent_shape,
     load_codec,
+    normalized,
     to_signed,
     to_unit,
 )
@@ -80,6 +81,75 @@ def test_channel_statistics_of_the_config_are_used() -> None:
     z = encode_latents(codec, IMAGES)
     assert torch.allclose(z, (encode_latents(plain, IMAGES) - m) / s, atol=1e-5)
     assert torch.allclose(decode_latents(codec, z), decode_latents(plain, z * s + m), atol=1e-5)
+
+
+NORMALIZABLE = {
+    "kl": lambda: tiny_kl(scaling_factor=0.3, shift_factor=0.1),
+    "kl with statistics": lambda: tiny_kl(
+        scaling_factor=0.5, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0]
+    ),
+    "kl without 1x1": lambda: tiny_kl(
+        scaling_factor=0.3, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False
+    ),
+    "tiny": tiny_taesd,
+    "dc": tiny_dc,
+}
+MEAN, STD = torch.tensor([0.3, -0.2, 0.0, 2.0]), torch.tensor([0.5, 2.0, 1.0, 0.1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NORMALIZABLE)
+def test_a_normalized_codec_is_the_old_one_in_other_units(kind: str, tmp_path: Path) -> None:
+    old = NORMALIZABLE[kind]()
+    before = codec_digest(old)
+    new = normalized(old, MEAN, STD)
+    assert codec_digest(old) == before
+    m, s = MEAN.view(1, 4, 1, 1), STD.view(1, 4, 1, 1)
+    z = encode_latents(old, IMAGES)
+    z_new = encode_latents(new, IMAGES)
+    torch.testing.assert_close(z_new, (z - m) / s, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(decode_latents(new, z_new), decode_latents(old, z), atol=2e-5, rtol=0)
+    other = torch.randn(2, 4, 4, 4, generator=generator(3))
+    torch.testing.assert_close(decode_latents(new, other), decode_latents(old, other * s + m), atol=2e-5, rtol=0)
+    if kind.startswith("kl"):  # the posterior goes along
+        draws = [
+            encode_latents(c, IMAGES, posterior="sample", generators=[generator(r) for r in range(3)])
+            for c in (old, new)
+        ]
+        assert (draws[0] - z).abs().min() > 0
+        torch.testing.assert_close(draws[1], (draws[0] - m) / s, atol=5e-5, rtol=1e-4)
+    # twice is once with both
+    again = normalized(new, torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 2, 4, 1]))
+    expected = (z_new - torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1)) / torch.tensor([2.0, 2, 4, 1]).view(1, 4, 1, 1)
+    torch.testing.assert_close(encode_latents(again, IMAGES), expected, atol=2e-5, rtol=1e-5)
+    # a folder keeps it
+    new.save_pretrained(tmp_path)
+    back = load_codec(tmp_path)
+    assert codec_digest(back) == codec_digest(new) != before
+    torch.testing.assert_close(encode_latents(back, IMAGES), z_new, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["kl", "kl with statistics"])
+def test_stock_pipelines_decode_with_a_normalized_codec(kind: str) -> None:
+    """They know nothing but the scaling factor."""
+    old = NORMALIZABLE[kind]()
+    new = normalized(old, MEAN, STD)
+    z = encode_latents(new, IMAGES)
+    stock = new.decode(z / new.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(stock, decode_latents(old, encode_latents(old, IMAGES)), atol=2e-5, rtol=0)
+    posterior, theirs = new.encode(IMAGES).latent_dist, old.encode(IMAGES).latent_dist
+    ratio = posterior.std / theirs.std  # one number for each channel
+    torch.testing.assert_close(ratio, ratio[:1, :, :1, :1].expand_as(ratio), rtol=1e-4, atol=0)
+    own_std = torch.tensor(old.config.latents_std or [1.0] * 4)
+    expected = old.config.scaling_factor / own_std / STD
+    torch.testing.assert_close(ratio[0, :, 0, 0], expected, rtol=1e-4, atol=0)
+    assert new.config.latents_mean is new.config.latents_std is new.config.shift_factor is None
+
+
+def test_latents_that_do_not_vary_cannot_be_normalized() -> None:
+    with pytest.raises(RunError, match=r"do not vary in channel\(s\) \[1, 3\]"):
+        normalized(tiny_kl(), torch.zeros(4), torch.tensor([1.0, 0.0, 2.0, float("nan")]))
 
 
 @torch.no_grad()

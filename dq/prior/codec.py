@@ -145,8 +145,8 @@ class CodecLoss(nn.Module):
             posterior = encoded.latent_dist
             z = posterior.mean + posterior.std * noise
             terms["kl"] = posterior.kl().float() / noise[0].numel()
-        else:  # AutoencoderTiny has no posterior
-            z = encoded.latents
+        else:  # no posterior; AutoencoderTiny: latents, AutoencoderDC: latent
+            z = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         out = self.model.decode(z).sample.float()
         # What PSNR measures; absolute error came out the same on digits (37.5 and 37.6 dB, 300 steps, one seed).
         terms["reconstruction"] = (out - x).square().mean((1, 2, 3))
@@ -189,6 +189,11 @@ def stage_features(judge: Teacher, x: Tensor) -> list[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
+    if not seen:
+        raise InputError(
+            f"the classifier {judge.name} has no part that gives maps (b, C, h, w); "
+            "choose a convolutional network for prior.codec.perceptual"
+        )
     return seen
 
 
@@ -298,4 +303,4 @@ def latent_statistics(model: Codec, images: Tensor) -> tuple[Tensor, Tensor]:
         count += z.numel() // z.shape[1]
         total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
     mean = total / count
-    return mean.float(), (squares / count - mean.square()).sqrt().float()
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()

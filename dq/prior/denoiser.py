@@ -50,8 +50,9 @@ def train_denoiser(
     """Train a `DiTTransformer2DModel` on cached latents; `prior.output_dir` becomes a folder of a stock `DiTPipeline`.
 
     The latents are normalised to mean 0 and deviation 1 in every channel, and the codec saved beside the denoiser is
-    one that gives such latents (`normalized`). The class is the null class for a share `dropout` of the rows. All
-    latents are held in memory as float16. Giving the same command again continues.
+    one that gives such latents (`normalized`); fine-tuning keeps the codec that the checkpoint was trained with. The
+    class is the null class for a share `dropout` of the rows. All latents are held in memory as float16. Giving the
+    same command again continues.
 
     Args:
         codec: the one that made the latents; saved beside the denoiser unless it is there already.
@@ -100,7 +101,9 @@ def train_denoiser(
         )
     latents, labels = _latents(cache)
     identity_map = torch.zeros(channels), torch.ones(channels)
-    mean, std = _statistics(latents) if settings.normalize == "channel" else identity_map
+    # a checkpoint knows the latents of its own codec, whatever their scale in these data
+    wanted = settings.normalize == "channel" and settings.init is None
+    mean, std = _statistics(latents) if wanted else identity_map
     ours = _own_codec(folder / "vae", codec, mean, std)
     if ours is codec:  # its latents are normal already
         mean, std = identity_map

@@ -131,7 +131,7 @@ def fit(
 
     Raises:
         InputError: if there are more processes or parts than rows in a batch.
-        RunError: if the loss or its gradient is not finite, or the disk lacks room for the checkpoints.
+        RunError: if a loss or its gradient is not finite, or the disk lacks room for the checkpoints.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     main = accelerator.is_main_process
@@ -195,6 +195,8 @@ def fit(
                     _diverged(recipe, objective, save, broken, done, main)
                 if main:
                     best, scores = _best(objective, averages, score)
+                    if not all(math.isfinite(v) for v in scores):  # the last update broke it, after a good loss
+                        _diverged(recipe, objective, save, "held-out loss", done, main)
                     with _holding(objective, averages[best]):
                         numbers = on_save(done)
                     numbers |= {f"held_out_{decay:g}": v for decay, v in zip(recipe.emas, scores)}

@@ -1,0 +1,37 @@
+"""Train a codec, and a denoiser on the latents of a codec that is there, in as many processes as `torchrun` starts.
+
+    torchrun --nproc_per_node 2 tests/scripts/train_prior.py FOLDER
+
+FOLDER holds images.safetensors, prior.json, one/vae and cache. The first process prints how many there were.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from small_prior import CODEC, NAMES, SOURCE, encoded
+
+from dq.codec import load_codec
+from dq.config import PriorConfig, from_dict
+from dq.data import load_source
+from dq.dist import make_accelerator, read_json, read_tensors
+from dq.prior import train_codec, train_denoiser
+
+folder = Path(sys.argv[1])
+accelerator = make_accelerator(cpu=True)
+tensors, _ = read_tensors(folder / "images.safetensors")
+splits = {split: (tensors[f"{split}.images"], tensors[f"{split}.labels"]) for split in ("train", "test")}
+source = load_source(splits, class_names=list(NAMES))
+prior = from_dict(PriorConfig, read_json(folder / "prior.json"))
+
+train_codec(source, SOURCE, CODEC, dataclasses.replace(prior, output_dir=str(folder / "two")), accelerator=accelerator)
+codec = load_codec(folder / "one" / "vae")
+train_denoiser(
+    encoded(source, folder / "cache", codec),
+    codec,
+    dataclasses.replace(prior, output_dir=str(folder / "two-denoiser")),
+    class_names=NAMES,
+    accelerator=accelerator,
+)
+if accelerator.is_main_process:
+    print(accelerator.num_processes, "processes")

@@ -1,0 +1,68 @@
+"""Settings and steps that the tests of the trainers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from dq.codec import Codec
+from dq.config import CodecConfig, PriorConfig, SourceConfig, TrainCodecConfig, TrainDenoiserConfig
+from dq.data import ImageSource
+from dq.latents import LatentCache, encode_source, open_cache
+
+SOURCE = SourceConfig(image_size=8)
+CODEC = CodecConfig(resolution=8)
+NAMES = ("red", "green", "blue")
+SMALL = PriorConfig(
+    codec=TrainCodecConfig(
+        latent_channels=2, block_out_channels=(8, 16), steps=120, batch_size=16, lr=5e-3, ema=0.9, save_every=45
+    ),
+    denoiser=TrainDenoiserConfig(
+        num_layers=1, num_attention_heads=2, attention_head_dim=16, steps=240, batch_size=32, lr=5e-3,
+        schedule="cosine", warmup_steps=10, ema=(0.5, 0.95, 0.98), save_every=100,
+    ),
+)  # fmt: skip
+
+
+def prior_in(folder: Path, codec: dict | None = None, denoiser: dict | None = None, **changes) -> PriorConfig:
+    return dataclasses.replace(
+        SMALL,
+        output_dir=str(folder),
+        codec=dataclasses.replace(SMALL.codec, **(codec or {})),
+        denoiser=dataclasses.replace(SMALL.denoiser, **(denoiser or {})),
+        **changes,
+    )
+
+
+def encoded(source: ImageSource, folder: Path, codec: Codec) -> LatentCache:
+    cache = open_cache(folder, source, codec, SOURCE, CODEC, 0)
+    encode_source(source, codec, cache, SOURCE, CODEC, labels=[0, 1, 2], seed=0, main=False)
+    return cache
+
+
+def metrics(folder: Path, stage: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "stage"} for line in lines if line["stage"] == stage]
+
+
+def every_image(source: ImageSource, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Images (n, 3, H, W) uint8 and labels (n,)."""
+    part = source.splits[split]
+    return torch.stack([torch.from_numpy(part.read(i)) for i in range(len(part))]), torch.from_numpy(part.labels)
+
+
+class Saying(nn.Module):
+    """In place of a denoiser: says one thing, and remembers what it was asked."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
+        self.x, self.timestep, self.class_labels = x, timestep, class_labels
+        return SimpleNamespace(sample=self.output)
