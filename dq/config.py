@@ -317,6 +317,8 @@ class TrainCodecConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.block_out_channels or min(self.block_out_channels) < 1:
+            raise InputError(f"block_out_channels must list numbers of channels, not {list(self.block_out_channels)}")
         if not self.ema < 1:
             raise InputError(f"ema must be a decay in [0, 1), not {self.ema}")
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 256  # images at most, for PSNR and SSIM
 SHOWN = 12
-STATISTICS = 4096  # images at most, for the mean and deviation of every channel
+STATISTICS = 2048  # images at most, for the mean and deviation of every channel
 
 
 def train_codec(
@@ -50,7 +50,7 @@ def train_codec(
 
     Per image, loss = mean (x - x')^2 + perceptual_weight * `perceptual_distance` of the classifier's features +
     kl_weight * KL(posterior || N(0, 1)) / number of latent values. The saved codec's latents have mean 0 and
-    deviation 1 in every channel over 4,096 train images (see `normalized`), as a denoiser wants them. All train images
+    deviation 1 in every channel over 2,048 train images (see `normalized`), as a denoiser wants them. All train images
     are held in memory as bytes. Giving the same command again continues.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from dq.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.config import PriorConfig, to_dict
-from dq.dist import atomic_path, generator, write_json
+from dq.dist import atomic_path, digest_of_tensors, generator, write_json
 from dq.errors import InputError, RunError
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
-from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, is_flow, null_class
+from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,6 +70,8 @@ def train_denoiser(
 
     settings, folder = prior.denoiser, Path(prior.output_dir)
     identity = {k: v for k, v in to_dict(settings).items() if k not in ("save_every", "compile")}
+    if settings.init is not None:
+        identity["init"] = digest_of_tensors(_open_denoiser(settings.init).state_dict())
     recipe = Recipe(
         name="denoiser",
         folder=folder,
@@ -160,7 +163,9 @@ def train_denoiser(
     )
     if accelerator.is_main_process:
         if not (folder / "vae").exists():
-            copy.deepcopy(ours).float().save_pretrained(folder / "vae")
+            whole = recipe.scratch / "vae"
+            copy.deepcopy(ours).float().save_pretrained(whole)
+            os.replace(whole, folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
         index = {
             "_class_name": "DiTPipeline",
@@ -295,27 +300,27 @@ def _load_denoiser(
     Raises:
         InputError: if it is none, or was trained for another codec, objective, number of classes or size of latents.
     """
-    from diffusers import DiTTransformer2DModel
+    from diffusers import SchedulerMixin
     from diffusers.models.embeddings import LabelEmbedding
 
     settings, path = prior.denoiser, str(prior.denoiser.init)
     try:
-        model = DiTTransformer2DModel.from_pretrained(path, subfolder="transformer", use_safetensors=True)
-        theirs = load_codec(path, subfolder="vae")
-        flow = _is_flow_folder(path)
+        steps = SchedulerMixin.load_config(path, subfolder="scheduler")
+        # compared in the precision in which the caller holds it
+        dtype = "float32" if codec is None else str(next(codec.parameters()).dtype).removeprefix("torch.")
+        theirs = load_codec(path, subfolder="vae", dtype=dtype)
     except (OSError, ValueError, InputError) as e:
-        raise InputError(
-            f"prior.denoiser.init={path} is not a DiT pipeline with vae/, transformer/ and scheduler/ "
-            f"({str(e).splitlines()[0][:150]})"
-        ) from e
+        raise _no_pipeline(path, e) from e
+    model = _open_denoiser(path)
+    flow = "FlowMatch" in steps["_class_name"] or bool(steps.get("use_flow_sigmas"))
     c = model.config
-    if codec is not None and codec_digest(theirs) != codec_digest(copy.deepcopy(codec).float()):
-        raise InputError(f"{path} was trained with another codec than the one of these latents; set codec.path={path}")
     if (c.in_channels, c.sample_size) != shape[:2]:
         raise InputError(
             f"{path} takes latents of {c.in_channels}x{c.sample_size}x{c.sample_size} but the data's are "
             f"{'x'.join(map(str, shape))}; change codec.resolution, or choose another prior.denoiser.init"
         )
+    if codec is not None and codec_digest(theirs) != codec_digest(codec):
+        raise InputError(f"{path} was trained with another codec than the one of these latents; set codec.path={path}")
     if flow != (settings.objective == "flow"):
         raise InputError(
             f"{path} was trained for {'flow matching' if flow else 'noise prediction'}; "
@@ -340,10 +345,20 @@ def _load_denoiser(
     return model.train()
 
 
-def _is_flow_folder(path: str) -> bool:
-    from dq.pipeline import DistillPipeline
+def _open_denoiser(path: str) -> DiTTransformer2DModel:
+    from diffusers import DiTTransformer2DModel
 
-    return is_flow(DistillPipeline.from_pretrained(path).scheduler)
+    try:
+        return DiTTransformer2DModel.from_pretrained(path, subfolder="transformer", use_safetensors=True)
+    except (OSError, ValueError) as e:
+        raise _no_pipeline(path, e) from e
+
+
+def _no_pipeline(path: str, error: Exception) -> InputError:
+    return InputError(
+        f"prior.denoiser.init={path} is not a DiT pipeline with vae/, transformer/ and scheduler/ "
+        f"({str(error).splitlines()[0][:150]})"
+    )
 
 
 def _own_codec(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:

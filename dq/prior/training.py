@@ -90,7 +90,7 @@ def finished(recipe: Recipe) -> bool:
     Raises:
         RunError: if the folder holds a model or a checkpoint of another training.
     """
-    way_out = f"choose another prior.output_dir, or delete {recipe.folder}"
+    way_out = "choose another prior.output_dir, or delete that folder"
     record = recipe.product / "training.json"
     if recipe.product.exists():
         if not record.is_file():
@@ -186,17 +186,17 @@ def fit(
             if done % LOOK_EVERY == 0:
                 # the norm is the same in every process, so that all of them stop
                 if not math.isfinite(float(norm)):
-                    _diverged(recipe, objective, save, "gradient", done, main)
+                    _diverged(recipe, objective, save, "gradient", done, accelerator)
                 bar.set_postfix(loss=f"{float(means['loss']) * world:.4f}", refresh=False)
             if done % recipe.save_every == 0 or done == recipe.steps:
                 logged = {k: float(accelerator.reduce(v, "sum")) / (done - since) for k, v in sums.items()}
                 broken = next((k for k, v in logged.items() if not math.isfinite(v)), None)
                 if broken:
-                    _diverged(recipe, objective, save, broken, done, main)
+                    _diverged(recipe, objective, save, broken, done, accelerator)
                 if main:
                     best, scores = _best(objective, averages, score)
                     if not all(math.isfinite(v) for v in scores):  # the last update broke it, after a good loss
-                        _diverged(recipe, objective, save, "held-out loss", done, main)
+                        _diverged(recipe, objective, save, "held-out loss", done, accelerator)
                     with _holding(objective, averages[best]):
                         numbers = on_save(done)
                     numbers |= {f"held_out_{decay:g}": v for decay, v in zip(recipe.emas, scores)}
@@ -291,7 +291,12 @@ def _holding(objective: nn.Module, average: dict[str, Tensor]) -> Iterator[None]
 
 
 def _diverged(
-    recipe: Recipe, objective: nn.Module, save: Callable[[Path], None], what: str, done: int, main: bool
+    recipe: Recipe,
+    objective: nn.Module,
+    save: Callable[[Path], None],
+    what: str,
+    done: int,
+    accelerator: Accelerator,
 ) -> NoReturn:
     """Stop, and leave the averaged model of the last checkpoint where it can be opened.
 
@@ -302,11 +307,12 @@ def _diverged(
     if recipe.checkpoint.is_file():
         step, good = int(read_metadata(recipe.checkpoint)["step"]), recipe.scratch / "last-good"
         kept = f"the averaged model of step {step} is in {good}"
-        if main:
+        if accelerator.is_main_process:
             tensors, _ = read_tensors(recipe.checkpoint)
             average = {k.removeprefix("average.0."): v for k, v in tensors.items() if k.startswith("average.0.")}
             objective.load_state_dict(average, strict=False)
             save(good)
+    accelerator.wait_for_everyone()  # a process that ends first would take the others with it
     raise RunError(
         f"the {what} of the {recipe.name} became NaN or infinite before step {done}; {kept}; lower "
         f"prior.{recipe.name}.lr or raise its warmup_steps, and train in another prior.output_dir"
@@ -316,6 +322,8 @@ def _diverged(
 def _check_disk(recipe: Recipe, model_bytes: int) -> None:
     """Room for two checkpoints (the next is written before the last goes) and the model."""
     need = model_bytes * (2 * (3 + len(recipe.emas)) + 1)
+    if recipe.checkpoint.is_file():
+        need -= recipe.checkpoint.stat().st_size
     recipe.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(recipe.folder).free
     if free < need:
