@@ -166,3 +166,13 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1\nb: 2")
     with pytest.raises(InputError, match=r"bad.yaml is not valid YAML \(line"):
         load_config(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("dq/configs/*.yaml")]), ids=lambda p: p.name
+)
+def test_every_shipped_configuration_loads(path):
+    config = load_config(path)
+    assert config.source.path
+    for method in config.methods:
+        apply_settings(config, dict(config.methods[method].override))

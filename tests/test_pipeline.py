@@ -325,7 +325,7 @@ def test_missing_parts() -> None:
         DistillPipeline(vae=tiny_kl()).check_inputs(DIT, 8, NAMES)
     with pytest.raises(InputError, match=r"generate\.mode=img2img needs a unet"):
         dit_pipe().check_inputs(dataclasses.replace(DIT, mode="img2img"), 8, NAMES)
-    with pytest.raises(InputError, match="diffusers has no scheduler 'Foo'"):
+    with pytest.raises(InputError, match=r"generate\.scheduler=Foo is none that this model"):
         dit_pipe().start(dataclasses.replace(DIT, scheduler="Foo"))
 
 

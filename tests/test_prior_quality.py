@@ -499,7 +499,7 @@ def test_a_card_of_anothers_is_kept_and_text_is_quoted(world: Path, tmp_path: Pa
         ("prior_report.per_class=0", 2, "prior_report.per_class must be at least 1"),
         ("prior_report.neighbours=12", 2, "has test and train images for 12 samples only"),
         ("codec.resolution=16", 2, "codec.resolution=16 gives 8x8 latents but the DiT takes 4x4"),
-        ("generate.scheduler=DDIM", 2, "diffusers has no scheduler 'DDIM'"),
+        ("generate.scheduler=DDIM", 2, "generate.scheduler=DDIM is none that this model"),
     ],
 )
 def test_what_is_missing_is_one_sentence(world: Path, tmp_path: Path, capsys, settings, code, message) -> None:

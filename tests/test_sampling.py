@@ -10,6 +10,8 @@ import torch
 from dq.dist import generator
 from dq.errors import InputError, RunError
 from dq.sampling import (
+    FLOW_SCHEDULERS,
+    NOISE_SCHEDULERS,
     add_noise,
     choose_scheduler,
     choose_start,
@@ -235,6 +237,30 @@ def test_every_scheduler_carries_noise_to_the_data(given, name: str) -> None:
     second_order = name.startswith(("DPM", "UniPC", "Heun"))
     assert float(end.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(end.std()) == pytest.approx(STD, rel=0.02 if second_order else 0.06)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [*((NOISE_GIVEN, n) for n in NOISE_SCHEDULERS), *((FLOW_DPM_GIVEN, n) for n in FLOW_SCHEDULERS)],
+)
+@pytest.mark.parametrize("snr", [None, 1.0])
+def test_every_scheduler_that_can_be_named_ends_at_the_data(given, name: str, snr: float | None) -> None:
+    """From pure noise, and from points of the data law noised to SNR 1."""
+    scheduler = walker(given, name, 100)
+    start = choose_start(scheduler, 100, snr=snr, strength=1.0 if snr is None else None)
+    g = generator(0)
+    clean = MEAN + STD * torch.randn(16, 1, 16, 16, generator=g)
+    end = denoise(posterior_mean(scheduler), scheduler, clean, start, [generator(i) for i in range(16)])
+    assert float(end.mean()) == pytest.approx(MEAN, abs=0.1)
+    assert float(end.std()) == pytest.approx(STD, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["EDMEulerScheduler", "CMStochasticIterativeScheduler", "SASolverScheduler", "Nonsense"]
+)
+def test_a_scheduler_for_other_models_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"generate.scheduler={name} is none that this model can be walked with"):
+        choose_scheduler(NOISE_GIVEN, name)
 
 
 @pytest.mark.parametrize(("given", "name"), CASES)
