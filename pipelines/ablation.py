@@ -52,9 +52,23 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "norm": {"rescaled": {"generate.rescale": "norm"}},
     "noise": {"inversion": {"generate.noise": "inversion"}},
     "mode guidance": {"0.1": {"generate.mode_guidance": 0.1}},
+    "several": {
+        "guidance 3, SNR 0.03": {"generate.guidance_scale": 3.0, "generate.snr": 0.03},
+        "guidance 3, SNR 0.03, rescaled": {
+            "generate.guidance_scale": 3.0,
+            "generate.snr": 0.03,
+            "generate.rescale": "norm",
+        },
+    },
     "rivals": {
         "D4M (one-pass, uniform)": {"weights": "uniform", "cluster.engine": "minibatch"},
         "prior samples": {"weights": "uniform", "generate.snr": None, "generate.strength": 1.0},
+        "prior samples, guidance 3": {
+            "weights": "uniform",
+            "generate.snr": None,
+            "generate.strength": 1.0,
+            "generate.guidance_scale": 3.0,
+        },
         "nearest real": {"representative": "real"},
         "nearest real, features": {"representative": "real", "cluster.space": "features"},
         "decoded, no prior": {"generate.mode": "decode"},
