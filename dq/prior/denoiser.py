@@ -300,12 +300,12 @@ def _load_denoiser(
     Raises:
         InputError: if it is none, or was trained for another codec, objective, number of classes or size of latents.
     """
-    from diffusers import SchedulerMixin
+    from diffusers import DDIMScheduler
     from diffusers.models.embeddings import LabelEmbedding
 
     settings, path = prior.denoiser, str(prior.denoiser.init)
     try:
-        steps = SchedulerMixin.load_config(path, subfolder="scheduler")
+        steps = DDIMScheduler.load_config(path, subfolder="scheduler")  # of whatever class
         # compared in the precision in which the caller holds it
         dtype = "float32" if codec is None else str(next(codec.parameters()).dtype).removeprefix("torch.")
         theirs = load_codec(path, subfolder="vae", dtype=dtype)
