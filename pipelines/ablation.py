@@ -6,8 +6,8 @@
 
 The configuration holds the default (`methods.default`), the students and the ipc. Arms that a configuration's
 `methods` cannot express (posterior samples, which are other latents) get a run folder of their own. `--only` takes
-factors, for a short run at one ipc. Everything continues where it was killed. `--collect` writes `ablation.csv`
-(accuracy, and the paired difference to the default with its 95 % interval) and copies every training.
+factors or arms, for a short run at one ipc. Everything continues where it was killed. `--collect` writes
+`ablation.csv` (accuracy, and the paired difference to the default with its 95 % interval) and copies every training.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def arms(config: RunConfig, only: list[str] | None = None) -> dict[str, MethodCo
     fields = {f.name for f in dataclasses.fields(MethodConfig)} - {"override"}
     methods = {"default": default}
     for factor, levels in ARMS.items():
-        if only and factor not in only:
-            continue
         for level, change in levels.items():
+            if only and not {factor, slug(factor, level)} & set(only):
+                continue
             own = {k: v for k, v in change.items() if k in fields}
             override = {**default.override, **{k: v for k, v in change.items() if k not in fields}}
             methods[slug(factor, level)] = dataclasses.replace(default, **own, override=override)
@@ -159,7 +159,8 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--data")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--only", nargs="+", choices=[*ARMS, POSTERIOR[0]])
+    names = [*ARMS, *(slug(f, level) for f, levels in ARMS.items() for level in levels), POSTERIOR[0]]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="FACTOR_OR_ARM", help=", ".join(names))
     parser.add_argument("--collect", type=Path, metavar="DIR")
     args = parser.parse_args()
     config = apply_settings(

@@ -214,6 +214,8 @@ TABLES = {
     "differences": lambda: differences("cifar10_labels"),
     "storage": lambda: label_storage("cifar10_label_storage"),
     "student": student_speed,
+    "prior": lambda: prior_quality("cifar10_prior"),
+    "ablation": lambda: ablation("cifar10_ablation"),
 }
 
 

@@ -54,6 +54,7 @@ def test_an_arm_changes_what_it_names(ablation, config):
 
 def test_only_some_factors(ablation, config):
     assert set(ablation.arms(config, ["weights"])) == {"default", "weights_uniform", "weights_mass"}
+    assert set(ablation.arms(config, ["rivals_nearest-real"])) == {"default", "rivals_nearest-real"}
 
 
 def test_without_a_default_there_is_a_sentence(ablation, config):
