@@ -20,12 +20,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from collect_results import without_places
 
 from dq.cli import load_pipeline
-from dq.config import MethodConfig, RunConfig, apply_settings, load_config
+from dq.config import MethodConfig, RunConfig, apply_settings, load_config, to_dict
 from dq.data import load_source
-from dq.dist import make_accelerator, read_json
+from dq.dist import make_accelerator, read_json, write_json
 from dq.errors import InputError
 from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
@@ -124,7 +125,8 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
         file = Path(run.output_dir) / "eval" / "trainings.jsonl"
         if not file.is_file():
             raise InputError(f"there is no {file} to collect; give the same command without --collect first")
-        for line in file.read_text().splitlines():
+        text = file.read_text().replace(run.output_dir, Path(run.output_dir).name)
+        for line in text.splitlines():
             record = json.loads(line)
             trainings.append(without_places(record))
             key = (record["student"], record["labels"], str(record["ipc"]), record["set"])
@@ -152,6 +154,14 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
         writer.writeheader()
         writer.writerows(rows)
     (out / "trainings.jsonl").write_text("".join(json.dumps(t) + "\n" for t in trainings))
+    plain = without_places(to_dict(config))
+    (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
+    chosen = f" --only {' '.join(only)}" if only else ""
+    made = read_json(Path(folders(config, only)[0].output_dir) / "provenance.json")
+    command = (
+        f"torchrun --nproc_per_node {made['processes']} pipelines/ablation.py --config FILE --data DIR{only_text}"
+    )
+    write_json(out / "run.json", {"command": f"{command}  (FILE: config.yaml)", **without_places(made)})
 
 
 def main() -> None:

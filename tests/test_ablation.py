@@ -70,6 +70,7 @@ def test_collected_rows_have_paired_differences(ablation, config, tmp_path):
         ablation.collect(one, tmp_path / "out", ["weights"], 1000)
     folder = tmp_path / "main" / "eval"
     folder.mkdir(parents=True)
+    (tmp_path / "main" / "provenance.json").write_text(json.dumps({"processes": 2, "seed": 0}))
     accuracy = {"default": (0.30, 0.32, 0.34), "weights_mass": (0.31, 0.34, 0.37), "random": (0.1, 0.2, 0.3)}
     lines = [
         {"set": name, "ipc": "10", "student": "s", "labels": "hard", "seed": seed, "last": value}
@@ -85,3 +86,5 @@ def test_collected_rows_have_paired_differences(ablation, config, tmp_path):
     assert float(rows["weights", "mass"]["std"]) == pytest.approx(0.03)
     assert float(rows["weights", "mass"]["difference"]) == pytest.approx(0.02)
     assert rows["default", ""]["difference"] == ""
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
+    assert load_config(tmp_path / "out" / "config.yaml").ipc == (10,)
