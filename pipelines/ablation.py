@@ -158,10 +158,8 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
     (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
     chosen = f" --only {' '.join(only)}" if only else ""
     made = read_json(Path(folders(config, only)[0].output_dir) / "provenance.json")
-    command = (
-        f"torchrun --nproc_per_node {made['processes']} pipelines/ablation.py --config FILE --data DIR{only_text}"
-    )
-    write_json(out / "run.json", {"command": f"{command}  (FILE: config.yaml)", **without_places(made)})
+    command = f"torchrun --nproc_per_node {made['processes']} pipelines/ablation.py --config config.yaml --data DIR"
+    write_json(out / "run.json", {"command": command + chosen, **without_places(made)})
 
 
 def main() -> None:
