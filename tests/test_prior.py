@@ -265,6 +265,15 @@ def test_the_average_with_the_least_held_out_loss_is_published(made, accelerator
     assert loss == pytest.approx(record["held_out_loss"], rel=1e-5)
 
 
+def test_without_held_out_latents_the_first_average_is_published(made, accelerator, tmp_path):
+    prior = prior_in(tmp_path, denoiser={"steps": 4, "held_out": 0, "ema": (0.9, 0.5)})
+    train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
+    record = read_json(tmp_path / "transformer" / "training.json")
+    assert (record["ema"], record["held_out_loss"]) == (0.9, None)
+    assert (record["train_images"], record["held_out_images"]) == (24, 0)
+    assert not any(key.startswith("held_out") for key in metrics(tmp_path, "denoiser")[-1])
+
+
 class Line(nn.Module):
     """Least squares: its gradients are of order one, so that rounding stays rounding through Adam."""
 
