@@ -146,6 +146,8 @@ def launch(file: Path, *, processes: int = 1) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a test suite that runs in the background of a shell ignores Ctrl-C, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
