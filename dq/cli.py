@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dq.config import RunConfig, apply_settings, load_config
+from dq.config import RunConfig, load_config
 from dq.errors import InputError, RunError
+from dq.settings import apply_settings
 
 log = logging.getLogger("dq")
 
@@ -287,11 +288,11 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
 
 def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> None:
     """Evaluate sets of any origin."""
-    from dq.config import dump_config
     from dq.dist import write_text
     from dq.evaluation.ddr import evaluate_ddr
     from dq.evaluation.stage import evaluate_sets
     from dq.evaluation.tables import tables_text
+    from dq.settings import dump_config
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")

@@ -20,8 +20,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from dq.config import SourceConfig, from_dict, to_dict
+from dq.config import SourceConfig
 from dq.errors import InputError
+from dq.settings import from_dict, to_dict
 
 Preprocess = Literal["squash", "crop", "pad"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}

@@ -20,10 +20,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dq.config import RelabelConfig, StudentConfig, ViewConfig, from_dict, to_dict
+from dq.config import RelabelConfig, StudentConfig, ViewConfig
 from dq.dist import derive_seed, digest_of, digest_of_tensors, read_json, readable, write_json, write_tensors
 from dq.errors import InputError
 from dq.nets import seeded
+from dq.settings import from_dict, to_dict
 from dq.teachers import Teacher
 from dq.views import Views, apply_views, batches, draw_views, parts
 

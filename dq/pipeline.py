@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq import run as stages
 from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
-from dq.config import GenerateConfig, RunConfig, apply_settings
+from dq.config import GenerateConfig, RunConfig
 from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
 from dq.errors import InputError
@@ -41,6 +41,7 @@ from dq.sampling import (
     null_class,
     toward,
 )
+from dq.settings import apply_settings
 
 if TYPE_CHECKING:
     from dq.distilled import DistilledSet

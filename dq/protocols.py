@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from dq.config import StudentConfig, from_dict, unknown_key
+from dq.config import StudentConfig
 from dq.errors import InputError
 from dq.nets import is_library_net
+from dq.settings import from_dict, unknown_key
 
 FOLDER = Path(__file__).parent / "configs" / "protocols"
 ALIASES = {"soft": "fadrm"}  # the usual preset of a family

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq.config import dump_config
 from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
 from dq.distilled import DistilledSet
 from dq.errors import InputError
@@ -21,6 +20,7 @@ from dq.evaluation.figures import read_records, results_figures
 from dq.prototypes import Prototypes
 from dq.run import cache_of, clusterings, load_prototypes, load_set, nearest_images, prototype_folder
 from dq.runfolder import Run
+from dq.settings import dump_config
 
 GAP = 2  # px of white between images
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000

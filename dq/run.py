@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dq.cluster import choose_engine, kmeans_many, quantization_stats
 from dq.codec import Codec, codec_digest
-from dq.config import ClusterConfig, GenerateConfig, MethodConfig, to_dict
+from dq.config import ClusterConfig, GenerateConfig, MethodConfig
 from dq.data import read_images
 from dq.dist import (
     append_jsonl,
@@ -38,6 +38,7 @@ from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.runfolder import SPEED, Run
+from dq.settings import to_dict
 from dq.spaces import embed, features_of, known_features, prepare_features
 from dq.teachers import load_teachers, pooled_logits
 

@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from dq.config import (
-    Baseline,
-    ClusterConfig,
-    GenerateConfig,
-    MethodConfig,
-    RunConfig,
-    apply_settings,
-    dump_config,
-    load_config,
-    to_dict,
-)
+from dq.config import Baseline, ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
 from dq.data import ImageSource
 from dq.dist import append_jsonl, check_name, read_json, shard, write_json, write_text
 from dq.errors import InputError
+from dq.settings import apply_settings, dump_config, to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

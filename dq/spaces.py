@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.config import ClusterConfig, RunConfig, SourceConfig, to_dict
+from dq.config import ClusterConfig, RunConfig, SourceConfig
 from dq.data import ImageSource, read_images
 from dq.dist import digest_of, progress, read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.errors import InputError, RunError
 from dq.runfolder import Run
+from dq.settings import to_dict
 from dq.teachers import Teacher, check_teacher, load_teacher
 
 DIMS = 64  # principal directions where `dims` is None

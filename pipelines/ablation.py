@@ -24,7 +24,7 @@ import yaml
 from collect_results import without_places
 
 from dq.cli import load_pipeline
-from dq.config import MethodConfig, RunConfig, apply_settings, load_config, to_dict
+from dq.config import MethodConfig, RunConfig, load_config
 from dq.data import load_source
 from dq.dist import make_accelerator, read_json, write_json
 from dq.errors import InputError
@@ -32,6 +32,7 @@ from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.run import assemble, cluster, encode, generate
 from dq.runfolder import open_run
+from dq.settings import apply_settings, to_dict
 
 # factor -> level -> what differs from the default: fields of a method, and settings of cluster and generate
 ARMS: dict[str, dict[str, dict[str, Any]]] = {

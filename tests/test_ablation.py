@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dq.config import MethodConfig, RunConfig, apply_settings, load_config, to_dict
+from dq.config import MethodConfig, RunConfig, load_config
 from dq.errors import InputError
+from dq.settings import apply_settings, to_dict
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,20 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dq.config import (
-    ClusterConfig,
-    MethodConfig,
-    RunConfig,
-    StudentConfig,
-    apply_settings,
-    dump_config,
-    from_dict,
-    load_config,
-    to_dict,
-)
+from dq.config import ClusterConfig, MethodConfig, RunConfig, StudentConfig, load_config
 from dq.errors import InputError
 from dq.evaluation.trainings import students_of
 from dq.protocols import protocols, student_config
+from dq.settings import apply_settings, dump_config, from_dict, to_dict
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,8 @@ from conftest import tiny_dit, tiny_kl
 from PIL import Image
 
 from dq.cli import main
-from dq.config import RunConfig, from_dict
+from dq.config import RunConfig
+from dq.settings import from_dict
 
 ROOT = Path(__file__).parents[1]
 
@@ -548,8 +549,8 @@ def test_names_and_numbers_that_cannot_be(world: Path, tmp_path: Path, capsys: p
 
 
 def test_a_nested_override_changes_one_value() -> None:
-    from dq.config import apply_settings
     from dq.runfolder import Run
+    from dq.settings import apply_settings
 
     base = apply_settings(RunConfig(), ["cluster.n_iter=7", "methods.x.override.cluster.engine=faiss"])
     run = Run(base, None, None, Path())  # type: ignore[arg-type]

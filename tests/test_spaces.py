@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dq import run as stages
 from dq.cluster import kmeans, nearest
-from dq.config import ClusterConfig, RunConfig, from_dict
+from dq.config import ClusterConfig, RunConfig
 from dq.data import ImageSource, load_source
 from dq.dist import derive_seed
 from dq.errors import InputError, RunError
 from dq.pipeline import DistillPipeline
 from dq.prototypes import make_prototypes
 from dq.runfolder import Run, open_run
+from dq.settings import from_dict
 from dq.spaces import embed, features_of, principal_coordinates
 
 SPACES = ("latents", "pca", "whitened", "features", "joint")

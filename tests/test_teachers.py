@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from dq.config import SourceConfig, TeacherConfig, apply_settings
+from dq.config import SourceConfig, TeacherConfig
 from dq.data import load_source
 from dq.errors import InputError
 from dq.nets import make_net
+from dq.settings import apply_settings
 from dq.teachers import (
     IMAGENET,
     check_teacher,

@@ -243,7 +243,7 @@ def evaluate(
     Example:
         print(evaluate(small, source, protocol="classic", student=["convnet3", "vgg11"], seeds=5))
     """
-    from dq.config import from_dict
+    from dq.settings import from_dict
 
     source = load_source(source)
     asked = student if isinstance(student, (list, tuple)) else [student]

@@ -7,13 +7,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dq.config import EvaluateConfig, RunConfig, StudentConfig, to_dict
+from dq.config import EvaluateConfig, RunConfig, StudentConfig
 from dq.data import ImageSource
 from dq.dist import derive_seed, digest_of, progress, read_json, shard, write_json, write_tensors
 from dq.errors import RunError
 from dq.evaluation.bench import make_bench
 from dq.evaluation.train import accuracy, fit
 from dq.nets import make_net
+from dq.settings import to_dict
 from dq.teachers import TEACHER_FACTS
 
 if TYPE_CHECKING:

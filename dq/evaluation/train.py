@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.config import Dtype, StudentConfig, ViewConfig, to_dict
+from dq.config import Dtype, StudentConfig, ViewConfig
 from dq.dist import derive_seed, digest_of, digest_of_tensors, generator, read_tensors, write_tensors
 from dq.errors import InputError, RunError
 from dq.evaluation.augment import augment
 from dq.labels import LabelSource
 from dq.nets import fast_layout, make_net, seeded
+from dq.settings import to_dict
 from dq.views import Views, apply_views, batches, draw_views, parts
 
 AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import dq
-from dq.config import EvaluateConfig, StudentConfig, to_dict
+from dq.config import EvaluateConfig, StudentConfig
 from dq.dist import (
     derive_seed,
     digest_of,
@@ -47,6 +47,7 @@ from dq.labels import (
 )
 from dq.nets import make_net
 from dq.protocols import student_config
+from dq.settings import to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -22,12 +22,13 @@ from dq.codec import (
     normalized,
     to_signed,
 )
-from dq.config import CodecConfig, PriorConfig, SourceConfig, to_dict
+from dq.config import CodecConfig, PriorConfig, SourceConfig
 from dq.data import ImageSource, Split, read_images
 from dq.dist import atomic_path, generator
 from dq.errors import InputError
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.report import image_grid
+from dq.settings import to_dict
 from dq.teachers import Teacher, load_teacher
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dq.config import EvaluateConfig, PriorReportConfig, RunConfig, dump_config, to_dict
+from dq.config import EvaluateConfig, PriorReportConfig, RunConfig
 from dq.data import ImageSource, read_images
 from dq.dist import shard, write_json, write_text
 from dq.errors import InputError
@@ -32,6 +32,7 @@ from dq.report import (
     write_page,
 )
 from dq.runfolder import open_run
+from dq.settings import dump_config, to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

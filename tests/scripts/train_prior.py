@@ -12,10 +12,11 @@ from pathlib import Path
 from small_prior import CODEC, NAMES, SOURCE, encoded
 
 from dq.codec import load_codec
-from dq.config import PriorConfig, from_dict
+from dq.config import PriorConfig
 from dq.data import load_source
 from dq.dist import make_accelerator, read_json, read_tensors
 from dq.prior import train_codec, train_denoiser
+from dq.settings import from_dict
 
 folder = Path(sys.argv[1])
 accelerator = make_accelerator(cpu=True)

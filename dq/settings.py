@@ -1,0 +1,180 @@
+"""Configurations as frozen dataclasses: values checked, read from plain data, changed by `key=value`, written back.
+
+Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from dq.errors import InputError
+
+C = TypeVar("C")
+
+# Least values of settings by name; a trailing ">" leaves the bound itself out. All must be finite.
+LEAST: dict[str, tuple[float, bool]] = {
+    **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
+    "dims": (1, True),
+    "feature_weight": (0, True),
+    "guidance_scale": (1, True),
+    **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests", "epochs"), (1, True)),
+    **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor"), (1, True)),
+    **dict.fromkeys(("seeds", "full_seeds", "save_every", "patch_size", "num_layers"), (1, True)),
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),
+    **dict.fromkeys(("steps", "held_out"), (0, True)),
+    "perceptual_weight": (0, True),
+    **dict.fromkeys(("per_class", "neighbours", "shown"), (1, True)),
+    **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
+    **dict.fromkeys(("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps"), (0, True)),
+    **dict.fromkeys(("ema", "dropout", "lr", "jitter", "lighting", "gt_weight", "flip"), (0, True)),
+}
+
+
+class Checked:
+    """Refuses values that no code could use, however a configuration was made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):
+                options = ", ".join(map(repr, get_args(hints[f.name])))
+                raise InputError(f"{f.name} must be one of {options}, not {value!r}")
+            if f.name in LEAST and isinstance(value, int | float):
+                least, inclusive = LEAST[f.name]
+                if not (value >= least if inclusive else value > least) or value == float("inf"):
+                    bound = f"at least {least:g}" if inclusive else f"more than {least:g}"
+                    raise InputError(f"{f.name} must be {bound} and finite, not {value!r}")
+
+
+def from_dict(cls: type[C], data: Any, where: str = "") -> C:
+    """Build a config dataclass from plain data, checking every key and type on the way."""
+    return _build(cls, data, where)
+
+
+def _build(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise InputError(f"{where or 'the configuration'} must be a mapping of settings, not {value!r}")
+        hints = typing.get_type_hints(hint)
+        for key in value:
+            if key not in hints:
+                raise InputError(unknown_key(f"{where}.{key}".lstrip("."), str(key), list(hints)))
+        values = {k: _build(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        try:
+            return hint(**values)
+        except InputError as e:
+            raise InputError(f"{where}.{e}".lstrip(".")) from None
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _build(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where} must be a mapping, not {value!r}")
+        return {str(k): _build(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where} must be a list, not {value!r}")
+        return tuple(_build(args[0], v, f"{where}.{i}") for i, v in enumerate(value))
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            raise InputError(f"{where} must be a number, not {value!r}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise InputError(f"{where} must be {names.get(hint, hint)}, not {value!r}")
+    return value
+
+
+def unknown_key(where: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown setting {where!r}; {hint}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data of a config dataclass (tuples become lists), such that `from_dict` gives an equal one back."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
+        return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
+
+    return plain(dataclasses.asdict(config))
+
+
+def set_value(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key (`cluster.n_iter`, `evaluate.students.0.lr`) in plain data, in place."""
+    *path, last = key.split(".")
+    node: Any = data
+    for i, part in enumerate(path):
+        child = _child(node, part, ".".join(path[: i + 1]))
+        if child is None:
+            child = {}
+            _assign(node, part, child, key)
+        node = child
+    _assign(node, last, value, key)
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise InputError(f"{where!r} does not exist: the list has {len(node)} entries, counted from 0")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise InputError(f"{where!r} cannot be set: its parent is the value {node!r}")
+    return node.get(part)
+
+
+def _assign(node: Any, part: str, value: Any, where: str) -> None:
+    if isinstance(node, list):
+        _child(node, part, where)
+        node[int(part)] = value
+    elif isinstance(node, dict):
+        node[part] = value
+    else:
+        raise InputError(f"{where!r} cannot be set: its parent is the value {node!r}")
+
+
+def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
+    """A copy of `config` with `key=value` strings (values read as YAML) or a dict of dotted keys applied."""
+    if isinstance(settings, list):
+        pairs: dict[str, Any] = {}
+        for s in settings:
+            key, sep, text = s.partition("=")
+            if not sep:
+                raise InputError(f"--set needs key=value, not {s!r}")
+            try:
+                pairs[key.strip()] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise InputError(f"the value of {key.strip()!r} is not readable: {text!r}") from None
+        settings = pairs
+    data = to_dict(config)
+    for key, value in settings.items():
+        set_value(data, key, value)
+    return from_dict(type(config), data)
+
+
+def dump_config(config: Any) -> str:
+    """YAML text of a config; `load_config` on it gives an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
