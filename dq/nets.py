@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dq.errors import InputError
+from dq.torchvision_nets import DenseNet121, MobileNetV2, ShuffleNetV2
 
 Norm = Literal["instance", "batch"]
 MakeNorm = Callable[[int], nn.Module]
@@ -260,6 +261,10 @@ RECIPES: dict[str, Recipe] = {
     "resnetap10": Recipe("instance", 16, partial(ResNet, PooledBlock, (1, 1, 1, 1))),
     "alexnet": Recipe(None, 8, lambda classes, side, norm: AlexNet(classes, side)),
     "vgg11": Recipe("instance", 32, VGG11),
+    "mobilenetv2": Recipe("batch", 17, MobileNetV2),
+    "shufflenetv2": Recipe("batch", 9, partial(ShuffleNetV2, (116, 232, 464))),
+    "shufflenetv2x05": Recipe("batch", 9, partial(ShuffleNetV2, (48, 96, 192))),
+    "densenet121": Recipe("batch", 16, DenseNet121),
 }
 
 

@@ -38,6 +38,11 @@ def images(n: int, side: int) -> torch.Tensor:
         ("resnet18ap", 10, 32, 11173962 + 76800),
         # stem 9,536; stages 73,984 + 230,144 + 919,040 + 3,673,088; linear 5,130
         ("resnetap10", 10, 224, 4910922),
+        # those of torchvision's mobilenet_v2, shufflenet_v2_x1_0, shufflenet_v2_x0_5 and densenet121
+        ("mobilenetv2", 1000, 224, 3504872),
+        ("shufflenetv2", 1000, 224, 2278604),
+        ("shufflenetv2x05", 1000, 224, 1366792),
+        ("densenet121", 1000, 224, 7978856),
     ],
 )
 def test_parameter_counts_of_the_literature(name, num_classes, side, parameters):
@@ -335,14 +340,47 @@ def test_networks_of_libraries_are_seeded_too(name, side):
         assert not torch.equal(net(x), other(x))
 
 
-def test_resnets_are_those_of_torchvision():
+@pytest.mark.parametrize(("name", "maps"), [("mobilenetv2", 2), ("shufflenetv2x05", 4), ("densenet121", 4)])
+def test_light_networks_keep_the_resolution_of_small_images_in_the_stem(name, maps):
+    net = make_net(name, 10, 32, seed=0).eval()
+    sides = []
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda m, args, out: sides.append(out.shape[-1]))
+    with torch.no_grad():
+        assert net(images(2, 32)).shape == (2, 10)
+    assert sides[0] == 32
+    assert sides[-1] == maps
+
+
+def test_a_shuffle_unit_interleaves_its_halves():
+    from dq.torchvision_nets import ShuffleUnit
+
+    unit = ShuffleUnit(4, 4, 1, nn.BatchNorm2d).eval()
+    x = images(1, 5)[:, [0, 1, 2, 0]]
+    with torch.no_grad():
+        left, right = x[:, :2], unit.branch2(x[:, 2:])
+        assert torch.equal(unit(x), torch.stack([left[:, 0], right[:, 0], left[:, 1], right[:, 1]], 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("resnet18", "resnet18"),
+        ("resnet50", "resnet50"),
+        ("mobilenetv2", "mobilenet_v2"),
+        ("shufflenetv2", "shufflenet_v2_x1_0"),
+        ("shufflenetv2x05", "shufflenet_v2_x0_5"),
+        ("densenet121", "densenet121"),
+    ],
+)
+def test_networks_are_those_of_torchvision(name, theirs):
     pytest.importorskip("torchvision")
-    for name in ("resnet18", "resnet50"):
-        theirs = make_net(f"torchvision:{name}", 10, 96, seed=0).eval()
-        ours = make_net(name, 10, 96, seed=1).eval()
-        ours.load_state_dict(theirs.state_dict())
-        with torch.no_grad():
-            torch.testing.assert_close(ours(images(2, 96)), theirs(images(2, 96)), rtol=1e-4, atol=1e-4)
+    other = make_net(f"torchvision:{theirs}", 10, 96, seed=0).eval()
+    own = make_net(name, 10, 96, seed=1).eval()
+    own.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(own(images(2, 96)), other(images(2, 96)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
