@@ -28,7 +28,7 @@ _HOME = {
     "load_config": "dq.config",
     "load_source": "dq.data",
     "protocols": "dq.protocols",
-    "read_set": "dq.evaluation.foreign",
+    "read_set": "dq.foreign",
     "select": "dq.evaluation.selection",
     "student_config": "dq.protocols",
 }
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from dq.distilled import DistilledSet
     from dq.errors import InputError, RunError
     from dq.evaluation import evaluate
-    from dq.evaluation.foreign import read_set
     from dq.evaluation.selection import select
+    from dq.foreign import read_set
     from dq.pipeline import DistillPipeline
     from dq.protocols import protocols, student_config
     from dq.prototypes import Prototypes, image_weights

@@ -18,8 +18,8 @@ from typing import Any
 from dq.config import EvaluateConfig, SourceConfig, TeacherConfig
 from dq.data import load_source
 from dq.dist import make_accelerator
-from dq.evaluation.foreign import read_set
 from dq.evaluation.stage import evaluate_sets
+from dq.foreign import read_set
 
 SEED = {"views": "seed"}  # crops and mixes are drawn again at replay
 # how logits are kept, and which share of the epochs is labelled

@@ -27,8 +27,8 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.bench import resized
 from dq.evaluation.ddr import LEARNING_RATES, _best_rates, _last, evaluate_ddr
-from dq.evaluation.foreign import bare_set, read_set
 from dq.evaluation.train import normalizer, train_student
+from dq.foreign import bare_set, read_set
 from dq.nets import make_net
 
 ROOT = Path(__file__).parents[1]

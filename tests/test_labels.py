@@ -20,8 +20,8 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError, RunError
 from dq.evaluation import trainings as stage
 from dq.evaluation.bench import Bench
-from dq.evaluation.foreign import bare_set
 from dq.evaluation.train import normalizer, train_student
+from dq.foreign import bare_set
 from dq.labels import (
     MANIFEST,
     LabelPlan,

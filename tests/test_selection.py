@@ -18,17 +18,13 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.selection import (
     BASELINES,
-    best_crops,
-    crop_boxes,
     herding_rows,
     k_center_rows,
-    mosaics,
     nearest_rows,
-    patch_images,
     random_rows,
-    rank_order,
     select,
 )
+from dq.patches import best_crops, crop_boxes, mosaics, patch_images, rank_order
 from dq.teachers import Teacher
 
 ONE = np.zeros(5, np.int64)
@@ -240,7 +236,7 @@ def test_patches_come_easiest_first(factor: int) -> None:
 def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, monkeypatch) -> None:
     options = {"image_size": 8, "source_config": SourceConfig(), "factor": factor, "pool": 8}
     one = patch_images(toy_source, 1, teacher=conv_teacher(64), **options)
-    monkeypatch.setattr("dq.evaluation.selection.CHUNK_BYTES", 1)
+    monkeypatch.setattr("dq.patches.CHUNK_BYTES", 1)
     two = patch_images(toy_source, 1, teacher=conv_teacher(3), **options)
     assert torch.equal(one.images, two.images)
     assert one.rows.tolist() == two.rows.tolist()

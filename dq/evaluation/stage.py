@@ -23,7 +23,6 @@ from dq.dist import (
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.bench import Bench, check_taught, make_bench
-from dq.evaluation.foreign import check_classes
 from dq.evaluation.tables import Comparison, Row, compare, tables_text
 from dq.evaluation.trainings import (
     Entry,
@@ -36,6 +35,7 @@ from dq.evaluation.trainings import (
     write_labels,
     write_tables,
 )
+from dq.foreign import check_classes
 from dq.run import load_set
 from dq.runfolder import Run
 from dq.teachers import teacher_file

@@ -29,10 +29,10 @@ from dq.dist import (
 from dq.distilled import DistilledSet
 from dq.errors import RunError
 from dq.evaluation.bench import Bench, Data
-from dq.evaluation.foreign import bare_set, check_classes
 from dq.evaluation.selection import BY_FEATURES, select
 from dq.evaluation.tables import Row, compare, settings_line, summarize, to_csv
 from dq.evaluation.train import train_student
+from dq.foreign import bare_set, check_classes
 from dq.labels import (
     MANIFEST,
     LabelPlan,
