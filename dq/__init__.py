@@ -13,6 +13,8 @@ import torch as torch
 __version__ = "0.1.0"
 
 _HOME = {
+    "FADRM": "dq.config",
+    "Teddy": "dq.config",
     "DistillPipeline": "dq.pipeline",
     "DistilledSet": "dq.distilled",
     "ImageSource": "dq.data",
@@ -35,7 +37,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from dq.cluster import kmeans
-    from dq.config import RunConfig, StudentConfig, TeacherConfig, load_config
+    from dq.config import FADRM, RunConfig, StudentConfig, TeacherConfig, Teddy, load_config
     from dq.data import ImageSource, load_source
     from dq.distilled import DistilledSet
     from dq.errors import InputError, RunError
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "FADRM",
     "DistillPipeline",
     "DistilledSet",
     "ImageSource",
@@ -57,6 +60,7 @@ __all__ = [
     "RunError",
     "StudentConfig",
     "TeacherConfig",
+    "Teddy",
     "evaluate",
     "image_weights",
     "kmeans",

@@ -19,10 +19,11 @@ from dq.settings import apply_settings
 log = logging.getLogger("dq")
 
 VERBS = {
-    "run": "all stages: encode, cluster, generate, label, evaluate, report",
+    "run": "all stages: encode, cluster, generate, refine, label, evaluate, report",
     "encode": "encode the images of every class into the latent cache",
     "cluster": "quantize every class: prototypes and their masses",
     "generate": "draw the prototypes as images",
+    "refine": "put the drawn images through the stages of refinement: FADRM, Teddy",
     "label": "label images and views with the teachers and assemble the sets",
     "evaluate": "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
     "report": "write report.html from what the run folder holds",
@@ -31,6 +32,7 @@ VERBS = {
     "train-denoiser": "train a small class-conditional DiT on the source's latents",
     "prior-report": "measure a trained prior: samples against real images, copies, a page and a card",
     "train-teachers": "train classifiers on the source, which label or score images later",
+    "train-pool": "make a pool of weak teachers for Teddy: early checkpoints, or pruned copies of a trained network",
 }
 
 
@@ -46,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             p.add_argument(
                 "--config",
-                required=verb not in ("evaluate", "report", "train-teachers"),
+                required=verb not in ("evaluate", "report", "train-teachers", "train-pool"),
                 metavar="FILE",
                 help="YAML file; see configs/",
             )
@@ -248,6 +250,11 @@ def execute(args: argparse.Namespace) -> None:
         for folder in train_teachers(config, source, accelerator=accelerator):
             print(folder)
         return
+    if args.verb == "train-pool":
+        from dq.evaluation.pooling import train_pool
+
+        print(train_pool(config, source, accelerator=accelerator))
+        return
     if args.verb == "evaluate" and (args.distilled or not args.config or args.protocol == "ddr"):
         _evaluate_sets(args, config, source, accelerator)
         return
@@ -272,7 +279,9 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Non
         stages.cluster(run, stages.cache_of(run))
     if do("generate"):
         stages.generate(run, pipe, stages.cache_of(run))
-    if do("generate", "label"):
+    if do("generate", "refine"):
+        stages.refine(run)
+    if do("generate", "refine", "label"):
         stages.label(run)
         stages.assemble(run)
     if verb == "label":
@@ -347,6 +356,7 @@ def _print_paths(verb: str, folder: Path) -> None:
     wanted |= {
         "label": ("dataset", "labels"),
         "generate": ("dataset",),
+        "refine": ("dataset",),
         "report": ("report.html",),
         "cluster": ("prototypes",),
     }

@@ -115,21 +115,10 @@ class GenerateConfig(Checked):
 
 
 @dataclass(frozen=True)
-class MethodConfig(Checked):
-    """One way to make a set: which points, which representative, which weights. `override` changes settings of
-    `cluster` or `generate` for this method alone."""
-
-    representative: Literal["centroid", "medoid", "real"] = "centroid"
-    weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
-    normalize: Literal["none", "class", "sqrt_k"] = "none"
-    override: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class TeacherConfig(Checked):
-    net: str = "resnet56"  # a network of `dq.nets`, timm:NAME, torchvision:NAME, or "transformers"
+    net: str = "resnet56"  # a network of `dq.nets`, timm:NAME, torchvision:NAME, "transformers", or "pool"
     # safetensors file, or folder with model.safetensors; with timm: or torchvision: also "pretrained"; with
-    # "transformers": model folder or Hub id
+    # "transformers": model folder or Hub id; with "pool": folder of `dq train-pool`, whose members it stands for
     path: str = ""
     mean: tuple[float, ...] | None = None  # None: what the model comes with, else ImageNet's
     std: tuple[float, ...] | None = None
@@ -137,6 +126,7 @@ class TeacherConfig(Checked):
     image_size: int | None = None  # side in px at which the network sees the images; None: as they are
     batch_size: int = 256
     check_images: int = 500  # real train images on which the teacher is checked before it labels anything
+    weight: float = 1.0  # of its logits in the mean of several teachers
 
 
 @dataclass(frozen=True)
@@ -165,11 +155,131 @@ class ViewConfig(Checked):
 
 
 @dataclass(frozen=True)
+class DepthConfig(Checked):
+    """Which layers' statistics are matched (PAD's second filter on statistics, arXiv 2408.03360). Layers count in the
+    order in which the network calls them."""
+
+    drop: float | None = 0.0  # layers up to this share of the depth are left out; None: PAD's rule by ipc
+    unit: Literal["layer", "channel", "param"] = "layer"  # share of layers, of their channels, of convolution weights
+    keep: Literal["deep", "shallow"] = "deep"  # shallow: a control that matches what "deep" leaves out
+    # scale: the sum is multiplied so that it begins as large as that of all layers; count: by layers / kept layers
+    renorm: Literal["scale", "count", "none"] = "scale"
+    ramp: float = 0.0  # layer l of L weighs ((l + 1) / L)^ramp beside its other weight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop is not None and not 0 <= self.drop < 1:
+            raise InputError(f"depth.drop is a share of the layers in [0, 1), not {self.drop}")
+        if self.keep == "shallow" and self.drop == 0:
+            raise InputError("depth.keep=shallow keeps what depth.drop leaves out, which is nothing: set depth.drop")
+
+
+@dataclass(frozen=True)
+class RefineConfig(Checked):
+    """What the stages share that change pixels so that teachers see their classes and their statistics."""
+
+    teachers: tuple[TeacherConfig, ...] = ()  # none: those of the run
+    judges: tuple[TeacherConfig, ...] = ()  # teachers that only measure the images, before and after
+    betas: tuple[float, ...] = (0.5, 0.9)  # of Adam
+    r_bn: float = 0.01  # weight of the distance of statistics; right for a ResNet-18
+    # None: r_bn as it is. Else r_bn of each teacher becomes this many times ln(classes) / its distance at the start
+    bn_share: float | None = None
+    first_bn_weight: float = 10.0  # of the first layer; the others have 1
+    norm: Literal["l2", "squared"] = "l2"  # of the differences of means and variances
+    depth: DepthConfig = DepthConfig()
+    class_weight: float = 0.0  # of the distance between a class's mean last feature and that of its real images
+    proximity: float = 0.0  # of the mean squared distance to the start, in normalised pixels
+    weighted: bool = False  # statistics of a batch count its images by their weights in the set
+    crop_scale: tuple[float, ...] = (0.08, 1.0)  # one random resized crop a step for the whole batch; none: no crop
+    crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
+    flip: float = 0.5  # probability that a step sees the batch mirrored
+    dtype: Dtype = "float32"  # of the teachers; statistics and pixels are in float32
+    compose: Literal["index", "dealt"] = "index"  # dealt: every batch takes from all classes alike
+    min_classes: int = 10  # different classes that a batch must hold (all, if there are fewer)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f"betas must be two decays in [0, 1), not {list(self.betas)}")
+        ViewConfig(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio, flip=self.flip)
+
+
+@dataclass(frozen=True)
+class FADRM(RefineConfig):
+    """Data residual matching (arXiv 2506.24125). With several teachers it is FADRM+: one per step, in turn. What is
+    None comes from the preset."""
+
+    stage: Literal["fadrm"] = "fadrm"
+    # whose released recipe: cifar10, cifar100, tinyimagenet, imagenette, imagewoof, imagenet1k; None: the usual one
+    # for the size of the images
+    preset: str | None = None
+    sizes: tuple[int, ...] | None = None  # side in px in each block, the last that of the images
+    steps: tuple[int, ...] | None = None  # of each block
+    lr: float | None = None  # one cosine to 0 over all blocks
+    jitter: int | None = None  # px of circular shift at most
+    batch_size: int | None = None  # images optimised together
+    alpha: float = 0.5  # share of the optimised image in the merge behind each block but the last
+    # init: the images that come in; real_patch: the crops of real images that the first teacher knows best; file: a
+    # set that `dq.read_set` opens
+    anchors: Literal["init", "real_patch", "file"] = "init"
+    anchor_path: str | None = None
+    anchor_rank: Literal["easy", "medium"] = "easy"  # real_patch: lowest cross-entropy, or nearest to the median
+    start: Literal["anchor", "image"] = "anchor"  # what the first block starts from
+    # patches, prototypes: every merge takes the nearest of this many anchors of the class, in features (after RETA)
+    retrieve: Literal["none", "patches", "prototypes"] = "none"
+    retrieve_pool: int = 50  # of a class
+    retrieve_complexity: float = 0.0  # of an anchor's total variation in the choice, features having unit length
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha is a share and must lie in [0, 1], not {self.alpha}")
+        for name in ("sizes", "steps"):
+            values = getattr(self, name)
+            if values is not None and (not values or min(values) < 1):
+                raise InputError(f"{name} must list whole numbers of at least 1, one per block, not {list(values)}")
+        if self.sizes is not None and self.steps is not None and len(self.sizes) != len(self.steps):
+            raise InputError(
+                f"sizes={list(self.sizes)} has {len(self.sizes)} blocks but steps={list(self.steps)} has "
+                f"{len(self.steps)}; give one of each per block"
+            )
+        if (self.anchors == "file") != (self.anchor_path is not None):
+            raise InputError("anchors=file and anchor_path belong together: set both, or neither")
+
+
+@dataclass(frozen=True)
+class Teddy(RefineConfig):
+    """Matching against a pool of weak teachers (arXiv 2410.07579). The paper's settings are not known to us: the
+    defaults are of SRe2L's kind, for a short refinement of images that look real already."""
+
+    stage: Literal["teddy"] = "teddy"
+    steps: int = 300  # 0: labels only
+    lr: float = 0.02  # cosine to 0
+    jitter: int | None = None  # None: an eighth of the side
+    batch_size: int = 100
+    proximity: float = 0.1
+    ensemble_labels: bool = True  # store the weighted mean logits of all teachers for the images
+
+
+@dataclass(frozen=True)
+class MethodConfig(Checked):
+    """One way to make a set: which points, which representative, which weights. `override` changes settings of
+    `cluster` or `generate` for this method alone."""
+
+    representative: Literal["centroid", "medoid", "real"] = "centroid"
+    weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
+    normalize: Literal["none", "class", "sqrt_k"] = "none"
+    override: dict[str, Any] = field(default_factory=dict)
+    refine: tuple[FADRM | Teddy, ...] | None = None  # stages behind the generator, in this order; None: the run's
+
+
+@dataclass(frozen=True)
 class RelabelConfig(Checked):
     """How teachers label every view of a student with `labels: soft`, and what is kept of it."""
 
     storage: Literal["shards", "online"] = "shards"  # online: computed when needed, nothing stored, the same bits
     statistics: Literal["running", "batch"] = "running"  # of the teachers' batch norm; batch: BSSL
+    average: Literal["logits", "probabilities"] = "logits"  # of several teachers, by their weights
     dropout: bool = False  # with batch statistics: dropout on too, as train mode has it in the released code
     bits: Literal[16, 8] = 16  # of a logit
     top_k: int | None = None  # keep the largest logits, the others become their mean
@@ -251,6 +361,38 @@ class TrainTeachersConfig(Checked):
     weight_decay: float = 5e-4
     checkpoint_s: float = 60.0  # seconds between checkpoints
     dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class TrainPoolConfig(Checked):
+    """A pool of weak teachers: early checkpoints of one training, or pruned copies of a trained network."""
+
+    generation: Literal["prior", "post"] = "prior"
+    output_dir: str = "runs/pool"
+    net: str = "resnet20"  # prior: trained by the settings of `train_teachers`; post: that of `base`
+    epochs: tuple[int, ...] = (5, 8, 11, 14, 17, 20, 23, 26, 29, 32)  # prior: whose ends give the members
+    base: TeacherConfig | None = None  # post: the trained network
+    size: int = 8  # post: number of pruned copies
+    prune: tuple[float, ...] = (0.2, 0.5)  # post: least and largest share of channels taken out, evenly spaced
+    criteria: tuple[Literal["magnitude", "random"], ...] = ("magnitude", "random")  # post: in turn
+    recovery_epochs: int = 1  # post: short training afterwards
+    recovery_lr: float = 0.01
+    statistics_images: int = 10000  # train images over which batch norm statistics are estimated anew
+    window: tuple[float, ...] = (0.25, 0.9)  # accuracy of a member by that of the base; others are not used
+    keep_base: bool = True  # the fully trained network labels too; it is never matched
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generation == "post" and self.base is None:
+            raise InputError("generation=post prunes a trained network; set train_pool.base.net and .path")
+        if not self.epochs or min(self.epochs) < 1 or len(set(self.epochs)) < len(self.epochs):
+            raise InputError(f"epochs must list different epochs from 1, not {list(self.epochs)}")
+        for name in ("prune", "window"):
+            pair = getattr(self, name)
+            if not (len(pair) == 2 and 0 <= pair[0] <= pair[1]):
+                raise InputError(f"{name} must be two rising shares such as {getattr(type(self), name)}, not {pair}")
+        if self.prune[1] >= 1 or not self.criteria:
+            raise InputError(f"prune must stay below 1 and criteria name at least one, not {list(self.prune)}")
 
 
 @dataclass(frozen=True)
@@ -365,9 +507,11 @@ class RunConfig(Checked):
     ipc: tuple[int, ...] = (10,)
     cluster: ClusterConfig = ClusterConfig()
     generate: GenerateConfig = GenerateConfig()
+    refine: tuple[FADRM | Teddy, ...] = ()  # stages that change the drawn images, in this order
     methods: dict[str, MethodConfig] = field(default_factory=lambda: {"ddoq": MethodConfig()})
     teachers: tuple[TeacherConfig, ...] = ()  # several: the mean of their logits
     train_teachers: TrainTeachersConfig = TrainTeachersConfig()
+    train_pool: TrainPoolConfig = TrainPoolConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     prior: PriorConfig = PriorConfig()
     prior_report: PriorReportConfig = PriorReportConfig()

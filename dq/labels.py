@@ -25,7 +25,7 @@ from dq.dist import derive_seed, digest_of, digest_of_tensors, read_json, readab
 from dq.errors import InputError
 from dq.nets import seeded
 from dq.settings import from_dict, to_dict
-from dq.teachers import Teacher
+from dq.teachers import Teacher, average_logits
 from dq.views import Views, apply_views, batches, draw_views, parts
 
 MANIFEST = "manifest.json"
@@ -88,6 +88,8 @@ class LabelPlan:
         settings["relabel"].pop("epochs")  # see `epochs`
         if self.relabel.statistics == "running":
             settings["relabel"].pop("dropout")
+        if self.relabel.average == "logits":
+            settings["relabel"].pop("average")  # as before there was a choice
         return digest_of(settings)
 
     def shards(self) -> list[range]:
@@ -176,20 +178,20 @@ def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, ep
                 # in evaluation mode it does not matter who shares a batch, and large ones are faster
                 waiting.append(x)
                 if sum(map(len, waiting)) >= TEACHER_BATCH or i + 1 == len(spans):
-                    found.append(mean_logits(teachers, torch.cat(waiting)).cpu())
+                    found.append(mean_logits(teachers, torch.cat(waiting), plan.relabel.average).cpu())
                     waiting = []
                 continue
             with seeded(derive_seed(plan.relabel.seed, "dropout", epoch, i), images.device):  # global generators only
-                found += [mean_logits(teachers, x[part]).cpu() for part in parts(len(x), plan.accumulate)]
+                for part in parts(len(x), plan.accumulate):
+                    found.append(mean_logits(teachers, x[part], plan.relabel.average).cpu())
     return views, torch.cat(found)
 
 
-def mean_logits(teachers: Sequence[Teacher], x: Tensor) -> Tensor:
-    """Mean of the teachers' logits, not of their probabilities, as EDC and CV-DD average."""
-    total = teachers[0](x)
-    for teacher in teachers[1:]:
-        total = total + teacher(x)
-    return total / len(teachers)
+def mean_logits(teachers: Sequence[Teacher], x: Tensor, average: str = "logits") -> Tensor:
+    """`average_logits` of the teachers for pixels (B, 3, S, S)."""
+    return average_logits(
+        [t(x) for t in teachers], [t.weight for t in teachers], probabilities=average == "probabilities"
+    )
 
 
 @contextlib.contextmanager

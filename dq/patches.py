@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,6 +38,7 @@ def patch_images(
     source_config: SourceConfig,
     seed: int = 0,
     candidates: np.ndarray | None = None,
+    classes: Sequence[int] | None = None,
     pool: int = 300,
     crops: int = 5,
     factor: int = 1,
@@ -52,6 +54,7 @@ def patch_images(
     Args:
         seed: of the draw of images and crops. Crops of an image depend on nothing but the seed and the image's row.
         candidates: ascending rows of the train split that may be used; None: all.
+        classes: whose patches to cut; None: all classes. Those of a class do not depend on the others.
         rank: "easy" takes the lowest cross-entropies first, as RDED does; "medium" those around the median, in turn
             below and above it (DELT, Shen et al. 2024).
 
@@ -72,7 +75,8 @@ def patch_images(
     rows = np.arange(len(source.train)) if candidates is None else candidates
     images, firsts = [], []
     chunk = max(1, CHUNK_BYTES // (crops * 3 * image_size**2 * 4))
-    for label, name in enumerate(source.class_names):
+    for label in range(len(source.class_names)) if classes is None else classes:
+        name = source.class_names[label]
         own = rows[source.train.labels[rows] == label]
         order = torch.randperm(len(own), generator=generator(seed, "patch pool", label))
         drawn = np.sort(own[order[:pool].numpy()])

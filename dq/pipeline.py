@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq import run as stages
 from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
-from dq.config import GenerateConfig, RunConfig
+from dq.config import FADRM, GenerateConfig, RunConfig, Teddy
 from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
 from dq.errors import InputError
@@ -335,17 +335,20 @@ class DistillPipeline(DiffusionPipeline):
         cache_dir: str | Path | None = None,
         resolution: int | None = None,
         image_size: int | None = None,
+        refine: Sequence[FADRM | Teddy] | None = None,
         config: RunConfig | None = None,
         accelerator: Any = None,
         **settings: Any,
     ) -> DistilledSet:
-        """Distil `source` to `ipc` images per class: encode, cluster, generate, assemble.
+        """Distil `source` to `ipc` images per class: encode, cluster, generate, refine, label, assemble.
 
         Args:
             source: anything that `load_source` takes.
             resolution: side in px at which the codec sees the images; default: what the denoiser was made for, else
                 the images' own.
             image_size: side in px of the distilled images; default: `resolution`.
+            refine: stages that change the drawn images, in this order, e.g. `[FADRM(teachers=(TeacherConfig(...),))]`;
+                None: those of `config`.
             config: a full `RunConfig` to start from; its first method is used.
             **settings: sections of a `RunConfig`, e.g. `generate={"guidance_scale": 2.0}`, `cluster={"n_init": 3}`,
                 and `method={"weights": "mass"}` for the one method of this run.
@@ -364,11 +367,14 @@ class DistillPipeline(DiffusionPipeline):
         }
         side = resolution or self._native_resolution() or base.codec.resolution
         chosen = apply_settings(base, {"codec.resolution": side, **flat})
+        method = chosen.methods[name]
+        if refine is not None:
+            method = dataclasses.replace(method, refine=tuple(refine))
         chosen = dataclasses.replace(
             chosen,
             ipc=(ipc,),
             seed=seed,
-            methods={name: chosen.methods[name]},
+            methods={name: method},
             output_dir=str(output_dir),
             cache_dir=str(cache_dir or chosen.cache_dir),
         )
@@ -376,6 +382,7 @@ class DistillPipeline(DiffusionPipeline):
         cache = stages.encode(run, self.vae)
         stages.cluster(run, cache)
         stages.generate(run, self, cache)
+        stages.refine(run)
         stages.label(run)
         return stages.assemble(run)[(ipc, name)]
 

@@ -1,4 +1,4 @@
-"""The stages of a run over a run folder: encode, cluster, generate, label, assemble, evaluate.
+"""The stages of a run over a run folder: encode, cluster, generate, refine, label, assemble, evaluate.
 
 Every stage divides its units of work over processes, writes one file per unit, skips units whose file is there, and
 meets the other processes only at its end. A unit's folder is named by a digest of everything that decides its content,
@@ -37,6 +37,7 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
+from dq.refine import stage as refinement
 from dq.runfolder import SPEED, Run
 from dq.settings import to_dict
 from dq.spaces import embed, features_of, known_features, prepare_features
@@ -307,19 +308,54 @@ def nearest_images(run: Run, p: Prototypes) -> Tensor:
     return read_images(run.source.train, rows, run.config.image_size, run.config.source.preprocess)[0]
 
 
+# --- refine -------------------------------------------------------------------------------------------------------
+
+
+def refine(run: Run) -> None:
+    """Put the drawn images of every method through its stages (`refine`), in their order."""
+    cache = cache_of(run)
+
+    def weights_of(ipc: int, method: str) -> dict[int, Tensor]:
+        m, cluster_config, cfg = run.resolved(method)
+        copies = cfg.images_per_prototype if cfg.mode != "decode" and m.representative != "real" else 1
+        points = load_prototypes(run, cache, ipc, cluster_config)
+        return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
+
+    drawn = {k: v for k, v in _drawn_folders(run).items() if _is_asked(run, k)}
+    refinement.refine(run, drawn, weights_of)
+
+
+def _is_asked(run: Run, key: str) -> bool:
+    ipc, method = key.split("/", 1)
+    return int(ipc) in run.config.ipc and method in run.config.methods
+
+
 # --- label --------------------------------------------------------------------------------------------------------
 
 
-def _image_folders(run: Run) -> dict[str, Path]:
+def _drawn_folders(run: Run) -> dict[str, Path]:
+    """Folders of the generator's images by "ipc/method"."""
     index = run.folder / "images" / "index.json"
     if not index.is_file():
         raise InputError(f"{run.folder} has no images yet; run `dq generate` first")
     return {k: run.folder / "images" / v for k, v in read_json(index).items()}
 
 
+def _image_folders(run: Run) -> dict[str, Path]:
+    """Folders of the images of the sets by "ipc/method": behind the stages of refinement, where there are any."""
+    drawn = {k: v for k, v in _drawn_folders(run).items() if _is_asked(run, k)}
+    return {k: refinement.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
+
+
 def _images(run: Run, folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
     files = [read_tensors(_class_file(folder, c)) for c in range(len(run.source.class_names))]
     return [t["images"] for t, _ in files], files[0][1]
+
+
+def _stage_labels(run: Run, folder: Path) -> Tensor | None:
+    """Logits (N, C) that the last stage of refinement gave the images; None if it gave none."""
+    files = [read_tensors(_class_file(folder, c))[0] for c in range(len(run.source.class_names))]
+    return torch.cat([t["logits"] for t in files]) if all("logits" in t for t in files) else None
 
 
 def label(run: Run) -> None:
@@ -390,7 +426,7 @@ def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
     m, cluster_config, generate_config = run.resolved(method)
     s = DistilledSet.load(run.folder / "dataset", name)
     now = {
-        "method": {"name": method, **to_dict(m)},
+        "method": _method_provenance(method, m),
         "cluster": _cluster_provenance(run, cluster_config),
         "generate": to_dict(generate_config),
     }
@@ -404,6 +440,10 @@ def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
                     f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
                     "run `dq label` to put it together again, or `dq run`"
                 )
+    if [r["settings"] for r in s.provenance.get("refine", [])] != refinement.asked_settings(run.config, method):
+        raise InputError(
+            f"the set {name} was refined under other settings; run `dq refine` and `dq label`, or `dq run`"
+        )
     return s
 
 
@@ -429,6 +469,11 @@ def _cluster_provenance(run: Run, cluster: ClusterConfig) -> dict[str, Any]:
     return {**to_dict(cluster), "engine": choose_engine(cluster.engine), **teacher}
 
 
+def _method_provenance(name: str, method: MethodConfig) -> dict[str, Any]:
+    """Name and settings of a method; its stages are recorded with their teachers, under `refine`."""
+    return {"name": name, **{k: v for k, v in to_dict(method).items() if k != "refine"}}
+
+
 def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: Path) -> DistilledSet:
     m, cluster_config, generate_config = run.resolved(method)
     prototypes = load_prototypes(run, cache, ipc, cluster_config)
@@ -436,6 +481,8 @@ def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: P
     copies = meta["copies"]
     soft_file = _find_labels(run, folder)
     soft, soft_meta = read_tensors(soft_file) if soft_file else ({}, None)
+    if (own := _stage_labels(run, folder)) is not None:
+        soft, soft_meta = {"logits": own}, {"by": "the teachers of the last stage of refinement"}
 
     def spread(per_prototype: list[Tensor]) -> Tensor:
         return torch.cat([t.repeat_interleave(copies, 0) for t in per_prototype])
@@ -452,10 +499,11 @@ def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: P
         provenance={
             **read_json(run.folder / "provenance.json"),
             "ipc": ipc,
-            "method": {"name": method, **to_dict(m)},
+            "method": _method_provenance(method, m),
             "codec": to_dict(run.config.codec),
             "cluster": _cluster_provenance(run, cluster_config),
             "generate": {**to_dict(generate_config), "start": meta["start"]},
+            "refine": refinement.provenance(run, method, folder),
             "labels": soft_meta,
         },
     )

@@ -33,6 +33,10 @@ LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
     **dict.fromkeys(("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps"), (0, True)),
     **dict.fromkeys(("ema", "dropout", "lr", "jitter", "lighting", "gt_weight", "flip"), (0, True)),
+    **dict.fromkeys(("r_bn", "first_bn_weight", "class_weight", "proximity", "ramp", "recovery_lr"), (0, True)),
+    **dict.fromkeys(("retrieve_complexity", "recovery_epochs"), (0, True)),
+    **dict.fromkeys(("bn_share", "weight"), (0, False)),
+    **dict.fromkeys(("min_classes", "retrieve_pool", "size", "statistics_images"), (1, True)),
 }
 
 
@@ -77,7 +81,8 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _build(next(a for a in args if a is not type(None)), value, where)
+        options = [a for a in args if a is not type(None)]
+        return _build(options[0] if len(options) == 1 else _tagged(options, value, where), value, where)
     if origin is Literal:
         if value not in args:
             raise InputError(f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}")
@@ -104,6 +109,17 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise InputError(f"{where} must be {names.get(hint, hint)}, not {value!r}")
     return value
+
+
+def _tagged(options: list[Any], value: Any, where: str) -> Any:
+    """Of several dataclasses the one whose `stage` the value names."""
+    by_stage = {o.stage: o for o in options}
+    stage = value.get("stage") if isinstance(value, dict) else None
+    if stage not in by_stage:
+        raise InputError(
+            f"{where} must be a mapping whose stage is one of {', '.join(map(repr, by_stage))}, not {value!r}"
+        )
+    return by_stage[stage]
 
 
 def unknown_key(where: str, key: str, known: list[str]) -> str:

@@ -262,4 +262,4 @@ def known_features(run: Run) -> dict[str, Any]:
 def _first_teacher(config: RunConfig) -> dict[str, Any]:
     """The settings of the first teacher that decide its features."""
     settings = to_dict(config.teachers[0])
-    return {k: v for k, v in settings.items() if k not in ("batch_size", "check_images")}
+    return {k: v for k, v in settings.items() if k not in ("batch_size", "check_images", "weight")}

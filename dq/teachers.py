@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from dq.nets import fast_layout, is_library_net, library_net, library_of, make_n
 log = logging.getLogger("dq")
 
 TEACHER_FACTS = "teacher.json"  # beside the weights: network and normalisation, as `dq train-teachers` writes it
+POOL = "pool"  # as teacher.net: the teachers of the pool in teacher.path
 PRETRAINED = "pretrained"  # as teacher.path: the weights that timm or torchvision publishes
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std by channel, of pixels in [0, 1]
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -42,6 +45,8 @@ class Teacher:
     name: str  # for tables
     classes: tuple[int, ...] | None = None  # output of the network for each class; None: all, in order
     image_size: int | None = None  # side in px at which the network sees the images; None: as they are
+    weight: float = 1.0  # of its logits in the mean of several teachers
+    matched: bool = True  # False: it labels, and refinement does not match it
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -68,17 +73,12 @@ class Teacher:
     def features(self, images: Tensor) -> Tensor:
         """What the last linear layer sees of images (N, 3, H, W), in evaluation mode: (N, D) float32 on the CPU. For
         a network without a linear layer, what its last convolution sees."""
-        seen: list[Tensor] = []
         parts = []
-        hook = _head(self.net)[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            with _evaluating(self.net):
-                for x in self._batches(images):
-                    self(x)
-                    parts.append(seen[-1].flatten(1).float().cpu())
-                    seen.clear()
-        finally:
-            hook.remove()
+        with _evaluating(self.net), head_inputs(self.net) as seen:
+            for x in self._batches(images):
+                self(x)
+                parts.append(seen[-1].flatten(1).float().cpu())
+                seen.clear()
         return torch.cat(parts)
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
@@ -88,8 +88,38 @@ class Teacher:
 
 
 def pooled_logits(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
-    """Mean over teachers of `Teacher.logits`: (N, C) float32 on the CPU."""
-    return torch.stack([t.logits(images) for t in teachers]).mean(0)
+    """`average_logits` of `Teacher.logits`: (N, C) float32 on the CPU."""
+    return average_logits([t.logits(images) for t in teachers], [t.weight for t in teachers])
+
+
+def average_logits(logits: Sequence[Tensor], weights: Sequence[float], *, probabilities: bool = False) -> Tensor:
+    """Weighted mean of several teachers' logits (N, C), as EDC and CV-DD average; or the log of the weighted mean of
+    their probabilities."""
+    if len(logits) == 1:
+        return logits[0]
+    shares = [w / sum(weights) for w in weights]
+    if probabilities:
+        logs = [F.log_softmax(x, 1) + math.log(s) for x, s in zip(logits, shares)]
+        return torch.logsumexp(torch.stack(logs), 0)
+    total = logits[0] * shares[0]
+    for x, share in zip(logits[1:], shares[1:]):
+        total = total + x * share
+    return total
+
+
+@contextlib.contextmanager
+def head_inputs(net: nn.Module, *, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """A list to which every forward pass within the block adds what the last linear layer sees; stays empty if it is
+    not `wanted`."""
+    seen: list[Tensor] = []
+    if not wanted:
+        yield seen
+        return
+    hook = _head(net)[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -128,6 +158,8 @@ def load_teacher(
         InputError: if weights are missing, unreadable or those of another network, or if the outputs of the network
             (after `config.classes`) are not `num_classes`, or it cannot see images of this side.
     """
+    if config.net == POOL:
+        raise InputError("a pool stands for several networks, and here one is needed; name a single one first")
     side = config.image_size or image_size
     name, identity = config.net, None
     file = teacher_file(config)
@@ -143,8 +175,19 @@ def load_teacher(
     net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
     mean, std = _normalization(config)
     _check_classes(config, _count_outputs(config, net, side), num_classes)
-    parts = [config.net, identity, digest_of_tensors(net.state_dict()), mean, std, config.classes, config.image_size]
-    return Teacher(net, mean, std, config.batch_size, digest_of(parts), name, config.classes, config.image_size)
+    parts: list[Any] = [
+        config.net,
+        identity,
+        digest_of_tensors(net.state_dict()),
+        mean,
+        std,
+        config.classes,
+        config.image_size,
+    ]
+    if config.weight != 1:
+        parts.append(config.weight)
+    facts = (config.batch_size, digest_of(parts), name, config.classes, config.image_size, config.weight)
+    return Teacher(net, mean, std, *facts)
 
 
 def load_teachers(
@@ -154,14 +197,40 @@ def load_teachers(
     image_size: int,
     device: torch.device,
 ) -> tuple[Teacher, ...]:
-    """Load teachers and check each on real images."""
-    loaded = []
+    """Load teachers and check each on real images. A pool stands for all its teachers, of which the most accurate is
+    checked: some of its members may be weak on purpose."""
+    loaded: list[Teacher] = []
     for config in configs:
+        if config.net == POOL:
+            members = _load_pool(config, source, image_size, device)
+            best = max(members, key=lambda t: t.weight)
+            found = check_teacher(best, source, config, source_config, image_size)
+            log.info(
+                "pool of %d teachers: %.1f %% of %d real images at best",
+                len(members),
+                100 * found,
+                config.check_images,
+            )
+            loaded += members
+            continue
         teacher = load_teacher(config, len(source.class_names), image_size, device)
         found = check_teacher(teacher, source, config, source_config, image_size)
         log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * found, config.check_images)
         loaded.append(teacher)
     return tuple(loaded)
+
+
+def _load_pool(config: TeacherConfig, source: ImageSource, image_size: int, device: torch.device) -> list[Teacher]:
+    from dq.pool import TeacherPool  # which is made of teachers
+
+    pool = TeacherPool.load(config.path, batch_size=config.batch_size, device=device)
+    made_for = (tuple(pool.facts["classes"]), pool.facts["image_size"])
+    if made_for != (source.class_names, image_size):
+        raise InputError(
+            f"the pool {config.path} was made for {len(made_for[0])} classes and images of {made_for[1]} px, not for "
+            f"the {len(source.class_names)} of {source.origin} at {image_size} px, in this order; make another"
+        )
+    return [dataclasses.replace(t, weight=t.weight * config.weight) for t in pool.teachers]
 
 
 def teacher_file(config: TeacherConfig) -> Path | None:
@@ -182,6 +251,10 @@ def teacher_file(config: TeacherConfig) -> Path | None:
             )
         return None
     path = Path(config.path)
+    if config.net == POOL:
+        if not (path / "pool.json").is_file():
+            raise InputError(f"there is no pool in {path}; make one with `dq train-pool`, or correct teachers.N.path")
+        return path / "pool.json"
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"there is no teacher at {file}; set teachers.N.path to a safetensors file or its folder")

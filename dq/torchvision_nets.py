@@ -66,12 +66,13 @@ class MobileNetV2(nn.Module):
                 inputs = outputs
         layers.append(nn.Sequential(*_conv_norm(inputs, 1280, 1, norm, act=nn.ReLU6())))
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
+        head = nn.Linear(1280, num_classes)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), head)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
-        nn.init.normal_(self.classifier[1].weight, std=0.01)
-        nn.init.zeros_(self.classifier[1].bias)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))

@@ -77,7 +77,7 @@ def draw_views(
     spans = batches(n, batch_size, accumulate)
     box = np.tile(np.array([0, 0, side, side], np.int16), (n, 1))
     if config.crop_scale:
-        box = _draw_crops(rng, n, side, config.crop_scale, config.crop_ratio)
+        box = draw_crops(rng, n, side, config.crop_scale, config.crop_ratio)
     flip = (rng.random(n) < config.flip).astype(np.uint8) if config.flip else np.zeros(n, np.uint8)
     places = config.shuffle**2 if config.shuffle > 1 else 0
     shuffle = rng.permuted(np.tile(np.arange(places, dtype=np.uint8), (n, 1)), axis=1)
@@ -99,7 +99,7 @@ def draw_views(
     return Views(order, *(torch.from_numpy(a) for a in arrays))
 
 
-def _draw_crops(
+def draw_crops(
     rng: np.random.Generator, n: int, side: int, scale: tuple[float, ...], ratio: tuple[float, ...]
 ) -> np.ndarray:
     area = side * side * rng.uniform(scale[0], scale[1], (n, CROP_ATTEMPTS))
@@ -164,12 +164,12 @@ def crop_and_flip(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
     Written as two products with one matrix per image and axis.
     """
     top, left, height, width = box.long().unbind(1)
-    rows = _resize_matrix(top, height, x.shape[2], torch.zeros_like(flip))  # (B, H, H)
-    columns = _resize_matrix(left, width, x.shape[3], flip)  # (B, W, W)
+    rows = resize_matrix(top, height, x.shape[2], torch.zeros_like(flip))  # (B, H, H)
+    columns = resize_matrix(left, width, x.shape[3], flip)  # (B, W, W)
     return rows[:, None] @ x @ columns[:, None].mT
 
 
-def _resize_matrix(start: Tensor, length: Tensor, side: int, mirror: Tensor) -> Tensor:
+def resize_matrix(start: Tensor, length: Tensor, side: int, mirror: Tensor) -> Tensor:
     """(B, side, side) weights that stretch `length` pixels from `start` to `side`, backwards where `mirror`."""
     i = torch.arange(side, device=start.device).expand(len(start), -1)
     i = torch.where(mirror[:, None], side - 1 - i, i)

@@ -493,7 +493,7 @@ def fitted(config: StudentConfig, on_epoch: Callable[[int, float], None], **more
         soft_labels=soft,
         pixels=PIXELS,
         seed=1,
-        look=lambda net: accuracy(net, *held_out, pixels=PIXELS),
+        look=lambda net, epoch: accuracy(net, *held_out, pixels=PIXELS),
         on_epoch=on_epoch,
         **more,
     )
@@ -565,7 +565,7 @@ def test_a_resumed_student_keeps_its_best_epoch(tmp_path):
             config=WILD,
             pixels=PIXELS,
             seed=seed,
-            look=lambda net: accuracy(net, *held_out, pixels=PIXELS),
+            look=lambda net, epoch: accuracy(net, *held_out, pixels=PIXELS),
             on_epoch=kill,
             checkpoint=file,
             checkpoint_s=0.0,

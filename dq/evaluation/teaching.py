@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dq.config import EvaluateConfig, RunConfig, StudentConfig
+from dq.config import EvaluateConfig, RunConfig, StudentConfig, TrainTeachersConfig
 from dq.data import ImageSource
 from dq.dist import derive_seed, digest_of, progress, read_json, shard, write_json, write_tensors
 from dq.errors import RunError
@@ -21,6 +21,23 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger("dq")
+
+
+def teacher_recipe(t: TrainTeachersConfig) -> StudentConfig:
+    """The settings of a teacher's training as those of a student."""
+    return StudentConfig(
+        labels="hard",
+        epochs=t.epochs,
+        batch_size=t.batch_size,
+        optimizer="sgd",
+        lr=t.lr,
+        momentum=t.momentum,
+        weight_decay=t.weight_decay,
+        schedule="cosine",
+        augment="crop_flip",
+        dtype=t.dtype,
+        tests=2,  # so that validation images are set aside
+    )
 
 
 def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accelerator) -> list[Path]:
@@ -39,19 +56,7 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
         RunError: if a folder holds a teacher of other settings or data.
     """
     t = config.train_teachers
-    student = StudentConfig(
-        labels="hard",
-        epochs=t.epochs,
-        batch_size=t.batch_size,
-        optimizer="sgd",
-        lr=t.lr,
-        momentum=t.momentum,
-        weight_decay=t.weight_decay,
-        schedule="cosine",
-        augment="crop_flip",
-        dtype=t.dtype,
-        tests=2,  # so that validation images are set aside
-    )
+    student = teacher_recipe(t)
     bench = make_bench(
         source,
         config.source,

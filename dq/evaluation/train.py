@@ -109,7 +109,7 @@ def train_student(
         soft_labels=soft_labels,
         pixels=pixels,
         seed=seed,
-        look=None if watch is None else lambda net: score(net, watch),
+        look=None if watch is None else lambda net, epoch: score(net, watch),
         on_epoch=on_epoch,
         checkpoint=checkpoint,
     )
@@ -143,7 +143,8 @@ def fit(
     soft_labels: Tensor | LabelSource | None = None,
     pixels: Pixels,
     seed: int,
-    look: Callable[[nn.Module], float] | None = None,
+    net: nn.Module | None = None,
+    look: Callable[[nn.Module, int], float] | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None,
     checkpoint_s: float = 60.0,
@@ -163,11 +164,13 @@ def fit(
     Args:
         x: (N, 3, S, S), uint8 or float in [0, 1], on the device to train on.
         y: (N,) int64 there.
-        look: measures the network after some epochs (`looks_at`); the best is kept.
+        net: where to start, trained in place; None: a fresh `config.net`.
+        look: measures the network after some epochs (`looks_at`), whose number it is given; the best is kept.
     """
     device, epochs = x.device, config.epochs
     looks = set(looks_at(epochs, config.tests)) if look is not None else set()
-    net = make_net(config.net, num_classes, x.shape[-1], norm=config.norm, seed=derive_seed(seed, "student init"))
+    if net is None:
+        net = make_net(config.net, num_classes, x.shape[-1], norm=config.norm, seed=derive_seed(seed, "student init"))
     net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
     w = (torch.ones(len(y)) if weights is None else weights).to(device, torch.float32)
     source = soft_labels if config.labels == "soft" and not isinstance(soft_labels, Tensor) else None
@@ -230,7 +233,7 @@ def fit(
             )
         if look is not None and epoch in looks:
             with _averaged(net, state.average):
-                found = look(net)
+                found = look(net, epoch)
                 if not state.looks or found > max(a for _, a in state.looks):
                     state.best = {k: v.detach().clone() for k, v in net.state_dict().items()}
             state.looks.append((epoch, found))

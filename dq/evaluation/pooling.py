@@ -1,0 +1,295 @@
+"""Making pools of weak teachers: prior generation by one training's early checkpoints, post generation by structured
+pruning (Teddy, arXiv 2410.07579; what the paper leaves open is a setting of `train_pool`)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dq.config import EvaluateConfig, RunConfig, StudentConfig
+from dq.data import ImageSource
+from dq.dist import (
+    derive_seed,
+    digest_of,
+    generator,
+    progress,
+    read_json,
+    shard,
+    write_json,
+    write_tensors,
+)
+from dq.errors import InputError, RunError
+from dq.evaluation.bench import Bench, make_bench
+from dq.evaluation.teaching import teacher_recipe
+from dq.evaluation.train import Pixels, accuracy, fit, normalizer
+from dq.pool import MANIFEST, reestimate_bn
+from dq.settings import to_dict
+from dq.teachers import load_teacher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("dq")
+
+BATCH = 500  # images at once where statistics are estimated
+
+
+def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerator) -> Path:
+    """Make the pool that `config.train_pool` describes, in `config.train_pool.output_dir`.
+
+    Prior generation trains one network by the settings of `train_teachers` and keeps it as it was at the end of some
+    epochs. Post generation takes channels out of a trained network and trains each copy briefly. Batch norm
+    statistics of every member are estimated anew over train images. Members outside the window of accuracies are kept
+    in the folder and not used. A killed call goes on where it was; copies are divided over processes.
+
+    Raises:
+        InputError: if torch-pruning is needed and not installed, or the settings do not fit.
+        RunError: if the folder holds a pool of other settings, or no member falls within the window.
+    """
+    p, t = config.train_pool, config.train_teachers
+    folder = Path(p.output_dir)
+    recipe = teacher_recipe(t)
+    bench = make_bench(
+        source,
+        config.source,
+        EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
+        [recipe],
+        image_size=config.image_size,
+        cache_dir=Path(config.cache_dir),
+        teachers=(),
+        device=accelerator.device,
+    )
+    net = p.base.net if p.generation == "post" and p.base else p.net
+    settings: dict[str, Any] = {"pool": to_dict(p), "world": bench.world, "recipe": to_dict(recipe), "seed": t.seed}
+    for key in ("output_dir", "window", "keep_base"):
+        settings["pool"].pop(key)
+    digest = digest_of(settings)
+    known = folder / "settings.json"
+    if known.is_file() and read_json(known)["digest"] != digest:
+        raise RunError(f"{folder} holds a pool of other settings or data; choose another train_pool.output_dir")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(known, {"digest": digest, **settings})
+    if p.generation == "prior":
+        mean, std = bench.mean, bench.std
+        names = _checkpoints(config, bench, folder, recipe, accelerator)
+    else:
+        names, (mean, std) = _pruned(config, bench, folder, recipe, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        members = [read_json(folder / f"{n}.json") for n in names]
+        base = read_json(folder / "base.json")
+        low, high = (w * base["accuracy"] for w in p.window)
+        for m in members:
+            m["used"] = low <= m["accuracy"] <= high
+            verdict = "" if m["used"] else f", outside of {low:.1%} to {high:.1%} and not used"
+            log.info("%s: %.1f %%%s", m["name"], 100 * m["accuracy"], verdict)
+        if not any(m["used"] for m in members):
+            found = ", ".join(f"{m['accuracy']:.1%}" for m in members)
+            raise RunError(
+                f"no member of the pool is within {low:.1%} to {high:.1%} (they reach {found}); choose other "
+                "train_pool.epochs or .prune, or widen train_pool.window"
+            )
+        facts = {
+            "generation": p.generation,
+            "net": net,
+            "mean": mean,
+            "std": std,
+            "classes": list(source.class_names),
+            "image_size": bench.image_size,
+            "base": base,
+            "members": members,
+            "window": list(p.window),
+            "keep_base": p.keep_base,
+            "validation_images": len(bench.validation_rows),
+            "source": {"origin": source.origin, "fingerprint": source.fingerprint},
+            "settings": settings,
+        }
+        write_json(folder / MANIFEST, facts)  # the pool is whole once this file is there
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _checkpoints(
+    config: RunConfig, bench: Bench, folder: Path, recipe: StudentConfig, accelerator: Accelerator
+) -> list[str]:
+    """Prior generation, by the main process: one training is one unit of work."""
+    p, t = config.train_pool, config.train_teachers
+    late = [e for e in p.epochs if e >= t.epochs]
+    if late:
+        raise InputError(
+            f"train_pool.epochs={list(p.epochs)} must end before the training does, at train_teachers.epochs="
+            f"{t.epochs}; the last epoch is the base"
+        )
+    names = [f"epoch-{e:04d}" for e in sorted(p.epochs)]
+    if not accelerator.is_main_process or (folder / "base.json").is_file():
+        return names
+    recipe = dataclasses.replace(recipe, net=p.net, tests=t.epochs)  # a look after every epoch
+    pixels = bench.pixels(recipe)
+    images, labels = _train_images(bench)
+
+    def keep(net: nn.Module, epoch: int) -> float:
+        if epoch in p.epochs or epoch == t.epochs:
+            name = "base" if epoch == t.epochs else f"epoch-{epoch:04d}"
+            return _keep(copy.deepcopy(net), name, folder, bench, pixels, images, config, epoch=epoch)["accuracy"]
+        return 0.0
+
+    with progress([], desc=f"train {p.net}", total=t.epochs, unit="epoch") as bar:
+        fit(
+            images,
+            labels,
+            num_classes=bench.classes,
+            config=recipe,
+            pixels=pixels,
+            seed=derive_seed(t.seed, "pool", p.net),
+            look=keep,
+            on_epoch=lambda epoch, loss: _show(bar, epoch, loss),
+            checkpoint=folder / "checkpoint.safetensors",
+            checkpoint_s=t.checkpoint_s,
+        )
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    return names
+
+
+def _show(bar: Any, epoch: int, loss: float) -> None:
+    bar.update(epoch - bar.n)
+    bar.set_postfix(loss=f"{loss:.3f}")
+
+
+def _pruned(
+    config: RunConfig, bench: Bench, folder: Path, recipe: StudentConfig, accelerator: Accelerator
+) -> tuple[list[str], tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Post generation: copies are units of work."""
+    p, t = config.train_pool, config.train_teachers
+    assert p.base is not None
+    base = load_teacher(p.base, bench.classes, bench.image_size, bench.device)
+    if base.classes is not None or base.image_size not in (None, bench.image_size):
+        raise InputError("a pool is pruned from a network that sees the images as they are and has just their classes")
+    recipe = dataclasses.replace(recipe, net=p.base.net, epochs=max(1, p.recovery_epochs), lr=p.recovery_lr, tests=1)
+    pixels = normalizer(base.mean, base.std)
+    names = [f"pruned-{i:04d}" for i in range(p.size)]
+    todo = ["base", *names]
+    mine = [todo[i] for i in shard([1.0] * len(todo), accelerator.process_index, accelerator.num_processes)]
+    mine = [n for n in mine if not (folder / f"{n}.json").is_file()]
+    if mine:
+        images, labels = _train_images(bench)
+    for name in progress(mine, desc="prune", unit="net", main=accelerator.is_main_process):
+        if name == "base":
+            net = copy.deepcopy(base.net)
+            _keep(net, name, folder, bench, pixels, None, config)
+            continue
+        i = names.index(name)
+        ratio = p.prune[0] + (p.prune[1] - p.prune[0]) * (i / (p.size - 1) if p.size > 1 else 0.5)
+        criterion = p.criteria[i % len(p.criteria)]
+        seed = derive_seed(t.seed, "prune", name)
+        small = prune(base.net, bench.image_size, ratio, criterion, seed=seed)
+        if p.recovery_epochs:
+            small = fit(
+                images,
+                labels,
+                num_classes=bench.classes,
+                config=recipe,
+                pixels=pixels,
+                seed=seed,
+                net=small,
+                checkpoint=folder / f"{name}.checkpoint.safetensors",
+                checkpoint_s=t.checkpoint_s,
+            ).net
+        _keep(small, name, folder, bench, pixels, images, config, ratio=round(ratio, 4), criterion=criterion)
+        (folder / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
+    return names, (base.mean, base.std)
+
+
+def _train_images(bench: Bench) -> tuple[Tensor, Tensor]:
+    images, labels = bench.read(bench.source.train, bench.candidates)
+    return images.to(bench.device), labels.to(bench.device)
+
+
+def _keep(
+    net: nn.Module,
+    name: str,
+    folder: Path,
+    bench: Bench,
+    pixels: Pixels,
+    images: Tensor | None,
+    config: RunConfig,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Estimate batch norm statistics anew (not without `images`), measure on validation images, write; returns what
+    was written beside the weights."""
+    if images is not None:
+        reestimate_bn(net, list(_sample(images, pixels, config.train_pool.statistics_images)))
+    held_out = bench.validation(1.0)
+    if held_out is None:
+        raise InputError("a pool is measured on validation images; set evaluate.validation_images")
+    found = accuracy(net, *held_out, pixels=pixels)
+    write_tensors(folder / f"{name}.safetensors", net.state_dict())
+    channels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
+    record = {"name": name, "file": f"{name}.safetensors", "accuracy": found, "channels": channels, **facts}
+    write_json(folder / f"{name}.json", record)
+    return record
+
+
+def _sample(images: Tensor, pixels: Pixels, number: int) -> Iterator[Tensor]:
+    rows = torch.randperm(len(images), generator=generator("pool statistics"))[:number]
+    for part in rows.split(BATCH):
+        yield pixels(images[part.to(images.device)])
+
+
+def prune(net: nn.Module, image_size: int, ratio: float, criterion: str, *, seed: int) -> nn.Module:
+    """A copy of a network without this share of its channels, structurally pruned group by group (DepGraph, Fang et
+    al. 2023, by the torch-pruning library).
+
+    The channels of the classifier's output stay. Of a network whose shortcuts pad channels with zeros only the inner
+    channels of its blocks are pruned, since no group of channels runs through such a shortcut.
+
+    Args:
+        criterion: "magnitude" takes the channels with the least norm of weights, "random" any.
+        seed: of the random criterion.
+
+    Raises:
+        InputError: if torch-pruning is not installed, or cannot prune the network.
+    """
+    try:
+        import torch_pruning as tp
+    except ImportError as e:
+        raise InputError(
+            "generation=post needs torch-pruning, which is not installed; pip install 'dq-distill[pruning]', "
+            "or set train_pool.generation=prior"
+        ) from e
+    from dq.nets import ShortcutA, seeded
+
+    device = next(net.parameters()).device
+    copied = copy.deepcopy(net).eval().requires_grad_(True)
+    heads = [m for m in copied.modules() if isinstance(m, nn.Linear)]
+    ignored: list[nn.Module] = [heads[-1]] if heads else []
+    if any(isinstance(m, ShortcutA) for m in copied.modules()):
+        ignored += [
+            m for n, m in copied.named_modules() if isinstance(m, nn.Conv2d) and (n == "conv1" or n.endswith("conv2"))
+        ]
+    importance = (
+        tp.importance.MagnitudeImportance(p=2) if criterion == "magnitude" else tp.importance.RandomImportance()
+    )
+    example = torch.zeros(1, 3, image_size, image_size, device=device)
+    try:
+        with seeded(seed):
+            pruner = tp.pruner.BasePruner(
+                copied, example, importance=importance, pruning_ratio=ratio, ignored_layers=ignored
+            )
+            pruner.step()
+        with torch.no_grad():
+            copied(example)
+    except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, ValueError) as e:
+        said = " ".join(str(e).split())[:120]
+        raise InputError(
+            f"torch-pruning cannot prune this {type(net).__name__} ({type(e).__name__}: {said}); choose another "
+            "train_pool.base, or train_pool.generation=prior"
+        ) from e
+    return copied

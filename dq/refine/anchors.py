@@ -1,0 +1,118 @@
+"""What the residual merges of FADRM bring back: the images themselves, patches of real images, a set from a file, or
+at every merge the nearest of a pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dq.config import FADRM, SourceConfig
+from dq.data import ImageSource
+from dq.dist import derive_seed
+from dq.errors import InputError
+from dq.foreign import read_set
+from dq.patches import patch_images
+from dq.refine.measure import total_variation
+from dq.teachers import Teacher
+
+PATCH_POOL = 300  # images of a class whose crops are scored (RDED)
+
+
+def patch_anchors(
+    source: ImageSource,
+    label: int,
+    number: int,
+    *,
+    teacher: Teacher,
+    image_size: int,
+    source_config: SourceConfig,
+    rank: str,
+    seed: int,
+) -> Tensor:
+    """The best-known crops of `number` real images of a class, (number, 3, S, S) uint8, in the order of `rank`.
+
+    FADRM's own starting images come from an unpublished script; their names say that they were cut as RDED cuts them.
+
+    Raises:
+        InputError: if the class has fewer images.
+    """
+    found = patch_images(
+        source,
+        number,
+        teacher=teacher,
+        image_size=image_size,
+        source_config=source_config,
+        seed=derive_seed(seed, "anchors"),
+        classes=[label],
+        pool=max(PATCH_POOL, number),
+        rank=rank,  # type: ignore[arg-type]
+    ).images
+    if len(found) < number:
+        raise InputError(
+            f"class {label} {source.class_names[label]!r} has {len(found)} images for {number} anchors; "
+            "use anchors=init, fewer images per class, or a smaller retrieve_pool"
+        )
+    return found
+
+
+def file_anchors(config: FADRM, class_names: tuple[str, ...], counts: list[int], image_size: int) -> list[Tensor]:
+    """The images of each class of a set from a file, (n_c, 3, S, S) uint8, the first for the first image and so on.
+
+    Raises:
+        InputError: if the set has too few images of a class, or of another size.
+    """
+    s = read_set(str(config.anchor_path), class_names, image_size=image_size)
+    if s.images.shape[-1] != image_size:
+        raise InputError(
+            f"the anchors in {config.anchor_path} have {s.images.shape[-1]} px, the images {image_size}; resize them"
+        )
+    images = s.images_uint8()
+    found = []
+    for label, (name, count) in enumerate(zip(class_names, counts)):
+        own = images[s.labels == label]
+        if len(own) < count:
+            raise InputError(
+                f"{config.anchor_path} has {len(own)} anchors of class {label} {name!r} for {count} images; add some"
+            )
+        found.append(own[:count])
+    return found
+
+
+@dataclass(frozen=True)
+class AnchorPool:
+    """Candidate anchors of each class, with what they are chosen by."""
+
+    images: list[Tensor]  # (P_c, 3, S, S) uint8 by class
+    features: list[Tensor]  # (P_c, d) unit length
+    complexity: list[Tensor]  # (P_c,) total variation by that of the class's mean candidate
+
+
+def make_pool(images: list[Tensor], teacher: Teacher) -> AnchorPool:
+    """A pool of these images by class, seen by a teacher."""
+    variation = [total_variation(x) for x in images]
+    mean = torch.cat(variation).mean().clamp(min=1e-12)
+    return AnchorPool(images, [_unit(teacher.features(x)) for x in images], [v / mean for v in variation])
+
+
+def nearest_anchors(x: Tensor, labels: Tensor, pool: AnchorPool, teacher: Teacher, complexity: float) -> Tensor:
+    """For every image the candidate of its class with the least |f(x) - f(p)|^2 + complexity TV(p), f unit features of
+    a teacher and TV relative to the mean of all candidates: (B, 3, S, S) float32 in [0, 1].
+
+    In the spirit of RETA's dynamic retrieval (arXiv 2602.24144), which also trades fit against complexity; its score
+    was not at hand, so this one is ours.
+
+    Args:
+        x: (B, 3, S, S) float32 in [0, 1], the images before a merge.
+    """
+    features = _unit(teacher.features(x))
+    chosen = []
+    for f, label in zip(features, labels.tolist()):
+        scores = (pool.features[label] - f).square().sum(1) + complexity * pool.complexity[label]
+        chosen.append(pool.images[label][int(scores.argmin())])
+    return torch.stack(chosen).float() / 255
+
+
+def _unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features, dim=1)

@@ -1,0 +1,53 @@
+"""What one step of refinement sees of a batch: one crop, one mirror and one circular shift for all of its images.
+
+Batch statistics are matched over the batch, and one view keeps them those of images that were looked at alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq.config import RefineConfig
+from dq.dist import derive_seed
+from dq.views import draw_crops, resize_matrix
+
+
+@dataclass(frozen=True)
+class View:
+    """The draws of one step."""
+
+    box: tuple[int, int, int, int]  # px: top, left, height, width
+    flip: bool
+    shift: tuple[int, int]  # px down and right
+
+
+def draw_view(config: RefineConfig, side: int, jitter: int, *, seed: int, step: int) -> View:
+    """Crop, mirror and shift of a step: a pure function of its arguments, so that any step can be drawn again."""
+    rng = np.random.default_rng(derive_seed(seed, "view", step))
+    box = (0, 0, side, side)
+    if config.crop_scale:
+        box = tuple(draw_crops(rng, 1, side, config.crop_scale, config.crop_ratio)[0].tolist())
+    flip = bool(rng.random() < config.flip)
+    down, right = rng.integers(0, jitter + 1, size=2).tolist()
+    return View(box, flip, (down, right))
+
+
+def look(x: Tensor, view: View) -> Tensor:
+    """The view of images (B, C, S, S), differentiable: the crop resized to S (bilinear, half-pixel centres, as
+    torchvision's RandomResizedCrop; enlarging needs no antialiasing), mirrored, rolled around."""
+    side = x.shape[-1]
+    down, right = view.shift
+    top, left, height, width = view.box
+    if (height, width) == (side, side):
+        x = x.flip(3) if view.flip else x
+        return torch.roll(x, (down, right), (2, 3)) if down or right else x
+    start, length, mirror = (
+        torch.tensor(v, device=x.device) for v in ((top, left), (height, width), (False, view.flip))
+    )
+    matrices = resize_matrix(start, length, side, mirror)  # (2, S, S)
+    rows, columns = matrices[0].roll(down, 0), matrices[1].roll(right, 0)
+    return rows @ x @ columns.T

@@ -1,0 +1,72 @@
+"""What a refinement did to its images, measured before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dq.teachers import Teacher
+
+
+def measure(
+    images: Tensor, labels: Tensor, anchor: Tensor, teachers: Sequence[Teacher], judges: Sequence[Teacher]
+) -> dict[str, Any]:
+    """Sums over a batch of float images (B, 3, S, S) in [0, 1]: hits and cross-entropy of every teacher and judge,
+    total variation, and root mean squared distance to the anchor, both in grey levels."""
+
+    def judged(t: Teacher) -> dict[str, Any]:
+        logits = t.logits(images)
+        hits = int((logits.argmax(1) == labels).sum())
+        return {"name": t.name, "hits": hits, "cross_entropy": float(F.cross_entropy(logits, labels, reduction="sum"))}
+
+    distance = (images - anchor).square().mean((1, 2, 3)).sqrt() * 255
+    return {
+        "teachers": [judged(t) for t in teachers],
+        "judges": [judged(t) for t in judges],
+        "variation": float(total_variation(images).sum()),
+        "anchor_distance": float(distance.sum()),
+    }
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means before and after of the measures of all batches."""
+    total = sum(r["images"] for r in records)
+    found: dict[str, Any] = {"images": total, "batches": len(records)}
+    for when in ("before", "after"):
+        sums = [r[when] for r in records]
+        found[when] = {k: round(sum(s[k] for s in sums) / total, 4) for k in ("variation", "anchor_distance")}
+        for group in ("teachers", "judges"):
+            found[when][group] = [
+                {
+                    "name": sums[0][group][i]["name"],
+                    "accuracy": round(sum(s[group][i]["hits"] for s in sums) / total, 5),
+                    "cross_entropy": round(sum(s[group][i]["cross_entropy"] for s in sums) / total, 5),
+                }
+                for i in range(len(sums[0][group]))
+            ]
+    return found
+
+
+def sentence(summary: dict[str, Any]) -> str:
+    """What a stage did, for a log."""
+
+    def mean(when: str, group: str) -> str:
+        values = [t["accuracy"] for t in summary[when][group]]
+        return f"{100 * sum(values) / len(values):.1f} %"
+
+    said = f"teachers {mean('before', 'teachers')} -> {mean('after', 'teachers')}"
+    if summary["after"]["judges"]:
+        said += f", judges {mean('before', 'judges')} -> {mean('after', 'judges')}"
+    return f"{said}, {summary['after']['anchor_distance']:.1f} grey levels from the anchors"
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels of each image (N, 3, S, S), uint8 or float in [0, 1], in grey
+    levels: (N,)."""
+    x = images.float() if images.dtype == torch.uint8 else images * 255
+    down, right = (x[:, :, 1:] - x[:, :, :-1]).abs(), (x[..., 1:] - x[..., :-1]).abs()
+    return (down.mean((1, 2, 3)) + right.mean((1, 2, 3))) / 2

@@ -1,0 +1,361 @@
+"""The one loop of the stages that optimise pixels: Adam on a batch of images against frozen teachers, in blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dq.codec import DTYPES
+from dq.config import RefineConfig
+from dq.errors import InputError, RunError
+from dq.refine.augment import draw_view, look
+from dq.refine.statistics import Layer, StatMatcher, layer_weights, trace_layers
+from dq.teachers import Teacher, head_inputs
+
+log = logging.getLogger("dq")
+
+TERMS = ("cross_entropy", "statistics", "classes", "proximity")  # the weighted terms of the loss, columns of a trace
+SCALE = 65536.0  # first loss scale of float16
+BAD_SHARE = 0.05  # of the steps of a block whose float16 loss may overflow before the block is done again in float32
+CALIBRATION_VIEWS = 8
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Blocks of steps at one size each; behind each but the last the anchor is merged in."""
+
+    sizes: tuple[int, ...]  # side in px in each block
+    steps: tuple[int, ...]
+    lr: float
+    alpha: float = 1.0  # share of the optimised image in a merge; 1: no merge
+    jitter: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step from 0: one cosine from lr to 0 over all blocks."""
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / sum(self.steps)))
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A teacher with what is matched of it."""
+
+    teacher: Teacher
+    layers: tuple[Layer, ...]  # in the order of calls; empty for a network without batch norm
+    weights: Tensor  # (L,) of all layers
+    kept: Tensor  # (L,) of the layers that are matched
+    r_bn: float
+    class_means: Tensor | None = None  # (C, d) mean last feature of the real images of each class
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What a stage makes of a batch."""
+
+    images: Tensor  # (B, 3, S, S) float32 in [0, 1]
+    trace: Tensor  # (steps, 4) float32, the terms of the loss by `TERMS`
+    blocks: Tensor  # (blocks + 1, B, 3, S, S) float32 in [0, 1]: the start, and the images at the end of each block
+    soft_labels: Tensor | None = None  # (B, C) logits
+    precision: str = "float32"  # of the teachers; "float32" also where a block in float16 had to be done again
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an interrupted batch goes on: behind a block nothing else is remembered, since Adam starts anew there and
+    the draws of a step depend on its number."""
+
+    block: int  # finished blocks
+    x: Tensor  # (B, 3, D, D) normalised, not yet merged
+    trace: Tensor  # (steps so far, 4)
+    blocks: Tensor
+
+
+def make_critics(
+    teachers: Sequence[Teacher],
+    config: RefineConfig,
+    *,
+    side: int,
+    sizes: Sequence[int],
+    drop: float | None = None,
+    class_means: Sequence[Tensor | None] | None = None,
+) -> tuple[Critic, ...]:
+    """Teachers as critics of images.
+
+    Args:
+        sizes: sides in px at which the teachers will see images.
+        drop: in place of `config.depth.drop`, if that is left to a rule.
+
+    Raises:
+        InputError: for a teacher that cannot see images of one of these sizes; if none has batch norm.
+    """
+    if not teachers:
+        raise InputError("refinement needs a teacher; set teachers, or refine.N.teachers")
+    critics = []
+    for i, teacher in enumerate(teachers):
+        for size in sorted({side, *sizes}):
+            _check_side(teacher, size)
+        layers = trace_layers(teacher.net, functools.partial(_grey, teacher, side))
+        weights, kept = layer_weights(layers, config.depth, first_weight=config.first_bn_weight, drop=drop)
+        means = class_means[i] if class_means else None
+        critics.append(Critic(teacher, tuple(layers), weights, kept, config.r_bn, means))
+    if config.r_bn and not any(c.layers for c in critics):
+        names = ", ".join(t.name for t in teachers)
+        raise InputError(
+            f"no teacher has batch norm ({names}), whose statistics are matched; add one that has, or set r_bn=0 "
+            "for the cross-entropy alone"
+        )
+    return tuple(critics)
+
+
+@torch.no_grad()
+def _grey(teacher: Teacher, size: int) -> None:
+    device = next(teacher.net.parameters()).device
+    teacher(torch.full((2, 3, size, size), 0.5, device=device))
+
+
+def _check_side(teacher: Teacher, size: int) -> None:
+    try:
+        _grey(teacher, size)
+    except (AssertionError, RuntimeError, ValueError) as e:
+        said = " ".join(str(e).split())[:120]
+        raise InputError(
+            f"the teacher {teacher.name} cannot see images of {size} px ({said}); set sizes to the side it was made "
+            "for, or its image_size, to which every image is then resized"
+        ) from e
+
+
+def optimise(
+    start: Tensor,
+    labels: Tensor,
+    *,
+    config: RefineConfig,
+    schedule: Schedule,
+    critics: Sequence[Critic],
+    choose: Callable[[int], int],
+    seed: int,
+    anchors: Tensor | Callable[[Tensor, int], Tensor] | None = None,
+    image_weights: Tensor | None = None,
+    resume: Progress | None = None,
+    on_block: Callable[[Progress], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Refined:
+    """Minimise CE(f(A(x)), y) + r_bn S_f(A(x)) + ... over the pixels of a batch.
+
+    x is kept in the normalisation of the first teacher, in which the learning rate is meant, and within the range of
+    pixels. The teacher f of step t is `critics[choose(t)]`, the view A of step t is drawn from (seed, t). Every block
+    has an Adam of its own (FADRM, section 3.2 and released code).
+
+    Args:
+        start: (B, 3, S, S) float32 in [0, 1], where the first block begins.
+        labels: (B,) classes.
+        anchors: (B, 3, S, S) in [0, 1], what merges bring back; or a function of the images at hand (B, 3, S, S) in
+            [0, 1] and the number of the merge that gives them; None: `start`.
+        image_weights: (B,) for `config.weighted`.
+        on_block: told after every block but the last what `resume` takes to go on from there.
+
+    Raises:
+        RunError: if the loss stops being a number.
+    """
+    teacher = critics[0].teacher
+    device = next(teacher.net.parameters()).device
+    mean, std = (start.new_tensor(v, device=device).view(1, -1, 1, 1) for v in (teacher.mean, teacher.std))
+    low, high = -mean / std, (1 - mean) / std
+    side = start.shape[-1]
+    start, labels = start.to(device), labels.to(device)
+    x0 = (start - mean) / std
+    weights = image_weights.to(device) if config.weighted and image_weights is not None else None
+    precision = config.dtype
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(critics))
+        matchers = [
+            stack.enter_context(StatMatcher(c.layers, c.kept, norm=config.norm, image_weights=weights))
+            for c in critics
+        ]
+        ratios = [1.0] * len(critics)
+        if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):
+            first = resample(x0, schedule.sizes[0])
+            ratios = [_ratio(c, first * std + mean, config, schedule, seed, i) for i, c in enumerate(critics)]
+
+        def step_loss(x: Tensor, step: int) -> Tensor:
+            """The terms of the loss (4,) at a step."""
+            i = choose(step)
+            critic, matcher = critics[i], matchers[i]
+            size = x.shape[-1]
+            seen = look(x, draw_view(config, size, schedule.jitter, seed=seed, step=step)) * std + mean
+            half = torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
+            with half, head_inputs(critic.teacher.net, wanted=critic.class_means is not None) as features:
+                logits = critic.teacher.differentiable(seen)
+            zero = x.new_zeros(())
+            entropy = F.cross_entropy(logits, labels)
+            statistics = critic.r_bn * ratios[i] * matcher.distance() if critic.layers else zero
+            classes = zero
+            if critic.class_means is not None and config.class_weight:
+                classes = config.class_weight * class_distance(features[-1], labels, critic.class_means)
+            near = zero
+            if config.proximity:
+                near = config.proximity * F.mse_loss(x, resample(x0, size))
+            return torch.stack([entropy, statistics, classes, near])
+
+        done = resume.block if resume else 0
+        trace = [resume.trace] if resume else []
+        ends = [resume.blocks] if resume else [start[None].cpu()]
+        x = resume.x.to(device) if resume else resample(x0, schedule.sizes[0])
+        for block in range(done, len(schedule.sizes)):
+            if block:  # merge behind the block before
+                x = resample(x, schedule.sizes[block])
+                if schedule.alpha < 1:
+                    given = anchors(ends[-1][-1], block - 1) if callable(anchors) else anchors
+                    anchor = x0 if given is None else (given.to(device) - mean) / std
+                    x = schedule.alpha * x + (1 - schedule.alpha) * resample(anchor, schedule.sizes[block])
+            first_step = sum(schedule.steps[:block])
+            steps = range(first_step, first_step + schedule.steps[block])
+            walk = (x, steps, step_loss, schedule, config, (low, high), on_step)
+            try:
+                x, found = _block(*walk, scaled=precision == "float16")
+            except _Overflow as e:
+                log.warning("note: %s; the block is done again in float32", e)
+                precision = "float32"
+                x, found = _block(*walk, scaled=False)
+            if not (torch.isfinite(found).all() or precision == "float16") or not torch.isfinite(x).all():
+                bad = first_step + int((~torch.isfinite(found)).any(1).float().argmax())
+                raise RunError(
+                    f"the loss of the refinement is not a number in step {bad} of {sum(schedule.steps)} (teacher "
+                    f"{critics[choose(bad)].teacher.name}, {precision}); lower its lr, now {schedule.lr:g}, or r_bn"
+                )
+            trace.append(found)
+            pixels = resample((x * std + mean).clamp(0, 1), side).cpu()
+            ends.append(pixels[None])
+            if on_block is not None and block + 1 < len(schedule.sizes):
+                on_block(Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends)))
+    return Refined(pixels, torch.cat(trace), torch.cat(ends), precision=precision)
+
+
+class _Overflow(Exception):
+    """Too many float16 losses of a block were not finite."""
+
+
+def _block(
+    x: Tensor,
+    steps: range,
+    step_loss: Callable[[Tensor, int], Tensor],
+    schedule: Schedule,
+    config: RefineConfig,
+    bounds: tuple[Tensor, Tensor],
+    on_step: Callable[[int], None] | None,
+    *,
+    scaled: bool,
+) -> tuple[Tensor, Tensor]:
+    """One block: the images at its end, and the terms of its losses (steps, 4) on the CPU."""
+    x = x.detach().clone().contiguous().requires_grad_(True)
+    optimizer = torch.optim.Adam([x], lr=schedule.lr, betas=config.betas)  # type: ignore[arg-type]
+    # The released code shares one scaler among all batches; here a block starts its own, as results must not depend
+    # on which process did what before
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=SCALE, enabled=scaled)
+    trace = torch.zeros(len(steps), len(TERMS), device=x.device)  # read at the end: no wait within a step
+    for i, step in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
+        terms = step_loss(x, step)
+        optimizer.zero_grad()
+        scaler.scale(terms.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            x.clamp_(*bounds)
+            trace[i] = terms.detach()
+        if on_step is not None:
+            on_step(step)
+    found = trace.cpu()
+    bad = int((~torch.isfinite(found)).any(1).sum())
+    if scaled and (bad > BAD_SHARE * len(steps) or scaler.get_scale() < 1):
+        raise _Overflow(f"{bad} of {len(steps)} losses of a block overflow in float16")
+    return x.detach(), found
+
+
+def resample(x: Tensor, size: int) -> Tensor:
+    """Images (B, C, S, S) at another side: bilinear, half-pixel centres, no antialiasing (FADRM's released code)."""
+    if x.shape[-1] == size:
+        return x
+    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the classes of a batch of | mean feature of its images - target |_2.
+
+    Args:
+        features: (B, ...) last features.
+        targets: (C, d) mean feature of the real images of each class.
+    """
+    x = features.flatten(1).float()
+    member = F.one_hot(labels, len(targets)).to(x.dtype)  # (B, C)
+    counts = member.sum(0)
+    present = counts > 0
+    means = (member.T @ x)[present] / counts[present, None]
+    return torch.linalg.vector_norm(means - targets.to(x)[present], dim=1).mean()
+
+
+@torch.no_grad()
+def _ratio(critic: Critic, pixels: Tensor, config: RefineConfig, schedule: Schedule, seed: int, number: int) -> float:
+    """How many times smaller the kept layers' sum is than that of all, at the first view of the start."""
+    sums = []
+    seen = look(pixels, draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=number))
+    for weights in (critic.kept, critic.weights):
+        with StatMatcher(critic.layers, weights, norm=config.norm) as matcher:
+            critic.teacher(seen)
+            sums.append(float(matcher.distance()))
+    return sums[1] / sums[0] if sums[0] > 0 else 1.0
+
+
+@torch.no_grad()
+def calibrate(
+    critics: Sequence[Critic], start: Tensor, config: RefineConfig, schedule: Schedule, classes: int, *, seed: int
+) -> list[float]:
+    """r_bn of every teacher such that r_bn S at the start is `config.bn_share` times ln(classes), the cross-entropy of
+    a guess; S is the mean over a few views of images (B, 3, S, S) in [0, 1]. As it is without `bn_share`.
+
+    What a distance of statistics weighs depends on the depth and the width of a network: r_bn = 0.01 is FADRM's for a
+    ResNet-18, and users report a hundred times the distance for a ResNet-50.
+    """
+    if config.bn_share is None:
+        return [c.r_bn for c in critics]
+    rates = []
+    for critic in critics:
+        if not critic.layers:
+            rates.append(0.0)
+            continue
+        device = next(critic.teacher.net.parameters()).device
+        pixels = resample(start.to(device), schedule.sizes[0])
+        sums = []
+        with evaluating([critic]), StatMatcher(critic.layers, critic.weights, norm=config.norm) as matcher:
+            for step in range(CALIBRATION_VIEWS):
+                view = draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=step)
+                critic.teacher(look(pixels, view))
+                sums.append(float(matcher.distance()))
+        mean = sum(sums) / len(sums)
+        rates.append(config.bn_share * math.log(classes) / mean if mean > 0 else config.r_bn)
+    return rates
+
+
+@contextlib.contextmanager
+def evaluating(critics: Sequence[Critic]) -> Iterator[None]:
+    """The critics' networks in evaluation mode and without gradients of weights, and as they were after it."""
+    nets = [c.teacher.net for c in critics]
+    modes = [(m, m.training) for net in nets for m in net.modules()]
+    learning = [p for net in nets for p in net.parameters() if p.requires_grad]
+    for net in nets:
+        net.eval()
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p in learning:
+            p.requires_grad_(True)

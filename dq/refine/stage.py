@@ -1,0 +1,528 @@
+"""The refine stage of a run: batches of the drawn images as units of work over processes, files, resume, measurements.
+
+A method's stages follow one another; each reads the class files of a folder and writes those of another, beside one
+file per batch. Folders are named by a digest of all that decides their content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dq.config import FADRM, RunConfig, Teddy
+from dq.dist import (
+    append_jsonl,
+    derive_seed,
+    digest_of,
+    digest_of_tensors,
+    progress,
+    read_json,
+    read_metadata,
+    read_tensors,
+    readable,
+    write_json,
+    write_tensors,
+)
+from dq.errors import InputError
+from dq.refine import anchors, fadrm, teddy
+from dq.refine.batches import compose_batches
+from dq.refine.measure import measure, sentence, summarize
+from dq.refine.pixels import Critic, Progress, Refined, Schedule, calibrate, make_critics
+from dq.refine.statistics import pad_drop
+from dq.runfolder import Run
+from dq.settings import to_dict
+from dq.spaces import extract_features, open_features
+from dq.teachers import Teacher, load_teachers
+
+log = logging.getLogger("dq")
+
+Stage = FADRM | Teddy
+INDEX = "refined.json"  # in images/: which folder holds the refined images of a method
+SPEED = ("path", "batch_size", "check_images")  # of a teacher: where it lies and how fast it looks
+STRIP = 10  # images of the first batch that are kept from the end of every block
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def stages_of(config: RunConfig, method: str) -> tuple[Stage, ...]:
+    """The stages behind the generator for a method, in order."""
+    own = config.methods[method].refine
+    return config.refine if own is None else own
+
+
+def stage_settings(stage: Stage) -> dict[str, Any]:
+    """The settings of a stage that decide its images, as plain data."""
+    settings = to_dict(stage)
+    for group in ("teachers", "judges"):
+        settings[group] = [{k: v for k, v in t.items() if k not in SPEED} for t in settings[group]]
+    return settings
+
+
+def refined_folder(run: Run, ipc: int, method: str, drawn: Path) -> Path:
+    """Where the images of a method are behind its stages; `drawn` if it has none.
+
+    Raises:
+        InputError: if the stages have not been run on these images with these settings.
+    """
+    stages = stages_of(run.config, method)
+    if not stages:
+        return drawn
+    index = run.folder / "images" / INDEX
+    known = read_json(index).get(f"{ipc}/{method}") if index.is_file() else None
+    if known is None or known["asked"] != _asked(run.config, method, drawn):
+        raise InputError(
+            f"{run.folder} has no refined images of method {method!r} at ipc {ipc} for the present settings; "
+            "run `dq refine` first"
+        )
+    return run.folder / "images" / known["folder"]
+
+
+def asked_settings(config: RunConfig, method: str) -> list[dict[str, Any]]:
+    """`stage_settings` of a method's stages with the teachers that they fall back on."""
+    stages = stages_of(config, method)
+    return [stage_settings(s if s.teachers else dataclasses.replace(s, teachers=config.teachers)) for s in stages]
+
+
+def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
+    """What was done to the images in `folder`, stage by stage: settings as asked and as filled in, teachers, measures
+    before and after."""
+    chain: list[dict[str, Any]] = []
+    for settings in reversed(asked_settings(run.config, method)):
+        summary, manifest = read_json(folder / "summary.json"), read_json(folder / "manifest.json")
+        chain.insert(0, {"settings": settings, "resolved": manifest["settings"], "summary": summary})
+        chain[0]["teachers"] = [{k: t[k] for k in ("name", "digest", "r_bn")} for t in manifest["teachers"]]
+        folder = folder.parent / summary["from"]
+    return chain
+
+
+def _asked(config: RunConfig, method: str, drawn: Path) -> str:
+    """Digest of what a user asked for, which needs no teacher to be loaded."""
+    return digest_of([drawn.name, asked_settings(config, method)])
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage on the images of one folder."""
+
+    stage: Stage  # with every None filled in
+    level: int  # stages before it
+    ipc: int
+    source: Path  # folder of class files
+    folder: Path
+    counts: tuple[int, ...]
+    batches: list[list[tuple[int, int]]]
+    schedule: Schedule
+    teachers: tuple[Teacher, ...]  # all
+    judges: tuple[Teacher, ...]
+    weights: dict[int, Tensor] | None  # by class, of the images in the set
+
+    @property
+    def matched(self) -> tuple[Teacher, ...]:
+        return tuple(t for t in self.teachers if t.matched)
+
+    def batch_file(self, number: int) -> Path:
+        return self.folder / f"batch-{number:05d}.safetensors"
+
+
+def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], dict[int, Tensor]]) -> None:
+    """Refine the images of every method that has stages; batches that are there are left alone.
+
+    Args:
+        drawn: folders of the drawn images by "ipc/method".
+        weights_of: weights of the images of a set by class, for stages with `weighted`.
+    """
+    if not any(stages_of(run.config, m) for m in run.config.methods):
+        return
+    loaded: dict[str, tuple[Teacher, ...]] = {}
+    folders = dict(drawn)
+    for level in range(max(len(stages_of(run.config, m)) for m in run.config.methods)):
+        jobs: dict[Path, Job] = {}
+        for key in drawn:
+            ipc, method = key.split("/", 1)
+            stages = stages_of(run.config, method)
+            if level < len(stages):
+                job = _job(run, stages[level], level, int(ipc), folders[key], loaded, weights_of, method)
+                folders[key] = job.folder
+                jobs.setdefault(job.folder, job)
+        _run_level(run, list(jobs.values()))
+    if run.main:
+        path = run.folder / "images" / INDEX
+        index = read_json(path) if path.is_file() else {}
+        for key in drawn:
+            method = key.split("/", 1)[1]
+            if stages_of(run.config, method):
+                index[key] = {"folder": folders[key].name, "asked": _asked(run.config, method, drawn[key])}
+        write_json(path, index)
+    run.accelerator.wait_for_everyone()
+
+
+def _job(
+    run: Run,
+    stage: Stage,
+    level: int,
+    ipc: int,
+    source: Path,
+    loaded: dict[str, tuple[Teacher, ...]],
+    weights_of: Callable[[int, str], dict[int, Tensor]],
+    method: str,
+) -> Job:
+    c = run.config
+
+    def load(configs: Sequence[Any]) -> tuple[Teacher, ...]:
+        key = digest_of([to_dict(t) for t in configs])
+        if key not in loaded:
+            loaded[key] = load_teachers(configs, run.source, c.source, c.image_size, run.device)
+        return loaded[key]
+
+    configs = stage.teachers or c.teachers
+    if not configs:
+        raise InputError(f"the stage {stage.stage!r} needs a teacher; set teachers, or refine.{level}.teachers")
+    teachers, judges = load(configs), load(stage.judges) if stage.judges else ()
+    matched = sum(t.matched for t in teachers)
+    if isinstance(stage, FADRM):
+        stage = fadrm.resolve(stage, side=c.image_size, teachers=matched)
+        schedule = fadrm.schedule_of(stage)
+    else:
+        schedule = teddy.schedule_of(stage, side=c.image_size)
+    counts = tuple(_count(_class_file(source, i)) for i in range(len(run.source.class_names)))
+    batches = compose_batches(counts, stage.batch_size or 1, compose=stage.compose, min_classes=stage.min_classes)
+    weights = weights_of(ipc, method) if stage.weighted else None
+    identity: list[Any] = [
+        source.name,
+        stage_settings(stage),
+        [t.digest for t in teachers],
+        [t.digest for t in judges],
+        run.config.seed,
+        level,
+    ]
+    if weights is not None:
+        identity.append(digest_of_tensors({str(k): v for k, v in weights.items()}))
+    if stage.class_weight or (
+        isinstance(stage, FADRM) and (stage.anchors == "real_patch" or stage.retrieve != "none")
+    ):
+        identity += [run.source.fingerprint, c.source.preprocess]
+    if isinstance(stage, FADRM) and stage.anchor_path:
+        identity.append(digest_of_tensors({"anchors": torch.cat(_file_anchors(run, stage, counts))}))
+    if stage.depth.drop is None:
+        identity.append(_pad_drop(run, ipc))
+    folder = run.folder / "images" / f"ipc{ipc:05d}-{stage.stage}-{digest_of(identity)}"
+    return Job(stage, level, ipc, source, folder, counts, batches, schedule, teachers, judges, weights)
+
+
+def _pad_drop(run: Run, ipc: int) -> float:
+    counts = run.source.class_counts()
+    return pad_drop(ipc, round(counts.sum() / len(counts)))
+
+
+def _file_anchors(run: Run, stage: FADRM, counts: Sequence[int]) -> list[Tensor]:
+    return anchors.file_anchors(stage, run.source.class_names, list(counts), run.config.image_size)
+
+
+def _run_level(run: Run, jobs: list[Job]) -> None:
+    """Prepare, refine and put together the jobs of one level; batches of all of them are divided over processes."""
+    began = time.perf_counter()
+    finished = [(job.folder / "summary.json").is_file() for job in jobs]
+    jobs = [job for job, done in zip(jobs, finished) if not done]
+    run.accelerator.wait_for_everyone()  # every process has seen the same files before the first is written
+    for job in jobs:
+        _prepare(run, job)
+    run.accelerator.wait_for_everyone()
+    units = [(job, j) for job in jobs for j in range(len(job.batches))]
+    costs = [float(len(job.batches[j]) * max(1, sum(job.schedule.steps))) for job, j in units]
+    mine = [units[i] for i in run.mine(costs)]
+    todo = [(job, j) for job, j in mine if not job.batch_file(j).is_file()]
+    total = sum(len(job.batches[j]) * sum(job.schedule.steps) for job, j in todo)
+    with progress([], desc="refine", total=total, unit="img step", main=run.main and bool(todo)) as bar:
+        for job, group in _by_job(todo):
+            worker = Worker.make(run, job)
+            for j in group:
+                worker.refine_batch(j, on_step=functools.partial(_advance, bar, len(job.batches[j])))
+    run.accelerator.wait_for_everyone()
+    for job in jobs:
+        for label in run.mine([float(n) for n in job.counts]):
+            _gather_class(run, job, label)
+    run.accelerator.wait_for_everyone()
+    if run.main:
+        for job in jobs:
+            summary = _summary(job)
+            record = {"stage": "refinement", "ipc": job.ipc, "folder": job.folder.name, **summary}
+            append_jsonl(run.folder / "metrics.jsonl", record)
+            write_json(job.folder / "summary.json", summary)  # last: the folder is whole once this file is there
+            log.info("%s ipc %d: %s", job.stage.stage, job.ipc, sentence(summary))
+    if jobs:
+        run.finish("refine", began, batches=len(units))
+
+
+def _advance(bar: Any, images: int, step: int) -> None:
+    bar.update(images)
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    records = [read_metadata(job.batch_file(j)) for j in range(len(job.batches))]
+    redone = sum(r["precision"] != job.stage.dtype for r in records) if sum(job.schedule.steps) else 0
+    facts = {"method": job.stage.stage, "from": job.source.name, "redone_in_float32": redone}
+    return {**facts, **summarize(records)}
+
+
+def _by_job(todo: list[tuple[Job, int]]) -> Iterator[tuple[Job, list[int]]]:
+    groups: dict[Path, tuple[Job, list[int]]] = {}
+    for job, j in todo:
+        groups.setdefault(job.folder, (job, []))[1].append(j)
+    yield from groups.values()
+
+
+def _prepare(run: Run, job: Job) -> None:
+    """What all batches of a job share: anchors and candidates by class, features of real classes, the manifest."""
+    stage, c = job.stage, run.config
+    cut: dict[str, int] = {}
+    if isinstance(stage, FADRM):
+        if stage.anchors == "real_patch":
+            cut["anchors"] = 0
+        if stage.retrieve == "patches":
+            cut["candidates"] = stage.retrieve_pool
+    for label in run.mine([float(n) for n in job.counts]):
+        for name, number in cut.items():
+            path = _class_file(job.folder / name, label)
+            if not path.is_file():
+                images = anchors.patch_anchors(
+                    run.source,
+                    label,
+                    number or job.counts[label],
+                    teacher=job.matched[0],
+                    image_size=c.image_size,
+                    source_config=c.source,
+                    rank=stage.anchor_rank,  # type: ignore[union-attr]
+                    seed=c.seed,
+                )
+                write_tensors(path, {"images": images})
+    if isinstance(stage, FADRM) and stage.anchors == "file" and run.main:
+        for label, images in enumerate(_file_anchors(run, stage, job.counts)):
+            write_tensors(_class_file(job.folder / "anchors", label), {"images": images})
+    if stage.class_weight:
+        mine = run.mine([float(n) for n in run.source.class_counts()])
+        for teacher in job.matched:
+            cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
+            extract_features(run.source, teacher, cache, c.source, c.image_size, labels=mine, main=run.main)
+    run.accelerator.wait_for_everyone()
+    manifest = job.folder / "manifest.json"
+    if run.main and not manifest.is_file():
+        critics = _critics(run, job)
+        rates = [c.r_bn for c in critics]
+        if critics and stage.bn_share is not None:
+            start, _ = _start(job, 0)
+            rates = calibrate(
+                critics, start, stage, job.schedule, len(job.counts), seed=derive_seed(c.seed, "calibrate")
+            )
+        facts = {
+            "settings": stage_settings(stage),
+            "teachers": [
+                {
+                    "name": c.teacher.name,
+                    "digest": c.teacher.digest,
+                    "r_bn": rate,
+                    "layers": [{"name": a.name, "weight": w} for a, w in zip(c.layers, c.kept.tolist())],
+                }
+                for c, rate in zip(critics, rates)
+            ],
+            "batches": len(job.batches),
+            "images_per_batch": [min(map(len, job.batches)), max(map(len, job.batches))],
+            "classes_per_batch": min(len({c for c, _ in b}) for b in job.batches),
+        }
+        write_json(manifest, facts)
+
+
+def _critics(run: Run, job: Job) -> tuple[Critic, ...]:
+    stage, c = job.stage, run.config
+    if not sum(job.schedule.steps):
+        return ()
+    means: list[Tensor | None] | None = None
+    if stage.class_weight:
+        means = []
+        for teacher in job.matched:
+            cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
+            means.append(torch.stack([cache.load(i)[0].mean(0) for i in range(len(job.counts))]))
+    drop = _pad_drop(run, job.ipc) if stage.depth.drop is None else None
+    return make_critics(job.matched, stage, side=c.image_size, sizes=job.schedule.sizes, drop=drop, class_means=means)
+
+
+def _start(job: Job, number: int) -> tuple[Tensor, Tensor]:
+    """What a batch starts from, and its anchors: (B, 3, S, S) float32 in [0, 1]."""
+    rows = job.batches[number]
+    own = _read_rows(job.source, rows)
+    if not isinstance(job.stage, FADRM) or job.stage.anchors == "init":
+        return own, own
+    anchor = _read_rows(job.folder / "anchors", rows)
+    return (anchor if job.stage.start == "anchor" else own), anchor
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one process needs to refine batches of a job."""
+
+    run: Run
+    job: Job
+    critics: tuple[Critic, ...]
+    pool: anchors.AnchorPool | None
+
+    @staticmethod
+    def make(run: Run, job: Job) -> Worker:
+        rates = [t["r_bn"] for t in read_json(job.folder / "manifest.json")["teachers"]]
+        critics = tuple(dataclasses.replace(c, r_bn=r) for c, r in zip(_critics(run, job), rates))
+        pool = None
+        if isinstance(job.stage, FADRM) and job.stage.retrieve != "none":
+            base = job.folder / "candidates" if job.stage.retrieve == "patches" else job.source
+            images = [_bytes(read_tensors(_class_file(base, i))[0]["images"]) for i in range(len(job.counts))]
+            pool = anchors.make_pool(images, job.matched[0])
+        return Worker(run, job, critics, pool)
+
+    def refine_batch(self, number: int, on_step: Callable[[int], None]) -> None:
+        """Refine a batch and write its file; one that was interrupted goes on behind its last finished block."""
+        job = self.job
+        rows = job.batches[number]
+        images = _read_rows(job.source, rows)
+        labels = torch.tensor([c for c, _ in rows])
+        start, anchor = _start(job, number)
+        weights = None
+        if job.weights is not None:
+            weights = torch.stack([job.weights[c][r] for c, r in rows])
+        partial = job.batch_file(number).with_suffix(".partial.safetensors")
+        resume = _read_progress(partial)
+        if resume is not None:
+            for step in range(sum(job.schedule.steps[: resume.block])):
+                on_step(step)
+        options: dict[str, Any] = {
+            "seed": derive_seed(self.run.config.seed, "refine", job.level, number),
+            "resume": resume,
+            "on_block": functools.partial(_write_progress, partial),
+            "on_step": on_step,
+        }
+        if isinstance(job.stage, FADRM):
+            retrieve = None
+            if self.pool is not None:
+                retrieve = functools.partial(self._retrieve, labels, job.stage.retrieve_complexity)
+            refined = fadrm.refine(
+                images,
+                labels,
+                weights,
+                job.stage,
+                job.matched,
+                critics=self.critics,
+                anchors=anchor,
+                retrieve=retrieve,
+                **options,
+            )
+        else:
+            refined = teddy.refine(
+                images,
+                labels,
+                weights,
+                job.stage,
+                job.matched,
+                critics=self.critics,
+                labellers=job.teachers,
+                **options,
+            )
+        self._write(number, refined, images, start, labels, anchor)
+        partial.unlink(missing_ok=True)
+
+    def _retrieve(self, labels: Tensor, complexity: float, x: Tensor, merge: int) -> Tensor:
+        assert self.pool is not None
+        return anchors.nearest_anchors(x, labels, self.pool, self.job.matched[0], complexity)
+
+    def _write(
+        self, number: int, refined: Refined, images: Tensor, start: Tensor, labels: Tensor, anchor: Tensor
+    ) -> None:
+        job = self.job
+        float_images = _is_float(_class_file(job.source, job.batches[number][0][0]))
+        result = refined.images if float_images else _bytes(refined.images)
+        tensors = {"images": result, "trace": refined.trace}
+        if number == 0:
+            tensors["strip"] = _bytes(refined.blocks[:, :STRIP])
+        if refined.soft_labels is not None:
+            tensors["logits"] = refined.soft_labels.half()
+        after = result if float_images else result.float() / 255
+        measures = {
+            "images": len(labels),
+            "before": measure(images, labels, anchor, job.teachers, job.judges),
+            "after": measure(after, labels, anchor, job.teachers, job.judges),
+            "precision": refined.precision,
+        }
+        write_tensors(job.batch_file(number), tensors, measures)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _class_file(folder: Path, label: int) -> Path:
+    return folder / f"class-{label:05d}.safetensors"
+
+
+def _count(path: Path) -> int:
+    with readable(path), safe_open(path, framework="pt") as f:
+        return int(f.get_slice("images").get_shape()[0])
+
+
+def _is_float(path: Path) -> bool:
+    with readable(path), safe_open(path, framework="pt") as f:
+        return f.get_slice("images").get_dtype() != "U8"
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+
+
+def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """Images of (class, rank) pairs as float32 in [0, 1]; only these are read."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for label in sorted({c for c, _ in rows}):
+        path = _class_file(folder, label)
+        with readable(path), safe_open(path, framework="pt") as f:
+            images = f.get_slice("images")
+            for c, r in rows:
+                if c == label:
+                    found[(c, r)] = images[r : r + 1]
+    x = torch.cat([found[row] for row in rows])
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def _gather_class(run: Run, job: Job, label: int) -> None:
+    """The refined images of a class in one file like that of the generator, from the batches that hold them."""
+    path = _class_file(job.folder, label)
+    if path.is_file():
+        return
+    places = {row: (j, i) for j, batch in enumerate(job.batches) for i, row in enumerate(batch) if row[0] == label}
+    parts: dict[str, list[Tensor]] = {}
+    for rank in range(job.counts[label]):
+        j, i = places[(label, rank)]
+        with readable(job.batch_file(j)), safe_open(job.batch_file(j), framework="pt") as f:
+            for name in ("images", "logits"):
+                if name in f.keys():  # noqa: SIM118  (not a dict)
+                    parts.setdefault(name, []).append(f.get_slice(name)[i : i + 1])
+    meta = {**read_metadata(_class_file(job.source, label)), "refined_from": job.source.name}
+    write_tensors(path, {name: torch.cat(found) for name, found in parts.items()}, meta)
+
+
+def _write_progress(path: Path, progress: Progress) -> None:
+    tensors = {"x": progress.x, "trace": progress.trace, "blocks": progress.blocks}
+    write_tensors(path, tensors, {"block": progress.block})
+
+
+def _read_progress(path: Path) -> Progress | None:
+    if not path.is_file():
+        return None
+    tensors, meta = read_tensors(path)
+    return Progress(meta["block"], tensors["x"], tensors["trace"], tensors["blocks"])
