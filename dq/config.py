@@ -195,7 +195,7 @@ class RefineConfig(Checked):
     flip: float = 0.5  # probability that a step sees the batch mirrored
     dtype: Dtype = "float32"  # of the teachers; statistics and pixels are in float32
     compose: Literal["index", "dealt"] = "index"  # dealt: every batch takes from all classes alike
-    min_classes: int = 10  # different classes that a batch must hold (all, if there are fewer)
+    min_classes: int = 5  # different classes that a batch must hold (all, if there are fewer)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from dq.errors import InputError
 
 
 def compose_batches(
-    counts: Sequence[int], batch_size: int, *, compose: str = "index", min_classes: int = 10
+    counts: Sequence[int], batch_size: int, *, compose: str = "index", min_classes: int = 5
 ) -> list[list[tuple[int, int]]]:
     """Which images are optimised together: lists of (class, rank in the class).
 

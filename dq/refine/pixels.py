@@ -99,9 +99,10 @@ def make_critics(
         raise InputError("refinement needs a teacher; set teachers, or refine.N.teachers")
     critics = []
     for i, teacher in enumerate(teachers):
-        for size in sorted({side, *sizes}):
-            _check_side(teacher, size)
-        layers = trace_layers(teacher.net, functools.partial(_grey, teacher, side))
+        with evaluating([teacher]):
+            for size in sorted({side, *sizes}):
+                _check_side(teacher, size)
+            layers = trace_layers(teacher.net, functools.partial(_grey, teacher, side))
         weights, kept = layer_weights(layers, config.depth, first_weight=config.first_bn_weight, drop=drop)
         means = class_means[i] if class_means else None
         critics.append(Critic(teacher, tuple(layers), weights, kept, config.r_bn, means))
@@ -173,28 +174,27 @@ def optimise(
     weights = image_weights.to(device) if config.weighted and image_weights is not None else None
     precision = config.dtype
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(critics))
-        matchers = [
-            stack.enter_context(StatMatcher(c.layers, c.kept, norm=config.norm, image_weights=weights))
-            for c in critics
-        ]
+        stack.enter_context(evaluating([c.teacher for c in critics]))
         ratios = [1.0] * len(critics)
         if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):
             first = resample(x0, schedule.sizes[0])
             ratios = [_ratio(c, first * std + mean, config, schedule, seed, i) for i, c in enumerate(critics)]
+        matchers = [StatMatcher(c.layers, c.kept, norm=config.norm, image_weights=weights) for c in critics]
 
         def step_loss(x: Tensor, step: int) -> Tensor:
             """The terms of the loss (4,) at a step."""
             i = choose(step)
-            critic, matcher = critics[i], matchers[i]
+            critic = critics[i]
             size = x.shape[-1]
             seen = look(x, draw_view(config, size, schedule.jitter, seed=seed, step=step)) * std + mean
             half = torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
-            with half, head_inputs(critic.teacher.net, wanted=critic.class_means is not None) as features:
-                logits = critic.teacher.differentiable(seen)
-            zero = x.new_zeros(())
+            heads = head_inputs(critic.teacher.net, wanted=critic.class_means is not None)
+            with matchers[i] as matcher, heads as features:
+                with half:
+                    logits = critic.teacher.differentiable(seen)
+                zero = x.new_zeros(())
+                statistics = critic.r_bn * ratios[i] * matcher.distance() if critic.layers else zero
             entropy = F.cross_entropy(logits, labels)
-            statistics = critic.r_bn * ratios[i] * matcher.distance() if critic.layers else zero
             classes = zero
             if critic.class_means is not None and config.class_weight:
                 classes = config.class_weight * class_distance(features[-1], labels, critic.class_means)
@@ -332,7 +332,7 @@ def calibrate(
         device = next(critic.teacher.net.parameters()).device
         pixels = resample(start.to(device), schedule.sizes[0])
         sums = []
-        with evaluating([critic]), StatMatcher(critic.layers, critic.weights, norm=config.norm) as matcher:
+        with evaluating([critic.teacher]), StatMatcher(critic.layers, critic.weights, norm=config.norm) as matcher:
             for step in range(CALIBRATION_VIEWS):
                 view = draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=step)
                 critic.teacher(look(pixels, view))
@@ -343,9 +343,9 @@ def calibrate(
 
 
 @contextlib.contextmanager
-def evaluating(critics: Sequence[Critic]) -> Iterator[None]:
-    """The critics' networks in evaluation mode and without gradients of weights, and as they were after it."""
-    nets = [c.teacher.net for c in critics]
+def evaluating(teachers: Sequence[Teacher]) -> Iterator[None]:
+    """The teachers' networks in evaluation mode and without gradients of weights, and as they were after it."""
+    nets = [t.net for t in teachers]
     modes = [(m, m.training) for net in nets for m in net.modules()]
     learning = [p for net in nets for p in net.parameters() if p.requires_grad]
     for net in nets:

@@ -209,13 +209,14 @@ class StatMatcher:
         self.image_weights = None if image_weights is None else image_weights / image_weights.sum()
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         self._hooks: list[Any] = []
+        self._fused = [self._fuse(a) if type(a.norm) is nn.BatchNorm2d else None for a in self.layers]
 
     def __enter__(self) -> StatMatcher:
-        for layer in self.layers:
+        for layer, fused in zip(self.layers, self._fused):
             if layer.norm.training:
                 raise InputError(f"the norm {layer.name!r} is in training mode; call eval() on the teacher")
-            if type(layer.norm) is nn.BatchNorm2d:
-                layer.norm.forward = self._fused(layer)  # type: ignore[method-assign, assignment]
+            if fused is not None:
+                layer.norm.forward = fused  # type: ignore[method-assign, assignment]
             else:  # a subclass does more than normalise (timm's also activates)
                 self._hooks.append(layer.norm.register_forward_pre_hook(self._reader(layer)))
         return self
@@ -228,7 +229,8 @@ class StatMatcher:
         self._hooks.clear()
         self._seen.clear()
 
-    def _fused(self, layer: Layer) -> Callable[[Tensor], Tensor]:
+    def _fuse(self, layer: Layer) -> Callable[[Tensor], Tensor]:
+        """What takes the place of the layer's forward function."""
         scale = torch.rsqrt(layer.var + layer.norm.eps)
         if layer.norm.weight is not None:
             scale = scale * layer.norm.weight.detach()

@@ -90,7 +90,7 @@ def score(images: Tensor, teachers: Sequence[Teacher], config: Teddy | None = No
     side = images.shape[-1]
     critics = make_critics(teachers, config, side=side, sizes=(side,))
     rows = []
-    with evaluating(critics):
+    with evaluating(teachers):
         for critic in critics:
             with StatMatcher(critic.layers, torch.ones(len(critic.layers)), norm=config.norm) as matcher:
                 critic.teacher(images.to(next(critic.teacher.net.parameters()).device))

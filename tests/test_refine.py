@@ -1,0 +1,495 @@
+"""FADRM and Teddy as functions of a batch: the acceptance checks of the methods, and what users get wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_teachers import MEAN, STD, TinyNet, drawn, images_of, teacher_of, trained
+from torch import nn
+
+from dq.config import FADRM, DepthConfig, Teddy
+from dq.errors import InputError, RunError
+from dq.refine import fadrm, teddy
+from dq.refine.anchors import make_pool, nearest_anchors
+from dq.refine.augment import View, draw_view, look
+from dq.refine.batches import compose_batches
+from dq.refine.measure import measure, total_variation
+from dq.refine.pixels import Schedule, calibrate, class_distance, make_critics, resample
+from dq.views import crop_and_flip
+
+LABELS = torch.arange(8) % 4
+mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return trained()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return images_of(LABELS, seed=5)
+
+
+def short(**settings) -> FADRM:
+    """A refinement of three blocks of 16 px."""
+    return FADRM(**{"sizes": (16,) * 3, "steps": (4,) * 3, "lr": 0.05, "batch_size": 8, "jitter": 2, **settings})
+
+
+def run(images, teachers, config, labels=LABELS, **options):
+    return fadrm.refine(images, labels, None, config, teachers, **options)
+
+
+class Watching(TinyNet):
+    """Notes the sides of what it is shown while gradients are recorded, and by whom."""
+
+    def __init__(self, log: list, name: str) -> None:
+        super().__init__()
+        self.log, self.name = log, name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.log.append((self.name, x.shape[-1]))
+        return super().forward(x)
+
+
+def watching(number: int):
+    log: list[tuple[str, int]] = []
+    return [teacher_of(drawn(Watching(log, str(i)), i), f"watch{i}") for i in range(number)], log
+
+
+# --- fadrm --------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_lower_after_than_before(teacher, images):
+    other = (LABELS + 1) % 4
+    found = run(images, [teacher], short(steps=(60, 60, 60)), labels=other)
+    loss = found.trace.sum(1)
+    assert loss[-10:].mean() < 0.5 * loss[:10].mean()
+    with torch.no_grad():
+        before, after = (F.cross_entropy(teacher(x), other) for x in (images, found.images))
+    assert after < 0.5 * before
+
+
+def test_alpha_1_is_a_run_without_residual(teacher, images):
+    merged = run(images, [teacher], short(alpha=1.0))
+    other = run(images, [teacher], short(alpha=1.0), anchors=None, retrieve=lambda x, merge: torch.rand_like(x))
+    assert torch.equal(merged.images, other.images)  # nothing of an anchor comes in
+    assert not torch.equal(merged.images, run(images, [teacher], short(alpha=0.5)).images)
+
+
+def test_alpha_0_leaves_the_resampled_anchor_after_an_injection(teacher, images):
+    anchor = images_of(LABELS, seed=9)
+    sizes = (16, 12, 16)
+    config = short(alpha=0.0, sizes=sizes, steps=(3, 1, 1), lr=0.0)  # no step moves a pixel
+    found = run(images, [teacher], config, anchors=anchor)
+    expected = resample(resample(anchor, 12), 16)
+    torch.testing.assert_close(found.blocks[2], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.blocks[3], anchor, rtol=0, atol=1e-5)  # from the anchor, not from its small copy
+
+
+def test_nothing_is_merged_behind_the_last_block(teacher, images):
+    one = run(images, [teacher], short(sizes=(16,), steps=(5,), alpha=0.0))
+    other = run(images, [teacher], short(sizes=(16,), steps=(5,), alpha=1.0))
+    assert torch.equal(one.images, other.images)
+    assert not torch.equal(one.images, images)
+
+
+def test_the_learning_rate_is_one_cosine_and_every_block_has_a_fresh_adam(teacher, images):
+    config = fadrm.resolve(short(steps=(1, 1, 1), alpha=1.0, lr=0.04, crop_scale=(), flip=0.0), side=16, teachers=1)
+    inner = images * 0.4 + 0.3  # far from the bounds of pixels
+    found = run(inner, [teacher], config)
+    for step in range(3):
+        rate = 0.5 * (1 + math.cos(math.pi * step / 3)) * 0.04
+        assert fadrm.schedule_of(config).rate(step) == pytest.approx(rate)
+        # a first step of Adam is the rate times the sign of the gradient; with old moments it would be another
+        moved = ((found.blocks[step + 1] - found.blocks[step]) / std).abs()
+        assert moved.max().item() == pytest.approx(rate, rel=1e-3)
+        assert moved.median().item() == pytest.approx(rate, rel=1e-3)
+
+
+def test_teachers_take_turns_across_blocks_and_see_the_sizes_of_the_blocks(images):
+    teachers, log = watching(3)
+    config = short(sizes=(12, 16, 12, 16), steps=(2, 3, 1, 4))
+    found = run(images, teachers, config)
+    assert [int(name) for name, _ in log] == [t % 3 for t in range(10)]
+    assert [side for _, side in log] == [12] * 2 + [16] * 3 + [12] + [16] * 4
+    assert found.images.shape == images.shape
+
+
+def test_pixels_stay_in_range(teacher, images):
+    found = run(images, [teacher], short(lr=2.0))
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    assert (found.images == 0).any()  # the bound was met
+
+
+def test_the_statistics_term_is_linear_in_its_weight(teacher, images):
+    traces = [run(images, [teacher], short(r_bn=r, lr=0.0)).trace for r in (0.01, 0.03)]
+    torch.testing.assert_close(3 * traces[0][:, 1], traces[1][:, 1])
+    assert torch.equal(traces[0][:, 0], traces[1][:, 0])
+
+
+def test_a_run_repeats_under_its_seed_and_leaves_teachers_alone(teacher, images):
+    before = {k: v.clone() for k, v in teacher.net.state_dict().items()}
+    state = torch.get_rng_state()
+    teacher.net.train()
+    one = run(images, [teacher], short(), seed=3)
+    assert teacher.net.training
+    teacher.net.eval()
+    two = run(images, [teacher], short(), seed=3)
+    assert torch.equal(one.images, two.images)
+    assert not torch.equal(one.images, run(images, [teacher], short(), seed=4).images)
+    assert all(torch.equal(v, teacher.net.state_dict()[k]) for k, v in before.items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interrupted_batch_ends_bit_equal(teacher, images, stop):
+    config = short(sizes=(12, 16, 16))
+    kept = []
+    whole = run(images, [teacher], config, on_block=kept.append)
+    assert [p.block for p in kept] == [1, 2]
+    again = run(images, [teacher], config, resume=kept[stop - 1])
+    assert torch.equal(whole.images, again.images)
+    assert torch.equal(whole.trace, again.trace)
+    assert torch.equal(whole.blocks, again.blocks)
+
+
+def test_bfloat16_and_float16_come_near(teacher, images):
+    one = run(images, [teacher], short(lr=0.01))
+    for dtype in ("bfloat16", "float16"):
+        found = run(images, [teacher], short(lr=0.01, dtype=dtype))
+        assert found.precision == dtype
+        assert found.images.dtype == torch.float32
+        torch.testing.assert_close(found.trace.sum(1), one.trace.sum(1), rtol=0.05, atol=0.05)
+        assert not torch.equal(found.trace, one.trace)
+
+
+def test_overflow_in_float16_falls_back_to_float32(images, caplog):
+    net = drawn(TinyNet())
+    with torch.no_grad():
+        net.conv1.weight.mul_(3e5)  # features of over 65,504, which the norm behind brings back
+        net.bn1.running_mean.mul_(3e5)
+        net.bn1.running_var.mul_(9e10)
+    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6))
+    assert found.precision == "float32"
+    assert "done again in float32" in caplog.text
+    assert torch.equal(found.images, run(images, [teacher_of(net)], short(r_bn=1e-6)).images)
+
+
+def test_a_loss_that_is_no_number_is_said(images):
+    net = drawn(TinyNet())
+    with torch.no_grad():
+        net.head.bias[1] = float("nan")
+    with pytest.raises(RunError, match=r"not a number in step 0 of 12 \(teacher tiny, float32\); lower its lr"):
+        run(images, [teacher_of(net)], short())
+
+
+def test_one_teachers_normalisation_holds_the_pixels_and_each_sees_its_own(images):
+    net = drawn(TinyNet())
+    own = teacher_of(net)
+    other = dataclasses.replace(own, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    config = short(sizes=(16,), steps=(2,), crop_scale=(), flip=0.0, jitter=0, lr=0.0)
+    trace = run(images, [own, other], config).trace
+    with torch.no_grad():
+        entropies = [F.cross_entropy(t(images), LABELS) for t in (own, other)]
+    torch.testing.assert_close(trace[:, 0], torch.stack(entropies))
+
+
+def test_start_and_anchor_are_told_apart(teacher, images):
+    anchor = images_of(LABELS, seed=9)
+    still = short(lr=0.0, sizes=(16, 16), steps=(1, 1))
+    from_anchor = run(images, [teacher], still, anchors=anchor)
+    from_image = run(images, [teacher], dataclasses.replace(still, start="image"), anchors=anchor)
+    torch.testing.assert_close(from_anchor.images, anchor, rtol=0, atol=1e-5)
+    torch.testing.assert_close(from_image.images, (images + anchor) / 2, rtol=0, atol=1e-5)
+
+
+def test_a_merge_may_ask_for_its_anchors(teacher, images):
+    asked = []
+
+    def retrieve(x, merge):
+        asked.append((x, merge))
+        return torch.full_like(x, 0.25)
+
+    found = run(images, [teacher], short(alpha=0.0, lr=0.0), retrieve=retrieve)
+    assert [merge for _, merge in asked] == [0, 1]
+    torch.testing.assert_close(asked[0][0], images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.images, torch.full_like(images, 0.25), rtol=0, atol=1e-5)
+
+
+def test_the_nearest_candidate_of_the_class_is_retrieved(teacher, images):
+    by_class = [(images_of(torch.full((5,), c), seed=c) * 255).round().to(torch.uint8) for c in range(4)]
+    pool = make_pool(by_class, teacher)
+    wanted = torch.stack([by_class[c][i] for c, i in ((2, 3), (0, 1), (2, 0))]).float() / 255
+    found = nearest_anchors(wanted, torch.tensor([2, 0, 2]), pool, teacher, 0.0)
+    assert torch.equal(found, wanted)  # the image itself is in the pool
+    calm = nearest_anchors(wanted, torch.tensor([2, 0, 2]), pool, teacher, 1e6)
+    least = [by_class[c][int(total_variation(by_class[c]).argmin())] for c in (2, 0, 2)]
+    assert torch.equal(calm, torch.stack(least).float() / 255)
+
+
+def test_depth_scale_keeps_the_size_of_the_statistics_term(teacher, images):
+    full = run(images, [teacher], short(lr=0.0))
+    deep = run(images, [teacher], short(lr=0.0, depth=DepthConfig(drop=0.34)))
+    bare = run(images, [teacher], short(lr=0.0, depth=DepthConfig(drop=0.34, renorm="none")))
+    assert deep.trace[0, 1].item() == pytest.approx(full.trace[0, 1].item(), rel=1e-4)
+    assert bare.trace[0, 1] < full.trace[0, 1]
+    # the factor is frozen: later steps differ from the full sum, and by the same factor from the bare one
+    torch.testing.assert_close(deep.trace[:, 1] / bare.trace[:, 1], (deep.trace[0, 1] / bare.trace[0, 1]).expand(12))
+
+
+def test_calibration_gives_every_teacher_the_same_say(images):
+    wide = drawn(TinyNet(), 1)
+    with torch.no_grad():
+        for m in wide.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.mul_(30)
+    teachers = [teacher_of(drawn(TinyNet(), 0)), teacher_of(wide)]
+    config = fadrm.resolve(short(bn_share=0.5), side=16, teachers=2)
+    schedule = fadrm.schedule_of(config)
+    critics = make_critics(teachers, config, side=16, sizes=(16,))
+    rates = calibrate(critics, images, config, schedule, 4, seed=0)
+    assert rates[1] < rates[0] / 3
+    still = dataclasses.replace(config, lr=0.0, steps=(16, 16, 16))
+    critics = [dataclasses.replace(c, r_bn=r) for c, r in zip(critics, rates)]
+    terms = run(images, teachers, still, critics=critics).trace[:, 1]
+    for turn in (terms[0::2], terms[1::2]):
+        assert turn.mean().item() == pytest.approx(0.5 * math.log(4), rel=0.2)
+    assert calibrate(critics, images, dataclasses.replace(config, bn_share=None), schedule, 4, seed=0) == rates
+
+
+def test_presets_are_the_released_recipes():
+    def settings(preset, side, teachers):
+        c = fadrm.resolve(FADRM(preset=preset), side=side, teachers=teachers)
+        return c.sizes, c.steps, c.lr, c.batch_size, c.jitter
+
+    blocks = (500,) * 4
+    assert settings("cifar100", 32, 1) == ((32,) * 4, blocks, 0.25, 100, 4)
+    assert settings("cifar10", 32, 4) == ((32,) * 4, blocks, 0.25, 10, 4)
+    assert settings("tinyimagenet", 64, 1) == ((64, 64), (500, 500), 0.01, 100, 4)
+    assert settings("tinyimagenet", 64, 4) == ((64,) * 4, blocks, 0.25, 100, 4)
+    assert settings("imagenette", 224, 1) == ((200, 224, 200, 224), blocks, 0.05, 10, 32)
+    assert settings("imagenette", 224, 3) == ((200, 224, 200, 224), blocks, 0.25, 10, 32)
+    assert settings("imagewoof", 224, 1) == ((200, 224, 200, 224), blocks, 0.25, 10, 32)
+    assert settings("imagenet1k", 224, 1) == ((200, 224, 200, 224), blocks, 0.25, 100, 32)
+    assert settings(None, 32, 1) == ((32,) * 4, blocks, 0.25, 100, 4)
+    assert settings(None, 128, 1) == ((114, 128, 114, 128), blocks, 0.25, 100, 18)
+
+
+def test_what_is_set_wins_over_the_preset():
+    c = fadrm.resolve(FADRM(preset="imagenet1k", steps=(10, 20), lr=0.1), side=224, teachers=1)
+    assert (c.sizes, c.steps, c.lr, c.batch_size) == ((200, 224), (10, 20), 0.1, 100)
+    c = fadrm.resolve(FADRM(sizes=(24, 32)), side=32, teachers=1)
+    assert c.steps == (500, 500)
+    assert fadrm.resolve(c, side=32, teachers=1) == c
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sizes": (32, 32), "steps": (1, 1, 1)}, r"sizes=\[32, 32\] has 2 blocks but steps=\[1, 1, 1\] has 3"),
+        ({"sizes": (32, 24)}, r"the last of sizes=\[32, 24\] must be the side of the images, 32 px"),
+        ({"alpha": 1.1}, r"alpha is a share and must lie in \[0, 1\], not 1.1"),
+        ({"alpha": -0.1}, r"alpha is a share"),
+        ({"steps": ()}, r"steps must list whole numbers of at least 1"),
+        ({"preset": "cifar"}, r"unknown preset 'cifar'; did you mean 'cifar100'|'cifar10'"),
+        ({"preset": "imagenet1k"}, r"preset 'imagenet1k' is for images of 224 px, not 32"),
+        ({"anchors": "file"}, r"anchors=file and anchor_path belong together"),
+        ({"crop_scale": (0.5, 0.1)}, r"crop_scale must be two shares"),
+        ({"betas": (0.5,)}, r"betas must be two decays"),
+        ({"bn_share": 0.0}, r"bn_share must be more than 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        fadrm.resolve(FADRM(**settings), side=32, teachers=1)
+
+
+def test_teachers_that_do_not_fit_are_refused(images):
+    with pytest.raises(InputError, match="needs a teacher"):
+        run(images, [], short())
+    bare = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 16 * 16, 4)).eval()
+    with pytest.raises(InputError, match=r"no teacher has batch norm \(bare\).*r_bn=0"):
+        run(images, [teacher_of(bare, "bare")], short())
+    with pytest.raises(InputError, match=r"bare cannot see images of 12 px .*set sizes to the side"):
+        run(images, [teacher_of(bare, "bare"), trained()], short(sizes=(12, 16, 16)))
+
+
+def test_a_teacher_without_batch_norm_adds_its_cross_entropy(teacher, images):
+    bare = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 16 * 16, 4)).eval()
+    trace = run(images, [teacher, teacher_of(bare, "bare")], short()).trace
+    assert (trace[0::2, 1] > 0).all()
+    assert (trace[1::2, 1] == 0).all()
+    assert (trace[:, 0] > 0).all()
+    alone = run(images, [teacher_of(bare, "bare")], short(r_bn=0.0))
+    assert (alone.trace[:, 1] == 0).all()
+
+
+def test_a_teacher_with_a_side_of_its_own_sees_every_block(images):
+    bare = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16 * 16, 4)).eval()
+    found = run(images, [teacher_of(bare, "bare", image_size=16)], short(sizes=(12, 16, 16)))
+    assert found.images.shape == images.shape
+
+
+# --- views --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [(0, 0), (3, 1)])
+def test_a_look_is_crop_resize_mirror_roll(images, flip, shift):
+    box = (2, 3, 9, 11)
+    found = look(images, View(box, flip, shift))
+    crop = images[:, :, 2:11, 3:14]
+    expected = F.interpolate(crop, (16, 16), mode="bilinear", antialias=True)
+    expected = torch.roll(expected.flip(3) if flip else expected, shift, (2, 3))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    boxes = torch.tensor([box]).expand(8, -1)
+    each = crop_and_flip(images, boxes, torch.full((8,), flip))
+    torch.testing.assert_close(found, torch.roll(each, shift, (2, 3)), rtol=0, atol=1e-6)
+    whole = look(images, View((0, 0, 16, 16), flip, shift))
+    assert torch.equal(whole, torch.roll(images.flip(3) if flip else images, shift, (2, 3)))
+
+
+def test_views_are_drawn_by_step_alone_and_within_their_ranges():
+    config = FADRM()
+    views = [draw_view(config, 32, 4, seed=1, step=t) for t in range(300)]
+    assert views == [draw_view(config, 32, 4, seed=1, step=t) for t in range(300)]
+    assert {v.shift[0] for v in views} == {v.shift[1] for v in views} == {0, 1, 2, 3, 4}
+    assert 0.35 < sum(v.flip for v in views) / 300 < 0.65
+    areas = [v.box[2] * v.box[3] / 32**2 for v in views]
+    assert min(areas) < 0.15
+    assert max(areas) > 0.9
+    assert all(
+        v.box == (0, 0, 32, 32) for v in [draw_view(FADRM(crop_scale=()), 32, 4, seed=1, step=t) for t in (0, 1)]
+    )
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def test_one_image_of_every_class_makes_a_batch():
+    batches = compose_batches([3] * 10, 10)
+    assert batches == [[(c, i) for c in range(10)] for i in range(3)]
+    assert compose_batches([1] * 100, 50) == [[(c, 0) for c in range(50)], [(c, 0) for c in range(50, 100)]]
+
+
+@pytest.mark.parametrize("compose", ["index", "dealt"])
+@pytest.mark.parametrize(("counts", "size"), [([7] * 12, 25), ([5, 9, 7, 8, 6, 8], 12), ([2] * 30, 17)])
+def test_every_image_is_in_one_batch_and_no_batch_is_a_small_rest(compose, counts, size):
+    batches = compose_batches(counts, size, compose=compose, min_classes=5)
+    assert sorted(row for b in batches for row in b) == [(c, r) for c, n in enumerate(counts) for r in range(n)]
+    assert max(map(len, batches)) <= size
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+def test_a_batch_of_too_few_classes_is_refused():
+    with pytest.raises(InputError, match=r"batch 6 of 7 .* would hold 1 classes, fewer than 5: raise its batch_size"):
+        compose_batches([20] + [5] * 9, 10)
+    batches = compose_batches([20] + [5] * 9, 10, compose="dealt")
+    assert min(len({c for c, _ in b}) for b in batches) >= 5
+    assert compose_batches([4, 4, 4], 3) == [[(c, r) for c in range(3)] for r in range(4)]  # there are but three
+
+
+# --- teddy --------------------------------------------------------------------------------------------------------
+
+
+def tender(**settings) -> Teddy:
+    return Teddy(**{"steps": 60, "lr": 0.03, "batch_size": 8, **settings})
+
+
+def test_teddy_lowers_the_loss_and_labels_by_the_ensemble(images):
+    pool = [dataclasses.replace(trained(i), weight=w) for i, w in ((0, 0.9), (1, 0.3))]
+    found = teddy.refine(images, LABELS, None, tender(proximity=0.0, r_bn=0.05), pool)
+    loss = found.trace.sum(1)
+    assert loss[-20:].mean() < loss[:20].mean()
+    with torch.no_grad():
+        logits = [t(found.images) for t in pool]
+    torch.testing.assert_close(found.soft_labels, 0.75 * logits[0] + 0.25 * logits[1])
+    assert teddy.refine(images, LABELS, None, tender(steps=1, ensemble_labels=False), pool).soft_labels is None
+
+
+def test_teddy_without_steps_only_labels(images, teacher):
+    found = teddy.refine(images, LABELS, None, tender(steps=0), [teacher], labellers=[trained(1)])
+    assert torch.equal(found.images, images)
+    assert found.trace.shape == (0, 4)
+    torch.testing.assert_close(found.soft_labels, trained(1)(images))
+
+
+def test_proximity_holds_images_near_their_start(images, teacher):
+    far, near = (teddy.refine(images, LABELS, None, tender(proximity=p), [teacher]).images for p in (0.0, 100.0))
+    assert (near - images).square().mean() < 0.2 * (far - images).square().mean()
+
+
+def test_teddys_teachers_are_drawn_uniformly(images):
+    teachers, log = watching(3)
+    teddy.refine(images, LABELS, None, tender(steps=150, ensemble_labels=False), teachers, seed=2)
+    counts = [sum(name == str(i) for name, _ in log) for i in range(3)]
+    assert sum(counts) == 150
+    assert min(counts) > 30  # 50 expected, deviation 5.8
+    order = [name for name, _ in log]
+    assert order != sorted(order)
+
+
+def test_class_means_are_matched(images):
+    features = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.stack([features[c == LABELS].mean(0) for c in range(4)])
+    assert class_distance(features, LABELS, targets).item() == pytest.approx(0, abs=1e-6)
+    moved = targets + torch.tensor([3.0, 4.0, 0, 0, 0])
+    assert class_distance(features, LABELS, moved).item() == pytest.approx(5, rel=1e-5)
+    # a class that is not in the batch counts for nothing
+    moved[3] = 1e6
+    keep = LABELS != 3
+    assert class_distance(features[keep], LABELS[keep], moved).item() == pytest.approx(5, rel=1e-5)
+
+
+def test_the_class_term_pulls_features_to_their_means(images, teacher):
+    targets = torch.stack([teacher.features(images_of(torch.full((40,), c))).mean(0) for c in range(4)])
+    config = tender(class_weight=1.0, r_bn=0.0, steps=80)
+    critics = make_critics([teacher], config, side=16, sizes=(16,), class_means=[targets])
+    trace = teddy.refine(images, LABELS, None, config, [teacher], critics=critics).trace
+    assert trace[-20:, 2].mean() < 0.8 * trace[:20, 2].mean()
+    assert (trace[:, 1] == 0).all()
+
+
+def test_weights_of_images_enter_the_statistics(images, teacher):
+    weights = torch.tensor([8.0, 1, 1, 1, 1, 1, 1, 1])
+    plain = tender(lr=0.0, steps=1, crop_scale=(), flip=0.0, jitter=0)
+    weighted = dataclasses.replace(plain, weighted=True)
+    one = teddy.refine(images, LABELS, weights, weighted, [teacher]).trace[0, 1]
+    repeated = torch.cat([images[:1].expand(7, -1, -1, -1), images])
+    labels = torch.cat([LABELS[:1].expand(7), LABELS])
+    two = teddy.refine(repeated, labels, None, plain, [teacher]).trace[0, 1]
+    torch.testing.assert_close(one, two)
+    off = teddy.refine(images, LABELS, weights, plain, [teacher]).trace[0, 1]
+    assert off != one
+
+
+# --- measures -----------------------------------------------------------------------------------------------------
+
+
+def test_measures_of_known_images(teacher):
+    flat = torch.full((2, 3, 4, 4), 0.5)
+    stripes = torch.zeros(2, 3, 4, 4)
+    stripes[:, :, ::2] = 1.0
+    assert total_variation(flat).tolist() == [0, 0]
+    assert total_variation(stripes).tolist() == [127.5, 127.5]  # 255 down, 0 across
+    assert torch.equal(total_variation((stripes * 255).to(torch.uint8)), total_variation(stripes))
+    labels = LABELS[:4]
+    x = images_of(labels)
+    found = measure(x, labels, (x - 0.1).clamp(min=-1), [teacher], [])
+    assert found["anchor_distance"] == pytest.approx(4 * 25.5, rel=1e-4)
+    assert found["teachers"][0]["hits"] == int((teacher.logits(x).argmax(1) == labels).sum())
+    assert found["judges"] == []
+
+
+def test_a_schedule_is_one_cosine_to_zero():
+    schedule = Schedule((8, 8), (3, 5), 0.2)
+    assert schedule.rate(0) == 0.2
+    assert schedule.rate(4) == pytest.approx(0.1)
+    assert schedule.rate(7) == pytest.approx(0.1 * (1 + math.cos(math.pi * 7 / 8)))
