@@ -18,6 +18,8 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.figures import read_records, results_figures
 from dq.prototypes import Prototypes
+from dq.refine.chain import read_refined, refined_folders
+from dq.refine.pixels import TERMS
 from dq.run import cache_of, clusterings, load_prototypes, load_set, nearest_images, prototype_folder
 from dq.runfolder import Run
 from dq.settings import dump_config
@@ -80,6 +82,7 @@ def write_report(run: Run) -> Path:
         path = figures / f"grid-ipc{ipc}-{method}.png"
         save_image(set_grid(small, [nearest_images(run, p) for p in points[:MAX_CLASSES]]), path)
         body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{embed(path)}")
+    body += _refinement(run)
     body.append("<h2>Quantization</h2>")
     for ipc, cfg in clusterings(run):
         points = load_prototypes(run, cache, ipc, cfg)
@@ -188,6 +191,50 @@ def _accuracy(folder: Path) -> list[str]:
             rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
         body += ["<h2>Differences of pairs of seeds, 95 % intervals</h2>", html_table(head, rows)]
     return body
+
+
+def _refinement(run: Run) -> list[str]:
+    """Of every refined folder: what teachers and judges said before and after, losses over steps, and images through
+    the blocks; nothing if there are none."""
+    folders = refined_folders(run)
+    body = ["<h2>Refinement</h2>"] if folders else []
+    for title, folder in folders.items():
+        summary = read_json(folder / "summary.json")
+        rows = []
+        for group in ("teachers", "judges"):
+            for a, b in zip(summary["before"][group], summary["after"][group]):
+                said = [f"{100 * x['accuracy']:.1f} %" for x in (a, b)] + [f"{x['cross_entropy']:.3f}" for x in (a, b)]
+                rows.append([f"{a['name']} ({group[:-1]})", *said])
+        for key, what in (("variation", "total variation"), ("anchor_distance", "distance to the anchor")):
+            rows.append([f"{what}, grey levels", *(f"{summary[w][key]:.2f}" for w in ("before", "after")), "", ""])
+        path = run.folder / "figures" / f"{folder.name}-losses.png"
+        traces, strip = read_refined(folder)
+        body += [f"<h3>{html.escape(title)}</h3>", html_table(["", "before", "after", "CE before", "CE after"], rows)]
+        if len(traces):
+            save_figure(_loss_figure(traces), path)
+            body.append(embed(path))
+            picture = run.folder / "figures" / f"{folder.name}-blocks.png"
+            side = strip.shape[-1]
+            grid = image_grid([list(images) for images in strip], scale=max(1, round(64 / side)))
+            save_image(grid, picture)
+            body.append(
+                "<p>The first images of the first batch: what they start from, and at the end of each block.</p>"
+                + embed(picture)
+            )
+    return body
+
+
+def _loss_figure(trace: Tensor) -> Any:
+    """Mean loss terms (steps, terms) over steps."""
+    figure = new_figure(8, 3)
+    ax = figure.subplots()
+    for name, values in zip(TERMS, trace.T):
+        if (values != 0).any():
+            ax.plot(values.numpy(), lw=0.8, label=name.replace("_", " "))
+    ax.set(xlabel="step", ylabel="weighted loss term")
+    ax.set_yscale("log")
+    ax.legend(fontsize=8)
+    return figure
 
 
 def _quantization_table(points: list[Prototypes]) -> str:

@@ -37,7 +37,8 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
-from dq.refine import stage as refinement
+from dq.refine import chain
+from dq.refine.stage import refine as refine_drawn
 from dq.runfolder import SPEED, Run
 from dq.settings import to_dict
 from dq.spaces import embed, features_of, known_features, prepare_features
@@ -322,7 +323,7 @@ def refine(run: Run) -> None:
         return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
 
     drawn = {k: v for k, v in _drawn_folders(run).items() if _is_asked(run, k)}
-    refinement.refine(run, drawn, weights_of)
+    refine_drawn(run, drawn, weights_of)
 
 
 def _is_asked(run: Run, key: str) -> bool:
@@ -344,7 +345,7 @@ def _drawn_folders(run: Run) -> dict[str, Path]:
 def _image_folders(run: Run) -> dict[str, Path]:
     """Folders of the images of the sets by "ipc/method": behind the stages of refinement, where there are any."""
     drawn = {k: v for k, v in _drawn_folders(run).items() if _is_asked(run, k)}
-    return {k: refinement.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
+    return {k: chain.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
 
 
 def _images(run: Run, folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
@@ -440,7 +441,7 @@ def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
                     f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
                     "run `dq label` to put it together again, or `dq run`"
                 )
-    if [r["settings"] for r in s.provenance.get("refine", [])] != refinement.asked_settings(run.config, method):
+    if [r["settings"] for r in s.provenance.get("refine", [])] != chain.asked_settings(run.config, method):
         raise InputError(
             f"the set {name} was refined under other settings; run `dq refine` and `dq label`, or `dq run`"
         )
@@ -503,7 +504,7 @@ def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: P
             "codec": to_dict(run.config.codec),
             "cluster": _cluster_provenance(run, cluster_config),
             "generate": {**to_dict(generate_config), "start": meta["start"]},
-            "refine": refinement.provenance(run, method, folder),
+            "refine": chain.provenance(run, method, folder),
             "labels": soft_meta,
         },
     )

@@ -36,6 +36,7 @@ from dq.evaluation.trainings import (
     write_tables,
 )
 from dq.foreign import check_classes
+from dq.refine.chain import planned
 from dq.run import load_set
 from dq.runfolder import Run
 from dq.teachers import teacher_file
@@ -54,6 +55,8 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     """
     for t in config.teachers:
         teacher_file(t)
+    for method in config.methods:
+        planned(config, method)
     e = config.evaluate
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in e.baselines)
     size = config.image_size

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dq.config import FADRM, RunConfig, Teddy
+from dq.config import FADRM
 from dq.dist import (
     append_jsonl,
     derive_seed,
@@ -33,9 +33,9 @@ from dq.dist import (
     write_json,
     write_tensors,
 )
-from dq.errors import InputError
 from dq.refine import anchors, fadrm, teddy
 from dq.refine.batches import compose_batches
+from dq.refine.chain import INDEX, Stage, asked, batch_file, class_file, planned, stage_settings, stages_of
 from dq.refine.measure import measure, sentence, summarize
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, calibrate, make_critics
 from dq.refine.statistics import pad_drop
@@ -46,69 +46,7 @@ from dq.teachers import Teacher, load_teachers
 
 log = logging.getLogger("dq")
 
-Stage = FADRM | Teddy
-INDEX = "refined.json"  # in images/: which folder holds the refined images of a method
-SPEED = ("path", "batch_size", "check_images")  # of a teacher: where it lies and how fast it looks
 STRIP = 10  # images of the first batch that are kept from the end of every block
-
-
-# --- what is asked ------------------------------------------------------------------------------------------------
-
-
-def stages_of(config: RunConfig, method: str) -> tuple[Stage, ...]:
-    """The stages behind the generator for a method, in order."""
-    own = config.methods[method].refine
-    return config.refine if own is None else own
-
-
-def stage_settings(stage: Stage) -> dict[str, Any]:
-    """The settings of a stage that decide its images, as plain data."""
-    settings = to_dict(stage)
-    for group in ("teachers", "judges"):
-        settings[group] = [{k: v for k, v in t.items() if k not in SPEED} for t in settings[group]]
-    return settings
-
-
-def refined_folder(run: Run, ipc: int, method: str, drawn: Path) -> Path:
-    """Where the images of a method are behind its stages; `drawn` if it has none.
-
-    Raises:
-        InputError: if the stages have not been run on these images with these settings.
-    """
-    stages = stages_of(run.config, method)
-    if not stages:
-        return drawn
-    index = run.folder / "images" / INDEX
-    known = read_json(index).get(f"{ipc}/{method}") if index.is_file() else None
-    if known is None or known["asked"] != _asked(run.config, method, drawn):
-        raise InputError(
-            f"{run.folder} has no refined images of method {method!r} at ipc {ipc} for the present settings; "
-            "run `dq refine` first"
-        )
-    return run.folder / "images" / known["folder"]
-
-
-def asked_settings(config: RunConfig, method: str) -> list[dict[str, Any]]:
-    """`stage_settings` of a method's stages with the teachers that they fall back on."""
-    stages = stages_of(config, method)
-    return [stage_settings(s if s.teachers else dataclasses.replace(s, teachers=config.teachers)) for s in stages]
-
-
-def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
-    """What was done to the images in `folder`, stage by stage: settings as asked and as filled in, teachers, measures
-    before and after."""
-    chain: list[dict[str, Any]] = []
-    for settings in reversed(asked_settings(run.config, method)):
-        summary, manifest = read_json(folder / "summary.json"), read_json(folder / "manifest.json")
-        chain.insert(0, {"settings": settings, "resolved": manifest["settings"], "summary": summary})
-        chain[0]["teachers"] = [{k: t[k] for k in ("name", "digest", "r_bn")} for t in manifest["teachers"]]
-        folder = folder.parent / summary["from"]
-    return chain
-
-
-def _asked(config: RunConfig, method: str, drawn: Path) -> str:
-    """Digest of what a user asked for, which needs no teacher to be loaded."""
-    return digest_of([drawn.name, asked_settings(config, method)])
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------
@@ -135,7 +73,7 @@ class Job:
         return tuple(t for t in self.teachers if t.matched)
 
     def batch_file(self, number: int) -> Path:
-        return self.folder / f"batch-{number:05d}.safetensors"
+        return batch_file(self.folder, number)
 
 
 def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], dict[int, Tensor]]) -> None:
@@ -147,6 +85,8 @@ def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], di
     """
     if not any(stages_of(run.config, m) for m in run.config.methods):
         return
+    for method in run.config.methods:
+        planned(run.config, method)  # complains before anything is loaded
     loaded: dict[str, tuple[Teacher, ...]] = {}
     folders = dict(drawn)
     for level in range(max(len(stages_of(run.config, m)) for m in run.config.methods)):
@@ -165,7 +105,7 @@ def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], di
         for key in drawn:
             method = key.split("/", 1)[1]
             if stages_of(run.config, method):
-                index[key] = {"folder": folders[key].name, "asked": _asked(run.config, method, drawn[key])}
+                index[key] = {"folder": folders[key].name, "asked": asked(run.config, method, drawn[key])}
         write_json(path, index)
     run.accelerator.wait_for_everyone()
 
@@ -188,17 +128,14 @@ def _job(
             loaded[key] = load_teachers(configs, run.source, c.source, c.image_size, run.device)
         return loaded[key]
 
-    configs = stage.teachers or c.teachers
-    if not configs:
-        raise InputError(f"the stage {stage.stage!r} needs a teacher; set teachers, or refine.{level}.teachers")
-    teachers, judges = load(configs), load(stage.judges) if stage.judges else ()
+    teachers, judges = load(stage.teachers or c.teachers), load(stage.judges) if stage.judges else ()
     matched = sum(t.matched for t in teachers)
     if isinstance(stage, FADRM):
         stage = fadrm.resolve(stage, side=c.image_size, teachers=matched)
         schedule = fadrm.schedule_of(stage)
     else:
         schedule = teddy.schedule_of(stage, side=c.image_size)
-    counts = tuple(_count(_class_file(source, i)) for i in range(len(run.source.class_names)))
+    counts = tuple(_count(class_file(source, i)) for i in range(len(run.source.class_names)))
     batches = compose_batches(counts, stage.batch_size or 1, compose=stage.compose, min_classes=stage.min_classes)
     weights = weights_of(ipc, method) if stage.weighted else None
     identity: list[Any] = [
@@ -296,7 +233,7 @@ def _prepare(run: Run, job: Job) -> None:
             cut["candidates"] = stage.retrieve_pool
     for label in run.mine([float(n) for n in job.counts]):
         for name, number in cut.items():
-            path = _class_file(job.folder / name, label)
+            path = class_file(job.folder / name, label)
             if not path.is_file():
                 images = anchors.patch_anchors(
                     run.source,
@@ -311,7 +248,7 @@ def _prepare(run: Run, job: Job) -> None:
                 write_tensors(path, {"images": images})
     if isinstance(stage, FADRM) and stage.anchors == "file" and run.main:
         for label, images in enumerate(_file_anchors(run, stage, job.counts)):
-            write_tensors(_class_file(job.folder / "anchors", label), {"images": images})
+            write_tensors(class_file(job.folder / "anchors", label), {"images": images})
     if stage.class_weight:
         mine = run.mine([float(n) for n in run.source.class_counts()])
         for teacher in job.matched:
@@ -385,7 +322,7 @@ class Worker:
         pool = None
         if isinstance(job.stage, FADRM) and job.stage.retrieve != "none":
             base = job.folder / "candidates" if job.stage.retrieve == "patches" else job.source
-            images = [_bytes(read_tensors(_class_file(base, i))[0]["images"]) for i in range(len(job.counts))]
+            images = [_bytes(read_tensors(class_file(base, i))[0]["images"]) for i in range(len(job.counts))]
             pool = anchors.make_pool(images, job.matched[0])
         return Worker(run, job, critics, pool)
 
@@ -447,7 +384,7 @@ class Worker:
         self, number: int, refined: Refined, images: Tensor, start: Tensor, labels: Tensor, anchor: Tensor
     ) -> None:
         job = self.job
-        float_images = _is_float(_class_file(job.source, job.batches[number][0][0]))
+        float_images = _is_float(class_file(job.source, job.batches[number][0][0]))
         result = refined.images if float_images else _bytes(refined.images)
         tensors = {"images": result, "trace": refined.trace}
         if number == 0:
@@ -465,10 +402,6 @@ class Worker:
 
 
 # --- files --------------------------------------------------------------------------------------------------------
-
-
-def _class_file(folder: Path, label: int) -> Path:
-    return folder / f"class-{label:05d}.safetensors"
 
 
 def _count(path: Path) -> int:
@@ -489,7 +422,7 @@ def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
     """Images of (class, rank) pairs as float32 in [0, 1]; only these are read."""
     found: dict[tuple[int, int], Tensor] = {}
     for label in sorted({c for c, _ in rows}):
-        path = _class_file(folder, label)
+        path = class_file(folder, label)
         with readable(path), safe_open(path, framework="pt") as f:
             images = f.get_slice("images")
             for c, r in rows:
@@ -501,7 +434,7 @@ def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
 
 def _gather_class(run: Run, job: Job, label: int) -> None:
     """The refined images of a class in one file like that of the generator, from the batches that hold them."""
-    path = _class_file(job.folder, label)
+    path = class_file(job.folder, label)
     if path.is_file():
         return
     places = {row: (j, i) for j, batch in enumerate(job.batches) for i, row in enumerate(batch) if row[0] == label}
@@ -512,7 +445,7 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
             for name in ("images", "logits"):
                 if name in f.keys():  # noqa: SIM118  (not a dict)
                     parts.setdefault(name, []).append(f.get_slice(name)[i : i + 1])
-    meta = {**read_metadata(_class_file(job.source, label)), "refined_from": job.source.name}
+    meta = {**read_metadata(class_file(job.source, label)), "refined_from": job.source.name}
     write_tensors(path, {name: torch.cat(found) for name, found in parts.items()}, meta)
 
 
