@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dq.config import FADRM, SourceConfig
 from dq.data import ImageSource
-from dq.dist import derive_seed
 from dq.errors import InputError
 from dq.foreign import read_set
 from dq.patches import patch_images
@@ -44,7 +43,7 @@ def patch_anchors(
         teacher=teacher,
         image_size=image_size,
         source_config=source_config,
-        seed=derive_seed(seed, "anchors"),
+        seed=seed,  # the same patches as those of the baseline `patches`
         classes=[label],
         pool=max(PATCH_POOL, number),
         rank=rank,  # type: ignore[arg-type]

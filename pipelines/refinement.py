@@ -1,0 +1,218 @@
+"""What pixel refinement is worth: FADRM, FADRM+ and Teddy from a distilled set and from real patches, labelled by one
+teacher, by several architectures, and by a pool of weak teachers.
+
+    torchrun --nproc_per_node 2 pipelines/refinement.py --config configs/cifar10_refine.yaml --data DIR
+    python pipelines/refinement.py ... --collect results/cifar10_refine
+
+The configuration holds the methods with their stages. Every labeller below trains the students of the configuration
+with soft labels on the sets that it is asked about; `hard` trains the first of them without a teacher. Everything
+continues where it was killed. `--collect` writes `accuracy.csv`, `differences.csv` (paired, with 95 % intervals),
+`refinement.csv` (teachers before and after), pictures, and every training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from collect_results import without_places
+
+from dq.cli import load_pipeline
+from dq.config import RunConfig, TeacherConfig, load_config
+from dq.data import load_source
+from dq.dist import make_accelerator, read_json, write_json
+from dq.distilled import DistilledSet
+from dq.errors import InputError
+from dq.evaluation.stage import evaluate_sets
+from dq.evaluation.statistics import mean_std, paired_difference
+from dq.report import write_report
+from dq.run import assemble, cluster, encode, generate, label, refine
+from dq.runfolder import open_run
+from dq.settings import apply_settings, to_dict
+
+# labeller -> sets that it labels, and baselines beside them
+SETS = {
+    "one": (["ddoq", "fadrm", "patches-fadrm", "teddy"], ["random", "patches"]),
+    "plus": (["ddoq", "fadrm", "fadrm-plus", "patches-fadrm-plus"], ["patches"]),
+    "pool": (["ddoq", "teddy"], []),
+    "hard": (
+        ["ddoq", "fadrm", "fadrm-plus", "patches-fadrm", "patches-fadrm-plus", "teddy"],
+        ["random", "patches"],
+    ),
+}
+# what is compared: (set, labeller) against (set, labeller)
+QUESTIONS = {
+    "FADRM refines DDOQ": (("fadrm", "one"), ("ddoq", "one")),
+    "FADRM+ refines DDOQ, same labels": (("fadrm-plus", "plus"), ("ddoq", "plus")),
+    "FADRM+ against FADRM": (("fadrm-plus", "plus"), ("fadrm", "one")),
+    "FADRM+ against FADRM, same labels": (("fadrm-plus", "plus"), ("fadrm", "plus")),
+    "labels of three architectures alone": (("ddoq", "plus"), ("ddoq", "one")),
+    "FADRM refines patches": (("patches-fadrm", "one"), ("patches", "one")),
+    "FADRM+ refines patches, same labels": (("patches-fadrm-plus", "plus"), ("patches", "plus")),
+    "FADRM from DDOQ against from patches": (("fadrm", "one"), ("patches-fadrm", "one")),
+    "FADRM+ from DDOQ against from patches": (("fadrm-plus", "plus"), ("patches-fadrm-plus", "plus")),
+    "FADRM from DDOQ against random": (("fadrm", "one"), ("random", "one")),
+    "Teddy, labels only": (("ddoq", "pool"), ("ddoq", "one")),
+    "Teddy, refinement only": (("teddy", "one"), ("ddoq", "one")),
+    "Teddy, both": (("teddy", "pool"), ("ddoq", "one")),
+    "FADRM, hard labels": (("fadrm", "hard"), ("ddoq", "hard")),
+    "FADRM+, hard labels": (("fadrm-plus", "hard"), ("ddoq", "hard")),
+    "FADRM refines patches, hard labels": (("patches-fadrm", "hard"), ("patches", "hard")),
+    "FADRM+ refines patches, hard labels": (("patches-fadrm-plus", "hard"), ("patches", "hard")),
+    "Teddy, hard labels": (("teddy", "hard"), ("ddoq", "hard")),
+}
+
+
+def labellers(config: RunConfig) -> dict[str, tuple[TeacherConfig, ...]]:
+    """Who labels: the run's teacher, those of FADRM+, the pool with the run's teacher as its strong member."""
+
+    def teachers(method: str) -> tuple[TeacherConfig, ...]:
+        return (config.methods[method].refine or ())[0].teachers
+
+    return {"one": config.teachers, "plus": teachers("fadrm-plus"), "pool": (*teachers("teddy"), *config.teachers)}
+
+
+def evaluate(config: RunConfig, source: Any, accelerator: Any, only: list[str]) -> None:
+    """Train the students of every labeller on its sets."""
+    base = Path(config.output_dir)
+    hard = {k: v for k, v in config.evaluate.students[0].items() if k in ("net", "epochs", "tests")}
+    for name, (methods, baselines) in SETS.items():
+        if only and name not in only:
+            continue
+        sets = {
+            m: DistilledSet.load(base / "main" / "dataset", f"ipc{ipc}-{m}")
+            for ipc in config.ipc
+            for m in methods
+            if m in config.methods
+        }
+        students = config.evaluate.students
+        if name == "hard":
+            students = ({**hard, "labels": "hard", "augment": "dsa", "batch_size": 32},)
+        evaluate_sets(
+            sets,
+            source,
+            config=dataclasses.replace(config.evaluate, baselines=tuple(baselines), students=students),
+            source_config=config.source,
+            # the patches are cut by the run's teacher, whoever labels
+            teachers=labellers(config).get(name, config.teachers),
+            image_size=config.image_size,
+            folder=base / name,
+            cache_dir=Path(config.cache_dir),
+            accelerator=accelerator,
+        )
+        accelerator.print(base / name / "eval" / "summary.csv")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def collect(config: RunConfig, out: Path, test_images: int) -> None:
+    """Write what the evaluations found."""
+    base = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    values: dict[tuple[str, str, str, str], dict[int, float]] = {}
+    trainings = []
+    for name in SETS:
+        file = base / name / "eval" / "trainings.jsonl"
+        if not file.is_file():
+            continue
+        for line in file.read_text().splitlines():
+            r = json.loads(line)
+            values.setdefault((r["set"], name, r["student"], str(r["ipc"])), {})[r["seed"]] = r["last"]
+            trainings.append({"labelled_by": name, **without_places(r)})
+    rows = []
+    for (method, name, student, ipc), found in values.items():
+        mean, std = mean_std(list(found.values()))
+        row = {"set": method, "labels": name, "student": student, "ipc": ipc, "seeds": len(found)}
+        rows.append({**row, "mean": round(mean, 5), "std": None if std is None else round(std, 5)})
+    write_csv(out / "accuracy.csv", rows)
+    differences = []
+    students = list(dict.fromkeys((k[2], k[3]) for k in values))
+    for question, (a, b) in QUESTIONS.items():
+        for student, ipc in students:
+            one, two = values.get((*a, student, ipc)), values.get((*b, student, ipc))
+            if one and two and one.keys() == two.keys():
+                seeds = sorted(one)
+                d = paired_difference([one[s] for s in seeds], [two[s] for s in seeds], test_images=test_images)
+                row = {"question": question, "student": student, "ipc": ipc, "pairs": d.pairs}
+                row |= {k: round(getattr(d, k), 5) for k in ("mean", "low", "high")}
+                differences.append({**row, "verdict": d.verdict})
+    write_csv(out / "differences.csv", differences)
+    steps = []
+    for method in config.methods:
+        for ipc in config.ipc:
+            s = DistilledSet.load(base / "main" / "dataset", f"ipc{ipc}-{method}")
+            for stage in s.provenance.get("refine", []):
+                before, after = stage["summary"]["before"], stage["summary"]["after"]
+                row = {"set": method, "ipc": ipc, "stage": stage["summary"]["method"]}
+                for group in ("teachers", "judges"):
+                    for when, found in (("before", before), ("after", after)):
+                        n = max(1, len(found[group]))
+                        row[f"{group}_{when}"] = round(sum(t["accuracy"] for t in found[group]) / n, 4)
+                for key in ("variation", "anchor_distance"):
+                    row[f"{key}_before"], row[f"{key}_after"] = before[key], after[key]
+                steps.append(row)
+            picture = base / "main" / "figures" / f"grid-ipc{ipc}-{method}.png"
+            if picture.is_file():
+                shutil.copyfile(picture, out / f"{method}-ipc{ipc}.png")
+    write_csv(out / "refinement.csv", steps)
+    (out / "trainings.jsonl").write_text("".join(json.dumps(t) + "\n" for t in trainings))
+    plain = without_places(to_dict(config))
+    (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
+    made = read_json(base / "main" / "provenance.json")
+    command = f"torchrun --nproc_per_node {made['processes']} pipelines/refinement.py --config config.yaml --data DIR"
+    write_json(out / "run.json", {"command": command, **without_places(made)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--methods", nargs="+", help="only these methods, for a part of the work")
+    parser.add_argument(
+        "--labellers", nargs="*", choices=list(SETS), help="only these evaluations; none: no evaluation"
+    )
+    parser.add_argument("--collect", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    settings = [*args.set, *([f"source.path={args.data}"] if args.data else [])]
+    config = apply_settings(load_config(args.config), settings)
+    source = load_source(config.source)
+    if args.collect:
+        collect(config, args.collect, len(source.test))
+        print(args.collect)
+        return
+    accelerator = make_accelerator()
+    methods = {k: v for k, v in config.methods.items() if not args.methods or k in args.methods}
+    one = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "main"), methods=methods)
+    run = open_run(one, source, accelerator)
+    pipe = load_pipeline(one)
+    cache = encode(run, pipe.vae)
+    cluster(run, cache)
+    generate(run, pipe, cache)
+    refine(run)
+    label(run)
+    assemble(run)
+    if run.main:
+        print(write_report(run))
+    accelerator.wait_for_everyone()
+    if args.labellers is None or args.labellers:
+        evaluate(config, source, accelerator, args.labellers or [])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"refinement: {e}")
