@@ -35,7 +35,7 @@ lint: $(VENV)/.done
 	$(BIN)/mypy
 
 bench: $(VENV)/.done
-	for b in import cluster encode memory student sample; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+	for b in import cluster encode memory student sample refine; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-vision runs build *.egg-info
