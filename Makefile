@@ -27,7 +27,7 @@ test-gpu: $(VENV)/.done
 test-vision:
 	$(PYTHON) -m venv .venv-vision
 	.venv-vision/bin/python -m pip install -q --disable-pip-version-check -e ".[dev,vision]"
-	.venv-vision/bin/python -m pytest tests/test_nets.py tests/test_teachers.py
+	.venv-vision/bin/python -m pytest tests/test_nets.py tests/test_teachers.py tests/test_refine_statistics.py
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

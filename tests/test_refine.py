@@ -176,8 +176,12 @@ def test_overflow_in_float16_falls_back_to_float32(images, caplog):
         net.conv1.weight.mul_(3e5)  # features of over 65,504, which the norm behind brings back
         net.bn1.running_mean.mul_(3e5)
         net.bn1.running_var.mul_(9e10)
-    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6))
+    kept = []
+    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), on_block=kept.append)
     assert found.precision == "float32"
+    again = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), resume=kept[0])
+    assert torch.equal(found.images, again.images)  # it does not go back to float16
+    assert again.precision == "float32"
     assert "done again in float32" in caplog.text
     assert torch.equal(found.images, run(images, [teacher_of(net)], short(r_bn=1e-6)).images)
 

@@ -210,3 +210,21 @@ def test_score_has_a_row_per_teacher_and_a_column_per_layer():
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.25, 0.2, 0.3)))
     expected = plain_distance(nets[0], (x - mean) / std, [0, 1, 0])
     torch.testing.assert_close(found[0, 1], expected)
+
+
+def test_norms_of_timm_that_also_activate_are_read_at_their_inputs():
+    pytest.importorskip("timm")
+    net = make_net("timm:efficientnet_lite0", 4, 64, seed=0).eval().requires_grad_(False)
+    layers = layers_of(net, 64)
+    assert any(type(a.norm) is not nn.BatchNorm2d for a in layers)
+    x = images_of(torch.arange(3), 64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with StatMatcher(layers, torch.ones(len(layers))) as matcher:
+        logits = net(a)
+        own = matcher.distance()
+    expected = plain_distance(net, b, [1.0] * len(layers))
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, net(x))
+    own.backward()
+    expected.backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)

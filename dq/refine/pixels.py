@@ -26,6 +26,7 @@ TERMS = ("cross_entropy", "statistics", "classes", "proximity")  # the weighted 
 SCALE = 65536.0  # first loss scale of float16
 BAD_SHARE = 0.05  # of the steps of a block whose float16 loss may overflow before the block is done again in float32
 CALIBRATION_VIEWS = 8
+SHOWN = 10  # images of a batch that are kept from the end of every block
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Refined:
 
     images: Tensor  # (B, 3, S, S) float32 in [0, 1]
     trace: Tensor  # (steps, 4) float32, the terms of the loss by `TERMS`
-    blocks: Tensor  # (blocks + 1, B, 3, S, S) float32 in [0, 1]: the start, and the images at the end of each block
+    # (blocks + 1, n, 3, S, S) float32 in [0, 1]: the first n <= SHOWN images at the start and at the end of each block
+    blocks: Tensor
     soft_labels: Tensor | None = None  # (B, C) logits
     precision: str = "float32"  # of the teachers; "float32" also where a block in float16 had to be done again
 
@@ -75,6 +77,7 @@ class Progress:
     x: Tensor  # (B, 3, D, D) normalised, not yet merged
     trace: Tensor  # (steps so far, 4)
     blocks: Tensor
+    precision: str  # of the blocks to come
 
 
 def make_critics(
@@ -151,7 +154,7 @@ def optimise(
 
     x is kept in the normalisation of the first teacher, in which the learning rate is meant, and within the range of
     pixels. The teacher f of step t is `critics[choose(t)]`, the view A of step t is drawn from (seed, t). Every block
-    has an Adam of its own (FADRM, section 3.2 and released code).
+    has an Adam of its own, so that no moment describes another image (FADRM's released code).
 
     Args:
         start: (B, 3, S, S) float32 in [0, 1], where the first block begins.
@@ -172,9 +175,8 @@ def optimise(
     start, labels = start.to(device), labels.to(device)
     x0 = (start - mean) / std
     weights = image_weights.to(device) if config.weighted and image_weights is not None else None
-    precision = config.dtype
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating([c.teacher for c in critics]))
+    precision = resume.precision if resume else config.dtype
+    with evaluating([c.teacher for c in critics]):
         ratios = [1.0] * len(critics)
         if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):
             first = resample(x0, schedule.sizes[0])
@@ -205,13 +207,17 @@ def optimise(
 
         done = resume.block if resume else 0
         trace = [resume.trace] if resume else []
-        ends = [resume.blocks] if resume else [start[None].cpu()]
+        ends = [resume.blocks] if resume else [start[None, :SHOWN].cpu()]
+
+        def pixels(x: Tensor) -> Tensor:
+            return resample((x * std + mean).clamp(0, 1), side)
+
         x = resume.x.to(device) if resume else resample(x0, schedule.sizes[0])
         for block in range(done, len(schedule.sizes)):
             if block:  # merge behind the block before
+                given = anchors(pixels(x).cpu(), block - 1) if callable(anchors) else anchors
                 x = resample(x, schedule.sizes[block])
                 if schedule.alpha < 1:
-                    given = anchors(ends[-1][-1], block - 1) if callable(anchors) else anchors
                     anchor = x0 if given is None else (given.to(device) - mean) / std
                     x = schedule.alpha * x + (1 - schedule.alpha) * resample(anchor, schedule.sizes[block])
             first_step = sum(schedule.steps[:block])
@@ -230,11 +236,10 @@ def optimise(
                     f"{critics[choose(bad)].teacher.name}, {precision}); lower its lr, now {schedule.lr:g}, or r_bn"
                 )
             trace.append(found)
-            pixels = resample((x * std + mean).clamp(0, 1), side).cpu()
-            ends.append(pixels[None])
+            ends.append(pixels(x[:SHOWN])[None].cpu())
             if on_block is not None and block + 1 < len(schedule.sizes):
-                on_block(Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends)))
-    return Refined(pixels, torch.cat(trace), torch.cat(ends), precision=precision)
+                on_block(Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends), precision))
+        return Refined(pixels(x).cpu(), torch.cat(trace), torch.cat(ends), precision=precision)
 
 
 class _Overflow(Exception):

@@ -46,8 +46,6 @@ from dq.teachers import Teacher, load_teachers
 
 log = logging.getLogger("dq")
 
-STRIP = 10  # images of the first batch that are kept from the end of every block
-
 
 # --- the stage ----------------------------------------------------------------------------------------------------
 
@@ -388,7 +386,7 @@ class Worker:
         result = refined.images if float_images else _bytes(refined.images)
         tensors = {"images": result, "trace": refined.trace}
         if number == 0:
-            tensors["strip"] = _bytes(refined.blocks[:, :STRIP])
+            tensors["strip"] = _bytes(refined.blocks)
         if refined.soft_labels is not None:
             tensors["logits"] = refined.soft_labels.half()
         after = result if float_images else result.float() / 255
@@ -451,11 +449,11 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
 
 def _write_progress(path: Path, progress: Progress) -> None:
     tensors = {"x": progress.x, "trace": progress.trace, "blocks": progress.blocks}
-    write_tensors(path, tensors, {"block": progress.block})
+    write_tensors(path, tensors, {"block": progress.block, "precision": progress.precision})
 
 
 def _read_progress(path: Path) -> Progress | None:
     if not path.is_file():
         return None
     tensors, meta = read_tensors(path)
-    return Progress(meta["block"], tensors["x"], tensors["trace"], tensors["blocks"])
+    return Progress(meta["block"], tensors["x"], tensors["trace"], tensors["blocks"], meta["precision"])
