@@ -497,3 +497,21 @@ def test_a_schedule_is_one_cosine_to_zero():
     assert schedule.rate(0) == 0.2
     assert schedule.rate(4) == pytest.approx(0.1)
     assert schedule.rate(7) == pytest.approx(0.1 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+# --- accelerators -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run with: make test-gpu")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_gpu_walks_as_the_cpu_does(images, dtype):
+    teacher = trained()
+    config = short(lr=1e-4)  # so small that rounding does not change the way
+    here = run(images, [teacher], config)
+    there = teacher_of(trained().net.cuda())
+    found = run(images, [there], dataclasses.replace(config, dtype=dtype))
+    assert found.images.device.type == "cpu"
+    assert found.precision == dtype
+    tolerance = 1e-3 if dtype == "float32" else 0.05
+    torch.testing.assert_close(found.trace, here.trace, rtol=tolerance, atol=tolerance)
