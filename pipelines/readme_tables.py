@@ -203,7 +203,80 @@ def student_speed() -> str:
     return table(head, body)
 
 
+LABELLERS = {"one": "soft, one teacher", "plus": "soft, three architectures", "pool": "soft, pool", "hard": "hard"}
+
+
+def refinement(folder: str) -> str:
+    """Sets against students and labellers; last epoch, mean ± std in percent."""
+    rows = read(f"{folder}/accuracy.csv")
+    columns = list(dict.fromkeys((r["labels"], r["student"], r["ipc"]) for r in rows))
+    cells = {(r["set"], r["labels"], r["student"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        return "" if r is None else f"{100 * float(r['mean']):.1f} ± {100 * float(r['std']):.1f}"
+
+    body = [[name, *[cell(cells.get((name, *c))) for c in columns]] for name in dict.fromkeys(r["set"] for r in rows)]
+    return table(["set", *[f"{LABELLERS[kind]}: {student}, IPC {ipc}" for kind, student, ipc in columns]], body)
+
+
+def questions(folder: str) -> str:
+    """Paired differences of the questions that the refinement was measured for."""
+    rows = read(f"{folder}/differences.csv")
+    students = list(dict.fromkeys((r["student"], r["ipc"]) for r in rows))
+    cells = {(r["question"], r["student"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        if r is None:
+            return ""
+        low, high = 100 * float(r["low"]), 100 * float(r["high"])
+        text = f"{100 * float(r['mean']):+.1f} ({low:+.1f} to {high:+.1f})"
+        return f"**{text}**" if r["verdict"] != "undecided" else text
+
+    body = [[q, *[cell(cells.get((q, *s))) for s in students]] for q in dict.fromkeys(r["question"] for r in rows)]
+    return table(["difference, points", *[f"{student}, IPC {ipc}" for student, ipc in students]], body)
+
+
+def refined_images(folder: str) -> str:
+    """What the stages did to their images."""
+    body = [
+        [
+            r["set"],
+            r["stage"],
+            *(
+                f"{100 * float(r[f'{g}_before']):.0f} → {100 * float(r[f'{g}_after']):.0f} %"
+                for g in ("teachers", "judges")
+            ),
+            f"{float(r['variation_before']):.1f} → {float(r['variation_after']):.1f}",
+            f"{float(r['anchor_distance_after']):.1f}",
+        ]
+        for r in read(f"{folder}/refinement.csv")
+    ]
+    head = ["set", "stage", "teachers", "judge (ResNet-56)", "total variation", "distance to the anchor"]
+    return table(head, body)
+
+
+def refinement_speed() -> str:
+    """Time per step against a plain loop."""
+    body = [
+        [
+            f"{r['net']}, {r['side']} px, batch {r['batch_size']}, {r['dtype']}",
+            f"{r['device']}, {r['threads']} thread(s)",
+            f"{float(r['plain_s_per_step']):.3f} s",
+            f"{float(r['dq_s_per_step']):.3f} s",
+            r["times_faster"],
+            r["largest_loss_difference"],
+        ]
+        for r in read("refine.csv")
+    ]
+    head = ["teacher", "device", "plain loop", "dq", "times faster", "largest difference of a loss"]
+    return table(head, body)
+
+
 TABLES = {
+    "refinement": lambda: refinement("cifar10_refine"),
+    "questions": lambda: questions("cifar10_refine"),
+    "refined_images": lambda: refined_images("cifar10_refine"),
+    "refine_speed": refinement_speed,
     "cifar10": lambda: accuracy("cifar10_ddoq"),
     "quantization": lambda: quantization("cifar10_ddoq"),
     "codecs": codecs,

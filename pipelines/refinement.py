@@ -37,19 +37,25 @@ from dq.run import assemble, cluster, encode, generate, label, refine
 from dq.runfolder import open_run
 from dq.settings import apply_settings, to_dict
 
-# labeller -> sets that it labels, and baselines beside them
+# evaluation -> who labels, which sets, which baselines beside them
 SETS = {
-    "one": (["ddoq", "fadrm", "patches-fadrm", "teddy"], ["random", "patches"]),
-    "plus": (["ddoq", "fadrm", "fadrm-plus", "patches-fadrm-plus"], ["patches"]),
-    "pool": (["ddoq", "teddy"], []),
+    "one": ("one", ["ddoq", "fadrm", "fadrm-released", "patches-fadrm", "teddy"], ["random", "patches"]),
+    "plus": ("plus", ["ddoq", "fadrm", "fadrm-plus", "patches-fadrm-plus"], ["patches"]),
+    "pool": ("pool", ["ddoq", "teddy"], []),
     "hard": (
-        ["ddoq", "fadrm", "fadrm-plus", "patches-fadrm", "patches-fadrm-plus", "teddy"],
+        "hard",
+        ["ddoq", "fadrm", "fadrm-released", "fadrm-plus", "patches-fadrm", "patches-fadrm-plus", "teddy"],
         ["random", "patches"],
     ),
+    # larger students, of which MobileNetV2 was no teacher
+    "one-large": ("one", ["ddoq", "fadrm"], []),
+    "plus-large": ("plus", ["ddoq", "fadrm-plus"], []),
 }
+LARGE, LARGE_SEEDS = ("resnet20", "mobilenetv2"), 3
 # what is compared: (set, labeller) against (set, labeller)
 QUESTIONS = {
     "FADRM refines DDOQ": (("fadrm", "one"), ("ddoq", "one")),
+    "FADRM by the released recipe": (("fadrm-released", "one"), ("ddoq", "one")),
     "FADRM+ refines DDOQ, same labels": (("fadrm-plus", "plus"), ("ddoq", "plus")),
     "FADRM+ against FADRM": (("fadrm-plus", "plus"), ("fadrm", "one")),
     "FADRM+ against FADRM, same labels": (("fadrm-plus", "plus"), ("fadrm", "plus")),
@@ -71,7 +77,8 @@ QUESTIONS = {
 
 
 def labellers(config: RunConfig) -> dict[str, tuple[TeacherConfig, ...]]:
-    """Who labels: the run's teacher, those of FADRM+, the pool with the run's teacher as its strong member."""
+    """Who labels: the run's teacher, those of FADRM+, or the pool with its fully trained network and the run's teacher
+    as strong members."""
 
     def teachers(method: str) -> tuple[TeacherConfig, ...]:
         return (config.methods[method].refine or ())[0].teachers
@@ -83,7 +90,7 @@ def evaluate(config: RunConfig, source: Any, accelerator: Any, only: list[str]) 
     """Train the students of every labeller on its sets."""
     base = Path(config.output_dir)
     hard = {k: v for k, v in config.evaluate.students[0].items() if k in ("net", "epochs", "tests")}
-    for name, (methods, baselines) in SETS.items():
+    for name, (labeller, methods, baselines) in SETS.items():
         if only and name not in only:
             continue
         sets = {
@@ -93,15 +100,18 @@ def evaluate(config: RunConfig, source: Any, accelerator: Any, only: list[str]) 
             if m in config.methods
         }
         students = config.evaluate.students
+        seeds = config.evaluate.seeds
         if name == "hard":
             students = ({**hard, "labels": "hard", "augment": "dsa", "batch_size": 32},)
+        if name.endswith("large"):
+            students, seeds = tuple({**students[0], "net": net} for net in LARGE), min(seeds, LARGE_SEEDS)
         evaluate_sets(
             sets,
             source,
-            config=dataclasses.replace(config.evaluate, baselines=tuple(baselines), students=students),
+            config=dataclasses.replace(config.evaluate, baselines=tuple(baselines), students=students, seeds=seeds),
             source_config=config.source,
             # the patches are cut by the run's teacher, whoever labels
-            teachers=labellers(config).get(name, config.teachers),
+            teachers=labellers(config).get(labeller, config.teachers),
             image_size=config.image_size,
             folder=base / name,
             cache_dir=Path(config.cache_dir),
@@ -123,14 +133,14 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     values: dict[tuple[str, str, str, str], dict[int, float]] = {}
     trainings = []
-    for name in SETS:
+    for name, (labeller, _, _) in SETS.items():
         file = base / name / "eval" / "trainings.jsonl"
         if not file.is_file():
             continue
         for line in file.read_text().splitlines():
             r = json.loads(line)
-            values.setdefault((r["set"], name, r["student"], str(r["ipc"])), {})[r["seed"]] = r["last"]
-            trainings.append({"labelled_by": name, **without_places(r)})
+            values.setdefault((r["set"], labeller, r["student"], str(r["ipc"])), {})[r["seed"]] = r["last"]
+            trainings.append({"labelled_by": labeller, **without_places(r)})
     rows = []
     for (method, name, student, ipc), found in values.items():
         mean, std = mean_std(list(found.values()))
@@ -182,7 +192,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--methods", nargs="+", help="only these methods, for a part of the work")
     parser.add_argument(
-        "--labellers", nargs="*", choices=list(SETS), help="only these evaluations; none: no evaluation"
+        "--evaluations", nargs="*", choices=list(SETS), help="only these evaluations; none: no evaluation"
     )
     parser.add_argument("--collect", type=Path, metavar="DIR")
     args = parser.parse_args()
@@ -207,8 +217,8 @@ def main() -> None:
     if run.main:
         print(write_report(run))
     accelerator.wait_for_everyone()
-    if args.labellers is None or args.labellers:
-        evaluate(config, source, accelerator, args.labellers or [])
+    if args.evaluations is None or args.evaluations:
+        evaluate(config, source, accelerator, args.evaluations or [])
 
 
 if __name__ == "__main__":
