@@ -7,15 +7,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from test_run import ROOT, config, world  # noqa: F401  (a fixture)
+from test_run import config, launch, world  # noqa: F401  (a fixture)
 
 from dq.cli import main
 from dq.config import FADRM, RunConfig, TeacherConfig, Teddy
@@ -152,22 +150,6 @@ def test_the_order_of_stages_is_the_users(finished, world, teachers, tmp_path): 
     s = DistilledSet.load(tmp_path / "run" / "dataset")
     assert [r["summary"]["method"] for r in s.provenance["refine"]] == ["teddy", "fadrm"]
     assert not torch.equal(s.images, DistilledSet.load(finished / "run" / "dataset").images)
-
-
-def launch(file: Path, verb: str, processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29578", "-m"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, "dq.cli", verb, "--config", str(file), "--cpu"],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 @pytest.mark.multi_process

@@ -135,13 +135,13 @@ def full(world: Path, out: Path, teacher: Path | None = None, **more) -> Path:
     )
 
 
-def launch(file: Path, *, processes: int = 1) -> subprocess.Popen:
+def launch(file: Path, verb: str = "run", *, processes: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29577", "-m"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*command, "dq.cli", "run", "--config", str(file), "--cpu"],
+        [*command, "dq.cli", verb, "--config", str(file), "--cpu"],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

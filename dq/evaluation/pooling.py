@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dq.config import EvaluateConfig, RunConfig, StudentConfig
+from dq.config import RunConfig, StudentConfig
 from dq.data import ImageSource
 from dq.dist import (
     derive_seed,
@@ -26,8 +26,8 @@ from dq.dist import (
     write_tensors,
 )
 from dq.errors import InputError, RunError
-from dq.evaluation.bench import Bench, make_bench
-from dq.evaluation.teaching import teacher_recipe
+from dq.evaluation.bench import Bench
+from dq.evaluation.teaching import teacher_bench, teacher_recipe
 from dq.evaluation.train import Pixels, accuracy, fit, normalizer
 from dq.pool import MANIFEST, reestimate_bn
 from dq.settings import to_dict
@@ -56,16 +56,7 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
     p, t = config.train_pool, config.train_teachers
     folder = Path(p.output_dir)
     recipe = teacher_recipe(t)
-    bench = make_bench(
-        source,
-        config.source,
-        EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
-        [recipe],
-        image_size=config.image_size,
-        cache_dir=Path(config.cache_dir),
-        teachers=(),
-        device=accelerator.device,
-    )
+    bench = teacher_bench(config, source, recipe, accelerator.device)
     net = p.base.net if p.generation == "post" and p.base else p.net
     settings: dict[str, Any] = {"pool": to_dict(p), "world": bench.world, "recipe": to_dict(recipe), "seed": t.seed}
     for key in ("output_dir", "window", "keep_base"):

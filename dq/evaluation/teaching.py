@@ -7,11 +7,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from dq.config import EvaluateConfig, RunConfig, StudentConfig, TrainTeachersConfig
 from dq.data import ImageSource
 from dq.dist import derive_seed, digest_of, progress, read_json, shard, write_json, write_tensors
 from dq.errors import RunError
-from dq.evaluation.bench import make_bench
+from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.train import accuracy, fit
 from dq.nets import make_net
 from dq.settings import to_dict
@@ -40,6 +42,20 @@ def teacher_recipe(t: TrainTeachersConfig) -> StudentConfig:
     )
 
 
+def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig, device: torch.device) -> Bench:
+    """The real images that teachers are trained and measured on: validation images set aside, no baselines."""
+    return make_bench(
+        source,
+        config.source,
+        EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
+        [recipe],
+        image_size=config.image_size,
+        cache_dir=Path(config.cache_dir),
+        teachers=(),
+        device=device,
+    )
+
+
 def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accelerator) -> list[Path]:
     """Train `config.train_teachers.nets` on the train split, one network per process at a time.
 
@@ -57,16 +73,7 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
     """
     t = config.train_teachers
     student = teacher_recipe(t)
-    bench = make_bench(
-        source,
-        config.source,
-        EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
-        [student],
-        image_size=config.image_size,
-        cache_dir=Path(config.cache_dir),
-        teachers=(),
-        device=accelerator.device,
-    )
+    bench = teacher_bench(config, source, student, accelerator.device)
     folders = [Path(t.output_dir) / net.replace(":", "_") for net in t.nets]
     mine = shard([1.0] * len(folders), accelerator.process_index, accelerator.num_processes)
     todo = []

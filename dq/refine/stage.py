@@ -70,6 +70,11 @@ class Job:
     def matched(self) -> tuple[Teacher, ...]:
         return tuple(t for t in self.teachers if t.matched)
 
+    @functools.cached_property
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Batch and position of every (class, rank)."""
+        return {row: (j, i) for j, batch in enumerate(self.batches) for i, row in enumerate(batch)}
+
     def batch_file(self, number: int) -> Path:
         return batch_file(self.folder, number)
 
@@ -330,7 +335,7 @@ class Worker:
         rows = job.batches[number]
         images = _read_rows(job.source, rows)
         labels = torch.tensor([c for c, _ in rows])
-        start, anchor = _start(job, number)
+        anchor = _start(job, number)[1]
         weights = None
         if job.weights is not None:
             weights = torch.stack([job.weights[c][r] for c, r in rows])
@@ -340,47 +345,27 @@ class Worker:
             for step in range(sum(job.schedule.steps[: resume.block])):
                 on_step(step)
         options: dict[str, Any] = {
+            "critics": self.critics,
             "seed": derive_seed(self.run.config.seed, "refine", job.level, number),
             "resume": resume,
             "on_block": functools.partial(_write_progress, partial),
             "on_step": on_step,
         }
         if isinstance(job.stage, FADRM):
-            retrieve = None
             if self.pool is not None:
-                retrieve = functools.partial(self._retrieve, labels, job.stage.retrieve_complexity)
-            refined = fadrm.refine(
-                images,
-                labels,
-                weights,
-                job.stage,
-                job.matched,
-                critics=self.critics,
-                anchors=anchor,
-                retrieve=retrieve,
-                **options,
-            )
+                options["retrieve"] = functools.partial(self._retrieve, labels, job.stage.retrieve_complexity)
+            refined = fadrm.refine(images, labels, weights, job.stage, job.matched, anchors=anchor, **options)
         else:
-            refined = teddy.refine(
-                images,
-                labels,
-                weights,
-                job.stage,
-                job.matched,
-                critics=self.critics,
-                labellers=job.teachers,
-                **options,
-            )
-        self._write(number, refined, images, start, labels, anchor)
+            options["labellers"] = job.teachers
+            refined = teddy.refine(images, labels, weights, job.stage, job.matched, **options)
+        self._write(number, refined, images, labels, anchor)
         partial.unlink(missing_ok=True)
 
     def _retrieve(self, labels: Tensor, complexity: float, x: Tensor, merge: int) -> Tensor:
         assert self.pool is not None
         return anchors.nearest_anchors(x, labels, self.pool, self.job.matched[0], complexity)
 
-    def _write(
-        self, number: int, refined: Refined, images: Tensor, start: Tensor, labels: Tensor, anchor: Tensor
-    ) -> None:
+    def _write(self, number: int, refined: Refined, images: Tensor, labels: Tensor, anchor: Tensor) -> None:
         job = self.job
         float_images = _is_float(class_file(job.source, job.batches[number][0][0]))
         result = refined.images if float_images else _bytes(refined.images)
@@ -435,10 +420,9 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
     path = class_file(job.folder, label)
     if path.is_file():
         return
-    places = {row: (j, i) for j, batch in enumerate(job.batches) for i, row in enumerate(batch) if row[0] == label}
     parts: dict[str, list[Tensor]] = {}
     for rank in range(job.counts[label]):
-        j, i = places[(label, rank)]
+        j, i = job.places[(label, rank)]
         with readable(job.batch_file(j)), safe_open(job.batch_file(j), framework="pt") as f:
             for name in ("images", "logits"):
                 if name in f.keys():  # noqa: SIM118  (not a dict)
