@@ -464,20 +464,20 @@ def plan(config: RunConfig, source: Any) -> str:
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
     sizes = {(m, str(ipc)): int(counts.clip(max=ipc).sum()) * copies for ipc in config.ipc for m in config.methods}
-    lines += _plan_refinement(config, sizes)
+    lines += _plan_refinement(config, sizes, counts.tolist())
     lines += _plan_evaluation(config, counts, sizes)
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
     return "\n".join(lines)
 
 
-def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int]) -> list[str]:
+def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], counts: list[int]) -> list[str]:
     """Batches and image steps of the stages behind the generator; equal ones of several methods count once."""
     from dq.refine.chain import asked_settings, planned
 
     found: dict[str, str] = {}
     for (method, ipc), images in sizes.items():
         chain = asked_settings(config, method)
-        for level, stage in enumerate(planned(config, method)):
+        for level, stage in enumerate(planned(config, method, counts)):
             key = repr((ipc, config.methods[method].representative, chain[: level + 1]))
             steps, batches = sum(stage.steps), -(-images // stage.batch_size)
             found.setdefault(

@@ -169,9 +169,9 @@ class DepthConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drop is not None and not 0 <= self.drop < 1:
-            raise InputError(f"depth.drop is a share of the layers in [0, 1), not {self.drop}")
+            raise InputError(f"drop is a share of the depth in [0, 1), not {self.drop}")
         if self.keep == "shallow" and self.drop == 0:
-            raise InputError("depth.keep=shallow keeps what depth.drop leaves out, which is nothing: set depth.drop")
+            raise InputError("keep=shallow keeps what drop leaves out, which is nothing: set drop above 0")
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class FADRM(RefineConfig):
     steps: tuple[int, ...] | None = None  # of each block
     lr: float | None = None  # one cosine to 0 over all blocks
     jitter: int | None = None  # px of circular shift at most
-    batch_size: int | None = None  # images optimised together
+    batch_size: int | None = None  # images optimised together; several of a class where there are fewer classes
     alpha: float = 0.5  # share of the optimised image in the merge behind each block but the last
     # init: the images that come in; real_patch: the crops of real images that the first teacher knows best; file: a
     # set that `dq.read_set` opens
@@ -225,9 +225,10 @@ class FADRM(RefineConfig):
     anchor_path: str | None = None
     anchor_rank: Literal["easy", "medium"] = "easy"  # real_patch: lowest cross-entropy, or nearest to the median
     start: Literal["anchor", "image"] = "anchor"  # what the first block starts from
-    # patches, prototypes: every merge takes the nearest of this many anchors of the class, in features (after RETA)
+    # patches, prototypes: every merge takes the nearest of the class's patches of real images, or of its images in the
+    # set, in features (after RETA)
     retrieve: Literal["none", "patches", "prototypes"] = "none"
-    retrieve_pool: int = 50  # of a class
+    retrieve_pool: int = 50  # patches: candidates of a class
     retrieve_complexity: float = 0.0  # of an anchor's total variation in the choice, features having unit length
 
     def __post_init__(self) -> None:

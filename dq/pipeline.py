@@ -335,7 +335,7 @@ class DistillPipeline(DiffusionPipeline):
         cache_dir: str | Path | None = None,
         resolution: int | None = None,
         image_size: int | None = None,
-        refine: Sequence[FADRM | Teddy] | None = None,
+        refine: FADRM | Teddy | Sequence[FADRM | Teddy] | None = None,
         config: RunConfig | None = None,
         accelerator: Any = None,
         **settings: Any,
@@ -369,7 +369,8 @@ class DistillPipeline(DiffusionPipeline):
         chosen = apply_settings(base, {"codec.resolution": side, **flat})
         method = chosen.methods[name]
         if refine is not None:
-            method = dataclasses.replace(method, refine=tuple(refine))
+            stages_asked = (refine,) if isinstance(refine, FADRM | Teddy) else tuple(refine)
+            method = dataclasses.replace(method, refine=stages_asked)
         chosen = dataclasses.replace(
             chosen,
             ipc=(ipc,),

@@ -103,8 +103,9 @@ def resize_to(net: nn.Module, state: dict[str, Tensor]) -> None:
                 setattr(module, key, nn.Parameter(fresh) if isinstance(old, nn.Parameter) else fresh)
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Conv2d):
+            depthwise = module.groups > 1 and module.groups == module.in_channels
             module.out_channels = weight.shape[0]  # type: ignore[union-attr]
-            if module.groups > 1:  # depthwise
+            if depthwise:
                 module.groups = module.out_channels
             module.in_channels = weight.shape[1] * module.groups  # type: ignore[union-attr]
         elif isinstance(module, nn.Linear):
@@ -122,7 +123,7 @@ def reestimate_bn(net: nn.Module, batches: Sequence[Tensor]) -> None:
     ends in evaluation mode.
 
     Args:
-        batches: normalised images (B, 3, S, S) each, on the network's device.
+        batches: normalised images (B, 3, S, S) each, on the network's device; all count alike, whatever their size.
     """
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
@@ -131,8 +132,10 @@ def reestimate_bn(net: nn.Module, batches: Sequence[Tensor]) -> None:
         m.reset_running_stats()
         m.momentum = None  # cumulative
         m.train()
-    for x in batches:
-        net(x)
-    for m, momentum in zip(norms, momenta):
-        m.momentum = momentum
-    net.eval()
+    try:
+        for x in batches:
+            net(x)
+    finally:
+        for m, momentum in zip(norms, momenta):
+            m.momentum = momentum
+        net.eval()

@@ -441,10 +441,12 @@ def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
                     f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
                     "run `dq label` to put it together again, or `dq run`"
                 )
-    if [r["settings"] for r in s.provenance.get("refine", [])] != chain.asked_settings(run.config, method):
-        raise InputError(
-            f"the set {name} was refined under other settings; run `dq refine` and `dq label`, or `dq run`"
-        )
+    stages = s.provenance.get("refine", [])
+    folder = _image_folders(run)[f"{ipc}/{method}"].name if stages or chain.stages_of(run.config, method) else None
+    if [r["settings"] for r in stages] != chain.asked_settings(run.config, method) or (
+        stages and stages[-1]["folder"] != folder
+    ):
+        raise InputError(f"the set {name} was refined otherwise; run `dq refine` and `dq label`, or `dq run`")
     return s
 
 

@@ -67,14 +67,14 @@ class Teacher:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, C) float32 on the CPU of images (N, 3, H, W), uint8 or float in [0, 1], in evaluation mode."""
-        with _evaluating(self.net):
+        with evaluation_mode(self.net):
             return torch.cat([self(x).cpu() for x in self._batches(images)])
 
     def features(self, images: Tensor) -> Tensor:
         """What the last linear layer sees of images (N, 3, H, W), in evaluation mode: (N, D) float32 on the CPU. For
         a network without a linear layer, what its last convolution sees."""
         parts = []
-        with _evaluating(self.net), head_inputs(self.net) as seen:
+        with evaluation_mode(self.net), head_inputs(self.net) as seen:
             for x in self._batches(images):
                 self(x)
                 parts.append(seen[-1].flatten(1).float().cpu())
@@ -123,7 +123,7 @@ def head_inputs(net: nn.Module, *, wanted: bool = True) -> Iterator[list[Tensor]
 
 
 @contextlib.contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
+def evaluation_mode(net: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, and every module back in its own mode after it."""
     training = [m for m in net.modules() if m.training]
     net.eval()
@@ -230,7 +230,12 @@ def _load_pool(config: TeacherConfig, source: ImageSource, image_size: int, devi
             f"the pool {config.path} was made for {len(made_for[0])} classes and images of {made_for[1]} px, not for "
             f"the {len(source.class_names)} of {source.origin} at {image_size} px, in this order; make another"
         )
-    return [dataclasses.replace(t, weight=t.weight * config.weight) for t in pool.teachers]
+    if config.weight == 1:
+        return list(pool.teachers)
+    return [
+        dataclasses.replace(t, weight=t.weight * config.weight, digest=digest_of([t.digest, config.weight]))
+        for t in pool.teachers
+    ]
 
 
 def teacher_file(config: TeacherConfig) -> Path | None:

@@ -39,7 +39,11 @@ from dq.settings import apply_settings, to_dict
 
 # evaluation -> who labels, which sets, which baselines beside them
 SETS = {
-    "one": ("one", ["ddoq", "fadrm", "fadrm-released", "patches-fadrm", "teddy"], ["random", "patches"]),
+    "one": (
+        "one",
+        ["ddoq", "fadrm", "fadrm-deep", "fadrm-retrieve", "fadrm-released", "patches-fadrm", "teddy"],
+        ["random", "patches"],
+    ),
     "plus": ("plus", ["ddoq", "fadrm", "fadrm-plus", "patches-fadrm-plus"], ["patches"]),
     "pool": ("pool", ["ddoq", "teddy"], []),
     "hard": (
@@ -56,6 +60,8 @@ LARGE, LARGE_SEEDS = ("resnet20", "mobilenetv2"), 3
 QUESTIONS = {
     "FADRM refines DDOQ": (("fadrm", "one"), ("ddoq", "one")),
     "FADRM by the released recipe": (("fadrm-released", "one"), ("ddoq", "one")),
+    "statistics of the deep half, against all": (("fadrm-deep", "one"), ("fadrm", "one")),
+    "anchors retrieved among patches, against the start": (("fadrm-retrieve", "one"), ("fadrm", "one")),
     "FADRM+ refines DDOQ, same labels": (("fadrm-plus", "plus"), ("ddoq", "plus")),
     "FADRM+ against FADRM": (("fadrm-plus", "plus"), ("fadrm", "one")),
     "FADRM+ against FADRM, same labels": (("fadrm-plus", "plus"), ("fadrm", "plus")),

@@ -206,6 +206,28 @@ def test_a_post_pool_is_pruned_from_a_trained_network(prior, source, accelerator
     assert all(torch.isfinite(t.logits(images)).all() for t in pool.members)
 
 
+def test_another_base_makes_another_pool(prior, source, accelerator, tmp_path):
+    pytest.importorskip("torch_pruning")
+    facts = read_json(prior / "pool.json")
+    file = tmp_path / "base.safetensors"
+    shutil.copyfile(prior / "base.safetensors", file)
+    base = TeacherConfig("convnet3-bn", str(file), tuple(facts["mean"]), tuple(facts["std"]))
+    c = config(tmp_path, generation="post", base=base, size=1, recovery_epochs=0)
+    train_pool(c, source, accelerator=accelerator)
+    shutil.copyfile(prior / "epoch-0004.safetensors", file)
+    with pytest.raises(RunError, match="holds a pool of other settings"):
+        train_pool(c, source, accelerator=accelerator)
+
+
+def test_grouped_convolutions_keep_their_groups():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8))
+    twin = copy.deepcopy(net)
+    resize_to(twin, net.state_dict())
+    assert [m.groups for m in twin] == [2, 8]
+    x = torch.rand(1, 8, 9, 9)
+    assert torch.equal(net(x), twin(x))
+
+
 def test_torch_pruning_that_is_missing_is_named(monkeypatch):
     import sys
 
@@ -248,6 +270,8 @@ def test_a_pool_stands_for_its_teachers_wherever_teachers_are_named(prior, sourc
     pool = TeacherPool.load(prior)
     assert [t.name for t in found] == [t.name for t in pool.teachers]
     assert [t.weight for t in found] == pytest.approx([t.weight / 2 for t in pool.teachers])
+    whole = load_teachers([dataclasses.replace(c, weight=1.0)], source, SourceConfig(), 8, torch.device("cpu"))
+    assert {t.digest for t in found}.isdisjoint(t.digest for t in whole)
     x = images_of(torch.arange(6) % 4, 8)
     torch.testing.assert_close(pooled_logits(found, x), pool.ensemble_logits(x))
     with pytest.raises(InputError, match="a pool stands for several networks"):

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -193,11 +195,126 @@ def test_what_was_refined_otherwise_is_not_taken(finished, world, teachers, tmp_
     assert run(other, "label") == 2
     assert "run `dq refine` first" in capsys.readouterr().err
     assert run(other, "report") == 2
-    assert "was refined under other settings" in capsys.readouterr().err
+    assert "run `dq refine` first" in capsys.readouterr().err
     assert run(other, "refine") == 0  # beside the first
     assert len(list(tmp_path.glob("run/images/*fadrm*"))) == 2
     assert run(file) == 0  # which is still there
     assert len(list(tmp_path.glob("run/images/*fadrm*"))) == 2
+
+
+def test_other_files_and_weights_are_noticed(world, teachers, tmp_path, capsys):  # noqa: F811
+    """What the images were refined by: teachers' weights, anchors, weights of the set where they count."""
+    mine = tmp_path / "mine.safetensors"
+    shutil.copyfile(teachers[0]["path"], mine)
+    own = [{**teachers[0], "path": str(mine)}]
+    anchors = tmp_path / "anchors.npz"
+    labels = np.repeat(np.arange(3), 3)
+    images = np.random.default_rng(0).integers(0, 255, (9, 3, 8, 8)).astype(np.uint8)
+    np.savez(anchors, images=images, labels=labels)
+    stage = {**SHORT, "teachers": own, "anchors": "file", "anchor_path": str(anchors), "weighted": True}
+    file = refining(world, tmp_path, teachers, [stage])
+    assert run(file) == 0
+    folders = {p.name for p in tmp_path.glob("run/images/*fadrm*")}
+
+    def refused(said: str, given: Path = file) -> None:
+        for verb in ("label", "report"):
+            capsys.readouterr()
+            assert run(given, verb) == 2
+            assert said in capsys.readouterr().err
+        assert run(given, "refine") == 0
+        now = {p.name for p in tmp_path.glob("run/images/*fadrm*")}
+        assert len(now) == len(folders) + 1
+        folders.update(now)
+        assert run(given, "report") == 0
+
+    shutil.copyfile(teachers[1]["path"], mine)
+    refused("refined with other files than")
+    np.savez(anchors, images=255 - images, labels=labels)
+    refused("refined with other files than")
+    data = yaml.safe_load(file.read_text())
+    data["methods"]["ddoq"]["weights"] = "mass"
+    file.write_text(yaml.safe_dump(data))
+    capsys.readouterr()
+    assert run(file, "label") == 2
+    assert "run `dq refine` first" in capsys.readouterr().err
+    assert run(file, "refine") == 0
+    assert len(list(tmp_path.glob("run/images/*fadrm*"))) == len(folders) + 1
+
+
+def test_what_nothing_reads_changes_no_folder(world, teachers, tmp_path):  # noqa: F811
+    assert run(refining(world, tmp_path, teachers, [SHORT])) == 0
+    unread = {**SHORT, "anchor_rank": "medium", "retrieve_pool": 7, "retrieve_complexity": 1.0, "start": "image"}
+    assert run(refining(world, tmp_path, teachers, [unread])) == 0
+    assert len(list(tmp_path.glob("run/images/*fadrm*"))) == 1
+
+
+def test_settings_reach_the_stage(world, teachers, tmp_path, capsys):  # noqa: F811
+    """Composition, complexity, rank of anchors, and each image's own weight."""
+    still = {**SHORT, "lr": 0.0, "batch_size": 2}
+    assert run(refining(world, tmp_path / "few", teachers, [still])) == 2
+    assert "would hold 1 classes, fewer than 3" in capsys.readouterr().err
+    assert run(refining(world, tmp_path / "few", teachers, [{**still, "min_classes": 1}])) == 0
+    assert read_json(refined(tmp_path / "few")["fadrm"] / "manifest.json")["batches"] == 5
+    for compose, first in (("index", 4), ("dealt", 5)):
+        stage = {**still, "batch_size": 5, "compose": compose}
+        assert run(refining(world, tmp_path / compose, teachers, [stage])) == 0
+        assert read_metadata(refined(tmp_path / compose)["fadrm"] / "batch-00000.safetensors")["images"] == first
+
+    def images(name: str, **settings) -> torch.Tensor:
+        stage = {**SHORT, "lr": 0.0, "alpha": 0.0, "batch_size": 9, **settings}
+        assert run(refining(world, tmp_path / name, teachers, [stage])) == 0
+        return DistilledSet.load(tmp_path / name / "run" / "dataset").images
+
+    easy = images("easy", anchors="real_patch")
+    assert not torch.equal(easy, images("medium", anchors="real_patch", anchor_rank="medium"))
+    near = images("near", retrieve="patches", retrieve_pool=6)
+    calm = images("calm", retrieve="patches", retrieve_pool=6, retrieve_complexity=1e6)
+    assert not torch.equal(near, calm)
+    assert len(torch.unique(calm[:3].flatten(1), dim=0)) == 1  # the calmest patch of a class, for all of its images
+
+
+def test_each_image_has_its_own_weight_in_the_statistics(world, teachers, tmp_path):  # noqa: F811
+    from dq.refine import fadrm
+    from dq.teachers import load_teacher
+
+    stage = {**SHORT, "lr": 0.0, "batch_size": 9, "weighted": True}
+    assert run(refining(world, tmp_path, teachers, [stage])) == 0
+    s = DistilledSet.load(tmp_path / "run" / "dataset")
+    assert len(set(s.weights.tolist())) > 1
+    trace = read_tensors(refined(tmp_path)["fadrm"] / "batch-00000.safetensors")[0]["trace"]
+    teacher = load_teacher(from_dict(TeacherConfig, teachers[0]), 3, 8)
+    order = torch.tensor([c * 3 + r for r in range(3) for c in range(3)])
+    config = from_dict(FADRM, {**stage, "steps": [1, 1, 1], "crop_scale": [], "flip": 0.0, "jitter": 0})
+
+    def alone(weights: torch.Tensor) -> float:
+        x = s.images[order].float() / 255
+        return fadrm.refine(x, s.labels[order], weights, config, [teacher]).trace[0, 1].item()
+
+    file = refining(world, tmp_path / "seen", teachers, [{**stage, "crop_scale": [], "flip": 0.0, "jitter": 0}])
+    assert run(file) == 0
+    seen = read_tensors(refined(tmp_path / "seen")["fadrm"] / "batch-00000.safetensors")[0]["trace"][0, 1].item()
+    assert seen == pytest.approx(alone(s.weights[order]), rel=1e-4)
+    assert seen != pytest.approx(alone(torch.ones(9)), rel=1e-4)
+    assert len(trace) == 9
+
+
+def test_labels_of_teddy_serve_students_and_are_missed_when_lost(world, teachers, tmp_path, caplog):  # noqa: F811
+    fixed = [{"net": "convnet3", "labels": "fixed", "epochs": 1, "optimizer": "adamw", "lr": 1e-3, "tests": 1}]
+    file = config(
+        world,
+        tmp_path / "fixed",
+        ipc=[3],
+        methods={"ddoq": {}},
+        teachers=[],
+        refine=[{**TEDDY, "teachers": teachers}],
+        evaluate__students=fixed,
+        evaluate__baselines=[],
+        evaluate__seeds=1,
+    )
+    assert run(file) == 0
+    assert (tmp_path / "fixed" / "run" / "eval" / "summary.csv").is_file()
+    assert run(refining(world, tmp_path / "lost", teachers, [TEDDY, SHORT]), "run", "--dry-run") == 0
+    assert "labels of stage 1, teddy, are lost" in caplog.text
 
 
 def test_a_method_may_have_stages_of_its_own(world, teachers, tmp_path):  # noqa: F811
@@ -284,7 +401,7 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
     small = pipe(toy_source, output_dir=tmp_path / "run", refine=[stage], **options)
     assert small.images.shape == plain.images.shape
     assert not torch.equal(small.images, plain.images)
-    again = pipe(toy_source, output_dir=tmp_path / "run", refine=[stage], **options)
+    again = pipe(toy_source, output_dir=tmp_path / "run", refine=stage, **options)
     assert torch.equal(small.images, again.images)
 
 
@@ -297,6 +414,11 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
         ({"stage": "fadrn"}, "must be a mapping whose stage is one of 'fadrm', 'teddy'"),
         ({**SHORT, "alfa": 1}, "unknown setting 'refine.0.alfa'; did you mean 'alpha'"),
         ({**SHORT, "alpha": 2}, r"refine.0.alpha is a share"),
+        ({**SHORT, "batch_size": 1}, r"would hold 1 classes, fewer than 3"),
+        (
+            {**SHORT, "anchors": "file", "anchor_path": "nowhere"},
+            r"no anchors at nowhere; correct refine.0.",
+        ),
         ({**SHORT, "sizes": [8, 8]}, r"refine.0.sizes=\[8, 8\] has 2 blocks but steps=\[3, 3, 3\] has 3"),
         ({**SHORT, "sizes": [8, 8, 12]}, r"the last of sizes=\[8, 8, 12\] must be the side of the images, 8 px"),
     ],

@@ -169,12 +169,34 @@ def test_weights_of_layers():
     assert kept(drop=0.34, keep="shallow") == [10, 0, 0]
     assert kept(ramp=1.0) == pytest.approx([10 / 3, 2 / 3, 1])
     assert layer_weights(layers, DepthConfig(drop=None), drop=0.67)[1].tolist() == [0, 0, 1]
-    with pytest.raises(InputError, match="leaves no layer"):
+    with pytest.raises(InputError, match="leaves none of 3 layers to match; raise it"):
         layer_weights(layers, DepthConfig(drop=0.3, keep="shallow"))
-    with pytest.raises(InputError, match=r"depth.drop is a share"):
+    with pytest.raises(InputError, match="drop is a share of the depth"):
         DepthConfig(drop=1.0)
-    with pytest.raises(InputError, match=r"depth.keep=shallow"):
+    with pytest.raises(InputError, match="keep=shallow keeps what drop leaves out"):
         DepthConfig(keep="shallow")
+
+
+def test_nothing_is_dropped_at_zero_whatever_the_unit():
+    """A norm before the first convolution stands behind no weight."""
+
+    class Before(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv, self.late = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.late(self.conv(self.norm(x)))
+
+    layers = layers_of(Before().eval())
+    assert [a.params for a in layers] == [0, 12]
+    for unit in ("layer", "channel", "param"):
+        assert layer_weights(layers, DepthConfig(unit=unit))[1].tolist() == [10, 1]
+
+
+def test_a_norm_without_running_statistics_is_refused():
+    with pytest.raises(InputError, match="'bn1' of a teacher keeps no running statistics"):
+        layers_of(TinyNet(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False)).eval())
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from dq.errors import InputError, RunError
 from dq.evaluation.bench import Bench
 from dq.evaluation.teaching import teacher_bench, teacher_recipe
 from dq.evaluation.train import Pixels, accuracy, fit, normalizer
+from dq.nets import make_net
 from dq.pool import MANIFEST, reestimate_bn
 from dq.settings import to_dict
 from dq.teachers import load_teacher
@@ -61,6 +62,10 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
     settings: dict[str, Any] = {"pool": to_dict(p), "world": bench.world, "recipe": to_dict(recipe), "seed": t.seed}
     for key in ("output_dir", "window", "keep_base"):
         settings["pool"].pop(key)
+    if p.generation == "post" and p.base is not None:
+        # where the network lies does not matter, its weights do
+        settings["pool"]["base"].pop("path")
+        settings["base"] = load_teacher(p.base, bench.classes, bench.image_size).digest
     digest = digest_of(settings)
     known = folder / "settings.json"
     if known.is_file() and read_json(known)["digest"] != digest:
@@ -113,6 +118,9 @@ def _checkpoints(
 ) -> list[str]:
     """Prior generation, by the main process: one training is one unit of work."""
     p, t = config.train_pool, config.train_teachers
+    fresh = make_net(p.net, bench.classes, bench.image_size, seed=0)
+    if not any(isinstance(m, nn.BatchNorm2d) for m in fresh.modules()):
+        log.warning("note: %s has no batch norm, so that this pool can label but has no statistics to match", p.net)
     late = [e for e in p.epochs if e >= t.epochs]
     if late:
         raise InputError(
@@ -230,7 +238,7 @@ def _keep(
 
 def _sample(images: Tensor, pixels: Pixels, number: int) -> Iterator[Tensor]:
     rows = torch.randperm(len(images), generator=generator("pool statistics"))[:number]
-    for part in rows.split(BATCH):
+    for part in rows.tensor_split(-(-len(rows) // BATCH)):  # nearly equal, since all count alike
         yield pixels(images[part.to(images.device)])
 
 

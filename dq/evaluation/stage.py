@@ -36,7 +36,7 @@ from dq.evaluation.trainings import (
     write_tables,
 )
 from dq.foreign import check_classes
-from dq.refine.chain import planned
+from dq.refine.chain import labelled, planned
 from dq.run import load_set
 from dq.runfolder import Run
 from dq.teachers import teacher_file
@@ -56,13 +56,14 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     for t in config.teachers:
         teacher_file(t)
     for method in config.methods:
-        planned(config, method)
+        planned(config, method, source.class_counts().tolist())
     e = config.evaluate
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in e.baselines)
     size = config.image_size
     students = students_of(e, ipcs, len(source.class_names), size)
     check_taught(e, students.values(), config.teachers)
-    if any(s.labels == "fixed" for s in students.values()) and not config.teachers:
+    alone = not config.teachers and (e.baselines or not all(labelled(config, m) for m in config.methods))
+    if any(s.labels == "fixed" for s in students.values()) and alone:
         raise InputError("students with labels=fixed need a teacher; set teachers, or use labels=hard")
     if e.students or config.teachers:
         _ = source.test

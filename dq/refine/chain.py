@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +14,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dq.config import FADRM, RunConfig, Teddy
+from dq.config import FADRM, RunConfig, TeacherConfig, Teddy
 from dq.dist import digest_of, read_json, read_tensors, readable
 from dq.errors import InputError
 from dq.refine import fadrm, teddy
+from dq.refine.batches import compose_batches
 from dq.runfolder import Run
 from dq.settings import to_dict
-from dq.teachers import POOL, teacher_file
+from dq.teachers import POOL, PRETRAINED, teacher_file
+
+log = logging.getLogger("dq")
 
 Stage = FADRM | Teddy
 INDEX = "refined.json"  # in images/: which folder holds the refined images of a method
@@ -42,6 +49,15 @@ def stage_settings(stage: Stage) -> dict[str, Any]:
     settings = to_dict(stage)
     for group in ("teachers", "judges"):
         settings[group] = [{k: v for k, v in t.items() if k not in SPEED} for t in settings[group]]
+    if isinstance(stage, FADRM):  # what nothing reads decides nothing
+        if stage.anchors != "real_patch" and stage.retrieve != "patches":
+            del settings["anchor_rank"]
+        if stage.anchors == "init":
+            del settings["start"]
+        if stage.retrieve != "patches":
+            del settings["retrieve_pool"]
+        if stage.retrieve == "none":
+            del settings["retrieve_complexity"]
     return settings
 
 
@@ -61,6 +77,12 @@ def refined_folder(run: Run, ipc: int, method: str, drawn: Path) -> Path:
             f"{run.folder} has no refined images of method {method!r} at ipc {ipc} for the present settings; "
             "run `dq refine` first"
         )
+    for path, content in files_of(run.config, method).items():
+        if content is not None and content not in known["files"]:
+            raise InputError(
+                f"the images of method {method!r} at ipc {ipc} were refined with other files than {path}; "
+                "run `dq refine` first"
+            )
     return run.folder / "images" / known["folder"]
 
 
@@ -72,27 +94,76 @@ class Planned(NamedTuple):
     batch_size: int
 
 
-def planned(config: RunConfig, method: str) -> list[Planned]:
-    """The stages of a method with their settings filled in; a pool counts as several teachers.
+def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) -> list[Planned]:
+    """The stages of a method with their settings filled in.
+
+    Args:
+        class_counts: train images of each class, if batches are to be checked.
 
     Raises:
-        InputError: if settings do not fit the size of the images, or a stage has no teacher.
+        InputError: if settings do not fit the size or the number of the images, or a stage has no teacher or anchors.
     """
     found = []
-    for level, stage in enumerate(stages_of(config, method)):
+    stages = stages_of(config, method)
+    for level, stage in enumerate(stages):
         teachers = stage.teachers or config.teachers
         if not teachers:
             raise InputError(f"the stage {stage.stage!r} needs a teacher; set teachers, or refine.{level}.teachers")
         for t in (*teachers, *stage.judges):
             teacher_file(t)
         if isinstance(stage, FADRM):
-            number = 2 if any(t.net == POOL for t in teachers) else len(teachers)
-            stage = fadrm.resolve(stage, side=config.image_size, teachers=number)
+            stage = fadrm.resolve(stage, side=config.image_size, teachers=sum(map(_matched, teachers)))
             schedule = fadrm.schedule_of(stage)
+            if stage.anchor_path is not None and not Path(stage.anchor_path).exists():
+                raise InputError(f"there are no anchors at {stage.anchor_path}; correct refine.{level}.anchor_path")
         else:
             schedule = teddy.schedule_of(stage, side=config.image_size)
+            if stage.ensemble_labels and level + 1 < len(stages):
+                log.warning("note: the labels of stage %d, teddy, are lost: later stages change its images", level + 1)
+        for ipc in config.ipc if len(class_counts) else ():
+            counts = [min(n, ipc) for n in class_counts]
+            compose_batches(counts, stage.batch_size or 1, compose=stage.compose, min_classes=stage.min_classes)
         found.append(Planned(stage.stage, schedule.steps, stage.batch_size or 1))
     return found
+
+
+def _matched(teacher: TeacherConfig) -> int:
+    """Networks that a teacher of a configuration stands for."""
+    if teacher.net != POOL:
+        return 1
+    return sum(m["used"] for m in read_json(teacher_file(teacher) or Path())["members"])
+
+
+def labelled(config: RunConfig, method: str) -> bool:
+    """Whether the last stage of a method labels its images."""
+    stages = stages_of(config, method)
+    return bool(stages) and isinstance(stages[-1], Teddy) and stages[-1].ensemble_labels
+
+
+def files_of(config: RunConfig, method: str) -> dict[str, str | None]:
+    """Digests of the files that the stages of a method read, by path: teachers and anchors. None for what is not here;
+    models that libraries find are not listed."""
+    paths: list[Path] = []
+    for stage in stages_of(config, method):
+        for t in stage.teachers or config.teachers:
+            local = t.net != "transformers" and t.path not in ("", PRETRAINED)
+            paths += [Path(t.path)] if local else []
+        if isinstance(stage, FADRM) and stage.anchor_path is not None:
+            paths.append(Path(stage.anchor_path))
+    return {str(p): _digest_of_files(p) for p in paths}
+
+
+def _digest_of_files(path: Path) -> str | None:
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] * path.is_file()
+    if not files:
+        return None
+    return digest_of([_digest_of_file(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files])
+
+
+@functools.cache
+def _digest_of_file(path: Path, changed_ns: int, size: int) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
 
 
 def asked_settings(config: RunConfig, method: str) -> list[dict[str, Any]]:
@@ -108,6 +179,7 @@ def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
     for settings in reversed(asked_settings(run.config, method)):
         summary, manifest = read_json(folder / "summary.json"), read_json(folder / "manifest.json")
         chain.insert(0, {"settings": settings, "resolved": manifest["settings"], "summary": summary})
+        chain[0]["folder"] = folder.name
         chain[0]["teachers"] = [{k: t[k] for k in ("name", "digest", "r_bn")} for t in manifest["teachers"]]
         folder = folder.parent / summary["from"]
     return chain
@@ -115,7 +187,11 @@ def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
 
 def asked(config: RunConfig, method: str, drawn: Path) -> str:
     """Digest of what a user asked for, which needs no teacher to be loaded."""
-    return digest_of([drawn.name, asked_settings(config, method)])
+    parts: list[Any] = [drawn.name, asked_settings(config, method)]
+    if any(s.weighted for s in stages_of(config, method)):
+        m = config.methods[method]
+        parts.append([m.weights, m.normalize])
+    return digest_of(parts)
 
 
 def refined_folders(run: Run) -> dict[str, Path]:

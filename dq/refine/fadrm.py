@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dq.config import FADRM
 from dq.errors import InputError
-from dq.refine.pixels import Critic, Progress, Refined, Schedule, make_critics, optimise
+from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, make_critics, optimise
 from dq.settings import unknown_key
 from dq.teachers import Teacher
 
@@ -133,12 +133,13 @@ def refine(
     on_block: Callable[[Progress], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Refined:
-    """Refine one batch of images of different classes; a pure function of its arguments.
+    """Refine one batch of images; a pure function of its arguments. A batch of the paper's is one image of each of B
+    classes; where there are fewer classes, several images of each make batch statistics less of a caricature.
 
         x <- alpha resample(x) + (1 - alpha) resample(anchor)      behind every block but the last
 
     Args:
-        images: (B, 3, S, S) float32 in [0, 1].
+        images: (B, 3, S, S) float32 in [0, 1], as many different classes as may be.
         labels: (B,) classes.
         weights: (B,) of the images in the set, for `config.weighted`; None: all alike.
         config: settings; what is None is filled in as `resolve` says.
@@ -155,6 +156,13 @@ def refine(
         InputError: for settings or teachers that do not fit.
         RunError: if the loss stops being a number.
     """
+    if critics is None:
+        check_alone(config)
+    if (config.anchors != "init" and anchors is None) or (config.retrieve != "none" and retrieve is None):
+        raise InputError(
+            f"anchors={config.anchors} and retrieve={config.retrieve} are read by a run; here, give `anchors` or "
+            "`retrieve` themselves"
+        )
     side = images.shape[-1]
     settings = resolve(config, side=side, teachers=len(teachers))
     schedule = schedule_of(settings)

@@ -18,13 +18,13 @@ from dq.config import RefineConfig
 from dq.errors import InputError, RunError
 from dq.refine.augment import draw_view, look
 from dq.refine.statistics import Layer, StatMatcher, layer_weights, trace_layers
-from dq.teachers import Teacher, head_inputs
+from dq.teachers import Teacher, evaluation_mode, head_inputs
 
 log = logging.getLogger("dq")
 
 TERMS = ("cross_entropy", "statistics", "classes", "proximity")  # the weighted terms of the loss, columns of a trace
 SCALE = 65536.0  # first loss scale of float16
-BAD_SHARE = 0.05  # of the steps of a block whose float16 loss may overflow before the block is done again in float32
+BAD_SHARE = 0.05  # of the steps of a block that may be lost to overflow in float16 before it is done again
 CALIBRATION_VIEWS = 8
 SHOWN = 10  # images of a batch that are kept from the end of every block
 
@@ -53,6 +53,7 @@ class Critic:
     weights: Tensor  # (L,) of all layers
     kept: Tensor  # (L,) of the layers that are matched
     r_bn: float
+    classes: int  # outputs of the teacher
     class_means: Tensor | None = None  # (C, d) mean last feature of the real images of each class
 
 
@@ -78,6 +79,7 @@ class Progress:
     trace: Tensor  # (steps so far, 4)
     blocks: Tensor
     precision: str  # of the blocks to come
+    scale: float  # of losses in float16
 
 
 def make_critics(
@@ -103,12 +105,11 @@ def make_critics(
     critics = []
     for i, teacher in enumerate(teachers):
         with evaluating([teacher]):
-            for size in sorted({side, *sizes}):
-                _check_side(teacher, size)
+            classes = min(_check_side(teacher, size) for size in sorted({side, *sizes}))
             layers = trace_layers(teacher.net, functools.partial(_grey, teacher, side))
         weights, kept = layer_weights(layers, config.depth, first_weight=config.first_bn_weight, drop=drop)
         means = class_means[i] if class_means else None
-        critics.append(Critic(teacher, tuple(layers), weights, kept, config.r_bn, means))
+        critics.append(Critic(teacher, tuple(layers), weights, kept, config.r_bn, classes, means))
     if config.r_bn and not any(c.layers for c in critics):
         names = ", ".join(t.name for t in teachers)
         raise InputError(
@@ -118,21 +119,59 @@ def make_critics(
     return tuple(critics)
 
 
+def check_alone(config: RefineConfig) -> None:
+    """Refuse settings that a batch alone cannot follow, since they need other images or the whole set.
+
+    Raises:
+        InputError: that names the first of them.
+    """
+    needs = {
+        "bn_share": config.bn_share is not None,
+        "class_weight": config.class_weight > 0,
+        "depth.drop=null": config.depth.drop is None,
+    }
+    for name, set_ in needs.items():
+        if set_:
+            raise InputError(
+                f"{name} is worked out by a run; for a batch alone give `critics` that know it, or unset it"
+            )
+
+
 @torch.no_grad()
-def _grey(teacher: Teacher, size: int) -> None:
+def _grey(teacher: Teacher, size: int) -> Tensor:
     device = next(teacher.net.parameters()).device
-    teacher(torch.full((2, 3, size, size), 0.5, device=device))
+    return teacher(torch.full((2, 3, size, size), 0.5, device=device))
 
 
-def _check_side(teacher: Teacher, size: int) -> None:
+def _check_side(teacher: Teacher, size: int) -> int:
+    """Outputs of a teacher for an image of this side."""
     try:
-        _grey(teacher, size)
+        return _grey(teacher, size).shape[1]
     except (AssertionError, RuntimeError, ValueError) as e:
         said = " ".join(str(e).split())[:120]
         raise InputError(
             f"the teacher {teacher.name} cannot see images of {size} px ({said}); set sizes to the side it was made "
             "for, or its image_size, to which every image is then resized"
         ) from e
+
+
+def _check_batch(images: Tensor, labels: Tensor, classes: int) -> None:
+    shape = tuple(images.shape)
+    if images.ndim != 4 or shape[2] != shape[3] or labels.shape != shape[:1] or not images.is_floating_point():
+        raise InputError(
+            f"refinement needs square float images (B, 3, S, S) with labels (B,), not {shape} {images.dtype} and "
+            f"{tuple(labels.shape)}"
+        )
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise InputError(
+            f"images to refine go from {images.min().item():.3g} to {images.max().item():.3g} but must lie in [0, 1]; "
+            "a decoder's [-1, 1] has to be shifted first"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(
+            f"labels go from {int(labels.min())} to {int(labels.max())} but a teacher has {classes} outputs; give a "
+            "teacher of these classes"
+        )
 
 
 def optimise(
@@ -167,6 +206,7 @@ def optimise(
     Raises:
         RunError: if the loss stops being a number.
     """
+    _check_batch(start, labels, min(c.classes for c in critics))
     teacher = critics[0].teacher
     device = next(teacher.net.parameters()).device
     mean, std = (start.new_tensor(v, device=device).view(1, -1, 1, 1) for v in (teacher.mean, teacher.std))
@@ -175,12 +215,12 @@ def optimise(
     start, labels = start.to(device), labels.to(device)
     x0 = (start - mean) / std
     weights = image_weights.to(device) if config.weighted and image_weights is not None else None
-    precision = resume.precision if resume else config.dtype
+    precision, scale = (resume.precision, resume.scale) if resume else (config.dtype, SCALE)
     with evaluating([c.teacher for c in critics]):
         ratios = [1.0] * len(critics)
         if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):
             first = resample(x0, schedule.sizes[0])
-            ratios = [_ratio(c, first * std + mean, config, schedule, seed, i) for i, c in enumerate(critics)]
+            ratios = [_ratio(c, first * std + mean, config, schedule, seed, i, weights) for i, c in enumerate(critics)]
         matchers = [StatMatcher(c.layers, c.kept, norm=config.norm, image_weights=weights) for c in critics]
 
         def step_loss(x: Tensor, step: int) -> Tensor:
@@ -223,12 +263,15 @@ def optimise(
             first_step = sum(schedule.steps[:block])
             steps = range(first_step, first_step + schedule.steps[block])
             walk = (x, steps, step_loss, schedule, config, (low, high), on_step)
-            try:
-                x, found = _block(*walk, scaled=precision == "float16")
-            except _Overflow as e:
-                log.warning("note: %s; the block is done again in float32", e)
+            moved, found, ended, lost = _block(*walk, scale=scale if precision == "float16" else None)
+            if lost and torch.isfinite(found).all() and ended >= 1:
+                # the scale was far too large at first: the same steps again with the one that it came down to
+                moved, found, ended, lost = _block(*walk, scale=ended)
+            if lost:
+                log.warning("note: too many losses or gradients overflow in float16; a block is done again in float32")
                 precision = "float32"
-                x, found = _block(*walk, scaled=False)
+                moved, found, ended, _ = _block(*walk, scale=None)
+            x, scale = moved, ended
             if not (torch.isfinite(found).all() or precision == "float16") or not torch.isfinite(x).all():
                 bad = first_step + int((~torch.isfinite(found)).any(1).float().argmax())
                 raise RunError(
@@ -238,12 +281,8 @@ def optimise(
             trace.append(found)
             ends.append(pixels(x[:SHOWN])[None].cpu())
             if on_block is not None and block + 1 < len(schedule.sizes):
-                on_block(Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends), precision))
+                on_block(Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends), precision, scale))
         return Refined(pixels(x).cpu(), torch.cat(trace), torch.cat(ends), precision=precision)
-
-
-class _Overflow(Exception):
-    """Too many float16 losses of a block were not finite."""
 
 
 def _block(
@@ -255,32 +294,39 @@ def _block(
     bounds: tuple[Tensor, Tensor],
     on_step: Callable[[int], None] | None,
     *,
-    scaled: bool,
-) -> tuple[Tensor, Tensor]:
-    """One block: the images at its end, and the terms of its losses (steps, 4) on the CPU."""
+    scale: float | None,
+) -> tuple[Tensor, Tensor, float, bool]:
+    """One block: the images at its end, the terms of its losses (steps, 4) on the CPU, the last scale of the losses,
+    and whether so many steps were lost to overflow that the block should not stand. Losses are scaled for float16;
+    without a `scale` they are not."""
     x = x.detach().clone().contiguous().requires_grad_(True)
     optimizer = torch.optim.Adam([x], lr=schedule.lr, betas=config.betas)  # type: ignore[arg-type]
-    # The released code shares one scaler among all batches; here a block starts its own, as results must not depend
-    # on which process did what before
-    scaler = torch.amp.GradScaler(x.device.type, init_scale=SCALE, enabled=scaled)
+    # The released code shares one scaler among all batches; here a batch has its own, as results must not depend on
+    # which process did what before
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=scale or SCALE, enabled=scale is not None)
     trace = torch.zeros(len(steps), len(TERMS), device=x.device)  # read at the end: no wait within a step
+    skipped = 0
     for i, step in enumerate(steps):
         optimizer.param_groups[0]["lr"] = schedule.rate(step)
         terms = step_loss(x, step)
         optimizer.zero_grad()
         scaler.scale(terms.sum()).backward()
         scaler.step(optimizer)
+        before = scaler.get_scale() if scale is not None else 0.0
         scaler.update()
+        if scale is not None:
+            skipped += scaler.get_scale() < before
         with torch.no_grad():
             x.clamp_(*bounds)
             trace[i] = terms.detach()
         if on_step is not None:
             on_step(step)
-    found = trace.cpu()
-    bad = int((~torch.isfinite(found)).any(1).sum())
-    if scaled and (bad > BAD_SHARE * len(steps) or scaler.get_scale() < 1):
-        raise _Overflow(f"{bad} of {len(steps)} losses of a block overflow in float16")
-    return x.detach(), found
+    return (
+        x.detach(),
+        trace.cpu(),
+        scaler.get_scale() if scale is not None else SCALE,
+        skipped > BAD_SHARE * len(steps),
+    )
 
 
 def resample(x: Tensor, size: int) -> Tensor:
@@ -306,12 +352,20 @@ def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _ratio(critic: Critic, pixels: Tensor, config: RefineConfig, schedule: Schedule, seed: int, number: int) -> float:
+def _ratio(
+    critic: Critic,
+    pixels: Tensor,
+    config: RefineConfig,
+    schedule: Schedule,
+    seed: int,
+    number: int,
+    image_weights: Tensor | None,
+) -> float:
     """How many times smaller the kept layers' sum is than that of all, at the first view of the start."""
     sums = []
     seen = look(pixels, draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=number))
     for weights in (critic.kept, critic.weights):
-        with StatMatcher(critic.layers, weights, norm=config.norm) as matcher:
+        with StatMatcher(critic.layers, weights, norm=config.norm, image_weights=image_weights) as matcher:
             critic.teacher(seen)
             sums.append(float(matcher.distance()))
     return sums[1] / sums[0] if sums[0] > 0 else 1.0
@@ -319,7 +373,14 @@ def _ratio(critic: Critic, pixels: Tensor, config: RefineConfig, schedule: Sched
 
 @torch.no_grad()
 def calibrate(
-    critics: Sequence[Critic], start: Tensor, config: RefineConfig, schedule: Schedule, classes: int, *, seed: int
+    critics: Sequence[Critic],
+    start: Tensor,
+    config: RefineConfig,
+    schedule: Schedule,
+    classes: int,
+    *,
+    seed: int,
+    image_weights: Tensor | None = None,
 ) -> list[float]:
     """r_bn of every teacher such that r_bn S at the start is `config.bn_share` times ln(classes), the cross-entropy of
     a guess; S is the mean over a few views of images (B, 3, S, S) in [0, 1]. As it is without `bn_share`.
@@ -337,7 +398,11 @@ def calibrate(
         device = next(critic.teacher.net.parameters()).device
         pixels = resample(start.to(device), schedule.sizes[0])
         sums = []
-        with evaluating([critic.teacher]), StatMatcher(critic.layers, critic.weights, norm=config.norm) as matcher:
+        # with renorm=scale the sum of the kept layers begins as large as that of all
+        kept = critic.weights if config.depth.renorm == "scale" else critic.kept
+        weights = None if image_weights is None else image_weights.to(device)
+        matcher = StatMatcher(critic.layers, kept, norm=config.norm, image_weights=weights)
+        with evaluating([critic.teacher]), matcher:
             for step in range(CALIBRATION_VIEWS):
                 view = draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=step)
                 critic.teacher(look(pixels, view))
@@ -350,17 +415,14 @@ def calibrate(
 @contextlib.contextmanager
 def evaluating(teachers: Sequence[Teacher]) -> Iterator[None]:
     """The teachers' networks in evaluation mode and without gradients of weights, and as they were after it."""
-    nets = [t.net for t in teachers]
-    modes = [(m, m.training) for net in nets for m in net.modules()]
-    learning = [p for net in nets for p in net.parameters() if p.requires_grad]
-    for net in nets:
-        net.eval()
-    for p in learning:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    learning = [p for t in teachers for p in t.net.parameters() if p.requires_grad]
+    with contextlib.ExitStack() as stack:
+        for t in teachers:
+            stack.enter_context(evaluation_mode(t.net))
         for p in learning:
-            p.requires_grad_(True)
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in learning:
+                p.requires_grad_(True)

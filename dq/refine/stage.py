@@ -35,7 +35,7 @@ from dq.dist import (
 )
 from dq.refine import anchors, fadrm, teddy
 from dq.refine.batches import compose_batches
-from dq.refine.chain import INDEX, Stage, asked, batch_file, class_file, planned, stage_settings, stages_of
+from dq.refine.chain import INDEX, Stage, asked, batch_file, class_file, files_of, planned, stage_settings, stages_of
 from dq.refine.measure import measure, sentence, summarize
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, calibrate, make_critics
 from dq.refine.statistics import pad_drop
@@ -87,6 +87,7 @@ def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], di
         weights_of: weights of the images of a set by class, for stages with `weighted`.
     """
     if not any(stages_of(run.config, m) for m in run.config.methods):
+        log.info("refine: no method has stages, so images stay as they were drawn")
         return
     for method in run.config.methods:
         planned(run.config, method)  # complains before anything is loaded
@@ -108,7 +109,9 @@ def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], di
         for key in drawn:
             method = key.split("/", 1)[1]
             if stages_of(run.config, method):
-                index[key] = {"folder": folders[key].name, "asked": asked(run.config, method, drawn[key])}
+                files = [d for d in files_of(run.config, method).values() if d is not None]
+                known = {"folder": folders[key].name, "asked": asked(run.config, method, drawn[key]), "files": files}
+                index[key] = known
         write_json(path, index)
     run.accelerator.wait_for_everyone()
 
@@ -151,10 +154,6 @@ def _job(
     ]
     if weights is not None:
         identity.append(digest_of_tensors({str(k): v for k, v in weights.items()}))
-    if stage.class_weight or (
-        isinstance(stage, FADRM) and (stage.anchors == "real_patch" or stage.retrieve != "none")
-    ):
-        identity += [run.source.fingerprint, c.source.preprocess]
     if isinstance(stage, FADRM) and stage.anchor_path:
         identity.append(digest_of_tensors({"anchors": torch.cat(_file_anchors(run, stage, counts))}))
     if stage.depth.drop is None:
@@ -265,7 +264,13 @@ def _prepare(run: Run, job: Job) -> None:
         if critics and stage.bn_share is not None:
             start, _ = _start(job, 0)
             rates = calibrate(
-                critics, start, stage, job.schedule, len(job.counts), seed=derive_seed(c.seed, "calibrate")
+                critics,
+                start,
+                stage,
+                job.schedule,
+                len(job.counts),
+                seed=derive_seed(c.seed, "calibrate"),
+                image_weights=_weights(job, 0),
             )
         facts = {
             "settings": stage_settings(stage),
@@ -309,6 +314,13 @@ def _start(job: Job, number: int) -> tuple[Tensor, Tensor]:
     return (anchor if job.stage.start == "anchor" else own), anchor
 
 
+def _weights(job: Job, number: int) -> Tensor | None:
+    """(B,) weights of the images of a batch in its statistics; None: all alike."""
+    if job.weights is None:
+        return None
+    return torch.stack([job.weights[c][r] for c, r in job.batches[number]])
+
+
 @dataclass(frozen=True)
 class Worker:
     """What one process needs to refine batches of a job."""
@@ -336,9 +348,7 @@ class Worker:
         images = _read_rows(job.source, rows)
         labels = torch.tensor([c for c, _ in rows])
         anchor = _start(job, number)[1]
-        weights = None
-        if job.weights is not None:
-            weights = torch.stack([job.weights[c][r] for c, r in rows])
+        weights = _weights(job, number)
         partial = job.batch_file(number).with_suffix(".partial.safetensors")
         resume = _read_progress(partial)
         if resume is not None:
@@ -433,11 +443,13 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
 
 def _write_progress(path: Path, progress: Progress) -> None:
     tensors = {"x": progress.x, "trace": progress.trace, "blocks": progress.blocks}
-    write_tensors(path, tensors, {"block": progress.block, "precision": progress.precision})
+    facts = {"block": progress.block, "precision": progress.precision, "scale": progress.scale}
+    write_tensors(path, tensors, facts)
 
 
 def _read_progress(path: Path) -> Progress | None:
     if not path.is_file():
         return None
     tensors, meta = read_tensors(path)
-    return Progress(meta["block"], tensors["x"], tensors["trace"], tensors["blocks"], meta["precision"])
+    kept = tensors["x"], tensors["trace"], tensors["blocks"]
+    return Progress(meta["block"], *kept, meta["precision"], meta["scale"])

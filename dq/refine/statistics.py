@@ -132,6 +132,9 @@ def trace_layers(net: nn.Module, see: Callable[[], Any]) -> list[Layer]:
     finally:
         for hook in hooks:
             hook.remove()
+    bare = next((a.name for a in found if a.norm.running_mean is None), None)
+    if bare is not None:
+        raise InputError(f"the norm {bare!r} of a teacher keeps no running statistics; choose another teacher")
     twice = next((a.name for i, a in enumerate(found) if any(a.norm is b.norm for b in found[:i])), None)
     if twice is not None:
         raise InputError(f"the teacher calls its norm {twice!r} twice for one image; choose another teacher")
@@ -167,10 +170,11 @@ def layer_weights(
     amount = {"layer": [1] * total, "channel": [a.channels for a in layers], "param": [a.params for a in layers]}
     passed = torch.tensor(amount[depth.unit], dtype=torch.float64).cumsum(0)
     wanted = (depth.drop if drop is None else drop) or 0.0
-    shallow = passed <= wanted * passed[-1] * (1 + 1e-12)
+    shallow = (passed <= wanted * passed[-1] * (1 + 1e-12)) & (wanted > 0)
     keep = shallow if depth.keep == "shallow" else ~shallow
     if not keep.any():
-        raise InputError(f"depth.drop={wanted} leaves no layer to match of {total}; lower it")
+        change = "raise it, or set keep=deep" if depth.keep == "shallow" else "lower it"
+        raise InputError(f"drop={wanted:g} of depth leaves none of {total} layers to match; {change}")
     kept = weights * ramp * keep
     if depth.renorm == "count":
         kept = kept * (total / int(keep.sum()))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dq.config import Teddy
 from dq.pool import member_of_step
-from dq.refine.pixels import Critic, Progress, Refined, Schedule, evaluating, make_critics, optimise
+from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, evaluating, make_critics, optimise
 from dq.refine.statistics import StatMatcher
 from dq.teachers import Teacher, pooled_logits
 
@@ -52,6 +52,8 @@ def refine(
     Returns:
         Images of the same shape; with `config.ensemble_labels`, soft labels (B, C).
     """
+    if critics is None:
+        check_alone(config)
     side = images.shape[-1]
     schedule = schedule_of(config, side=side)
     if config.steps == 0:
