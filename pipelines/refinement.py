@@ -7,7 +7,7 @@ teacher, by several architectures, and by a pool of weak teachers.
 The configuration holds the methods with their stages. Every labeller below trains the students of the configuration
 with soft labels on the sets that it is asked about; `hard` trains the first of them without a teacher. Everything
 continues where it was killed. `--collect` writes `accuracy.csv`, `differences.csv` (paired, with 95 % intervals),
-`refinement.csv` (teachers before and after), pictures, and every training.
+`refinement.csv` (teachers before and after), `blocks.png`, and every training.
 """
 
 from __future__ import annotations
@@ -179,10 +179,9 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
                 for key in ("variation", "anchor_distance"):
                     row[f"{key}_before"], row[f"{key}_after"] = before[key], after[key]
                 steps.append(row)
-            picture = base / "main" / "figures" / f"grid-ipc{ipc}-{method}.png"
-            if picture.is_file():
-                shutil.copyfile(picture, out / f"{method}-ipc{ipc}.png")
     write_csv(out / "refinement.csv", steps)
+    shown = read_json(base / "main" / "images" / "refined.json")[f"{config.ipc[0]}/fadrm"]["folder"]
+    shutil.copyfile(base / "main" / "figures" / f"{shown}-blocks.png", out / "blocks.png")
     (out / "trainings.jsonl").write_text("".join(json.dumps(t) + "\n" for t in trainings))
     plain = without_places(to_dict(config))
     (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
