@@ -266,6 +266,7 @@ CHANGES = {
         (SOFT, RelabelConfig(**{name: value}))
         for name, value in {
             "statistics": "batch",
+            "average": "probabilities",
             "dropout": True,
             "bits": 8,
             "top_k": 5,
