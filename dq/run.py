@@ -39,7 +39,7 @@ from dq.latents import LatentCache, encode_source, open_cache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.refine import chain
 from dq.refine.stage import refine as refine_drawn
-from dq.runfolder import SPEED, Run
+from dq.runfolder import SPEED, Run, class_file
 from dq.settings import to_dict
 from dq.spaces import embed, features_of, known_features, prepare_features
 from dq.teachers import load_teachers, pooled_logits
@@ -116,7 +116,7 @@ def cluster(run: Run, cache: LatentCache) -> None:
     counts = run.source.class_counts()
     units = [(ipc, cfg, c) for ipc, cfg in clusterings(run) for c in range(len(counts))]
     mine = [units[i] for i in run.mine([float(counts[c]) * ipc for ipc, _, c in units])]
-    todo = [u for u in mine if not _class_file(prototype_folder(run, cache, u[0], u[1]), u[2]).is_file()]
+    todo = [u for u in mine if not class_file(prototype_folder(run, cache, u[0], u[1]), u[2]).is_file()]
     with progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar:
         for ipc, cfg, labels in _batches(run, cache, todo):
             _cluster_classes(run, cache, ipc, cfg, labels)
@@ -125,10 +125,6 @@ def cluster(run: Run, cache: LatentCache) -> None:
     if run.main:
         for ipc, cfg in clusterings(run):
             _log_distortion(run, cache, ipc, cfg)
-
-
-def _class_file(folder: Path, label: int) -> Path:
-    return folder / f"class-{label:05d}.safetensors"
 
 
 def _batches(
@@ -167,7 +163,7 @@ def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig,
         points = None if cfg.space == "latents" else x
         p = make_prototypes(c, run.source.class_names[c], z, rows, result, stats, points=points)
         stats |= {"space": cfg.space, **latent_stats(z, result.labels, p.centroids)}
-        dataclasses.replace(p, stats=stats).save(_class_file(folder, c))
+        dataclasses.replace(p, stats=stats).save(class_file(folder, c))
 
 
 def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:
@@ -176,7 +172,7 @@ def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) 
     marker = folder / "stats.json"
     if marker.is_file():
         return
-    stats = [Prototypes.load(_class_file(folder, c)) for c in range(len(run.source.class_names))]
+    stats = [Prototypes.load(class_file(folder, c)) for c in range(len(run.source.class_names))]
     for p in stats:
         record = {"stage": "quantization", "ipc": ipc, "class": p.label, "name": p.name, **p.stats}
         append_jsonl(run.folder / "metrics.jsonl", record)
@@ -186,13 +182,13 @@ def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) 
 def load_prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> list[Prototypes]:
     """Prototypes of all classes under these settings."""
     folder = prototype_folder(run, cache, ipc, cfg)
-    missing = [c for c in range(len(run.source.class_names)) if not _class_file(folder, c).is_file()]
+    missing = [c for c in range(len(run.source.class_names)) if not class_file(folder, c).is_file()]
     if missing:
         raise InputError(
             f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no prototypes for ipc {ipc}; "
             "run `dq cluster` first"
         )
-    return [Prototypes.load(_class_file(folder, c)) for c in range(len(run.source.class_names))]
+    return [Prototypes.load(class_file(folder, c)) for c in range(len(run.source.class_names))]
 
 
 # --- generate -----------------------------------------------------------------------------------------------------
@@ -235,7 +231,7 @@ def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
             folder = image_folder(run, cache, ipc, method, digest)
             folders[f"{ipc}/{method}"] = folder.name
             mine = run.mine([1.0] * len(run.source.class_names))
-            todo = [c for c in mine if not _class_file(folder, c).is_file()]
+            todo = [c for c in mine if not class_file(folder, c).is_file()]
             prototypes = [p for p in load_prototypes(run, cache, ipc, cluster_config) if p.label in todo]
             if m.representative == "real":
                 _copy_real(run, prototypes, folder)
@@ -292,7 +288,7 @@ def _draw(
                 if len(done[p.label]) == len(p.counts) * copies:
                     tensors = {"images": torch.stack(done.pop(p.label))}
                     meta = {"start": dataclasses.asdict(start) if start else None, "copies": copies}
-                    write_tensors(_class_file(folder, p.label), tensors, meta)
+                    write_tensors(class_file(folder, p.label), tensors, meta)
             bar.update(len(batch))
     return len(queue)
 
@@ -300,7 +296,7 @@ def _draw(
 def _copy_real(run: Run, prototypes: list[Prototypes], folder: Path) -> None:
     for p in prototypes:
         images = nearest_images(run, p)
-        write_tensors(_class_file(folder, p.label), {"images": images}, {"start": None, "copies": 1})
+        write_tensors(class_file(folder, p.label), {"images": images}, {"start": None, "copies": 1})
 
 
 def nearest_images(run: Run, p: Prototypes) -> Tensor:
@@ -349,13 +345,13 @@ def _image_folders(run: Run) -> dict[str, Path]:
 
 
 def _images(run: Run, folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
-    files = [read_tensors(_class_file(folder, c)) for c in range(len(run.source.class_names))]
+    files = [read_tensors(class_file(folder, c)) for c in range(len(run.source.class_names))]
     return [t["images"] for t, _ in files], files[0][1]
 
 
 def _stage_labels(run: Run, folder: Path) -> Tensor | None:
     """Logits (N, C) that the last stage of refinement gave the images; None if it gave none."""
-    files = [read_tensors(_class_file(folder, c))[0] for c in range(len(run.source.class_names))]
+    files = [read_tensors(class_file(folder, c))[0] for c in range(len(run.source.class_names))]
     return torch.cat([t["logits"] for t in files]) if all("logits" in t for t in files) else None
 
 

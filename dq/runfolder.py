@@ -74,6 +74,11 @@ class Run:
             log.info("%s: %.1f s", stage, record["seconds"])
 
 
+def class_file(folder: Path, label: int) -> Path:
+    """The file of a class in a folder of prototypes or images."""
+    return folder / f"class-{label:05d}.safetensors"
+
+
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys of nested settings, so that {cluster: {engine: torch}} changes one value and not the section."""
     for key, value in settings.items():

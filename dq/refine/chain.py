@@ -30,10 +30,6 @@ INDEX = "refined.json"  # in images/: which folder holds the refined images of a
 SPEED = ("path", "batch_size", "check_images")  # of a teacher: where it lies and how fast it looks
 
 
-def class_file(folder: Path, label: int) -> Path:
-    return folder / f"class-{label:05d}.safetensors"
-
-
 def batch_file(folder: Path, number: int) -> Path:
     return folder / f"batch-{number:05d}.safetensors"
 

@@ -20,9 +20,11 @@ from dq.teachers import Teacher
 
 # Released recipes. `one` and `plus` change a preset for FADRM and FADRM+. CIFAR-10 has no recipe of its own: it takes
 # CIFAR-100's with a batch of its ten classes.
+_SMALL: dict[str, Any] = {"side": 32, "sizes": (32,) * 4, "steps": (500,) * 4, "lr": 0.25, "jitter": 4}
+_LARGE: dict[str, Any] = {"side": 224, "sizes": (200, 224, 200, 224), "steps": (500,) * 4, "lr": 0.25, "jitter": 32}
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": {"side": 32, "sizes": (32,) * 4, "steps": (500,) * 4, "lr": 0.25, "batch_size": 10, "jitter": 4},
-    "cifar100": {"side": 32, "sizes": (32,) * 4, "steps": (500,) * 4, "lr": 0.25, "batch_size": 100, "jitter": 4},
+    "cifar10": {**_SMALL, "batch_size": 10},
+    "cifar100": {**_SMALL, "batch_size": 100},
     "tinyimagenet": {
         "side": 64,
         "batch_size": 100,
@@ -30,31 +32,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "one": {"sizes": (64,) * 2, "steps": (500,) * 2, "lr": 0.01},
         "plus": {"sizes": (64,) * 4, "steps": (500,) * 4, "lr": 0.25},
     },
-    "imagenette": {
-        "side": 224,
-        "sizes": (200, 224, 200, 224),
-        "steps": (500,) * 4,
-        "batch_size": 10,
-        "jitter": 32,
-        "one": {"lr": 0.05},
-        "plus": {"lr": 0.25},
-    },
-    "imagewoof": {
-        "side": 224,
-        "sizes": (200, 224, 200, 224),
-        "steps": (500,) * 4,
-        "lr": 0.25,
-        "batch_size": 10,
-        "jitter": 32,
-    },
-    "imagenet1k": {
-        "side": 224,
-        "sizes": (200, 224, 200, 224),
-        "steps": (500,) * 4,
-        "lr": 0.25,
-        "batch_size": 100,
-        "jitter": 32,
-    },
+    "imagenette": {**_LARGE, "batch_size": 10, "one": {"lr": 0.05}},
+    "imagewoof": {**_LARGE, "batch_size": 10},
+    "imagenet1k": {**_LARGE, "batch_size": 100},
 }
 SINGLE_SIZE = 64  # px up to which all blocks have the size of the images
 REDUCED = 200 / 224  # smaller side of multi-resolution blocks, of the images'

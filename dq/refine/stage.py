@@ -35,11 +35,11 @@ from dq.dist import (
 )
 from dq.refine import anchors, fadrm, teddy
 from dq.refine.batches import compose_batches
-from dq.refine.chain import INDEX, Stage, asked, batch_file, class_file, files_of, planned, stage_settings, stages_of
+from dq.refine.chain import INDEX, Stage, asked, batch_file, files_of, planned, stage_settings, stages_of
 from dq.refine.measure import measure, sentence, summarize
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, calibrate, make_critics
 from dq.refine.statistics import pad_drop
-from dq.runfolder import Run
+from dq.runfolder import Run, class_file
 from dq.settings import to_dict
 from dq.spaces import extract_features, open_features
 from dq.teachers import Teacher, load_teachers
