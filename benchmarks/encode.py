@@ -52,7 +52,7 @@ def main() -> None:
                     encode_latents(codec, to_signed(batch))
             bare.append(time.perf_counter() - began)
             cache = open_cache(f"{folder}/{r}", source, codec, source_config, config, 0)
-            stage.append(encode_source(source, codec, cache, source_config, config, labels=[0, 1], seed=0))
+            stage.append(encode_source(source, codec, cache, source_config, config, seed=0))
     a, b = statistics.median(bare[1:]), statistics.median(stage[1:])
     row = {
         "data": args.data.rsplit("/", 1)[-1],

@@ -47,7 +47,7 @@ def child(classes: int) -> None:
     config = CodecConfig(resolution=32)
     with tempfile.TemporaryDirectory() as folder:
         cache = open_cache(folder, source, codec, SourceConfig(), config, 0)
-        encode_source(source, codec, cache, SourceConfig(), config, labels=list(range(classes)), seed=0)
+        encode_source(source, codec, cache, SourceConfig(), config, seed=0)
         for c in range(classes):
             kmeans(cache.load(c)[0].flatten(1).float(), 10, config=ClusterConfig(), seed=c)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -392,9 +393,9 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     c = config.codec
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
     cache = open_cache(config.cache_dir, source, codec, config.source, c, config.seed)
-    mine = shard([float(n) for n in source.class_counts()], accelerator.process_index, accelerator.num_processes)
+    mine = functools.partial(shard, rank=accelerator.process_index, world_size=accelerator.num_processes)
     main = accelerator.is_main_process
-    encode_source(source, codec, cache, config.source, c, labels=mine, seed=config.seed, main=main)
+    encode_source(source, codec, cache, config.source, c, seed=config.seed, mine=mine, main=main)
     accelerator.wait_for_everyone()
     return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
 
@@ -415,9 +416,12 @@ def _report_prior(config: RunConfig, source: Any, accelerator: Any) -> None:
 
 def _demo(config: RunConfig, source: Any, accelerator: Any) -> None:
     """Train the small prior, then run; everything that is there from an earlier call is used."""
+    from dq.locks import locked
+
     began = time.perf_counter()
-    _train("train-codec", config, source, accelerator)
-    _train("train-denoiser", config, source, accelerator)
+    with locked(config.prior.output_dir, accelerator):
+        _train("train-codec", config, source, accelerator)
+        _train("train-denoiser", config, source, accelerator)
     run_verb("run", config, source, accelerator)
     if accelerator.is_main_process:
         print(f"{Path(config.output_dir) / 'dataset'} opens with datasets.load_dataset")

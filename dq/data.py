@@ -59,6 +59,7 @@ class ImageSource:
     origin: str
     train_name: str = "train"
     test_name: str | None = None
+    sequential: bool = False  # rows are cheap to read in runs of neighbours and dear one at a time
 
     @property
     def train(self) -> Split:

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+log = logging.getLogger("dq")
+
+# --- processes ----------------------------------------------------------------------------------------------------
 
 
 def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -> Accelerator:
@@ -94,6 +99,44 @@ def shard(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
     return sorted(mine)
 
 
+def cut(n: int, *, least: int, most: int) -> list[range]:
+    """0, ..., n - 1 in nearly equal stretches, 64 of them where that makes none shorter than `least` or longer than
+    `most`: enough to be divided evenly over many processes, and the same for any number of them."""
+    size = min(max(-(-n // 64), least), most)
+    number = -(-n // size)
+    return [range(i * n // number, (i + 1) * n // number) for i in range(number)]
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+class Damaged(RunError):
+    """A file that is there but does not hold what was written to it."""
+
+
+def temporary_beside(path: Path) -> Path:
+    """The hidden name under which this process writes `path`. Another host may have a process of the same number."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes of this host left half-written in `folder` and below."""
+    for file in folder.rglob(".*.tmp"):
+        host, _, pid = file.name.removesuffix(".tmp").rpartition("-")
+        if host.endswith(f".{socket.gethostname()}") and pid.isdigit() and not _is_alive(int(pid)):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and takes the final name, on failure it is gone.
@@ -101,7 +144,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A full disk becomes one sentence that names the file and how to go on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -129,25 +172,38 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, obj: Any) -> None:
-    """Write an object as indented JSON, atomically."""
+def write_json(path: Path, obj: Any, *, checksum: bool = True) -> None:
+    """Write an object as indented JSON, atomically. A mapping gets a `checksum` of its other entries, unless others
+    than dq are to read it."""
+    if checksum and isinstance(obj, dict):
+        plain = json.loads(json.dumps(obj, default=str))
+        obj = {**plain, "checksum": digest_of(plain)}
     write_text(path, json.dumps(obj, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or damaged one is one sentence."""
+    """Read a JSON file; a missing or damaged one is one sentence. A checksum is compared and left out."""
     with readable(path):
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and found.pop("checksum", None) not in (None, digest_of(found)):
+            raise ValueError("its checksum is that of another content")
+    return found
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write tensors as safetensors, atomically, with JSON-encoded metadata.
+    """Write tensors as safetensors, atomically, with JSON-encoded metadata and a checksum of all of it.
 
     All metadata goes under one key: safetensors writes several keys in random order, and the same result must give
     the same bytes.
     """
     contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_bytes(path, save(contiguous, {"dq": json.dumps(metadata or {}, sort_keys=True)}))
+    meta = json.loads(json.dumps(metadata or {}))
+    record = {"meta": meta, "checksum": _checksum(contiguous, meta)}
+    write_bytes(path, save(contiguous, {"dq": json.dumps(record, sort_keys=True)}))
+
+
+def _checksum(tensors: dict[str, torch.Tensor], meta: Any) -> str:
+    return digest_of([digest_of_tensors(tensors), meta])
 
 
 @contextlib.contextmanager
@@ -155,23 +211,83 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as e:
-        raise RunError(f"{path} cannot be read ({e}); delete it and give the same command again") from e
+        raise Damaged(f"{path} cannot be read ({e}); delete it and give the same command again") from e
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read tensors and metadata written by `write_tensors`."""
+    """Read tensors and metadata written by `write_tensors`.
+
+    Raises:
+        Damaged: if it is missing, or anything in it is not as it was written.
+    """
     with readable(path), safe_open(path, framework="pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, _metadata(f)  # noqa: SIM118  (not a dict)
+        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, _compared(f)  # noqa: SIM118  (not a dict)
+    _intact[path] = _stamp(path)
+    return tensors, meta
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read only the metadata of a file written by `write_tensors`."""
+    with open_tensors(path) as f:
+        return _record(f)["meta"]
+
+
+def read_checksum(path: Path) -> str:
+    """The checksum of a file written by `write_tensors`, which stands for all of its content."""
+    with open_tensors(path) as f:
+        return str(_record(f)["checksum"])
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """An open file of `write_tensors`, for reading slices. All of it is compared with its checksum when this process
+    first opens it."""
     with readable(path), safe_open(path, framework="pt") as f:
-        return _metadata(f)
+        if _intact.get(path) != (stamp := _stamp(path)):
+            _compared(f)
+            _intact[path] = stamp
+        yield f
 
 
-def _metadata(f: Any) -> dict[str, Any]:
-    return json.loads((f.metadata() or {}).get("dq", "{}"))
+_intact: dict[Path, tuple[int, ...]] = {}  # files that this process has compared with their checksums
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    s = path.stat()
+    return s.st_ino, s.st_size, s.st_mtime_ns
+
+
+def _record(f: Any) -> dict[str, Any]:
+    record = json.loads((f.metadata() or {}).get("dq", "{}"))
+    if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
+        raise ValueError("it has no checksum")
+    return record
+
+
+def _compared(f: Any) -> dict[str, Any]:
+    """Metadata of an open file whose checksum is right."""
+    record = _record(f)
+    if record.get("checksum") != _checksum({k: f.get_tensor(k) for k in f.keys()}, record["meta"]):  # noqa: SIM118
+        raise ValueError("its checksum is that of another content")
+    return record["meta"]
+
+
+def is_done(path: Path) -> bool:
+    """Whether a unit of work is done: its file is there and intact. A damaged one is reported and removed, so that it
+    is made anew."""
+    if not path.is_file():
+        return False
+    try:
+        if path.suffix == ".json":
+            read_json(path)
+        else:
+            with open_tensors(path):
+                pass
+    except Damaged as e:
+        log.warning("%s is damaged (%s) and is made anew", path, e.__cause__)
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def check_name(name: str, what: str) -> None:

@@ -158,6 +158,30 @@ class DistilledSet:
         return (self.images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def write_set(folder, config_name, parts, provenance):
+    from dataclasses import replace
+
+    found = list(parts)
+
+    def cat(name):
+        values = [getattr(p, name) for p in found]
+        return None if values[0] is None else torch.cat(values)
+
+    names = ("images", "labels", "weights", "prototype", "counts", "source_row", "soft_labels")
+    return replace(found[0], **{n: cat(n) for n in names}, provenance=provenance).save(folder, config_name)
+
+
+def has_set(folder, config_name, recipe):
+    from dq.dist import is_done
+
+    path = folder / config_name / "provenance.json"
+    return is_done(path) and read_json(path).get("recipe") == recipe
+
+
+def write_card(folder):
+    write_text(folder / "README.md", dataset_card(folder))
+
+
 def _in_range(images: Tensor) -> bool:
     return bool(images.min() >= 0 and images.max() <= 1)
 

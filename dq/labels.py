@@ -17,11 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dq.config import RelabelConfig, StudentConfig, ViewConfig
-from dq.dist import derive_seed, digest_of, digest_of_tensors, read_json, readable, write_json, write_tensors
+from dq.dist import (
+    derive_seed,
+    digest_of,
+    digest_of_tensors,
+    is_done,
+    open_tensors,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from dq.errors import InputError
 from dq.nets import seeded
 from dq.settings import from_dict, to_dict
@@ -319,7 +327,7 @@ def shard_file(folder: Path, first: int) -> Path:
 
 def write_manifest(folder: Path, images: Tensor, plan: LabelPlan, teachers: Sequence[Teacher], **facts: Any) -> None:
     """Say what the labels in `folder` are labels of, unless that has been said."""
-    if (folder / MANIFEST).is_file():
+    if is_done(folder / MANIFEST):
         return
     import numpy
     import safetensors
@@ -386,17 +394,12 @@ def read_labels(folder: str | Path, images: Tensor) -> LabelSource:
         raise InputError(
             f"{folder} lacks {len(missing)} of {len(spans)} label files, first {missing[0]}; run `dq label`"
         )
-    handles: dict[int, Any] = {}
 
     def epoch_labels(epoch: int) -> EpochLabels:
         at = (epoch - 1) % plan.epochs
         number = at // plan.shard_epochs
         path = shard_file(folder, spans[number].start)
-        with readable(path):
-            if number not in handles:
-                handles.clear()  # one map at a time
-                handles[number] = safe_open(path, framework="pt")
-            f = handles[number]
+        with open_tensors(path) as f:
             row = {name: f.get_slice(name)[at - spans[number].start] for name in f.keys()}  # noqa: SIM118
         return EpochLabels(plan, _views(path, plan, row, at), unpack(row, plan.classes))
 

@@ -1,58 +1,134 @@
-"""The latent cache: one safetensors shard per class, keyed by data x codec x resolution x preprocessing.
+"""What a network makes of every train image, kept for all later runs: latents of a codec, features of a teacher.
 
-A cache serves every number of prototypes and every later run. A shard is there under its final name or not at all.
+Runs of images are the units of work. A run has one file, in which rows lie class by class, so that a class is read in
+slices of a few files. Which images belong to which file depends on the data alone.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dq.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
 from dq.config import CodecConfig, SourceConfig
 from dq.data import ImageSource, read_images
-from dq.dist import digest_of, generator, progress, read_json, read_metadata, read_tensors, write_json, write_tensors
+from dq.dist import (
+    cut,
+    digest_of,
+    generator,
+    is_done,
+    open_tensors,
+    progress,
+    read_json,
+    read_metadata,
+    sweep,
+    write_json,
+    write_tensors,
+)
 from dq.errors import InputError
+from dq.memory import in_pieces
+
+LEAST, MOST = 8, 512  # images of a file
 
 
 @dataclass(frozen=True)
-class LatentCache:
-    """A folder of latent shards. `shape` is (C, h, w)."""
+class ImageCache:
+    """A folder of what a network made of the train images of a source."""
 
     folder: Path
-    shape: tuple[int, int, int]
     class_names: tuple[str, ...]
-    key: str
+    key: str  # digest of all that decides the content
+    images: int  # of the source's train split, readable or not
 
-    def path(self, label: int) -> Path:
-        return self.folder / f"class-{label:05d}.safetensors"
+    name: ClassVar[str] = "values"  # of the tensor in the files
+    verb: ClassVar[str] = "encode"  # what fills it
+
+    @functools.cached_property
+    def parts(self) -> list[range]:
+        """Which images, in the order of `walk`, are in which file."""
+        return cut(self.images, least=LEAST, most=MOST)
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"part-{part:06d}.safetensors"
 
     def missing(self) -> list[int]:
-        return [c for c in range(len(self.class_names)) if not self.path(c).is_file()]
+        return [i for i in range(len(self.parts)) if not self.path(i).is_file()]
 
     def load(self, label: int) -> tuple[Tensor, Tensor]:
-        """Latents (n, C, h, w) float16 and source rows (n,) int64 of one class."""
-        tensors, _ = read_tensors(self._existing(label))
-        return tensors["latents"], tensors["rows"]
+        """Values (n, ...) and source rows (n,) int64 of one class, in the order of the rows.
+
+        Raises:
+            InputError: if files are missing, or no image of the class could be read.
+        """
+        found = self._index[self._index[:, 0] == label]
+        if not len(found):
+            raise InputError(
+                f"no image of class {label} {self.class_names[label]!r} can be read; replace them or drop the class"
+            )
+        values, rows = [], []
+        for _, part, start, stop in found.tolist():
+            with open_tensors(self.path(part)) as f:
+                values.append(f.get_slice(self.name)[start:stop])
+                rows.append(f.get_slice("rows")[start:stop])
+        order = torch.cat(rows).argsort()
+        return torch.cat(values)[order], torch.cat(rows)[order]
 
     def bad_images(self) -> list[str]:
-        """Sentences on images set aside while encoding, over all classes."""
-        present = (c for c in range(len(self.class_names)) if self.path(c).is_file())
-        return [s for c in present for s in read_metadata(self.path(c)).get("bad_images", [])]
+        """Sentences on images set aside, over all files."""
+        present = (self.path(i) for i in range(len(self.parts)) if self.path(i).is_file())
+        return [s for path in present for s in read_metadata(path)["bad_images"]]
 
-    def _existing(self, label: int) -> Path:
-        path = self.path(label)
-        if not path.is_file():
+    def check(self) -> None:
+        """
+        Raises:
+            InputError: if a file is missing, or a class has no image that could be read.
+        """
+        if missing := self.missing():
             raise InputError(
-                f"class {label} {self.class_names[label]!r} has no latents in {self.folder}; run `dq encode` first"
+                f"{self.folder} lacks {len(missing)} of {len(self.parts)} files, first {self.path(missing[0]).name}; "
+                f"run `dq {self.verb}` first"
             )
-        return path
+        for label in sorted(set(range(len(self.class_names))) - set(self._index[:, 0].tolist())):
+            self.load(label)
+
+    @functools.cached_property
+    def _index(self) -> np.ndarray:
+        """Rows of (class, file, first, last + 1), int64. A class is one stretch of a file."""
+        if self.missing():
+            self.check()
+        found = []
+        for part in range(len(self.parts)):
+            with open_tensors(self.path(part)) as f:
+                labels = f.get_tensor("labels").numpy()
+            classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
+            found.append(np.stack([classes, np.full_like(classes, part), first, first + counts], 1))
+        return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class LatentCache(ImageCache):
+    """Latents in float16, `shape` (C, h, w) each."""
+
+    shape: tuple[int, int, int]
+
+    name: ClassVar[str] = "latents"
+
+
+def walk(source: ImageSource) -> np.ndarray:
+    """Rows of the train split in the order in which a cache takes them: class by class, or as they come where other
+    rows than the next are dear."""
+    if source.sequential:
+        return np.arange(len(source.train))
+    return np.argsort(source.train.labels, kind="stable")
 
 
 def open_cache(
@@ -77,69 +153,91 @@ def open_cache(
     }
     key = digest_of(identity)
     folder = Path(cache_dir) / f"latents-{key}"
-    cache = LatentCache(folder, latent_shape(codec, config.resolution), source.class_names, key)
+    write_manifest(folder, {**identity, "origin": source.origin, "classes": list(source.class_names)})
+    return LatentCache(folder, source.class_names, key, len(source.train), latent_shape(codec, config.resolution))
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Say what a cache folder is a cache of."""
+    sweep(folder)
     manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        write_json(manifest, {**identity, "origin": source.origin, "classes": list(source.class_names)})
-    elif {k: read_json(manifest).get(k) for k in identity} != identity:
+    if not is_done(manifest):
+        write_json(manifest, facts)
+    elif {**read_json(manifest), "origin": None} != {**facts, "origin": None}:
         raise InputError(
             f"{manifest} does not describe its own folder; delete {folder} and give the same command again"
         )
-    return cache
 
 
-def encode_class(
+def fill(
+    cache: ImageCache,
     source: ImageSource,
-    label: int,
-    codec: Codec,
-    cache: LatentCache,
+    compute: Callable[[Tensor, list[int]], Tensor],
     source_config: SourceConfig,
-    config: CodecConfig,
     *,
-    seed: int,
-    on_batch: Any = None,
-) -> None:
-    """Encode the train images of one class and write its shard. Reading runs one batch ahead of the codec."""
-    rows = source.rows_of_class(label)
-    starts = range(0, len(rows), config.batch_size)
-    parts, kept, bad = [], [], []
+    side: int,
+    batch_size: int,
+    mine: Callable[[list[float]], list[int]] | None = None,
+    threads: int = 4,
+    main: bool = True,
+) -> float:
+    """Write the files that the cache lacks; returns seconds spent. Reading runs one batch ahead of `compute`.
 
-    def read(start: int) -> tuple[Tensor, list[int], list[str]]:
-        return read_images(
-            source.train,
-            rows[start : start + config.batch_size],
-            config.resolution,
-            source_config.preprocess,
-            on_bad=source_config.on_bad_image,
-            threads=1 if next(codec.parameters()).device.type == "cpu" else 4,  # the codec has the other cores
-        )
+    Args:
+        compute: values (n, ...) of images (n, 3, side, side) uint8 that are the given rows.
+        mine: picks from the costs of all files those that this process works on; None: all.
+    """
+    began = time.perf_counter()
+    costs = [float(len(p)) for p in cache.parts]
+    todo = [i for i in (mine(costs) if mine else range(len(costs))) if not is_done(cache.path(i))]
+    order = walk(source)
+    batches = [
+        (part, order[start : min(start + batch_size, cache.parts[part].stop)], start + batch_size)
+        for part in todo
+        for start in range(cache.parts[part].start, cache.parts[part].stop, batch_size)
+    ]
 
-    with ThreadPoolExecutor(1) as ahead, torch.inference_mode():
-        pending = ahead.submit(read, 0)
-        for start in starts:
-            images, good, problems = pending.result()
-            if start + config.batch_size < len(rows):
-                pending = ahead.submit(read, start + config.batch_size)
+    def read(rows: np.ndarray) -> tuple[Tensor, list[int], list[str]]:
+        options: dict[str, Any] = {"on_bad": source_config.on_bad_image, "threads": threads}
+        return read_images(source.train, rows, side, source_config.preprocess, **options)
+
+    total = sum(len(cache.parts[i]) for i in todo)
+    values: list[Tensor] = []
+    kept: list[int] = []
+    bad: list[str] = []
+    with progress([], desc=cache.verb, total=total, unit="img", main=main and bool(todo)) as bar:
+        for (part, rows, stop), (images, good, problems) in _ahead(read, batches):
             bad += problems
             kept += good
             if len(images):
-                draw = config.posterior == "sample"
-                generators = [generator(seed, "posterior", row) for row in good] if draw else None
-                z = encode_latents(codec, to_signed(images), posterior=config.posterior, generators=generators)
-                parts.append(z.half().cpu())
-            if on_batch is not None:
-                on_batch(min(config.batch_size, len(rows) - start))
-    if not kept:
-        raise InputError(
-            f"no image of class {label} {source.class_names[label]!r} can be read; replace them or drop the class"
-        )
-    tensors = {"latents": torch.cat(parts), "rows": torch.tensor(kept)}
-    if not torch.isfinite(tensors["latents"]).all():
-        raise InputError(
-            f"latents of class {label} {source.class_names[label]!r} exceed the float16 range in which they "
-            "are stored; this codec's scaling factor is not that of its latents"
-        )
-    write_tensors(cache.path(label), tensors, {"label": label, "bad_images": bad})
+                values.append(compute(images, good))
+            bar.update(len(rows))
+            if stop >= cache.parts[part].stop:
+                _write_part(cache, part, values, kept, bad, source)
+                values, kept, bad = [], [], []
+    return time.perf_counter() - began
+
+
+def _ahead(read: Callable[[np.ndarray], Any], batches: Sequence[tuple[int, np.ndarray, int]]) -> Iterator[Any]:
+    """Batches with what `read` gives for them, the next one being read in the meantime."""
+    with ThreadPoolExecutor(1) as ahead:
+        pending = ahead.submit(read, batches[0][1]) if batches else None
+        for i, batch in enumerate(batches):
+            assert pending is not None
+            found = pending.result()
+            if i + 1 < len(batches):
+                pending = ahead.submit(read, batches[i + 1][1])
+            yield batch, found
+
+
+def _write_part(
+    cache: ImageCache, part: int, values: list[Tensor], kept: list[int], bad: list[str], source: ImageSource
+) -> None:
+    labels = torch.from_numpy(source.train.labels[kept].astype(np.int32))
+    order = labels.argsort(stable=True)
+    found = torch.cat(values)[order] if values else torch.zeros(0)
+    tensors = {cache.name: found, "rows": torch.tensor(kept, dtype=torch.int64)[order], "labels": labels[order]}
+    write_tensors(cache.path(part), tensors, {"bad_images": bad})
 
 
 def encode_source(
@@ -149,15 +247,42 @@ def encode_source(
     source_config: SourceConfig,
     config: CodecConfig,
     *,
-    labels: list[int],
     seed: int,
+    mine: Callable[[list[float]], list[int]] | None = None,
     main: bool = True,
 ) -> float:
-    """Encode the classes in `labels` that the cache lacks; returns seconds spent."""
-    began = time.perf_counter()
-    todo = [c for c in labels if not cache.path(c).is_file()]
-    counts = source.class_counts()
-    with progress([], desc="encode", total=int(counts[todo].sum()), unit="img", main=main and bool(todo)) as bar:
-        for c in todo:
-            encode_class(source, c, codec, cache, source_config, config, seed=seed, on_batch=bar.update)
-    return time.perf_counter() - began
+    """Encode the images that the cache lacks; see `fill`.
+
+    Raises:
+        InputError: if latents do not fit into float16, in which they are kept.
+    """
+    sampled = config.posterior == "sample"
+
+    def compute(images: Tensor, rows: list[int]) -> Tensor:
+        def encode(s: slice) -> Tensor:
+            generators = [generator(seed, "posterior", row) for row in rows[s]] if sampled else None
+            z = encode_latents(codec, to_signed(images[s]), posterior=config.posterior, generators=generators)
+            return z.half().cpu()
+
+        with torch.inference_mode():
+            z = in_pieces("encode", len(images), encode)
+        if not torch.isfinite(z).all():
+            row = rows[int((~torch.isfinite(z).flatten(1).all(1)).nonzero()[0])]
+            raise InputError(
+                f"the latent of {source.train.where(row)} exceeds the float16 range in which latents are stored; this "
+                "codec's scaling factor is not that of its latents"
+            )
+        return z
+
+    cpu = next(codec.parameters()).device.type == "cpu"
+    return fill(
+        cache,
+        source,
+        compute,
+        source_config,
+        side=config.resolution,
+        batch_size=config.batch_size,
+        mine=mine,
+        threads=1 if cpu else 4,  # the codec has the other cores
+        main=main,
+    )

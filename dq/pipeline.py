@@ -128,7 +128,7 @@ class DistillPipeline(DiffusionPipeline):
             if stock == STOCK_CLASS["img2img"]:
                 config |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
                 config["requires_safety_checker"] = False
-            write_json(index, config)
+            write_json(index, config, checksum=False)
 
     @property
     def default_mode(self) -> str:
@@ -385,7 +385,8 @@ class DistillPipeline(DiffusionPipeline):
         stages.generate(run, self, cache)
         stages.refine(run)
         stages.label(run)
-        return stages.assemble(run)[(ipc, name)]
+        stages.assemble(run)
+        return stages.load_set(run, ipc, name)
 
     def _native_resolution(self) -> int | None:
         model = self.transformer or self.unet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
 from dq.distilled import DistilledSet
+from dq.draw import nearest_images
 from dq.errors import InputError
 from dq.evaluation.figures import read_records, results_figures
 from dq.prototypes import Prototypes
+from dq.quantize import clusterings, load_prototypes, prototype_folder
 from dq.refine.chain import read_refined, refined_folders
 from dq.refine.pixels import TERMS
-from dq.run import cache_of, clusterings, load_prototypes, load_set, nearest_images, prototype_folder
+from dq.run import cache_of, load_set
 from dq.runfolder import Run
 from dq.settings import dump_config
 
@@ -78,14 +81,14 @@ def write_report(run: Run) -> Path:
     shown = sorted(present, key=lambda p: (p[0] != _shown_ipc(c.ipc), list(c.methods).index(p[1]), p[0]))
     for ipc, method in shown[:8]:
         small = load_set(run, ipc, method)
-        points = load_prototypes(run, cache, ipc, run.resolved(method)[1])
+        few = itertools.islice(load_prototypes(run, cache, ipc, run.resolved(method)[1]), MAX_CLASSES)
         path = figures / f"grid-ipc{ipc}-{method}.png"
-        save_image(set_grid(small, [nearest_images(run, p) for p in points[:MAX_CLASSES]]), path)
+        save_image(set_grid(small, [nearest_images(run, p) for p in few]), path)
         body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{embed(path)}")
     body += _refinement(run)
     body.append("<h2>Quantization</h2>")
     for ipc, cfg in clusterings(run):
-        points = load_prototypes(run, cache, ipc, cfg)
+        points = list(load_prototypes(run, cache, ipc, cfg))
         name = prototype_folder(run, cache, ipc, cfg).name
         space = "" if cfg.space == "latents" else f", in the space {cfg.space!r}"
         title = f"IPC {ipc}, engine {points[0].stats['engine']}{space}"
@@ -96,7 +99,7 @@ def write_report(run: Run) -> Path:
             body.append(embed(path))
     ipc, cfg = next(((i, k) for i, k in clusterings(run) if i == _shown_ipc(c.ipc)), clusterings(run)[0])
     path = figures / "latents.png"
-    _plot_latents(run, load_prototypes(run, cache, ipc, cfg), path)
+    _plot_latents(run, list(load_prototypes(run, cache, ipc, cfg)), path)
     body += [f"<h2>Latents and prototypes, IPC {ipc}</h2>", embed(path)]
     body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(c))}</pre>"]
     body += ["<h2>Provenance</h2>", f"<pre>{html.escape((run.folder / 'provenance.json').read_text())}</pre>"]

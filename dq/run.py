@@ -1,4 +1,5 @@
-"""The stages of a run over a run folder: encode, cluster, generate, refine, label, assemble, evaluate.
+"""The stages of a run over a run folder: encode, refine, label, assemble. Cluster is in `dq.quantize`, generate in
+`dq.draw`, evaluate in `dq.evaluation`.
 
 Every stage divides its units of work over processes, writes one file per unit, skips units whose file is there, and
 meets the other processes only at its end. A unit's folder is named by a digest of everything that decides its content,
@@ -7,62 +8,62 @@ so results of other settings are never taken for this one's.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dq.cluster import choose_engine, kmeans_many, quantization_stats
-from dq.codec import Codec, codec_digest
+from dq.cluster import choose_engine
+from dq.codec import Codec
 from dq.config import ClusterConfig, GenerateConfig, MethodConfig
-from dq.data import read_images
 from dq.dist import (
-    append_jsonl,
-    derive_seed,
     digest_of,
-    generator,
+    is_done,
+    open_tensors,
     progress,
+    read_checksum,
     read_json,
+    read_metadata,
     read_tensors,
     write_json,
     write_tensors,
     write_text,
 )
-from dq.distilled import DistilledSet
+from dq.distilled import DistilledSet, has_set, write_card, write_set
+from dq.draw import generate
 from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
-from dq.prototypes import Prototypes, latent_stats, make_prototypes
+from dq.quantize import cluster, load_prototypes, prototype_folder
 from dq.refine import chain
 from dq.refine.stage import refine as refine_drawn
 from dq.runfolder import SPEED, Run, class_file
 from dq.settings import to_dict
-from dq.spaces import embed, features_of, known_features, prepare_features
+from dq.spaces import known_features
 from dq.teachers import load_teachers, pooled_logits
 
-if TYPE_CHECKING:
-    from dq.pipeline import DistillPipeline
-
 log = logging.getLogger("dq")
+
+__all__ = ["assemble", "cluster", "encode", "generate", "label", "load_set", "refine"]
 
 
 # --- encode -------------------------------------------------------------------------------------------------------
 
 
 def encode(run: Run, codec: Codec) -> LatentCache:
-    """Encode every class into the latent cache; classes that are there are left alone."""
+    """Encode every image into the latent cache; files that are there are left alone."""
     began = time.perf_counter()
     c = run.config
     codec.to(run.device)
     cache = open_cache(c.cache_dir, run.source, codec, c.source, c.codec, c.seed)
-    costs = [float(n) for n in run.source.class_counts()]
-    mine = run.mine(costs)
-    encode_source(run.source, codec, cache, c.source, c.codec, labels=mine, seed=c.seed, main=run.main)
-    run.finish("encode", began, images=int(sum(costs)), cache=cache.key)
+    encode_source(run.source, codec, cache, c.source, c.codec, seed=c.seed, mine=run.mine, main=run.main)
+    run.finish("encode", began, images=cache.images, cache=cache.key)
+    cache.check()
     if run.main:
         write_json(run.folder / "latents.json", {"key": cache.key, "shape": list(cache.shape)})
     run.accelerator.wait_for_everyone()
@@ -70,239 +71,6 @@ def encode(run: Run, codec: Codec) -> LatentCache:
         write_text(run.folder / "bad_images.txt", "\n".join(bad) + "\n")
         log.warning("%d images were set aside, listed in %s", len(bad), run.folder / "bad_images.txt")
     return cache
-
-
-# --- cluster ------------------------------------------------------------------------------------------------------
-
-
-def prototype_folder(run: Run, cache: LatentCache, ipc: int, cluster: ClusterConfig) -> Path:
-    """Where the prototypes of these settings are."""
-    settings = cluster_settings(cluster)
-    identity = [cache.key, settings, run.config.seed]
-    if cluster.uses_features:
-        identity.append(features_of(run).key)
-    parts = [f"ipc{ipc:05d}", settings["engine"], *([settings["space"]] if "space" in settings else [])]
-    return run.folder / "prototypes" / "-".join([*parts, digest_of(identity)])
-
-
-def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
-    """The settings that decide prototypes: the engine by its name, and of the space what is read of it. The latents'
-    own leaves none, so that it has the digests of folders from before there was a choice."""
-    settings = dict(to_dict(cluster), engine=choose_engine(cluster.engine))
-    if cluster.space not in ("pca", "whitened"):
-        del settings["dims"]
-    if cluster.space != "joint":
-        del settings["feature_weight"]
-    if cluster.space == "latents":
-        del settings["space"]
-    return settings
-
-
-def clusterings(run: Run) -> list[tuple[int, ClusterConfig]]:
-    """The distinct (ipc, settings) that the methods ask for."""
-    found: dict[str, tuple[int, ClusterConfig]] = {}
-    for ipc in run.config.ipc:
-        for method in run.config.methods:
-            cluster = run.resolved(method)[1]
-            found.setdefault(digest_of([ipc, cluster_settings(cluster)]), (ipc, cluster))
-    return list(found.values())
-
-
-def cluster(run: Run, cache: LatentCache) -> None:
-    """Quantize every class for every ipc and clustering setting."""
-    if any(cfg.uses_features for _, cfg in clusterings(run)):
-        prepare_features(run)
-    began = time.perf_counter()
-    counts = run.source.class_counts()
-    units = [(ipc, cfg, c) for ipc, cfg in clusterings(run) for c in range(len(counts))]
-    mine = [units[i] for i in run.mine([float(counts[c]) * ipc for ipc, _, c in units])]
-    todo = [u for u in mine if not class_file(prototype_folder(run, cache, u[0], u[1]), u[2]).is_file()]
-    with progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar:
-        for ipc, cfg, labels in _batches(run, cache, todo):
-            _cluster_classes(run, cache, ipc, cfg, labels)
-            bar.update(len(labels))
-    run.finish("cluster", began, units=len(units))
-    if run.main:
-        for ipc, cfg in clusterings(run):
-            _log_distortion(run, cache, ipc, cfg)
-
-
-def _batches(
-    run: Run, cache: LatentCache, units: list[tuple[int, ClusterConfig, int]]
-) -> Iterator[tuple[int, ClusterConfig, list[int]]]:
-    """Group units for one call each: many classes at once on an accelerator, as memory allows, else one by one."""
-    counts = run.source.class_counts()
-    latent_width = 4 * cache.shape[0] * cache.shape[1] * cache.shape[2]
-    budget = torch.cuda.mem_get_info(run.device)[0] // 6 if run.device.type == "cuda" else 0
-    group: list[int] = []
-    for i, (ipc, cfg, label) in enumerate(units):
-        group.append(label)
-        following = units[i + 1] if i + 1 < len(units) else None
-        largest = max(int(counts[c]) for c in (*group, following[2] if following else label))
-        width = latent_width + (4 * features_of(run).width() if budget and cfg.uses_features else 0)
-        full = (len(group) + 1) * largest * width > budget or choose_engine(cfg.engine) != "torch"
-        if following is None or following[:2] != (ipc, cfg) or full:
-            yield ipc, cfg, group
-            group = []
-
-
-def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> None:
-    folder = prototype_folder(run, cache, ipc, cfg)
-    names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
-    data = [cache.load(c) for c in labels]
-    features = features_of(run) if cfg.uses_features else None
-    xs = []
-    for c, (z, rows) in zip(labels, data):
-        f = features.load_rows(c, rows).to(run.device) if features else None
-        xs.append(embed(z.to(run.device), f, cfg))
-    seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
-    results = kmeans_many(xs, ipc, config=cfg, seeds=seeds, names=names)
-    for c, x, (z, rows), result in zip(labels, xs, data, results):
-        stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
-        z = z.to(run.device)
-        points = None if cfg.space == "latents" else x
-        p = make_prototypes(c, run.source.class_names[c], z, rows, result, stats, points=points)
-        stats |= {"space": cfg.space, **latent_stats(z, result.labels, p.centroids)}
-        dataclasses.replace(p, stats=stats).save(class_file(folder, c))
-
-
-def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:
-    """Append one record per class to metrics.jsonl, once."""
-    folder = prototype_folder(run, cache, ipc, cfg)
-    marker = folder / "stats.json"
-    if marker.is_file():
-        return
-    stats = [Prototypes.load(class_file(folder, c)) for c in range(len(run.source.class_names))]
-    for p in stats:
-        record = {"stage": "quantization", "ipc": ipc, "class": p.label, "name": p.name, **p.stats}
-        append_jsonl(run.folder / "metrics.jsonl", record)
-    write_json(marker, [p.stats for p in stats])
-
-
-def load_prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> list[Prototypes]:
-    """Prototypes of all classes under these settings."""
-    folder = prototype_folder(run, cache, ipc, cfg)
-    missing = [c for c in range(len(run.source.class_names)) if not class_file(folder, c).is_file()]
-    if missing:
-        raise InputError(
-            f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no prototypes for ipc {ipc}; "
-            "run `dq cluster` first"
-        )
-    return [Prototypes.load(class_file(folder, c)) for c in range(len(run.source.class_names))]
-
-
-# --- generate -----------------------------------------------------------------------------------------------------
-
-
-def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None) -> Path:
-    """Where the images of a method are. Methods that differ in weights alone share them."""
-    m, cluster_config, generate_config = run.resolved(method)
-    settings = to_dict(generate_config)
-    for key in (*SPEED, "revision"):
-        settings.pop(key, None)
-    identity = [
-        prototype_folder(run, cache, ipc, cluster_config).name,
-        m.representative,
-        run.config.image_size,
-        # real images need no generator
-        ["real", run.config.source.preprocess] if m.representative == "real" else [settings, pipe_digest],
-    ]
-    return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
-
-
-def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
-    """Draw every prototype of every method as images, one file per class."""
-    began = time.perf_counter()
-    pipe.to(run.device)
-    pipe.set_progress_bar_config(disable=True)
-    drawn = 0
-    folders: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    for method in run.config.methods:
-        m, cluster_config, cfg = run.resolved(method)
-        digest = None
-        ids: list[int] = []
-        if m.representative != "real":
-            _check_codec(pipe, cache)
-            ids = pipe.check_inputs(cfg, run.config.codec.resolution, run.source.class_names)
-            digest = digests.setdefault(cfg.mode, "") or pipe.digest(cfg.mode)
-            digests[cfg.mode] = digest
-        for ipc in run.config.ipc:
-            folder = image_folder(run, cache, ipc, method, digest)
-            folders[f"{ipc}/{method}"] = folder.name
-            mine = run.mine([1.0] * len(run.source.class_names))
-            todo = [c for c in mine if not class_file(folder, c).is_file()]
-            prototypes = [p for p in load_prototypes(run, cache, ipc, cluster_config) if p.label in todo]
-            if m.representative == "real":
-                _copy_real(run, prototypes, folder)
-            else:
-                drawn += _draw(run, pipe, prototypes, folder, cfg, m, ids, desc=f"generate {method} ipc {ipc}")
-    run.finish("generate", began, images=drawn)
-    if run.main:
-        write_json(run.folder / "images" / "index.json", folders)
-    run.accelerator.wait_for_everyone()
-
-
-def _check_codec(pipe: DistillPipeline, cache: LatentCache) -> None:
-    """The latents must be decoded by the codec that made them."""
-    made_by = read_json(cache.folder / "manifest.json")["codec"]
-    if codec_digest(pipe.vae) != made_by:
-        raise InputError(
-            f"the latents in {cache.folder} were made by another codec (digest {made_by}) than the one given; "
-            "set codec.path and codec.dtype back, or start again with `dq encode` in another --output_dir"
-        )
-
-
-def _draw(
-    run: Run,
-    pipe: DistillPipeline,
-    prototypes: list[Prototypes],
-    folder: Path,
-    cfg: GenerateConfig,
-    method: MethodConfig,
-    ids: list[int],
-    desc: str,
-) -> int:
-    """Batches run across classes; a class is written as soon as its last image is there."""
-    copies = cfg.images_per_prototype if cfg.mode != "decode" else 1  # decoding twice gives the same image twice
-    queue = [(p, k, i) for p in prototypes for k in range(len(p.counts)) for i in range(copies)]
-    done: dict[int, list[Tensor]] = {p.label: [] for p in prototypes}
-    points = {p.label: p.points(method.representative, rescale=cfg.rescale) for p in prototypes}
-    start = pipe.start(cfg)
-    with progress([], desc=desc, total=len(queue), unit="img", main=run.main and bool(queue)) as bar:
-        for first in range(0, len(queue), cfg.batch_size):
-            batch = queue[first : first + cfg.batch_size]
-            images = pipe.synthesize(
-                torch.stack([points[p.label][k] for p, k, _ in batch]),
-                [p.label for p, _, _ in batch],
-                [generator(run.config.seed, "generate", p.label, k, i) for p, k, i in batch],
-                cfg,
-                class_names=run.source.class_names,
-                condition_ids=ids,
-                image_size=run.config.image_size,
-            )
-            if cfg.image_dtype == "uint8":
-                images = (images * 255).round().to(torch.uint8)
-            for (p, _, _), image in zip(batch, images):
-                done[p.label].append(image)
-                if len(done[p.label]) == len(p.counts) * copies:
-                    tensors = {"images": torch.stack(done.pop(p.label))}
-                    meta = {"start": dataclasses.asdict(start) if start else None, "copies": copies}
-                    write_tensors(class_file(folder, p.label), tensors, meta)
-            bar.update(len(batch))
-    return len(queue)
-
-
-def _copy_real(run: Run, prototypes: list[Prototypes], folder: Path) -> None:
-    for p in prototypes:
-        images = nearest_images(run, p)
-        write_tensors(class_file(folder, p.label), {"images": images}, {"start": None, "copies": 1})
-
-
-def nearest_images(run: Run, p: Prototypes) -> Tensor:
-    """The real image nearest to each prototype, (K, 3, H, W) uint8, at the size of the distilled images."""
-    rows = p.medoid_rows.tolist()
-    return read_images(run.source.train, rows, run.config.image_size, run.config.source.preprocess)[0]
 
 
 # --- refine -------------------------------------------------------------------------------------------------------
@@ -344,73 +112,126 @@ def _image_folders(run: Run) -> dict[str, Path]:
     return {k: chain.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
 
 
-def _images(run: Run, folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
-    files = [read_tensors(class_file(folder, c)) for c in range(len(run.source.class_names))]
-    return [t["images"] for t, _ in files], files[0][1]
-
-
-def _stage_labels(run: Run, folder: Path) -> Tensor | None:
-    """Logits (N, C) that the last stage of refinement gave the images; None if it gave none."""
-    files = [read_tensors(class_file(folder, c))[0] for c in range(len(run.source.class_names))]
-    return torch.cat([t["logits"] for t in files]) if all("logits" in t for t in files) else None
-
-
 def label(run: Run) -> None:
-    """Label the stored images of every set with the teachers, after checking these on real images. Without a teacher
-    there is nothing to do."""
+    """Label the stored images of every set with the teachers, after checking these on real images; a class of a set is
+    a unit of work. Without a teacher there is nothing to do."""
     c = run.config
     if not c.teachers:
         return
     began = time.perf_counter()
     teachers = load_teachers(c.teachers, run.source, c.source, c.image_size, run.device)
     digest = digest_of([t.digest for t in teachers])
+    meta = {"teachers": [t.name for t in teachers], "digest": digest}
     folders = sorted(set(_image_folders(run).values()))
-    names = [_label_file(run, f, digest) for f in folders]
-    todo = [i for i in run.mine([1.0] * len(folders)) if not names[i].is_file()]
-    for i in progress(todo, desc="label", unit="set", main=run.main and bool(todo)):
-        images = torch.cat(_images(run, folders[i])[0])
-        meta = {"teachers": [t.name for t in teachers], "digest": digest}
-        write_tensors(names[i], {"logits": pooled_logits(teachers, images).half()}, meta)
+    units = [(f, label) for f in folders for label in range(len(run.source.class_names))]
+    mine = [units[i] for i in run.mine([1.0] * len(units))]
+    todo = [(f, label) for f, label in mine if not is_done(class_file(_label_folder(run, f, digest), label))]
+    for folder, label in progress(todo, desc="label", unit="class", main=run.main and bool(todo)):
+        images = read_tensors(class_file(folder, label))[0]["images"]
+        logits = pooled_logits(teachers, images).half()
+        write_tensors(class_file(_label_folder(run, folder, digest), label), {"logits": logits}, meta)
+        log.debug("labelled %d images of class %s", len(images), run.source.class_names[label])
     run.finish("label", began, sets=len(folders))
     if run.main:
         # which labels are these teachers'; those of earlier ones stay beside them
-        write_json(run.folder / "labels" / "index.json", {f.name: n.name for f, n in zip(folders, names)})
+        known = {f.name: _label_folder(run, f, digest).name for f in folders}
+        write_json(run.folder / "labels" / "index.json", known)
     run.accelerator.wait_for_everyone()
 
 
-def _label_file(run: Run, folder: Path, digest: str) -> Path:
-    return run.folder / "labels" / f"{folder.name}-{digest}.safetensors"
+def _label_folder(run: Run, images: Path, digest: str) -> Path:
+    return run.folder / "labels" / f"{images.name}-{digest}"
 
 
-def _find_labels(run: Run, folder: Path) -> Path | None:
+def _find_labels(run: Run, images: Path) -> Path | None:
+    """The folder of the labels of stored images, if there are any."""
     index = run.folder / "labels" / "index.json"
-    name = read_json(index).get(folder.name) if run.config.teachers and index.is_file() else None
+    name = read_json(index).get(images.name) if run.config.teachers and index.is_file() else None
     return run.folder / "labels" / name if name else None
 
 
 # --- assemble -----------------------------------------------------------------------------------------------------
 
 
-def assemble(run: Run) -> dict[tuple[int, str], DistilledSet]:
-    """Put images, labels and weights together, one set per ipc and method; the main process saves them in
-    `dataset/`."""
+def assemble(run: Run) -> None:
+    """Put images, labels and weights together in `dataset/`, one set per ipc and method. A set is a unit of work, and
+    one class of it at a time is in memory."""
     folders = _image_folders(run)
     cache = cache_of(run)
-    sets = {}
-    for ipc in run.config.ipc:
-        for method in run.config.methods:
-            key = f"{ipc}/{method}"
-            if key not in folders:
-                raise InputError(
-                    f"{run.folder} has no images of method {method!r} at ipc {ipc}; run `dq generate` first"
-                )
-            sets[(ipc, method)] = _assemble_one(run, cache, ipc, method, folders[key])
-    if run.main:
-        base = run.folder / "dataset"
-        for (ipc, method), s in progress(sets.items(), desc="assemble", unit="set"):
-            s.save(base, f"ipc{ipc}-{method}")
+    base = run.folder / "dataset"
+    units = [(ipc, method) for ipc in run.config.ipc for method in run.config.methods]
+    for ipc, method in units:
+        if f"{ipc}/{method}" not in folders:
+            raise InputError(f"{run.folder} has no images of method {method!r} at ipc {ipc}; run `dq generate` first")
+    mine = [units[i] for i in run.mine([float(ipc) for ipc, _ in units])]
+    for ipc, method in progress(mine, desc="assemble", unit="set", main=run.main):
+        parts = Parts(run, cache, ipc, method, folders[f"{ipc}/{method}"])
+        if not has_set(base, f"ipc{ipc}-{method}", parts.recipe):
+            write_set(base, f"ipc{ipc}-{method}", iter(parts), {**parts.provenance, "recipe": parts.recipe})
     run.accelerator.wait_for_everyone()
-    return sets
+    if run.main:
+        write_card(base)
+    run.accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a set is put together from, class by class."""
+
+    run: Run
+    cache: LatentCache
+    ipc: int
+    method: str
+    images: Path  # folder
+
+    def __iter__(self) -> Iterator[DistilledSet]:
+        m, cluster_config, _ = self.run.resolved(self.method)
+        for p in load_prototypes(self.run, self.cache, self.ipc, cluster_config):
+            tensors, meta = read_tensors(class_file(self.images, p.label))
+            logits = tensors.get("logits")  # that the last stage of refinement gave
+            if logits is None and self.labels:
+                logits = read_tensors(class_file(self.labels, p.label))[0]["logits"]
+            copies = meta["copies"]
+            yield DistilledSet(
+                images=tensors["images"],
+                labels=torch.full_like(p.counts, p.label).repeat_interleave(copies),
+                weights=p.weights(m.weights, m.normalize).repeat_interleave(copies),
+                class_names=self.run.source.class_names,
+                prototype=torch.arange(len(p.counts)).repeat_interleave(copies),
+                counts=p.counts.repeat_interleave(copies),
+                source_row=p.medoid_rows.repeat_interleave(copies),
+                soft_labels=logits,
+            )
+
+    @functools.cached_property
+    def labels(self) -> Path | None:
+        return _find_labels(self.run, self.images)
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        m, cluster_config, generate_config = self.run.resolved(self.method)
+        with open_tensors(class_file(self.images, 0)) as f:
+            labelled = "logits" in f.keys()  # noqa: SIM118  (not a dict)
+        by = {"by": "the teachers of the last stage of refinement"} if labelled else None
+        return {
+            **read_json(self.run.folder / "provenance.json"),
+            "ipc": self.ipc,
+            "method": _method_provenance(self.method, m),
+            "codec": to_dict(self.run.config.codec),
+            "cluster": _cluster_provenance(self.run, cluster_config),
+            "generate": {**to_dict(generate_config), "start": read_metadata(class_file(self.images, 0))["start"]},
+            "refine": chain.provenance(self.run, self.method, self.images),
+            "labels": by or (read_metadata(class_file(self.labels, 0)) if self.labels else None),
+        }
+
+    @functools.cached_property
+    def recipe(self) -> str:
+        """Digest of all that decides the set."""
+        _, cluster_config, _ = self.run.resolved(self.method)
+        folders = [self.images, prototype_folder(self.run, self.cache, self.ipc, cluster_config), self.labels]
+        classes = range(len(self.run.source.class_names))
+        files = [read_checksum(class_file(f, c)) for f in folders if f for c in classes]
+        return digest_of([files, {k: v for k, v in self.provenance.items() if k != "processes"}])
 
 
 def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
@@ -453,12 +274,9 @@ def cache_of(run: Run) -> LatentCache:
         raise InputError(f"{run.folder} has no latents yet; run `dq encode` first")
     known = read_json(pointer)
     folder = Path(run.config.cache_dir) / f"latents-{known['key']}"
-    cache = LatentCache(folder, tuple(known["shape"]), run.source.class_names, known["key"])
-    if missing := cache.missing():
-        raise InputError(
-            f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no latents in {folder}; "
-            "run `dq encode` first"
-        )
+    images = len(run.source.train)
+    cache = LatentCache(folder, run.source.class_names, known["key"], images, tuple(known["shape"]))
+    cache.check()
     return cache
 
 
@@ -471,38 +289,3 @@ def _cluster_provenance(run: Run, cluster: ClusterConfig) -> dict[str, Any]:
 def _method_provenance(name: str, method: MethodConfig) -> dict[str, Any]:
     """Name and settings of a method; its stages are recorded with their teachers, under `refine`."""
     return {"name": name, **{k: v for k, v in to_dict(method).items() if k != "refine"}}
-
-
-def _assemble_one(run: Run, cache: LatentCache, ipc: int, method: str, folder: Path) -> DistilledSet:
-    m, cluster_config, generate_config = run.resolved(method)
-    prototypes = load_prototypes(run, cache, ipc, cluster_config)
-    images, meta = _images(run, folder)
-    copies = meta["copies"]
-    soft_file = _find_labels(run, folder)
-    soft, soft_meta = read_tensors(soft_file) if soft_file else ({}, None)
-    if (own := _stage_labels(run, folder)) is not None:
-        soft, soft_meta = {"logits": own}, {"by": "the teachers of the last stage of refinement"}
-
-    def spread(per_prototype: list[Tensor]) -> Tensor:
-        return torch.cat([t.repeat_interleave(copies, 0) for t in per_prototype])
-
-    return DistilledSet(
-        images=torch.cat(images),
-        labels=spread([torch.full_like(p.counts, p.label) for p in prototypes]),
-        weights=spread([p.weights(m.weights, m.normalize) for p in prototypes]),
-        class_names=run.source.class_names,
-        prototype=spread([torch.arange(len(p.counts)) for p in prototypes]),
-        counts=spread([p.counts for p in prototypes]),
-        source_row=spread([p.medoid_rows for p in prototypes]),
-        soft_labels=soft.get("logits"),
-        provenance={
-            **read_json(run.folder / "provenance.json"),
-            "ipc": ipc,
-            "method": _method_provenance(method, m),
-            "codec": to_dict(run.config.codec),
-            "cluster": _cluster_provenance(run, cluster_config),
-            "generate": {**to_dict(generate_config), "start": meta["start"]},
-            "refine": chain.provenance(run, method, folder),
-            "labels": soft_meta,
-        },
-    )

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dq.config import ClusterConfig, RunConfig, SourceConfig
-from dq.data import ImageSource, read_images
-from dq.dist import digest_of, progress, read_json, read_metadata, read_tensors, write_json, write_tensors
+from dq.data import ImageSource
+from dq.dist import digest_of, open_tensors, read_json, write_json
 from dq.errors import InputError, RunError
+from dq.latents import ImageCache, fill, write_manifest
 from dq.runfolder import Run
 from dq.settings import to_dict
 from dq.teachers import Teacher, check_teacher, load_teacher
@@ -115,27 +117,17 @@ def _unit_variance(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FeatureCache:
-    """A folder of feature shards, one per class."""
+class FeatureCache(ImageCache):
+    """A teacher's features (D,) float32 of every train image."""
 
-    folder: Path
-    class_names: tuple[str, ...]
-    key: str  # digest of data, teacher, image size and preprocessing
-
-    def path(self, label: int) -> Path:
-        return self.folder / f"class-{label:05d}.safetensors"
-
-    def missing(self) -> list[int]:
-        return [c for c in range(len(self.class_names)) if not self.path(c).is_file()]
+    name: ClassVar[str] = "features"
+    verb: ClassVar[str] = "cluster"
 
     def width(self) -> int:
         """Number of features of an image."""
-        return int(read_metadata(self.path(0))["width"])
-
-    def load(self, label: int) -> tuple[Tensor, Tensor]:
-        """Features (n, D) float32 and source rows (n,) int64 of one class."""
-        tensors, _ = read_tensors(self.path(label))
-        return tensors["features"], tensors["rows"]
+        _, part, *_ = self._index[0].tolist()
+        with open_tensors(self.path(part)) as f:
+            return int(f.get_slice(self.name).get_shape()[1])
 
     def load_rows(self, label: int, rows: Tensor) -> Tensor:
         """Features (n, D) of one class whose other data belong to the source rows `rows`.
@@ -146,7 +138,7 @@ class FeatureCache:
         features, own = self.load(label)
         if not torch.equal(own, rows):
             raise RunError(
-                f"{self.path(label)} has features of {len(own)} images that are not the {len(rows)} images of class "
+                f"{self.folder} has features of {len(own)} images that are not the {len(rows)} images of class "
                 f"{label} {self.class_names[label]!r}; delete it and give the same command again"
             )
         return features
@@ -164,9 +156,8 @@ def open_features(
         "on_bad_image": source_config.on_bad_image,
     }
     key = digest_of(identity)
-    cache = FeatureCache(Path(cache_dir) / f"features-{key}", source.class_names, key)
-    if not (cache.folder / "manifest.json").is_file():
-        write_json(cache.folder / "manifest.json", {**identity, "origin": source.origin})
+    cache = FeatureCache(Path(cache_dir) / f"features-{key}", source.class_names, key, len(source.train))
+    write_manifest(cache.folder, {**identity, "origin": source.origin})
     return cache
 
 
@@ -177,39 +168,26 @@ def extract_features(
     source_config: SourceConfig,
     image_size: int,
     *,
-    labels: list[int],
+    mine: Callable[[list[float]], list[int]] | None = None,
     main: bool = True,
 ) -> None:
-    """Write the shards of the classes in `labels` that the cache lacks.
+    """Write the features that the cache lacks; see `dq.latents.fill`.
 
     Raises:
-        InputError: if no image of a class can be read, or the teacher's features are not finite.
+        InputError: if the teacher's features are not finite.
     """
-    todo = [c for c in labels if not cache.path(c).is_file()]
-    total = int(source.class_counts()[todo].sum())
-    with progress([], desc="features", total=total, unit="img", main=main and bool(todo)) as bar:
-        for label in todo:
-            rows = source.rows_of_class(label)
-            parts, kept = [], []
-            for start in range(0, len(rows), teacher.batch_size):
-                batch = rows[start : start + teacher.batch_size]
-                images, good, _ = read_images(
-                    source.train, batch, image_size, source_config.preprocess, on_bad=source_config.on_bad_image
-                )
-                kept += good
-                if len(images):
-                    parts.append(teacher.features(images))
-                bar.update(len(batch))
-            name = f"class {label} {source.class_names[label]!r}"
-            if not kept:
-                raise InputError(f"no image of {name} can be read; replace them or drop the class")
-            features = torch.cat(parts)
-            if not torch.isfinite(features).all():
-                raise InputError(
-                    f"the teacher {teacher.name} gives NaN or infinite features of {name}; name another teacher"
-                )
-            meta = {"label": label, "width": features.shape[1]}
-            write_tensors(cache.path(label), {"features": features, "rows": torch.tensor(kept)}, meta)
+
+    def compute(images: Tensor, rows: list[int]) -> Tensor:
+        features = teacher.features(images)
+        if not torch.isfinite(features).all():
+            row = rows[int((~torch.isfinite(features).all(1)).nonzero()[0])]
+            raise InputError(
+                f"the teacher {teacher.name} gives NaN or infinite features of {source.train.where(row)}; name "
+                "another teacher"
+            )
+        return features
+
+    fill(cache, source, compute, source_config, side=image_size, batch_size=teacher.batch_size, mine=mine, main=main)
 
 
 # --- features of a run --------------------------------------------------------------------------------------------
@@ -226,10 +204,9 @@ def prepare_features(run: Run) -> FeatureCache:
     c = run.config
     teacher = load_teacher(c.teachers[0], len(run.source.class_names), c.image_size, run.device)
     cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
-    mine = run.mine([float(n) for n in run.source.class_counts()])
-    if not set(mine).isdisjoint(cache.missing()):
+    if cache.missing():
         check_teacher(teacher, run.source, c.teachers[0], c.source, c.image_size)
-    extract_features(run.source, teacher, cache, c.source, c.image_size, labels=mine, main=run.main)
+    extract_features(run.source, teacher, cache, c.source, c.image_size, mine=run.mine, main=run.main)
     run.finish("features", began, images=int(run.source.class_counts().sum()), cache=cache.key)
     if run.main:
         known = {"key": cache.key, "digest": teacher.digest, "teacher": _first_teacher(c)}
@@ -241,7 +218,8 @@ def prepare_features(run: Run) -> FeatureCache:
 def features_of(run: Run) -> FeatureCache:
     """The feature cache that the cluster stage of this run used, without loading the teacher."""
     key = known_features(run)["key"]
-    return FeatureCache(Path(run.config.cache_dir) / f"features-{key}", run.source.class_names, key)
+    folder = Path(run.config.cache_dir) / f"features-{key}"
+    return FeatureCache(folder, run.source.class_names, key, len(run.source.train))
 
 
 def known_features(run: Run) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dq.config import SourceConfig, TeacherConfig
 from dq.data import ImageSource, read_images
 from dq.dist import digest_of, digest_of_tensors, generator, read_json
 from dq.errors import InputError
+from dq.memory import in_pieces
 from dq.nets import fast_layout, is_library_net, library_net, library_of, make_net, seeded
 
 log = logging.getLogger("dq")
@@ -68,18 +69,27 @@ class Teacher:
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, C) float32 on the CPU of images (N, 3, H, W), uint8 or float in [0, 1], in evaluation mode."""
         with evaluation_mode(self.net):
-            return torch.cat([self(x).cpu() for x in self._batches(images)])
+            return self._look(images, lambda x: self(x).cpu())
 
     def features(self, images: Tensor) -> Tensor:
         """What the last linear layer sees of images (N, 3, H, W), in evaluation mode: (N, D) float32 on the CPU. For
         a network without a linear layer, what its last convolution sees."""
-        parts = []
         with evaluation_mode(self.net), head_inputs(self.net) as seen:
-            for x in self._batches(images):
-                self(x)
-                parts.append(seen[-1].flatten(1).float().cpu())
+
+            def look(x: Tensor) -> Tensor:
                 seen.clear()
-        return torch.cat(parts)
+                self(x)
+                return seen[-1].flatten(1).float().cpu()
+
+            return self._look(images, look)
+
+    def _look(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `look` gives for all images, in batches that fit."""
+
+        def one(x: Tensor) -> Tensor:
+            return in_pieces("teacher", len(x), lambda s: look(x[s]))
+
+        return torch.cat([one(x) for x in self._batches(images)])
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         device = next(self.net.parameters()).device

@@ -30,6 +30,7 @@ from dq.dist import make_accelerator, read_json, write_json
 from dq.errors import InputError
 from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
+from dq.locks import locked
 from dq.run import assemble, cluster, encode, generate
 from dq.runfolder import open_run
 from dq.settings import apply_settings, to_dict
@@ -160,7 +161,7 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
     chosen = f" --only {' '.join(only)}" if only else ""
     made = read_json(Path(folders(config, only)[0].output_dir) / "provenance.json")
     command = f"torchrun --nproc_per_node {made['processes']} pipelines/ablation.py --config config.yaml --data DIR"
-    write_json(out / "run.json", {"command": command + chosen, **without_places(made)})
+    write_json(out / "run.json", {"command": command + chosen, **without_places(made)}, checksum=False)
 
 
 def main() -> None:
@@ -182,13 +183,14 @@ def main() -> None:
         return
     accelerator = make_accelerator()
     for one in folders(config, args.only):
-        run = open_run(one, source, accelerator)
-        pipe = load_pipeline(one)
-        cache = encode(run, pipe.vae)
-        cluster(run, cache)
-        generate(run, pipe, cache)
-        assemble(run)
-        evaluate_run(run)
+        with locked(one.output_dir, accelerator):
+            run = open_run(one, source, accelerator)
+            pipe = load_pipeline(one)
+            cache = encode(run, pipe.vae)
+            cluster(run, cache)
+            generate(run, pipe, cache)
+            assemble(run)
+            evaluate_run(run)
         accelerator.print(run.folder / "eval" / "summary.csv")
 
 

@@ -32,6 +32,7 @@ from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.stage import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
+from dq.locks import locked
 from dq.report import write_report
 from dq.run import assemble, cluster, encode, generate, label, refine
 from dq.runfolder import open_run
@@ -187,7 +188,7 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
     (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
     made = read_json(base / "main" / "provenance.json")
     command = f"torchrun --nproc_per_node {made['processes']} pipelines/refinement.py --config config.yaml --data DIR"
-    write_json(out / "run.json", {"command": command, **without_places(made)})
+    write_json(out / "run.json", {"command": command, **without_places(made)}, checksum=False)
 
 
 def main() -> None:
@@ -211,17 +212,18 @@ def main() -> None:
     accelerator = make_accelerator()
     methods = {k: v for k, v in config.methods.items() if not args.methods or k in args.methods}
     one = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "main"), methods=methods)
-    run = open_run(one, source, accelerator)
-    pipe = load_pipeline(one)
-    cache = encode(run, pipe.vae)
-    cluster(run, cache)
-    generate(run, pipe, cache)
-    refine(run)
-    label(run)
-    assemble(run)
-    if run.main:
-        print(write_report(run))
-    accelerator.wait_for_everyone()
+    with locked(one.output_dir, accelerator):
+        run = open_run(one, source, accelerator)
+        pipe = load_pipeline(one)
+        cache = encode(run, pipe.vae)
+        cluster(run, cache)
+        generate(run, pipe, cache)
+        refine(run)
+        label(run)
+        assemble(run)
+        if run.main:
+            print(write_report(run))
+        accelerator.wait_for_everyone()
     if args.evaluations is None or args.evaluations:
         evaluate(config, source, accelerator, args.evaluations or [])
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from conftest import tiny_kl
 from dq.codec import encode_latents, to_signed
 from dq.config import CodecConfig, SourceConfig
 from dq.data import load_source, read_images
-from dq.dist import read_tensors
+from dq.dist import open_tensors, shard
 from dq.errors import InputError, RunError
-from dq.latents import LatentCache, encode_class, encode_source, open_cache
+from dq.latents import LatentCache, encode_source, open_cache
 
 CODEC = CodecConfig(path="x", resolution=8, batch_size=4)
 
@@ -25,7 +26,7 @@ def cache_in(folder: Path, source, codec, **codec_settings) -> LatentCache:
 def test_shards_hold_the_latents_of_their_class(tmp_path: Path, toy_source) -> None:
     codec = tiny_kl()
     cache = cache_in(tmp_path, toy_source, codec)
-    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, labels=[0, 1, 2], seed=0)
+    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
     for c, n in enumerate((9, 8, 7)):
         z, rows = cache.load(c)
         assert z.shape == (n, 4, 4, 4)
@@ -43,7 +44,7 @@ def test_batch_size_does_not_matter(tmp_path: Path, toy_source, posterior: str) 
     for size in (2, 9):
         cache = cache_in(tmp_path / str(size), toy_source, codec, posterior=posterior)
         config = dataclasses.replace(CODEC, batch_size=size, posterior=posterior)
-        encode_class(toy_source, 0, codec, cache, SourceConfig(), config, seed=0)
+        encode_source(toy_source, codec, cache, SourceConfig(), config, seed=0)
         results.append(cache.load(0)[0].float())
     assert torch.allclose(*results, atol=2e-3)
 
@@ -51,25 +52,61 @@ def test_batch_size_does_not_matter(tmp_path: Path, toy_source, posterior: str) 
 def test_interrupted_equals_uninterrupted(tmp_path: Path, toy_source) -> None:
     codec = tiny_kl()
     whole, parts = (cache_in(tmp_path / n, toy_source, codec) for n in ("whole", "parts"))
-    encode_source(toy_source, codec, whole, SourceConfig(), CODEC, labels=[0, 1, 2], seed=0)
-    calls = 0
+    encode_source(toy_source, codec, whole, SourceConfig(), CODEC, seed=0)
+    assert len(whole.parts) == 3
+    read, calls = toy_source.train.read, []
 
-    def stop(_: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # in the middle of the second class
+    def stop(row: int):
+        calls.append(row)
+        if len(calls) == 14:  # in the middle of the second file
             raise KeyboardInterrupt
+        return read(row)
 
-    encode_class(toy_source, 0, codec, parts, SourceConfig(), CODEC, seed=0, on_batch=stop)
+    broken = dataclasses.replace(
+        toy_source, splits={**toy_source.splits, "train": dataclasses.replace(toy_source.train, read=stop)}
+    )
     with pytest.raises(KeyboardInterrupt):
-        encode_class(toy_source, 1, codec, parts, SourceConfig(), CODEC, seed=0, on_batch=stop)
+        encode_source(broken, codec, parts, SourceConfig(), CODEC, seed=0)
     assert parts.missing() == [1, 2]
     stamp = parts.path(0).stat().st_mtime_ns
-    encode_source(toy_source, codec, parts, SourceConfig(), CODEC, labels=[0, 1, 2], seed=0)
+    encode_source(toy_source, codec, parts, SourceConfig(), CODEC, seed=0)
     assert parts.path(0).stat().st_mtime_ns == stamp
     for c in range(3):
         assert parts.path(c).read_bytes() == whole.path(c).read_bytes()
     assert not [f for f in parts.folder.iterdir() if f.name.endswith(".tmp")]
+
+
+def test_rows_in_the_order_of_a_stream_give_the_same_classes(tmp_path: Path, toy_images) -> None:
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    images, labels = (t[order] for t in toy_images["train"])
+    source = load_source((images, labels))
+    stream = dataclasses.replace(source, sequential=True)
+    codec = tiny_kl()
+    one = cache_in(tmp_path / "one", source, codec)
+    two = cache_in(tmp_path / "two", stream, codec)
+    encode_source(source, codec, one, SourceConfig(), CODEC, seed=0)
+    encode_source(stream, codec, two, SourceConfig(), CODEC, seed=0)
+    # neighbours in the stream are neighbours in the files, class by class within each
+    with open_tensors(two.path(0)) as f:
+        assert sorted(f.get_tensor("rows").tolist()) == list(range(8))
+        assert f.get_tensor("labels").tolist() == sorted(labels[:8].tolist())
+    for c in range(3):
+        (a, rows_a), (b, rows_b) = one.load(c), two.load(c)
+        assert torch.equal(rows_a, rows_b)
+        assert rows_a.tolist() == (labels == c).nonzero().flatten().tolist()
+        assert torch.allclose(a.float(), b.float(), atol=2e-3)
+
+
+def test_files_are_divided_over_processes(tmp_path: Path, toy_source) -> None:
+    codec = tiny_kl()
+    alone, shared = (cache_in(tmp_path / n, toy_source, codec) for n in ("alone", "shared"))
+    encode_source(toy_source, codec, alone, SourceConfig(), CODEC, seed=0)
+    for rank in (1, 0):
+        mine = functools.partial(shard, rank=rank, world_size=2)
+        encode_source(toy_source, codec, shared, SourceConfig(), CODEC, seed=0, mine=mine)
+        assert shared.missing() == ([0, 2] if rank == 1 else [])
+    for c in range(3):
+        assert shared.path(c).read_bytes() == alone.path(c).read_bytes()
 
 
 def test_the_key_follows_what_decides_the_latents(tmp_path: Path, toy_source, toy_images) -> None:
@@ -98,20 +135,49 @@ def test_bad_images_are_set_aside_and_listed(tmp_path: Path) -> None:
     codec = tiny_kl()
     skip = SourceConfig(on_bad_image="skip")
     cache = open_cache(tmp_path / "cache", source, codec, skip, CODEC, seed=0)
-    encode_source(source, codec, cache, skip, CODEC, labels=[0, 1], seed=0)
+    encode_source(source, codec, cache, skip, CODEC, seed=0)
     assert cache.load(1)[1].tolist() == [3, 5]
     assert len(cache.bad_images()) == 1
     assert "1.png" in cache.bad_images()[0]
+    strict = open_cache(tmp_path / "cache", source, codec, SourceConfig(), CODEC, seed=0)
     with pytest.raises(InputError, match=r"1\.png cannot be read"):
-        encode_class(source, 1, codec, cache, SourceConfig(), CODEC, seed=0)
+        encode_source(source, codec, strict, SourceConfig(), CODEC, seed=0)
 
 
-def test_damaged_and_missing_shards_are_named(tmp_path: Path, toy_source) -> None:
+def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for c in "ab":
+        (tmp_path / "set" / c).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "a" / "0.png")
+    (tmp_path / "set" / "b" / "0.png").write_bytes(b"broken")
+    source = load_source(tmp_path / "set")
+    skip = SourceConfig(on_bad_image="skip")
+    cache = open_cache(tmp_path / "cache", source, tiny_kl(), skip, CODEC, seed=0)
+    encode_source(source, tiny_kl(), cache, skip, CODEC, seed=0)
+    with pytest.raises(InputError, match="no image of class 1 'b' can be read; replace them or drop the class"):
+        cache.check()
+
+
+def test_missing_files_are_named_and_damaged_ones_made_anew(
+    tmp_path: Path, toy_source, caplog: pytest.LogCaptureFixture
+) -> None:
     codec = tiny_kl()
     cache = cache_in(tmp_path, toy_source, codec)
-    with pytest.raises(InputError, match=r"class 1 'green' has no latents in .*; run `dq encode` first"):
+    with pytest.raises(InputError, match=r"lacks 3 of 3 files, first part-000000.safetensors; run `dq encode` first"):
         cache.load(1)
-    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, labels=[1], seed=0)
-    cache.path(1).write_bytes(cache.path(1).read_bytes()[:100])
-    with pytest.raises(RunError, match=r"class-00001.safetensors cannot be read .*; delete it"):
-        read_tensors(cache.path(1))
+    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
+    whole = [cache.path(i).read_bytes() for i in range(3)]
+    cache.path(0).write_bytes(whole[0][:100])
+    flipped = bytearray(whole[2])
+    flipped[-3] ^= 4  # in the last tensor, where nothing but a checksum would show it
+    cache.path(2).write_bytes(flipped)
+    stamp = cache.path(1).stat().st_mtime_ns
+    with pytest.raises(RunError, match=r"part-00000[02].safetensors cannot be read"):
+        cache_in(tmp_path, toy_source, codec).load(0)
+    with pytest.raises(RunError, match=r"part-00000[02].safetensors cannot be read"):
+        cache_in(tmp_path, toy_source, codec).load(2)
+    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
+    assert [cache.path(i).read_bytes() for i in range(3)] == whole
+    assert cache.path(1).stat().st_mtime_ns == stamp
+    assert [r.message for r in caplog.records if "part-000002" in r.message and "is made anew" in r.message]

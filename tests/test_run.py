@@ -560,7 +560,7 @@ def test_a_nested_override_changes_one_value() -> None:
 
 def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Path, toy_source, accelerator) -> None:
     from dq.latents import LatentCache
-    from dq.run import image_folder
+    from dq.draw import image_folder
     from dq.runfolder import Run
 
     knobs = [
@@ -576,7 +576,7 @@ def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Pa
     methods = {"plain": {}, "same": {"override": {"generate.batch_size": 3}}}
     methods |= {f"m{i}": {"override": {f"generate.{k}": v for k, v in knob.items()}} for i, knob in enumerate(knobs)}
     run = Run(from_dict(RunConfig, {"methods": methods}), toy_source, accelerator, tmp_path)
-    cache = LatentCache(tmp_path, (4, 4, 4), toy_source.class_names, "key")
+    cache = LatentCache(tmp_path, toy_source.class_names, "key", 24, (4, 4, 4))
     folders = {name: image_folder(run, cache, 1, name, "digest") for name in methods}
     assert folders["plain"] == folders["same"]  # how many at a time changes nothing
     assert len(set(folders.values())) == len(knobs) + 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dq.config import EvaluateConfig, SourceConfig, StudentConfig, TeacherConfig
 from dq.data import ImageSource, Split, read_images
-from dq.dist import digest_of, generator, progress, read_tensors, write_tensors
+from dq.dist import digest_of, generator, is_done, progress, read_tensors, write_tensors
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 from dq.evaluation.train import Pixels, normalizer
@@ -118,7 +118,7 @@ class Bench:
                 f"whiten needs a matrix of all pixel pairs, too large at {self.image_size} px; leave it out"
             )
         path = self.cache_dir / f"zca-{digest_of(self.world)}.safetensors"
-        if not path.is_file():
+        if not is_done(path):
             log.info("fitting ZCA on %d train images", len(self.candidates))
             zca = fit_zca(self.read(self.source.train, self.candidates)[0])
             write_tensors(path, {"mean": zca.mean, "matrix": zca.matrix})
@@ -143,16 +143,15 @@ class Bench:
             return self._pooled_features()
         c, t = self.source_config, self.teachers[0]
         cache = open_features(self.cache_dir, self.source, c, self.image_size, t.digest)
-        labels = self.source.class_counts().nonzero()[0].tolist()
-        extract_features(self.source, t, cache, c, self.image_size, labels=labels)
-        shards = [cache.load(label) for label in labels]
+        extract_features(self.source, t, cache, c, self.image_size)
+        shards = [cache.load(label) for label in range(self.classes)]
         rows = torch.cat([rows for _, rows in shards])
         _check_complete(len(rows), len(self.source.train))
         return torch.cat([features for features, _ in shards])[rows.argsort()]
 
     def _pooled_features(self) -> Tensor:
         path = self.cache_dir / f"features-{digest_of([self.world[:4], 'pooled'])}.safetensors"
-        if not path.is_file():
+        if not is_done(path):
             rows = np.arange(len(self.source.train))
             chunks = np.array_split(rows, max(1, len(rows) // READ_AT_ONCE))
             found = []

@@ -19,6 +19,7 @@ from dq.dist import (
     derive_seed,
     digest_of,
     generator,
+    is_done,
     progress,
     read_json,
     shard,
@@ -68,7 +69,7 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
         settings["base"] = load_teacher(p.base, bench.classes, bench.image_size).digest
     digest = digest_of(settings)
     known = folder / "settings.json"
-    if known.is_file() and read_json(known)["digest"] != digest:
+    if is_done(known) and read_json(known)["digest"] != digest:
         raise RunError(f"{folder} holds a pool of other settings or data; choose another train_pool.output_dir")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -128,7 +129,7 @@ def _checkpoints(
             f"{t.epochs}; the last epoch is the base"
         )
     names = [f"epoch-{e:04d}" for e in sorted(p.epochs)]
-    if not accelerator.is_main_process or (folder / "base.json").is_file():
+    if not accelerator.is_main_process or all(_is_kept(folder, n) for n in (*names, "base")):
         return names
     recipe = dataclasses.replace(recipe, net=p.net, tests=t.epochs)  # a look after every epoch
     pixels = bench.pixels(recipe)
@@ -157,6 +158,10 @@ def _checkpoints(
     return names
 
 
+def _is_kept(folder: Path, name: str) -> bool:
+    return is_done(folder / f"{name}.json") and is_done(folder / f"{name}.safetensors")
+
+
 def _show(bar: Any, epoch: int, loss: float) -> None:
     bar.update(epoch - bar.n)
     bar.set_postfix(loss=f"{loss:.3f}")
@@ -176,7 +181,7 @@ def _pruned(
     names = [f"pruned-{i:04d}" for i in range(p.size)]
     todo = ["base", *names]
     mine = [todo[i] for i in shard([1.0] * len(todo), accelerator.process_index, accelerator.num_processes)]
-    mine = [n for n in mine if not (folder / f"{n}.json").is_file()]
+    mine = [n for n in mine if not _is_kept(folder, n)]
     if mine:
         images, labels = _train_images(bench)
     for name in progress(mine, desc="prune", unit="net", main=accelerator.is_main_process):

@@ -11,7 +11,7 @@ import torch
 
 from dq.config import EvaluateConfig, RunConfig, StudentConfig, TrainTeachersConfig
 from dq.data import ImageSource
-from dq.dist import derive_seed, digest_of, progress, read_json, shard, write_json, write_tensors
+from dq.dist import derive_seed, digest_of, is_done, progress, read_json, shard, write_json, write_tensors
 from dq.errors import RunError
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.train import accuracy, fit
@@ -81,7 +81,7 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
         make_net(t.nets[i], bench.classes, bench.image_size, seed=0)
         settings = {"net": t.nets[i], "world": bench.world, "student": to_dict(student), "seed": t.seed}
         record = folders[i] / TEACHER_FACTS
-        if not record.is_file():
+        if not (is_done(record) and is_done(folders[i] / "model.safetensors")):
             todo.append((t.nets[i], folders[i], digest_of(settings)))
         elif read_json(record)["digest"] != digest_of(settings):
             raise RunError(f"{folders[i]} holds a teacher of other settings or data; choose another output_dir")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dq.config import Dtype, StudentConfig, ViewConfig
-from dq.dist import derive_seed, digest_of, digest_of_tensors, generator, read_tensors, write_tensors
+from dq.dist import derive_seed, digest_of, digest_of_tensors, generator, is_done, read_tensors, write_tensors
 from dq.errors import InputError, RunError
 from dq.evaluation.augment import augment
 from dq.labels import LabelSource
@@ -181,7 +181,7 @@ def fit(
     given = pixels(x) if plain and x.numel() <= AT_ONCE else None  # the same pixels in every epoch
     average = {k: p.detach().clone() for k, p in net.named_parameters()} if config.ema else None
     state = _State(net, make_optimizer(net, config), average)
-    if checkpoint is not None and checkpoint.is_file():
+    if checkpoint is not None and is_done(checkpoint):
         identity = _training_digest(x, y, w, soft_labels, config, seed)
         _restore(checkpoint, state, config, identity)
     saved = time.perf_counter()

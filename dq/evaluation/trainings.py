@@ -20,6 +20,7 @@ from dq.config import EvaluateConfig, StudentConfig
 from dq.dist import (
     derive_seed,
     digest_of,
+    is_done,
     progress,
     read_json,
     shard,
@@ -227,8 +228,8 @@ def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> Non
     total = 0
     for folder, t in wanted.items():
         plan = _blind_plan(t, bench)
-        known = (folder / MANIFEST).is_file()  # else nobody can say what the files are labels of
-        shards = [r for r in plan.shards() if not (known and shard_file(folder, r.start).is_file())]
+        known = is_done(folder / MANIFEST)  # else nobody can say what the files are labels of
+        shards = [r for r in plan.shards() if not (known and is_done(shard_file(folder, r.start)))]
         total += plan_bytes(plan).total * sum(map(len, shards)) // plan.epochs
         units += [(folder, t, r) for r in shards]
     # every process must have seen the same files before the first is written, or they divide different lists
@@ -366,7 +367,7 @@ def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[An
 
 def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[dict[str, Any]]:
     """Do all trainings, one file each, divided over processes; returns their records in order."""
-    needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not t.file.is_file()}
+    needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not is_done(t.file)}
     selections = [e for e in needed.values() if e.ipc != "full"]
     if work.main and any(e.name in BY_FEATURES for e in selections):
         bench.features()  # once, before the processes share the selections
@@ -374,9 +375,9 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
     for i in work.mine([float(e.images) for e in selections]):
         selections[i].load()  # selected sets are saved by one process and read by the others
     work.accelerator.wait_for_everyone()
-    write_labels([t for t in trainings if not t.file.is_file()], bench, work)
+    write_labels([t for t in trainings if not is_done(t.file)], bench, work)
     work.accelerator.wait_for_everyone()
-    todo = [i for i in work.mine([t.cost for t in trainings]) if not trainings[i].file.is_file()]
+    todo = [i for i in work.mine([t.cost for t in trainings]) if not is_done(trainings[i].file)]
     # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
     todo.sort(key=lambda i: trainings[i].cost)
     total = round(sum(trainings[i].cost for i in todo))

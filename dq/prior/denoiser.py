@@ -176,7 +176,7 @@ def train_denoiser(
             "transformer": ["diffusers", "DiTTransformer2DModel"],
             "vae": ["diffusers", type(codec).__name__],
         }
-        write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index, checksum=False)
         numbers = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "train_images": len(kept),

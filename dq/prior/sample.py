@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dq.codec import decode_latents, to_unit
-from dq.dist import digest_of, generator, progress, read_tensors, write_tensors
+from dq.dist import digest_of, generator, is_done, progress, read_tensors, write_tensors
 from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
 def stored_samples(draw: Draw, guidance_scale: float, folder: Path, *, main: bool = True) -> Tensor:
     """`sample_images`, kept in a file of `folder` that is named by all that decides them."""
     file = folder / f"guidance-{guidance_scale:g}-{digest_of(draw.identity(guidance_scale))}.safetensors"
-    if not file.is_file():
+    if not is_done(file):
         images = sample_images(draw, guidance_scale, main=main)
         write_tensors(file, {"images": images, "labels": draw.labels}, {"guidance_scale": guidance_scale})
     return read_tensors(file)[0]["images"]

@@ -25,6 +25,7 @@ from dq.dist import (
     append_jsonl,
     derive_seed,
     digest_of,
+    is_done,
     progress,
     read_json,
     read_metadata,
@@ -98,7 +99,7 @@ def finished(recipe: Recipe) -> bool:
         if read_json(record)["digest"] != recipe.digest:
             raise RunError(f"{recipe.product} holds a {recipe.name} of other settings, data or classes; {way_out}")
         return True
-    if recipe.checkpoint.is_file() and read_metadata(recipe.checkpoint)["digest"] != recipe.digest:
+    if is_done(recipe.checkpoint) and read_metadata(recipe.checkpoint)["digest"] != recipe.digest:
         raise RunError(
             f"{recipe.scratch} holds an unfinished {recipe.name} of other settings, data or classes; {way_out}"
         )
@@ -304,7 +305,7 @@ def _diverged(
         RunError: always.
     """
     kept = "no earlier step was saved"
-    if recipe.checkpoint.is_file():
+    if is_done(recipe.checkpoint):
         step, good = int(read_metadata(recipe.checkpoint)["step"]), recipe.scratch / "last-good"
         kept = f"the averaged model of step {step} is in {good}"
         if accelerator.is_main_process:
@@ -356,7 +357,7 @@ def _restore(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float]:
     """Continue from the checkpoint if there is one; returns the number of steps done and the seconds they took."""
-    if not recipe.checkpoint.is_file():
+    if not is_done(recipe.checkpoint):
         return 0, 0.0
     tensors, metadata = read_tensors(recipe.checkpoint)
     moments: dict[int, dict[str, Tensor]] = {}

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dq.config import FADRM, RunConfig, TeacherConfig, Teddy
-from dq.dist import digest_of, read_json, read_tensors, readable
+from dq.dist import digest_of, open_tensors, read_json, read_tensors
 from dq.errors import InputError
 from dq.refine import fadrm, teddy
 from dq.refine.batches import compose_batches
@@ -216,6 +215,6 @@ def read_refined(folder: Path) -> tuple[Tensor, Tensor]:
     first = batch_file(folder, 0)
     traces = []
     for j in range(read_json(folder / "manifest.json")["batches"]):
-        with readable(batch_file(folder, j)), safe_open(batch_file(folder, j), framework="pt") as f:
+        with open_tensors(batch_file(folder, j)) as f:
             traces.append(f.get_tensor("trace"))
     return torch.stack(traces).mean(0), read_tensors(first)[0]["strip"]

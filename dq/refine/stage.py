@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dq.config import FADRM
@@ -25,11 +24,12 @@ from dq.dist import (
     derive_seed,
     digest_of,
     digest_of_tensors,
+    is_done,
+    open_tensors,
     progress,
     read_json,
     read_metadata,
     read_tensors,
-    readable,
     write_json,
     write_tensors,
 )
@@ -105,7 +105,7 @@ def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], di
         _run_level(run, list(jobs.values()))
     if run.main:
         path = run.folder / "images" / INDEX
-        index = read_json(path) if path.is_file() else {}
+        index = read_json(path) if is_done(path) else {}
         for key in drawn:
             method = key.split("/", 1)[1]
             if stages_of(run.config, method):
@@ -174,7 +174,7 @@ def _file_anchors(run: Run, stage: FADRM, counts: Sequence[int]) -> list[Tensor]
 def _run_level(run: Run, jobs: list[Job]) -> None:
     """Prepare, refine and put together the jobs of one level; batches of all of them are divided over processes."""
     began = time.perf_counter()
-    finished = [(job.folder / "summary.json").is_file() for job in jobs]
+    finished = [_is_finished(job) for job in jobs]
     jobs = [job for job, done in zip(jobs, finished) if not done]
     run.accelerator.wait_for_everyone()  # every process has seen the same files before the first is written
     for job in jobs:
@@ -183,7 +183,7 @@ def _run_level(run: Run, jobs: list[Job]) -> None:
     units = [(job, j) for job in jobs for j in range(len(job.batches))]
     costs = [float(len(job.batches[j]) * max(1, sum(job.schedule.steps))) for job, j in units]
     mine = [units[i] for i in run.mine(costs)]
-    todo = [(job, j) for job, j in mine if not job.batch_file(j).is_file()]
+    todo = [(job, j) for job, j in mine if not is_done(job.batch_file(j))]
     total = sum(len(job.batches[j]) * sum(job.schedule.steps) for job, j in todo)
     with progress([], desc="refine", total=total, unit="img step", main=run.main and bool(todo)) as bar:
         for job, group in _by_job(todo):
@@ -204,6 +204,14 @@ def _run_level(run: Run, jobs: list[Job]) -> None:
             log.info("%s ipc %d: %s", job.stage.stage, job.ipc, sentence(summary))
     if jobs:
         run.finish("refine", began, batches=len(units))
+
+
+def _is_finished(job: Job) -> bool:
+    """Whether every file of a job is there and intact."""
+    batches = [job.batch_file(j) for j in range(len(job.batches))]
+    classes = [class_file(job.folder, label) for label in range(len(job.counts))]
+    damaged = [path for path in (*batches, *classes, job.folder / "summary.json") if not is_done(path)]  # names all
+    return not damaged
 
 
 def _advance(bar: Any, images: int, step: int) -> None:
@@ -236,7 +244,7 @@ def _prepare(run: Run, job: Job) -> None:
     for label in run.mine([float(n) for n in job.counts]):
         for name, number in cut.items():
             path = class_file(job.folder / name, label)
-            if not path.is_file():
+            if not is_done(path):
                 images = anchors.patch_anchors(
                     run.source,
                     label,
@@ -252,13 +260,12 @@ def _prepare(run: Run, job: Job) -> None:
         for label, images in enumerate(_file_anchors(run, stage, job.counts)):
             write_tensors(class_file(job.folder / "anchors", label), {"images": images})
     if stage.class_weight:
-        mine = run.mine([float(n) for n in run.source.class_counts()])
         for teacher in job.matched:
             cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
-            extract_features(run.source, teacher, cache, c.source, c.image_size, labels=mine, main=run.main)
+            extract_features(run.source, teacher, cache, c.source, c.image_size, mine=run.mine, main=run.main)
     run.accelerator.wait_for_everyone()
     manifest = job.folder / "manifest.json"
-    if run.main and not manifest.is_file():
+    if run.main and not is_done(manifest):
         critics = _critics(run, job)
         rates = [c.r_bn for c in critics]
         if critics and stage.bn_share is not None:
@@ -398,12 +405,12 @@ class Worker:
 
 
 def _count(path: Path) -> int:
-    with readable(path), safe_open(path, framework="pt") as f:
+    with open_tensors(path) as f:
         return int(f.get_slice("images").get_shape()[0])
 
 
 def _is_float(path: Path) -> bool:
-    with readable(path), safe_open(path, framework="pt") as f:
+    with open_tensors(path) as f:
         return f.get_slice("images").get_dtype() != "U8"
 
 
@@ -416,7 +423,7 @@ def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
     found: dict[tuple[int, int], Tensor] = {}
     for label in sorted({c for c, _ in rows}):
         path = class_file(folder, label)
-        with readable(path), safe_open(path, framework="pt") as f:
+        with open_tensors(path) as f:
             images = f.get_slice("images")
             for c, r in rows:
                 if c == label:
@@ -428,12 +435,12 @@ def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
 def _gather_class(run: Run, job: Job, label: int) -> None:
     """The refined images of a class in one file like that of the generator, from the batches that hold them."""
     path = class_file(job.folder, label)
-    if path.is_file():
+    if is_done(path):
         return
     parts: dict[str, list[Tensor]] = {}
     for rank in range(job.counts[label]):
         j, i = job.places[(label, rank)]
-        with readable(job.batch_file(j)), safe_open(job.batch_file(j), framework="pt") as f:
+        with open_tensors(job.batch_file(j)) as f:
             for name in ("images", "logits"):
                 if name in f.keys():  # noqa: SIM118  (not a dict)
                     parts.setdefault(name, []).append(f.get_slice(name)[i : i + 1])
@@ -448,7 +455,7 @@ def _write_progress(path: Path, progress: Progress) -> None:
 
 
 def _read_progress(path: Path) -> Progress | None:
-    if not path.is_file():
+    if not is_done(path):
         return None
     tensors, meta = read_tensors(path)
     kept = tensors["x"], tensors["trace"], tensors["blocks"]

@@ -1,0 +1,236 @@
+"""The generate stage: prototypes of every method as images, one file per class.
+
+A unit of work is a stretch of the images of a class, so that few classes with many images are divided as evenly as
+many with few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dq.codec import codec_digest
+from dq.config import GenerateConfig, MethodConfig
+from dq.data import read_images
+from dq.dist import (
+    cut,
+    digest_of,
+    generator,
+    is_done,
+    open_tensors,
+    progress,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from dq.errors import InputError
+from dq.latents import LatentCache
+from dq.memory import in_pieces
+from dq.prototypes import Prototypes
+from dq.quantize import load_prototypes, prototype_folder
+from dq.runfolder import SPEED, Run, class_file
+from dq.settings import to_dict
+
+if TYPE_CHECKING:
+    from dq.pipeline import DistillPipeline
+
+log = logging.getLogger("dq")
+
+LONGEST = 32  # images of a unit
+
+
+def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None) -> Path:
+    """Where the images of a method are. Methods that differ in weights alone share them."""
+    m, cluster_config, generate_config = run.resolved(method)
+    settings = to_dict(generate_config)
+    for key in (*SPEED, "revision"):
+        settings.pop(key, None)
+    identity = [
+        prototype_folder(run, cache, ipc, cluster_config).name,
+        m.representative,
+        run.config.image_size,
+        # real images need no generator
+        ["real", run.config.source.preprocess] if m.representative == "real" else [settings, pipe_digest],
+    ]
+    return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
+
+
+def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
+    """Draw every prototype of every method as images, one file per class; see `Draw`."""
+    began = time.perf_counter()
+    pipe.to(run.device)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = 0
+    folders: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for method in run.config.methods:
+        m, cluster_config, cfg = run.resolved(method)
+        digest = None
+        ids: list[int] = []
+        if m.representative != "real":
+            _check_codec(pipe, cache)
+            ids = pipe.check_inputs(cfg, run.config.codec.resolution, run.source.class_names)
+            digest = digests.setdefault(cfg.mode, "") or pipe.digest(cfg.mode)
+            digests[cfg.mode] = digest
+        for ipc in run.config.ipc:
+            folder = image_folder(run, cache, ipc, method, digest)
+            folders[f"{ipc}/{method}"] = folder.name
+            draw = Draw(run, folder, prototype_folder(run, cache, ipc, cluster_config), m, cfg)
+            load_prototypes(run, cache, ipc, cluster_config)  # complains if there are none
+            drawn += _draw(draw, pipe, ids, desc=f"generate {method} ipc {ipc}")
+    run.finish("generate", began, images=drawn)
+    if run.main:
+        write_json(run.folder / "images" / "index.json", folders)
+    run.accelerator.wait_for_everyone()
+
+
+def _check_codec(pipe: DistillPipeline, cache: LatentCache) -> None:
+    """The latents must be decoded by the codec that made them."""
+    made_by = read_json(cache.folder / "manifest.json")["codec"]
+    if codec_digest(pipe.vae) != made_by:
+        raise InputError(
+            f"the latents in {cache.folder} were made by another codec (digest {made_by}) than the one given; "
+            "set codec.path and codec.dtype back, or start again with `dq encode` in another --output_dir"
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The images of one method at one ipc. Its units of work are stretches of the images of a class."""
+
+    run: Run
+    folder: Path
+    prototypes: Path  # folder
+    method: MethodConfig
+    config: GenerateConfig
+
+    @property
+    def real(self) -> bool:
+        return self.method.representative == "real"
+
+    @property
+    def copies(self) -> int:
+        """Images of a prototype. Decoding twice gives the same image twice, and so does copying."""
+        return self.config.images_per_prototype if self.config.mode != "decode" and not self.real else 1
+
+    @functools.cached_property
+    def units(self) -> list[tuple[int, range, bool]]:
+        """Class, which of its images, and whether they are all of the class."""
+        counts = []
+        for label in range(len(self.run.source.class_names)):
+            with open_tensors(class_file(self.prototypes, label)) as f:
+                counts.append(int(f.get_slice("counts").get_shape()[0]) * self.copies)
+        longest = max(map(len, cut(sum(counts), least=1, most=LONGEST)))
+        found = []
+        for label, n in enumerate(counts):
+            number = -(-n // longest)
+            pieces = [range(i * n // number, (i + 1) * n // number) for i in range(number)]
+            found += [(label, piece, number == 1) for piece in pieces]
+        return found
+
+    def file(self, unit: tuple[int, range, bool]) -> Path:
+        """Where the images of a unit go: to the file of their class at once if they are all of it."""
+        label, piece, whole = unit
+        if whole:
+            return class_file(self.folder, label)
+        return self.folder / f"part-{label:05d}-{piece.start:05d}.safetensors"
+
+
+def _draw(draw: Draw, pipe: DistillPipeline, ids: list[int], desc: str) -> int:
+    """Draw what is missing, and put the images of every class into one file; returns how many this process drew."""
+    run = draw.run
+    mine = [draw.units[i] for i in run.mine([float(len(piece)) for _, piece, _ in draw.units])]
+    whole = {label for label, _, _ in mine if is_done(class_file(draw.folder, label))}
+    todo = [unit for unit in mine if unit[0] not in whole and not is_done(draw.file(unit))]
+    start = pipe.start(draw.config) if not draw.real else None
+    meta = {"start": dataclasses.asdict(start) if start else None, "copies": draw.copies}
+    total = sum(len(piece) for _, piece, _ in todo)
+    with progress([], desc=desc, total=total, unit="img", main=run.main and bool(todo)) as bar:
+        for unit, images in _copied(draw, todo) if draw.real else _generated(draw, pipe, ids, todo):
+            write_tensors(draw.file(unit), {"images": images}, meta)
+            log.debug("drew %d images of class %s", len(images), run.source.class_names[unit[0]])
+            bar.update(len(images))
+    run.accelerator.wait_for_everyone()
+    _gather_parts(draw, meta)
+    return total
+
+
+def _generated(
+    draw: Draw, pipe: DistillPipeline, ids: list[int], todo: list[tuple[int, range, bool]]
+) -> Iterator[tuple[tuple[int, range, bool], Tensor]]:
+    """Units with their images, drawn in batches that run across units and classes."""
+    run, cfg = draw.run, draw.config
+    queue = [(unit, *divmod(i, draw.copies)) for unit in todo for i in unit[1]]
+    points: dict[int, Tensor] = {}
+    done: list[Tensor] = []
+    for first in range(0, len(queue), cfg.batch_size):
+        batch = queue[first : first + cfg.batch_size]
+        labels = [unit[0] for unit, _, _ in batch]
+        points = {c: points[c] if c in points else _points(draw, c) for c in dict.fromkeys(labels)}
+        z = torch.stack([points[unit[0]][k] for unit, k, _ in batch])
+
+        def synthesize(s: slice, batch=batch, labels=labels, z=z) -> Tensor:
+            return pipe.synthesize(
+                z[s],
+                labels[s],
+                [generator(run.config.seed, "generate", unit[0], k, i) for unit, k, i in batch[s]],
+                cfg,
+                class_names=run.source.class_names,
+                condition_ids=ids,
+                image_size=run.config.image_size,
+            )
+
+        images = in_pieces("generate", len(batch), synthesize)
+        if cfg.image_dtype == "uint8":
+            images = (images * 255).round().to(torch.uint8)
+        for (unit, k, i), image in zip(batch, images):
+            done.append(image)
+            if k * draw.copies + i + 1 == unit[1].stop:
+                yield unit, torch.stack(done)
+                done = []
+
+
+def _points(draw: Draw, label: int) -> Tensor:
+    p = Prototypes.load(class_file(draw.prototypes, label))
+    return p.points(draw.method.representative, rescale=draw.config.rescale)
+
+
+def _copied(draw: Draw, todo: list[tuple[int, range, bool]]) -> Iterator[tuple[tuple[int, range, bool], Tensor]]:
+    for unit in todo:
+        label, piece, _ = unit
+        yield unit, nearest_images(draw.run, Prototypes.load(class_file(draw.prototypes, label)), piece)
+
+
+def _gather_parts(draw: Draw, meta: dict[str, Any]) -> None:
+    """One file per class from those of its stretches, which go when it is there."""
+    classes: dict[int, list[Path]] = {}
+    for unit in draw.units:
+        if not unit[2]:
+            classes.setdefault(unit[0], []).append(draw.file(unit))
+    labels = list(classes)
+    for i in draw.run.mine([float(len(classes[c])) for c in labels]):
+        path = class_file(draw.folder, labels[i])
+        parts = classes[labels[i]]
+        if not is_done(path):
+            images = torch.cat([read_tensors(p)[0]["images"] for p in parts])
+            write_tensors(path, {"images": images}, meta)
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def nearest_images(run: Run, p: Prototypes, which: range | None = None) -> Tensor:
+    """The real image nearest to each prototype, or to those named, (K, 3, H, W) uint8, at the size of the distilled
+    images."""
+    rows = p.medoid_rows.tolist()
+    rows = rows if which is None else rows[which.start : which.stop]
+    return read_images(run.source.train, rows, run.config.image_size, run.config.source.preprocess)[0]

@@ -1,0 +1,143 @@
+"""The cluster stage: prototypes of every class for every ipc and clustering setting of a run.
+
+A class is a unit of work; classes are dealt out largest first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq.cluster import choose_engine, kmeans_many, quantization_stats
+from dq.config import ClusterConfig
+from dq.dist import append_jsonl, derive_seed, digest_of, is_done, progress, write_json
+from dq.errors import InputError
+from dq.latents import LatentCache
+from dq.prototypes import Prototypes, latent_stats, make_prototypes
+from dq.runfolder import Run, class_file
+from dq.settings import to_dict
+from dq.spaces import embed, features_of, prepare_features
+
+log = logging.getLogger("dq")
+
+
+def prototype_folder(run: Run, cache: LatentCache, ipc: int, cluster: ClusterConfig) -> Path:
+    """Where the prototypes of these settings are."""
+    settings = cluster_settings(cluster)
+    identity = [cache.key, settings, run.config.seed]
+    if cluster.uses_features:
+        identity.append(features_of(run).key)
+    parts = [f"ipc{ipc:05d}", settings["engine"], *([settings["space"]] if "space" in settings else [])]
+    return run.folder / "prototypes" / "-".join([*parts, digest_of(identity)])
+
+
+def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
+    """The settings that decide prototypes: the engine by its name, and of the space what is read of it. The latents'
+    own leaves none, so that it has the digests of folders from before there was a choice."""
+    settings = dict(to_dict(cluster), engine=choose_engine(cluster.engine))
+    if cluster.space not in ("pca", "whitened"):
+        del settings["dims"]
+    if cluster.space != "joint":
+        del settings["feature_weight"]
+    if cluster.space == "latents":
+        del settings["space"]
+    return settings
+
+
+def clusterings(run: Run) -> list[tuple[int, ClusterConfig]]:
+    """The distinct (ipc, settings) that the methods ask for."""
+    found: dict[str, tuple[int, ClusterConfig]] = {}
+    for ipc in run.config.ipc:
+        for method in run.config.methods:
+            cluster = run.resolved(method)[1]
+            found.setdefault(digest_of([ipc, cluster_settings(cluster)]), (ipc, cluster))
+    return list(found.values())
+
+
+def cluster(run: Run, cache: LatentCache) -> None:
+    """Quantize every class for every ipc and clustering setting."""
+    if any(cfg.uses_features for _, cfg in clusterings(run)):
+        prepare_features(run)
+    began = time.perf_counter()
+    counts = run.source.class_counts()
+    units = [(ipc, cfg, c) for ipc, cfg in clusterings(run) for c in range(len(counts))]
+    mine = [units[i] for i in run.mine([float(counts[c]) * ipc for ipc, _, c in units])]
+    todo = [u for u in mine if not is_done(class_file(prototype_folder(run, cache, u[0], u[1]), u[2]))]
+    with progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar:
+        for ipc, cfg, labels in _batches(run, cache, todo):
+            _cluster_classes(run, cache, ipc, cfg, labels)
+            bar.update(len(labels))
+    run.finish("cluster", began, units=len(units))
+    if run.main:
+        for ipc, cfg in clusterings(run):
+            _log_distortion(run, cache, ipc, cfg)
+
+
+def _batches(
+    run: Run, cache: LatentCache, units: list[tuple[int, ClusterConfig, int]]
+) -> Iterator[tuple[int, ClusterConfig, list[int]]]:
+    """Group units for one call each: many classes at once on an accelerator, as memory allows, else one by one."""
+    counts = run.source.class_counts()
+    latent_width = 4 * cache.shape[0] * cache.shape[1] * cache.shape[2]
+    budget = torch.cuda.mem_get_info(run.device)[0] // 6 if run.device.type == "cuda" else 0
+    group: list[int] = []
+    for i, (ipc, cfg, label) in enumerate(units):
+        group.append(label)
+        following = units[i + 1] if i + 1 < len(units) else None
+        largest = max(int(counts[c]) for c in (*group, following[2] if following else label))
+        width = latent_width + (4 * features_of(run).width() if budget and cfg.uses_features else 0)
+        full = (len(group) + 1) * largest * width > budget or choose_engine(cfg.engine) != "torch"
+        if following is None or following[:2] != (ipc, cfg) or full:
+            yield ipc, cfg, group
+            group = []
+
+
+def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> None:
+    folder = prototype_folder(run, cache, ipc, cfg)
+    names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
+    data = [cache.load(c) for c in labels]
+    features = features_of(run) if cfg.uses_features else None
+    xs = []
+    for c, (z, rows) in zip(labels, data):
+        f = features.load_rows(c, rows).to(run.device) if features else None
+        xs.append(embed(z.to(run.device), f, cfg))
+    seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
+    results = kmeans_many(xs, ipc, config=cfg, seeds=seeds, names=names)
+    for c, x, (z, rows), result in zip(labels, xs, data, results):
+        stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
+        z = z.to(run.device)
+        points = None if cfg.space == "latents" else x
+        p = make_prototypes(c, run.source.class_names[c], z, rows, result, stats, points=points)
+        stats |= {"space": cfg.space, **latent_stats(z, result.labels, p.centroids)}
+        dataclasses.replace(p, stats=stats).save(class_file(folder, c))
+
+
+def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:
+    """Append one record per class to metrics.jsonl, once."""
+    folder = prototype_folder(run, cache, ipc, cfg)
+    marker = folder / "stats.json"
+    if is_done(marker):
+        return
+    stats = [Prototypes.load(class_file(folder, c)) for c in range(len(run.source.class_names))]
+    for p in stats:
+        record = {"stage": "quantization", "ipc": ipc, "class": p.label, "name": p.name, **p.stats}
+        append_jsonl(run.folder / "metrics.jsonl", record)
+    write_json(marker, {"classes": [p.stats for p in stats]})
+
+
+def load_prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> Iterator[Prototypes]:
+    """Prototypes of all classes under these settings, one class at a time."""
+    folder = prototype_folder(run, cache, ipc, cfg)
+    missing = [c for c in range(len(run.source.class_names)) if not class_file(folder, c).is_file()]
+    if missing:
+        raise InputError(
+            f"class {missing[0]} {run.source.class_names[missing[0]]!r} has no prototypes for ipc {ipc}; "
+            "run `dq cluster` first"
+        )
+    return (Prototypes.load(class_file(folder, c)) for c in range(len(run.source.class_names)))
