@@ -8,7 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from dq.dist import atomic_path, derive_seed, digest_of, generator, read_tensors, shard, write_bytes, write_tensors
+from dq.dist import (
+    Damaged,
+    atomic_path,
+    cut,
+    derive_seed,
+    digest_of,
+    generator,
+    is_done,
+    open_tensors,
+    read_json,
+    read_metadata,
+    read_tensors,
+    shard,
+    sweep,
+    temporary_beside,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from dq.errors import RunError
 
 
@@ -93,3 +111,96 @@ def test_tensor_files_are_deterministic_and_checked(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"garbage")
     with pytest.raises(RunError, match="one cannot be read"):
         read_tensors(tmp_path / "one")
+
+
+@pytest.mark.parametrize("read", [read_tensors, read_metadata, lambda path: open_tensors(path).__enter__()])
+def test_no_changed_byte_of_a_tensor_file_is_believed(tmp_path: Path, read) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.arange(5.0), "b": torch.arange(3)}, {"note": "seven"})
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        with pytest.raises(Damaged, match=r"x\.safetensors cannot be read"):
+            read(path)
+    for length in (0, 1, 8, 60, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Damaged):
+            read(path)
+    path.write_bytes(whole)
+    read(path)
+
+
+def test_no_changed_letter_of_a_record_is_believed(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"accuracy": 0.5, "path": Path("here"), "inner": {"list": [1, None, "é"]}})
+    assert read_json(path) == {"accuracy": 0.5, "path": "here", "inner": {"list": [1, None, "é"]}}
+    whole = path.read_text()
+    for i, letter in enumerate(whole[: whole.index("checksum") - 1]):
+        if not letter.isspace():
+            path.write_text(whole[:i] + ("1" if letter != "1" else "2") + whole[i + 1 :])
+            with pytest.raises(Damaged):
+                read_json(path)
+    path.write_text('{"by hand": true}')  # without a checksum there is nothing to compare
+    assert read_json(path) == {"by hand": True}
+
+
+def test_a_damaged_unit_is_reported_removed_and_not_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors, record = tmp_path / "x.safetensors", tmp_path / "y.json"
+    assert not is_done(tensors)
+    write_tensors(tensors, {"a": torch.arange(5.0)})
+    write_json(record, {"a": 1})
+    assert is_done(tensors)
+    assert is_done(record)
+    assert not caplog.records
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    record.write_text(record.read_text().replace("1", "2", 1))
+    for path in (tensors, record):
+        assert not is_done(path)
+        assert not path.exists()
+        assert f"{path} is damaged" in caplog.text
+
+
+def test_a_file_is_compared_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dq.dist
+
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.arange(5.0)})
+    compared = []
+    real = dq.dist._compared
+    monkeypatch.setattr(dq.dist, "_compared", lambda f: compared.append(1) or real(f))
+    for _ in range(3):
+        with open_tensors(path) as f:
+            assert f.get_slice("a")[1:2].tolist() == [1.0]
+    assert len(compared) == 1
+    write_tensors(path, {"a": torch.arange(6.0)})
+    with open_tensors(path):
+        pass
+    assert len(compared) == 2
+
+
+def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine = temporary_beside(tmp_path / "a" / "x.bin")
+    mine.parent.mkdir()
+    host = mine.name.removeprefix(".x.bin.").rpartition("-")[0]
+    for name in (mine.name, f".y.bin.{host}-{dead.pid}.tmp", f".z.bin.elsewhere-{dead.pid}.tmp", "y.bin", ".odd.tmp"):
+        (mine.parent / name).write_text("")
+    sweep(tmp_path)
+    assert {f.name for f in mine.parent.iterdir()} == {
+        mine.name,
+        f".z.bin.elsewhere-{dead.pid}.tmp",
+        "y.bin",
+        ".odd.tmp",
+    }
+
+
+def test_stretches_are_even_and_cover_all() -> None:
+    for n, least, most in ((0, 8, 512), (1, 8, 512), (24, 8, 512), (1347, 8, 512), (50_000, 8, 512), (100, 1, 32)):
+        parts = cut(n, least=least, most=most)
+        assert [i for p in parts for i in p] == list(range(n))
+        sizes = {len(p) for p in parts}
+        assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1)
+    assert len(cut(50_000, least=8, most=512)) == 98
+    assert len(cut(1347, least=8, most=512)) == 62
+    assert len(cut(24, least=8, most=512)) == 3

@@ -295,7 +295,7 @@ def test_more_ipc_and_students_may_be_added_later(world: Path, tmp_path: Path) -
 @pytest.mark.multi_process
 def test_killed_and_restarted_equals_uninterrupted(world: Path, finished: Path, tmp_path: Path) -> None:
     file = full(world, tmp_path)
-    watched = ["cache/*/class-*.safetensors", "run/prototypes/*/class-*", "run/images/*/class-*", "run/eval/units/*"]
+    watched = ["cache/*/part-*.safetensors", "run/prototypes/*/class-*", "run/images/*/class-*", "run/eval/units/*"]
     for pattern in watched:
         process = launch(file)
         deadline = time.monotonic() + 120
@@ -336,7 +336,7 @@ def test_two_processes_give_the_bytes_of_one_in_every_space(world: Path, tmp_pat
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors[-3000:]
     assert json.loads((two / "run" / "provenance.json").read_text())["processes"] == 2
-    assert len(list(one.glob("cache/features-*/class-*"))) == 3
+    assert len(list(one.glob("cache/features-*/part-*"))) == 3
     assert results(two) == results(one)
     assert "in the space &#x27;features&#x27;" in (one / "run" / "report.html").read_text()
 
@@ -451,7 +451,7 @@ def test_nan_latents(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     file = config(world, tmp_path, codec__path=str(tmp_path / "broken"))
     said = fails(["run", "--config", str(file)], capsys, code=1)
     assert "the codec gave NaN or infinite latents in float32; use --set codec.dtype=bfloat16" in said
-    assert not list(tmp_path.glob("cache/*/class-*"))
+    assert not list(tmp_path.glob("cache/*/part-*"))
 
 
 def test_folder_of_another_run(world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -559,8 +559,8 @@ def test_a_nested_override_changes_one_value() -> None:
 
 
 def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Path, toy_source, accelerator) -> None:
-    from dq.latents import LatentCache
     from dq.draw import image_folder
+    from dq.latents import LatentCache
     from dq.runfolder import Run
 
     knobs = [
@@ -669,7 +669,7 @@ def test_full_disk(
     write = Path.write_bytes
 
     def full_disk(self: Path, data: bytes) -> int:
-        if "class-00001" in self.name:
+        if "part-000001" in self.name:
             write(self, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, data)
@@ -678,7 +678,7 @@ def test_full_disk(
     said = fails(["run", "--config", str(file)], capsys, code=1)
     assert "the disk is full while writing" in said
     assert "give the same command again, finished work is kept" in said
-    assert [f.name for f in tmp_path.glob("cache/*/*class*")] == ["class-00000.safetensors"]
+    assert [f.name for f in tmp_path.glob("cache/*/*part*")] == ["part-000000.safetensors"]
     monkeypatch.undo()
     assert main(["run", "--config", str(file), "--cpu"]) == 0
 

@@ -15,10 +15,11 @@ from dq import run as stages
 from dq.cluster import kmeans, nearest
 from dq.config import ClusterConfig, RunConfig
 from dq.data import ImageSource, load_source
-from dq.dist import derive_seed
+from dq.dist import derive_seed, read_json, read_tensors, write_json, write_tensors
 from dq.errors import InputError, RunError
 from dq.pipeline import DistillPipeline
 from dq.prototypes import make_prototypes
+from dq.quantize import cluster_settings, clusterings, load_prototypes, prototype_folder
 from dq.runfolder import Run, open_run
 from dq.settings import from_dict
 from dq.spaces import embed, features_of, principal_coordinates
@@ -214,10 +215,10 @@ def clustered(run: Run) -> Run:
 
 
 def points(run: Run, method: str, ipc: int = 2) -> list[Any]:
-    return stages.load_prototypes(run, stages.cache_of(run), ipc, run.resolved(method)[1])
+    return list(load_prototypes(run, stages.cache_of(run), ipc, run.resolved(method)[1]))
 
 
-def shards(out: Path, pattern: str = "cache/features-*/class-*") -> dict[str, tuple[bytes, int]]:
+def shards(out: Path, pattern: str = "cache/features-*/part-*") -> dict[str, tuple[bytes, int]]:
     return {str(f.relative_to(out)): (f.read_bytes(), f.stat().st_mtime_ns) for f in out.glob(pattern)}
 
 
@@ -227,7 +228,8 @@ def test_a_run_in_every_space(tmp_path: Path, toy_source, accelerator, teacher: 
     cache = stages.encode(run, pipe.vae)
     stages.cluster(run, cache)
     stages.generate(run, pipe, cache)
-    sets = stages.assemble(run)
+    stages.assemble(run)
+    sets = {(2, m): stages.load_set(run, 2, m) for m in run.config.methods}
     folders = {f.name.rsplit("-", 1)[0] for f in (tmp_path / "run" / "prototypes").iterdir()}
     assert folders == {"ipc00002-torch", *(f"ipc00002-torch-{s}" for s in SPACES[1:])}
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -335,14 +337,14 @@ def test_another_teacher_has_another_folder_and_other_prototypes(
 ) -> None:
     run = clustered(make_run(tmp_path, toy_source, accelerator, teacher, overrides("latents", "features")))
     cache = stages.cache_of(run)
-    names = [stages.prototype_folder(run, cache, 2, run.resolved(m)[1]).name for m in ("latents", "features")]
+    names = [prototype_folder(run, cache, 2, run.resolved(m)[1]).name for m in ("latents", "features")]
     other = write_teacher(tmp_path / "b.safetensors", *toy_images["train"], seed=1)
     moved = make_run(tmp_path, toy_source, accelerator, other, overrides("latents", "features"))
     with pytest.raises(InputError, match="was clustered by the features of another teacher; run `dq cluster` again"):
         points(moved, "features")
     before = shards(tmp_path) | shards(tmp_path, "run/prototypes/*/class-*")
     clustered(moved)
-    now = [stages.prototype_folder(moved, cache, 2, moved.resolved(m)[1]).name for m in ("latents", "features")]
+    now = [prototype_folder(moved, cache, 2, moved.resolved(m)[1]).name for m in ("latents", "features")]
     assert now[0] == names[0]
     assert now[1] != names[1]
     after = shards(tmp_path) | shards(tmp_path, "run/prototypes/*/class-*")
@@ -367,12 +369,11 @@ def test_later_stages_do_not_need_the_teacher(
 
 
 def test_features_of_other_images_are_refused(tmp_path: Path, toy_source, accelerator, teacher: Path) -> None:
-    from dq.dist import write_tensors
-
     run = clustered(make_run(tmp_path, toy_source, accelerator, teacher, overrides("features")))
-    cache = features_of(run)
-    features, rows = cache.load(2)
-    write_tensors(cache.path(2), {"features": features[1:], "rows": rows[1:]}, {"width": features.shape[1]})
+    file = features_of(run).path(2)
+    tensors, meta = read_tensors(file)
+    assert tensors["labels"].tolist() == [1, 2, 2, 2, 2, 2, 2, 2]
+    write_tensors(file, {k: v[:-1] for k, v in tensors.items()}, meta)
     more = make_run(tmp_path, toy_source, accelerator, teacher, overrides("features"), ipc=[2, 3])
     with pytest.raises(RunError, match="has features of 6 images that are not the 7 images of class 2 'blue'; delete"):
         stages.cluster(more, stages.cache_of(more))
@@ -385,7 +386,7 @@ def test_a_teacher_that_knows_nothing_is_not_asked_for_features(
     wrong = write_teacher(tmp_path / "wrong.safetensors", x, (y + 1) % 3)
     with pytest.raises(InputError, match="its class order or input normalisation is probably not"):
         clustered(make_run(tmp_path, toy_source, accelerator, wrong, overrides("features")))
-    assert not list(tmp_path.glob("cache/features-*/class-*"))
+    assert not list(tmp_path.glob("cache/features-*/part-*"))
 
 
 def test_spaces_may_be_added_to_a_run_and_only_their_own_settings_count(
@@ -401,9 +402,9 @@ def test_spaces_may_be_added_to_a_run_and_only_their_own_settings_count(
     run = clustered(make_run(tmp_path, toy_source, accelerator, None, more))
     assert first.items() <= shards(tmp_path, "run/prototypes/*/class-*").items()
     assert len(shards(tmp_path, "run/prototypes/*/class-*")) == 6
-    assert len(stages.clusterings(run)) == 2
+    assert len(clusterings(run)) == 2
     # the digest of the latents' folders is of the settings that there were before there was a choice
-    settings = stages.cluster_settings(run.config.cluster)
+    settings = cluster_settings(run.config.cluster)
     assert not {"space", "dims", "feature_weight"} & settings.keys()
 
 
@@ -417,10 +418,10 @@ def test_a_set_of_another_space_is_not_taken_for_this_ones(tmp_path: Path, toy_s
         stages.load_set(other, 2, "a")
     # a set from before there was a choice is one of the latents
     file = tmp_path / "run" / "dataset" / "ipc2-a" / "provenance.json"
-    record = json.loads(file.read_text())
+    record = read_json(file)
     for key in ("space", "dims", "feature_weight"):
         del record["cluster"][key]
-    file.write_text(json.dumps(record))
+    write_json(file, record)
     assert len(stages.load_set(run, 2, "a")) == 4 + 2
 
 
