@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-vision lint bench clean
+.PHONY: demo test test-gpu test-vision faults lint bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ test: $(VENV)/.done
 
 test-gpu: $(VENV)/.done
 	$(BIN)/python -m pytest -m gpu
+
+# a hundred faults at random points of whole runs; the test suite has fourteen
+faults: $(VENV)/.done
+	$(BIN)/python tests/faults.py --faults 100
 
 # torchvision does not import beside the CPU build of torch that .venv pins, so networks and teachers of torchvision and
 # timm have an environment of their own

@@ -207,6 +207,7 @@ def execute(args: argparse.Namespace) -> None:
     from dq.data import load_source
     from dq.dist import make_accelerator
     from dq.evaluation.stage import check_evaluation
+    from dq.locks import locked
 
     if args.verb == "prior-report":
         from dq.prior.quality_report import check_prior_report
@@ -238,6 +239,19 @@ def execute(args: argparse.Namespace) -> None:
             else:
                 print(plan(config, source))
         return
+    with locked(output_folder(args.verb, config), accelerator):
+        _work(args, config, source, accelerator)
+
+
+def output_folder(verb: str, config: RunConfig) -> Path:
+    """The folder that a verb writes to."""
+    folders = {"train-teachers": config.train_teachers.output_dir, "train-pool": config.train_pool.output_dir}
+    folders |= dict.fromkeys(("train-codec", "train-denoiser"), config.prior.output_dir)
+    return Path(folders.get(verb, config.output_dir))
+
+
+def _work(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> None:
+    """What a verb writes."""
     if args.verb == "demo":
         _demo(config, source, accelerator)
         return

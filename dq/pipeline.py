@@ -26,6 +26,7 @@ from dq.config import FADRM, GenerateConfig, RunConfig, Teddy
 from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
 from dq.errors import InputError
+from dq.locks import locked
 from dq.runfolder import open_run
 from dq.sampling import (
     Start,
@@ -379,14 +380,16 @@ class DistillPipeline(DiffusionPipeline):
             output_dir=str(output_dir),
             cache_dir=str(cache_dir or chosen.cache_dir),
         )
-        run = open_run(chosen, data, accelerator or make_accelerator())
-        cache = stages.encode(run, self.vae)
-        stages.cluster(run, cache)
-        stages.generate(run, self, cache)
-        stages.refine(run)
-        stages.label(run)
-        stages.assemble(run)
-        return stages.load_set(run, ipc, name)
+        accelerator = accelerator or make_accelerator()
+        with locked(chosen.output_dir, accelerator):
+            run = open_run(chosen, data, accelerator)
+            cache = stages.encode(run, self.vae)
+            stages.cluster(run, cache)
+            stages.generate(run, self, cache)
+            stages.refine(run)
+            stages.label(run)
+            stages.assemble(run)
+            return stages.load_set(run, ipc, name)
 
     def _native_resolution(self) -> int | None:
         model = self.transformer or self.unet

@@ -55,8 +55,7 @@ def tiny_dit(
         return model
 
 
-@pytest.fixture(scope="session")
-def toy_images():
+def toy_splits():
     """Three classes of 8 px images that differ in colour, 9 + 8 + 7 train and 4 test images each."""
     g = torch.Generator().manual_seed(0)
 
@@ -70,6 +69,11 @@ def toy_images():
         return torch.cat(images), torch.tensor(labels)
 
     return {"train": make([9, 8, 7]), "test": make([4, 4, 4])}
+
+
+@pytest.fixture(scope="session")
+def toy_images():
+    return toy_splits()
 
 
 @pytest.fixture(scope="session")

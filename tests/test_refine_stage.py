@@ -466,20 +466,23 @@ def test_float_images_stay_float(world, teachers, tmp_path):  # noqa: F811
     assert not torch.equal(s.images, (s.images * 255).round() / 255)
 
 
-def test_damaged_batches_are_named(finished, world, teachers, tmp_path, capsys):  # noqa: F811
+def test_damaged_batches_and_classes_are_refined_anew(world, teachers, tmp_path, capsys, caplog):  # noqa: F811
     file = refining(world, tmp_path, teachers, [SHORT])
     assert run(file) == 0
     folder = refined(tmp_path)["fadrm"]
-    (folder / "summary.json").unlink()
-    for path in folder.glob("class-*"):
-        path.unlink()
-    broken = folder / "batch-00001.safetensors"
-    broken.write_bytes(broken.read_bytes()[:100])
-    assert run(file) == 1
-    assert f"{broken} cannot be read" in capsys.readouterr().err
-    broken.unlink()
+    whole = {f: f.read_bytes() for f in folder.glob("*.safetensors")}
+    stamps = {f: f.stat().st_mtime_ns for f in whole}
+    batch, image = folder / "batch-00001.safetensors", folder / "class-00002.safetensors"
+    batch.write_bytes(whole[batch][:100])
+    image.write_bytes(whole[image][:-1] + bytes([whole[image][-1] ^ 1]))
+    # the last stage says so and does not use them
+    assert run(file, "label") == 1
+    assert f"{image} cannot be read" in capsys.readouterr().err
     assert run(file) == 0
-    assert read_metadata(broken)["images"] == 3
+    assert f"{batch} is damaged" in caplog.text
+    assert f"{image} is damaged" in caplog.text
+    assert {f: f.read_bytes() for f in whole} == whole
+    assert {f for f in whole if f.stat().st_mtime_ns != stamps[f]} == {batch, image}
 
 
 def test_configs_round_trip_and_refuse_what_no_code_could_use():

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_dit, tiny_kl
+from conftest import tiny_kl
 from PIL import Image
+from toy_world import make_world
 
 from dq.cli import main
 from dq.config import RunConfig
@@ -24,35 +25,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, toy_images) -> Path:
-    """A folder with images by class, a codec, a DiT pipeline and a trained teacher."""
-    from diffusers import DDIMScheduler
-    from safetensors.torch import save_file
-
-    from dq.nets import make_net
-    from dq.pipeline import DistillPipeline
-
-    root = tmp_path_factory.mktemp("world")
-    for split, (images, labels) in toy_images.items():
-        for i, (x, c) in enumerate(zip(images, labels.tolist())):
-            folder = root / "images" / split / ("red", "green", "blue")[c]
-            folder.mkdir(parents=True, exist_ok=True)
-            array = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            Image.fromarray(array).save(folder / f"{i:03d}.png")
-    tiny_kl().save_pretrained(root / "vae")
-    pipe = DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(), scheduler=DDIMScheduler(clip_sample=False))
-    pipe.save_pretrained(root / "dit")
-    # classes in folder order: blue, green, red; one linear look at the channels is a perfect teacher
-    net = make_net("convnet3", 3, 8, seed=0)
-    x, y = toy_images["train"]
-    y = torch.tensor([2, 1, 0])[y]
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net((x - 0.5) / 0.5), y).backward()
-        optimizer.step()
-    save_file(net.state_dict(), root / "teacher.safetensors")
-    return root
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images by class, a codec, a DiT pipeline and trained teachers."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def config(world: Path, out: Path, **changes) -> Path:
@@ -316,11 +291,12 @@ def test_killed_and_restarted_equals_uninterrupted(world: Path, finished: Path, 
 
 
 @pytest.mark.multi_process
-def test_two_processes_give_the_bytes_of_one(world: Path, finished: Path, tmp_path: Path) -> None:
-    process = launch(full(world, tmp_path), processes=2)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_bytes_of_one(world: Path, finished: Path, tmp_path: Path, processes: int) -> None:
+    process = launch(full(world, tmp_path), processes=processes)
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors[-3000:]
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == processes
     assert results(tmp_path) == results(finished)
 
 
