@@ -175,9 +175,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
         print(f"dq {args.verb}: {what}; check that the path is right and can be written", file=sys.stderr)
         return 1
+    except RuntimeError as e:
+        if not _is_out_of_memory(e):
+            raise
+        way_out = "set a smaller batch_size of the stage that was at work, or use a device with more"
+        print(f"dq {args.verb}: out of memory ({str(e).splitlines()[0]}); {way_out}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"dq {args.verb}: interrupted; give the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _is_out_of_memory(e: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(e, torch.OutOfMemoryError)
 
 
 def _set_up_logging(*, quiet: bool) -> None:

@@ -297,10 +297,23 @@ def check_name(name: str, what: str) -> None:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one event to a JSONL log."""
+    """Append one event to a JSONL log, on a line of its own even if a killed process left half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        f.write(json.dumps(record, default=str) + "\n")
+    line = json.dumps(record, default=str).encode() + b"\n"
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            line = line if f.read(1) == b"\n" else b"\n" + line
+        f.write(line)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The events of a JSONL log; [] if there is none. Half a line of a killed process is left out."""
+    events = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return [e for e in events if isinstance(e, dict)]
 
 
 def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it", main: bool = True) -> tqdm:

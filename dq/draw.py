@@ -51,18 +51,51 @@ LONGEST = 32  # images of a unit
 
 def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None) -> Path:
     """Where the images of a method are. Methods that differ in weights alone share them."""
-    m, cluster_config, generate_config = run.resolved(method)
-    settings = to_dict(generate_config)
-    for key in (*SPEED, "revision"):
-        settings.pop(key, None)
-    identity = [
-        prototype_folder(run, cache, ipc, cluster_config).name,
-        m.representative,
-        run.config.image_size,
-        # real images need no generator
-        ["real", run.config.source.preprocess] if m.representative == "real" else [settings, pipe_digest],
-    ]
+    m, _, generate_config = run.resolved(method)
+    identity = image_identity(run, cache, ipc, method)
+    if m.representative == "real":  # needs no generator
+        identity.append(["real", run.config.source.preprocess])
+    else:
+        identity.append([_deciding(generate_config), pipe_digest])
     return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
+
+
+def image_identity(run: Run, cache: LatentCache, ipc: int, method: str) -> list[Any]:
+    """What decides the images of a method beside the generator."""
+    m, cluster_config, _ = run.resolved(method)
+    return [prototype_folder(run, cache, ipc, cluster_config).name, m.representative, run.config.image_size]
+
+
+def _deciding(config: GenerateConfig) -> dict[str, Any]:
+    return {k: v for k, v in to_dict(config).items() if k not in (*SPEED, "revision")}
+
+
+def _asked(run: Run, cache: LatentCache, ipc: int, method: str) -> str:
+    """Digest of what a user asked for, which needs no generator to be loaded."""
+    return digest_of([image_identity(run, cache, ipc, method), _deciding(run.resolved(method)[2])])
+
+
+def drawn_folders(run: Run, cache: LatentCache) -> dict[str, Path]:
+    """Folders of the images of every method at every ipc of the run, by "ipc/method".
+
+    Raises:
+        InputError: if one has not been drawn with its present settings.
+    """
+    index = run.folder / "images" / "index.json"
+    if not index.is_file():
+        raise InputError(f"{run.folder} has no images yet; run `dq generate` first")
+    known = read_json(index)
+    found = {}
+    for ipc in run.config.ipc:
+        for method in run.config.methods:
+            key = f"{ipc}/{method}"
+            if known.get(key, {}).get("asked") != _asked(run, cache, ipc, method):
+                why = "for the present settings" if key in known else "yet"
+                raise InputError(
+                    f"{run.folder} has no images of method {method!r} at ipc {ipc} {why}; run `dq generate` first"
+                )
+            found[key] = run.folder / "images" / known[key]["folder"]
+    return found
 
 
 def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
@@ -70,9 +103,9 @@ def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
     began = time.perf_counter()
     pipe.to(run.device)
     pipe.set_progress_bar_config(disable=True)
-    drawn = 0
-    folders: dict[str, str] = {}
+    index: dict[str, dict[str, str]] = {}
     digests: dict[str, str] = {}
+    draws: dict[Path, Draw] = {}
     for method in run.config.methods:
         m, cluster_config, cfg = run.resolved(method)
         digest = None
@@ -84,13 +117,17 @@ def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
             digests[cfg.mode] = digest
         for ipc in run.config.ipc:
             folder = image_folder(run, cache, ipc, method, digest)
-            folders[f"{ipc}/{method}"] = folder.name
-            draw = Draw(run, folder, prototype_folder(run, cache, ipc, cluster_config), m, cfg)
             load_prototypes(run, cache, ipc, cluster_config)  # complains if there are none
-            drawn += _draw(draw, pipe, ids, desc=f"generate {method} ipc {ipc}")
+            draws.setdefault(folder, Draw(run, folder, prototype_folder(run, cache, ipc, cluster_config), m, cfg, ids))
+            index[f"{ipc}/{method}"] = {"folder": folder.name, "asked": _asked(run, cache, ipc, method)}
+    drawn = _draw_all(run, pipe, list(draws.values()))
+    run.accelerator.wait_for_everyone()
+    for draw in draws.values():
+        _gather_parts(draw)
     run.finish("generate", began, images=drawn)
     if run.main:
-        write_json(run.folder / "images" / "index.json", folders)
+        path = run.folder / "images" / "index.json"
+        write_json(path, {**(read_json(path) if is_done(path) else {}), **index})
     run.accelerator.wait_for_everyone()
 
 
@@ -113,6 +150,7 @@ class Draw:
     prototypes: Path  # folder
     method: MethodConfig
     config: GenerateConfig
+    condition_ids: list[int]  # the generator's class index of every class
 
     @property
     def real(self) -> bool:
@@ -146,27 +184,31 @@ class Draw:
         return self.folder / f"part-{label:05d}-{piece.start:05d}.safetensors"
 
 
-def _draw(draw: Draw, pipe: DistillPipeline, ids: list[int], desc: str) -> int:
-    """Draw what is missing, and put the images of every class into one file; returns how many this process drew."""
-    run = draw.run
-    mine = [draw.units[i] for i in run.mine([float(len(piece)) for _, piece, _ in draw.units])]
-    whole = {label for label, _, _ in mine if is_done(class_file(draw.folder, label))}
-    todo = [unit for unit in mine if unit[0] not in whole and not is_done(draw.file(unit))]
-    start = pipe.start(draw.config) if not draw.real else None
-    meta = {"start": dataclasses.asdict(start) if start else None, "copies": draw.copies}
-    total = sum(len(piece) for _, piece, _ in todo)
-    with progress([], desc=desc, total=total, unit="img", main=run.main and bool(todo)) as bar:
-        for unit, images in _copied(draw, todo) if draw.real else _generated(draw, pipe, ids, todo):
-            write_tensors(draw.file(unit), {"images": images}, meta)
-            log.debug("drew %d images of class %s", len(images), run.source.class_names[unit[0]])
-            bar.update(len(images))
-    run.accelerator.wait_for_everyone()
-    _gather_parts(draw, meta)
+def _draw_all(run: Run, pipe: DistillPipeline, draws: list[Draw]) -> int:
+    """Draw what is missing of this process's share; returns how many images that were."""
+    units = [(draw, unit) for draw in draws for unit in draw.units]
+    mine = [units[i] for i in run.mine([float(len(piece)) for _, (_, piece, _) in units])]
+    classes = {class_file(draw.folder, label) for draw, (label, _, _) in mine}
+    whole = {path for path in classes if is_done(path)}
+    todo = [(d, u) for d, u in mine if class_file(d.folder, u[0]) not in whole and not is_done(d.file(u))]
+    total = sum(len(piece) for _, (_, piece, _) in todo)
+    with progress([], desc="generate", total=total, unit="img", main=run.main and bool(todo)) as bar:
+        for draw in draws:
+            own = [unit for d, unit in todo if d is draw]
+            for unit, images in _copied(draw, own) if draw.real else _generated(draw, pipe, own):
+                write_tensors(draw.file(unit), {"images": images}, _meta(draw, pipe))
+                log.debug("drew %d images of class %s", len(images), run.source.class_names[unit[0]])
+                bar.update(len(images))
     return total
 
 
+def _meta(draw: Draw, pipe: DistillPipeline) -> dict[str, Any]:
+    start = None if draw.real else pipe.start(draw.config)
+    return {"start": dataclasses.asdict(start) if start else None, "copies": draw.copies}
+
+
 def _generated(
-    draw: Draw, pipe: DistillPipeline, ids: list[int], todo: list[tuple[int, range, bool]]
+    draw: Draw, pipe: DistillPipeline, todo: list[tuple[int, range, bool]]
 ) -> Iterator[tuple[tuple[int, range, bool], Tensor]]:
     """Units with their images, drawn in batches that run across units and classes."""
     run, cfg = draw.run, draw.config
@@ -186,7 +228,7 @@ def _generated(
                 [generator(run.config.seed, "generate", unit[0], k, i) for unit, k, i in batch[s]],
                 cfg,
                 class_names=run.source.class_names,
-                condition_ids=ids,
+                condition_ids=draw.condition_ids,
                 image_size=run.config.image_size,
             )
 
@@ -211,7 +253,7 @@ def _copied(draw: Draw, todo: list[tuple[int, range, bool]]) -> Iterator[tuple[t
         yield unit, nearest_images(draw.run, Prototypes.load(class_file(draw.prototypes, label)), piece)
 
 
-def _gather_parts(draw: Draw, meta: dict[str, Any]) -> None:
+def _gather_parts(draw: Draw) -> None:
     """One file per class from those of its stretches, which go when it is there."""
     classes: dict[int, list[Path]] = {}
     for unit in draw.units:
@@ -222,8 +264,8 @@ def _gather_parts(draw: Draw, meta: dict[str, Any]) -> None:
         path = class_file(draw.folder, labels[i])
         parts = classes[labels[i]]
         if not is_done(path):
-            images = torch.cat([read_tensors(p)[0]["images"] for p in parts])
-            write_tensors(path, {"images": images}, meta)
+            found = [read_tensors(p) for p in parts]
+            write_tensors(path, {"images": torch.cat([t["images"] for t, _ in found])}, found[0][1])
         for part in parts:
             part.unlink(missing_ok=True)
 

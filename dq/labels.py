@@ -31,6 +31,7 @@ from dq.dist import (
     write_tensors,
 )
 from dq.errors import InputError
+from dq.memory import in_pieces
 from dq.nets import seeded
 from dq.settings import from_dict, to_dict
 from dq.teachers import Teacher, average_logits
@@ -186,13 +187,17 @@ def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, ep
                 # in evaluation mode it does not matter who shares a batch, and large ones are faster
                 waiting.append(x)
                 if sum(map(len, waiting)) >= TEACHER_BATCH or i + 1 == len(spans):
-                    found.append(mean_logits(teachers, torch.cat(waiting), plan.relabel.average).cpu())
+                    found.append(_mean_in_pieces(teachers, torch.cat(waiting), plan.relabel.average))
                     waiting = []
                 continue
             with seeded(derive_seed(plan.relabel.seed, "dropout", epoch, i), images.device):  # global generators only
                 for part in parts(len(x), plan.accumulate):
                     found.append(mean_logits(teachers, x[part], plan.relabel.average).cpu())
     return views, torch.cat(found)
+
+
+def _mean_in_pieces(teachers: Sequence[Teacher], x: Tensor, average: str) -> Tensor:
+    return in_pieces("label", len(x), lambda s: mean_logits(teachers, x[s], average).cpu())
 
 
 def mean_logits(teachers: Sequence[Teacher], x: Tensor, average: str = "logits") -> Tensor:

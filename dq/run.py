@@ -36,7 +36,7 @@ from dq.dist import (
     write_text,
 )
 from dq.distilled import DistilledSet, has_set, write_card, write_set
-from dq.draw import generate
+from dq.draw import drawn_folders, generate
 from dq.errors import InputError
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.quantize import cluster, load_prototypes, prototype_folder
@@ -86,29 +86,15 @@ def refine(run: Run) -> None:
         points = load_prototypes(run, cache, ipc, cluster_config)
         return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
 
-    drawn = {k: v for k, v in _drawn_folders(run).items() if _is_asked(run, k)}
-    refine_drawn(run, drawn, weights_of)
-
-
-def _is_asked(run: Run, key: str) -> bool:
-    ipc, method = key.split("/", 1)
-    return int(ipc) in run.config.ipc and method in run.config.methods
+    refine_drawn(run, drawn_folders(run, cache), weights_of)
 
 
 # --- label --------------------------------------------------------------------------------------------------------
 
 
-def _drawn_folders(run: Run) -> dict[str, Path]:
-    """Folders of the generator's images by "ipc/method"."""
-    index = run.folder / "images" / "index.json"
-    if not index.is_file():
-        raise InputError(f"{run.folder} has no images yet; run `dq generate` first")
-    return {k: run.folder / "images" / v for k, v in read_json(index).items()}
-
-
 def _image_folders(run: Run) -> dict[str, Path]:
     """Folders of the images of the sets by "ipc/method": behind the stages of refinement, where there are any."""
-    drawn = {k: v for k, v in _drawn_folders(run).items() if _is_asked(run, k)}
+    drawn = drawn_folders(run, cache_of(run))
     return {k: chain.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
 
 
@@ -160,9 +146,6 @@ def assemble(run: Run) -> None:
     cache = cache_of(run)
     base = run.folder / "dataset"
     units = [(ipc, method) for ipc in run.config.ipc for method in run.config.methods]
-    for ipc, method in units:
-        if f"{ipc}/{method}" not in folders:
-            raise InputError(f"{run.folder} has no images of method {method!r} at ipc {ipc}; run `dq generate` first")
     mine = [units[i] for i in run.mine([float(ipc) for ipc, _ in units])]
     for ipc, method in progress(mine, desc="assemble", unit="set", main=run.main):
         parts = Parts(run, cache, ipc, method, folders[f"{ipc}/{method}"])

@@ -10,6 +10,7 @@ import torch
 
 from dq.dist import (
     Damaged,
+    append_jsonl,
     atomic_path,
     cut,
     derive_seed,
@@ -18,6 +19,7 @@ from dq.dist import (
     is_done,
     open_tensors,
     read_json,
+    read_jsonl,
     read_metadata,
     read_tensors,
     shard,
@@ -204,3 +206,17 @@ def test_stretches_are_even_and_cover_all() -> None:
     assert len(cut(50_000, least=8, most=512)) == 98
     assert len(cut(1347, least=8, most=512)) == 62
     assert len(cut(24, least=8, most=512)) == 3
+
+
+def test_half_a_line_of_a_log_costs_that_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "metrics.jsonl"
+    assert read_jsonl(path) == []
+    append_jsonl(path, {"stage": "encode"})
+    whole = path.read_bytes()
+    for cut_at in range(1, len(whole)):
+        path.write_bytes(whole + whole[:cut_at])
+        append_jsonl(path, {"stage": "cluster"})
+        events = read_jsonl(path)
+        assert events[0] == {"stage": "encode"}
+        assert events[-1] == {"stage": "cluster"}
+        assert len(events) == (3 if cut_at == len(whole) - 1 else 2)

@@ -39,7 +39,7 @@ def clustered(out: Path, source: Any, accelerator: Any, pipe: DistillPipeline, c
 
 def drawing(run: Run, folder: Path) -> Draw:
     m, cluster, cfg = run.resolved("ddoq")
-    return Draw(run, folder, prototype_folder(run, stages.cache_of(run), 2, cluster), m, cfg)
+    return Draw(run, folder, prototype_folder(run, stages.cache_of(run), 2, cluster), m, cfg, [])
 
 
 def files(out: Path) -> dict[str, bytes]:

@@ -448,9 +448,30 @@ def test_stage_before_its_time(world: Path, tmp_path: Path, capsys: pytest.Captu
     file = config(world, tmp_path)
     assert "run `dq encode` first" in fails(["cluster", "--config", str(file)], capsys)
     assert "run `dq encode` first" in fails(["generate", "--config", str(file)], capsys)
-    assert "run `dq generate` first" in fails(["label", "--config", str(file)], capsys)
+    assert "run `dq encode` first" in fails(["label", "--config", str(file)], capsys)
     assert "has no set" in fails(["evaluate", "--config", str(file)], capsys)
     assert "holds no distilled sets yet" in fails(["report", "--config", str(file)], capsys)
+
+
+def test_images_of_other_settings_are_not_refined_or_labelled(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = ["--config", str(config(world, tmp_path, evaluate__students=[], ipc=[1, 2]))]
+    for verb in ("encode", "cluster"):
+        assert main([verb, *file, "--cpu"]) == 0
+    said = fails(["label", *file], capsys)
+    assert "has no images yet; run `dq generate` first" in said
+    assert main(["generate", *file, "--ipc", "1", "--cpu"]) == 0
+    said = fails(["label", *file], capsys)
+    assert "has no images of method 'ddoq' at ipc 2 yet; run `dq generate` first" in said
+    assert main(["generate", *file, "--ipc", "2", "--cpu"]) == 0
+    assert main(["label", *file, "--cpu"]) == 0  # those of the first call are still known
+    medoids = ["--set", "methods.ddoq.representative=medoid"]
+    for verb in ("refine", "label"):
+        said = fails([verb, *file, *medoids], capsys)
+        assert "has no images of method 'ddoq' at ipc 1 for the present settings; run `dq generate` first" in said
+    assert main(["generate", *file, *medoids, "--cpu"]) == 0
+    assert main(["label", *file, *medoids, "--cpu"]) == 0
 
 
 def test_teacher_of_another_class_order_is_stopped(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -578,7 +599,7 @@ def test_generation_with_the_knobs(world: Path, tmp_path: Path) -> None:
     assert main(["run", "--config", str(file), "--cpu"]) == 0
     index = json.loads((tmp_path / "run/images/index.json").read_text())
     assert index["2/plain"] != index["2/knobs"]
-    assert len(list((tmp_path / "run/images" / index["2/knobs"]).glob("class-*.safetensors"))) == 3
+    assert len(list((tmp_path / "run/images" / index["2/knobs"]["folder"]).glob("class-*.safetensors"))) == 3
 
 
 def test_unreadable_test_images_are_not_dropped_in_silence(

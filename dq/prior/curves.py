@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from dq.dist import readable
+from dq.dist import read_jsonl
 from dq.report import new_figure, save_figure
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]  # stage -> key -> (step, value)
@@ -16,11 +15,7 @@ def read_curves(path: Path) -> Curves:
     """Losses over steps by stage of a training's `metrics.jsonl`: `loss`, `held_out...` and `grad_norm`; {} if there
     is no such file. Of a step that was logged twice the later record counts."""
     found: dict[str, dict[str, dict[int, float]]] = {}
-    if not path.is_file():
-        return {}
-    with readable(path):
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    for r in records:
+    for r in read_jsonl(path):
         for key, value in r.items():
             wanted = key in ("loss", "grad_norm") or key.startswith("held_out")
             if wanted and "step" in r and isinstance(value, int | float):
