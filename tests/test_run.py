@@ -463,7 +463,7 @@ def test_images_of_other_settings_are_not_refined_or_labelled(
     assert "has no images yet; run `dq generate` first" in said
     assert main(["generate", *file, "--ipc", "1", "--cpu"]) == 0
     said = fails(["label", *file], capsys)
-    assert "has no images of method 'ddoq' at ipc 2 yet; run `dq generate` first" in said
+    assert "has no images of method 'd4m' at ipc 2 yet; run `dq generate` first" in said
     assert main(["generate", *file, "--ipc", "2", "--cpu"]) == 0
     assert main(["label", *file, "--cpu"]) == 0  # those of the first call are still known
     medoids = ["--set", "methods.ddoq.representative=medoid"]
