@@ -28,6 +28,8 @@ class SourceConfig(Checked):
     test_split: str | None = None  # None: test, validation, valid or val, whichever is there
     image_column: str | None = None
     label_column: str | None = None
+    # rows are read where they lie, on disk or on the Hub; nothing is copied. For Parquet files and WebDataset tars
+    streaming: bool = False
     on_bad_image: Literal["raise", "skip"] = "raise"
     preprocess: Literal["squash", "crop", "pad"] = "crop"  # how an image becomes a square
     image_size: int | None = None  # side in px of distilled and test images; None: codec.resolution

@@ -26,6 +26,9 @@ from dq.settings import from_dict, to_dict
 
 Preprocess = Literal["squash", "crop", "pad"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# Pillow would hand EPS to Ghostscript, and parses many rare formats that no data set of photographs has
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LARGEST = 80_000_000  # pixels of an image; a small file may unpack to any number
 TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
@@ -125,7 +128,10 @@ def open_image(raw: Any) -> Image.Image:
         return raw
     if isinstance(raw, np.ndarray):  # (C, H, W) uint8, from tensors
         return Image.fromarray(raw[0] if raw.shape[0] == 1 else raw.transpose(1, 2, 0))
-    return Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw)
+    image = Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw, formats=FORMATS)
+    if image.width * image.height > LARGEST:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {LARGEST / 1e6:.0f} million")
+    return image
 
 
 def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.ndarray:
@@ -207,6 +213,10 @@ def load_source(
         raise InputError("no data set is named; give one with --data or source.path")
     if config.path == "sklearn:digits":
         return _digits()
+    if config.streaming:
+        from dq.shards import open_shards
+
+        return open_shards(config)
     folder = Path(config.path)
     if folder.is_dir():
         has_tables = next(folder.rglob("*.parquet"), None) or next(folder.rglob("*.arrow"), None)
@@ -263,10 +273,10 @@ def from_tensors(
         h.update(splits[name].labels.tobytes())
     highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
     names = tuple(map(str, class_names)) if class_names is not None else tuple(str(i) for i in range(highest))
-    return _checked(splits, names, h, origin, "train", _test_name(splits, None, origin))
+    return checked_source(splits, names, h, origin, "train", name_test_split(splits, None, origin))
 
 
-def _test_name(splits: dict[str, Split] | list[str], wanted: str | None, origin: str) -> str | None:
+def name_test_split(splits: dict[str, Split] | list[str], wanted: str | None, origin: str) -> str | None:
     if wanted is not None:
         if wanted not in splits:
             raise InputError(f"{origin} has no split {wanted!r}; it has {', '.join(splits)}")
@@ -274,7 +284,7 @@ def _test_name(splits: dict[str, Split] | list[str], wanted: str | None, origin:
     return next((s for s in TEST_SPLITS if s in splits), None)
 
 
-def _checked(
+def checked_source(
     splits: dict[str, Split], names: tuple[str, ...], content: Any, origin: str, train: str, test: str | None
 ) -> ImageSource:
     """Last step of every loader: labels in range, names unique, every class trained on."""
@@ -333,12 +343,10 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
             f"{config.path} has no split {config.train_split!r}; it has {', '.join(loaded)}: "
             "name one with --set source.train_split=NAME"
         )
-    test = _test_name(list(loaded), config.test_split, config.path)
+    test = name_test_split(list(loaded), config.test_split, config.path)
     features = loaded[config.train_split].features
-    image_column = _column(config.image_column, features, datasets.Image, ("image", "img"), config.path)
-    label_column = _column(
-        config.label_column, features, ClassLabel, ("label", "labels", "fine_label", "class"), config.path
-    )
+    image_column = choose_column("image", config.image_column, features, config.path)
+    label_column = choose_column("label", config.label_column, features, config.path)
     keep = [s for s in (config.train_split, test) if s]
     raw_labels = {s: loaded[s].with_format("arrow")[label_column].to_pylist() for s in keep}
     feature = features[label_column]
@@ -346,27 +354,39 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     if missing:
         raise InputError(f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label")
     if isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
-        index: dict[Any, int] | None = None
+        names: tuple[str, ...] | None = tuple(feature.names)
         if test and getattr(loaded[test].features[label_column], "names", None) != feature.names:
             raise InputError(
                 f"splits {config.train_split!r} and {test!r} of {config.path} name their classes differently"
             )
     else:
-        values = sorted({v for s in keep for v in raw_labels[s]})
-        names, index = tuple(str(v) for v in values), {v: i for i, v in enumerate(values)}
+        names = None
+    names, numbers = number_labels({s: np.asarray(raw_labels[s]) for s in keep}, names, config.path)
     splits = {}
     for s in keep:
         rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        ids = raw_labels[s] if index is None else [index[v] for v in raw_labels[s]]
-        splits[s] = Split(np.asarray(ids, np.int64), _row_reader(rows, image_column), s, _column_reader(loaded[s]))
+        splits[s] = Split(numbers[s], _row_reader(rows, image_column), s, _column_reader(loaded[s]))
     if not local:
         info = loaded[config.train_split].info
         h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
         for split in splits.values():
             h.update(split.labels.tobytes())
     h.update(f"{image_column}|{label_column}".encode())
-    return _checked(splits, names, h, config.path, config.train_split, test)
+    return checked_source(splits, names, h, config.path, config.train_split, test)
+
+
+def number_labels(
+    raw: dict[str, np.ndarray], names: tuple[str, ...] | None, origin: str
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Class names and the labels (n,) int64 of every split. Without `names` the labels themselves, numbers or text,
+    are the names, in their order."""
+    if names is not None:
+        return names, {s: labels.astype(np.int64) for s, labels in raw.items()}
+    kinds = {"text" if x.dtype.kind in "US" else "number" if x.dtype.kind in "iub" else "" for x in raw.values()}
+    if len(kinds) > 1 or "" in kinds:
+        raise InputError(f"labels of {origin} must be whole numbers or text, and alike in all rows and splits")
+    values = np.unique(np.concatenate(list(raw.values())))
+    return tuple(map(str, values.tolist())), {s: np.searchsorted(values, x).astype(np.int64) for s, x in raw.items()}
 
 
 def _column_reader(rows: Any) -> Callable[[str], list[Any] | None]:
@@ -386,8 +406,12 @@ def _row_reader(rows: Any, column: str) -> Callable[[int], Any]:
     return read
 
 
-def _column(wanted: str | None, features: Any, kind: type, usual: Sequence[str], origin: str) -> str:
-    what = "image" if usual[0] == "image" else "label"
+def choose_column(what: Literal["image", "label"], wanted: str | None, features: Any, origin: str) -> str:
+    """The column of images or labels: the one named, else the one of the right type or with a usual name."""
+    import datasets
+
+    kind = {"image": datasets.Image, "label": datasets.ClassLabel}[what]
+    usual = {"image": ("image", "img"), "label": ("label", "labels", "fine_label", "class")}[what]
     if wanted is not None:
         if wanted not in features:
             raise InputError(f"{origin} has no column {wanted!r}; it has {', '.join(features)}")
@@ -432,7 +456,7 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
                 f"{root} has {', '.join(split_dirs)} but no folder 'train'; name it with --set source.train_split=NAME"
             )
         split_dirs = {"train": root}
-    test = _test_name(list(split_dirs), config.test_split, str(root))
+    test = name_test_split(list(split_dirs), config.test_split, str(root))
     files: dict[str, list[tuple[Path, str]]] = {}
     for s in (config.train_split, test):
         if s:
@@ -453,4 +477,4 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
         paths = [f for f, _ in pairs]
         splits[s] = Split(np.asarray([index[c] for _, c in pairs], np.int64), paths.__getitem__, s)
         _hash_files(h, root, paths)
-    return _checked(splits, names, h, str(root), config.train_split, test)
+    return checked_source(splits, names, h, str(root), config.train_split, test)

@@ -69,7 +69,8 @@ class ImageCache:
         Raises:
             InputError: if files are missing, or no image of the class could be read.
         """
-        found = self._index[self._index[:, 0] == label]
+        first, last = np.searchsorted(self._index[:, 0], (label, label + 1))
+        found = self._index[first:last]
         if not len(found):
             raise InputError(
                 f"no image of class {label} {self.class_names[label]!r} can be read; replace them or drop the class"
@@ -102,7 +103,7 @@ class ImageCache:
 
     @functools.cached_property
     def _index(self) -> np.ndarray:
-        """Rows of (class, file, first, last + 1), int64. A class is one stretch of a file."""
+        """Rows of (class, file, first, last + 1), int32, in the order of classes. A class is one stretch of a file."""
         if self.missing():
             self.check()
         found = []
@@ -110,8 +111,9 @@ class ImageCache:
             with open_tensors(self.path(part)) as f:
                 labels = f.get_tensor("labels").numpy()
             classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
-            found.append(np.stack([classes, np.full_like(classes, part), first, first + counts], 1))
-        return np.concatenate(found)
+            found.append(np.stack([classes, np.full_like(classes, part), first, first + counts], 1).astype(np.int32))
+        index = np.concatenate(found)
+        return index[index[:, 0].argsort(kind="stable")]
 
 
 @dataclass(frozen=True)

@@ -263,3 +263,30 @@ def test_folder_faults(tmp_path: Path) -> None:
 def test_tensor_faults(images: torch.Tensor, labels: torch.Tensor, names: list[str] | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_source((images, labels), class_names=names)
+
+
+def test_images_that_unpack_to_absurd_sizes_are_refused_before_they_do(tmp_path: Path) -> None:
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    side = 30_000
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bomb.png").write_bytes(bomb + chunk(b"IEND", b""))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "fine.png")
+    source = load_source(tmp_path)
+    with pytest.raises(InputError, match=r"a/bomb.png cannot be read .*(pixels|decompression bomb)"):
+        read_images(source.train, [0, 1], 8, "crop")
+    _, good, _ = read_images(source.train, [0, 1], 8, "crop", on_bad="skip")
+    assert good == [1]
+
+
+def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.eps")
+    (tmp_path / "a" / "x.eps").rename(tmp_path / "a" / "x.png")
+    with pytest.raises(InputError, match=r"a/x.png cannot be read"):
+        read_images(load_source(tmp_path).train, [0], 8, "crop")

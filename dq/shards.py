@@ -1,0 +1,369 @@
+"""Sources whose rows are read where they lie: Parquet files and WebDataset tars, local or on the Hub.
+
+Nothing is copied, extracted or downloaded whole, so that a source may be larger than the disk. In memory are a label
+per row, the places of the rows, and the few blocks of neighbouring rows that were read last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import posixpath
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dq.config import SourceConfig
+from dq.data import IMAGE_SUFFIXES, ImageSource, Split, checked_source, choose_column, name_test_split, number_labels
+from dq.dist import digest_of, is_done, progress, read_tensors, write_tensors
+from dq.errors import InputError
+
+TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once
+LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused
+LARGEST_IMAGE = 256 << 20  # bytes of an encoded image in a tar
+KEPT_BYTES = 512 << 20  # of blocks that stay in memory
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # places of a local file, and bytes there, that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file."""
+
+    url: str  # local path, or hf://datasets/ID@COMMIT/FILE
+    size: int
+    fs: Any = dataclasses.field(repr=False)  # of fsspec
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.url)
+
+    @property
+    def local(self) -> bool:
+        return "://" not in self.url
+
+
+def open_shards(config: SourceConfig) -> ImageSource:
+    """The source of `source.streaming: true`.
+
+    Its fingerprint is that of names, sizes and labels, with the commit for files on the Hub and the bytes at sixteen
+    places for local ones: a copy of a folder has it too, and no image has to be read for it.
+
+    Raises:
+        InputError: if it is not there or not of Parquet files or tars, or lacks a split or a column; if a tar is
+            compressed or has members with paths out of it.
+    """
+    kind, files, features = _find(config)
+    if config.train_split not in files:
+        raise InputError(
+            f"{config.path} has no split {config.train_split!r}; it has {', '.join(files)}: "
+            "name one with --set source.train_split=NAME"
+        )
+    test = name_test_split(list(files), config.test_split, config.path)
+    open_split = _open_parquet if kind == "parquet" else _open_tars
+    opened = {s: open_split(files[s], s, config, features) for s in (config.train_split, test) if s}
+    names, numbers = number_labels({s: o.labels for s, o in opened.items()}, _names(opened), config.path)
+    splits = {s: Split(numbers[s], Blocks(o.starts, o.load), s) for s, o in opened.items()}
+    h = hashlib.blake2b(digest_size=8)
+    for s in splits:
+        for shard in files[s]:
+            _identify(h, shard, config)
+        h.update(splits[s].labels.tobytes())
+    source = checked_source(splits, names, h, config.path, config.train_split, test)
+    return dataclasses.replace(source, sequential=True)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A split before its classes have numbers."""
+
+    labels: np.ndarray  # (n,) whole numbers, or text
+    names: tuple[str, ...] | None  # of the classes, where the files have them
+    starts: np.ndarray  # (blocks + 1,) first row of every block
+    load: Callable[[int], Sequence[Any]]  # block -> encoded images
+
+
+def _names(opened: dict[str, Opened]) -> tuple[str, ...] | None:
+    known = {o.names for o in opened.values()}
+    if len(known) > 1:
+        raise InputError(f"splits {' and '.join(map(repr, opened))} name their classes differently")
+    return known.pop()
+
+
+def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
+    """Kind of the files, the files of every split, and the features that a card declares."""
+    import datasets
+    from fsspec.core import url_to_fs
+
+    local = Path(config.path).is_dir()
+    try:
+        builder = datasets.load_dataset_builder(config.path, config.name, revision=None if local else config.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        kind = "folder" if local else "Hub data set (and there is no such local folder)"
+        raise InputError(f"{config.path} cannot be opened as a {kind}: {str(e).splitlines()[0][:200]}") from e
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in ("parquet", "webdataset") or not builder.config.data_files:
+        raise InputError(
+            f"{config.path} has no Parquet files or WebDataset tars, which source.streaming reads; leave streaming off"
+        )
+    files = {}
+    for split, urls in builder.config.data_files.items():
+        found = []
+        for url in map(str, urls):
+            fs, path = url_to_fs(url)
+            found.append(Shard(path if local else url, int(fs.info(path)["size"]), fs))
+        files[str(split)] = found
+    return kind, files, builder.info.features
+
+
+def _identify(h: Any, shard: Shard, config: SourceConfig) -> None:
+    name = shard.url if not shard.local else Path(shard.url).resolve().relative_to(Path(config.path).resolve())
+    h.update(f"{name}|{shard.size}|".encode())
+    if shard.local:
+        with open(shard.url, "rb") as f:
+            for i in range(SAMPLES):
+                f.seek(max(0, shard.size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                h.update(f.read(SAMPLE_BYTES))
+
+
+# --- blocks of rows -----------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """Rows by number, read in blocks of neighbours. The blocks read last stay; threads that want the same block wait
+    for one of them to read it."""
+
+    def __init__(self, starts: np.ndarray, load: Callable[[int], Sequence[Any]]) -> None:
+        self._starts, self._load = starts, load
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, Future] = OrderedDict()
+
+    def __call__(self, row: int) -> Any:
+        if not 0 <= row < self._starts[-1]:
+            raise IndexError(f"row {row} of {self._starts[-1]}")
+        block = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._block(block)[row - int(self._starts[block])]
+
+    def _block(self, block: int) -> Sequence[Any]:
+        with self._lock:
+            future = self._kept.get(block)
+            mine = future is None
+            if future is None:
+                future = self._kept[block] = Future()
+            self._kept.move_to_end(block)
+        if mine:
+            try:
+                future.set_result(self._load(block))
+            except BaseException as e:
+                with self._lock:
+                    self._kept.pop(block, None)
+                future.set_exception(e)
+            self._forget()
+        return future.result()
+
+    def _forget(self) -> None:
+        """Drop the blocks that were used longest ago, but for two: a run of rows may end in one and begin another."""
+        with self._lock:
+            done = [b for b, f in self._kept.items() if f.done() and not f.exception()]
+            total = sum(_nbytes(self._kept[b].result()) for b in done)
+            for b in done[:-2]:
+                if total > KEPT_BYTES or len(self._kept) > 8:
+                    total -= _nbytes(self._kept.pop(b).result())
+
+
+def _nbytes(block: Sequence[Any]) -> int:
+    return int(block.nbytes) if hasattr(block, "nbytes") else sum(map(len, block))
+
+
+# --- Parquet ------------------------------------------------------------------------------------------------------
+
+
+def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declared: Any) -> Opened:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    labels: list[np.ndarray] = []
+    sizes: list[int] = []
+    groups: list[tuple[int, int]] = []  # file, row group
+    features: Any = None
+    column = ""
+    for number, shard in enumerate(progress(shards, desc="open", unit="file", main=len(shards) > 20)):
+        with _naming(shard), _open(shard) as f:
+            file = pq.ParquetFile(f)
+            if features is None:
+                features = declared or datasets.Features.from_arrow_schema(file.schema_arrow)
+                image = choose_column("image", config.image_column, features, config.path)
+                column = choose_column("label", config.label_column, features, config.path)
+            for group in range(file.metadata.num_row_groups):
+                facts = file.metadata.row_group(group)
+                if facts.total_byte_size > LARGEST_BLOCK:
+                    raise InputError(
+                        f"row group {group} of {shard.url} has {facts.total_byte_size >> 20} MiB, more than can be "
+                        f"read at once ({LARGEST_BLOCK >> 20} MiB); write the file with smaller row groups"
+                    )
+                values = file.read_row_group(group, columns=[column])[column].combine_chunks()
+                if values.null_count:
+                    raise InputError(f"column {column!r} of split {split!r} of {config.path} has rows without a label")
+                whole = pa.types.is_integer(values.type)
+                labels.append(values.cast(pa.int32()).to_numpy() if whole else np.asarray(values.to_pylist()))
+                sizes.append(facts.num_rows)
+                groups.append((number, group))
+
+    def load(block: int) -> Any:
+        number, group = groups[block]
+        with _naming(shards[number]), _open(shards[number]) as f:
+            table = pq.ParquetFile(f).read_row_group(group, columns=[image])
+        return _Cells(table[image].combine_chunks())
+
+    feature = features[column] if features else None
+    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
+    return Opened(np.concatenate(labels) if labels else np.zeros(0, np.int32), names, starts, load)
+
+
+class _Cells:
+    """Image cells of a row group, each made into bytes when it is asked for."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column
+        self.nbytes = column.nbytes
+
+    def __getitem__(self, i: int) -> bytes:
+        cell = self._column[i].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(data, bytes):
+            raise ValueError("the cell holds no encoded image")
+        return data
+
+
+# --- WebDataset ---------------------------------------------------------------------------------------------------
+
+
+def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: Any) -> Opened:
+    """Tars of `KEY.jpg` beside `KEY.cls`, or `KEY.json` with a `label`. Where the images lie in a tar is found once
+    and kept in the cache folder of `datasets`."""
+    import datasets
+
+    found = []
+    for shard in progress(shards, desc="index", unit="file", main=len(shards) > 1):
+        stamp = Path(shard.url).stat().st_mtime_ns if shard.local else None
+        key = digest_of([shard.url if not shard.local else str(Path(shard.url).resolve()), shard.size, stamp])
+        path = Path(datasets.config.HF_DATASETS_CACHE) / f"dq-index-{key}.safetensors"
+        if not is_done(path):
+            with _naming(shard), _open(shard) as f:
+                rows = list(_members(f, shard))
+            places = torch.tensor([r[:2] for r in rows], dtype=torch.int64).reshape(-1, 2)
+            write_tensors(path, {"places": places}, {"labels": [r[2] for r in rows]})
+        tensors, meta = read_tensors(path)
+        found.append((tensors["places"].numpy(), np.asarray(meta["labels"])))
+    blocks = [
+        (number, first, min(first + TAR_BLOCK, len(places)))
+        for number, (places, _) in enumerate(found)
+        for first in range(0, len(places), TAR_BLOCK)
+    ]
+
+    def load(block: int) -> list[bytes]:
+        number, first, last = blocks[block]
+        shard, places = shards[number], found[number][0][first:last]
+        begin, end = int(places[0, 0]), int(places[-1].sum())
+        with _naming(shard):
+            data = shard.fs.cat_file(_path(shard), start=begin, end=end)
+        return [data[at - begin : at - begin + size] for at, size in places.tolist()]
+
+    sizes = np.asarray([last - first for _, first, last in blocks], np.int64)
+    kinds = {labels.dtype.kind for _, labels in found if len(labels)}
+    if len(kinds) > 1:
+        raise InputError(f"labels of {config.path} are numbers in some tars and text in others; make them alike")
+    labels = np.concatenate([labels for _, labels in found if len(labels)] or [np.zeros(0, np.int32)])
+    if labels.dtype.kind == "i":
+        labels = labels.astype(np.int32)
+    return Opened(labels, None, np.concatenate([[0], np.cumsum(sizes)]), load)
+
+
+def _members(f: Any, shard: Shard) -> Iterator[tuple[int, int, int | str]]:
+    """Offset, size and label of every image of a tar, in its order. Members of one key are neighbours."""
+    try:
+        tar = tarfile.open(fileobj=f, mode="r:")  # noqa: SIM115  (it holds nothing but f)
+    except tarfile.ReadError as e:
+        raise InputError(
+            f"{shard.url} is not a plain tar ({e}); a compressed one cannot be read at a place, so uncompress it"
+        ) from e
+    key, image, label = None, None, None
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # else it remembers all of them
+        name = member.name
+        if name.startswith("/") or ".." in name.split("/"):
+            raise InputError(f"{shard.url} has a member {name!r} that points out of it; get the file from elsewhere")
+        if member.isdir():
+            continue
+        if not member.isfile() or not 0 <= member.size <= LARGEST_IMAGE:
+            what = "is absurdly large" if member.isfile() else "is a link or a device"
+            raise InputError(f"member {name!r} of {shard.url} {what}; get the file from elsewhere")
+        folder, _, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if (folder, stem) != key:
+            if image is not None:
+                yield (*image, _need_label(label, key, shard))
+            key, image, label = (folder, stem), None, None
+        if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+            image = (member.offset_data, member.size)
+        elif suffix in ("cls", "json"):
+            data = tar.extractfile(member).read()  # type: ignore[union-attr]
+            label = _label(data, suffix, name, shard) if label is None or suffix == "cls" else label
+    if image is not None:
+        yield (*image, _need_label(label, key, shard))
+
+
+def _label(data: bytes, suffix: str, name: str, shard: Shard) -> int | str | None:
+    try:
+        if suffix == "cls":
+            text = data.decode().strip()
+            return int(text) if text.lstrip("-").isdigit() else text
+        record = json.loads(data)
+        value = record.get("label", record.get("cls")) if isinstance(record, dict) else None
+        return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+    except ValueError as e:
+        raise InputError(f"the label {name!r} of {shard.url} cannot be read ({e}); leave the row out") from e
+
+
+def _need_label(label: int | str | None, key: Any, shard: Shard) -> int | str:
+    if label is None:
+        raise InputError(
+            f"image {key[1]!r} of {shard.url} has no label: it needs a .cls beside it, or a .json with a 'label'"
+        )
+    return label
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _path(shard: Shard) -> str:
+    return shard.url.removeprefix("hf://")
+
+
+def _open(shard: Shard) -> Any:
+    return shard.fs.open(_path(shard), "rb")
+
+
+@contextlib.contextmanager
+def _naming(shard: Shard) -> Iterator[None]:
+    """Turn whatever a library says of a damaged or lost file into a sentence that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, OverflowError, tarfile.TarError, pa.ArrowException) as e:
+        said = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        raise InputError(f"{shard.url} cannot be read ({said}); get the file again") from e
