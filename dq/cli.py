@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         _plan_options(p)
         said = p.add_mutually_exclusive_group()
         said.add_argument("--quiet", action="store_true", help="warnings and results only")
-        said.add_argument("--verbose", action="store_true", help="a line for every finished class and training")
+        said.add_argument("--verbose", action="store_true", help="lines for finished units, not bars")
     p = verbs.add_parser("completion", help="print a script that lets a shell complete this command")
     p.add_argument("shell", choices=SHELLS)
     return parser
@@ -210,16 +210,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _set_up_logging(*, quiet: bool, verbose: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    # read by libraries at their import
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    if quiet or verbose:
+        os.environ["TQDM_DISABLE"] = "1"
     log.setLevel(logging.WARNING if quiet or rank else logging.DEBUG if verbose else logging.INFO)
 
     def show(message: Warning | str, *_: Any) -> None:
         log.warning("note: %s", message)
 
     warnings.showwarning = show  # type: ignore[assignment]  # one line, without the source line that raised it
-    # read by libraries at their import
-    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
-    if quiet:
-        os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
