@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dq.completion import SHELLS, completion_script
 from dq.config import RunConfig, load_config
 from dq.errors import InputError, RunError
+from dq.plan import LIKE
 from dq.settings import apply_settings
 
 log = logging.getLogger("dq")
@@ -34,6 +36,7 @@ VERBS = {
     "prior-report": "measure a trained prior: samples against real images, copies, a page and a card",
     "train-teachers": "train classifiers on the source, which label or score images later",
     "train-pool": "make a pool of weak teachers for Teddy: early checkpoints, or pruned copies of a trained network",
+    "doctor": "look at packages, devices, disks and Hub, say what a run would use and what is wrong",
 }
 
 
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             p.add_argument(
                 "--config",
-                required=verb not in ("evaluate", "report", "train-teachers", "train-pool"),
+                required=verb not in ("evaluate", "report", "train-teachers", "train-pool", "doctor"),
                 metavar="FILE",
                 help="YAML file; see configs/",
             )
@@ -68,10 +71,26 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if verb == "evaluate":
             _evaluate_options(p)
+        if verb == "doctor":
+            p.add_argument("--json", action="store_true", help="print the report as JSON")
         p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
-        _option(p, "--dry_run", action="store_true", help="print the plan and stop")
-        p.add_argument("--quiet", action="store_true", help="warnings and results only")
+        trackers = "send settings and numbers to trackio, tensorboard or wandb (report_to)"
+        _option(p, "--report_to", action="append", metavar="NAME[,NAME]", help=trackers)
+        _plan_options(p)
+        said = p.add_mutually_exclusive_group()
+        said.add_argument("--quiet", action="store_true", help="warnings and results only")
+        said.add_argument("--verbose", action="store_true", help="lines for finished units, not bars")
+    p = verbs.add_parser("completion", help="print a script that lets a shell complete this command")
+    p.add_argument("shell", choices=SHELLS)
     return parser
+
+
+def _plan_options(p: argparse.ArgumentParser) -> None:
+    _option(p, "--dry_run", action="store_true", help="print the plan with time and disk, and stop")
+    p.add_argument("--speeds", metavar="FILE", help="speeds measured before, instead of now; a run tells what is left")
+    _option(p, "--save_speeds", metavar="FILE", help="with --dry-run: keep the measured speeds in a JSON file")
+    p.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N processes")
+    p.add_argument("--like", metavar="SET", help=f"with --dry-run: plan for {', '.join(LIKE)} or CLASSESxIMAGES")
 
 
 def _evaluate_options(p: argparse.ArgumentParser) -> None:
@@ -104,6 +123,8 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     config = apply_settings(config, [s for group in args.set for s in group])
     flags: dict[str, Any] = {"source.path": args.data, "output_dir": args.output_dir, "cache_dir": args.cache_dir}
     flags["seed"] = args.seed
+    if args.report_to:
+        flags["report_to"] = [name for text in args.report_to for name in text.split(",") if name]
     if args.verb in ("train-codec", "train-denoiser"):
         flags["prior.seed"] = flags.pop("seed")
         flags["prior.output_dir"] = flags.pop("output_dir")
@@ -161,8 +182,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb is None:
         parser.print_help(sys.stderr)
         return 2
-    _set_up_logging(quiet=args.quiet)
+    if args.verb == "completion":
+        print(completion_script(parser, args.shell))
+        return 0
+    _set_up_logging(quiet=args.quiet, verbose=args.verbose)
     try:
+        if args.verb == "doctor":
+            from dq.doctor import doctor
+
+            return doctor(resolve(args), named=args.config is not None, cpu=args.cpu, as_json=args.json)
         execute(args)
         return 0
     except InputError as e:
@@ -192,19 +220,19 @@ def _is_out_of_memory(e: RuntimeError) -> bool:
     return isinstance(e, torch.OutOfMemoryError)
 
 
-def _set_up_logging(*, quiet: bool) -> None:
+def _set_up_logging(*, quiet: bool, verbose: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.WARNING if quiet or rank else logging.INFO)
+    # read by libraries at their import
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    if quiet or verbose:
+        os.environ["TQDM_DISABLE"] = "1"
+    log.setLevel(logging.WARNING if quiet or rank else logging.DEBUG if verbose else logging.INFO)
 
     def show(message: Warning | str, *_: Any) -> None:
         log.warning("note: %s", message)
 
     warnings.showwarning = show  # type: ignore[assignment]  # one line, without the source line that raised it
-    # read by libraries at their import
-    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
-    if quiet:
-        os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -220,7 +248,11 @@ def execute(args: argparse.Namespace) -> None:
     from dq.dist import make_accelerator
     from dq.evaluation.stage import check_evaluation
     from dq.locks import locked
+    from dq.plan import like_source
+    from dq.tracking import check_trackers, end_trackers
 
+    _check_flags(args)
+    check_trackers(config.report_to)
     if args.verb == "prior-report":
         from dq.prior.quality_report import check_prior_report
 
@@ -229,30 +261,18 @@ def execute(args: argparse.Namespace) -> None:
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
-        source = load_source(config.source)
-    if args.verb in ("run", "demo"):
+        source = like_source(args.like) if args.like else load_source(config.source)
+    if args.verb in ("run", "demo") and not args.like:
         check_evaluation(config, source)
     if args.dry_run:
-        from dq.plan import plan, plan_evaluation, plan_prior_report
-
         if accelerator.is_main_process:
-            if args.verb == "evaluate" and not args.config:
-                sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
-                if args.protocol == "ddr":
-                    from dq.evaluation.ddr import count_trainings
-
-                    e = config.evaluate
-                    print(f"evaluate    up to {count_trainings(len(sets), len(e.students), e.seeds)} trainings of ddr")
-                    return
-                asked = config.ipc if args.ipc else ()
-                print(*plan_evaluation(config, source.class_counts(), sets, asked), sep="\n")
-            elif args.verb == "prior-report":
-                print(plan_prior_report(config, source))
-            else:
-                print(plan(config, source))
+            print(_plan(args, config, source, accelerator))
         return
     with locked(output_folder(args.verb, config), accelerator):
-        _work(args, config, source, accelerator)
+        try:
+            _work(args, config, source, accelerator)
+        finally:
+            end_trackers(accelerator)
 
 
 def output_folder(verb: str, config: RunConfig) -> Path:
@@ -262,10 +282,50 @@ def output_folder(verb: str, config: RunConfig) -> Path:
     return Path(folders.get(verb, config.output_dir))
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that this call would not read."""
+    for name in ("like", "processes", "save_speeds"):
+        if getattr(args, name) is not None and not args.dry_run:
+            raise InputError(f"--{name} is for a plan; add --dry-run")
+    if args.speeds and args.save_speeds:
+        raise InputError("--speeds takes speeds from a file and --save_speeds measures them; give one of them")
+    if args.processes is not None and args.processes < 1:
+        raise InputError(f"--processes must be at least 1, not {args.processes}")
+    if args.report_to and args.verb in ("report", "prior-report", "train-teachers", "train-pool"):
+        raise InputError(f"dq {args.verb} has nothing to tell trackers; leave out --report_to")
+
+
+def _plan(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> str:
+    """What a dry run prints."""
+    from dq.plan import plan, plan_evaluation, plan_prior_report
+    from dq.speeds import plan_with_speeds
+
+    if args.verb == "evaluate" and not args.config:
+        sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
+        if args.protocol == "ddr":
+            from dq.evaluation.ddr import count_trainings
+
+            e = config.evaluate
+            return f"evaluate    up to {count_trainings(len(sets), len(e.students), e.seeds)} trainings of ddr"
+        return "\n".join(plan_evaluation(config, source.class_counts(), sets, config.ipc if args.ipc else ()))
+    if args.verb == "prior-report":
+        return plan_prior_report(config, source)
+    if args.verb.startswith("train-"):
+        return plan(config, source)
+    return plan_with_speeds(
+        config,
+        source,
+        accelerator,
+        processes=args.processes or accelerator.num_processes,
+        speeds_file=args.speeds,
+        save_to=args.save_speeds,
+    )
+
+
 def _work(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> None:
     """What a verb writes."""
     if args.verb == "demo":
-        _demo(config, source, accelerator)
+        _demo(config, source, accelerator, args.speeds)
         return
     if args.verb in ("train-codec", "train-denoiser"):
         print(_train(args.verb, config, source, accelerator))
@@ -287,37 +347,60 @@ def _work(args: argparse.Namespace, config: RunConfig, source: Any, accelerator:
     if args.verb == "evaluate" and (args.distilled or not args.config or args.protocol == "ddr"):
         _evaluate_sets(args, config, source, accelerator)
         return
-    run_verb(args.verb, config, source, accelerator)
+    run_verb(args.verb, config, source, accelerator, args.speeds)
 
 
-def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> None:
-    """One stage of a run, or all of them."""
+def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds: str | None = None) -> None:
+    """One stage of a run, or all of them.
+
+    Args:
+        speeds: file of `--save_speeds`, from which it is said how much is left.
+    """
     from dq import run as stages
     from dq.evaluation.stage import evaluate_run, label_run
     from dq.evaluation.tables import tables_text
+    from dq.headway import Headway
     from dq.report import write_report
     from dq.runfolder import open_run
+    from dq.speeds import expected_seconds
+    from dq.tracking import report_distortion, start_trackers
 
     run = open_run(config, source, accelerator)
+    start_trackers(accelerator, config, run.folder)
     do = lambda *names: verb in (*names, "run")  # noqa: E731
+    whole = ("encode", "cluster", "generate", "refine", "label", "evaluate", "report")
+    needed = {"generate": ("generate", "refine", "label"), "refine": ("refine", "label")}.get(verb, (verb,))
+    names = [n for n in (whole if verb == "run" else needed) if n != "evaluate" or config.evaluate.students]
+    way = Headway(names, expected_seconds(config, source, accelerator, speeds) if speeds else {})
+    rows: list[Any] = []
     if do("encode", "generate"):
         pipe = load_pipeline(config)
     if do("encode"):
-        stages.encode(run, pipe.vae)
+        with way.stage("encode"):
+            stages.encode(run, pipe.vae)
     if do("cluster"):
-        stages.cluster(run, stages.cache_of(run))
+        with way.stage("cluster"):
+            stages.cluster(run, stages.cache_of(run))
+        report_distortion(accelerator, run.folder / "metrics.jsonl")
     if do("generate"):
-        stages.generate(run, pipe, stages.cache_of(run))
+        with way.stage("generate"):
+            stages.generate(run, pipe, stages.cache_of(run))
     if do("generate", "refine"):
-        stages.refine(run)
+        with way.stage("refine"):
+            stages.refine(run)
     if do("generate", "refine", "label"):
-        stages.label(run)
-        stages.assemble(run)
-    if verb == "label":
-        label_run(run)
-    rows = evaluate_run(run) if do("evaluate") and config.evaluate.students else []
-    if do("report") and run.main:
-        write_report(run)
+        with way.stage("label"):
+            stages.label(run)
+            stages.assemble(run)
+            if verb == "label":
+                label_run(run)
+    if do("evaluate") and config.evaluate.students:
+        with way.stage("evaluate"):
+            rows = evaluate_run(run)
+    if do("report"):
+        with way.stage("report"):
+            if run.main:
+                write_report(run)
     if run.main:
         if rows:
             print(tables_text(rows))
@@ -331,6 +414,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
     from dq.evaluation.stage import evaluate_sets
     from dq.evaluation.tables import tables_text
     from dq.settings import dump_config
+    from dq.tracking import start_trackers
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
@@ -342,6 +426,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
             "images per class baselines are to be measured"
         )
     sets = _read_sets(args, config, source)
+    start_trackers(accelerator, config, Path(config.output_dir))
     options: dict[str, Any] = {
         "config": config.evaluate,
         "source_config": config.source,
@@ -413,7 +498,9 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     from dq.dist import shard
     from dq.latents import encode_source, open_cache
     from dq.prior import train_codec, train_denoiser
+    from dq.tracking import start_trackers
 
+    start_trackers(accelerator, config, Path(config.prior.output_dir))
     if verb == "train-codec":
         return train_codec(source, config.source, config.codec, config.prior, accelerator=accelerator)
     c = config.codec
@@ -440,7 +527,7 @@ def _report_prior(config: RunConfig, source: Any, accelerator: Any) -> None:
             print(Path(config.output_dir) / name)
 
 
-def _demo(config: RunConfig, source: Any, accelerator: Any) -> None:
+def _demo(config: RunConfig, source: Any, accelerator: Any, speeds: str | None) -> None:
     """Train the small prior, then run; everything that is there from an earlier call is used."""
     from dq.locks import locked
 
@@ -448,7 +535,7 @@ def _demo(config: RunConfig, source: Any, accelerator: Any) -> None:
     with locked(config.prior.output_dir, accelerator):
         _train("train-codec", config, source, accelerator)
         _train("train-denoiser", config, source, accelerator)
-    run_verb("run", config, source, accelerator)
+    run_verb("run", config, source, accelerator, speeds)
     if accelerator.is_main_process:
         print(f"{Path(config.output_dir) / 'dataset'} opens with datasets.load_dataset")
         log.info("demo: %.0f s in all", time.perf_counter() - began)

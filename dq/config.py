@@ -17,6 +17,7 @@ from dq.settings import Checked, from_dict
 Dtype = Literal["float32", "bfloat16", "float16"]
 TrainDtype = Literal["float32", "bfloat16"]  # gradients in float16 would need loss scaling
 Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"]
+Tracker = Literal["trackio", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -518,6 +519,7 @@ class RunConfig(Checked):
     evaluate: EvaluateConfig = EvaluateConfig()
     prior: PriorConfig = PriorConfig()
     prior_report: PriorReportConfig = PriorReportConfig()
+    report_to: tuple[Tracker, ...] = ()  # trackers that get settings and numbers; files below output_dir/logs
 
     @property
     def image_size(self) -> int:

@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from dq.config import RunConfig
+from dq.config import RunConfig, StudentConfig
+from dq.errors import InputError
+
+# Classes, train and test images of sets that one may plan for without having them. Real classes differ a little in
+# size; here all images are spread evenly. ImageNet-21K: the release of autumn 2011, which has no test split.
+LIKE = {
+    "cifar10": (10, 50_000, 10_000),
+    "imagenet-1k": (1000, 1_281_167, 50_000),
+    "imagenet-21k": (21_841, 14_197_122, 0),
+}
+
+
+def like_source(text: str) -> Any:
+    """A source that has the counts of a known set, or of CLASSESxIMAGES, and no image.
+
+    Raises:
+        InputError: if `text` is neither.
+    """
+    import numpy as np
+
+    from dq.data import ImageSource, Split
+
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if text in LIKE:
+        classes, train, test = LIKE[text]
+    elif match and min(map(int, match.groups())) > 0:
+        classes, per_class = map(int, match.groups())
+        train, test = classes * per_class, 0
+    else:
+        raise InputError(f"--like takes {', '.join(LIKE)} or CLASSESxIMAGES such as 100x500, not {text!r}")
+
+    def unreadable(row: int) -> Any:
+        raise InputError(f"--like {text} stands for images that are not here; leave it out to read any")
+
+    def split(name: str, images: int) -> Split:
+        return Split(np.sort(np.arange(images) % classes), unreadable, name)
+
+    splits = {"train": split("train", train)} | ({"test": split("test", test)} if test else {})
+    names = tuple(f"class {i}" for i in range(classes))
+    return ImageSource(splits, names, f"like {text}", f"like {text}", "train", "test" if test else None)
 
 
 def plan(config: RunConfig, source: Any) -> str:
@@ -61,6 +102,70 @@ def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], count
     return list(found.values())
 
 
+@dataclass(frozen=True)
+class Trainings:
+    """The trainings of one student on one set or baseline."""
+
+    number: int  # of the set or baseline
+    ipc: str  # or "full"
+    images: int
+    student: int
+    config: StudentConfig
+    seeds: int
+    copies: int  # selections: a random subset has one for every seed
+
+    def stored_labels(self, classes: int) -> StoredLabels | None:
+        """The labels of views that these trainings need on disk; None if they are computed when needed."""
+        from dq.labels import label_bytes
+
+        s = self.config
+        if s.labels != "soft" or s.relabel.storage != "shards" or self.ipc == "full":
+            return None
+        epochs = min(s.relabel.epochs or s.epochs, s.epochs)
+        size = self.copies * label_bytes(self.images, epochs, classes, s.relabel, s.batch_size, s.views).total
+        seen = (s.batch_size, s.accumulate, s.views, s.relabel)
+        return StoredLabels(self.number, size, self.images * epochs * self.copies, seen)
+
+
+class StoredLabels(NamedTuple):
+    """Equal for students that see the same views of the same set, which share their labels."""
+
+    number: int
+    bytes: int
+    views: int
+    seen: tuple[Any, ...]
+
+
+def trainings(
+    config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = ()
+) -> Iterator[Trainings]:
+    """All trainings of an evaluation; those on the full data come last.
+
+    Args:
+        sets: number of images by name and ipc.
+        more: ipc of baselines beside those of the sets.
+    """
+    from dq.evaluation.trainings import students_of
+
+    e = config.evaluate
+    ipcs = sorted({*more, *(int(i) for _, i in sets)})
+    keys = [str(i) for i in ipcs] + ["full"] * ("full" in e.baselines)
+    students = students_of(e, keys, len(counts), config.image_size)
+    entries = [(ipc, n, 1) for (_, ipc), n in sets.items()]
+    for largest in ipcs:
+        for name in e.baselines:
+            if name != "full":
+                # a random subset of its own for every seed
+                entries.append((str(largest), int(counts.clip(max=largest).sum()), e.seeds if name == "random" else 1))
+    for number, (ipc, n, copies) in enumerate(entries):
+        for (j, key), s in students.items():
+            if key == ipc:
+                yield Trainings(number, ipc, n, j, s, e.seeds, copies)
+    for (j, key), s in students.items():
+        if key == "full":
+            yield Trainings(len(entries), key, int(counts.sum()), j, s, e.full_seeds, 1)
+
+
 def plan_evaluation(
     config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = ()
 ) -> list[str]:
@@ -70,29 +175,18 @@ def plan_evaluation(
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.
     """
-    from dq.evaluation.trainings import format_bytes, students_of
-    from dq.labels import label_bytes
+    from dq.evaluation.trainings import format_bytes
 
-    e = config.evaluate
-    ipcs = sorted({*more, *(int(i) for _, i in sets)})
-    students = students_of(e, [str(i) for i in ipcs], len(counts), config.image_size)
-    entries = [(ipc, n, 1) for (_, ipc), n in sets.items()]
-    for largest in ipcs:
-        for name in e.baselines:
-            if name != "full":
-                # a random subset of its own for every seed
-                entries.append((str(largest), int(counts.clip(max=largest).sum()), e.seeds if name == "random" else 1))
     stored = set()
-    for number, (ipc, n, copies) in enumerate(entries):
-        for (_, key), s in students.items():
-            if key == ipc and s.labels == "soft" and s.relabel.storage == "shards":
-                epochs = min(s.relabel.epochs or s.epochs, s.epochs)
-                size = copies * label_bytes(n, epochs, len(counts), s.relabel, s.batch_size, s.views).total
-                # students that see the same views share their labels
-                stored.add((number, size, s.batch_size, s.accumulate, s.views, s.relabel, epochs))
-    full = len(e.students) * e.full_seeds if "full" in e.baselines else 0
-    lines = [f"evaluate    {len(entries) * len(e.students) * e.seeds} trainings, and {full} on the full data"]
-    total = sum(entry[1] for entry in stored)
+    number = full = 0
+    for t in trainings(config, counts, sets, more):
+        if t.ipc == "full":
+            full += t.seeds
+            continue
+        number += t.seeds
+        stored.add(t.stored_labels(len(counts)))
+    lines = [f"evaluate    {number} trainings, and {full} on the full data"]
+    total = sum(entry.bytes for entry in stored if entry is not None)
     return lines + [f"labels      {format_bytes(total)} of soft labels of views"] * (total > 0)
 
 

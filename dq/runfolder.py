@@ -17,6 +17,7 @@ from dq.data import ImageSource
 from dq.dist import append_jsonl, check_name, digest_of, is_done, read_json, shard, write_json, write_text
 from dq.errors import InputError
 from dq.settings import apply_settings, dump_config, to_dict
+from dq.tracking import report, stage_numbers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,12 +67,13 @@ class Run:
         return m, config.cluster, config.generate
 
     def finish(self, stage: str, began: float, **numbers: Any) -> None:
-        """Meet the other processes; the main one logs the stage."""
+        """Meet the other processes; the main one logs the stage, and tells the trackers."""
         self.accelerator.wait_for_everyone()
         if self.main:
             record = {"stage": stage, "seconds": round(time.perf_counter() - began, 3), **numbers}
             append_jsonl(self.folder / "metrics.jsonl", record)
-            log.info("%s: %.1f s", stage, record["seconds"])
+            report(self.accelerator, stage_numbers(stage, record["seconds"], numbers))
+            log.debug("%s: %.1f s", stage, record["seconds"])
 
 
 def class_file(folder: Path, label: int) -> Path:

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from dq.evaluation.selection import BY_FEATURES, select
 from dq.evaluation.tables import Row, compare, settings_line, summarize, to_csv
 from dq.evaluation.train import train_student
 from dq.foreign import bare_set, check_classes
+from dq.headway import unit_done
 from dq.labels import (
     MANIFEST,
     LabelPlan,
@@ -49,6 +51,7 @@ from dq.labels import (
 from dq.nets import make_net
 from dq.protocols import student_config
 from dq.settings import to_dict
+from dq.tracking import report, training_numbers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -390,12 +393,19 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
             def advance(epoch: int, loss: float, t: Training = t, done: float = done) -> None:
                 bar.update(round(done + epoch * t.entry.images) - bar.n)
 
-            write_json(t.file, train_one(t, bench, work, advance))
+            began = time.perf_counter()
+            record = train_one(t, bench, work, advance)
+            write_json(t.file, record)
             _checkpoint(t).unlink(missing_ok=True)
             done += t.cost
+            name = f"{t.entry.name} ipc {t.entry.ipc} {t.config.net} {t.config.labels} seed {t.seed}"
+            unit_done("evaluate", name, time.perf_counter() - began, last=record["last"], best=record["best"])
     work.accelerator.wait_for_everyone()
     # the record may come from another evaluation's full data, under another number of recipe
-    return [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
+    records = [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
+    for numbers, seed in training_numbers(records):
+        report(work.accelerator, numbers, seed)
+    return records
 
 
 def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:

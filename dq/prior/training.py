@@ -35,6 +35,7 @@ from dq.dist import (
 )
 from dq.errors import InputError, RunError
 from dq.prior.curves import draw_curves
+from dq.tracking import report
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -203,6 +204,7 @@ def fit(
                     numbers |= {f"held_out_{decay:g}": v for decay, v in zip(recipe.emas, scores)}
                     record = {"stage": recipe.name, "step": done, **logged, **numbers}
                     append_jsonl(recipe.folder / "metrics.jsonl", record)
+                    report(accelerator, {f"{recipe.name}/{k}": v for k, v in (logged | numbers).items()}, done)
                     draw_curves(recipe.folder / "metrics.jsonl", recipe.folder / "samples" / "losses.png")
                     _save(recipe, trained, averages, optimizer, done, seconds + time.perf_counter() - began)
                 sums, since = {}, done

@@ -1,0 +1,78 @@
+"""Scripts that let a shell complete verbs, options, paths and the names of settings; written by shtab."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from dq.config import Baseline, RunConfig, Tracker
+from dq.protocols import protocols
+
+SHELLS = ("bash", "zsh", "tcsh")
+FILES = ("config", "speeds", "save_speeds")
+FOLDERS = ("data", "output_dir", "cache_dir")
+# bash: `=` breaks a word, so that a value is not completed and no space must follow a key
+BASH = """
+_dq_words() {{ COMPREPLY=(); local word="$1"; shift; compgen -W "$*" -- "$word"; }}
+_dq_settings() {{ compopt -o nospace 2>/dev/null; _dq_words "$1" {settings}; }}
+_dq_protocols() {{ _dq_words "$1" {protocols}; }}
+_dq_baselines() {{ _dq_words "$1" {baselines}; }}
+_dq_trackers() {{ _dq_words "$1" {trackers}; }}
+"""
+COMPLETERS = {
+    "set": "_dq_settings",
+    "protocol": "_dq_protocols",
+    "baselines": "_dq_baselines",
+    "report_to": "_dq_trackers",
+}
+
+
+def setting_names(config: Any = RunConfig) -> list[str]:
+    """Dotted names of all settings. Below lists and mappings, whose entries have names of their own, it stops."""
+    return list(_names(config, ""))
+
+
+def _names(cls: Any, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        if get_origin(hint) not in (tuple, dict):
+            inner = next((a for a in (hint, *get_args(hint)) if dataclasses.is_dataclass(a)), None)
+            if inner is not None:
+                yield from _names(inner, f"{prefix}{f.name}.")
+                continue
+        yield f"{prefix}{f.name}"
+
+
+def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The script to be evaluated by a shell."""
+    import shtab
+
+    for verb in _verbs(parser):
+        for action in verb._actions:
+            if action.dest in FILES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif action.dest in FOLDERS:
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            elif action.dest in COMPLETERS:
+                action.complete = {"bash": COMPLETERS[action.dest]}  # type: ignore[attr-defined]
+    bash = BASH.format(
+        settings=" ".join(f"{name}=" for name in setting_names()),
+        protocols=" ".join([*protocols(), "ddr"]),
+        baselines=" ".join(get_args(Baseline)),
+        trackers=" ".join(get_args(Tracker)),
+    )
+    texts: Any = {"bash": bash, "zsh": "", "tcsh": ""}
+    return shtab.complete(parser, shell=shell, preamble=texts)
+
+
+def _verbs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    return [
+        verb
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for verb in action.choices.values()
+    ]

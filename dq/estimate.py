@@ -1,0 +1,293 @@
+"""Seconds and bytes of the stages of a run, by arithmetic: counts of operations, times the measured seconds of one.
+
+Symbols and a worked example are in docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dq.config import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
+from dq.dist import cut, digest_of
+from dq.evaluation.selection import BY_FEATURES
+from dq.latents import LEAST, MOST
+from dq.settings import to_dict
+
+CELL = 2  # bytes of a latent's number in the cache (float16)
+POINT_CELL = 8  # bytes of a prototype's number: centroid and medoid in float32
+ROW = 8  # bytes of a row number beside each latent
+POINT = 24  # bytes of mass, squared error and row beside each prototype
+
+
+@dataclass
+class StagePlan:
+    """What one stage asks for, over all processes."""
+
+    stage: str
+    units: str  # in words
+    calls: dict[str, float] = field(default_factory=dict)  # operation -> how many times
+    each: dict[str, float] = field(default_factory=dict)  # ... and what every process does for itself
+    share: float = 1.0  # of the busiest process in `calls`; 1 / processes if the work divides evenly
+    bytes: float | None = 0.0  # on disk at its end; None: the shape of latents is not known
+
+    def call(self, operation: str, times: float) -> None:
+        self.calls[operation] = self.calls.get(operation, 0.0) + times
+
+
+def seconds_of(plan: StagePlan, speeds: Mapping[str, float], *, overlap: bool) -> float | None:
+    """Seconds until the busiest process is done; None if an operation has no known speed.
+
+    Args:
+        speeds: seconds of one call, by operation.
+        overlap: reading runs beside an accelerator, so that the slower of the two counts in `encode`.
+    """
+    needed = {k: n * plan.share for k, n in plan.calls.items()}
+    for operation, times in plan.each.items():
+        needed[operation] = needed.get(operation, 0.0) + times
+    if any(operation not in speeds for operation, times in needed.items() if times):
+        return None
+    spent = {operation: times * speeds[operation] for operation, times in needed.items() if times}
+    if overlap and plan.stage == "encode":
+        return max(spent.values(), default=0.0)
+    return sum(spent.values())
+
+
+def busiest(costs: Sequence[float], processes: int) -> float:
+    """Share of all work that the busiest of P processes has, when the largest unit goes first to the least loaded
+    (`dq.dist.shard`)."""
+    total = sum(costs)
+    if processes == 1 or not total:
+        return 1.0
+    loads = [0.0] * processes
+    for cost in sorted(costs, reverse=True):
+        heapq.heapreplace(loads, loads[0] + cost)
+    return max(loads) / total
+
+
+# --- the stages ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One set of a run: how it is made and how many images it has."""
+
+    ipc: int
+    method: str
+    how: MethodConfig
+    cluster: ClusterConfig
+    generate: GenerateConfig
+    images: int
+
+    @property
+    def points(self) -> str:
+        """Names the prototypes, which several methods may share."""
+        from dq.quantize import cluster_settings
+
+        return digest_of([self.ipc, cluster_settings(self.cluster)])
+
+    @property
+    def drawn(self) -> str:
+        """Names the drawn images, which methods that differ in weights or refinement share."""
+        settings = "real" if self.how.representative == "real" else to_dict(self.generate)
+        return digest_of([self.points, self.how.representative, settings])
+
+
+def asked_sets(config: RunConfig, source: Any) -> list[Asked]:
+    """The sets of a run, ipc by ipc."""
+    from dq.runfolder import Run
+
+    resolve: Any = Run(config, source, None, Path(config.output_dir)).resolved
+    counts = source.class_counts()
+    found = []
+    for ipc in config.ipc:
+        for method in config.methods:
+            how, cluster, generate = resolve(method)
+            single = generate.mode == "decode" or how.representative == "real"
+            images = int(counts.clip(max=ipc).sum()) * (1 if single else generate.images_per_prototype)
+            found.append(Asked(ipc, method, how, cluster, generate, images))
+    return found
+
+
+def stage_plans(
+    config: RunConfig,
+    source: Any,
+    *,
+    latent: tuple[int, int, int] | None,
+    walked: int | None,
+    processes: int = 1,
+) -> list[StagePlan]:
+    """What the stages of `dq run` ask for.
+
+    Args:
+        latent: (C, h, w) of a latent, if known.
+        walked: denoiser steps of an image; None: all of `num_inference_steps`.
+        processes: among which the units are divided.
+    """
+    sets = asked_sets(config, source)
+    counts = source.class_counts().tolist()
+    cells = latent[0] * latent[1] * latent[2] if latent else None
+    plans = [_encode(counts, cells, processes), _cluster(sets, counts, cells, processes)]
+    plans += [_generate(config, sets, walked, processes), _refine(config, sets, counts, processes)]
+    plans += [_label(config, sets, processes), _evaluate(config, source, sets, processes)]
+    return [p for p in plans if p.calls or p.bytes]
+
+
+def _encode(counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:
+    n = sum(counts)
+    parts = [float(len(p)) for p in cut(n, least=LEAST, most=MOST)]
+    size = None if cells is None else float(n * (cells * CELL + ROW))
+    share = busiest(parts, processes)
+    return StagePlan("encode", f"{n} images in {len(parts)} parts", {"read": n, "encode": n}, share=share, bytes=size)
+
+
+def _cluster(sets: Sequence[Asked], counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:
+    distinct = {s.points: s for s in sets}
+    plan = StagePlan(
+        "cluster", f"{len(distinct) * len(counts)} classes and settings", bytes=None if cells is None else 0
+    )
+    costs: list[float] = []
+    for s in distinct.values():
+        plan.call(cluster_operation(s.cluster, s.ipc), sum(counts))
+        costs += [float(n * s.ipc) for n in counts]
+        if plan.bytes is not None and cells is not None:
+            plan.bytes += sum(min(n, s.ipc) for n in counts) * (cells * POINT_CELL + POINT)
+    if any(s.cluster.uses_features for s in sets):
+        plan.call("read", sum(counts))
+        plan.call("teacher", sum(counts))
+    plan.share = busiest(costs, processes)
+    return plan
+
+
+def cluster_operation(cluster: ClusterConfig, ipc: int) -> str:
+    from dq.cluster import choose_engine
+
+    return f"cluster {choose_engine(cluster.engine)} {cluster.space} ipc {ipc}"
+
+
+def pixel_bytes(config: RunConfig, image_dtype: str = "uint8") -> int:
+    """Bytes of an image as the run keeps it."""
+    return 3 * config.image_size**2 * (4 if image_dtype == "float32" else 1)
+
+
+def _generate(config: RunConfig, sets: Sequence[Asked], walked: int | None, processes: int) -> StagePlan:
+    distinct = {s.drawn: s for s in sets}
+    total = sum(s.images for s in distinct.values())
+    plan = StagePlan("generate", f"{total} images")
+    for s in distinct.values():
+        if s.how.representative == "real":
+            plan.call("read", s.images)
+        else:
+            plan.call("decode", s.images)
+            if s.generate.mode != "decode":
+                steps = s.generate.num_inference_steps if walked is None else walked
+                plan.call("denoise", s.images * steps)
+        plan.bytes = (plan.bytes or 0) + s.images * pixel_bytes(config, s.generate.image_dtype)
+    plan.share = -(-total // processes) / total
+    return plan
+
+
+def _refine(config: RunConfig, sets: Sequence[Asked], counts: list[int], processes: int) -> StagePlan:
+    from dq.refine.chain import asked_settings, planned, stages_of
+
+    plan = StagePlan("refine", "")
+    costs: list[float] = []
+    seen = set()
+    for s in sets:
+        chain = asked_settings(config, s.method)
+        for level, stage in enumerate(planned(config, s.method) if stages_of(config, s.method) else ()):
+            key = digest_of([s.drawn, chain[: level + 1]])
+            if key in seen:
+                continue
+            seen.add(key)
+            steps, batches = sum(stage.steps), -(-s.images // stage.batch_size)
+            plan.call(refine_operation(chain[level]), s.images * steps)
+            costs += [float(s.images * steps) / batches] * batches
+            # every image lies in the file of its batch and in that of its class
+            plan.bytes = (plan.bytes or 0) + 2 * s.images * pixel_bytes(config, s.generate.image_dtype)
+    plan.units = f"{len(costs)} batches"
+    plan.share = busiest(costs, processes)
+    return plan
+
+
+def refine_operation(settings: Mapping[str, Any]) -> str:
+    """Names a stage by its kind and a digest of its settings, which decide what a step costs."""
+    return f"refine {settings['stage']} {digest_of(settings, size=4)}"
+
+
+def _label(config: RunConfig, sets: Sequence[Asked], processes: int) -> StagePlan:
+    """Labels of the images themselves, and the sets put together. Parquet keeps images as PNG: pixels are a bound."""
+    plan = StagePlan("label", f"{len(sets)} sets")
+    plan.bytes = float(sum(s.images * pixel_bytes(config, s.generate.image_dtype) for s in sets))
+    if config.teachers:
+        plan.call("teacher", sum(s.images for s in sets))
+        checked = sum(t.check_images for t in config.teachers)
+        plan.each = {"read": checked, "teacher": checked / len(config.teachers)}
+        plan.share = busiest([float(s.images) for s in sets], processes)
+    return plan
+
+
+def _evaluate(config: RunConfig, source: Any, sets: Sequence[Asked], processes: int) -> StagePlan:
+    from dq.plan import trainings
+
+    e, counts = config.evaluate, source.class_counts()
+    plan = StagePlan("evaluate", "0 trainings")
+    if not e.students:
+        return plan
+    tests = len(source.test) if source.test_name else 0
+    costs = []
+    labels = set()
+    number = 0
+    for t in trainings(config, counts, {(s.method, str(s.ipc)): s.images for s in sets}):
+        c = t.config
+        looked = 0 if c.tests == 1 else c.tests * (tests if c.select == "test" else e.validation_images)
+        plan.call(f"student {t.student}", t.images * c.epochs * t.seeds)
+        plan.call(f"test {t.student}", (looked + tests) * t.seeds)
+        costs += [float(t.images * c.epochs)] * t.seeds
+        number += t.seeds
+        kept = t.stored_labels(len(counts))
+        if c.labels == "fixed":
+            plan.call("teacher", t.images * t.seeds)
+        elif c.labels == "soft" and kept is None:
+            plan.call("teacher", t.images * c.epochs * t.seeds)
+        elif kept is not None and kept not in labels:
+            labels.add(kept)
+            plan.call("teacher", kept.views)
+            plan.bytes = (plan.bytes or 0) + kept.bytes
+    for t in trainings(config, counts, {}, config.ipc):
+        if t.ipc != "full" and t.student == 0:  # the selected images, kept for all students
+            plan.bytes = (plan.bytes or 0) + t.images * t.copies * pixel_bytes(config)
+            plan.call("read", t.images * t.copies)
+    n = float(counts.sum())
+    plan.each = {"read": tests + n * ("full" in e.baselines) + n * any(b in BY_FEATURES for b in e.baselines)}
+    if config.teachers:
+        plan.each["read"] += sum(t.check_images for t in config.teachers)
+    plan.units = f"{number} trainings"
+    plan.share = busiest(costs, processes)
+    return plan
+
+
+# --- in words -----------------------------------------------------------------------------------------------------
+
+
+def estimate_lines(
+    plans: Sequence[StagePlan], speeds: Mapping[str, float], *, overlap: bool, processes: int
+) -> Iterator[str]:
+    """A table of stages: units, seconds, bytes, and their sums."""
+    from dq.evaluation.trainings import format_bytes
+    from dq.headway import duration
+
+    on = "1 process" if processes == 1 else f"{processes} processes, each on a device like the measured one"
+    yield f"estimate    on {on}"
+    times = [seconds_of(p, speeds, overlap=overlap) for p in plans]
+    for p, seconds in zip(plans, times):
+        calls = ", ".join(f"{n:,.0f} {op}" for op, n in p.calls.items() if n and len(p.calls) <= 4)
+        said = "time not known" if seconds is None else f"about {duration(seconds)}"
+        room = "disk not known" if p.bytes is None else f"{format_bytes(p.bytes)} on disk"
+        yield f"  {p.stage:<10}{p.units}: {said}, {room}" + (f" ({calls})" if calls else "")
+    known = [s for s in times if s is not None]
+    total = f"about {duration(sum(known))}" if len(known) == len(times) else f"at least {duration(sum(known))}"
+    yield f"  {'all':<10}{total}, {format_bytes(sum(p.bytes or 0 for p in plans))} on disk"

@@ -1,0 +1,81 @@
+"""How far a run is: a line when a stage begins and ends, with what is left if anything is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+log = logging.getLogger("dq")
+
+RESUMED = 0.1  # a stage faster than this share of its estimate had most of its files already and tells no speed
+
+
+class Headway:
+    """The stages of one command, in order. What remains is the estimate of the stages to come, scaled by what the
+    finished ones took beside theirs; nothing is said where a stage to come has no estimate."""
+
+    def __init__(
+        self,
+        stages: Sequence[str],
+        expected: Mapping[str, float] | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.stages = tuple(stages)
+        self.expected = dict(expected or {})  # seconds by stage
+        self.taken: dict[str, float] = {}
+        self.clock = clock
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage, and say at its end how long it took."""
+        place = f"{self.stages.index(name) + 1} of {len(self.stages)}"
+        likely = f", about {duration(self.expected[name] * self.ratio())}" if name in self.expected else ""
+        log.info("%s begins (%s%s)", name, place, likely)
+        began = self.clock()
+        yield
+        self.taken[name] = self.clock() - began
+        left = self.remaining()
+        last = len(self.taken) == len(self.stages)
+        rest = f"; about {duration(left)} left in all" if left is not None and not last else ""
+        log.info("%s done in %s (%s)%s", name, duration(self.taken[name]), place, rest)
+
+    def ratio(self) -> float:
+        """Seconds taken by seconds expected, over the finished stages; 1 before the first."""
+        known = [s for s in self.taken if self.expected.get(s, 0) > 0]
+        told = [s for s in known if self.taken[s] >= RESUMED * self.expected[s]]
+        if not told:
+            return 1.0
+        return sum(self.taken[s] for s in told) / sum(self.expected[s] for s in told)
+
+    def remaining(self) -> float | None:
+        """Seconds until the end, or None if nobody can say."""
+        ahead = [s for s in self.stages if s not in self.taken]
+        if any(s not in self.expected for s in ahead):
+            return None
+        return self.ratio() * sum(self.expected[s] for s in ahead)
+
+
+def duration(seconds: float) -> str:
+    """Text such as "0.4 s", "12 s", "4 min", "3 h 20 min", "2 d 5 h"."""
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def unit_done(stage: str, name: str, seconds: float, **numbers: float | int | str) -> None:
+    """One line about a finished class or other unit, for `--verbose`."""
+    if log.isEnabledFor(logging.DEBUG):
+        said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
+        log.debug("%s: %s%s, %.2f s", stage, name, f": {said}" if said else "", seconds)

@@ -1,0 +1,409 @@
+"""How fast this machine does what a run is made of: a few batches of each operation, timed with the run's own models.
+
+Speeds measured on one machine can be kept in a file and used to plan for another data set, or for many processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq.config import FADRM, RunConfig, StudentConfig
+from dq.dist import derive_seed, generator, read_json, write_json
+from dq.errors import InputError
+from dq.estimate import asked_sets, cluster_operation, estimate_lines, refine_operation, seconds_of, stage_plans
+
+log = logging.getLogger("dq")
+
+BUDGET_S = 2.0  # for one operation, warm-up aside
+REPEATS = 3
+STEPS = 4  # of the denoiser
+CLUSTER_NUMBERS = 8 << 20  # of a class's latents at most
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one call: the middle of some repeats and the extremes."""
+
+    seconds: float
+    least: float
+    most: float
+    batch: int  # calls at once
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Speeds by operation, and what they were measured on."""
+
+    speeds: dict[str, Speed]
+    facts: dict[str, Any]
+    unknown: tuple[str, ...] = ()  # why some are not there
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: s.seconds for name, s in self.speeds.items()}
+
+    def save(self, path: Path) -> None:
+        write_json(path, {**self.facts, "speeds": {k: dataclasses.asdict(s) for k, s in self.speeds.items()}})
+
+    @staticmethod
+    def load(path: str | Path) -> Speeds:
+        """Read a file that `--save_speeds` wrote.
+
+        Raises:
+            InputError: if it is not there or is none.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"there are no speeds in {path}; write the file with --dry-run --save_speeds {path}")
+        facts = read_json(Path(path))
+        try:
+            found = {k: Speed(**v) for k, v in facts.pop("speeds").items()}
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} is not a file of speeds; write one with --dry-run --save_speeds") from None
+        return Speeds(found, facts)
+
+
+def timed(
+    work: Callable[[int], float | None],
+    largest: int,
+    *,
+    device: torch.device,
+    least: int = 1,
+    budget_s: float = BUDGET_S,
+) -> Speed:
+    """Seconds of one call of what `work` does so many times at once: batches double up to `largest` while the budget
+    lasts, then the middle of some repeats counts.
+
+    Args:
+        work: does so many calls; returns the seconds that count, or None for all of them.
+    """
+
+    def once(size: int) -> float:
+        began = time.perf_counter()
+        told = work(size)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - began if told is None else told
+
+    size = min(least, largest)
+    once(size)
+    taken = once(size)
+    while size < largest and 2 * taken * REPEATS <= budget_s:
+        size = min(2 * size, largest)
+        taken = once(size)
+    each = sorted(once(size) / size for _ in range(REPEATS))
+    return Speed(statistics.median(each), each[0], each[-1], size)
+
+
+def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.device, why: Sequence[str] = ()) -> Speeds:
+    """Time what a run is made of. What cannot be timed here is left out, and said.
+
+    Args:
+        source: may hold counts alone (`dq.plan.like_source`).
+        pipe: the run's generator, or None if it is not at hand.
+        why: reasons that are known already.
+    """
+    facts: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "overlap": device.type != "cpu",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "classes": len(source.class_names),
+        "resolution": config.codec.resolution,
+        "image_size": config.image_size,
+    }
+    found: dict[str, Speed] = {}
+    unknown = list(why)
+    if not source.fingerprint.startswith("like "):
+        found["read"] = _reading(config, source, device)
+    else:
+        unknown.append("images are not at hand: reading is not timed")
+    if pipe is not None:
+        from dq.codec import latent_shape
+
+        pipe.to(device)
+        pipe.set_progress_bar_config(disable=True)
+        facts["latent"] = list(latent_shape(pipe.vae, config.codec.resolution))
+        found |= dict(_codec(config, pipe, device))
+        found |= dict(_generator(config, source, pipe, device, found["decode"], facts))
+    if "latent" in facts:
+        found |= dict(_clustering(config, source, facts["latent"], device))
+    try:
+        found |= dict(_teachers(config, source, device))
+    except InputError as e:
+        unknown.append(f"teachers: {e}")
+    found |= dict(_students(config, source, device))
+    return Speeds(found, facts, tuple(unknown))
+
+
+# --- one operation each -------------------------------------------------------------------------------------------
+
+
+def _reading(config: RunConfig, source: Any, device: torch.device) -> Speed:
+    from dq.data import read_images
+
+    c = config.source
+    rows = torch.randperm(len(source.train), generator=generator("speeds")).tolist()  # far apart, not read lately
+    threads = 1 if device.type == "cpu" else 4  # as while encoding
+
+    def work(size: int) -> None:
+        mine = [rows.pop() if len(rows) > size else rows[0] for _ in range(size)]
+        read_images(source.train, mine, config.codec.resolution, c.preprocess, on_bad="skip", threads=threads)
+
+    return timed(work, 256, device=device)
+
+
+def _pixels(size: int, side: int) -> torch.Tensor:
+    return torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator("speeds", size))
+
+
+def _codec(config: RunConfig, pipe: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
+    from dq.codec import decode_latents, encode_latents, latent_shape, to_signed
+    from dq.pipeline import to_unit
+
+    shape = latent_shape(pipe.vae, config.codec.resolution)
+
+    @torch.inference_mode()
+    def encode(size: int) -> None:
+        encode_latents(pipe.vae, to_signed(_pixels(size, config.codec.resolution))).half().cpu()
+
+    @torch.inference_mode()
+    def decode(size: int) -> None:
+        z = torch.randn(size, *shape, generator=generator("speeds", size))
+        to_unit(decode_latents(pipe.vae, z), config.image_size).cpu()
+
+    yield "encode", timed(encode, config.codec.batch_size, device=device)
+    yield "decode", timed(decode, config.generate.batch_size, device=device)
+
+
+def _generator(
+    config: RunConfig, source: Any, pipe: Any, device: torch.device, decode: Speed, facts: dict[str, Any]
+) -> Iterator[tuple[str, Speed]]:
+    """A step of the walk with all that the configuration adds to it, guidance too; decoding is taken off."""
+    cfg = config.generate
+    if cfg.mode == "decode":
+        return
+    facts["walked"] = pipe.start(cfg).calls
+    facts["generate"] = _walk_settings(config)
+    short = dataclasses.replace(cfg, snr=None, strength=min(1.0, (STEPS + 0.5) / cfg.num_inference_steps))
+    calls = pipe.start(short).calls
+    ids = None
+    if cfg.mode == "dit":
+        ids = [0] * len(source.class_names)  # the class does not matter to the clock
+    shape = facts["latent"]
+
+    def work(size: int) -> None:
+        pipe.synthesize(
+            torch.randn(size, *shape, generator=generator("speeds", size)),
+            [0] * size,
+            [generator("speeds", i) for i in range(size)],
+            short,
+            class_names=source.class_names,
+            condition_ids=ids,
+            image_size=config.image_size,
+        )
+
+    found = timed(work, cfg.batch_size, device=device)
+    middle, least, most = (max(0.0, s - decode.seconds) / calls for s in (found.seconds, found.least, found.most))
+    yield "denoise", Speed(middle, least, most, found.batch)
+
+
+def _walk_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides how many steps are walked."""
+    g = config.generate
+    return {k: getattr(g, k) for k in ("mode", "num_inference_steps", "snr", "strength", "scheduler", "noise")}
+
+
+def _clustering(
+    config: RunConfig, source: Any, shape: Sequence[int], device: torch.device
+) -> Iterator[tuple[str, Speed]]:
+    """One class of Gaussian points as large as the largest class, or as memory allows, for every ipc and engine."""
+    from dq.cluster import kmeans_many, quantization_stats
+    from dq.prototypes import latent_stats, make_prototypes
+
+    width = shape[0] * shape[1] * shape[2]
+    n = int(min(source.class_counts().max(), max(256, CLUSTER_NUMBERS // width)))
+    z = torch.randn(n, *shape, generator=generator("speeds")).to(device)
+    done = set()
+    for s in asked_sets(config, source):
+        name, cfg = cluster_operation(s.cluster, s.ipc), s.cluster
+        if name in done or cfg.space != "latents":
+            continue
+        done.add(name)
+        k = min(s.ipc, n)
+
+        def work(size: int, cfg: Any = cfg, k: int = k) -> None:
+            x = z[:size].flatten(1)
+            result = kmeans_many([x], k, config=cfg, seeds=[derive_seed("speeds", size)], names=["class"])[0]
+            stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
+            p = make_prototypes(0, "class", z[:size], torch.arange(size), result, stats)
+            latent_stats(z[:size], result.labels, p.centroids)
+
+        yield name, timed(work, n, least=n, device=device)
+
+
+def _teachers(config: RunConfig, source: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
+    """The forward pass of all teachers, and a step of every stage of refinement."""
+    from dq.refine.chain import asked_settings, planned, stages_of
+    from dq.teachers import load_teachers, pooled_logits
+
+    checked = functools.partial(
+        load_teachers, source_config=config.source, image_size=config.image_size, device=device
+    )
+    side = config.image_size
+    real = not source.fingerprint.startswith("like ")
+    if config.teachers and real:
+        teachers = checked(config.teachers, source)
+        batch = max(t.batch_size for t in teachers)
+        yield "teacher", timed(lambda size: _drop(pooled_logits(teachers, _pixels(size, side))), batch, device=device)
+    done = set()
+    for method in config.methods if real else ():
+        settings = asked_settings(config, method)
+        steps = planned(config, method) if settings else []
+        for stage, asked, known in zip(stages_of(config, method), settings, steps):
+            name = refine_operation(asked)
+            if name in done:
+                continue
+            done.add(name)
+            own = tuple(t for t in checked(stage.teachers or config.teachers, source) if t.matched)
+            yield name, _refining(stage, own, known.batch_size, side, device)
+
+
+def _drop(value: Any) -> None:
+    """Nothing of a value."""
+
+
+def _refining(stage: Any, teachers: Sequence[Any], batch: int, side: int, device: torch.device) -> Speed:
+    """A step forward and backward of the stage, over blocks of two steps at each of its sizes."""
+    from dq.refine import fadrm, teddy
+
+    plain = dataclasses.replace(
+        stage, bn_share=None, class_weight=0.0, depth=dataclasses.replace(stage.depth, drop=0.0)
+    )
+    if isinstance(plain, FADRM):
+        whole = fadrm.resolve(dataclasses.replace(plain, retrieve="none"), side=side, teachers=len(teachers))
+        short = dataclasses.replace(whole, steps=(2,) * len(whole.steps or ()))
+        steps, refine = sum(short.steps or ()), fadrm.refine
+    else:
+        short = dataclasses.replace(plain, steps=4, ensemble_labels=False)
+        steps, refine = 4, teddy.refine  # type: ignore[assignment]
+
+    def work(size: int) -> None:
+        refine(_pixels(size, side).float() / 255, torch.arange(size) % 2, None, short, teachers)
+
+    found = timed(work, batch, device=device)
+    return Speed(found.seconds / steps, found.least / steps, found.most / steps, found.batch)
+
+
+def _students(config: RunConfig, source: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
+    """An image forward and backward, and an image tested, for every student."""
+    from dq.evaluation.train import accuracy, fit, normalizer
+    from dq.evaluation.trainings import students_of
+    from dq.nets import make_net
+
+    side, classes = config.image_size, len(source.class_names)
+    students = students_of(config.evaluate, [str(max(config.ipc))], classes, side)
+    pixels = normalizer((0.5,) * 3, (0.25,) * 3)
+    for (j, _), s in students.items():
+        # views, augmentation and optimiser as they are; where the labels come from is counted apart
+        short: StudentConfig = dataclasses.replace(s, labels="hard", epochs=1, tests=1, whiten=False)
+        net = make_net(s.net, classes, side, norm=s.norm, seed=0).to(device)
+
+        def train(size: int, short: StudentConfig = short) -> float:
+            y = (torch.arange(size) % classes).to(device)
+            x = _pixels(size, side).to(device)
+            return fit(x, y, num_classes=classes, config=short, pixels=pixels, seed=0).seconds
+
+        def test(size: int, net: Any = net, dtype: Any = s.dtype) -> None:
+            accuracy(net, _pixels(size, side), torch.zeros(size, dtype=torch.int64), pixels=pixels, dtype=dtype)
+
+        yield f"student {j}", timed(train, s.batch_size, least=2 * s.accumulate, device=device)
+        yield f"test {j}", timed(test, 200, device=device)
+
+
+# --- for the command line -----------------------------------------------------------------------------------------
+
+
+def speeds_here(config: RunConfig, source: Any, device: torch.device) -> Speeds:
+    """Measure with the models that lie on this machine; nothing is fetched for a plan."""
+    from dq.cli import load_pipeline
+
+    wanted = [p for p in (config.codec.path, config.generate.model) if p is not None]
+    missing = next((p for p in wanted if not Path(p).is_dir()), None)
+    if missing is not None:
+        return measure_speeds(config, source, None, device, [f"{missing or 'codec.path'} is not a folder here"])
+    return measure_speeds(config, source, load_pipeline(config), device)
+
+
+def plan_with_speeds(
+    config: RunConfig,
+    source: Any,
+    accelerator: Any,
+    *,
+    processes: int,
+    speeds_file: str | None = None,
+    save_to: str | None = None,
+) -> str:
+    """The plan of a run with seconds and bytes for every stage."""
+    from dq.evaluation.trainings import format_bytes
+    from dq.plan import plan
+
+    speeds = Speeds.load(speeds_file) if speeds_file else speeds_here(config, source, accelerator.device)
+    if save_to:
+        speeds.save(Path(save_to))
+    plans = _stage_plans(config, source, speeds, processes)
+    lines = [plan(config, source)]
+    lines += estimate_lines(plans, speeds.seconds, overlap=bool(speeds.facts.get("overlap")), processes=processes)
+    lines.append(f"  measured on {speeds.facts.get('device')}, {speeds.facts.get('threads')} threads")
+    lines += [f"  not timed: {reason}" for reason in speeds.unknown]
+    for folder, need in _needs(config, plans).items():
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            lines.append(f"shortage    {folder} has {format_bytes(free)} free but {format_bytes(need)} are needed")
+    return "\n".join(lines)
+
+
+def expected_seconds(config: RunConfig, source: Any, accelerator: Any, speeds_file: str) -> dict[str, float]:
+    """Seconds by stage, for a run that tells what is left; stages of unknown speed are left out."""
+    speeds = Speeds.load(speeds_file)
+    plans = _stage_plans(config, source, speeds, accelerator.num_processes)
+    overlap = bool(speeds.facts.get("overlap"))
+    # what no plan speaks of takes no time worth speaking of
+    times: dict[str, float | None] = dict.fromkeys(("refine", "label", "evaluate", "report"), 0.0)
+    times |= {p.stage: seconds_of(p, speeds.seconds, overlap=overlap) for p in plans}
+    return {stage: seconds for stage, seconds in times.items() if seconds is not None}
+
+
+def _stage_plans(config: RunConfig, source: Any, speeds: Speeds, processes: int) -> list[Any]:
+    facts = speeds.facts
+    latent, walked = facts.get("latent"), None
+    if latent is not None and facts.get("resolution") != config.codec.resolution:
+        side = latent[1] * config.codec.resolution // facts["resolution"]
+        latent = [latent[0], side, side]
+    if facts.get("generate") == _walk_settings(config):
+        walked = facts.get("walked")
+    return stage_plans(config, source, latent=tuple(latent) if latent else None, walked=walked, processes=processes)
+
+
+def _needs(config: RunConfig, plans: Sequence[Any]) -> dict[Path, float]:
+    """Bytes that the run will put on each disk, by a folder on it."""
+    from dq.doctor import existing
+
+    found: dict[int, tuple[Path, float]] = {}
+    for p in plans:
+        folder = existing(Path(config.cache_dir if p.stage == "encode" else config.output_dir))
+        disk = folder.stat().st_dev
+        found[disk] = (found.get(disk, (folder, 0.0))[0], found.get(disk, (folder, 0.0))[1] + (p.bytes or 0))
+    return dict(found.values())

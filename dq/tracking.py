@@ -1,0 +1,169 @@
+"""Experiment trackers: a run's settings and numbers sent to TensorBoard, Trackio or Weights & Biases, if asked for.
+
+The trackers are accelerate's and hang on the accelerator that every stage has; without any, `report` does nothing and
+no tracker is imported. A tracker that fails later is left out with one warning: a run outlives its audience.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from dq.config import RunConfig, Tracker
+from dq.dist import read_jsonl
+from dq.errors import InputError
+from dq.settings import to_dict
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("dq")
+
+TRACKERS = get_args(Tracker)
+PROJECT = "dq"
+SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
+USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+DISTORTION = ("distortion", "w2_mass", "w2_uniform", "explained")  # per class, of the records of the cluster stage
+
+
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not there, before any work begins.
+
+    Raises:
+        InputError: with the command that installs the first of them.
+    """
+    missing = next((name for name in names if not is_installed(name)), None)
+    if missing:
+        raise InputError(f"report_to names {missing}, which is not installed; pip install {missing}")
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path) -> None:
+    """Start the trackers of `config.report_to` on the accelerator; their files go below `folder`/logs.
+
+    Raises:
+        InputError: if one is not installed or cannot start.
+    """
+    end_trackers(accelerator)  # those of a part of the command that is over
+    names = list(dict.fromkeys(config.report_to))
+    check_trackers(names)
+    if not names or not accelerator.is_main_process:
+        return
+    from accelerate.tracking import filter_trackers
+
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    accelerator.log_with = filter_trackers(names, str(logs))
+    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.project_configuration.logging_dir = str(logs)
+    try:
+        accelerator.init_trackers(PROJECT, config=flat_settings(config), init_kwargs={"wandb": {"dir": str(logs)}})
+    except Exception as e:  # a tracker raises what it likes
+        raise InputError(
+            f"the tracker {', '.join(names)} cannot start ({_first_line(e)}); check its login and the network, or "
+            "leave out --report_to"
+        ) from e
+
+
+def report(accelerator: Any, values: Mapping[str, Any], step: int | None = None) -> None:
+    """Send numbers to the trackers of this process; what is not a finite number is left out."""
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+    for tracker in list(accelerator.trackers) if numbers else ():
+        try:
+            tracker.log(numbers, step=step)
+        except Exception as e:  # the network, a full disk, a service: none of it may end a run
+            _drop(accelerator, tracker, e)
+
+
+def report_distortion(accelerator: Any, metrics: Path) -> None:
+    """Send a summary over classes of what the cluster stage wrote to metrics.jsonl."""
+    if accelerator.trackers:
+        report(accelerator, distortion_numbers(read_jsonl(metrics)))
+
+
+def end_trackers(accelerator: Any) -> None:
+    """Let the trackers finish."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.finish()
+        except Exception as e:  # as above
+            _drop(accelerator, tracker, e)
+    accelerator.trackers = []
+
+
+def _drop(accelerator: Any, tracker: Any, error: Exception) -> None:
+    accelerator.trackers.remove(tracker)
+    log.warning(
+        "note: the tracker %s failed (%s) and is left out from here on; metrics.jsonl has all numbers",
+        tracker.name,
+        _first_line(error),
+    )
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
+
+
+# --- what is sent -------------------------------------------------------------------------------------------------
+
+
+def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """All settings by dotted name, as values that every tracker takes; what looks like a secret is left out."""
+    return dict(_flat(to_dict(config)))
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        name = f"{prefix}{key}"
+        if SECRET.search(str(key)):
+            continue
+        if isinstance(value, dict | list) and value:
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, str):
+            yield name, USER_IN_URL.sub("", value)
+        else:
+            yield name, value if isinstance(value, int | float) else json.dumps(value)
+
+
+def stage_numbers(stage: str, seconds: float, numbers: Mapping[str, Any]) -> dict[str, float]:
+    """What is sent at the end of a stage: seconds, counts, and counts per second."""
+    counts = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+    rates = {f"{k}_per_s": v / seconds for k, v in counts.items() if seconds > 0}
+    return {f"{stage}/{k}": float(v) for k, v in ({"seconds": seconds} | counts | rates).items()}
+
+
+def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean, least and largest over classes of what the cluster stage logged, by ipc and engine.
+
+    Args:
+        records: lines of metrics.jsonl.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for r in records:
+        if r.get("stage") == "quantization":
+            groups.setdefault(f"ipc{r['ipc']}-{r.get('engine', '')}-{r.get('space', 'latents')}", []).append(r)
+    found: dict[str, float] = {}
+    for group, rows in groups.items():
+        for key in DISTORTION:
+            values = [float(r[key]) for r in rows if r.get(key) is not None and math.isfinite(float(r[key]))]
+            if values:
+                said = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+                found |= {f"cluster/{group}/{key}_{name}": v for name, v in said.items()}
+    return found
+
+
+def training_numbers(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, float], int]]:
+    """Accuracies of trainings, each with its seed as the step."""
+    for r in records:
+        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}"
+        yield {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}, r["seed"]
