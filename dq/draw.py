@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from dq.dist import (
     write_tensors,
 )
 from dq.errors import InputError
+from dq.headway import unit_done
 from dq.latents import LatentCache
 from dq.memory import in_pieces
 from dq.prototypes import Prototypes
@@ -43,8 +43,6 @@ from dq.settings import to_dict
 
 if TYPE_CHECKING:
     from dq.pipeline import DistillPipeline
-
-log = logging.getLogger("dq")
 
 LONGEST = 32  # images of a unit
 
@@ -193,11 +191,13 @@ def _draw_all(run: Run, pipe: DistillPipeline, draws: list[Draw]) -> int:
     todo = [(d, u) for d, u in mine if class_file(d.folder, u[0]) not in whole and not is_done(d.file(u))]
     total = sum(len(piece) for _, (_, piece, _) in todo)
     with progress([], desc="generate", total=total, unit="img", main=run.main and bool(todo)) as bar:
+        began = time.perf_counter()
         for draw in draws:
             own = [unit for d, unit in todo if d is draw]
             for unit, images in _copied(draw, own) if draw.real else _generated(draw, pipe, own):
                 write_tensors(draw.file(unit), {"images": images}, _meta(draw, pipe))
-                log.debug("drew %d images of class %s", len(images), run.source.class_names[unit[0]])
+                unit_done("generate", run.source.class_names[unit[0]], time.perf_counter() - began, images=len(images))
+                began = time.perf_counter()
                 bar.update(len(images))
     return total
 

@@ -35,6 +35,7 @@ from dq.dist import (
     write_tensors,
 )
 from dq.errors import InputError
+from dq.headway import unit_done
 from dq.memory import in_pieces
 
 LEAST, MOST = 8, 512  # images of a file
@@ -207,6 +208,7 @@ def fill(
     values: list[Tensor] = []
     kept: list[int] = []
     bad: list[str] = []
+    started = began
     with progress([], desc=cache.verb, total=total, unit="img", main=main and bool(todo)) as bar:
         for (part, rows, stop), (images, good, problems) in _ahead(read, batches):
             bad += problems
@@ -216,7 +218,10 @@ def fill(
             bar.update(len(rows))
             if stop >= cache.parts[part].stop:
                 _write_part(cache, part, values, kept, bad, source)
+                numbers = {"images": len(kept), "set_aside": len(bad)}
+                unit_done(cache.verb, cache.path(part).name, time.perf_counter() - started, **numbers)
                 values, kept, bad = [], [], []
+                started = time.perf_counter()
     return time.perf_counter() - began
 
 

@@ -18,6 +18,7 @@ from dq.cluster import choose_engine, kmeans_many, quantization_stats
 from dq.config import ClusterConfig
 from dq.dist import append_jsonl, derive_seed, digest_of, is_done, progress, write_json
 from dq.errors import InputError
+from dq.headway import unit_done
 from dq.latents import LatentCache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.runfolder import Run, class_file
@@ -100,6 +101,7 @@ def _batches(
 
 def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> None:
     folder = prototype_folder(run, cache, ipc, cfg)
+    began = time.perf_counter()
     names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
     data = [cache.load(c) for c in labels]
     features = features_of(run) if cfg.uses_features else None
@@ -116,6 +118,8 @@ def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig,
         p = make_prototypes(c, run.source.class_names[c], z, rows, result, stats, points=points)
         stats |= {"space": cfg.space, **latent_stats(z, result.labels, p.centroids)}
         dataclasses.replace(p, stats=stats).save(class_file(folder, c))
+        numbers: dict[str, Any] = {"images": len(rows), "prototypes": len(p.counts), "w2": stats["w2_mass"]}
+        unit_done("cluster", p.name, (time.perf_counter() - began) / len(labels), **numbers)
 
 
 def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:

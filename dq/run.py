@@ -38,6 +38,7 @@ from dq.dist import (
 from dq.distilled import DistilledSet, has_set, write_card, write_set
 from dq.draw import drawn_folders, generate
 from dq.errors import InputError
+from dq.headway import unit_done
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.quantize import cluster, load_prototypes, prototype_folder
 from dq.refine import chain
@@ -113,10 +114,11 @@ def label(run: Run) -> None:
     mine = [units[i] for i in run.mine([1.0] * len(units))]
     todo = [(f, label) for f, label in mine if not is_done(class_file(_label_folder(run, f, digest), label))]
     for folder, label in progress(todo, desc="label", unit="class", main=run.main and bool(todo)):
+        started = time.perf_counter()
         images = read_tensors(class_file(folder, label))[0]["images"]
         logits = pooled_logits(teachers, images).half()
         write_tensors(class_file(_label_folder(run, folder, digest), label), {"logits": logits}, meta)
-        log.debug("labelled %d images of class %s", len(images), run.source.class_names[label])
+        unit_done("label", run.source.class_names[label], time.perf_counter() - started, images=len(images))
     run.finish("label", began, sets=len(folders))
     if run.main:
         # which labels are these teachers'; those of earlier ones stay beside them
