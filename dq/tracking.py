@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path) ->
 
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))  # read at its import; else in the Hub's cache
     accelerator.log_with = filter_trackers(names, str(logs))
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.project_configuration.logging_dir = str(logs)
@@ -162,8 +164,10 @@ def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]
     return found
 
 
-def training_numbers(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, float], int]]:
-    """Accuracies of trainings, each with its seed as the step."""
+def training_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
+    found = {}
     for r in records:
-        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}"
-        yield {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}, r["seed"]
+        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
+        found |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
+    return found
