@@ -14,7 +14,8 @@ from typing import Any
 
 from dq.config import RunConfig, load_config
 from dq.errors import InputError, RunError
-from dq.settings import apply_settings
+from dq.hub_client import Redaction, redact
+from dq.settings import apply_settings, to_dict
 
 log = logging.getLogger("dq")
 
@@ -27,6 +28,8 @@ VERBS = {
     "label": "label images and views with the teachers and assemble the sets",
     "evaluate": "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
     "report": "write report.html from what the run folder holds",
+    "push": "push the sets of a run, or a folder of sets, a pipeline or a teacher, to the Hugging Face Hub",
+    "pull": "copy sets, a pipeline or a teacher from the Hugging Face Hub to a folder",
     "demo": "digits from scikit-learn: train a small prior, distil, evaluate; no download",
     "train-codec": "train a small autoencoder on the source",
     "train-denoiser": "train a small class-conditional DiT on the source's latents",
@@ -48,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             p.add_argument(
                 "--config",
-                required=verb not in ("evaluate", "report", "train-teachers", "train-pool"),
+                required=verb not in ("evaluate", "report", "push", "pull", "train-teachers", "train-pool"),
                 metavar="FILE",
                 help="YAML file; see configs/",
             )
@@ -67,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if verb == "evaluate":
             _evaluate_options(p)
+        if verb in ("run", "demo", "push", "pull"):
+            _hub_options(p, verb)
         p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
         _option(p, "--dry_run", action="store_true", help="print the plan and stop")
         p.add_argument("--quiet", action="store_true", help="warnings and results only")
@@ -88,6 +93,26 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--baselines", metavar="NAME[,NAME]", help="random, herding, k-center, nearest, patches, full")
     p.add_argument("--seeds", type=int, help="students per set")
     _option(p, "--image_size", type=int, help="side in px at which students train")
+
+
+def _hub_options(p: argparse.ArgumentParser, verb: str) -> None:
+    p.add_argument("--token", help="of the Hub; better HF_TOKEN or `hf auth login`, which no list of processes shows")
+    p.add_argument("--revision", help="branch, tag or commit; a push makes a branch that is not there")
+    if verb == "pull":
+        p.add_argument("repo", metavar="REPO", help="repository: owner/name")
+        p.add_argument("--name", metavar="SET", help="one set of it; default: all")
+        return
+    if verb == "push":
+        p.add_argument("folder", nargs="?", metavar="FOLDER", help="what to push, in place of the run of --config")
+        p.add_argument("--only", metavar="NAME[,NAME]", help="sets by name, e.g. ipc10-ddoq; default: all")
+    else:
+        _option(p, "--push_to_hub", action="store_true", help="push the sets at the end")
+    for name in ("--repo_id", "--hub_model_id"):
+        _option(p, name, dest="repo_id", metavar="REPO", help="repository: name, or owner/name")
+    p.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    p.add_argument("--license", metavar="ID", help="of what is pushed, e.g. cc-by-4.0")
+    _option(p, "--create_pr", action="store_true", default=None, help="open a pull request")
+    _option(p, "--commit_message", metavar="TEXT", help="the first line of the commit")
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
@@ -113,6 +138,8 @@ def resolve(args: argparse.Namespace) -> RunConfig:
             raise InputError(f"--ipc takes whole numbers such as 1,10,50, not {args.ipc!r}") from None
     if args.verb == "evaluate":
         flags |= _evaluate_flags(args, config)
+    for key in ("repo_id", "private", "revision", "license", "create_pr", "commit_message"):
+        flags[f"hub.{key}"] = getattr(args, key, None)
     return apply_settings(config, {k: v for k, v in flags.items() if v is not None})
 
 
@@ -160,28 +187,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb is None:
         parser.print_help(sys.stderr)
         return 2
-    _set_up_logging(quiet=args.quiet)
+    token = getattr(args, "token", None)
+    _set_up_logging(quiet=args.quiet, token=token)
     try:
         execute(args)
         return 0
     except InputError as e:
-        print(f"dq {args.verb}: {e}", file=sys.stderr)
+        print(redact(f"dq {args.verb}: {e}", token), file=sys.stderr)
         return 2
     except RunError as e:
-        print(f"dq {args.verb}: {e}", file=sys.stderr)
+        print(redact(f"dq {args.verb}: {e}", token), file=sys.stderr)
         return 1
     except OSError as e:
         what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-        print(f"dq {args.verb}: {what}; check that the path is right and can be written", file=sys.stderr)
+        said = f"dq {args.verb}: {what}; check that the path is right and can be written"
+        print(redact(said, token), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"dq {args.verb}: interrupted; give the same command again to continue", file=sys.stderr)
         return 130
 
 
-def _set_up_logging(*, quiet: bool) -> None:
+def _set_up_logging(*, quiet: bool, token: str | None) -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Redaction(token))
     log.setLevel(logging.WARNING if quiet or rank else logging.INFO)
 
     def show(message: Warning | str, *_: Any) -> None:
@@ -198,6 +229,11 @@ def _set_up_logging(*, quiet: bool) -> None:
 def execute(args: argparse.Namespace) -> None:
     """Do what a verb says."""
     config = resolve(args)
+    if args.verb in ("push", "pull"):
+        if int(os.environ.get("RANK", "0")) == 0:
+            _pull(args) if args.verb == "pull" else _push(args, config)
+        return
+    _check_push(args, config)
     if args.verb == "report" and not args.config:
         from dq.report import write_results_report
 
@@ -239,6 +275,7 @@ def execute(args: argparse.Namespace) -> None:
         return
     if args.verb == "demo":
         _demo(config, source, accelerator)
+        _push_run(args, config, accelerator)
         return
     if args.verb in ("train-codec", "train-denoiser"):
         print(_train(args.verb, config, source, accelerator))
@@ -261,6 +298,49 @@ def execute(args: argparse.Namespace) -> None:
         _evaluate_sets(args, config, source, accelerator)
         return
     run_verb(args.verb, config, source, accelerator)
+    _push_run(args, config, accelerator)
+
+
+def _check_push(args: argparse.Namespace, config: RunConfig) -> None:
+    """What would stop `--push_to_hub` at the end of a run."""
+    if getattr(args, "push_to_hub", False):
+        if config.hub.repo_id is None:
+            raise InputError("--push_to_hub needs to know where to: give --repo_id NAME, or set hub.repo_id")
+        if int(os.environ.get("RANK", "0")) == 0 and not args.dry_run:
+            from dq.hub import check_token
+
+            check_token(args.token)
+
+
+def _push_run(args: argparse.Namespace, config: RunConfig, accelerator: Any) -> None:
+    if getattr(args, "push_to_hub", False) and accelerator.is_main_process:
+        _push(args, config)
+
+
+def _push(args: argparse.Namespace, config: RunConfig) -> None:
+    """Push what a folder holds, or the run of the configuration."""
+    from dq.hub import push
+
+    folder, only = getattr(args, "folder", None), getattr(args, "only", None)
+    if bool(folder) == bool(args.config):
+        raise InputError("say what to push: a FOLDER, or a run by its --config FILE")
+    if config.hub.repo_id is None:
+        raise InputError("say where to push: give --repo_id NAME (or OWNER/NAME), or set hub.repo_id")
+    commit = push(
+        folder or config.output_dir,
+        only=only.split(",") if only else None,
+        token=args.token,
+        **to_dict(config.hub),
+    )
+    print(commit.pr_url or commit)
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from dq.hub import pull
+
+    if not args.output_dir:
+        raise InputError("say where to put it: --output_dir DIR")
+    print(pull(args.repo, args.output_dir, args.name, revision=args.revision, token=args.token))
 
 
 def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any) -> None:
