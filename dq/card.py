@@ -104,7 +104,8 @@ def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
     """A card with this head and generated body, and with everything of an old one that is not generated."""
     kept, text = split_card(old)
     merged = {k: v for k, v in {**kept, **head}.items() if v is not None}
-    begin, end = text.find(BEGIN), text.find(END)
+    begin = text.rfind(BEGIN)
+    end = text.find(END, max(begin, 0))
     before, after = (text[:begin], text[end + len(END) :]) if 0 <= begin < end else (text.rstrip() + "\n\n", "\n")
     dumped = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{dumped}---\n\n{before.lstrip()}{BEGIN}\n\n{body.strip()}\n\n{END}{after.rstrip()}\n"
@@ -183,9 +184,10 @@ def dataset_card(
         head["source_datasets"] = _union(kept.get("source_datasets"), hub_sources)
     head |= _configs({} if alone else kept, records, default)
     rows = {
-        r["config_name"]: [_evaluated(x) for x in e["rows"]]
+        r["config_name"]: found
         for r in records
-        if (e := evaluations.get(r["config_name"])) and e["content"] == r["content"]
+        if (e := evaluations.get(r["config_name"])) and e.get("content") == r["content"]
+        if (found := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
     }
     body = _template("dataset_card.md").render(
         records=records,
@@ -331,6 +333,17 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
     if written:
         write_dataset_card(base)
     return written
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether a row, which may come from the Hub, has what is shown of it."""
+    texts, numbers = ("set", "ipc", "student", "labels", "protocol", "settings", "selected_on"), ("images", "seeds")
+    shares = [row.get(f"{which}_{what}") for which in ("last", "best") for what in ("mean", "std")]
+    return (
+        all(isinstance(row.get(k), str) for k in texts)
+        and all(type(row.get(k)) is int for k in numbers)
+        and all(isinstance(x, int | float) or (x is None and i % 2) for i, x in enumerate(shares))
+    )
 
 
 def _evaluated(row: dict[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ checks every name and type before anything is written. Tokens appear in no messa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -114,8 +115,9 @@ def push_folder(
         records: dict[str, dict[str, Any]] = {}
         evaluations: dict[str, dict[str, Any]] = {}
         files: dict[str, Path | bytes | None] = {}
-        for name in {*repo.sets(), *names}:
-            if name in repo.sets():
+        for name in repo.sets():
+            # a set that is replaced may be broken there
+            with contextlib.suppress(*([InputError] if name in names else [])):
                 records[name] = _check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
                 if f"{name}/evaluation.json" in repo.files:
                     evaluations[name] = repo.json(f"{name}/evaluation.json")

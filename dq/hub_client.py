@@ -95,6 +95,7 @@ def sentences(repo_id: str, token: str | None, *, revision: str | None = None, p
             at = at.__cause__
         status = getattr(getattr(at, "response", None), "status_code", None)
         first = next((line for line in str(at).splitlines() if line.strip()), type(at).__name__)
+        first = re.sub(r"\?[^\s'\"]+", "", first)  # signatures of upload links
         detail = redact(redact(first, token), get_token())[:300]
         if status in (401, 403):
             what = "write to" if push else "read"

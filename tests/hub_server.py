@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,8 +37,7 @@ class Repository:
     requests: int = 0  # pull requests
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        number = f"{self.name}{len(self.trees)}{branch}"
-        sha = hashlib.sha1(number.encode()).hexdigest()
+        sha = uuid.uuid4().hex + "0" * 8  # 40 digits, as git has them
         self.trees[sha] = files
         self.branches[branch] = sha
         return sha
@@ -155,6 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("POST", r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "branch"),
+        ("GET", r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/refs", "refs"),
         ("POST", r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
         ("POST", r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "commit"),
         ("POST", r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)", "paths_info"),
@@ -276,6 +277,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(409, {"error": "Reference already exists"})
         at[0].branches[rev] = at[1]
         return self.answer(200, {})
+
+    def refs(self, kind: str, id: str) -> None:
+        if (at := self.found(kind, id)) is None:
+            return
+        found = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": sha} for b, sha in at[0].branches.items()]
+        self.answer(200, {"branches": found, "converts": [], "tags": []})
 
     def info(self, kind: str, id: str, rev: str | None = None) -> None:
         if (at := self.found(kind, id, rev)) is None:
