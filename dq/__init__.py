@@ -30,6 +30,9 @@ _HOME = {
     "load_config": "dq.config",
     "load_source": "dq.data",
     "protocols": "dq.protocols",
+    "pull": "dq.hub",
+    "push_folder": "dq.hub",
+    "push_model": "dq.hub",
     "read_set": "dq.foreign",
     "select": "dq.evaluation.selection",
     "student_config": "dq.protocols",
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from dq.evaluation import evaluate
     from dq.evaluation.selection import select
     from dq.foreign import read_set
+    from dq.hub import pull, push_folder, push_model
     from dq.pipeline import DistillPipeline
     from dq.protocols import protocols, student_config
     from dq.prototypes import Prototypes, image_weights
@@ -67,6 +71,9 @@ __all__ = [
     "load_config",
     "load_source",
     "protocols",
+    "pull",
+    "push_folder",
+    "push_model",
     "read_set",
     "select",
     "student_config",

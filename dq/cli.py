@@ -16,10 +16,13 @@ from typing import Any
 from dq.completion import SHELLS, completion_script
 from dq.config import RunConfig, load_config
 from dq.errors import InputError, RunError
+from dq.hub_client import Redaction, redact
 from dq.plan import LIKE
-from dq.settings import apply_settings
+from dq.settings import apply_settings, to_dict
 
 log = logging.getLogger("dq")
+
+NO_CONFIG = ("evaluate", "report", "push", "pull", "train-teachers", "train-pool", "doctor")  # need no --config
 
 VERBS = {
     "run": "all stages: encode, cluster, generate, refine, label, evaluate, report",
@@ -30,6 +33,8 @@ VERBS = {
     "label": "label images and views with the teachers and assemble the sets",
     "evaluate": "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
     "report": "write report.html from what the run folder holds",
+    "push": "push the sets of a run, or a folder of sets, a pipeline or a teacher, to the Hugging Face Hub",
+    "pull": "copy sets, a pipeline or a teacher from the Hugging Face Hub to a folder",
     "demo": "digits from scikit-learn: train a small prior, distil, evaluate; no download",
     "train-codec": "train a small autoencoder on the source",
     "train-denoiser": "train a small class-conditional DiT on the source's latents",
@@ -52,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             p.add_argument(
                 "--config",
-                required=verb not in ("evaluate", "report", "train-teachers", "train-pool", "doctor"),
+                required=verb not in NO_CONFIG,
                 metavar="FILE",
                 help="YAML file; see configs/",
             )
@@ -73,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
             _evaluate_options(p)
         if verb == "doctor":
             p.add_argument("--json", action="store_true", help="print the report as JSON")
+        if verb in ("run", "demo", "push", "pull"):
+            _hub_options(p, verb)
         p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
         trackers = "send settings and numbers to trackio, tensorboard or wandb (report_to)"
         _option(p, "--report_to", action="append", metavar="NAME[,NAME]", help=trackers)
@@ -110,6 +117,26 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
     _option(p, "--image_size", type=int, help="side in px at which students train")
 
 
+def _hub_options(p: argparse.ArgumentParser, verb: str) -> None:
+    p.add_argument("--token", help="of the Hub; better HF_TOKEN or `hf auth login`, which no list of processes shows")
+    p.add_argument("--revision", help="branch, tag or commit; a push makes a branch that is not there")
+    if verb == "pull":
+        p.add_argument("repo", metavar="REPO", help="repository: owner/name")
+        p.add_argument("--name", metavar="SET", help="one set of it; default: all")
+        return
+    if verb == "push":
+        p.add_argument("folder", nargs="?", metavar="FOLDER", help="what to push, in place of the run of --config")
+        p.add_argument("--only", metavar="NAME[,NAME]", help="sets by name, e.g. ipc10-ddoq; default: all")
+    else:
+        _option(p, "--push_to_hub", action="store_true", help="push the sets at the end")
+    for name in ("--repo_id", "--hub_model_id"):
+        _option(p, name, dest="repo_id", metavar="REPO", help="repository: name, or owner/name")
+    p.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    p.add_argument("--license", metavar="ID", help="of what is pushed, e.g. cc-by-4.0")
+    _option(p, "--create_pr", action="store_true", default=None, help="open a pull request")
+    _option(p, "--commit_message", metavar="TEXT", help="the first line of the commit")
+
+
 def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
     """An option that may be written with underscores or hyphens."""
     parser.add_argument(name, *({name.replace("_", "-").replace("---", "--")} - {name}), **kwargs)
@@ -135,6 +162,8 @@ def resolve(args: argparse.Namespace) -> RunConfig:
             raise InputError(f"--ipc takes whole numbers such as 1,10,50, not {args.ipc!r}") from None
     if args.verb == "evaluate":
         flags |= _evaluate_flags(args, config)
+    for key in ("repo_id", "private", "revision", "license", "create_pr", "commit_message"):
+        flags[f"hub.{key}"] = getattr(args, key, None)
     return apply_settings(config, {k: v for k, v in flags.items() if v is not None})
 
 
@@ -185,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb == "completion":
         print(completion_script(parser, args.shell))
         return 0
-    _set_up_logging(quiet=args.quiet, verbose=args.verbose)
+    token = getattr(args, "token", None)
+    _set_up_logging(quiet=args.quiet, verbose=args.verbose, token=token)
     try:
         if args.verb == "doctor":
             from dq.doctor import doctor
@@ -194,14 +224,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         execute(args)
         return 0
     except InputError as e:
-        print(f"dq {args.verb}: {e}", file=sys.stderr)
+        print(redact(f"dq {args.verb}: {e}", token), file=sys.stderr)
         return 2
     except RunError as e:
-        print(f"dq {args.verb}: {e}", file=sys.stderr)
+        print(redact(f"dq {args.verb}: {e}", token), file=sys.stderr)
         return 1
     except OSError as e:
         what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-        print(f"dq {args.verb}: {what}; check that the path is right and can be written", file=sys.stderr)
+        said = f"dq {args.verb}: {what}; check that the path is right and can be written"
+        print(redact(said, token), file=sys.stderr)
         return 1
     except RuntimeError as e:
         if not _is_out_of_memory(e):
@@ -220,9 +251,11 @@ def _is_out_of_memory(e: RuntimeError) -> bool:
     return isinstance(e, torch.OutOfMemoryError)
 
 
-def _set_up_logging(*, quiet: bool, verbose: bool = False) -> None:
+def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Redaction(token))
     # read by libraries at their import
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     if quiet or verbose:
@@ -239,6 +272,11 @@ def _set_up_logging(*, quiet: bool, verbose: bool = False) -> None:
 def execute(args: argparse.Namespace) -> None:
     """Do what a verb says."""
     config = resolve(args)
+    if args.verb in ("push", "pull"):
+        if int(os.environ.get("RANK", "0")) == 0:
+            _pull(args) if args.verb == "pull" else _push(args, config)
+        return
+    _check_push(args, config)
     if args.verb == "report" and not args.config:
         from dq.report import write_results_report
 
@@ -326,6 +364,7 @@ def _work(args: argparse.Namespace, config: RunConfig, source: Any, accelerator:
     """What a verb writes."""
     if args.verb == "demo":
         _demo(config, source, accelerator, args.speeds)
+        _push_run(args, config, accelerator)
         return
     if args.verb in ("train-codec", "train-denoiser"):
         print(_train(args.verb, config, source, accelerator))
@@ -348,6 +387,49 @@ def _work(args: argparse.Namespace, config: RunConfig, source: Any, accelerator:
         _evaluate_sets(args, config, source, accelerator)
         return
     run_verb(args.verb, config, source, accelerator, args.speeds)
+    _push_run(args, config, accelerator)
+
+
+def _check_push(args: argparse.Namespace, config: RunConfig) -> None:
+    """What would stop `--push_to_hub` at the end of a run."""
+    if getattr(args, "push_to_hub", False):
+        if config.hub.repo_id is None:
+            raise InputError("--push_to_hub needs to know where to: give --repo_id NAME, or set hub.repo_id")
+        if int(os.environ.get("RANK", "0")) == 0 and not args.dry_run:
+            from dq.hub import check_token
+
+            check_token(args.token)
+
+
+def _push_run(args: argparse.Namespace, config: RunConfig, accelerator: Any) -> None:
+    if getattr(args, "push_to_hub", False) and accelerator.is_main_process:
+        _push(args, config)
+
+
+def _push(args: argparse.Namespace, config: RunConfig) -> None:
+    """Push what a folder holds, or the run of the configuration."""
+    from dq.hub import push
+
+    folder, only = getattr(args, "folder", None), getattr(args, "only", None)
+    if bool(folder) == bool(args.config):
+        raise InputError("say what to push: a FOLDER, or a run by its --config FILE")
+    if config.hub.repo_id is None:
+        raise InputError("say where to push: give --repo_id NAME (or OWNER/NAME), or set hub.repo_id")
+    commit = push(
+        folder or config.output_dir,
+        only=only.split(",") if only else None,
+        token=args.token,
+        **to_dict(config.hub),
+    )
+    print(commit.pr_url or commit)
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from dq.hub import pull
+
+    if not args.output_dir:
+        raise InputError("say where to put it: --output_dir DIR")
+    print(pull(args.repo, args.output_dir, args.name, revision=args.revision, token=args.token))
 
 
 def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds: str | None = None) -> None:

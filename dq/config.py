@@ -502,6 +502,22 @@ class PriorReportConfig(Checked):
 
 
 @dataclass(frozen=True)
+class HubConfig(Checked):
+    """Where and how something is pushed to the Hugging Face Hub. A token is no setting: it comes from --token,
+    HF_TOKEN or the login, and is written nowhere."""
+
+    repo_id: str | None = None  # "name" in one's own namespace, or "owner/name"
+    private: bool | None = None  # of a repository that is made; None: as the owner's default is
+    revision: str | None = None  # branch, made if it is not there; None: main
+    create_pr: bool = False
+    commit_message: str | None = None
+    pretty_name: str | None = None  # this and what follows: None keeps what the card says
+    license: str | None = None  # of the set or the model: an identifier such as cc-by-4.0, or any text
+    source_license: str | None = None  # of the data that a set derives from
+    generator_license: str | None = None  # of the weights that drew it
+
+
+@dataclass(frozen=True)
 class RunConfig(Checked):
     output_dir: str = "runs/dq"
     cache_dir: str = "runs/cache"
@@ -519,6 +535,7 @@ class RunConfig(Checked):
     evaluate: EvaluateConfig = EvaluateConfig()
     prior: PriorConfig = PriorConfig()
     prior_report: PriorReportConfig = PriorReportConfig()
+    hub: HubConfig = HubConfig()
     report_to: tuple[Tracker, ...] = ()  # trackers that get settings and numbers; files below output_dir/logs
 
     @property

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +20,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq.dist import atomic_path, check_name, read_json, write_json, write_text
-from dq.errors import InputError, RunError
+from dq.dist import Damaged, atomic_path, check_name, digest_of, is_done, read_json, write_json
+from dq.errors import InputError
+from dq.grid import image_grid
 
-PARQUET = "train-00000-of-00001.parquet"
+log = logging.getLogger("dq")
+
+PROVENANCE = "provenance.json"  # makes a set whole
+GRID = "grid.png"
+SHARDS = "train-*-of-*.parquet"
+DIGEST_BYTES = 16
+SHARD_BYTES = 500_000_000  # of a file
+GROUP_BYTES, GROUP_ROWS = 100_000_000, 1000  # of a row group; the Hub's viewer stops at about 286 MiB
+GRID_CLASSES, GRID_COLUMNS = 20, 10
 
 
 @dataclass(frozen=True)
@@ -66,72 +81,37 @@ class DistilledSet:
         return int(torch.bincount(self.labels).max())
 
     def save(self, folder: str | Path, config_name: str = "default") -> Path:
-        """Write `folder/<config_name>/train-00000-of-00001.parquet` and the folder's README card.
-
-        Every set in the folder becomes one configuration of the card: `load_dataset(folder, config_name)`.
-        Float images keep their values in a column `pixels` beside the 8-bit `image`.
-        """
-        from datasets import Array3D, ClassLabel, Dataset, Features, List, Value
-        from datasets import Image as ImageFeature
-
-        folder = Path(folder)
-        check_name(config_name, "the set's name")
-        columns: dict[str, Any] = {
-            "image": [{"bytes": _png(x), "path": None} for x in self.images_uint8()],
-            "label": self.labels.tolist(),
-            "weight": self.weights.tolist(),
-            "prototype": self.prototype.tolist(),
-            "count": self.counts.tolist(),
-            "source_row": self.source_row.tolist(),
-        }
-        features = {
-            "image": ImageFeature(),
-            "label": ClassLabel(names=list(self.class_names)),
-            "weight": Value("float32"),
-            "prototype": Value("int32"),
-            "count": Value("int64"),
-            "source_row": Value("int64"),
-        }
-        if self.soft_labels is not None:
-            columns["soft_label"] = self.soft_labels.numpy()
-            features["soft_label"] = List(Value("float16"), length=len(self.class_names))
-        if self.images.dtype == torch.float32:
-            columns["pixels"] = self.images.numpy()
-            features["pixels"] = Array3D(shape=tuple(self.images.shape[1:]), dtype="float32")
-        table = Dataset.from_dict(columns, features=Features(features))
-        path = folder / config_name / PARQUET
-        with atomic_path(path) as temporary:
-            table.to_parquet(str(temporary))
-        record = {
-            **self.provenance,
-            "config_name": config_name,
-            "rows": len(self),
-            "classes": list(self.class_names),
-            "content": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
-        }
-        write_json(folder / config_name / "provenance.json", record)
-        write_text(folder / "README.md", dataset_card(folder))
-        return path
+        """Write the set to `folder`/`config_name`; see `write_set`."""
+        return write_set(folder, config_name, [self], self.provenance)
 
     @staticmethod
     def load(folder: str | Path, config_name: str | None = None) -> DistilledSet:
-        """Read a set written by `save`; `config_name` may be left out if the folder holds one set."""
+        """Read a set written by `save`; `config_name` may be left out if the folder holds one set.
+
+        Raises:
+            InputError: if there is no such set.
+            Damaged: if one of its files is.
+        """
+        import pyarrow as pa
         import pyarrow.parquet as pq
         from datasets import Dataset
 
         folder = Path(folder)
-        known = sorted(p.parent.name for p in folder.glob("*/provenance.json"))
-        if config_name is None and len(known) == 1:
-            config_name = known[0]
-        if config_name not in known:
-            raise InputError(f"{folder} has no set {config_name!r}; it has {', '.join(known) or 'none'}")
+        config_name = find_set(folder, config_name)
+        record = read_json(folder / config_name / PROVENANCE)
         # Not load_dataset: its cache takes two folders with the same card for the same data.
-        try:
-            rows = Dataset(pq.read_table(folder / config_name / PARQUET))
-        except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
-            raise RunError(
-                f"{folder / config_name / PARQUET} cannot be read ({e}); make the set again with `dq label`"
-            ) from e
+        tables = []
+        for path, known in shard_files(folder / config_name, record):
+            try:
+                data = path.read_bytes()
+                if known and hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest() != known["blake2b"]:
+                    raise ValueError("its bytes are not those that were written")
+                tables.append(pq.read_table(pa.BufferReader(data)))
+            except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
+                raise Damaged(
+                    f"{path} cannot be read ({e}); make the set again with `dq label`, or pull it again"
+                ) from e
+        rows = Dataset(pa.concat_tables(tables))
         soft = rows.with_format("numpy")["soft_label"][:] if "soft_label" in rows.column_names else None
         if "pixels" in rows.column_names:
             images = torch.from_numpy(np.stack(rows.with_format("numpy")["pixels"][:])).float()
@@ -148,7 +128,59 @@ class DistilledSet:
             source_row=torch.tensor(rows["source_row"][:]),
             soft_labels=None if soft is None else torch.from_numpy(np.stack(soft)).half(),
             bounded=images.dtype == torch.uint8 or _in_range(images),
-            provenance=read_json(folder / config_name / "provenance.json"),
+            provenance=record,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        config_name: str = "default",
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        **card: Any,
+    ) -> Any:
+        """Push the set to the data set repository `repo_id` of the Hugging Face Hub as one configuration.
+
+        The repository is made if it is not there; its other configurations stay as they are, and so does what you
+        wrote into its card.
+
+        Args:
+            repo_id: "name" (in your own namespace) or "owner/name".
+            **card: `license`, `pretty_name`, `source_license`, `generator_license`; see `HubConfig`.
+
+        Returns:
+            The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
+        """
+        from dq.hub import push_folder
+
+        settings = {"private": private, "revision": revision, "create_pr": create_pr, **card}
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save(scratch, config_name)
+            return push_folder(scratch, repo_id, token=token, commit_message=commit_message, **settings)
+
+    @staticmethod
+    def from_hub(
+        repo_id: str,
+        config_name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> DistilledSet:
+        """Download a set that `push_to_hub` or `dq push` uploaded.
+
+        Args:
+            config_name: None takes the only configuration, or the one that the card marks as default.
+            cache_dir: where the files are kept; None: the Hub library's own cache.
+        """
+        from dq.hub import download_set
+
+        return DistilledSet.load(
+            *download_set(repo_id, config_name, revision=revision, token=token, cache_dir=cache_dir)
         )
 
     def images_uint8(self) -> Tensor:
@@ -158,28 +190,247 @@ class DistilledSet:
         return (self.images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def write_set(folder, config_name, parts, provenance):
-    from dataclasses import replace
-
-    found = list(parts)
-
-    def cat(name):
-        values = [getattr(p, name) for p in found]
-        return None if values[0] is None else torch.cat(values)
-
-    names = ("images", "labels", "weights", "prototype", "counts", "source_row", "soft_labels")
-    return replace(found[0], **{n: cat(n) for n in names}, provenance=provenance).save(folder, config_name)
+# --- files --------------------------------------------------------------------------------------------------------
 
 
-def has_set(folder, config_name, recipe):
-    from dq.dist import is_done
+def find_set(folder: Path, config_name: str | None) -> str:
+    """The name of a set in the folder; None stands for the only one.
 
-    path = folder / config_name / "provenance.json"
-    return is_done(path) and read_json(path).get("recipe") == recipe
+    Raises:
+        InputError: if there is no such set.
+    """
+    known = sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}"))
+    if config_name is None and len(known) == 1:
+        config_name = known[0]
+    if config_name not in known:
+        raise InputError(f"{folder} has no set {config_name!r}; it has {', '.join(known) or 'none'}")
+    return config_name
 
 
-def write_card(folder):
-    write_text(folder / "README.md", dataset_card(folder))
+def has_set(folder: Path, config_name: str, recipe: str) -> bool:
+    """Whether the set is there, made by this recipe, and intact. Damage is reported."""
+    path = folder / config_name / PROVENANCE
+    if not is_done(path) or (record := read_json(path)).get("recipe") != recipe:
+        return False
+    for file, known in shard_files(folder / config_name, record):
+        if not file.is_file() or file_facts(file)["blake2b"] != known["blake2b"]:
+            log.warning("%s is damaged or gone, and the set is made anew", file)
+            return False
+    return True
+
+
+def shard_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """The files of a set in row order, each with what its record says of it (nothing in sets of old)."""
+    files = record.get("files") or {p.name: {} for p in sorted(folder.glob(SHARDS))}
+    return [(folder / name, known) for name, known in files.items()]
+
+
+def set_features(record: dict[str, Any]) -> Any:
+    """The columns of a set by its record: `classes`, `soft_labels`, and `pixels`, the shape of float images."""
+    from datasets import Array3D, ClassLabel, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    features: dict[str, Any] = {
+        "image": ImageFeature(),
+        "label": ClassLabel(names=list(record["classes"])),
+        "weight": Value("float32"),
+        "prototype": Value("int32"),
+        "count": Value("int64"),
+        "source_row": Value("int64"),
+    }
+    if record.get("soft_labels"):
+        features["soft_label"] = List(Value("float16"), length=len(record["classes"]))
+    if record.get("pixels"):
+        features["pixels"] = Array3D(shape=tuple(record["pixels"]), dtype="float32")
+    return Features(features)
+
+
+def write_set(
+    folder: str | Path,
+    config_name: str,
+    parts: Iterable[DistilledSet],
+    provenance: dict[str, Any],
+    *,
+    card: bool = True,
+) -> Path:
+    """Write a set to `folder`/`config_name` as Parquet files, and the folder's README card.
+
+    Every set in the folder becomes one configuration of the card: `load_dataset(folder, config_name)`. Float images
+    keep their values in a column `pixels` beside the 8-bit `image`. The set is whole once its `provenance.json` is
+    there, which is written last. The bytes depend on the rows, and not on how they are divided into parts.
+
+    Args:
+        parts: the rows in order, e.g. class by class; one part is in memory at a time.
+        provenance: of the whole set; the parts' own is left aside.
+        card: False where several processes write sets into one folder, which then needs its card at the end.
+
+    Returns:
+        The first of the Parquet files.
+
+    Raises:
+        InputError: if there is no part, or one has other classes or columns than the first.
+    """
+    from dq.card import write_dataset_card
+
+    folder, target = Path(folder), Path(folder) / config_name
+    check_name(config_name, "the set's name")
+    for left in target.glob(".*.part*"):  # of a call that was killed
+        left.unlink()
+    rest = iter(parts)
+    first = next(rest, None)
+    if first is None:
+        raise InputError(f"the set {config_name!r} has no parts; a distilled set needs at least one image")
+    kind = _kind(first)
+    record: dict[str, Any] = {**provenance, **kind, "config_name": config_name, "rows": 0, "num_bytes": 0}
+    counts = torch.zeros(len(first.class_names), dtype=torch.int64)
+    shown: dict[int, list[tuple[float, Tensor]]] = {}
+    written: list[tuple[Path, dict[str, Any]]] = []
+    queue = [first]
+    del first  # so that a part is let go before the next is made
+    groups = _row_groups(_each(queue, rest), kind, counts, shown)
+    columns = set_features(record)
+    group = next(groups, None)
+    while group is not None:
+        path = target / f".{len(written):05d}.part"
+        rows = size = 0
+        with atomic_path(path) as temporary, _parquet_writer(temporary, columns) as writer:
+            while group is not None and (not size or size + group.nbytes <= SHARD_BYTES):
+                writer.write_table(group)
+                rows, size = rows + len(group), size + group.nbytes
+                group = next(groups, None)
+        written.append((path, {**file_facts(path), "rows": rows}))
+        record["rows"] += rows
+        record["num_bytes"] += size
+    record["ipc"] = provenance.get("ipc") or int(counts.max())
+    names = [f"train-{i:05d}-of-{len(written):05d}.parquet" for i in range(len(written))]
+    record["files"] = {name: facts for name, (_, facts) in zip(names, written)}
+    record["content"] = digest_of(record["files"])
+    # the new files are whole; from here until the record is written there is no set of this name
+    (target / PROVENANCE).unlink(missing_ok=True)
+    for name, (path, _) in zip(names, written):
+        os.replace(path, target / name)
+    for old in set(target.glob(SHARDS)) - {target / name for name in names}:
+        old.unlink()
+    with atomic_path(target / GRID) as temporary:
+        image_grid([[x for _, x in own] for _, own in sorted(shown.items())]).save(temporary, format="PNG")
+    write_json(target / PROVENANCE, record)
+    if card:
+        write_dataset_card(folder)
+    return target / names[0]
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Digest and size of a file."""
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
+    return {"blake2b": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _each(queue: list[DistilledSet], rest: Iterator[DistilledSet]) -> Iterator[DistilledSet]:
+    while queue:
+        yield queue.pop()
+        queue.extend(itertools.islice(rest, 1))
+
+
+def _kind(s: DistilledSet) -> dict[str, Any]:
+    """What all parts of a set have in common."""
+    return {
+        "classes": list(s.class_names),
+        "image_size": list(s.images.shape[2:]),
+        "soft_labels": s.soft_labels is not None,
+        "pixels": list(s.images.shape[1:]) if s.images.dtype == torch.float32 else None,
+    }
+
+
+def _row_groups(
+    parts: Iterable[DistilledSet],
+    kind: dict[str, Any],
+    counts: Tensor,
+    shown: dict[int, list[tuple[float, Tensor]]],
+) -> Iterator[Any]:
+    """Arrow tables of the rows, each a row group of at most GROUP_ROWS rows and GROUP_BYTES bytes. On the way the
+    images are counted by class, and the heaviest of the first classes set aside for the grid."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for part in parts:
+        differ = [name for name, value in _kind(part).items() if value != kind[name]]
+        if differ:
+            raise InputError(
+                f"a part of the set has other {', '.join(differ)} than the first; give all parts the same"
+            )
+        counts += torch.bincount(part.labels, minlength=len(counts))
+        _set_aside(part, shown)
+        for i, image in enumerate(part.images_uint8()):
+            row: dict[str, Any] = {"image": {"bytes": _png(image), "path": None}}
+            for name, column in _COLUMNS.items():
+                row[name] = getattr(part, column)[i].item()
+            if part.soft_labels is not None:
+                row["soft_label"] = part.soft_labels[i].numpy().copy()
+            if part.images.dtype == torch.float32:
+                row["pixels"] = part.images[i].numpy().copy()
+            more = len(row["image"]["bytes"]) + sum(v.nbytes for v in row.values() if isinstance(v, np.ndarray))
+            if rows and (len(rows) == GROUP_ROWS or size + more > GROUP_BYTES):
+                yield _table(rows, kind)
+                rows, size = [], 0
+            rows.append(row)
+            size += more
+        del part, image  # which would hold it while the next is made
+    yield _table(rows, kind)
+
+
+_COLUMNS = {
+    "label": "labels",
+    "weight": "weights",
+    "prototype": "prototype",
+    "count": "counts",
+    "source_row": "source_row",
+}
+
+
+def _table(rows: list[dict[str, Any]], kind: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    columns: dict[str, Any] = {name: [r[name] for r in rows] for name in rows[0]}
+    for name, values in columns.items():
+        if isinstance(values[0], np.ndarray):
+            columns[name] = np.stack(values)
+    return Dataset.from_dict(columns, features=set_features(kind)).data.table.combine_chunks()
+
+
+@contextlib.contextmanager
+def _parquet_writer(path: Path, features: Any) -> Iterator[Any]:
+    """A Parquet writer with the settings of `Dataset.to_parquet`: pages cut by content, so that the Hub stores equal
+    parts of two versions once, an index of the pages, images neither compressed twice nor put into dictionaries."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    schema = features.arrow_schema
+    others = [f"{f.name}.list.element" if f.name == "soft_label" else f.name for f in schema if f.name != "image"]
+    others = [f"pixels{'.list.element' * 3}" if name == "pixels" else name for name in others]
+    images = ("image.bytes", "image.path")
+    cutting = datasets.config.DEFAULT_CDC_OPTIONS
+    with pq.ParquetWriter(
+        path,
+        schema,
+        use_content_defined_chunking=cutting,
+        write_page_index=True,
+        compression={**dict.fromkeys(images, "none"), **dict.fromkeys(others, "snappy")},
+        use_dictionary=others,
+        column_encoding=dict.fromkeys(images, "PLAIN"),
+    ) as writer:
+        yield writer
+        writer.add_key_value_metadata({"content_defined_chunking": json.dumps(cutting)})
+
+
+def _set_aside(part: DistilledSet, shown: dict[int, list[tuple[float, Tensor]]]) -> None:
+    """Keep the heaviest images of the first classes, heaviest first."""
+    limit = GRID_CLASSES if part.images.shape[-1] <= 64 else GRID_CLASSES // 2
+    images = part.images_uint8()
+    for c in sorted(set(part.labels.tolist())):
+        if c in shown or len(shown) < limit:
+            own = (part.labels == c).nonzero()[:, 0].tolist()
+            more = [(float(part.weights[i]), images[i].clone()) for i in own]
+            shown[c] = sorted([*shown.get(c, []), *more], key=lambda pair: -pair[0])[:GRID_COLUMNS]
 
 
 def _in_range(images: Tensor) -> bool:
@@ -190,19 +441,3 @@ def _png(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def dataset_card(folder: Path) -> str:
-    """The README of a folder of distilled sets, generated from their provenance files."""
-    from jinja2 import Environment, PackageLoader
-
-    records = [read_json(p) for p in sorted(folder.glob("*/provenance.json"))]
-    environment = Environment(loader=PackageLoader("dq"), trim_blocks=True, lstrip_blocks=True)
-    rows = max((r["rows"] for r in records), default=0)
-    sizes = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
-    return environment.get_template("dataset_card.md").render(
-        records=records,
-        first=records[0],
-        size=next((name for limit, name in sizes if rows < limit), "n>1M"),
-        json=json.dumps,
-    )

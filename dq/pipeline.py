@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq import run as stages
 from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
-from dq.config import FADRM, GenerateConfig, RunConfig, Teddy
+from dq.config import FADRM, GenerateConfig, HubConfig, RunConfig, Teddy
 from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
 from dq.errors import InputError
@@ -47,6 +47,7 @@ from dq.settings import apply_settings
 if TYPE_CHECKING:
     from dq.distilled import DistilledSet
 
+HUB_SETTINGS = tuple(f.name for f in dataclasses.fields(HubConfig) if f.name != "repo_id")
 STOCK_CLASS = {"dit": "DiTPipeline", "img2img": "StableDiffusionImg2ImgPipeline"}
 
 
@@ -117,8 +118,13 @@ class DistillPipeline(DiffusionPipeline):
             return cls(vae=kwargs.get("vae") or load_codec(path, revision=kwargs.get("revision"), dtype=name))
         return super().from_pretrained(str(path), **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class."""
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class.
+
+        Args:
+            push_to_hub: also push it; the arguments of `push_to_hub` may stand beside.
+        """
+        hub = {k: kwargs.pop(k) for k in ("repo_id", "token", *HUB_SETTINGS) if k in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         index = Path(save_directory) / "model_index.json"
         stock = STOCK_CLASS.get(self.default_mode)
@@ -130,6 +136,23 @@ class DistillPipeline(DiffusionPipeline):
                 config |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
                 config["requires_safety_checker"] = False
             write_json(index, config, checksum=False)
+        if push_to_hub:
+            from dq.hub import push_model
+
+            push_model(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, **settings: Any) -> str:
+        """Push as a stock folder with a model card to the repository "name" or "owner/name" of the Hugging Face Hub.
+
+        Args:
+            **settings: `private`, `revision`, `commit_message`, `create_pr`, `license`; see `HubConfig`.
+
+        Returns:
+            The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
+        """
+        from dq.hub import push_model
+
+        return push_model(self, repo_id, token=token, **settings)
 
     @property
     def default_mode(self) -> str:

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dq.card import describe_evaluation
 from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
 from dq.distilled import DistilledSet
 from dq.draw import nearest_images
 from dq.errors import InputError
 from dq.evaluation.figures import read_records, results_figures
+from dq.grid import image_grid
 from dq.prototypes import Prototypes
 from dq.quantize import clusterings, load_prototypes, prototype_folder
 from dq.refine.chain import read_refined, refined_folders
@@ -27,20 +29,7 @@ from dq.run import cache_of, load_set
 from dq.runfolder import Run
 from dq.settings import dump_config
 
-GAP = 2  # px of white between images
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000
-
-
-def image_grid(rows: list[list[Tensor]], *, scale: int = 1) -> Image.Image:
-    """Paste images (3, H, W) uint8 into a grid, whole-number scaling without smoothing; rows may differ in length."""
-    side = rows[0][0].shape[-1]
-    width, height = max(len(r) for r in rows), len(rows)
-    canvas = Image.new("RGB", (width * (side + GAP) - GAP, height * (side + GAP) - GAP), "white")
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-            canvas.paste(picture, (j * (side + GAP), i * (side + GAP)))
-    return canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.NEAREST)
 
 
 def set_grid(small: DistilledSet, nearest: list[Tensor] | None = None) -> Image.Image:
@@ -70,6 +59,7 @@ def write_report(run: Run) -> Path:
     present = [(i, m) for i in c.ipc for m in c.methods if (base / f"ipc{i}-{m}" / "provenance.json").is_file()]
     if not present:
         raise InputError(f"{base} holds no distilled sets yet; run `dq run` or its stages first")
+    describe_evaluation(run.folder)
     cache = cache_of(run)
     figures = run.folder / "figures"
     body = ["<h1>Distilled sets</h1>", _facts(run)]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq.card import write_dataset_card
 from dq.cluster import choose_engine
 from dq.codec import Codec
 from dq.config import ClusterConfig, GenerateConfig, MethodConfig
@@ -35,7 +36,7 @@ from dq.dist import (
     write_tensors,
     write_text,
 )
-from dq.distilled import DistilledSet, has_set, write_card, write_set
+from dq.distilled import DistilledSet, has_set, write_set
 from dq.draw import drawn_folders, generate
 from dq.errors import InputError
 from dq.headway import unit_done
@@ -152,10 +153,12 @@ def assemble(run: Run) -> None:
     for ipc, method in progress(mine, desc="assemble", unit="set", main=run.main):
         parts = Parts(run, cache, ipc, method, folders[f"{ipc}/{method}"])
         if not has_set(base, f"ipc{ipc}-{method}", parts.recipe):
-            write_set(base, f"ipc{ipc}-{method}", iter(parts), {**parts.provenance, "recipe": parts.recipe})
+            write_set(
+                base, f"ipc{ipc}-{method}", iter(parts), {**parts.provenance, "recipe": parts.recipe}, card=False
+            )
     run.accelerator.wait_for_everyone()
     if run.main:
-        write_card(base)
+        write_dataset_card(base)
     run.accelerator.wait_for_everyone()
 
 

@@ -23,7 +23,7 @@ from dq.evaluation.tables import (
     tables_text,
     to_csv,
 )
-from dq.report import GAP, image_grid
+from dq.grid import GAP, image_grid
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,6 +19,7 @@ import torch
 import dq
 from dq.config import EvaluateConfig, StudentConfig
 from dq.dist import (
+    Damaged,
     derive_seed,
     digest_of,
     is_done,
@@ -29,7 +30,7 @@ from dq.dist import (
     write_text,
 )
 from dq.distilled import DistilledSet
-from dq.errors import RunError
+from dq.errors import InputError, RunError
 from dq.evaluation.bench import Bench, Data
 from dq.evaluation.selection import BY_FEATURES, select
 from dq.evaluation.tables import Row, compare, settings_line, summarize, to_csv
@@ -155,20 +156,24 @@ def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, sizes: 
 
 def _selected(bench: Bench, work: Work, name: str, ipc: int, seed: int, factor: int, identity: str) -> DistilledSet:
     folder = _baseline_folder(work, name, ipc, seed, identity)
-    if not (folder / "set" / "provenance.json").is_file():
-        made = select(
-            name,
-            bench.source,
-            ipc,
-            image_size=bench.image_size,
-            source_config=bench.source_config,
-            seed=seed,
-            features=bench.features,
-            teacher=bench.teachers[0] if bench.teachers else None,
-            candidates=bench.candidates,
-            factor=factor,
-        )
-        made.save(folder, "set")
+    try:
+        return DistilledSet.load(folder, "set")
+    except (InputError, Damaged) as e:  # not there, or not any more
+        if isinstance(e, Damaged):
+            log.warning("%s; it is made anew", e)
+    made = select(
+        name,
+        bench.source,
+        ipc,
+        image_size=bench.image_size,
+        source_config=bench.source_config,
+        seed=seed,
+        features=bench.features,
+        teacher=bench.teachers[0] if bench.teachers else None,
+        candidates=bench.candidates,
+        factor=factor,
+    )
+    made.save(folder, "set")
     return DistilledSet.load(folder, "set")
 
 

@@ -100,16 +100,30 @@ def write_card(
     Raises:
         InputError, RunError: see `check_card`.
     """
+    check_card(folder)
+    path = Path(folder) / "README.md"
+    write_text(path, card_text(folder, data_name=data_name, licence=licence, command=command, records=records))
+    return path
+
+
+def card_text(
+    folder: str | Path,
+    *,
+    data_name: str = "",
+    licence: str = "",
+    command: str = "",
+    records: list[dict[str, Any]] | None = None,
+) -> str:
+    """The text of `write_card`."""
     from jinja2 import Environment, PackageLoader
 
-    check_card(folder)
     folder = Path(folder)
     if records is None and (folder / QUALITY).is_file():
         records = read_json(folder / QUALITY)["records"]
-    denoiser, codec = _part(folder / "transformer"), _part(folder / "vae")
+    denoiser, codec = model_part(folder / "transformer"), model_part(folder / "vae")
     names = _class_names(folder)
     environment = Environment(loader=PackageLoader("dq"), trim_blocks=True, lstrip_blocks=True)
-    text = environment.get_template("prior_card.md").render(
+    return environment.get_template("prior_card.md").render(
         marker=MARKER,
         licence=licence,
         licence_id=licence if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else "",
@@ -126,11 +140,16 @@ def write_card(
         protocol=protocol_text(records) if records else "",
         json=json.dumps,
     )
-    write_text(folder / "README.md", text)
-    return folder / "README.md"
 
 
-def _part(folder: Path) -> dict[str, Any]:
+def model_parts(folder: Path) -> list[dict[str, Any]]:
+    """The parts of a pipeline's folder that have weights, in numbers."""
+    own = [folder] if (folder / "config.json").is_file() else []
+    found = [*own, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    return [model_part(p) for p in found if (p / "config.json").is_file() and any(p.glob("*.safetensors"))]
+
+
+def model_part(folder: Path) -> dict[str, Any]:
     """A model folder in numbers."""
     config = read_json(folder / "config.json")
     record = folder / "training.json"
@@ -141,7 +160,7 @@ def _part(folder: Path) -> dict[str, Any]:
             parameters += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())  # noqa: SIM118  (not a dict)
     return {
         "folder": folder.name,
-        "name": config["_class_name"],
+        "name": config.get("_class_name") or (config.get("architectures") or [""])[0],
         "config": config,
         "side": config.get("sample_size"),
         "channels": config.get("in_channels"),

@@ -26,8 +26,8 @@ from dq.config import CodecConfig, PriorConfig, SourceConfig
 from dq.data import ImageSource, Split, read_images
 from dq.dist import atomic_path, generator
 from dq.errors import InputError
+from dq.grid import image_grid
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
-from dq.report import image_grid
 from dq.settings import to_dict
 from dq.teachers import Teacher, load_teacher
 

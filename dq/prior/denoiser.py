@@ -15,9 +15,9 @@ from dq.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, no
 from dq.config import PriorConfig
 from dq.dist import atomic_path, digest_of_tensors, generator, write_json
 from dq.errors import InputError, RunError
+from dq.grid import image_grid
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
-from dq.report import image_grid
 from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 from dq.settings import to_dict
 

@@ -1,0 +1,412 @@
+"""Cards: the README of a folder or repository of distilled sets, and of teachers and pipelines.
+
+What is generated stands between two marks. What a user writes outside them, and keys of the YAML head that are not
+ours, stay when the card is written anew. Nothing in a card names a place on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any, get_args
+
+import yaml
+
+import dq
+from dq.config import Baseline
+from dq.dist import read_json, write_json, write_text
+from dq.distilled import GRID, PROVENANCE, set_features
+
+BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
+END = "<!-- dq: end -->"
+EVALUATION = "evaluation.json"  # beside the provenance of a set: what students learnt from it
+ANY_REPO = "THIS_FOLDER_OR_REPO"
+LICENSE = ("license", "license_name", "license_link")
+UNKNOWN = "unknown"  # a licence that nobody stated, by the Hub's own name
+SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+
+# Names of classes and texts of prompts are no paths, whatever they look like
+NO_PATHS = ("classes", "id2label", "class_map", "prompt", "negative_prompt", "train_counts")
+# Under these keys a relative path is one too
+PATHS = (
+    "path",
+    "model",
+    "origin",
+    "output_dir",
+    "cache_dir",
+    "anchor_path",
+    "init",
+    "_name_or_path",
+    "name",
+    "revision",
+)
+ABSOLUTE = re.compile(r"(?<![\w:/.<])(?:~|[A-Za-z]:)?[/\\][^\s\"'`,;:()|<>]*[/\\][^\s\"'`,;:()|<>]*")
+
+
+# --- what may leave the machine -----------------------------------------------------------------------------------
+
+
+def public(value: Any, key: str = "") -> Any:
+    """A copy of plain data in which every path on this machine is reduced to its last part. Hub ids stay."""
+    if isinstance(value, dict):
+        return {k: v if k in NO_PATHS else public(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(v, key) for v in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]", value):
+        return _last(value)
+    if key in PATHS and "/" in value and "://" not in value and (value.count("/") > 1 or Path(value).exists()):
+        return _last(value)
+    return ABSOLUTE.sub(lambda found: _last(found[0]), value)
+
+
+def _last(path: str) -> str:
+    return PureWindowsPath(path).name or "folder"  # knows either slash
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether text that came from `public` could be the id of a repository."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text))
+
+
+def md(text: Any) -> str:
+    """Text as it is, in Markdown, tables and HTML."""
+    one_line = " ".join(str(text).split())
+    escaped = re.sub(r"[\\`*\[\]<>|&~$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda c: f"&#{ord(c[0])};", one_line)
+    return re.sub(r"://|www\.", lambda m: m[0].replace(":", "&#58;").replace(".", "&#46;"), escaped)
+
+
+def plain_json(value: Any) -> str:
+    """Indented JSON that holds no HTML."""
+    return json.dumps(value, indent=1, default=str, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+# --- head and marks -----------------------------------------------------------------------------------------------
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """The YAML head of a card and its body; a head that cannot be read counts as none."""
+    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
+    if not found:
+        return {}, text
+    try:
+        head = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return {}, found[2]
+    return (head if isinstance(head, dict) else {}), found[2]
+
+
+def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
+    """A card with this head and generated body, and with everything of an old one that is not generated."""
+    kept, text = split_card(old)
+    merged = {k: v for k, v in {**kept, **head}.items() if v is not None}
+    begin = text.rfind(BEGIN)
+    end = text.find(END, max(begin, 0))
+    before, after = (text[:begin], text[end + len(END) :]) if 0 <= begin < end else (text.rstrip() + "\n\n", "\n")
+    dumped = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{dumped}---\n\n{before.lstrip()}{BEGIN}\n\n{body.strip()}\n\n{END}{after.rstrip()}\n"
+
+
+def license_head(license: str | None, old: Mapping[str, Any]) -> dict[str, str | None]:
+    """The keys of a licence: the one given, else that of the old head, else unknown. None takes a key away."""
+    if license is None:
+        return {k: old[k] for k in LICENSE if k in old} or {"license": UNKNOWN}
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        return {**dict.fromkeys(LICENSE), "license": license}
+    return {**dict.fromkeys(LICENSE), "license": "other", "license_name": license}
+
+
+def _union(old: Any, own: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*(x for x in old if isinstance(x, str)), *own] if isinstance(old, list) else own))
+
+
+# --- distilled sets -----------------------------------------------------------------------------------------------
+
+
+def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
+    """Write the README of a folder of sets from what lies beside them.
+
+    Args:
+        old: the card of a repository that they were pulled from; None: the one in the folder.
+    """
+    card = folder / "README.md"
+    records = [read_json(p) for p in folder.glob(f"*/{PROVENANCE}")]
+    found = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}")}
+    if old is None:
+        old, alone = card.read_text() if card.is_file() else "", False
+    else:
+        alone = True  # other configurations of the repository are not here, and would not open
+    write_text(card, dataset_card(records, found, old=old, alone=alone))
+
+
+def dataset_card(
+    records: list[dict[str, Any]],
+    evaluations: Mapping[str, dict[str, Any]],
+    *,
+    repo_id: str = ANY_REPO,
+    old: str = "",
+    alone: bool = False,
+    license: str | None = None,
+    pretty_name: str | None = None,
+) -> str:
+    """The README of some sets.
+
+    Args:
+        records: their provenance.
+        evaluations: of `describe_evaluation`, by the name of the set; those of other content are left aside.
+        repo_id: for the snippets.
+        old: the card that is replaced; see the module.
+        alone: leave out configurations of others that `old` names.
+        license, pretty_name: None keeps those of `old`.
+    """
+    kept, _ = split_card(old)
+    records = sorted((public(r) for r in records), key=lambda r: _natural(r["config_name"]))
+    default = default_config(kept, [r["config_name"] for r in records])
+    first = next(r for r in records if r["config_name"] == default)
+    sources = list(dict.fromkeys(str(r.get("source", {}).get("origin", UNKNOWN)) for r in records))
+    quantized = any("selection" not in r and "cluster" in r for r in records)
+    head: dict[str, Any] = {
+        "pretty_name": pretty_name or kept.get("pretty_name") or f"{', '.join(sources)}, distilled",
+        **license_head(license, kept),
+        "task_categories": ["image-classification"],
+        "annotations_creators": ["machine-generated"],
+        "size_categories": [_size(max(r["rows"] for r in records))],
+        "tags": _union(
+            kept.get("tags"), ["dataset-distillation", *(["optimal-quantization"] if quantized else []), "dq"]
+        ),
+    }
+    hub_sources = [s for s in sources if is_hub_id(s)]
+    if hub_sources or "source_datasets" in kept:
+        head["source_datasets"] = _union(kept.get("source_datasets"), hub_sources)
+    head |= _configs({} if alone else kept, records, default)
+    rows = {
+        r["config_name"]: found
+        for r in records
+        if (e := evaluations.get(r["config_name"])) and e.get("content") == r["content"]
+        if (found := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
+    }
+    body = _template("dataset_card.md").render(
+        records=records,
+        first=first,
+        sources=sources,
+        repo_id=repo_id,
+        evaluated=rows,
+        grid=GRID,
+        class_lists=_class_lists(records),
+        statements=[_statement(r) for r in records],
+    )
+    return merge_card(old, head, body)
+
+
+def default_config(head: Mapping[str, Any], names: list[str]) -> str:
+    """The configuration that `load_dataset` takes by itself: the one marked in an old head, else "default", else the
+    first."""
+    for c in _dicts(head.get("configs")):
+        if c.get("default") is True and c.get("config_name") in names:
+            return str(c["config_name"])
+    return "default" if "default" in names else sorted(names, key=_natural)[0]
+
+
+def _configs(kept: Mapping[str, Any], records: list[dict[str, Any]], default: str) -> dict[str, Any]:
+    """`configs` and `dataset_info` of the head: ours, and those of others that the head already has."""
+    from datasets import DatasetInfo
+    from datasets.info import DatasetInfosDict
+    from datasets.splits import SplitDict, SplitInfo
+    from huggingface_hub import DatasetCardData
+
+    own = {r["config_name"] for r in records}
+    others = [c for c in _dicts(kept.get("configs")) if c.get("config_name") not in own and not _is_ours(c)]
+    configs = [
+        {
+            "config_name": r["config_name"],
+            # load_dataset keys its cache by the card, which must therefore follow the content
+            "description": f"content {r['content']}",
+            "data_files": [{"split": "train", "path": f"{r['config_name']}/train-*.parquet"}],
+            **({"default": True} if r["config_name"] == default else {}),
+        }
+        for r in records
+    ]
+    infos = DatasetInfosDict()
+    for r in records:
+        split = SplitInfo("train", num_bytes=r.get("num_bytes", 0), num_examples=r["rows"])
+        infos[r["config_name"]] = DatasetInfo(
+            features=set_features(r),
+            splits=SplitDict({"train": split}),
+            download_size=sum(f["bytes"] for f in r.get("files", {}).values()),
+            dataset_size=r.get("num_bytes", 0),
+        )
+    data = DatasetCardData()
+    infos.to_dataset_card_data(data)
+    described = data.to_dict()["dataset_info"]
+    described = described if isinstance(described, list) else [described]
+    old = kept.get("dataset_info")
+    names = {c["config_name"] for c in others}
+    foreign = [d for d in _dicts(old if isinstance(old, list) else [old]) if d.get("config_name") in names]
+    return {"configs": [*others, *configs], "dataset_info": [*foreign, *described]}
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    files = config.get("data_files")
+    name = config.get("config_name")
+    return isinstance(files, list) and files == [{"split": "train", "path": f"{name}/train-*.parquet"}]
+
+
+def _natural(name: str) -> list[Any]:
+    """Order in which ipc2 comes before ipc10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _size(rows: int) -> str:
+    return next((name for limit, name in SIZES if rows < limit), "n>1M")
+
+
+def _class_lists(records: list[dict[str, Any]]) -> list[tuple[list[str], list[str], bool]]:
+    """Distinct lists of classes, each with the sets that have it, and whether they are all WordNet ids."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for r in records:
+        found.setdefault(tuple(r["classes"]), []).append(r["config_name"])
+    return [(list(k), v, all(re.fullmatch(r"n\d{8}", n) for n in k)) for k, v in found.items()]
+
+
+def _statement(r: dict[str, Any]) -> dict[str, str]:
+    """What is to be said in words of weights, labels and origin of a set."""
+    method, labels, generate = (r.get(k) or {} for k in ("method", "labels", "generate"))
+    kind = {
+        "uniform": "all 1",
+        "mass": "K n / N, whose mean over the prototypes of a class is 1",
+        "sqrt": "sqrt(K n / N), at most 1 in the mean of a class",
+    }.get(method.get("weights", ""), "as they came")
+    scaled = {"class": ", scaled to mean 1 in the class", "sqrt_k": ", scaled to sum sqrt(K) in the class"}
+    who = [str(t) for t in labels.get("teachers", [])] or ([str(labels["by"])] if labels.get("by") else [])
+    licences = r.get("licences") or {}
+    return {
+        "weights": kind + scaled.get(method.get("normalize", ""), ""),
+        "teachers": ", ".join(who),
+        "generator": str(generate.get("model") or (r.get("codec") or {}).get("path") or ""),
+        **{f"{k}_license": str(licences.get(k) or UNKNOWN).replace(UNKNOWN, "") for k in ("source", "generator")},
+    }
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("dq"), trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"md": md, "json": plain_json, "zip": zip}
+    environment.globals["dq"] = dq.__version__
+    return environment.get_template(name)
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def describe_evaluation(run_folder: str | Path) -> list[Path]:
+    """Write `evaluation.json` beside the provenance of every set of a run that students were trained on: its rows of
+    the table and those of the baselines at equal ipc. What was measured on other content is left aside.
+
+    Returns:
+        The files that were written; the README of the sets follows them.
+    """
+    from dq.evaluation.tables import summarize
+
+    run_folder = Path(run_folder)
+    log, base = run_folder / "eval" / "trainings.jsonl", run_folder / "dataset"
+    trainings = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    written = []
+    for path in sorted(base.glob(f"*/{PROVENANCE}")):
+        record = read_json(path)
+        own = [t for t in trainings if t["data"].get("set_digest") == record["content"]]
+        ipcs = {t["ipc"] for t in own} | {"full"}
+        beside = [t for t in trainings if t["set"] in get_args(Baseline) and t["ipc"] in ipcs]
+        if own:
+            rows = [{**row.record(), "seed_list": list(row.seeds)} for row in summarize([*own, *beside])]
+            names = sorted({t["set"] for t in own})
+            write_json(path.parent / EVALUATION, {"content": record["content"], "own": names, "rows": public(rows)})
+            written.append(path.parent / EVALUATION)
+    if written:
+        write_dataset_card(base)
+    return written
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether a row, which may come from the Hub, has what is shown of it."""
+    texts, numbers = ("set", "ipc", "student", "labels", "protocol", "settings", "selected_on"), ("images", "seeds")
+    shares = [row.get(f"{which}_{what}") for which in ("last", "best") for what in ("mean", "std")]
+    return (
+        all(isinstance(row.get(k), str) for k in texts)
+        and all(type(row.get(k)) is int for k in numbers)
+        and all(isinstance(x, int | float) or (x is None and i % 2) for i, x in enumerate(shares))
+    )
+
+
+def _evaluated(row: dict[str, Any]) -> dict[str, str]:
+    """A row of results as text."""
+
+    def percent(which: str) -> str:
+        mean, std = row[f"{which}_mean"], row[f"{which}_std"]
+        return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+    chosen = row["selected_on"] != "none"
+    return {
+        **{k: str(row[k]) for k in ("set", "ipc", "images", "student", "labels", "protocol", "settings", "seeds")},
+        "last": percent("last"),
+        "best": f"{percent('best')} ({row['selected_on']})" if chosen else "",
+    }
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
+    """The README of a teacher, from the facts that `dq train-teachers` wrote beside its weights."""
+    kept, _ = split_card(old)
+    facts = public(facts)
+    origin = str((facts.get("source") or {}).get("origin", UNKNOWN))
+    head: dict[str, Any] = {
+        **license_head(license, kept),
+        "library_name": "dq",
+        "pipeline_tag": "image-classification",
+        "tags": _union(kept.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
+    }
+    if is_hub_id(origin) or "datasets" in kept:
+        head["datasets"] = _union(kept.get("datasets"), [origin] if is_hub_id(origin) else [])
+    accuracy, images = facts.get("validation_accuracy"), int(facts.get("validation_images") or 0)
+    error = math.sqrt(accuracy * (1 - accuracy) / images) if accuracy is not None and images else None
+    body = _template("teacher_card.md").render(
+        facts=facts,
+        origin=origin,
+        repo_id=repo_id,
+        name=repo_id.rpartition("/")[2],
+        accuracy=None if accuracy is None else f"{100 * accuracy:.1f}",
+        error=None if error is None else f"{100 * error:.1f}",
+        wordnet=all(re.fullmatch(r"n\d{8}", str(n)) for n in facts.get("classes", [""])),
+    )
+    return merge_card(old, head, body)
+
+
+def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
+    """The README of a pipeline's folder: the text that `dq prior-report` wrote there, or what its files say."""
+    from dq.prior.card import MARKER, card_text, model_parts
+
+    kept, _ = split_card(old)
+    local = folder / "README.md"
+    own = local.read_text() if local.is_file() else ""
+    if MARKER in own:
+        head, body = split_card(own)
+    elif (folder / "transformer" / "config.json").is_file():
+        head, body = split_card(card_text(folder))
+    else:
+        head = {"library_name": "diffusers", "tags": ["diffusers", "dataset-distillation"]}
+        body = _template("pipeline_card.md").render(parts=model_parts(folder))
+    body = body.replace(MARKER, "").replace(ANY_REPO, repo_id)
+    stated = kept if "license" in kept else head
+    head |= license_head(license, stated)
+    head["tags"] = _union(kept.get("tags"), head.get("tags", []))
+    return merge_card(old, head, body)

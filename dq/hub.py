@@ -1,0 +1,409 @@
+"""The way to the Hugging Face Hub and back: distilled sets, pipelines and teachers.
+
+A push is one commit on top of the state that was read, so that it replaces what it means to and nothing else; a pull
+checks every name and type before anything is written. Tokens appear in no message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dq.config import HubConfig
+from dq.dist import atomic_path, check_name, read_json
+from dq.errors import InputError, RunError
+from dq.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
+from dq.settings import from_dict
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from dq.pipeline import DistillPipeline
+
+SHARD = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
+# What a model is made of. Pickles and code are neither sent nor fetched.
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".md", ".png")
+DESCRIBED = (
+    "model_index.json",
+    "config.json",
+    "scheduler_config.json",
+    "training.json",
+    "quality.json",
+    "teacher.json",
+)
+
+
+# --- pushing ------------------------------------------------------------------------------------------------------
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    only: list[str] | tuple[str, ...] | None = None,
+    token: str | None = None,
+    **settings: Any,
+) -> CommitInfo:
+    """Push what a folder holds: the sets of a run with what is known of their worth, sets alone, or a model.
+
+    Args, Returns, Raises: see `push_folder`.
+    """
+    from dq.card import describe_evaluation
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; give that of a run, of its dataset/, or of a model")
+    if model_kind(folder):
+        if only:
+            raise InputError(f"{folder} holds a model and no sets; name no sets")
+        return push_model(folder, repo_id, token=token, **settings)
+    if (folder / "dataset").is_dir():
+        describe_evaluation(folder)
+        folder = folder / "dataset"
+    return push_folder(folder, repo_id, only=only, token=token, **settings)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    only: list[str] | tuple[str, ...] | None = None,
+    token: str | None = None,
+    **settings: Any,
+) -> CommitInfo:
+    """Push the sets of a folder, each as one configuration of a data set repository, in one commit.
+
+    The files of a set that is pushed again are replaced; other sets of the repository stay, and the card is written
+    anew from the records of all of them. Several may push to one repository at a time.
+
+    Args:
+        folder: `dataset/` of a run, or what `DistilledSet.save` wrote.
+        repo_id: "name" in one's own namespace, or "owner/name"; made if it is not there.
+        only: names of the sets; None: all.
+        token: None takes HF_TOKEN or the login.
+        **settings: fields of `HubConfig`.
+
+    Returns:
+        The commit, which is also its URL as text.
+
+    Raises:
+        InputError: for a wrong name, a missing permission, or an existing public repository where a private one was
+            asked for.
+        RunError: if a set is damaged, or the upload broke off.
+    """
+    from dq.card import UNKNOWN, dataset_card, public
+    from dq.distilled import PROVENANCE, find_set, shard_files
+
+    folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
+    found = sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}"))
+    if not found:
+        raise InputError(f"{folder} holds no distilled set; give the dataset/ folder of a run, or that of `save`")
+    names = found if only is None else [find_set(folder, n) for n in only]
+    for name in names:
+        record = read_json(folder / name / PROVENANCE)
+        if "files" not in record:
+            raise InputError(f"{folder / name} was written by an older version; write it anew with `dq label`")
+        _check_shards(folder / name, record)
+    local_card = folder / "README.md"
+
+    def operations(repo: Repo) -> Changes:
+        records: dict[str, dict[str, Any]] = {}
+        evaluations: dict[str, dict[str, Any]] = {}
+        files: dict[str, Path | bytes | None] = {}
+        for name in repo.sets():
+            # a set that is replaced may be broken there
+            with contextlib.suppress(*([InputError] if name in names else [])):
+                records[name] = _check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
+                if f"{name}/evaluation.json" in repo.files:
+                    evaluations[name] = repo.json(f"{name}/evaluation.json")
+        for name in names:
+            before = (records.get(name) or {}).get("licences") or {}
+            record = public(read_json(folder / name / PROVENANCE))
+            licences = {"source": options.source_license, "generator": options.generator_license}
+            record["licences"] = {k: v or before.get(k) or UNKNOWN for k, v in licences.items()}
+            records[name] = record
+            files |= {f"{name}/{path.name}": path for path, _ in shard_files(folder / name, record)}
+            for extra in ("grid.png", "evaluation.json"):
+                if (folder / name / extra).is_file():
+                    files[f"{name}/{extra}"] = folder / name / extra
+            if f"{name}/evaluation.json" in files:
+                evaluations[name] = read_json(folder / name / "evaluation.json")
+            elif (evaluations.get(name) or {}).get("content") != record["content"]:
+                files[f"{name}/evaluation.json"] = None
+            files[f"{name}/{PROVENANCE}"] = _json_bytes(record)
+            old = (PurePosixPath(f) for f in repo.files)
+            files |= {
+                str(f): None
+                for f in old
+                if f.parts[0] == name and len(f.parts) == 2 and SHARD.fullmatch(f.name) and str(f) not in files
+            }
+        text = repo.text("README.md") or (local_card.read_text() if local_card.is_file() else "")
+        files["README.md"] = dataset_card(
+            list(records.values()),
+            evaluations,
+            repo_id=repo.name,
+            old=text,
+            license=options.license,
+            pretty_name=options.pretty_name,
+        ).encode()
+        return files
+
+    return commit_to("dataset", repo_id, operations, options, token, f"Add {', '.join(names)}")
+
+
+def push_model(
+    model: str | Path | DistillPipeline, repo_id: str, *, token: str | None = None, **settings: Any
+) -> CommitInfo:
+    """Push a pipeline (or its folder), a codec's folder or a teacher's folder (`dq train-teachers`) with its card, in
+    one commit. Files that are no weights and no settings are left out.
+
+    Args, Returns, Raises: see `push_folder`.
+    """
+    from dq.card import pipeline_card, public, teacher_card
+
+    options = from_dict(HubConfig, settings, "hub")
+    if not isinstance(model, (str, Path)):
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            return push_model(scratch, repo_id, token=token, **settings)
+    folder = Path(model)
+    kind = model_kind(folder)
+    if kind is None:
+        raise InputError(
+            f"{folder} holds no pipeline, codec or teacher that could be pushed; give a folder with "
+            "model_index.json, config.json or teacher.json beside its weights"
+        )
+    sent: dict[str, Path | bytes | None] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix not in MODEL_FILES or name == "README.md" or "/." in f"/{name}" or "checkpoint" in path.name:
+            continue
+        if kind == "teacher" and name not in ("model.safetensors", "teacher.json"):
+            continue
+        sent[name] = path
+        if path.name in DESCRIBED and public(record := read_json(path)) != record:
+            sent[name] = _json_bytes(public(record))
+
+    def operations(repo: Repo) -> Changes:
+        old = repo.text("README.md")
+        if kind == "teacher":
+            facts = read_json(folder / "teacher.json")
+            card = teacher_card(facts, repo_id=repo.name, old=old, license=options.license)
+        else:
+            card = pipeline_card(folder, repo_id=repo.name, old=old, license=options.license)
+        # weights under another name or in another number of files would stay beside the new ones
+        stale = [f for f in repo.files if f.endswith((".safetensors", ".safetensors.index.json")) and f not in sent]
+        return {**sent, **dict.fromkeys(stale), "README.md": card.encode()}
+
+    return commit_to("model", repo_id, operations, options, token, f"Add {kind}")
+
+
+def model_kind(folder: Path) -> str | None:
+    """ "teacher", "pipeline" or "codec", by what the folder holds."""
+    if (folder / "teacher.json").is_file():
+        return "teacher"
+    if (folder / "model_index.json").is_file():
+        return "pipeline"
+    return "codec" if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+
+
+def check_token(token: str | None = None) -> None:
+    """Make sure that there is a token which the Hub knows, before hours of work.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from huggingface_hub import get_token
+
+    if not (token or get_token()):
+        raise InputError("pushing needs a token; log in with `hf auth login`, or give --token")
+    with sentences("the Hub", token, push=True):
+        client(token).whoami()
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+
+
+# --- pulling ------------------------------------------------------------------------------------------------------
+
+
+def download_set(
+    repo_id: str,
+    config_name: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Path, str]:
+    """Fetch one set into the Hub's cache; returns the folder for `DistilledSet.load` and the set's name.
+
+    Raises:
+        InputError: if the repository is not one of dq, or has no such set.
+    """
+    from dq.card import default_config, split_card
+
+    api = client(token)
+    with sentences(repo_id, token, revision=revision):
+        repo = open_repo(api, repo_id, "dataset", revision)
+        names = _sets(repo)
+        if config_name is None:
+            config_name = default_config(split_card(repo.text("README.md"))[0], names)
+        folder = _fetch_set(repo, config_name, cache_dir)
+    return folder.parent, config_name
+
+
+def pull(
+    repo_id: str,
+    folder: str | Path,
+    config_name: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Copy the sets of a repository (or one of them), or a model, to a folder; what is there already is left alone.
+
+    Returns:
+        The folder: for sets `load_dataset(folder, name)` and `DistilledSet.load(folder, name)` open it, for a pipeline
+        `DistillPipeline.from_pretrained`, for a teacher `TeacherConfig(path=...)`.
+
+    Raises:
+        InputError: if the repository is neither, a name in it leaves the folder, or the folder holds something else.
+        RunError: if a file arrives damaged.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api, folder = client(token), Path(folder)
+    with sentences(repo_id, token, revision=revision):
+        try:
+            repo = open_repo(api, repo_id, "dataset", revision)
+        except RepositoryNotFoundError:
+            repo = open_repo(api, repo_id, "model", revision)
+        if repo.kind == "model":
+            if config_name is not None:
+                raise InputError(f"{repo_id} is a model, which has no configuration {config_name!r}; leave --name out")
+            return _pull_model(repo, folder)
+        names = _sets(repo) if config_name is None else [config_name]
+        for name in names:
+            _pull_set(repo, name, folder)
+    _pull_card(repo, folder)
+    return folder
+
+
+def _sets(repo: Repo) -> list[str]:
+    names = repo.sets()
+    if not names:
+        raise InputError(
+            f"{repo.name} holds no distilled set of dq; read it as any data set with `load_source({repo.name!r})` or "
+            f"--data {repo.name}"
+        )
+    return names
+
+
+def _fetch_set(repo: Repo, name: str, cache_dir: str | Path | None = None) -> Path:
+    """Fetch the files of a set, having checked its record."""
+    if name not in _sets(repo):
+        raise InputError(f"{repo.name} has no set {name!r}; it has {', '.join(_sets(repo))}")
+    record = _check_record(repo.json(f"{name}/provenance.json"), name, repo.name)
+    missing = [n for n in record["files"] if f"{name}/{n}" not in repo.files]
+    if missing:
+        raise InputError(f"{repo.name} lacks {name}/{missing[0]}, which its record names; push the set again")
+    for extra in ("evaluation.json", "grid.png"):
+        if f"{name}/{extra}" in repo.files:
+            repo.fetch(f"{name}/{extra}", cache_dir)
+    for file in record["files"]:
+        repo.fetch(f"{name}/{file}", cache_dir)
+    return repo.fetch(f"{name}/provenance.json", cache_dir).parent
+
+
+def _pull_set(repo: Repo, name: str, folder: Path) -> None:
+    target = folder / name
+    source = _fetch_set(repo, name)
+    record = read_json(source / "provenance.json")
+    if (target / "provenance.json").is_file():
+        if read_json(target / "provenance.json").get("content") != record["content"]:
+            raise InputError(f"{target} holds another set of that name; choose another --output_dir")
+        return
+    _check_shards(source, record)
+    # the record makes the set whole, so it comes last
+    for file in [*record["files"], "evaluation.json", "grid.png", "provenance.json"]:
+        if (source / file).is_file():
+            _copy(source / file, target / file)
+
+
+def _pull_card(repo: Repo, folder: Path) -> None:
+    """The card of the sets that are here, with what its owner wrote into it."""
+    from dq.card import write_dataset_card
+
+    card = folder / "README.md"
+    write_dataset_card(folder, old=None if card.is_file() else repo.text("README.md"))
+
+
+def _pull_model(repo: Repo, folder: Path) -> Path:
+    markers = ("teacher.json", "model_index.json", "config.json")
+    files = [f for f in repo.files if f.endswith(MODEL_FILES) and not f.startswith(".")]
+    if not any(m in files for m in markers) or not any(f.endswith(".safetensors") for f in files):
+        raise InputError(f"{repo.name} holds no pipeline, codec or teacher in safetensors that dq could read")
+    for file in sorted(files, key=lambda f: (f in markers, f)):
+        source, target = repo.fetch(file), folder / file
+        if target.is_file() and target.read_bytes() != source.read_bytes():
+            raise InputError(f"{target} is another file than that of {repo.name}; choose another --output_dir")
+        if not target.is_file():
+            _copy(source, target)
+    return folder
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """What came from the Hub as the record of a set, if it is one.
+
+    Raises:
+        InputError: if a name or type in it is not what `write_set` writes.
+    """
+    check_name(name, f"the name of a set of {where},")
+    whole, classes, files = record.get, record.get("classes"), record.get("files")
+    right = (
+        whole("config_name") == name
+        and isinstance(whole("content"), str)
+        and all(type(whole(k)) is int for k in ("rows", "ipc", "num_bytes"))
+        and isinstance(classes, list)
+        and all(isinstance(c, str) for c in classes)
+        and all(isinstance(whole(k, {}), (dict, type(None))) for k in _SECTIONS)
+        and (whole("pixels") is None or _whole_numbers(whole("pixels")))
+        and _whole_numbers(whole("image_size"))
+        and isinstance(files, dict)
+        and bool(files)
+        and all(SHARD.fullmatch(f) and isinstance(k, dict) for f, k in files.items())
+        and all(type(k.get(n)) is int for k in files.values() for n in ("bytes", "rows"))
+        and all(re.fullmatch(r"[0-9a-f]{32}", str(k.get("blake2b"))) for k in files.values())
+    )
+    if not right:
+        raise InputError(
+            f"the record {name}/provenance.json of {where} is damaged or not of dq; nothing was written from it"
+        )
+    return record
+
+
+_SECTIONS = ("source", "method", "cluster", "generate", "codec", "labels", "licences", "selection")
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v > 0 for v in value)
+
+
+def _check_shards(folder: Path, record: dict[str, Any]) -> None:
+    """Raises: RunError if a file of a set is not there or not the one that was written."""
+    from dq.distilled import file_facts, shard_files
+
+    for path, known in shard_files(folder, record):
+        if not path.is_file() or (known and file_facts(path)["blake2b"] != known["blake2b"]):
+            raise RunError(f"{path} is missing or damaged; make the set again with `dq label`, or pull it again")

@@ -1,0 +1,214 @@
+"""A repository of the Hugging Face Hub as dq sees it: its state, one commit on top of it, and errors as sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dq.config import HubConfig
+from dq.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
+
+log = logging.getLogger("dq")
+
+ATTEMPTS = 5  # at a commit while others commit too
+TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{10,}|(?<=Bearer )\S+")
+Changes = Mapping[str, Path | bytes | None]  # content by path in the repository; None deletes
+
+
+# --- tokens and errors --------------------------------------------------------------------------------------------
+
+
+def redact(text: str, token: str | None = None) -> str:
+    """Text without the token, and without anything that looks like one."""
+    return TOKEN.sub("***", text.replace(token, "***") if token else text)
+
+
+class Redaction(logging.Filter):
+    """Takes tokens out of what is logged."""
+
+    def __init__(self, token: str | None = None) -> None:
+        super().__init__()
+        self.token = token
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage(), self.token), None
+        return True
+
+
+def client(token: str | None) -> HfApi:
+    """A client whose library logs no token."""
+    import huggingface_hub
+    from huggingface_hub.utils import logging as hub_logging
+
+    for handler in hub_logging.get_logger("huggingface_hub").handlers:
+        handler.filters[:] = [f for f in handler.filters if not isinstance(f, Redaction)]
+        handler.addFilter(Redaction(token or huggingface_hub.get_token()))
+    return huggingface_hub.HfApi(token=token, library_name="dq")
+
+
+@contextlib.contextmanager
+def sentences(repo_id: str, token: str | None, *, revision: str | None = None, push: bool = False) -> Iterator[None]:
+    """Turn what the Hub's client raises into one sentence that says what to do, without the token."""
+    import httpx2
+    from huggingface_hub import errors, get_token
+
+    to = f"push to {repo_id}" if push else f"read {repo_id}"
+    again = (
+        "; the repository is as it was: give the same command again, and what has arrived is not sent again"
+        if push
+        else "; give the same command again, what has arrived is kept"
+    )
+    said: Exception
+    try:
+        yield
+        return
+    except errors.HFValidationError:
+        said = InputError(
+            f"{repo_id!r} cannot name a repository; give NAME or OWNER/NAME of letters, digits and _ . -"
+        )
+    except errors.GatedRepoError:
+        said = InputError(f"{repo_id} is gated; ask for access on its page, and log in with `hf auth login`")
+    except errors.RepositoryNotFoundError:
+        said = InputError(
+            f"the Hub has no repository {repo_id}, or this token may not see it; check the name, and log in with "
+            "`hf auth login` or give --token"
+        )
+    except errors.RevisionNotFoundError:
+        said = InputError(f"{repo_id} has no revision {revision!r}; give a branch, tag or commit that it has")
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        said = RunError(f"cannot {to}: the Hub is not reached (is HF_HUB_OFFLINE set?)")
+    except (InputError, RunError):
+        raise
+    # the client raises a RuntimeError from an upload, and connection errors of two kinds
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as e:
+        at: BaseException = e
+        while not isinstance(at, httpx2.HTTPError) and at.__cause__ is not None:
+            at = at.__cause__
+        status = getattr(getattr(at, "response", None), "status_code", None)
+        first = next((line for line in str(at).splitlines() if line.strip()), type(at).__name__)
+        first = re.sub(r"\?[^\s'\"]+", "", first)  # signatures of upload links
+        detail = redact(redact(first, token), get_token())[:300]
+        if status in (401, 403):
+            what = "write to" if push else "read"
+            said = InputError(
+                f"the token may not {what} {repo_id} ({status}); log in with `hf auth login` as someone who may, or "
+                "give --token"
+            )
+        elif status is None and isinstance(at, (httpx2.TransportError, ConnectionError)):
+            said = RunError(f"cannot {to}: the connection to the Hub failed ({type(at).__name__}: {detail}){again}")
+        else:
+            said = RunError(f"cannot {to}: {detail}{again}")
+    # not "from e": a traceback would show what the server said, and it may have said the token
+    raise said from None
+
+
+# --- repositories -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Repo:
+    """One state of a repository, whose small files can be read."""
+
+    api: HfApi
+    name: str
+    kind: str  # "dataset" or "model"
+    sha: str
+    files: tuple[str, ...]
+
+    def sets(self) -> list[str]:
+        """Names of the distilled sets in it."""
+        found = [PurePosixPath(f) for f in self.files]
+        return sorted(f.parts[0] for f in found if len(f.parts) == 2 and f.name == "provenance.json")
+
+    def fetch(self, file: str, cache_dir: str | Path | None = None) -> Path:
+        return Path(
+            self.api.hf_hub_download(self.name, file, repo_type=self.kind, revision=self.sha, cache_dir=cache_dir)
+        )
+
+    def text(self, file: str) -> str:
+        return self.fetch(file).read_text(errors="replace") if file in self.files else ""
+
+    def json(self, file: str) -> dict[str, Any]:
+        try:
+            found = json.loads(self.text(file))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{file} of {self.name} is not a record of dq; delete it on the Hub, or push elsewhere")
+        return found
+
+
+def open_repo(api: HfApi, repo_id: str, kind: str, revision: str | None) -> Repo:
+    """The present state of a repository; its file names are looked at before they are used.
+
+    Raises:
+        InputError: if a name would leave the folder that it is written to.
+    """
+    info = api.repo_info(repo_id, repo_type=kind, revision=revision)
+    files = tuple(s.rfilename for s in getattr(info, "siblings", None) or ())
+    for name in files:
+        parts = name.split("/")
+        if not name.isprintable() or "\\" in name or ":" in parts[0] or {"", ".", ".."} & set(parts):
+            raise InputError(
+                f"{repo_id} lists a file {name!r}, which would leave its folder; nothing was read from it"
+            )
+    return Repo(api, info.id, kind, str(info.sha), files)
+
+
+def commit_to(
+    kind: str,
+    repo_id: str,
+    operations: Callable[[Repo], Changes],
+    options: HubConfig,
+    token: str | None,
+    message: str,
+) -> CommitInfo:
+    """Make the repository if need be, and commit: content by path in it, None deletes. When somebody else was faster,
+    the operations are made again for the new state."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if options.create_pr and options.revision not in (None, "main"):
+        raise InputError("a pull request is opened against main; leave --revision out, or --create_pr")
+    api = client(token)
+    with sentences(repo_id, token, revision=options.revision, push=True):
+        repo_id = api.create_repo(repo_id, repo_type=kind, private=options.private, exist_ok=True).repo_id
+        if options.private and not api.repo_info(repo_id, repo_type=kind).private:
+            raise InputError(
+                f"{repo_id} is there already and public; make it private in its settings, or choose another repo_id"
+            )
+        if options.revision:
+            api.create_branch(repo_id, branch=options.revision, repo_type=kind, exist_ok=True)
+        for attempt in range(ATTEMPTS):
+            repo = open_repo(api, repo_id, kind, options.revision)
+            content = operations(repo)
+            changes = [
+                CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
+                for path, source in content.items()
+                if source is not None
+            ]
+            gone = [CommitOperationDelete(p) for p, source in content.items() if source is None and p in repo.files]
+            try:
+                return api.create_commit(
+                    repo_id,
+                    [*changes, *gone],
+                    commit_message=options.commit_message or message,
+                    repo_type=kind,
+                    revision=options.revision,
+                    create_pr=options.create_pr,
+                    parent_commit=repo.sha,
+                )
+            except HfHubHTTPError as e:
+                if e.response is None or e.response.status_code not in (409, 412) or attempt + 1 == ATTEMPTS:
+                    raise
+                log.info("%s has changed meanwhile; trying again", repo_id)
+    raise AssertionError("unreachable")
