@@ -221,23 +221,29 @@ def label_folder(work: Work, t: Training, bench: Bench) -> Path:
     return work.folder / "labels" / f"{name}-{_blind_plan(t, bench).digest}"
 
 
-def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> None:
+def write_labels(trainings: Sequence[Training], bench: Bench, work: Work, finished: Sequence[Training] = ()) -> None:
     """Label every view of every entry that some student learns from with stored labels; files that are there stay.
 
-    The files of all sets are divided over processes together. Before anything is written the space is compared with
-    what the disk has left.
+    Of `finished` trainings, only damaged files are made anew: what somebody deleted is not missed any more. The files
+    of all sets are divided over processes together. Before anything is written the space is compared with what the
+    disk has left.
     """
     wanted: dict[Path, Training] = {}
-    for t in trainings:
-        # the full data would be stored once per epoch: its labels are always computed when needed
-        if t.config.labels == "soft" and t.config.relabel.storage == "shards" and t.entry.ipc != "full":
+    for t in (*trainings, *finished):
+        if _stores_labels(t):
             wanted.setdefault(label_folder(work, t, bench), t)
+    needed = {label_folder(work, t, bench) for t in trainings if _stores_labels(t)}
+    spans = {folder: _blind_plan(t, bench).shards() for folder, t in wanted.items()}
+    there = {folder: [r for r in rs if shard_file(folder, r.start).is_file()] for folder, rs in spans.items()}
+    # every process must have seen the same files before the first damaged one is removed
+    work.accelerator.wait_for_everyone()
     units = []
     total = 0
     for folder, t in wanted.items():
         plan = _blind_plan(t, bench)
         known = is_done(folder / MANIFEST)  # else nobody can say what the files are labels of
-        shards = [r for r in plan.shards() if not (known and is_done(shard_file(folder, r.start)))]
+        asked = spans[folder] if folder in needed else there[folder]
+        shards = [r for r in asked if not (is_done(shard_file(folder, r.start)) and known)]
         total += plan_bytes(plan).total * sum(map(len, shards)) // plan.epochs
         units += [(folder, t, r) for r in shards]
     # every process must have seen the same files before the first is written, or they divide different lists
@@ -262,6 +268,11 @@ def write_labels(trainings: Sequence[Training], bench: Bench, work: Work) -> Non
 
             write_shard(folder, images, bench.teachers, plan, epochs)
             bar.update(t.entry.images * len(epochs))
+
+
+def _stores_labels(t: Training) -> bool:
+    """The full data would be stored once per epoch: its labels are always computed when needed."""
+    return t.config.labels == "soft" and t.config.relabel.storage == "shards" and t.entry.ipc != "full"
 
 
 def _blind_plan(t: Training, bench: Bench) -> LabelPlan:
@@ -383,7 +394,9 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
     for i in work.mine([float(e.images) for e in selections]):
         selections[i].load()  # selected sets are saved by one process and read by the others
     work.accelerator.wait_for_everyone()
-    write_labels([t for t in trainings if not is_done(t.file)], bench, work)
+    done = [is_done(t.file) for t in trainings]
+    finished = [t for t, d in zip(trainings, done) if d]
+    write_labels([t for t, d in zip(trainings, done) if not d], bench, work, finished)
     work.accelerator.wait_for_everyone()
     todo = [i for i in work.mine([t.cost for t in trainings]) if not is_done(trainings[i].file)]
     # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
