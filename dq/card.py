@@ -18,7 +18,7 @@ import yaml
 import dq
 from dq.config import Baseline
 from dq.dist import read_json, write_json, write_text
-from dq.distilled import GRID, PROVENANCE, set_features
+from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features
 
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
 END = "<!-- dq: end -->"
@@ -192,6 +192,7 @@ def dataset_card(
     body = _template("dataset_card.md").render(
         records=records,
         first=first,
+        pictured=min(records, key=lambda r: (r["ipc"] > GRID_COLUMNS, abs(GRID_COLUMNS - r["ipc"]), r is not first)),
         sources=sources,
         repo_id=repo_id,
         evaluated=rows,
@@ -322,13 +323,14 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
     written = []
     for path in sorted(base.glob(f"*/{PROVENANCE}")):
         record = read_json(path)
-        own = [t for t in trainings if t["data"].get("set_digest") == record["content"]]
+        # two methods may make the same set: at one image per class all weights are 1
+        name = (record.get("method") or {}).get("name")
+        own = [t for t in trainings if t["data"].get("set_digest") == record["content"] and t["set"] == name]
         ipcs = {t["ipc"] for t in own} | {"full"}
         beside = [t for t in trainings if t["set"] in get_args(Baseline) and t["ipc"] in ipcs]
         if own:
             rows = [{**row.record(), "seed_list": list(row.seeds)} for row in summarize([*own, *beside])]
-            names = sorted({t["set"] for t in own})
-            write_json(path.parent / EVALUATION, {"content": record["content"], "own": names, "rows": public(rows)})
+            write_json(path.parent / EVALUATION, {"content": record["content"], "rows": public(rows)})
             written.append(path.parent / EVALUATION)
     if written:
         write_dataset_card(base)
@@ -401,7 +403,7 @@ def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", licen
     if MARKER in own:
         head, body = split_card(own)
     elif (folder / "transformer" / "config.json").is_file():
-        head, body = split_card(card_text(folder))
+        head, body = split_card(card_text(folder, licence=license or str(kept.get("license", ""))))
     else:
         head = {"library_name": "diffusers", "tags": ["diffusers", "dataset-distillation"]}
         body = _template("pipeline_card.md").render(parts=model_parts(folder))
