@@ -18,7 +18,7 @@ import yaml
 import dq
 from dq.config import Baseline
 from dq.dist import read_json, write_json, write_text
-from dq.distilled import GRID, PROVENANCE, set_features
+from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features
 
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
 END = "<!-- dq: end -->"
@@ -192,6 +192,7 @@ def dataset_card(
     body = _template("dataset_card.md").render(
         records=records,
         first=first,
+        pictured=min(records, key=lambda r: (*_looks(r), r.get("method") != first.get("method"))),
         sources=sources,
         repo_id=repo_id,
         evaluated=rows,
@@ -259,6 +260,11 @@ def _is_ours(config: dict[str, Any]) -> bool:
     return isinstance(files, list) and files == [{"split": "train", "path": f"{name}/train-*.parquet"}]
 
 
+def _looks(r: dict[str, Any]) -> tuple[bool, int]:
+    """Least for the set whose grid shows most, and all of it."""
+    return r["ipc"] > GRID_COLUMNS, abs(GRID_COLUMNS - r["ipc"])
+
+
 def _natural(name: str) -> list[Any]:
     """Order in which ipc2 comes before ipc10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
@@ -322,13 +328,14 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
     written = []
     for path in sorted(base.glob(f"*/{PROVENANCE}")):
         record = read_json(path)
-        own = [t for t in trainings if t["data"].get("set_digest") == record["content"]]
+        # two methods may make the same set: at one image per class all weights are 1
+        name = (record.get("method") or {}).get("name")
+        own = [t for t in trainings if t["data"].get("set_digest") == record["content"] and t["set"] == name]
         ipcs = {t["ipc"] for t in own} | {"full"}
         beside = [t for t in trainings if t["set"] in get_args(Baseline) and t["ipc"] in ipcs]
         if own:
             rows = [{**row.record(), "seed_list": list(row.seeds)} for row in summarize([*own, *beside])]
-            names = sorted({t["set"] for t in own})
-            write_json(path.parent / EVALUATION, {"content": record["content"], "own": names, "rows": public(rows)})
+            write_json(path.parent / EVALUATION, {"content": record["content"], "rows": public(rows)})
             written.append(path.parent / EVALUATION)
     if written:
         write_dataset_card(base)
@@ -401,7 +408,7 @@ def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", licen
     if MARKER in own:
         head, body = split_card(own)
     elif (folder / "transformer" / "config.json").is_file():
-        head, body = split_card(card_text(folder))
+        head, body = split_card(card_text(folder, licence=license or str(kept.get("license", ""))))
     else:
         head = {"library_name": "diffusers", "tags": ["diffusers", "dataset-distillation"]}
         body = _template("pipeline_card.md").render(parts=model_parts(folder))

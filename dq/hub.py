@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SHARD = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
 # What a model is made of. Pickles and code are neither sent nor fetched.
-MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".md", ".png")
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".md")
 DESCRIBED = (
     "model_index.json",
     "config.json",

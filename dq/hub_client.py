@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dq")
 
 ATTEMPTS = 5  # at a commit while others commit too
-TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{10,}|(?<=Bearer )\S+")
+TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{10,}|(?<=Bearer )[^\s;,'\")]+")
 Changes = Mapping[str, Path | bytes | None]  # content by path in the repository; None deletes
 
 
@@ -94,9 +94,9 @@ def sentences(repo_id: str, token: str | None, *, revision: str | None = None, p
         while not isinstance(at, httpx2.HTTPError) and at.__cause__ is not None:
             at = at.__cause__
         status = getattr(getattr(at, "response", None), "status_code", None)
-        first = next((line for line in str(at).splitlines() if line.strip()), type(at).__name__)
-        first = re.sub(r"\?[^\s'\"]+", "", first)  # signatures of upload links
-        detail = redact(redact(first, token), get_token())[:300]
+        detail = " ".join(str(at).split()) or type(at).__name__
+        detail = re.sub(r"\?[^\s'\"]+", "", detail)  # signatures of upload links
+        detail = redact(redact(detail, token), get_token())[:300].rstrip(".:")
         if status in (401, 403):
             what = "write to" if push else "read"
             said = InputError(

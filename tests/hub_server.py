@@ -24,6 +24,14 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
+VERBS = """
+import contextlib, io, json, sys
+from dq.cli import main
+for line in sys.argv[1:]:
+    with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(line.split())
+    print(json.dumps([code, out.getvalue(), error.getvalue()]))
+"""
 LFS = (".parquet", ".safetensors", ".png")
 
 
@@ -110,6 +118,10 @@ class Hub(ThreadingHTTPServer):
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def verbs(self, home: Path, *lines: str, token: str | None = "hf_writer00000000") -> list[tuple[int, str, str]]:
+        """Command lines of dq in one process: exit code, standard output and error of each."""
+        return [tuple(json.loads(line)) for line in self.run(VERBS, home, *lines, token=token).splitlines()]
 
     def cli(self, home: Path, *args: str, token: str | None = "hf_writer00000000") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
