@@ -234,7 +234,7 @@ def live(world: Path, out: Path, rng: random.Random, faults: list[str], most: in
         codes = wait(start(file, log, ready, processes))
         said = log.read_text()
         now = units(out)
-        hidden = {n for n in hidden if Path(n).name not in said}
+        hidden = {n for n in hidden if n not in said}
         gone = [n for n in before if n not in now]
         struck = target or said.partition(STRUCK)[2].partition("\n")[0]
         record = {

@@ -641,7 +641,8 @@ def test_a_process_that_comes_late_leaves_no_gap(bench, tmp_path):
 
     thread = threading.Thread(target=write_first)
     # one at a time, since temporary files carry the number of the process and these are one
-    late.wait_for_everyone = lambda: (barrier.wait(timeout=20), thread.join())
+    met: list[int] = []
+    late.wait_for_everyone = lambda: (barrier.wait(timeout=20), met.append(1), len(met) == 2 and thread.join())
     thread.start()
     looked.wait(timeout=20)  # the first has waited, or has written all that it took for its own
     stage.write_labels([t], bench, stage.Work(tmp_path / "two", late))

@@ -394,9 +394,9 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
     for i in work.mine([float(e.images) for e in selections]):
         selections[i].load()  # selected sets are saved by one process and read by the others
     work.accelerator.wait_for_everyone()
-    done = [is_done(t.file) for t in trainings]
-    finished = [t for t, d in zip(trainings, done) if d]
-    write_labels([t for t, d in zip(trainings, done) if not d], bench, work, finished)
+    is_trained = [is_done(t.file) for t in trainings]
+    finished = [t for t, d in zip(trainings, is_trained) if d]
+    write_labels([t for t, d in zip(trainings, is_trained) if not d], bench, work, finished)
     work.accelerator.wait_for_everyone()
     todo = [i for i in work.mine([t.cost for t in trainings]) if not is_done(trainings[i].file)]
     # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
