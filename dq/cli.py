@@ -13,190 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dq.completion import SHELLS, completion_script
-from dq.config import RunConfig, load_config
+from dq.completion import completion_script
+from dq.config import RunConfig
 from dq.errors import InputError, RunError
 from dq.hub_client import Redaction, redact
-from dq.plan import LIKE
+from dq.options import build_parser, check_flags, resolve
 from dq.settings import apply_settings, to_dict
 
 log = logging.getLogger("dq")
-
-NO_CONFIG = ("evaluate", "report", "push", "pull", "train-teachers", "train-pool", "doctor")  # need no --config
-
-VERBS = {
-    "run": "all stages: encode, cluster, generate, refine, label, evaluate, report",
-    "encode": "encode the images of every class into the latent cache",
-    "cluster": "quantize every class: prototypes and their masses",
-    "generate": "draw the prototypes as images",
-    "refine": "put the drawn images through the stages of refinement: FADRM, Teddy",
-    "label": "label images and views with the teachers and assemble the sets",
-    "evaluate": "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
-    "report": "write report.html from what the run folder holds",
-    "push": "push the sets of a run, or a folder of sets, a pipeline or a teacher, to the Hugging Face Hub",
-    "pull": "copy sets, a pipeline or a teacher from the Hugging Face Hub to a folder",
-    "demo": "digits from scikit-learn: train a small prior, distil, evaluate; no download",
-    "train-codec": "train a small autoencoder on the source",
-    "train-denoiser": "train a small class-conditional DiT on the source's latents",
-    "prior-report": "measure a trained prior: samples against real images, copies, a page and a card",
-    "train-teachers": "train classifiers on the source, which label or score images later",
-    "train-pool": "make a pool of weak teachers for Teddy: early checkpoints, or pruned copies of a trained network",
-    "doctor": "look at packages, devices, disks and Hub, say what a run would use and what is wrong",
-}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser; every verb takes the same options."""
-    parser = argparse.ArgumentParser(prog="dq", description="Dataset distillation by optimal quantization.")
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for verb, text in VERBS.items():
-        p = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
-        if verb == "demo":
-            p.set_defaults(config="demo")
-        else:
-            p.add_argument(
-                "--config",
-                required=verb not in NO_CONFIG,
-                metavar="FILE",
-                help="YAML file; see configs/",
-            )
-        p.add_argument("--data", metavar="DIR", help="the image set: folder, Hub id or sklearn:digits (source.path)")
-        _option(p, "--output_dir", metavar="DIR", help="the run folder")
-        _option(p, "--cache_dir", metavar="DIR", help="where latents and full-data baselines are kept for all runs")
-        p.add_argument("--seed", type=int, help="the run's seed")
-        p.add_argument("--ipc", metavar="N[,N]", help="images per class, e.g. 1,10,50")
-        p.add_argument(
-            "--set",
-            action="append",
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="any setting by its dotted name, e.g. cluster.engine=torch generate.mode=dit",
-        )
-        if verb == "evaluate":
-            _evaluate_options(p)
-        if verb == "doctor":
-            p.add_argument("--json", action="store_true", help="print the report as JSON")
-        if verb in ("run", "demo", "push", "pull"):
-            _hub_options(p, verb)
-        p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
-        trackers = "send settings and numbers to trackio, tensorboard or wandb (report_to)"
-        _option(p, "--report_to", action="append", metavar="NAME[,NAME]", help=trackers)
-        _plan_options(p)
-        said = p.add_mutually_exclusive_group()
-        said.add_argument("--quiet", action="store_true", help="warnings and results only")
-        said.add_argument("--verbose", action="store_true", help="lines for finished units, not bars")
-    p = verbs.add_parser("completion", help="print a script that lets a shell complete this command")
-    p.add_argument("shell", choices=SHELLS)
-    return parser
-
-
-def _plan_options(p: argparse.ArgumentParser) -> None:
-    _option(p, "--dry_run", action="store_true", help="print the plan with time and disk, and stop")
-    p.add_argument("--speeds", metavar="FILE", help="speeds measured before, instead of now; a run tells what is left")
-    _option(p, "--save_speeds", metavar="FILE", help="with --dry-run: keep the measured speeds in a JSON file")
-    p.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N processes")
-    p.add_argument("--like", metavar="SET", help=f"with --dry-run: plan for {', '.join(LIKE)} or CLASSESxIMAGES")
-
-
-def _evaluate_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--distilled",
-        action="append",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="a set of any origin: folder of images by class, Parquet folder, .safetensors or .npz; may be repeated",
-    )
-    p.add_argument("--protocol", help="preset: classic, hard, sre2l, rded, edc, fadrm; or ddr for DD-Ranking's scores")
-    p.add_argument("--student", action="append", metavar="NET", help="a network by name; may be repeated")
-    p.add_argument("--dataset", help="whose published settings of the protocol to take, e.g. cifar100")
-    p.add_argument("--teacher", action="append", metavar="NET=PATH", help="who labels views; may be repeated")
-    p.add_argument("--baselines", metavar="NAME[,NAME]", help="random, herding, k-center, nearest, patches, full")
-    p.add_argument("--seeds", type=int, help="students per set")
-    _option(p, "--image_size", type=int, help="side in px at which students train")
-
-
-def _hub_options(p: argparse.ArgumentParser, verb: str) -> None:
-    p.add_argument("--token", help="of the Hub; better HF_TOKEN or `hf auth login`, which no list of processes shows")
-    p.add_argument("--revision", help="branch, tag or commit; a push makes a branch that is not there")
-    if verb == "pull":
-        p.add_argument("repo", metavar="REPO", help="repository: owner/name")
-        p.add_argument("--name", metavar="SET", help="one set of it; default: all")
-        return
-    if verb == "push":
-        p.add_argument("folder", nargs="?", metavar="FOLDER", help="what to push, in place of the run of --config")
-        p.add_argument("--only", metavar="NAME[,NAME]", help="sets by name, e.g. ipc10-ddoq; default: all")
-    else:
-        _option(p, "--push_to_hub", action="store_true", help="push the sets at the end")
-    for name in ("--repo_id", "--hub_model_id"):
-        _option(p, name, dest="repo_id", metavar="REPO", help="repository: name, or owner/name")
-    p.add_argument("--private", action="store_true", default=None, help="make the repository private")
-    p.add_argument("--license", metavar="ID", help="of what is pushed, e.g. cc-by-4.0")
-    _option(p, "--create_pr", action="store_true", default=None, help="open a pull request")
-    _option(p, "--commit_message", metavar="TEXT", help="the first line of the commit")
-
-
-def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
-    """An option that may be written with underscores or hyphens."""
-    parser.add_argument(name, *({name.replace("_", "-").replace("---", "--")} - {name}), **kwargs)
-
-
-def resolve(args: argparse.Namespace) -> RunConfig:
-    """Defaults < file < flags."""
-    config = load_config(args.config) if args.config else RunConfig()
-    if args.verb == "evaluate":
-        config = apply_settings(config, _early_flags(args))  # so that --set can say more of them
-    config = apply_settings(config, [s for group in args.set for s in group])
-    flags: dict[str, Any] = {"source.path": args.data, "output_dir": args.output_dir, "cache_dir": args.cache_dir}
-    flags["seed"] = args.seed
-    if args.report_to:
-        flags["report_to"] = [name for text in args.report_to for name in text.split(",") if name]
-    if args.verb in ("train-codec", "train-denoiser"):
-        flags["prior.seed"] = flags.pop("seed")
-        flags["prior.output_dir"] = flags.pop("output_dir")
-    if args.ipc:
-        try:
-            flags["ipc"] = [int(k) for k in args.ipc.split(",")]
-        except ValueError:
-            raise InputError(f"--ipc takes whole numbers such as 1,10,50, not {args.ipc!r}") from None
-    if args.verb == "evaluate":
-        flags |= _evaluate_flags(args, config)
-    for key in ("repo_id", "private", "revision", "license", "create_pr", "commit_message"):
-        flags[f"hub.{key}"] = getattr(args, key, None)
-    return apply_settings(config, {k: v for k, v in flags.items() if v is not None})
-
-
-def _early_flags(args: argparse.Namespace) -> dict[str, Any]:
-    flags: dict[str, Any] = {}
-    if not args.config:
-        # the full data costs more than all the rest; who wants it says so
-        flags["evaluate.baselines"] = ["random"]
-    if args.teacher:
-        pairs = [t.partition("=") for t in args.teacher]
-        if not all(path for _, _, path in pairs):
-            raise InputError(f"--teacher takes NET=PATH such as resnet56=teachers/resnet56, not {args.teacher[0]!r}")
-        flags["teachers"] = [{"net": net, "path": path} for net, _, path in pairs]
-    return flags
-
-
-def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    """Settings that the options of `evaluate` stand for."""
-    flags: dict[str, Any] = {"evaluate.seeds": args.seeds, "source.image_size": args.image_size}
-    if args.baselines is not None:
-        flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]
-    if args.protocol or args.student or args.dataset:
-        students = [dict(s) for s in config.evaluate.students]
-        if args.student:
-            if len(students) > 1:
-                raise InputError("name students either with --student or in evaluate.students, not in both")
-            students = [{**(students[0] if students else {}), "net": net} for net in args.student]
-        if args.protocol and args.protocol != "ddr":
-            students = [{**s, "protocol": args.protocol} for s in students]
-        if args.dataset:
-            students = [{**s, "dataset": args.dataset} for s in students]
-        flags["evaluate.students"] = students
-    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,7 +113,7 @@ def execute(args: argparse.Namespace) -> None:
     from dq.plan import like_source
     from dq.tracking import check_trackers, end_trackers
 
-    _check_flags(args)
+    check_flags(args)
     check_trackers(config.report_to)
     if args.verb == "prior-report":
         from dq.prior.quality_report import check_prior_report
@@ -318,19 +142,6 @@ def output_folder(verb: str, config: RunConfig) -> Path:
     folders = {"train-teachers": config.train_teachers.output_dir, "train-pool": config.train_pool.output_dir}
     folders |= dict.fromkeys(("train-codec", "train-denoiser"), config.prior.output_dir)
     return Path(folders.get(verb, config.output_dir))
-
-
-def _check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that this call would not read."""
-    for name in ("like", "processes", "save_speeds"):
-        if getattr(args, name) is not None and not args.dry_run:
-            raise InputError(f"--{name} is for a plan; add --dry-run")
-    if args.speeds and args.save_speeds:
-        raise InputError("--speeds takes speeds from a file and --save_speeds measures them; give one of them")
-    if args.processes is not None and args.processes < 1:
-        raise InputError(f"--processes must be at least 1, not {args.processes}")
-    if args.report_to and args.verb in ("report", "prior-report", "train-teachers", "train-pool"):
-        raise InputError(f"dq {args.verb} has nothing to tell trackers; leave out --report_to")
 
 
 def _plan(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> str:

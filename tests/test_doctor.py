@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 
-from dq.cli import build_parser, main
+from dq.cli import main
 from dq.completion import completion_script, setting_names
 from dq.config import RunConfig
 from dq.doctor import LEAST_FREE, examine
+from dq.options import build_parser
 from dq.settings import apply_settings, to_dict
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dq
-from dq.cli import build_parser, main, resolve
+from dq.cli import main
 from dq.config import EvaluateConfig, RunConfig, SourceConfig, StudentConfig, ViewConfig
 from dq.data import load_source
 from dq.dist import make_accelerator
@@ -30,6 +30,7 @@ from dq.evaluation.ddr import LEARNING_RATES, _best_rates, _last, evaluate_ddr
 from dq.evaluation.train import normalizer, train_student
 from dq.foreign import bare_set, read_set
 from dq.nets import make_net
+from dq.options import build_parser, resolve
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("blue", "green", "red")  # in folder order
