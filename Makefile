@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-vision faults lint bench clean
+.PHONY: demo test test-gpu test-vision faults fuzz lint bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ test-gpu: $(VENV)/.done
 # a hundred faults at random points of whole runs; the test suite has fourteen
 faults: $(VENV)/.done
 	$(BIN)/python tests/faults.py --faults 100
+
+# 20,000 damaged and hostile inputs; the test suite has two thousand
+fuzz: $(VENV)/.done
+	$(BIN)/python tests/fuzz.py --inputs 20000
 
 # torchvision does not import beside the CPU build of torch that .venv pins, so networks and teachers of torchvision and
 # timm have an environment of their own

@@ -6,10 +6,11 @@ memory, or scikit-learn's digits. Class identity is an index with a name list; n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 LARGEST = 80_000_000  # pixels of an image; a small file may unpack to any number
 TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+# what damaged metadata make libraries raise while they open a data set
+UNOPENED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ class ImageSource:
         return np.flatnonzero(self.train.labels == label)
 
 
+def first_line(e: BaseException) -> str:
+    """What an error says, shortened."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+
+
 # --- images -------------------------------------------------------------------------------------------------------
 
 
@@ -134,21 +144,35 @@ def open_image(raw: Any) -> Image.Image:
     return image
 
 
-def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.ndarray:
-    """Row `row` as a (3, size, size) uint8 array. Raises `InputError` that names the row if it cannot be read."""
+@contextlib.contextmanager
+def _opened(split: Split, row: int) -> Iterator[Image.Image]:
+    """The image of a row. Raises `InputError` that names it if it cannot be read."""
     raw = None
     try:
         raw = split.read(row)
-        image = open_image(raw)
-        image.load()
-        array = np.asarray(to_square(to_rgb(image), size, preprocess))
+        yield open_image(raw)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        if isinstance(e, InputError):
+            raise
         where = str(raw) if isinstance(raw, Path) else split.where(row)
         raise InputError(
             f"the image in {where} cannot be read ({type(e).__name__}: {str(e)[:120]}); "
             "replace it, or set it aside with --set source.on_bad_image=skip"
         ) from e
+
+
+def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.ndarray:
+    """Row `row` as a (3, size, size) uint8 array. Raises `InputError` that names the row if it cannot be read."""
+    with _opened(split, row) as image:
+        image.load()
+        array = np.asarray(to_square(to_rgb(image), size, preprocess))
     return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def image_dimensions(split: Split, row: int) -> tuple[int, int]:
+    """Width and height of the image of a row in px."""
+    with _opened(split, row) as image:
+        return image.size
 
 
 def read_images(
@@ -335,9 +359,9 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         loaded = load_dataset(
             config.path, config.name, revision=None if local else config.revision, cache_dir=own_cache
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+    except (*UNOPENED, datasets.exceptions.DatasetsError) as e:
         kind = "folder" if local else "Hub data set (and there is no such local folder)"
-        raise InputError(f"{config.path} cannot be opened as a {kind}: {str(e).splitlines()[0][:200]}") from e
+        raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
     if config.train_split not in loaded:
         raise InputError(
             f"{config.path} has no split {config.train_split!r}; it has {', '.join(loaded)}: "

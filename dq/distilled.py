@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dq.data import first_line, open_image
 from dq.dist import Damaged, atomic_path, check_name, digest_of, is_done, read_json, write_json
 from dq.errors import InputError
 from dq.grid import image_grid
@@ -92,44 +93,31 @@ class DistilledSet:
             InputError: if there is no such set.
             Damaged: if one of its files is.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        from datasets import Dataset
-
         folder = Path(folder)
         config_name = find_set(folder, config_name)
         record = read_json(folder / config_name / PROVENANCE)
-        # Not load_dataset: its cache takes two folders with the same card for the same data.
         tables = []
         for path, known in shard_files(folder / config_name, record):
-            try:
+            with _intact(path):
                 data = path.read_bytes()
                 if known and hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest() != known["blake2b"]:
                     raise ValueError("its bytes are not those that were written")
-                tables.append(pq.read_table(pa.BufferReader(data)))
-            except (OSError, ValueError) as e:  # pyarrow's errors are of these kinds
-                raise Damaged(
-                    f"{path} cannot be read ({e}); make the set again with `dq label`, or pull it again"
-                ) from e
-        rows = Dataset(pa.concat_tables(tables))
-        soft = rows.with_format("numpy")["soft_label"][:] if "soft_label" in rows.column_names else None
-        if "pixels" in rows.column_names:
-            images = torch.from_numpy(np.stack(rows.with_format("numpy")["pixels"][:])).float()
-        else:
-            pictures = [np.asarray(row["image"].convert("RGB")).transpose(2, 0, 1) for row in rows]
-            images = torch.from_numpy(np.stack(pictures))
-        return DistilledSet(
-            images=images,
-            labels=torch.tensor(rows["label"][:]),
-            weights=torch.tensor(rows["weight"][:]),
-            class_names=tuple(rows.features["label"].names),
-            prototype=torch.tensor(rows["prototype"][:]),
-            counts=torch.tensor(rows["count"][:]),
-            source_row=torch.tensor(rows["source_row"][:]),
-            soft_labels=None if soft is None else torch.from_numpy(np.stack(soft)).half(),
-            bounded=images.dtype == torch.uint8 or _in_range(images),
-            provenance=record,
-        )
+                tables.append(_read_shard(data))
+        with _intact(folder / config_name):
+            columns = {name: torch.cat([t[name] for t in tables]) for name in tables[0] if name != "names"}
+            images = columns.pop("pixels", columns["image"])
+            return DistilledSet(
+                images=images,
+                labels=columns["label"],
+                weights=columns["weight"],
+                class_names=tables[0]["names"],
+                prototype=columns["prototype"],
+                counts=columns["count"],
+                source_row=columns["source_row"],
+                soft_labels=columns.get("soft_label"),
+                bounded=images.dtype == torch.uint8 or _in_range(images),
+                provenance=record,
+            )
 
     def push_to_hub(
         self,
@@ -190,6 +178,52 @@ class DistilledSet:
         return (self.images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+@contextlib.contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a set is read, its files are not as they were written."""
+    import pyarrow as pa
+
+    try:
+        yield
+    # of Pillow, pyarrow, datasets and NumPy
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        pa.ArrowException,
+    ) as e:
+        raise Damaged(
+            f"{path} cannot be read ({first_line(e)}); make the set again with `dq label`, or pull it again"
+        ) from e
+
+
+def _read_shard(data: bytes) -> dict[str, Any]:
+    """The columns of a Parquet file as tensors, and the class names."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    # not load_dataset: its cache takes two folders with the same card for the same data
+    rows = Dataset(pq.read_table(pa.BufferReader(data))).cast_column("image", ImageFeature(decode=False))
+    arrays = rows.with_format("numpy")
+    found: dict[str, Any] = {"names": tuple(rows.features["label"].names)}
+    pictures = [np.asarray(open_image(cell["bytes"]).convert("RGB")).transpose(2, 0, 1) for cell in rows["image"]]
+    found["image"] = torch.from_numpy(np.stack(pictures))
+    for name in ("label", "prototype", "count", "source_row"):
+        found[name] = torch.tensor(rows[name][:], dtype=torch.int64)
+    found["weight"] = torch.tensor(rows["weight"][:], dtype=torch.float32)
+    if "soft_label" in rows.column_names:
+        found["soft_label"] = torch.from_numpy(np.stack(arrays["soft_label"][:])).half()
+    if "pixels" in rows.column_names:
+        found["pixels"] = torch.from_numpy(np.stack(arrays["pixels"][:])).float()
+    return found
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +249,7 @@ def has_set(folder: Path, config_name: str, recipe: str) -> bool:
     for file, known in shard_files(folder / config_name, record):
         if not file.is_file() or file_facts(file)["blake2b"] != known["blake2b"]:
             log.warning("%s is damaged or gone, and the set is made anew", file)
+            path.unlink()  # it is no set any more
             return False
     return True
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dq.config import SourceConfig
-from dq.data import Split, load_source, read_images
+from dq.data import Split, image_dimensions, load_source, read_images
 from dq.distilled import DistilledSet
 from dq.errors import InputError
 
@@ -148,7 +148,18 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
                 found = {k: torch.from_numpy(f[k]) for k in f.files}
         else:
             found = load_file(path)
-    except (EOFError, OSError, SafetensorError, TypeError, ValueError, zipfile.BadZipFile) as e:
+    except (
+        EOFError,
+        MemoryError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as e:
         raise InputError(f"{path} cannot be read ({e}); get it again, or save its tensors as safetensors") from e
     if not {"images", "labels"} <= set(found):
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(found)) or 'none'}")
@@ -165,7 +176,7 @@ def _from_folder(path: Path, class_names: tuple[str, ...], image_size: int | Non
     names = source.class_names
     if set(names) != set(class_names) and len(names) == len(class_names) and all(n.isdigit() for n in names):
         names = class_names  # numbered folders stand in class order
-    size = image_size or min(_first_size(source.train.read(0)))
+    size = image_size or min(image_dimensions(source.train, 0))
     images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
     extras = {name: _column(source.train, name, rows, path) for name in ("weight", "soft_label")}
     labels = torch.from_numpy(source.train.labels[rows])
@@ -181,12 +192,6 @@ def _column(split: Split, name: str, rows: list[int], path: Path) -> Tensor | No
         return torch.tensor([values[i] for i in rows], dtype=torch.float32)
     except (TypeError, ValueError) as e:
         raise InputError(f"column {name!r} of {path} is not numbers for every image ({e}); mend it or drop it") from e
-
-
-def _first_size(raw: Any) -> tuple[int, int]:
-    from dq.data import open_image
-
-    return open_image(raw).size
 
 
 def _reordered(s: DistilledSet, order: Tensor, class_names: tuple[str, ...]) -> DistilledSet:

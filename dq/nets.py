@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import ModuleType
@@ -349,8 +350,12 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
         if inner in ("googlenet", "inception_v3") and not pretrained:
             # their auxiliary classifiers would make a tuple of the output in training mode
             options |= {"aux_logits": False, "init_weights": True}
+    make = library.create_model if name.startswith("timm:") else library.get_model
+    # some published weights are pickles: torch then reads tensors from them and runs nothing
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        return (library.create_model if name.startswith("timm:") else library.get_model)(inner, **options)
+        return make(inner, **options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
         said = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
         if pretrained:
@@ -361,6 +366,10 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
         raise InputError(
             f"network {name!r} cannot be built for {image_size} px images ({said}); choose another"
         ) from e
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
 def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None = None, seed: int) -> nn.Module:

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dq import run as stages
 from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.config import FADRM, GenerateConfig, HubConfig, RunConfig, Teddy
-from dq.data import ImageSource, load_source
+from dq.data import ImageSource, first_line, load_source
 from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
 from dq.errors import InputError
 from dq.locks import locked
@@ -116,7 +116,13 @@ class DistillPipeline(DiffusionPipeline):
             dtype = kwargs.get("dtype", torch.float32)
             name = next(n for n, d in DTYPES.items() if d == dtype)
             return cls(vae=kwargs.get("vae") or load_codec(path, revision=kwargs.get("revision"), dtype=name))
-        return super().from_pretrained(str(path), **kwargs)
+        try:
+            return super().from_pretrained(str(path), **{"use_safetensors": True, **kwargs})
+        except (AttributeError, OSError, ValueError) as e:
+            raise InputError(
+                f"the pipeline {path} cannot be opened ({first_line(e)}); give one of stock components "
+                "with safetensors weights"
+            ) from e
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class.

@@ -51,13 +51,16 @@ def like_source(text: str) -> Any:
 
 def plan(config: RunConfig, source: Any) -> str:
     """What a run would do: classes, units, disk, model calls."""
+    from dq.dist import cut
+    from dq.latents import LEAST, MOST
+
     counts = source.class_counts()
     n, classes = int(counts.sum()), len(counts)
     copies = config.generate.images_per_prototype if config.generate.mode != "decode" else 1
     lines = [
         f"source      {source.origin}: {n} train images, {classes} classes of {counts.min()} to {counts.max()}, "
         f"test split {source.test_name or 'missing'}",
-        f"encode      {n} images at {config.codec.resolution} px, one shard per class ({classes} units)",
+        f"encode      {n} images at {config.codec.resolution} px, in {len(cut(n, least=LEAST, most=MOST))} units",
     ]
     walked = 0
     if config.generate.mode != "decode":

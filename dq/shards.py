@@ -24,7 +24,17 @@ import numpy as np
 import torch
 
 from dq.config import SourceConfig
-from dq.data import IMAGE_SUFFIXES, ImageSource, Split, checked_source, choose_column, name_test_split, number_labels
+from dq.data import (
+    IMAGE_SUFFIXES,
+    UNOPENED,
+    ImageSource,
+    Split,
+    checked_source,
+    choose_column,
+    first_line,
+    name_test_split,
+    number_labels,
+)
 from dq.dist import digest_of, is_done, progress, read_tensors, write_tensors
 from dq.errors import InputError
 
@@ -107,9 +117,9 @@ def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
     local = Path(config.path).is_dir()
     try:
         builder = datasets.load_dataset_builder(config.path, config.name, revision=None if local else config.revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+    except (*UNOPENED, datasets.exceptions.DatasetsError) as e:
         kind = "folder" if local else "Hub data set (and there is no such local folder)"
-        raise InputError(f"{config.path} cannot be opened as a {kind}: {str(e).splitlines()[0][:200]}") from e
+        raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in ("parquet", "webdataset") or not builder.config.data_files:
         raise InputError(
@@ -364,6 +374,5 @@ def _naming(shard: Shard) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, OverflowError, tarfile.TarError, pa.ArrowException) as e:
-        said = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-        raise InputError(f"{shard.url} cannot be read ({said}); get the file again") from e
+    except (*UNOPENED, OverflowError, tarfile.TarError, pa.ArrowException) as e:
+        raise InputError(f"{shard.url} cannot be read ({first_line(e)}); get the file again") from e

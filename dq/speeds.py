@@ -363,7 +363,7 @@ def plan_with_speeds(
     speeds = Speeds.load(speeds_file) if speeds_file else speeds_here(config, source, accelerator.device)
     if save_to:
         speeds.save(Path(save_to))
-    plans = _stage_plans(config, source, speeds, processes)
+    plans = plans_at(config, source, speeds, processes)
     lines = [plan(config, source)]
     lines += estimate_lines(plans, speeds.seconds, overlap=bool(speeds.facts.get("overlap")), processes=processes)
     lines.append(f"  measured on {speeds.facts.get('device')}, {speeds.facts.get('threads')} threads")
@@ -378,7 +378,7 @@ def plan_with_speeds(
 def expected_seconds(config: RunConfig, source: Any, accelerator: Any, speeds_file: str) -> dict[str, float]:
     """Seconds by stage, for a run that tells what is left; stages of unknown speed are left out."""
     speeds = Speeds.load(speeds_file)
-    plans = _stage_plans(config, source, speeds, accelerator.num_processes)
+    plans = plans_at(config, source, speeds, accelerator.num_processes)
     overlap = bool(speeds.facts.get("overlap"))
     # what no plan speaks of takes no time worth speaking of
     times: dict[str, float | None] = dict.fromkeys(("refine", "label", "evaluate", "report"), 0.0)
@@ -386,7 +386,8 @@ def expected_seconds(config: RunConfig, source: Any, accelerator: Any, speeds_fi
     return {stage: seconds for stage, seconds in times.items() if seconds is not None}
 
 
-def _stage_plans(config: RunConfig, source: Any, speeds: Speeds, processes: int) -> list[Any]:
+def plans_at(config: RunConfig, source: Any, speeds: Speeds, processes: int) -> list[Any]:
+    """`stage_plans` with what the measurement found out about latents and walks."""
     facts = speeds.facts
     latent, walked = facts.get("latent"), None
     if latent is not None and facts.get("resolution") != config.codec.resolution:

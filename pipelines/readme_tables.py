@@ -1,9 +1,9 @@
-"""Write the tables of README.md from the files in `results/`.
+"""Write the tables of README.md and docs/scale.md from the files in `results/`.
 
     python pipelines/readme_tables.py [--check]
 
 Everything between `<!-- table NAME -->` and `<!-- end -->` is replaced. `--check` changes nothing and fails if the
-README does not say what the files say.
+texts do not say what the files say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from dq.evaluation.trainings import format_bytes
+from dq.headway import duration
 
 ROOT = Path(__file__).parents[1]
 
@@ -272,7 +275,69 @@ def refinement_speed() -> str:
     return table(head, body)
 
 
+def faults() -> str:
+    rows = read("scale/faults.csv")
+    stages = ["opening", "encode", "cluster", "generate", "refine", "label", "assemble", "evaluate", "report"]
+    head = ["fault", "number", *stages, "finished units redone", "lost", "results that differ"]
+    body = [
+        [r["fault"], r["faults"], *(r[s] for s in stages), r["recomputed"], r["lost"], r["differing"] or ""]
+        for r in rows
+    ]
+    return table(head, body)
+
+
+def scale() -> str:
+    """Stages in columns; sets and processes in rows."""
+    rows = read("scale/estimates.csv")
+    stages = list(dict.fromkeys(r["stage"] for r in rows))
+    cells = {(r["set"], r["ipc"], r["processes"], r["stage"]): r for r in rows}
+    body = []
+    for name, ipc, processes in dict.fromkeys((r["set"], r["ipc"], r["processes"]) for r in rows):
+        own = [cells.get((name, ipc, processes, s)) for s in stages]
+        times = [duration(float(r["seconds"])) if r and r["seconds"] else "" for r in own]
+        size = format_bytes(sum(float(r["bytes"]) for r in own if r))
+        body.append([name, ipc, processes, *times, size])
+    return table(["set", "ipc", "processes", *stages, "on disk"], body)
+
+
+def estimate_check() -> str:
+    rows = read("scale/estimate_check.csv")
+    head = ["stage", "estimated (s)", "took (s)", "took / estimated"]
+    return table(head, [[r["stage"], r["estimated_s"], r["took_s"], r["took_by_estimated"]] for r in rows])
+
+
+def streaming() -> str:
+    rows = read("streaming.csv")
+    head = ["rows", "peak memory (MB)", "against the first", "images / s"]
+    body = [[f"{int(r['rows']):,}", r["peak_mb"], r["ratio"], r["images_per_s"]] for r in rows]
+    return table(head, body)
+
+
+def processes() -> str:
+    rows = read("processes.csv")
+    head = ["stage", "images", "processes", "times the throughput of one", "least", "largest", "repeats"]
+    keys = ("stage", "images", "processes", "ratio", "least", "largest", "repeats")
+    return table(head, [[r[k] for k in keys] for r in rows])
+
+
+def fuzz() -> str:
+    rows = read("fuzz.csv")
+    head = ["input", "number", "taken", "refused in one sentence", "anything else"]
+    body = [
+        [r["target"], r["inputs"], r["accepted"], r["refused"],
+         str(sum(int(r[k]) for k in ("undocumented", "crashes", "hangs")))]
+        for r in rows
+    ]  # fmt: skip
+    return table(head, body)
+
+
 TABLES = {
+    "faults": faults,
+    "scale": scale,
+    "estimate_check": estimate_check,
+    "streaming": streaming,
+    "processes": processes,
+    "fuzz": fuzz,
     "refinement": lambda: refinement("cifar10_refine"),
     "questions": lambda: questions("cifar10_refine"),
     "refined_images": lambda: refined_images("cifar10_refine"),
@@ -304,15 +369,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = render(text)
-    if args.check:
+    differ = []
+    for name in ("README.md", "docs/scale.md"):
+        text = (ROOT / name).read_text()
+        new = render(text)
         if new != text:
-            print("README.md differs from results/; run python pipelines/readme_tables.py", file=sys.stderr)
-            return 1
-        return 0
-    readme.write_text(new)
+            differ.append(name)
+            if not args.check:
+                (ROOT / name).write_text(new)
+    if args.check and differ:
+        said = f"{' and '.join(differ)} differ from results/; run python pipelines/readme_tables.py"
+        print(said, file=sys.stderr)
+        return 1
     return 0
 
 

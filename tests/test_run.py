@@ -685,7 +685,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 ) -> None:
     assert main(["run", "--config", str(full(world, tmp_path)), "--cpu", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for part in ("24 train images, 3 classes of 7 to 9", "3 units", "9 prototypes", "denoiser calls", "trainings"):
+    for part in ("24 train images, 3 classes of 7 to 9", "in 3 units", "9 prototypes", "denoiser calls", "trainings"):
         assert part in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()

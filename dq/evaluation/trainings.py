@@ -161,6 +161,7 @@ def _selected(bench: Bench, work: Work, name: str, ipc: int, seed: int, factor: 
     except (InputError, Damaged) as e:  # not there, or not any more
         if isinstance(e, Damaged):
             log.warning("%s; it is made anew", e)
+            (folder / "set" / "provenance.json").unlink(missing_ok=True)
     made = select(
         name,
         bench.source,
