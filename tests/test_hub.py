@@ -720,3 +720,30 @@ def test_the_log_shows_no_token(caplog: pytest.LogCaptureFixture) -> None:
     finally:
         caplog.handler.removeFilter(shown)
     assert caplog.messages == ["sent *** and ***"]
+
+
+def test_a_data_set_of_the_hub_is_read_as_a_stream(hub: Hub, home: Path) -> None:
+    code = (
+        HEAD
+        + """
+import os
+import numpy as np
+from pathlib import Path
+from dq.data import load_source, read_images
+from dq.hub import push_folder
+make().save("scratch", "default")
+push_folder("scratch", "me/stream")
+usual = load_source("scratch/default")
+source = load_source("me/stream", streaming=True)
+assert source.sequential and source.class_names == ("zebra", "ant", "bee")
+assert np.array_equal(source.train.labels, usual.train.labels)
+rows = list(range(len(usual.train)))
+assert (read_images(source.train, rows, 5, "crop")[0] == read_images(usual.train, rows, 5, "crop")[0]).all()
+again = load_source("me/stream", streaming=True)
+assert again.fingerprint == source.fingerprint != usual.fingerprint
+copied = [p for p in Path(os.environ["HF_HOME"]).rglob("*") if p.suffix in (".arrow", ".parquet")]
+assert not copied, copied
+print("done")
+"""
+    )
+    assert hub.run(code, home / "stream") == "done\n"
