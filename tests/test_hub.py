@@ -741,9 +741,11 @@ rows = list(range(len(usual.train)))
 assert (read_images(source.train, rows, 5, "crop")[0] == read_images(usual.train, rows, 5, "crop")[0]).all()
 again = load_source("me/stream", streaming=True)
 assert again.fingerprint == source.fingerprint != usual.fingerprint
-copied = [p for p in Path(os.environ["HF_HOME"]).rglob("*") if p.suffix in (".arrow", ".parquet")]
+home = Path(os.environ["HF_HOME"])
+copied = [*home.glob("hub/**/*.parquet"), *home.glob("datasets/me___stream/**/*.arrow")]
 assert not copied, copied
 print("done")
 """
     )
+    (home / "stream").mkdir()
     assert hub.run(code, home / "stream") == "done\n"
