@@ -1,7 +1,7 @@
 """Estimates of docs/scale.md from a file of measured speeds, and a check of such an estimate against a run.
 
-    dq run --config configs/cifar10_scale.yaml --ipc 10,50 --data DIR --dry-run --save_speeds results/scale/speeds_cpu.json
-    python pipelines/scale_estimates.py --config configs/cifar10_scale.yaml --speeds results/scale/speeds_cpu.json
+    dq run --config configs/cifar10_scale.yaml --ipc 10,50 --data DIR --dry-run --save_speeds FILE
+    python pipelines/scale_estimates.py --config configs/cifar10_scale.yaml --speeds FILE
     python pipelines/scale_estimates.py --config FILE --speeds FILE --data DIR --run DIR     # the check, of that run
 
 The first form writes results/scale/estimates.csv for sets and numbers of processes; the second adds the stages of a
