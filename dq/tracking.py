@@ -6,11 +6,14 @@ no tracker is imported. A tracker that fails later is left out with one warning:
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import math
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -61,11 +64,13 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path) ->
 
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))  # read at its import; else in the Hub's cache
     accelerator.log_with = filter_trackers(names, str(logs))
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.project_configuration.logging_dir = str(logs)
     try:
-        accelerator.init_trackers(PROJECT, config=flat_settings(config), init_kwargs={"wandb": {"dir": str(logs)}})
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            accelerator.init_trackers(PROJECT, config=flat_settings(config), init_kwargs={"wandb": {"dir": str(logs)}})
     except Exception as e:  # a tracker raises what it likes
         raise InputError(
             f"the tracker {', '.join(names)} cannot start ({_first_line(e)}); check its login and the network, or "
@@ -93,7 +98,8 @@ def end_trackers(accelerator: Any) -> None:
     """Let the trackers finish."""
     for tracker in list(accelerator.trackers):
         try:
-            tracker.finish()
+            with contextlib.redirect_stdout(sys.stderr):
+                tracker.finish()
         except Exception as e:  # as above
             _drop(accelerator, tracker, e)
     accelerator.trackers = []
@@ -161,8 +167,10 @@ def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]
     return found
 
 
-def training_numbers(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, float], int]]:
-    """Accuracies of trainings, each with its seed as the step."""
+def training_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
+    found = {}
     for r in records:
-        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}"
-        yield {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}, r["seed"]
+        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
+        found |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
+    return found

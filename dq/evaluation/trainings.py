@@ -402,8 +402,7 @@ def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[d
     work.accelerator.wait_for_everyone()
     # the record may come from another evaluation's full data, under another number of recipe
     records = [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
-    for numbers, seed in training_numbers(records):
-        report(work.accelerator, numbers, seed)
+    report(work.accelerator, training_numbers(records))
     return records
 
 
