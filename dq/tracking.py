@@ -169,7 +169,7 @@ def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]
 
 def training_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
-    found = {}
+    found: dict[str, float] = {}
     for r in records:
         name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
         found |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
