@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +254,10 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
     from dq.evaluation.stage import evaluate_run, label_run
     from dq.evaluation.tables import tables_text
     from dq.headway import Headway
+    from dq.refine.chain import stages_of
     from dq.report import write_report
     from dq.runfolder import open_run
-    from dq.speeds import expected_seconds
+    from dq.speeds import Speeds, expected_seconds
     from dq.tracking import report_distortion, start_trackers
 
     run = open_run(config, source, accelerator)
@@ -263,8 +265,10 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
     do = lambda *names: verb in (*names, "run")  # noqa: E731
     whole = ("encode", "cluster", "generate", "refine", "label", "evaluate", "report")
     needed = {"generate": ("generate", "refine", "label"), "refine": ("refine", "label")}.get(verb, (verb,))
-    names = [n for n in (whole if verb == "run" else needed) if n != "evaluate" or config.evaluate.students]
-    way = Headway(names, expected_seconds(config, source, accelerator, speeds) if speeds else {})
+    idle = {"evaluate": not config.evaluate.students, "refine": not any(stages_of(config, m) for m in config.methods)}
+    names = [n for n in (whole if verb == "run" else needed) if not idle.get(n)]
+    known = expected_seconds(config, source, accelerator.num_processes, Speeds.load(speeds)) if speeds else {}
+    way = Headway(names, known)
     rows: list[Any] = []
     if do("encode", "generate"):
         pipe = load_pipeline(config)
@@ -279,7 +283,7 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
         with way.stage("generate"):
             stages.generate(run, pipe, stages.cache_of(run))
     if do("generate", "refine"):
-        with way.stage("refine"):
+        with way.stage("refine") if "refine" in names else nullcontext():
             stages.refine(run)
     if do("generate", "refine", "label"):
         with way.stage("label"):

@@ -19,7 +19,7 @@ from dq.settings import to_dict
 
 CELL = 2  # bytes of a latent's number in the cache (float16)
 POINT_CELL = 8  # bytes of a prototype's number: centroid and medoid in float32
-ROW = 8  # bytes of a row number beside each latent
+ROW = 12  # bytes of a row number and a label beside each latent
 POINT = 24  # bytes of mass, squared error and row beside each prototype
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 log = logging.getLogger("dq")
 
+LEAST_S = 1.0  # less is not worth a word
 RESUMED = 0.1  # a stage faster than this share of its estimate had most of its files already and tells no speed
 
 
@@ -32,14 +33,13 @@ class Headway:
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage, and say at its end how long it took."""
         place = f"{self.stages.index(name) + 1} of {len(self.stages)}"
-        likely = f", about {duration(self.expected[name] * self.ratio())}" if name in self.expected else ""
-        log.info("%s begins (%s%s)", name, place, likely)
+        likely = self.expected.get(name, 0.0) * self.ratio()
+        log.info("%s begins (%s%s)", name, place, f", about {duration(likely)}" if likely >= LEAST_S else "")
         began = self.clock()
         yield
         self.taken[name] = self.clock() - began
         left = self.remaining()
-        last = len(self.taken) == len(self.stages)
-        rest = f"; about {duration(left)} left in all" if left is not None and not last else ""
+        rest = f"; about {duration(left)} left in all" if left is not None and left >= LEAST_S else ""
         log.info("%s done in %s (%s)%s", name, duration(self.taken[name]), place, rest)
 
     def ratio(self) -> float:

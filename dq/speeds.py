@@ -22,13 +22,21 @@ import torch
 from dq.config import FADRM, RunConfig, StudentConfig
 from dq.dist import derive_seed, generator, read_json, write_json
 from dq.errors import InputError
-from dq.estimate import asked_sets, cluster_operation, estimate_lines, refine_operation, seconds_of, stage_plans
+from dq.estimate import (
+    StagePlan,
+    asked_sets,
+    cluster_operation,
+    estimate_lines,
+    refine_operation,
+    seconds_of,
+    stage_plans,
+)
 
 log = logging.getLogger("dq")
 
-BUDGET_S = 2.0  # for one operation, warm-up aside
+BUDGET_S = 6.0  # for the repeats of one operation
 REPEATS = 3
-STEPS = 4  # of the denoiser
+STEPS = 2  # of the denoiser, in one walk
 CLUSTER_NUMBERS = 8 << 20  # of a class's latents at most
 
 
@@ -55,7 +63,9 @@ class Speeds:
         return {name: s.seconds for name, s in self.speeds.items()}
 
     def save(self, path: Path) -> None:
-        write_json(path, {**self.facts, "speeds": {k: dataclasses.asdict(s) for k, s in self.speeds.items()}})
+        write_json(
+            path, {**self.facts, "speeds": {k: dataclasses.asdict(s) for k, s in self.speeds.items()}}, checksum=False
+        )
 
     @staticmethod
     def load(path: str | Path) -> Speeds:
@@ -99,7 +109,7 @@ def timed(
     size = min(least, largest)
     once(size)
     taken = once(size)
-    while size < largest and 2 * taken * REPEATS <= budget_s:
+    while size < largest and 2 * taken * REPEATS <= budget_s:  # a batch twice as large takes at most twice as long
         size = min(2 * size, largest)
         taken = once(size)
     each = sorted(once(size) / size for _ in range(REPEATS))
@@ -129,7 +139,7 @@ def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.devi
     if not source.fingerprint.startswith("like "):
         found["read"] = _reading(config, source, device)
     else:
-        unknown.append("images are not at hand: reading is not timed")
+        unknown.append("images are not at hand, so neither reading nor teachers")
     if pipe is not None:
         from dq.codec import latent_shape
 
@@ -363,7 +373,7 @@ def plan_with_speeds(
     speeds = Speeds.load(speeds_file) if speeds_file else speeds_here(config, source, accelerator.device)
     if save_to:
         speeds.save(Path(save_to))
-    plans = plans_at(config, source, speeds, processes)
+    plans = planned_stages(config, source, speeds, processes)
     lines = [plan(config, source)]
     lines += estimate_lines(plans, speeds.seconds, overlap=bool(speeds.facts.get("overlap")), processes=processes)
     lines.append(f"  measured on {speeds.facts.get('device')}, {speeds.facts.get('threads')} threads")
@@ -375,10 +385,9 @@ def plan_with_speeds(
     return "\n".join(lines)
 
 
-def expected_seconds(config: RunConfig, source: Any, accelerator: Any, speeds_file: str) -> dict[str, float]:
+def expected_seconds(config: RunConfig, source: Any, processes: int, speeds: Speeds) -> dict[str, float]:
     """Seconds by stage, for a run that tells what is left; stages of unknown speed are left out."""
-    speeds = Speeds.load(speeds_file)
-    plans = plans_at(config, source, speeds, accelerator.num_processes)
+    plans = planned_stages(config, source, speeds, processes)
     overlap = bool(speeds.facts.get("overlap"))
     # what no plan speaks of takes no time worth speaking of
     times: dict[str, float | None] = dict.fromkeys(("refine", "label", "evaluate", "report"), 0.0)
@@ -386,8 +395,8 @@ def expected_seconds(config: RunConfig, source: Any, accelerator: Any, speeds_fi
     return {stage: seconds for stage, seconds in times.items() if seconds is not None}
 
 
-def plans_at(config: RunConfig, source: Any, speeds: Speeds, processes: int) -> list[Any]:
-    """`stage_plans` with what the measurement found out about latents and walks."""
+def planned_stages(config: RunConfig, source: Any, speeds: Speeds, processes: int) -> list[StagePlan]:
+    """`stage_plans` with what the speeds know of the shape of latents and of the walk."""
     facts = speeds.facts
     latent, walked = facts.get("latent"), None
     if latent is not None and facts.get("resolution") != config.codec.resolution:

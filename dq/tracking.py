@@ -6,12 +6,14 @@ no tracker is imported. A tracker that fails later is left out with one warning:
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -68,7 +70,8 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path) ->
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.project_configuration.logging_dir = str(logs)
     try:
-        accelerator.init_trackers(PROJECT, config=flat_settings(config), init_kwargs={"wandb": {"dir": str(logs)}})
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            accelerator.init_trackers(PROJECT, config=flat_settings(config), init_kwargs={"wandb": {"dir": str(logs)}})
     except Exception as e:  # a tracker raises what it likes
         raise InputError(
             f"the tracker {', '.join(names)} cannot start ({_first_line(e)}); check its login and the network, or "
@@ -96,7 +99,8 @@ def end_trackers(accelerator: Any) -> None:
     """Let the trackers finish."""
     for tracker in list(accelerator.trackers):
         try:
-            tracker.finish()
+            with contextlib.redirect_stdout(sys.stderr):
+                tracker.finish()
         except Exception as e:  # as above
             _drop(accelerator, tracker, e)
     accelerator.trackers = []

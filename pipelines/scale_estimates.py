@@ -20,7 +20,7 @@ from dq.dist import read_jsonl
 from dq.estimate import seconds_of
 from dq.plan import like_source
 from dq.settings import apply_settings
-from dq.speeds import Speeds, plans_at
+from dq.speeds import Speeds, planned_stages
 
 RESULTS = Path(__file__).parents[1] / "results" / "scale"
 CASES = (("cifar10", 10), ("imagenet-1k", 10), ("imagenet-1k", 50), ("imagenet-21k", 10))
@@ -33,7 +33,7 @@ def estimates(config: RunConfig, speeds: Speeds) -> list[dict[str, object]]:
     for name, ipc in CASES:
         source = like_source(name)
         for processes in PROCESSES:
-            for p in plans_at(apply_settings(config, {"ipc": [ipc]}), source, speeds, processes):
+            for p in planned_stages(apply_settings(config, {"ipc": [ipc]}), source, speeds, processes):
                 seconds = seconds_of(p, speeds.seconds, overlap=overlap)
                 row = {"set": name, "ipc": ipc, "processes": processes, "stage": p.stage, "units": p.units}
                 rows.append(
@@ -53,7 +53,7 @@ def check(config: RunConfig, speeds: Speeds, run: Path) -> list[dict[str, object
             stage = names.get(e["stage"], e["stage"])
             took[stage] = took.get(stage, 0.0) + e["seconds"]
     rows = []
-    for p in plans_at(config, source, speeds, 1):
+    for p in planned_stages(config, source, speeds, 1):
         seconds = seconds_of(p, speeds.seconds, overlap=bool(speeds.facts.get("overlap")))
         if seconds is not None and p.stage in took:
             ratio = took[p.stage] / seconds if seconds else ""
