@@ -75,7 +75,7 @@ def _hub_class(repo: str, subfolder: str | None, revision: str | None) -> tuple[
         try:
             file = hf_hub_download(repo, "config.json", subfolder=sub, revision=revision)
             return read_json(Path(file)).get("_class_name"), sub
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
             continue
     raise InputError(f"there is no folder {repo}, and the Hub gave no autoencoder of that name; check the spelling")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from dq.errors import InputError
-from dq.settings import Checked, from_dict
+from dq.settings import Checked, from_dict, read_yaml
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 TrainDtype = Literal["float32", "bfloat16"]  # gradients in float16 would need loss scaling
@@ -551,8 +551,8 @@ def load_config(path: str | Path) -> RunConfig:
     if not path.is_file():
         raise InputError(f"there is no configuration file {path}; give the path of a YAML file with --config")
     try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        data = read_yaml(path.read_text())
+    except (yaml.YAMLError, RecursionError, ValueError) as e:  # impossible dates are ValueErrors
         line = getattr(getattr(e, "problem_mark", None), "line", None)
         at = f" (line {line + 1})" if line is not None else ""
         raise InputError(f"{path} is not valid YAML{at}; correct it or start from a file in configs/") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +17,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+import yaml
+from PIL import Image
 from torch import Tensor
 
 from dq.config import SourceConfig
 from dq.errors import InputError
+from dq.images import IMAGE_SUFFIXES, UNDECODABLE, Preprocess, open_image, to_rgb, to_square
 from dq.settings import from_dict, to_dict
 
-Preprocess = Literal["squash", "crop", "pad"]
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-# Pillow would hand EPS to Ghostscript, and parses many rare formats that no data set of photographs has
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-LARGEST = 80_000_000  # pixels of an image; a small file may unpack to any number
 TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
@@ -99,51 +95,6 @@ def first_line(e: BaseException) -> str:
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any PIL image: EXIF orientation applied, 16-bit scaled to 8, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        array = np.asarray(image)
-        if image.mode == "F":
-            array = array * 255.0 if array.max(initial=0.0) <= 1.0 else array
-        else:
-            # 16-bit grey: PNG and TIFF keep the full range 0..65535, whatever integer mode Pillow opens them in;
-            # only 32-bit files may hold 8-bit values
-            array = array / (1.0 if image.mode == "I" and array.max(initial=0) <= 255 else 257.0)
-        return Image.fromarray(np.clip(np.rint(array), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_square(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
-    """A `size` x `size` image: `squash` ignores the aspect ratio, `crop` takes the central square, `pad` keeps all of
-    the image on black. Bicubic; Pillow widens the kernel when it shrinks, so there is no aliasing."""
-    w, h = image.size
-    if preprocess == "squash" or w == h:
-        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
-    if preprocess == "crop":
-        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    if preprocess == "pad":
-        return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=(0, 0, 0))
-    raise InputError(f"preprocess must be 'squash', 'crop' or 'pad', not {preprocess!r}")
-
-
-def open_image(raw: Any) -> Image.Image:
-    if isinstance(raw, Image.Image):
-        return raw
-    if isinstance(raw, np.ndarray):  # (C, H, W) uint8, from tensors
-        return Image.fromarray(raw[0] if raw.shape[0] == 1 else raw.transpose(1, 2, 0))
-    image = Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw, formats=FORMATS)
-    if image.width * image.height > LARGEST:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {LARGEST / 1e6:.0f} million")
-    return image
-
-
 @contextlib.contextmanager
 def _opened(split: Split, row: int) -> Iterator[Image.Image]:
     """The image of a row. Raises `InputError` that names it if it cannot be read."""
@@ -151,7 +102,7 @@ def _opened(split: Split, row: int) -> Iterator[Image.Image]:
     try:
         raw = split.read(row)
         yield open_image(raw)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except UNDECODABLE as e:
         if isinstance(e, InputError):
             raise
         where = str(raw) if isinstance(raw, Path) else split.where(row)
@@ -167,12 +118,6 @@ def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.
         image.load()
         array = np.asarray(to_square(to_rgb(image), size, preprocess))
     return np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def image_dimensions(split: Split, row: int) -> tuple[int, int]:
-    """Width and height of the image of a row in px."""
-    with _opened(split, row) as image:
-        return image.size
 
 
 def read_images(
@@ -359,7 +304,7 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         loaded = load_dataset(
             config.path, config.name, revision=None if local else config.revision, cache_dir=own_cache
         )
-    except (*UNOPENED, datasets.exceptions.DatasetsError) as e:
+    except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
         kind = "folder" if local else "Hub data set (and there is no such local folder)"
         raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
     if config.train_split not in loaded:

@@ -210,7 +210,7 @@ def _checksum(tensors: dict[str, torch.Tensor], meta: Any) -> str:
 def readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, RecursionError, ValueError, SafetensorError) as e:
         raise Damaged(f"{path} cannot be read ({e}); delete it and give the same command again") from e
 
 

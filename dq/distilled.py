@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq.data import first_line, open_image
+from dq.data import first_line
 from dq.dist import Damaged, atomic_path, check_name, digest_of, is_done, read_json, write_json
 from dq.errors import InputError
 from dq.grid import image_grid
+from dq.images import open_image
 
 log = logging.getLogger("dq")
 
@@ -61,6 +62,14 @@ class DistilledSet:
             raise InputError(f"images must be (N, 3, H, W) uint8 or float32, not {shape} {self.images.dtype}")
         if not n:
             raise InputError("a distilled set needs at least one image")
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
+            raise InputError(
+                f"labels of a distilled set go from {int(self.labels.min())} to {int(self.labels.max())}, but there "
+                f"are {len(self.class_names)} classes; number them from 0"
+            )
+        soft = self.soft_labels
+        if soft is not None and tuple(soft.shape) != (n, len(self.class_names)):
+            raise InputError(f"soft_labels must be {(n, len(self.class_names))}, not {tuple(soft.shape)}")
         if self.images.dtype == torch.float32 and not torch.isfinite(self.images).all():
             raise InputError("float images of a distilled set must be finite; leave broken ones out")
         if self.bounded and self.images.dtype == torch.float32 and not _in_range(self.images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,11 +15,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dq.config import SourceConfig
-from dq.data import Split, image_dimensions, load_source, read_images
+from dq.data import Split, load_source, read_images
 from dq.distilled import DistilledSet
 from dq.errors import InputError
+from dq.images import UNDECODABLE, open_image
 
 TENSORS = (".safetensors", ".npz")
+MAX_BYTES = 16 << 30  # of the arrays in an .npz file, which may be packed a thousandfold
+# what numpy and zipfile raise on damaged files
+UNREADABLE = (
+    EOFError,
+    MemoryError,
+    OSError,
+    RuntimeError,  # encrypted; NotImplementedError: packed in an unknown way
+    SyntaxError,
+    TypeError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_set(path: str | Path, class_names: tuple[str, ...], *, image_size: int | None = None) -> DistilledSet:
@@ -99,13 +115,13 @@ def bare_set(
     bounded: bool = True,
 ) -> DistilledSet:
     """A `DistilledSet` of images and labels of which nothing else is known."""
-    n = len(labels)
-    if len(images) != n:
-        raise InputError(f"{origin} has {len(images)} images but {n} labels")
-    if labels.ndim != 1 or labels.dtype.is_floating_point or not n:
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or not len(labels):
         raise InputError(
             f"labels of {origin} must be whole numbers (N,), N > 0, not {tuple(labels.shape)} {labels.dtype}"
         )
+    n, labels = len(labels), labels.long()
+    if images.ndim == 0 or len(images) != n:
+        raise InputError(f"{origin} has {len(images) if images.ndim else 'no'} images but {n} labels")
     for name, value, shape in (("weights", weights, (n,)), ("soft_labels", soft_labels, (n, len(class_names)))):
         if value is not None and tuple(value.shape) != shape:
             raise InputError(f"{name} of {origin} must be {shape}, not {tuple(value.shape)}")
@@ -144,22 +160,17 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
     found: dict[str, Tensor]
     try:
         if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as z:
+                unpacked = sum(member.file_size for member in z.infolist())
+            if unpacked > MAX_BYTES:
+                raise InputError(f"{path} would unpack to {unpacked:,} bytes, and {MAX_BYTES:,} are read; split it")
             with np.load(path, allow_pickle=False) as f:
                 found = {k: torch.from_numpy(f[k]) for k in f.files}
         else:
             found = load_file(path)
-    except (
-        EOFError,
-        MemoryError,
-        NotImplementedError,
-        OSError,
-        RuntimeError,
-        SafetensorError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as e:
+    except InputError:
+        raise
+    except (*UNREADABLE, SafetensorError) as e:
         raise InputError(f"{path} cannot be read ({e}); get it again, or save its tensors as safetensors") from e
     if not {"images", "labels"} <= set(found):
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(found)) or 'none'}")
@@ -167,6 +178,12 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
     images = found["images"] if found["images"].dtype == torch.uint8 else found["images"].float()
     normalized = {"mean", "std"} <= set(found)
     if normalized:
+        shapes = [tuple(found[k].shape) for k in ("mean", "std")]
+        if images.ndim != 4 or shapes != [(images.shape[1],)] * 2:
+            raise InputError(
+                f"mean and std of {path} must be (3,) beside images (N, 3, H, W), not {shapes[0]} and {shapes[1]} "
+                f"beside {tuple(images.shape)}"
+            )
         images = images * found["std"].float().view(1, -1, 1, 1) + found["mean"].float().view(1, -1, 1, 1)
     return bare_set(images, found["labels"], class_names, **extras, origin=str(path), bounded=not normalized)
 
@@ -176,7 +193,7 @@ def _from_folder(path: Path, class_names: tuple[str, ...], image_size: int | Non
     names = source.class_names
     if set(names) != set(class_names) and len(names) == len(class_names) and all(n.isdigit() for n in names):
         names = class_names  # numbered folders stand in class order
-    size = image_size or min(image_dimensions(source.train, 0))
+    size = image_size or _first_side(source.train)
     images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
     extras = {name: _column(source.train, name, rows, path) for name in ("weight", "soft_label")}
     labels = torch.from_numpy(source.train.labels[rows])
@@ -192,6 +209,13 @@ def _column(split: Split, name: str, rows: list[int], path: Path) -> Tensor | No
         return torch.tensor([values[i] for i in rows], dtype=torch.float32)
     except (TypeError, ValueError) as e:
         raise InputError(f"column {name!r} of {path} is not numbers for every image ({e}); mend it or drop it") from e
+
+
+def _first_side(split: Split) -> int:
+    try:
+        return min(open_image(split.read(0)).size)
+    except UNDECODABLE as e:
+        raise InputError(f"the first image, in {split.where(0)}, cannot be read ({e}); replace it") from e
 
 
 def _reordered(s: DistilledSet, order: Tensor, class_names: tuple[str, ...]) -> DistilledSet:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import ModuleType
@@ -30,6 +31,7 @@ def instance_norm(channels: int) -> nn.Module:
 
 NORMS: dict[Norm, MakeNorm] = {"instance": instance_norm, "batch": nn.BatchNorm2d}
 SUFFIXES: dict[str, Norm] = {"in": "instance", "bn": "batch"}
+FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load obeys it whatever its caller says
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}  # prefix of a name -> module
 
 
@@ -326,6 +328,9 @@ def library_of(name: str) -> tuple[ModuleType, str]:
 def library_net(name: str, num_classes: int | None, image_size: int, *, pretrained: bool = False) -> nn.Module:
     """Build timm:NAME or torchvision:NAME, with the library's own published weights if `pretrained`.
 
+    timm takes safetensors where they are published; the files of torchvision are those of torch.save, and are opened
+    by a reader that knows tensors only and runs no code.
+
     Args:
         num_classes: length of the output; None: as published.
         image_size: side of the images in px, for networks that are built for one side.
@@ -350,13 +355,10 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
         if inner in ("googlenet", "inception_v3") and not pretrained:
             # their auxiliary classifiers would make a tuple of the output in training mode
             options |= {"aux_logits": False, "init_weights": True}
-    make = library.create_model if name.startswith("timm:") else library.get_model
-    # some published weights are pickles: torch then reads tensors from them and runs nothing
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        return make(inner, **options)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
+        with tensors_only():
+            return (library.create_model if name.startswith("timm:") else library.get_model)(inner, **options)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as e:
         said = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
         if pretrained:
             raise InputError(
@@ -366,10 +368,20 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
         raise InputError(
             f"network {name!r} cannot be built for {image_size} px images ({said}); choose another"
         ) from e
+
+
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """Within the block no `torch.load` of any library unpickles more than tensors."""
+    before = os.environ.get(FORCED)
+    os.environ[FORCED] = "1"
+    try:
+        yield
     finally:
-        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        if before is not None:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+        if before is None:
+            del os.environ[FORCED]
+        else:
+            os.environ[FORCED] = before
 
 
 def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None = None, seed: int) -> nn.Module:

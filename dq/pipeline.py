@@ -17,13 +17,14 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq import run as stages
 from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.config import FADRM, GenerateConfig, HubConfig, RunConfig, Teddy
-from dq.data import ImageSource, first_line, load_source
+from dq.data import ImageSource, load_source
 from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
 from dq.errors import InputError
 from dq.locks import locked
@@ -97,13 +98,17 @@ class DistillPipeline(DiffusionPipeline):
 
         Args:
             path: local folder or Hub id.
-            **kwargs: as for diffusers (`dtype`, `revision`, components such as `vae=` or `scheduler=`, ...).
+            **kwargs: as for diffusers (`dtype`, `revision`, components such as `vae=` or `scheduler=`, ...). Weights
+                are read from safetensors alone, and no code of the repository is run.
+
+        Raises:
+            InputError: if there is no such model, it is damaged, or it needs other weights or code.
         """
         folder = Path(path)
         if folder.is_dir():
             alone = not (folder / "model_index.json").is_file()
         else:
-            from huggingface_hub import file_exists
+            from huggingface_hub import file_exists, hf_hub_download
             from huggingface_hub.errors import HfHubHTTPError
 
             try:
@@ -116,12 +121,19 @@ class DistillPipeline(DiffusionPipeline):
             dtype = kwargs.get("dtype", torch.float32)
             name = next(n for n, d in DTYPES.items() if d == dtype)
             return cls(vae=kwargs.get("vae") or load_codec(path, revision=kwargs.get("revision"), dtype=name))
+        if folder.is_dir():
+            index = folder / "model_index.json"
+        else:
+            index = Path(hf_hub_download(str(path), "model_index.json", revision=kwargs.get("revision")))
+        _check_components(read_json(index), str(path))
         try:
-            return super().from_pretrained(str(path), **{"use_safetensors": True, **kwargs})
-        except (AttributeError, OSError, ValueError) as e:
+            return super().from_pretrained(
+                str(path), **{**kwargs, "use_safetensors": True, "trust_remote_code": False}
+            )
+        except (AttributeError, OSError, ValueError, SafetensorError) as e:
+            said = " ".join(str(e).split())[:200]
             raise InputError(
-                f"the pipeline {path} cannot be opened ({first_line(e)}); give one of stock components "
-                "with safetensors weights"
+                f"the pipeline {path} cannot be loaded ({said}); give one whose weights are safetensors"
             ) from e
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -423,3 +435,20 @@ class DistillPipeline(DiffusionPipeline):
     def _native_resolution(self) -> int | None:
         model = self.transformer or self.unet
         return int(model.config.sample_size) * downscale(self.vae) if model is not None else None
+
+
+def _check_components(index: Any, path: str) -> None:
+    """Refuse a pipeline that names modules of its own, before anything is imported: diffusers imports whatever library
+    a component names."""
+    from diffusers import pipelines
+
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise InputError(f"model_index.json of {path} names no pipeline of diffusers; give a stock pipeline")
+    for name, value in index.items():
+        if name[:1] == "_" or not isinstance(value, list) or not value or not isinstance(value[0], str):
+            continue
+        if value[0] not in ("diffusers", "transformers") and not hasattr(pipelines, value[0]):
+            raise InputError(
+                f"component {name!r} of {path} comes from {value[0]!r}, and only diffusers and transformers are "
+                "loaded, no code of a repository; give a stock pipeline"
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -16,6 +17,9 @@ import yaml
 from dq.errors import InputError
 
 C = TypeVar("C")
+MAX_VALUES = 100_000  # of a configuration: a few lines of aliases can stand for billions
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring = 3, 6, 12, 120
 
 # Least values of settings by name; a trailing ">" leaves the bound itself out. All must be finite.
 LEAST: dict[str, tuple[float, bool]] = {
@@ -40,6 +44,35 @@ LEAST: dict[str, tuple[float, bool]] = {
 }
 
 
+def short(value: Any) -> str:
+    """A value in an error message: a few lines of YAML can stand for millions."""
+    return SHORT.repr(value)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data of YAML text.
+
+    Raises:
+        yaml.YAMLError, RecursionError: if it is not readable.
+        ValueError: if it has an impossible date, or its aliases stand for more than `MAX_VALUES` values.
+    """
+    data = yaml.safe_load(text)
+    if _count(data, {}) > MAX_VALUES:
+        raise ValueError(f"it stands for more than {MAX_VALUES:,} values")
+    return data
+
+
+def _count(value: Any, known: dict[int, float]) -> float:
+    """Values in nested data, each counted wherever an alias repeats it; without end if it contains itself."""
+    if not isinstance(value, list | tuple | set | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(x, known) for x in inner)
+    return known[id(value)]
+
+
 class Checked:
     """Refuses values that no code could use, however a configuration was made."""
 
@@ -49,12 +82,12 @@ class Checked:
             value = getattr(self, f.name)
             if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):
                 options = ", ".join(map(repr, get_args(hints[f.name])))
-                raise InputError(f"{f.name} must be one of {options}, not {value!r}")
+                raise InputError(f"{f.name} must be one of {options}, not {short(value)}")
             if f.name in LEAST and isinstance(value, int | float):
                 least, inclusive = LEAST[f.name]
                 if not (value >= least if inclusive else value > least) or value == float("inf"):
                     bound = f"at least {least:g}" if inclusive else f"more than {least:g}"
-                    raise InputError(f"{f.name} must be {bound} and finite, not {value!r}")
+                    raise InputError(f"{f.name} must be {bound} and finite, not {short(value)}")
 
 
 def from_dict(cls: type[C], data: Any, where: str = "") -> C:
@@ -68,7 +101,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
-            raise InputError(f"{where or 'the configuration'} must be a mapping of settings, not {value!r}")
+            raise InputError(f"{where or 'the configuration'} must be a mapping of settings, not {short(value)}")
         hints = typing.get_type_hints(hint)
         for key in value:
             if key not in hints:
@@ -85,29 +118,29 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         return _build(options[0] if len(options) == 1 else _tagged(options, value, where), value, where)
     if origin is Literal:
         if value not in args:
-            raise InputError(f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}")
+            raise InputError(f"{where} must be one of {', '.join(map(repr, args))}, not {short(value)}")
         return value
     if origin is dict:
         if not isinstance(value, dict):
-            raise InputError(f"{where} must be a mapping, not {value!r}")
+            raise InputError(f"{where} must be a mapping, not {short(value)}")
         return {str(k): _build(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where} must be a list, not {value!r}")
+            raise InputError(f"{where} must be a list, not {short(value)}")
         return tuple(_build(args[0], v, f"{where}.{i}") for i, v in enumerate(value))
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 as text
         try:
             return float(value)
         except ValueError:
-            raise InputError(f"{where} must be a number, not {value!r}") from None
+            raise InputError(f"{where} must be a number, not {short(value)}") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise InputError(f"{where} must be {names.get(hint, hint)}, not {value!r}")
+        raise InputError(f"{where} must be {names.get(hint, hint)}, not {short(value)}")
     return value
 
 
@@ -117,7 +150,7 @@ def _tagged(options: list[Any], value: Any, where: str) -> Any:
     stage = value.get("stage") if isinstance(value, dict) else None
     if stage not in by_stage:
         raise InputError(
-            f"{where} must be a mapping whose stage is one of {', '.join(map(repr, by_stage))}, not {value!r}"
+            f"{where} must be a mapping whose stage is one of {', '.join(map(repr, by_stage))}, not {short(value)}"
         )
     return by_stage[stage]
 
@@ -158,7 +191,7 @@ def _child(node: Any, part: str, where: str) -> Any:
             raise InputError(f"{where!r} does not exist: the list has {len(node)} entries, counted from 0")
         return node[int(part)]
     if not isinstance(node, dict):
-        raise InputError(f"{where!r} cannot be set: its parent is the value {node!r}")
+        raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
     return node.get(part)
 
 
@@ -169,7 +202,7 @@ def _assign(node: Any, part: str, value: Any, where: str) -> None:
     elif isinstance(node, dict):
         node[part] = value
     else:
-        raise InputError(f"{where!r} cannot be set: its parent is the value {node!r}")
+        raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
 
 
 def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
@@ -181,9 +214,9 @@ def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
             if not sep:
                 raise InputError(f"--set needs key=value, not {s!r}")
             try:
-                pairs[key.strip()] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise InputError(f"the value of {key.strip()!r} is not readable: {text!r}") from None
+                pairs[key.strip()] = read_yaml(text)
+            except (yaml.YAMLError, RecursionError, ValueError):  # impossible dates are ValueErrors
+                raise InputError(f"the value of {key.strip()!r} is not readable: {short(text)}") from None
         settings = pairs
     data = to_dict(config)
     for key, value in settings.items():

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from dq.config import SourceConfig
 from dq.data import (
-    IMAGE_SUFFIXES,
     UNOPENED,
     ImageSource,
     Split,
@@ -37,6 +37,7 @@ from dq.data import (
 )
 from dq.dist import digest_of, is_done, progress, read_tensors, write_tensors
 from dq.errors import InputError
+from dq.images import IMAGE_SUFFIXES
 
 TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once
 LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused
@@ -117,7 +118,7 @@ def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
     local = Path(config.path).is_dir()
     try:
         builder = datasets.load_dataset_builder(config.path, config.name, revision=None if local else config.revision)
-    except (*UNOPENED, datasets.exceptions.DatasetsError) as e:
+    except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
         kind = "folder" if local else "Hub data set (and there is no such local folder)"
         raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
     kind = type(builder).__module__.rpartition(".")[2]

@@ -38,7 +38,7 @@ def test_shipped_configs_load(path: Path) -> None:
     assert from_dict(RunConfig, yaml.safe_load(dump_config(config))) == config
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in config.evaluate.baselines)
     found = students_of(config.evaluate, ipcs, 10, config.image_size)
-    assert len(found) == len(config.evaluate.students) * len(ipcs) > 0
+    assert len(found) == len(config.evaluate.students) * len(ipcs)
     assert config.teachers or all(s.labels == "hard" for s in found.values())
 
 

@@ -1,0 +1,241 @@
+"""Files of others run no code, and cannot ask for more than a machine has."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_dit, tiny_kl
+from PIL import Image
+
+from dq.codec import load_codec
+from dq.config import CodecConfig, RunConfig, TeacherConfig, load_config
+from dq.data import Split, load_source, read_image
+from dq.dist import read_json
+from dq.errors import InputError, RunError
+from dq.foreign import read_set
+from dq.images import FORMATS, MAX_PIXELS
+from dq.nets import tensors_only
+from dq.pipeline import DistillPipeline
+from dq.settings import apply_settings
+from dq.teachers import load_teacher
+
+
+class Trace:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def split_of(data: object) -> Split:
+    return Split(np.zeros(1, np.int64), lambda row: data, "train")
+
+
+def refused(data: object, message: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=message):
+            read_image(split_of(data), 0, 4, "crop")
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header promises so many pixels."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(9))))
+    parts = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("size", [(10_000, 10_001), (9_500, 9_500 * 3), (1 << 30, 1 << 30)])
+def test_image_bombs_are_refused_before_decoding(size: tuple[int, int], tmp_path: Path) -> None:
+    refused(bomb(*size), r"row 0 of split 'train' cannot be read .*(pixels).*")
+    (tmp_path / "b.png").write_bytes(bomb(*size))
+    refused(tmp_path / "b.png", r"b\.png cannot be read .*pixels")
+
+
+def test_the_largest_image_is_between_the_limits_of_pillow() -> None:
+    """Of 90 to 100 million pixels Pillow warns, and reads them."""
+    assert Image.MAX_IMAGE_PIXELS < 9_999 * 10_000 < MAX_PIXELS
+    buffer = io.BytesIO()
+    Image.new("1", (9_999, 10_000)).save(buffer, format="PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(split_of(buffer.getvalue()), 0, 2, "crop").shape == (3, 2, 2)
+
+
+def test_only_usual_formats_are_opened() -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    refused(eps, "it is none of PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM")
+    for form in (*FORMATS, "PCX", "TGA", "ICO", "SGI"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 20), (9, 9, 9)).save(buffer, format=form)
+        if form in FORMATS:
+            assert read_image(split_of(buffer.getvalue()), 0, 4, "crop").max() < 20
+        else:
+            refused(buffer.getvalue(), "it is none of")
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def test_a_codec_of_pickles_is_refused(tmp_path: Path) -> None:
+    tiny_kl().save_pretrained(tmp_path / "vae", safe_serialization=False)
+    assert not list((tmp_path / "vae").glob("*.safetensors"))
+    for file in (tmp_path / "vae").glob("*.bin"):
+        torch.save(Trace(tmp_path / "trace"), file)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_codec(tmp_path / "vae")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_teacher_of_pickles_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "resnet", "architectures": ["ResNetForImageClassification"], "hidden_sizes": [8]}
+    config |= {"depths": [1], "embedding_size": 8, "num_labels": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(Trace(tmp_path / "trace"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="transformers cannot open the teacher"):
+        load_teacher(TeacherConfig(net="transformers", path=str(tmp_path)), 2, 8)
+    assert not (tmp_path / "trace").exists()
+
+
+def pipeline_folder(folder: Path) -> Path:
+    from diffusers import DDIMScheduler
+
+    DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(), scheduler=DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_a_pipeline_of_pickles_is_refused(tmp_path: Path) -> None:
+    folder = pipeline_folder(tmp_path / "model")
+    DistillPipeline.from_pretrained(folder)
+    for file in list(folder.rglob("*.safetensors")):
+        torch.save(Trace(tmp_path / "trace"), file.with_suffix(".bin"))
+        file.unlink()
+    with pytest.raises(InputError, match=r"the pipeline .* cannot be loaded .*safetensors"):
+        DistillPipeline.from_pretrained(folder, use_safetensors=False)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("place", ["working folder", "component folder", "pipeline class"])
+def test_no_code_of_a_repository_runs(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pipeline_folder(tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    room = {"working folder": tmp_path, "component folder": folder / "transformer", "pipeline class": folder}[place]
+    (room / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\nclass Evil: pass\n")
+    if place == "pipeline class":
+        index["_class_name"] = ["evil", "Evil"]
+    else:
+        index["transformer"] = ["evil", "Evil"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"no code of a repository|names no pipeline of diffusers"):
+        DistillPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_libraries_unpickle_tensors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision asks torch.load for everything."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "good.pth")
+    torch.save({"w": Trace(tmp_path / "trace")}, tmp_path / "evil.pth")
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    for before in (None, "0"):
+        monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+        with tensors_only():
+            assert torch.load(tmp_path / "good.pth", weights_only=False)["w"].tolist() == [1, 1]
+            with pytest.raises(Exception, match=r"[Ww]eights"):
+                torch.load(tmp_path / "evil.pth", weights_only=False)
+        assert os.environ.get(name) == before
+    assert not (tmp_path / "trace").exists()
+
+
+# --- names and numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "../x", "/x", "a/b/c", "a..b", "-a"])
+def test_names_that_are_no_hub_ids_are_refused(name: str) -> None:
+    with pytest.raises(InputError):
+        load_source(name)
+    with pytest.raises(InputError):
+        load_codec(name)
+
+
+def test_arrays_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "s.npz", images=np.zeros((2, 3, 99, 99), np.uint8), labels=np.arange(2))
+    assert len(read_set(tmp_path / "s.npz", ("a", "b"))) == 2
+    monkeypatch.setattr("dq.foreign.MAX_BYTES", 50_000)
+    with pytest.raises(InputError, match=r"would unpack to 59,\d+ bytes"):
+        read_set(tmp_path / "s.npz", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.array([0, 1], np.uint16)}, None),
+        ({"labels": np.zeros((), np.int64)}, r"labels of .* must be whole numbers"),
+        ({"labels": np.array([0, 1], np.complex64)}, "must be whole numbers|cannot be read"),
+        ({"images": np.zeros((), np.uint8)}, "has no images but 2 labels"),
+        (
+            {"mean": np.zeros(7, np.float32), "std": np.ones(3, np.float32)},
+            r"not \(7,\) and \(3,\) beside \(2, 3, 4, 4\)",
+        ),
+    ],
+)
+def test_odd_numbers_are_refused(changes: dict, message: str | None, tmp_path: Path) -> None:
+    arrays = {"images": np.zeros((2, 3, 4, 4), np.uint8), "labels": np.arange(2)} | changes
+    np.savez(tmp_path / "s.npz", **arrays)
+    if message is None:
+        assert read_set(tmp_path / "s.npz", ("a", "b")).labels.tolist() == [0, 1]
+        return
+    with pytest.raises(InputError, match=message):
+        read_set(tmp_path / "s.npz", ("a", "b"))
+
+
+LAUGH = "[&a [x, x, x, x], " + ", ".join(
+    f"&{b} [*{a}, *{a}, *{a}, *{a}]" for a, b in zip("abcdefghijklmn", "bcdefghijklmno")
+)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("text", ["[" * 3000, "2001-02-30", f"{LAUGH}]", "&a [*a]"])
+def test_yaml_that_would_never_end_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"methods: {{a: {{override: {{x: {text}}}}}}}\n")
+    with pytest.raises(InputError, match="is not valid YAML"):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(InputError, match=r"the value of 'seed' is not readable: .{0,200}$"):
+        apply_settings(RunConfig(), [f"seed={text}"])
+    assert apply_settings(CodecConfig(), ["batch_size=&a 7"]).batch_size == 7
+
+
+def test_values_in_messages_are_short() -> None:
+    with pytest.raises(InputError) as e:
+        apply_settings(RunConfig(), [f"seed={list(range(9999))}"])
+    assert len(str(e.value)) < 200
+
+
+def test_deep_json_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(RunError, match=r"x\.json cannot be read"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_card_that_is_no_yaml_is_one_sentence(streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"x")
+    for card in ("configs: [a: b: c", "configs:\n- config_name: x\n  data_files:\n  - split: 3", "\x00"):
+        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+        with pytest.raises(InputError, match=r"cannot be opened as a folder|is damaged"):
+            load_source(tmp_path, streaming=streaming)
