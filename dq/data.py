@@ -289,7 +289,7 @@ def _hash_files(h: Any, root: Path, files: Sequence[Path]) -> None:
 
 def _from_datasets(config: SourceConfig) -> ImageSource:
     import datasets
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel, load_dataset_builder
 
     local = Path(config.path).is_dir()
     h = hashlib.blake2b(digest_size=8)
@@ -301,9 +301,14 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
         own_cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{h.hexdigest()}")
     try:
-        loaded = load_dataset(
+        builder = load_dataset_builder(
             config.path, config.name, revision=None if local else config.revision, cache_dir=own_cache
         )
+        check_files(builder, config.path)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    except InputError:
+        raise
     except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
         kind = "folder" if local else "Hub data set (and there is no such local folder)"
         raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
@@ -330,11 +335,15 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
             )
     else:
         names = None
+    if any(isinstance(v, list | dict) for s in keep for v in raw_labels[s]):
+        raise InputError(f"column {label_column!r} of {config.path} has several labels in a row; name another")
     names, numbers = number_labels({s: np.asarray(raw_labels[s]) for s in keep}, names, config.path)
     splits = {}
+    folder = Path(config.path) if local else None
     for s in keep:
         rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        splits[s] = Split(numbers[s], _row_reader(rows, image_column), s, _column_reader(loaded[s]))
+        read = _row_reader(rows, image_column, folder)
+        splits[s] = Split(numbers[s], read, s, _column_reader(loaded[s]))
     if not local:
         info = loaded[config.train_split].info
         h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
@@ -342,6 +351,15 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
             h.update(split.labels.tobytes())
     h.update(f"{image_column}|{label_column}".encode())
     return checked_source(splits, names, h, config.path, config.train_split, test)
+
+
+def check_files(builder: Any, path: str) -> None:
+    """Refuse a data set whose card names files outside its own folder, or on this machine instead of the Hub."""
+    rooms = [Path(path).absolute(), Path(path).resolve()] if Path(path).is_dir() else ["hf://datasets"]
+    for files in (builder.config.data_files or {}).values():
+        for file in map(str, files):
+            if ".." in file.split("/") or not any(file.startswith(f"{room}/") for room in rooms):
+                raise InputError(f"the card of {path} names {file}, outside it; correct its data_files")
 
 
 def number_labels(
@@ -352,6 +370,7 @@ def number_labels(
     if names is not None:
         return names, {s: labels.astype(np.int64) for s, labels in raw.items()}
     kinds = {"text" if x.dtype.kind in "US" else "number" if x.dtype.kind in "iub" else "" for x in raw.values()}
+    kinds |= {"" for x in raw.values() if x.ndim != 1}
     if len(kinds) > 1 or "" in kinds:
         raise InputError(f"labels of {origin} must be whole numbers or text, and alike in all rows and splits")
     values = np.unique(np.concatenate(list(raw.values())))
@@ -365,12 +384,24 @@ def _column_reader(rows: Any) -> Callable[[str], list[Any] | None]:
     return read
 
 
-def _row_reader(rows: Any, column: str) -> Callable[[int], Any]:
+def _row_reader(rows: Any, column: str, folder: Path | None) -> Callable[[int], Any]:
+    import datasets
+    from huggingface_hub import constants
+
+    # where images may lie that the cells only name: a table could name any file of this machine
+    rooms = [folder] if folder else [datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    rooms = [Path(room).resolve() for room in rooms]
+
     def read(i: int) -> Any:
         cell = rows[i][column]
         if cell is None:
             raise ValueError("the cell is empty")
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        path = Path(cell["path"]).resolve()
+        if not any(path.is_relative_to(room) for room in rooms):
+            raise ValueError(f"the cell names {cell['path']}, outside the data set")
+        return path
 
     return read
 

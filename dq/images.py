@@ -21,7 +21,17 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000  # of one image; decoding takes four bytes for each
 MAX_IMAGE_BYTES = 512 << 20
 # what Pillow's decoders raise on damaged files
-UNDECODABLE = (EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error)
+UNDECODABLE = (
+    EOFError,
+    LookupError,
+    OSError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    Image.DecompressionBombError,
+    struct.error,
+)
 _HEADERS = threading.Lock()  # the filter of warnings belongs to the whole process
 
 

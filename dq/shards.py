@@ -29,6 +29,7 @@ from dq.data import (
     UNOPENED,
     ImageSource,
     Split,
+    check_files,
     checked_source,
     choose_column,
     first_line,
@@ -121,6 +122,7 @@ def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
     except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
         kind = "folder" if local else "Hub data set (and there is no such local folder)"
         raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
+    check_files(builder, config.path)
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in ("parquet", "webdataset") or not builder.config.data_files:
         raise InputError(

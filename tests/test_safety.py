@@ -239,3 +239,30 @@ def test_a_card_that_is_no_yaml_is_one_sentence(streaming: bool, tmp_path: Path)
         (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
         with pytest.raises(InputError, match=r"cannot be opened as a folder|is damaged"):
             load_source(tmp_path, streaming=streaming)
+
+
+def test_cards_and_cells_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import ClassLabel, Features
+    from datasets import Image as ImageFeature
+
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "private.png")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    schema = Features({"image": ImageFeature(), "label": ClassLabel(names=["a"])}).arrow_schema
+    cells = [{"bytes": None, "path": str(tmp_path / "private.png")}]
+    table = pa.Table.from_arrays([pa.array(cells, schema.field(0).type), pa.array([0])], schema=schema)
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    with pytest.raises(InputError, match=r"the cell names .*private.png, outside the data set"):
+        read_image(load_source(folder).train, 0, 4, "crop")
+    with pytest.raises(InputError, match="holds no encoded image"):
+        read_image(load_source(folder, streaming=True).train, 0, 4, "crop")
+    (tmp_path / "other").mkdir()
+    (folder / "train-00000-of-00001.parquet").rename(tmp_path / "other" / "x.parquet")
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {tmp_path}/other/x.parquet\n---\n"
+    (folder / "README.md").write_text(card)
+    (folder / "empty.parquet").write_bytes(b"")
+    for streaming in (False, True):
+        with pytest.raises(InputError, match=r"the card of .* names .*other/x.parquet, outside it"):
+            load_source(folder, streaming=streaming)
