@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from types import SimpleNamespace
 
 # before any library reads them
@@ -14,6 +15,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives
+
+
+def free_port() -> str:
+    """A port that nothing listens on, for a launcher; suites that run side by side must not share one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 def tiny_kl(latent_channels: int = 4, seed: int = 0, **config):

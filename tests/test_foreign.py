@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -493,7 +494,7 @@ def test_an_online_teacher_gives_the_same_students(evaluated, world, tmp_path):
 
 @pytest.mark.multi_process
 def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583", "-m", "dq.cli"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "dq.cli"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, *arguments(world, tmp_path, *soft(world))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from test_run import config, results, world  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 COUNT = (
-    "from dq.dist import make_accelerator as m; a = m(cpu=True); print('process', a.process_index, a.num_processes)"
+    "from dq.dist import make_accelerator as m; a = m(cpu=True); print('process', a.process_index, a.num_processes); "
+    "a.wait_for_everyone()"
 )
 
 
@@ -73,7 +75,7 @@ def test_accelerate_reads_every_file(file: str, machines: int, processes: int) -
 @pytest.mark.parametrize(("file", "processes"), [("cpu.yaml", 2), ("gpu1.yaml", 1)])
 def test_so_many_processes_start(file: str, processes: int, tmp_path: Path) -> None:
     (tmp_path / "count.py").write_text(COUNT)
-    port = ["--main_process_port", "29651"] if processes > 1 else []
+    port = ["--main_process_port", free_port()] if processes > 1 else []
     p = start([*launch(file, *port), str(tmp_path / "count.py")])
     said, err = p.communicate(timeout=120)
     assert p.returncode == 0, err
@@ -83,7 +85,7 @@ def test_so_many_processes_start(file: str, processes: int, tmp_path: Path) -> N
 
 @pytest.mark.multi_process
 def test_two_processes_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:  # noqa: F811
-    command = [*launch("cpu.yaml", "--main_process_port", "29652"), "-m", "dq.cli", "run"]
+    command = [*launch("cpu.yaml", "--main_process_port", free_port()), "-m", "dq.cli", "run"]
     finish([start([*command, "--config", str(small(world, tmp_path)), "--cpu"])])
     assert results(tmp_path) == alone
     assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
@@ -92,7 +94,7 @@ def test_two_processes_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone
 @pytest.mark.multi_process
 def test_two_machines_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:  # noqa: F811
     file = str(small(world, tmp_path))
-    flags = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29653"]
+    flags = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     run = ["-m", "dq.cli", "run", "--config", file, "--cpu"]
     nodes = [launch("nodes2x8.yaml", *flags, "--machine_rank", str(rank)) for rank in (0, 1)]
     finish([start([*node, *run]) for node in nodes])
@@ -104,7 +106,7 @@ def test_two_machines_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone:
 def test_two_machines_of_torchrun(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:  # noqa: F811
     file = str(small(world, tmp_path))
     base = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    base += ["--master_addr", "127.0.0.1", "--master_port", "29654"]
+    base += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     run = ["-m", "dq.cli", "run", "--config", file, "--cpu"]
     finish([start([*base, "--node_rank", str(rank), *run]) for rank in (0, 1)])
     assert results(tmp_path) == alone

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_kl
+from conftest import free_port, tiny_kl
 from safetensors.torch import load_file
 from small_prior import CODEC, NAMES, SOURCE, encoded, every_image, metrics, prior_in
 from torch import nn
@@ -353,7 +353,7 @@ def test_two_processes_give_what_one_gives(made, toy_images, toy_source, acceler
     tensors = {f"{split}.{k}": v for split, pair in toy_images.items() for k, v in zip(("images", "labels"), pair)}
     write_tensors(tmp_path / "images.safetensors", tensors)
     write_json(tmp_path / "prior.json", to_dict(prior))
-    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29591"]
+    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, "-m", *command, ROOT / "tests" / "scripts" / "train_prior.py", tmp_path],
