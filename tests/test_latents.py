@@ -181,3 +181,11 @@ def test_missing_files_are_named_and_damaged_ones_made_anew(
     assert [cache.path(i).read_bytes() for i in range(3)] == whole
     assert cache.path(1).stat().st_mtime_ns == stamp
     assert [r.message for r in caplog.records if "part-000002" in r.message and "is made anew" in r.message]
+
+
+def test_latents_that_do_not_fit_are_named(tmp_path: Path, toy_source) -> None:
+    codec = tiny_kl(scaling_factor=1e9)
+    cache = cache_in(tmp_path, toy_source, codec)
+    with pytest.raises(InputError, match=r"the latent of row 0 of split 'train' exceeds the float16 range"):
+        encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
+    assert cache.missing() == [0, 1, 2]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 from dq.dist import temporary_beside
 from dq.errors import RunError
@@ -82,3 +83,33 @@ def test_a_command_that_fails_leaves_no_empty_folder(tmp_path: Path, accelerator
     with locked(tmp_path / "b", accelerator):
         pass
     assert [f.name for f in (tmp_path / "b").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.multi_process
+def test_every_process_of_a_second_command_is_refused(tmp_path: Path) -> None:
+    first = holder(tmp_path / "run")
+    try:
+        root = str(Path(__file__).parents[1])
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            free_port(),
+        ]
+        (tmp_path / "hold.py").write_text(
+            "import sys\nfrom dq.errors import RunError\ntry:\n"
+            + "".join(f"    {line}\n" for line in HOLD.strip().splitlines())
+            + "except RunError as e:\n    sys.stdout.write(f'refused: {e}\\n')\n"
+        )
+        env = {**os.environ, "PYTHONPATH": root}
+        done = subprocess.run(
+            [*command, str(tmp_path / "hold.py"), str(tmp_path / "run")],
+            capture_output=True, text=True, timeout=120, env=env,
+        )  # fmt: skip
+        assert done.stdout.count(f"is in use by process {first.pid}") == 2, done.stdout + done.stderr[-2000:]
+    finally:
+        first.kill()
+        first.wait()

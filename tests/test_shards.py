@@ -279,3 +279,38 @@ def test_what_cannot_be_streamed_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         streamed(parquet(tmp_path / "d"))
     with pytest.raises(InputError, match="whole numbers or text, and alike"):
         number_labels({"train": np.array([1.5])}, None, "x")
+
+
+def test_rows_without_a_label_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = parquet(tmp_path / "set", files=1, named=False)
+    file = folder / "train-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    labels = table["label"].to_pylist()
+    labels[7] = None
+    pq.write_table(table.set_column(1, table.schema.field(1), pa.array(labels, pa.int64())), file)
+    with pytest.raises(InputError, match=r"column 'label' of split 'train' of .* has rows without a label"):
+        streamed(folder)
+
+
+def test_a_tar_that_was_replaced_is_scanned_again(tmp_path: Path) -> None:
+    import os
+
+    folder = tars(tmp_path / "set")
+    file = folder / "train-0000.tar"
+    first = streamed(folder)
+    data, then = file.read_bytes(), file.stat()
+    # members of equal size in another order: only the time tells
+    half = [data[i : i + 512] for i in range(0, len(data), 512)]
+    with tarfile.open(file) as tar:
+        names = tar.getnames()
+    assert names[1].endswith(".cls")
+    at = next(i for i, block in enumerate(half) if block.startswith(names[1].encode())) + 1
+    other = bytes([half[at][0] ^ 1]) + half[at][1:]
+    file.write_bytes(b"".join([*half[:at], other, *half[at + 1 :]]))
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns + 10**9))
+    second = streamed(folder)
+    assert second.fingerprint != first.fingerprint
+    assert second.train.labels.tolist() != first.train.labels.tolist()
