@@ -289,6 +289,7 @@ def _hash_files(h: Any, root: Path, files: Sequence[Path]) -> None:
 
 def _from_datasets(config: SourceConfig) -> ImageSource:
     import datasets
+    import pyarrow as pa
     from datasets import ClassLabel, load_dataset_builder
 
     local = Path(config.path).is_dir()
@@ -341,7 +342,13 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     splits = {}
     folder = Path(config.path) if local else None
     for s in keep:
-        rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        try:
+            rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        except (pa.ArrowException, TypeError, ValueError) as e:
+            raise InputError(
+                f"column {image_column!r} of {config.path} holds no images ({first_line(e)}); "
+                "name another with --set source.image_column=NAME"
+            ) from e
         read = _row_reader(rows, image_column, folder)
         splits[s] = Split(numbers[s], read, s, _column_reader(loaded[s]))
     if not local:
@@ -394,7 +401,7 @@ def _row_reader(rows: Any, column: str, folder: Path | None) -> Callable[[int], 
 
     def read(i: int) -> Any:
         cell = rows[i][column]
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise ValueError("the cell is empty")
         if cell["bytes"] is not None:
             return cell["bytes"]
@@ -415,15 +422,27 @@ def choose_column(what: Literal["image", "label"], wanted: str | None, features:
     if wanted is not None:
         if wanted not in features:
             raise InputError(f"{origin} has no column {wanted!r}; it has {', '.join(features)}")
-        return wanted
+        return _plain(what, wanted, features, origin)
     of_kind = [c for c, f in features.items() if isinstance(f, kind)]
     named = [c for c in usual if c in (of_kind or features)]
     if named or len(of_kind) == 1:
-        return named[0] if named else of_kind[0]
+        return _plain(what, named[0] if named else of_kind[0], features, origin)
     raise InputError(
         f"{origin} has no clear {what} column among {', '.join(features)}; "
         f"name it with --set source.{what}_column=NAME"
     )
+
+
+def _plain(what: str, column: str, features: Any, origin: str) -> str:
+    """The column, unless it should hold labels and holds lists or mappings."""
+    import datasets
+
+    if what == "label" and not isinstance(features[column], datasets.ClassLabel | datasets.Value):
+        raise InputError(
+            f"column {column!r} of {origin} holds no labels but {type(features[column]).__name__}; "
+            "name another with --set source.label_column=NAME"
+        )
+    return column
 
 
 # --- image folders ------------------------------------------------------------------------------------------------

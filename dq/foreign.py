@@ -119,6 +119,8 @@ def bare_set(
         raise InputError(
             f"labels of {origin} must be whole numbers (N,), N > 0, not {tuple(labels.shape)} {labels.dtype}"
         )
+    if not images.numel():
+        raise InputError(f"images of {origin} have no pixels: they are {tuple(images.shape)}; give (N, 3, H, W)")
     n, labels = len(labels), labels.long()
     if images.ndim == 0 or len(images) != n:
         raise InputError(f"{origin} has {len(images) if images.ndim else 'no'} images but {n} labels")

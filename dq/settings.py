@@ -18,6 +18,7 @@ from dq.errors import InputError
 
 C = TypeVar("C")
 MAX_VALUES = 100_000  # of a configuration: a few lines of aliases can stand for billions
+MAX_DIGITS = 64  # of a whole number; Python neither prints very long ones nor makes a float of them
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring = 3, 6, 12, 120
 
@@ -54,23 +55,35 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError, RecursionError: if it is not readable.
-        ValueError: if it has an impossible date, or its aliases stand for more than `MAX_VALUES` values.
+        ValueError: if a value does not fit its tag or a date is impossible, if a whole number is absurdly long, or if
+            its aliases stand for more than `MAX_VALUES` values.
     """
-    data = yaml.safe_load(text)
-    if _count(data, {}) > MAX_VALUES:
-        raise ValueError(f"it stands for more than {MAX_VALUES:,} values")
-    return data
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        # before anything is made of it: merging (<<) copies what an alias stands for
+        if _count(node, {}) > MAX_VALUES:
+            raise ValueError(f"it stands for more than {MAX_VALUES:,} values")
+        return loader.construct_document(node)
+    except (AttributeError, LookupError) as e:  # PyYAML's own, e.g. for "!!bool x"
+        raise ValueError(f"a value does not fit its tag ({e})") from e
+    finally:
+        loader.dispose()
 
 
-def _count(value: Any, known: dict[int, float]) -> float:
-    """Values in nested data, each counted wherever an alias repeats it; without end if it contains itself."""
-    if not isinstance(value, list | tuple | set | dict):
+def _count(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Values below a node, each counted wherever an alias repeats it; without end if it contains itself."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"a whole number has {len(node.value):,} digits")
         return 1
-    if id(value) not in known:
-        known[id(value)] = float("inf")
-        inner = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count(x, known) for x in inner)
-    return known[id(value)]
+    if node not in known:
+        known[node] = float("inf")
+        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[node] = 1 + sum(_count(n, known) for n in inner)
+    return known[node]
 
 
 class Checked:
@@ -128,14 +141,12 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} must be a list, not {short(value)}")
         return tuple(_build(args[0], v, f"{where}.{i}") for i, v in enumerate(value))
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as text
         try:
             return float(value)
-        except ValueError:
+        except (OverflowError, ValueError):
             raise InputError(f"{where} must be a number, not {short(value)}") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -148,7 +159,7 @@ def _tagged(options: list[Any], value: Any, where: str) -> Any:
     """Of several dataclasses the one whose `stage` the value names."""
     by_stage = {o.stage: o for o in options}
     stage = value.get("stage") if isinstance(value, dict) else None
-    if stage not in by_stage:
+    if not isinstance(stage, str) or stage not in by_stage:
         raise InputError(
             f"{where} must be a mapping whose stage is one of {', '.join(map(repr, by_stage))}, not {short(value)}"
         )

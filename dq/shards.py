@@ -235,8 +235,7 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
     def load(block: int) -> Any:
         number, group = groups[block]
         with _naming(shards[number]), _open(shards[number]) as f:
-            table = pq.ParquetFile(f).read_row_group(group, columns=[image])
-        return _Cells(table[image].combine_chunks())
+            return _Cells(pq.ParquetFile(f).read_row_group(group, columns=[image])[image].combine_chunks())
 
     feature = features[column] if features else None
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None

@@ -187,6 +187,7 @@ def test_arrays_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch:
         ({"labels": np.array([0, 1], np.uint16)}, None),
         ({"labels": np.zeros((), np.int64)}, r"labels of .* must be whole numbers"),
         ({"labels": np.array([0, 1], np.complex64)}, "must be whole numbers|cannot be read"),
+        ({"images": np.zeros((2, 3, 0, 0), np.float32)}, r"have no pixels: they are \(2, 3, 0, 0\)"),
         ({"images": np.zeros((), np.uint8)}, "has no images but 2 labels"),
         (
             {"mean": np.zeros(7, np.float32), "std": np.ones(3, np.float32)},
@@ -218,6 +219,37 @@ def test_yaml_that_would_never_end_is_refused(text: str, tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"the value of 'seed' is not readable: .{0,200}$"):
         apply_settings(RunConfig(), [f"seed={text}"])
     assert apply_settings(CodecConfig(), ["batch_size=&a 7"]).batch_size == 7
+
+
+MERGES = "[&a0 {x: 1}" + "".join(f", &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 12)) + "]"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "text",
+    [MERGES, "!!bool x", "!!int ''", "!!timestamp x", "9" * 5000, "0x" + "f" * 6000],
+    ids=["merges", "bool", "int", "timestamp", "digits", "hexadecimal"],
+)
+def test_yaml_that_its_reader_does_not_refuse_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"methods: {{a: {{override: {{x: {text}}}}}}}\n")
+    with pytest.raises(InputError, match="is not valid YAML"):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(InputError, match=r"the value of 'seed' is not readable: .{0,200}$"):
+        apply_settings(RunConfig(), [f"seed={text}"])
+
+
+def test_merged_mappings_and_whole_numbers_of_usual_length_are_read(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("cluster: &c {n_iter: 7}\nmethods: {a: {override: {x: {<<: *c, y: 1}}}}\n")
+    c = load_config(tmp_path / "c.yaml")
+    assert (c.cluster.n_iter, c.methods["a"].override) == (7, {"x": {"n_iter": 7, "y": 1}})
+    assert apply_settings(RunConfig(), [f"seed={2**62}"]).seed == 2**62
+
+
+def test_numbers_and_stages_that_fit_nothing_are_refused() -> None:
+    with pytest.raises(InputError, match=r"cluster\.tol must be a number"):
+        apply_settings(RunConfig(), {"cluster.tol": 10**400})
+    with pytest.raises(InputError, match=r"refine\.0 must be a mapping whose stage is one of"):
+        apply_settings(RunConfig(), ["refine=[{stage: {a: 1}}]"])
 
 
 def test_values_in_messages_are_short() -> None:

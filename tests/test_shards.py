@@ -314,3 +314,35 @@ def test_a_tar_that_was_replaced_is_scanned_again(tmp_path: Path) -> None:
     second = streamed(folder)
     assert second.fingerprint != first.fingerprint
     assert second.train.labels.tolist() != first.train.labels.tolist()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": [[0], [1]]}, "column 'label' of .* holds no labels but List"),
+        ({"label": [{"a": 1}, {"a": 2}]}, "column 'label' of .* holds no labels but dict"),
+        ({"image": [3, 4]}, "holds no image|holds no encoded image"),
+        ({"image": [{"bytes": None, "path": None}] * 2}, "the cell is empty|holds no encoded image"),
+    ],
+)
+def test_columns_of_other_types_are_refused(tmp_path: Path, columns: dict, message: str, streaming: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [{"bytes": b, "path": "x.png"} for b, _ in rows("test")[:2]]
+    columns = {"image": cells, "label": [0, 1]} | columns
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=message):
+        read_image(load_source(tmp_path, streaming=streaming).train, 0, 8, "crop")
+
+
+def test_a_column_that_is_there_twice_is_one_sentence(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = pa.array([{"bytes": b, "path": "x.png"} for b, _ in rows("test")[:2]])
+    table = pa.table([images, pa.array([0, 1]), images], names=["image", "label", "image"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"train\.parquet cannot be read .*2 times"):
+        read_image(load_source(tmp_path, streaming=True).train, 0, 8, "crop")
