@@ -17,7 +17,7 @@ import yaml
 
 import dq
 from dq.config import Baseline
-from dq.dist import read_json, write_json, write_text
+from dq.dist import is_done, read_json, write_json, write_text
 from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features
 
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
@@ -135,7 +135,7 @@ def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
     """
     card = folder / "README.md"
     records = [read_json(p) for p in folder.glob(f"*/{PROVENANCE}")]
-    found = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}")}
+    found = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}") if is_done(p)}
     if old is None:
         old, alone = card.read_text() if card.is_file() else "", False
     else:

@@ -255,7 +255,7 @@ def has_set(folder: Path, config_name: str, recipe: str) -> bool:
     path = folder / config_name / PROVENANCE
     if not is_done(path) or (record := read_json(path)).get("recipe") != recipe:
         return False
-    for file, known in shard_files(folder / config_name, record):
+    for file, known in all_files(folder / config_name, record):
         if not file.is_file() or file_facts(file)["blake2b"] != known["blake2b"]:
             log.warning("%s is damaged or gone, and the set is made anew", file)
             path.unlink()  # it is no set any more
@@ -267,6 +267,11 @@ def shard_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[s
     """The files of a set in row order, each with what its record says of it (nothing in sets of old)."""
     files = record.get("files") or {p.name: {} for p in sorted(folder.glob(SHARDS))}
     return [(folder / name, known) for name, known in files.items()]
+
+
+def all_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """`shard_files` and the picture of the set."""
+    return shard_files(folder, record) + ([(folder / GRID, record["grid"])] if record.get("grid") else [])
 
 
 def set_features(record: dict[str, Any]) -> Any:
@@ -357,6 +362,7 @@ def write_set(
         old.unlink()
     with atomic_path(target / GRID) as temporary:
         image_grid([[x for _, x in own] for _, own in sorted(shown.items())]).save(temporary, format="PNG")
+    record["grid"] = file_facts(target / GRID)
     write_json(target / PROVENANCE, record)
     if card:
         write_dataset_card(folder)

@@ -402,8 +402,8 @@ def _whole_numbers(value: Any) -> bool:
 
 def _check_shards(folder: Path, record: dict[str, Any]) -> None:
     """Raises: RunError if a file of a set is not there or not the one that was written."""
-    from dq.distilled import file_facts, shard_files
+    from dq.distilled import all_files, file_facts
 
-    for path, known in shard_files(folder, record):
+    for path, known in all_files(folder, record):
         if not path.is_file() or (known and file_facts(path)["blake2b"] != known["blake2b"]):
             raise RunError(f"{path} is missing or damaged; make the set again with `dq label`, or pull it again")

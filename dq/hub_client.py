@@ -52,7 +52,7 @@ def client(token: str | None) -> HfApi:
     for handler in hub_logging.get_logger("huggingface_hub").handlers:
         handler.filters[:] = [f for f in handler.filters if not isinstance(f, Redaction)]
         handler.addFilter(Redaction(token or huggingface_hub.get_token()))
-    return huggingface_hub.HfApi(token=token, library_name="dq")
+    return huggingface_hub.HfApi(token=token or None, library_name="dq")
 
 
 @contextlib.contextmanager

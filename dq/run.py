@@ -202,7 +202,7 @@ class Parts:
             labelled = "logits" in f.keys()  # noqa: SIM118  (not a dict)
         by = {"by": "the teachers of the last stage of refinement"} if labelled else None
         return {
-            **read_json(self.run.folder / "provenance.json"),
+            **{k: v for k, v in read_json(self.run.folder / "provenance.json").items() if k != "settings"},
             "ipc": self.ipc,
             "method": _method_provenance(self.method, m),
             "codec": to_dict(self.run.config.codec),

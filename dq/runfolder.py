@@ -14,7 +14,7 @@ import torch
 
 from dq.config import Baseline, ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
 from dq.data import ImageSource
-from dq.dist import append_jsonl, check_name, digest_of, is_done, read_json, shard, write_json, write_text
+from dq.dist import append_jsonl, check_name, is_done, read_json, shard, write_json, write_text
 from dq.errors import InputError
 from dq.settings import apply_settings, dump_config, to_dict
 from dq.tracking import report, stage_numbers
@@ -114,31 +114,28 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
                 f"method {method!r} has cluster.space={space.space}, which needs a teacher; "
                 "set teachers.0.net and teachers.0.path, or cluster.space=latents"
             )
-    if known.is_file() and _is_intact(known):
-        changed = sorted(_changed(load_config(known), config))
-        if changed:
-            raise InputError(
-                f"{folder} belongs to a run with other settings ({', '.join(changed[:4])}); "
-                "choose another --output_dir, or delete that folder"
-            )
-        made = folder / "provenance.json"
-        fingerprint = read_json(made)["source"]["fingerprint"] if is_done(made) else source.fingerprint
-        if fingerprint != source.fingerprint:
-            raise InputError(
-                f"{folder} was made from other data (fingerprint {fingerprint}, now {source.fingerprint}); "
-                "choose another --output_dir"
-            )
-    elif (
-        not known.is_file()
-        and folder.is_dir()
-        and any(f.name != "provenance.json" and f.name[0] != "." for f in folder.iterdir())
-    ):
+    record = folder / "provenance.json"
+    settings = {key: to_dict(config)[key] for key in IDENTITY}
+    made = read_json(record) if is_done(record) else {}
+    old = made.get("settings") or (to_dict(load_config(known)) if known.is_file() else None)
+    if old is None and _holds_something(folder):
         raise InputError(f"{folder} is not empty and not a run of dq; choose another --output_dir")
+    if old is not None and (changed := sorted(_changed(old, settings))):
+        raise InputError(
+            f"{folder} belongs to a run with other settings ({', '.join(changed[:4])}); "
+            "choose another --output_dir, or delete that folder"
+        )
+    fingerprint = made.get("source", {}).get("fingerprint", source.fingerprint)
+    if fingerprint != source.fingerprint:
+        raise InputError(
+            f"{folder} was made from other data (fingerprint {fingerprint}, now {source.fingerprint}); "
+            "choose another --output_dir"
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if not is_done(folder / "provenance.json"):
-            write_json(folder / "provenance.json", provenance(run))
-        write_text(known, _signed(dump_config(config)))  # last: the folder is a run once this file is there
+        if made.get("settings") != settings:  # the record, and not config.yaml, says whose folder it is
+            write_json(record, {**(made or provenance(run)), "settings": settings})
+        write_text(known, dump_config(config))
     accelerator.wait_for_everyone()
     return run
 
@@ -147,23 +144,7 @@ def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(f.name != "provenance.json" and f.name[0] != "." for f in folder.iterdir())
 
 
-def _signed(text: str) -> str:
-    return f"{text}# checksum {digest_of(text)}\n"
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a configuration is as it was written. Another says nothing about what the folder holds; units are found
-    by digests of their own."""
-    text = path.read_bytes().decode(errors="replace")
-    body = text[: text.rfind("# checksum")]
-    if text == _signed(body):
-        return True
-    log.warning("%s was edited or damaged; it is written anew from the settings of this call", path)
-    return False
-
-
-def _changed(old: RunConfig, new: RunConfig) -> Iterator[str]:
-    a, b = to_dict(old), to_dict(new)
+def _changed(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     for section in IDENTITY:
         if isinstance(a[section], dict) and isinstance(b[section], dict):
             for key in a[section]:

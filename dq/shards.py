@@ -228,7 +228,7 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
                 if values.null_count:
                     raise InputError(f"column {column!r} of split {split!r} of {config.path} has rows without a label")
                 whole = pa.types.is_integer(values.type)
-                labels.append(values.cast(pa.int32()).to_numpy() if whole else np.asarray(values.to_pylist()))
+                labels.append(values.cast(pa.int64()).to_numpy() if whole else np.asarray(values.to_pylist()))
                 sizes.append(facts.num_rows)
                 groups.append((number, group))
 
@@ -240,7 +240,7 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
     feature = features[column] if features else None
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
-    return Opened(np.concatenate(labels) if labels else np.zeros(0, np.int32), names, starts, load)
+    return Opened(np.concatenate(labels) if labels else np.zeros(0, np.int64), names, starts, load)
 
 
 class _Cells:
@@ -274,15 +274,13 @@ def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: 
         if not is_done(path):
             with _naming(shard), _open(shard) as f:
                 rows = list(_members(f, shard))
+            if len({type(r[2]) for r in rows}) > 1:
+                raise InputError(f"labels of {shard.url} are numbers in some rows and text in others; make them alike")
             places = torch.tensor([r[:2] for r in rows], dtype=torch.int64).reshape(-1, 2)
             write_tensors(path, {"places": places}, {"labels": [r[2] for r in rows]})
         tensors, meta = read_tensors(path)
         found.append((tensors["places"].numpy(), np.asarray(meta["labels"])))
-    blocks = [
-        (number, first, min(first + TAR_BLOCK, len(places)))
-        for number, (places, _) in enumerate(found)
-        for first in range(0, len(places), TAR_BLOCK)
-    ]
+    blocks = [(number, *block) for number, (places, _) in enumerate(found) for block in _tar_blocks(places)]
 
     def load(block: int) -> list[bytes]:
         number, first, last = blocks[block]
@@ -295,11 +293,21 @@ def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: 
     sizes = np.asarray([last - first for _, first, last in blocks], np.int64)
     kinds = {labels.dtype.kind for _, labels in found if len(labels)}
     if len(kinds) > 1:
-        raise InputError(f"labels of {config.path} are numbers in some tars and text in others; make them alike")
+        raise InputError(f"labels of {config.path} are numbers in some rows and text in others; make them alike")
     labels = np.concatenate([labels for _, labels in found if len(labels)] or [np.zeros(0, np.int32)])
     if labels.dtype.kind == "i":
         labels = labels.astype(np.int32)
     return Opened(labels, None, np.concatenate([[0], np.cumsum(sizes)]), load)
+
+
+def _tar_blocks(places: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of neighbouring rows that are read at once, with all that lies between them."""
+    first = 0
+    for last in range(1, len(places) + 1):
+        full = last - first == TAR_BLOCK or last == len(places)
+        if full or int(places[last].sum()) - int(places[first, 0]) > LARGEST_IMAGE:
+            yield first, last
+            first = last
 
 
 def _members(f: Any, shard: Shard) -> Iterator[tuple[int, int, int | str]]:
@@ -327,7 +335,10 @@ def _members(f: Any, shard: Shard) -> Iterator[tuple[int, int, int | str]]:
             if image is not None:
                 yield (*image, _need_label(label, key, shard))
             key, image, label = (folder, stem), None, None
-        if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+        suffix = suffix.lower()
+        if f".{suffix}" in IMAGE_SUFFIXES:
+            if image is not None:
+                raise InputError(f"{shard.url} has two images {name!r} of one key; give every row a key of its own")
             image = (member.offset_data, member.size)
         elif suffix in ("cls", "json"):
             data = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -351,7 +362,7 @@ def _label(data: bytes, suffix: str, name: str, shard: Shard) -> int | str | Non
 def _need_label(label: int | str | None, key: Any, shard: Shard) -> int | str:
     if label is None:
         raise InputError(
-            f"image {key[1]!r} of {shard.url} has no label: it needs a .cls beside it, or a .json with a 'label'"
+            f"image {key[1]!r} of {shard.url} has no label: it needs a .cls right beside it, or a .json with a 'label'"
         )
     return label
 

@@ -444,6 +444,48 @@ def test_folder_of_another_run(world: Path, finished: Path, tmp_path: Path, caps
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
+def test_whose_folder_it_is_does_not_hang_on_one_file(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import shutil
+
+    file = config(world, tmp_path, evaluate__students=[], ipc=[1])
+    base = ["run", "--config", str(file)]
+    assert main([*base, "--cpu"]) == 0
+    known, record = tmp_path / "run" / "config.yaml", tmp_path / "run" / "provenance.json"
+    text = known.read_text()
+    known.write_text(text.replace("seed: 0", "seed: 7"))
+    said = fails(["run", "--config", str(known)], capsys)
+    assert "belongs to a run with other settings (seed: 0 -> 7)" in said
+    for damaged in ("", "{[", None):
+        known.unlink()
+        if damaged is not None:
+            known.write_text(damaged)
+        assert "seed: 0 -> 7" in fails([*base, "--seed", "7"], capsys)
+        assert main([*base, "--cpu"]) == 0  # and config.yaml is there again
+        assert known.read_text() == text
+    shutil.copytree(world / "images", tmp_path / "set")
+    next((tmp_path / "set" / "train" / "red").iterdir()).unlink()
+    other = ["--set", f"source.path={tmp_path / 'set'}"]
+    assert "was made from other data" in fails([*base, *other], capsys)
+    record.write_bytes(record.read_bytes()[:-40])
+    assert "seed: 0 -> 7" in fails([*base, "--seed", "7"], capsys)  # config.yaml tells as well
+    assert main([*base, "--cpu"]) == 0
+    assert json.loads(record.read_text())["seed"] == 0
+
+
+def test_what_belongs_to_a_set_is_mended_with_it(world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path, evaluate__seeds=1, ipc=[1])
+    assert main(["run", "--config", str(file), "--cpu"]) == 0
+    folder = tmp_path / "run" / "dataset" / "ipc1-real"
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    assert {"evaluation.json", "grid.png"} <= before.keys()
+    for name in ("evaluation.json", "grid.png"):
+        (folder / name).write_bytes(before[name].replace(b"e", b"f", 1))
+        assert main(["run", "--config", str(file), "--cpu"]) == 0
+        assert (folder / name).read_bytes() == before[name]
+
+
 def test_stage_before_its_time(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = config(world, tmp_path)
     assert "run `dq encode` first" in fails(["cluster", "--config", str(file)], capsys)

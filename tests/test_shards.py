@@ -346,3 +346,44 @@ def test_a_column_that_is_there_twice_is_one_sentence(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"train\.parquet cannot be read .*2 times"):
         read_image(load_source(tmp_path, streaming=True).train, 0, 8, "crop")
+
+
+def test_keys_and_labels_of_tars_are_clear(tmp_path: Path) -> None:
+    png = rows("train")[0][0]
+    for name, members, said in (
+        ("a", ["0.png", "0.cls=0", "0.png", "0.cls=1"], "has two images '0.png' of one key"),
+        ("b", ["0.png", "0.jpg", "0.cls=0"], "has two images '0.jpg' of one key"),
+        ("c", ["0.png", "0.cls=0", "1.png", "1.cls=cat"], "numbers in some rows and text in others"),
+        ("d", ["0.png", "1.png", "0.cls=0", "1.cls=1"], "image '0' of .* needs a .cls right beside it"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        with tarfile.open(folder / "train-0000.tar", "w") as tar:
+            for member in members:
+                file, _, label = member.partition("=")
+                _add(tar, file, label.encode() if label else png)
+        with pytest.raises(InputError, match=said):
+            streamed(folder)
+    (tmp_path / "e").mkdir()
+    with tarfile.open(tmp_path / "e" / "train-0000.tar", "w") as tar:
+        for file, content in (("0.PNG", png), ("0.CLS", b"0")):
+            _add(tar, file, content)
+    assert len(streamed(tmp_path / "e").train) == 1
+
+
+def test_blocks_of_tars_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = np.array([[0, 10], [600, 10], [1200, 10], [5000, 900], [6000, 10]])
+    assert list(shards._tar_blocks(places)) == [(0, 5)]
+    monkeypatch.setattr(shards, "LARGEST_IMAGE", 1000)
+    assert list(shards._tar_blocks(places)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    monkeypatch.setattr(shards, "TAR_BLOCK", 1)
+    assert len(list(shards._tar_blocks(places))) == 5
+
+
+def test_large_labels_are_taken(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [{"bytes": b, "path": None} for b, _ in rows("test")[:2]]
+    pq.write_table(pa.table({"image": cells, "label": [2**40, 7]}), tmp_path / "train.parquet")
+    assert streamed(tmp_path).class_names == ("7", str(2**40))
