@@ -257,6 +257,8 @@ def checked_source(
     splits: dict[str, Split], names: tuple[str, ...], content: Any, origin: str, train: str, test: str | None
 ) -> ImageSource:
     """Last step of every loader: labels in range, names unique, every class trained on."""
+    if not all(isinstance(n, str) for n in names):  # a Parquet file's own description may hold anything
+        raise InputError(f"the class names of {origin} are not all text; mend the names that its files declare")
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise InputError(f"class name {twice!r} of {origin} stands for two classes; give every class its own name")
@@ -336,8 +338,6 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
             )
     else:
         names = None
-    if any(isinstance(v, list | dict) for s in keep for v in raw_labels[s]):
-        raise InputError(f"column {label_column!r} of {config.path} has several labels in a row; name another")
     names, numbers = number_labels({s: np.asarray(raw_labels[s]) for s in keep}, names, config.path)
     splits = {}
     folder = Path(config.path) if local else None

@@ -266,6 +266,10 @@ def has_set(folder: Path, config_name: str, recipe: str) -> bool:
 def shard_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
     """The files of a set in row order, each with what its record says of it (nothing in sets of old)."""
     files = record.get("files") or {p.name: {} for p in sorted(folder.glob(SHARDS))}
+    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+        raise Damaged(
+            f"{folder / PROVENANCE} does not say which files are its own; make the set again with `dq label`"
+        )
     return [(folder / name, known) for name, known in files.items()]
 
 

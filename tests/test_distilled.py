@@ -269,3 +269,15 @@ def test_the_grid_has_classes_for_rows_and_the_heaviest_first(tmp_path: Path) ->
         for j, i in enumerate(own):
             cell = picture[7 * c : 7 * c + 5, 7 * j : 7 * j + 5]
             assert (cell == s.images[i].permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("files", ["x", [1], {"train-00000-of-00001.parquet": 3}])
+def test_a_record_that_names_no_files_is_one_sentence(tmp_path: Path, files: object) -> None:
+    from dq.dist import read_json, write_json
+    from dq.errors import RunError
+
+    make().save(tmp_path, "a")
+    path = tmp_path / "a" / "provenance.json"
+    write_json(path, {**read_json(path), "files": files})
+    with pytest.raises(RunError, match="does not say which files are its own"):
+        DistilledSet.load(tmp_path)

@@ -387,3 +387,16 @@ def test_large_labels_are_taken(tmp_path: Path) -> None:
     cells = [{"bytes": b, "path": None} for b, _ in rows("test")[:2]]
     pq.write_table(pa.table({"image": cells, "label": [2**40, 7]}), tmp_path / "train.parquet")
     assert streamed(tmp_path).class_names == ("7", str(2**40))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_class_names_that_are_no_text_are_refused(tmp_path: Path, streaming: bool) -> None:
+    import pyarrow.parquet as pq
+
+    folder = parquet(tmp_path / "set", files=1)
+    for file in folder.glob("*.parquet"):
+        table = pq.read_table(file)
+        told = table.schema.metadata[b"huggingface"].replace(b'"ant"', b"1.5")
+        pq.write_table(table.replace_schema_metadata({"huggingface": told}), file)
+    with pytest.raises(InputError, match=r"class names of .* are not all text"):
+        load_source(folder, streaming=streaming)
