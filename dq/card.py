@@ -17,7 +17,7 @@ import yaml
 
 import dq
 from dq.config import Baseline
-from dq.dist import is_done, read_json, write_json, write_text
+from dq.dist import is_done, read_json, read_jsonl, write_json, write_text
 from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features
 
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
@@ -324,7 +324,7 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
 
     run_folder = Path(run_folder)
     log, base = run_folder / "eval" / "trainings.jsonl", run_folder / "dataset"
-    trainings = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    trainings = read_jsonl(log)
     written = []
     for path in sorted(base.glob(f"*/{PROVENANCE}")):
         record = read_json(path)

@@ -97,6 +97,7 @@ def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
 def execute(args: argparse.Namespace) -> None:
     """Do what a verb says."""
     config = resolve(args)
+    check_flags(args)
     if args.verb in ("push", "pull"):
         if int(os.environ.get("RANK", "0")) == 0:
             _pull(args) if args.verb == "pull" else _push(args, config)
@@ -114,7 +115,6 @@ def execute(args: argparse.Namespace) -> None:
     from dq.plan import like_source
     from dq.tracking import check_trackers, end_trackers
 
-    check_flags(args)
     check_trackers(config.report_to)
     if args.verb == "prior-report":
         from dq.prior.quality_report import check_prior_report

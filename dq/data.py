@@ -303,24 +303,14 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         _hash_files(h, root, sorted(f for f in root.rglob("*") if f.is_file() and f.name[0] != "."))
         # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
         own_cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{h.hexdigest()}")
-    try:
+    with opening(config.path):
         builder = load_dataset_builder(
             config.path, config.name, revision=None if local else config.revision, cache_dir=own_cache
         )
         check_files(builder, config.path)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-    except InputError:
-        raise
-    except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
-        kind = "folder" if local else "Hub data set (and there is no such local folder)"
-        raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
-    if config.train_split not in loaded:
-        raise InputError(
-            f"{config.path} has no split {config.train_split!r}; it has {', '.join(loaded)}: "
-            "name one with --set source.train_split=NAME"
-        )
-    test = name_test_split(list(loaded), config.test_split, config.path)
+    test = check_splits(list(loaded), config)
     features = loaded[config.train_split].features
     image_column = choose_column("image", config.image_column, features, config.path)
     label_column = choose_column("label", config.label_column, features, config.path)
@@ -358,6 +348,30 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
             h.update(split.labels.tobytes())
     h.update(f"{image_column}|{label_column}".encode())
     return checked_source(splits, names, h, config.path, config.train_split, test)
+
+
+@contextlib.contextmanager
+def opening(path: str) -> Iterator[None]:
+    """Turn what libraries raise while they open a data set into a sentence that names it."""
+    import datasets
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
+        kind = "folder" if Path(path).is_dir() else "Hub data set (and there is no such local folder)"
+        raise InputError(f"{path} cannot be opened as a {kind}: {first_line(e)}") from e
+
+
+def check_splits(splits: list[str], config: SourceConfig) -> str | None:
+    """The name of the test split, if there is one; the train split must be there."""
+    if config.train_split not in splits:
+        raise InputError(
+            f"{config.path} has no split {config.train_split!r}; it has {', '.join(splits)}: "
+            "name one with --set source.train_split=NAME"
+        )
+    return name_test_split(splits, config.test_split, config.path)
 
 
 def check_files(builder: Any, path: str) -> None:

@@ -38,7 +38,7 @@ from dq.latents import LatentCache
 from dq.memory import in_pieces
 from dq.prototypes import Prototypes
 from dq.quantize import load_prototypes, prototype_folder
-from dq.runfolder import SPEED, Run, class_file
+from dq.runfolder import SPEED, Run, class_file, copies_of
 from dq.settings import to_dict
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ class Draw:
 
     @property
     def copies(self) -> int:
-        """Images of a prototype. Decoding twice gives the same image twice, and so does copying."""
-        return self.config.images_per_prototype if self.config.mode != "decode" and not self.real else 1
+        return copies_of(self.method, self.config)
 
     @functools.cached_property
     def units(self) -> list[tuple[int, range, bool]]:
@@ -194,8 +193,9 @@ def _draw_all(run: Run, pipe: DistillPipeline, draws: list[Draw]) -> int:
         began = time.perf_counter()
         for draw in draws:
             own = [unit for d, unit in todo if d is draw]
+            meta = _meta(draw, pipe)
             for unit, images in _copied(draw, own) if draw.real else _generated(draw, pipe, own):
-                write_tensors(draw.file(unit), {"images": images}, _meta(draw, pipe))
+                write_tensors(draw.file(unit), {"images": images}, meta)
                 unit_done("generate", run.source.class_names[unit[0]], time.perf_counter() - began, images=len(images))
                 began = time.perf_counter()
                 bar.update(len(images))

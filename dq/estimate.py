@@ -98,7 +98,7 @@ class Asked:
 
 def asked_sets(config: RunConfig, source: Any) -> list[Asked]:
     """The sets of a run, ipc by ipc."""
-    from dq.runfolder import Run
+    from dq.runfolder import Run, copies_of
 
     resolve: Any = Run(config, source, None, Path(config.output_dir)).resolved
     counts = source.class_counts()
@@ -106,8 +106,7 @@ def asked_sets(config: RunConfig, source: Any) -> list[Asked]:
     for ipc in config.ipc:
         for method in config.methods:
             how, cluster, generate = resolve(method)
-            single = generate.mode == "decode" or how.representative == "real"
-            images = int(counts.clip(max=ipc).sum()) * (1 if single else generate.images_per_prototype)
+            images = int(counts.clip(max=ipc).sum()) * copies_of(how, generate)
             found.append(Asked(ipc, method, how, cluster, generate, images))
     return found
 

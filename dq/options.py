@@ -190,6 +190,8 @@ def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, An
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that this call would not read."""
+    if args.dry_run and args.verb in ("push", "pull"):
+        raise InputError(f"dq {args.verb} has no plan to print; leave out --dry_run")
     for name in ("like", "processes", "save_speeds"):
         if getattr(args, name) is not None and not args.dry_run:
             raise InputError(f"--{name} is for a plan; add --dry-run")
@@ -197,5 +199,5 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--speeds takes speeds from a file and --save_speeds measures them; give one of them")
     if args.processes is not None and args.processes < 1:
         raise InputError(f"--processes must be at least 1, not {args.processes}")
-    if args.report_to and args.verb in ("report", "prior-report", "train-teachers", "train-pool"):
+    if args.report_to and args.verb in ("report", "prior-report", "train-teachers", "train-pool", "push", "pull"):
         raise InputError(f"dq {args.verb} has nothing to tell trackers; leave out --report_to")

@@ -44,7 +44,7 @@ from dq.latents import LatentCache, encode_source, open_cache
 from dq.quantize import cluster, load_prototypes, prototype_folder
 from dq.refine import chain
 from dq.refine.stage import refine as refine_drawn
-from dq.runfolder import SPEED, Run, class_file
+from dq.runfolder import SPEED, Run, class_file, copies_of
 from dq.settings import to_dict
 from dq.spaces import known_features
 from dq.teachers import load_teachers, pooled_logits
@@ -84,7 +84,7 @@ def refine(run: Run) -> None:
 
     def weights_of(ipc: int, method: str) -> dict[int, Tensor]:
         m, cluster_config, cfg = run.resolved(method)
-        copies = cfg.images_per_prototype if cfg.mode != "decode" and m.representative != "real" else 1
+        copies = copies_of(m, cfg)
         points = load_prototypes(run, cache, ipc, cluster_config)
         return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
 

@@ -76,6 +76,12 @@ class Run:
             log.debug("%s: %.1f s", stage, record["seconds"])
 
 
+def copies_of(method: MethodConfig, generate: GenerateConfig) -> int:
+    """Images of a prototype. Decoding twice gives the same image twice, and so does copying a real one."""
+    single = generate.mode == "decode" or method.representative == "real"
+    return 1 if single else generate.images_per_prototype
+
+
 def class_file(folder: Path, label: int) -> Path:
     """The file of a class in a folder of prototypes or images."""
     return folder / f"class-{label:05d}.safetensors"

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from dq.config import SourceConfig
 from dq.data import (
@@ -30,11 +29,12 @@ from dq.data import (
     ImageSource,
     Split,
     check_files,
+    check_splits,
     checked_source,
     choose_column,
     first_line,
-    name_test_split,
     number_labels,
+    opening,
 )
 from dq.dist import digest_of, is_done, progress, read_tensors, write_tensors
 from dq.errors import InputError
@@ -75,12 +75,7 @@ def open_shards(config: SourceConfig) -> ImageSource:
             compressed or has members with paths out of it.
     """
     kind, files, features = _find(config)
-    if config.train_split not in files:
-        raise InputError(
-            f"{config.path} has no split {config.train_split!r}; it has {', '.join(files)}: "
-            "name one with --set source.train_split=NAME"
-        )
-    test = name_test_split(list(files), config.test_split, config.path)
+    test = check_splits(list(files), config)
     open_split = _open_parquet if kind == "parquet" else _open_tars
     opened = {s: open_split(files[s], s, config, features) for s in (config.train_split, test) if s}
     names, numbers = number_labels({s: o.labels for s, o in opened.items()}, _names(opened), config.path)
@@ -117,12 +112,9 @@ def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
     from fsspec.core import url_to_fs
 
     local = Path(config.path).is_dir()
-    try:
+    with opening(config.path):
         builder = datasets.load_dataset_builder(config.path, config.name, revision=None if local else config.revision)
-    except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
-        kind = "folder" if local else "Hub data set (and there is no such local folder)"
-        raise InputError(f"{config.path} cannot be opened as a {kind}: {first_line(e)}") from e
-    check_files(builder, config.path)
+        check_files(builder, config.path)
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in ("parquet", "webdataset") or not builder.config.data_files:
         raise InputError(
@@ -294,9 +286,7 @@ def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: 
     kinds = {labels.dtype.kind for _, labels in found if len(labels)}
     if len(kinds) > 1:
         raise InputError(f"labels of {config.path} are numbers in some rows and text in others; make them alike")
-    labels = np.concatenate([labels for _, labels in found if len(labels)] or [np.zeros(0, np.int32)])
-    if labels.dtype.kind == "i":
-        labels = labels.astype(np.int32)
+    labels = np.concatenate([labels for _, labels in found if len(labels)] or [np.zeros(0, np.int64)])
     return Opened(labels, None, np.concatenate([[0], np.cumsum(sizes)]), load)
 
 

@@ -749,3 +749,11 @@ print("done")
     )
     (home / "stream").mkdir()
     assert hub.run(code, home / "stream") == "done\n"
+
+
+def test_flags_that_a_push_does_not_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from dq.cli import main
+
+    for flag in (["--dry-run"], ["--report_to", "tensorboard"]):
+        assert main(["push", str(tmp_path), "--repo_id", "me/x", *flag]) == 2
+        assert "leave out --" in capsys.readouterr().err

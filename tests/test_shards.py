@@ -369,6 +369,11 @@ def test_keys_and_labels_of_tars_are_clear(tmp_path: Path) -> None:
         for file, content in (("0.PNG", png), ("0.CLS", b"0")):
             _add(tar, file, content)
     assert len(streamed(tmp_path / "e").train) == 1
+    (tmp_path / "f").mkdir()
+    with tarfile.open(tmp_path / "f" / "train-0000.tar", "w") as tar:
+        for file, content in (("0.png", png), ("0.cls", b"7"), ("1.png", png), ("1.cls", str(2**40).encode())):
+            _add(tar, file, content)
+    assert streamed(tmp_path / "f").class_names == ("7", str(2**40))
 
 
 def test_blocks_of_tars_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
