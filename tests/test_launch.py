@@ -16,10 +16,16 @@ from test_run import config, results, world  # noqa: F401
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"
 ACCELERATE = Path(sys.executable).with_name("accelerate")
-COUNT = (
-    "from dq.dist import make_accelerator as m; a = m(cpu=True); print('process', a.process_index, a.num_processes); "
-    "a.wait_for_everyone()"
-)
+COUNT = """
+import sys
+from pathlib import Path
+
+from dq.dist import make_accelerator
+
+a = make_accelerator(cpu=True)
+Path(sys.argv[1], f"process-{a.process_index}").write_text(str(a.num_processes))  # a file each: a pipe mixes lines
+a.wait_for_everyone()
+"""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -76,11 +82,9 @@ def test_accelerate_reads_every_file(file: str, machines: int, processes: int) -
 def test_so_many_processes_start(file: str, processes: int, tmp_path: Path) -> None:
     (tmp_path / "count.py").write_text(COUNT)
     port = ["--main_process_port", free_port()] if processes > 1 else []
-    p = start([*launch(file, *port), str(tmp_path / "count.py")])
-    said, err = p.communicate(timeout=120)
-    assert p.returncode == 0, err
-    lines = sorted(line for line in said.splitlines() if line.startswith("process"))
-    assert lines == [f"process {i} {processes}" for i in range(processes)]
+    finish([start([*launch(file, *port), str(tmp_path / "count.py"), str(tmp_path)])])
+    found = {path.name: path.read_text() for path in tmp_path.glob("process-*")}
+    assert found == {f"process-{i}": str(processes) for i in range(processes)}
 
 
 @pytest.mark.multi_process
