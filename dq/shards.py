@@ -216,7 +216,7 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
                         f"row group {group} of {shard.url} has {facts.total_byte_size >> 20} MiB, more than can be "
                         f"read at once ({LARGEST_BLOCK >> 20} MiB); write the file with smaller row groups"
                     )
-                values = file.read_row_group(group, columns=[column])[column].combine_chunks()
+                values = _read_group(file, group, column)
                 if values.null_count:
                     raise InputError(f"column {column!r} of split {split!r} of {config.path} has rows without a label")
                 whole = pa.types.is_integer(values.type)
@@ -227,12 +227,18 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
     def load(block: int) -> Any:
         number, group = groups[block]
         with _naming(shards[number]), _open(shards[number]) as f:
-            return _Cells(pq.ParquetFile(f).read_row_group(group, columns=[image])[image].combine_chunks())
+            return _Cells(_read_group(pq.ParquetFile(f), group, image))
 
     feature = features[column] if features else None
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
     return Opened(np.concatenate(labels) if labels else np.zeros(0, np.int64), names, starts, load)
+
+
+def _read_group(file: Any, group: int, column: str) -> Any:
+    """A column of a row group. In this thread: a thread of Arrow's that still holds the file when Python ends aborts
+    the process ("terminate called without an active exception")."""
+    return file.read_row_group(group, columns=[column], use_threads=False)[column].combine_chunks()
 
 
 class _Cells:
