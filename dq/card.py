@@ -6,6 +6,7 @@ ours, stay when the card is written anew. Nothing in a card names a place on thi
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ import dq
 from dq.config import Baseline
 from dq.dist import is_done, read_json, read_jsonl, write_json, write_text
 from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features
+from dq.settings import read_yaml
 
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
 END = "<!-- dq: end -->"
@@ -94,8 +96,8 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if not found:
         return {}, text
     try:
-        head = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+        head = read_yaml(found[1])
+    except (RecursionError, ValueError, yaml.YAMLError):
         return {}, found[2]
     return (head if isinstance(head, dict) else {}), found[2]
 
@@ -167,7 +169,7 @@ def dataset_card(
     records = sorted((public(r) for r in records), key=lambda r: _natural(r["config_name"]))
     default = default_config(kept, [r["config_name"] for r in records])
     first = next(r for r in records if r["config_name"] == default)
-    sources = list(dict.fromkeys(str(r.get("source", {}).get("origin", UNKNOWN)) for r in records))
+    sources = list(dict.fromkeys(str((r.get("source") or {}).get("origin", UNKNOWN)) for r in records))
     quantized = any("selection" not in r and "cluster" in r for r in records)
     head: dict[str, Any] = {
         "pretty_name": pretty_name or kept.get("pretty_name") or f"{', '.join(sources)}, distilled",
@@ -186,7 +188,7 @@ def dataset_card(
     rows = {
         r["config_name"]: found
         for r in records
-        if (e := evaluations.get(r["config_name"])) and e.get("content") == r["content"]
+        if isinstance(e := evaluations.get(r["config_name"]), dict) and e.get("content") == r["content"]
         if (found := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
     }
     body = _template("dataset_card.md").render(
@@ -206,7 +208,7 @@ def dataset_card(
 def default_config(head: Mapping[str, Any], names: list[str]) -> str:
     """The configuration that `load_dataset` takes by itself: the one marked in an old head, else "default", else the
     first."""
-    for c in _dicts(head.get("configs")):
+    for c in _named(head.get("configs")):
         if c.get("default") is True and c.get("config_name") in names:
             return str(c["config_name"])
     return "default" if "default" in names else sorted(names, key=_natural)[0]
@@ -220,7 +222,7 @@ def _configs(kept: Mapping[str, Any], records: list[dict[str, Any]], default: st
     from huggingface_hub import DatasetCardData
 
     own = {r["config_name"] for r in records}
-    others = [c for c in _dicts(kept.get("configs")) if c.get("config_name") not in own and not _is_ours(c)]
+    others = [c for c in _named(kept.get("configs")) if c["config_name"] not in own and not _is_ours(c)]
     configs = [
         {
             "config_name": r["config_name"],
@@ -246,12 +248,17 @@ def _configs(kept: Mapping[str, Any], records: list[dict[str, Any]], default: st
     described = described if isinstance(described, list) else [described]
     old = kept.get("dataset_info")
     names = {c["config_name"] for c in others}
-    foreign = [d for d in _dicts(old if isinstance(old, list) else [old]) if d.get("config_name") in names]
+    foreign = [d for d in _named(old if isinstance(old, list) else [old]) if d["config_name"] in names]
     return {"configs": [*others, *configs], "dataset_info": [*foreign, *described]}
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:
     return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
+
+
+def _named(value: Any) -> list[dict[str, Any]]:
+    """Configurations of a head that have a name, without which none can be loaded."""
+    return [x for x in _dicts(value) if isinstance(x.get("config_name"), str)]
 
 
 def _is_ours(config: dict[str, Any]) -> bool:
@@ -289,18 +296,20 @@ def _statement(r: dict[str, Any]) -> dict[str, str]:
         "uniform": "all 1",
         "mass": "K n / N, whose mean over the prototypes of a class is 1",
         "sqrt": "sqrt(K n / N), at most 1 in the mean of a class",
-    }.get(method.get("weights", ""), "as they came")
+    }.get(str(method.get("weights")), "as they came")
     scaled = {"class": ", scaled to mean 1 in the class", "sqrt_k": ", scaled to sum sqrt(K) in the class"}
-    who = [str(t) for t in labels.get("teachers", [])] or ([str(labels["by"])] if labels.get("by") else [])
+    teachers = labels.get("teachers") or ([labels["by"]] if labels.get("by") else [])
+    who = [str(t) for t in teachers] if isinstance(teachers, list) else []
     licences = r.get("licences") or {}
     return {
-        "weights": kind + scaled.get(method.get("normalize", ""), ""),
+        "weights": kind + scaled.get(str(method.get("normalize")), ""),
         "teachers": ", ".join(who),
         "generator": str(generate.get("model") or (r.get("codec") or {}).get("path") or ""),
         **{f"{k}_license": str(licences.get(k) or UNKNOWN).replace(UNKNOWN, "") for k in ("source", "generator")},
     }
 
 
+@functools.cache
 def _template(name: str) -> Any:
     from jinja2 import Environment, PackageLoader
 
@@ -349,7 +358,7 @@ def _is_row(row: dict[str, Any]) -> bool:
     return (
         all(isinstance(row.get(k), str) for k in texts)
         and all(type(row.get(k)) is int for k in numbers)
-        and all(isinstance(x, int | float) or (x is None and i % 2) for i, x in enumerate(shares))
+        and all((isinstance(x, int | float) and 0 <= x <= 1) or (x is None and i % 2) for i, x in enumerate(shares))
     )
 
 
@@ -357,7 +366,7 @@ def _evaluated(row: dict[str, Any]) -> dict[str, str]:
     """A row of results as text."""
 
     def percent(which: str) -> str:
-        mean, std = row[f"{which}_mean"], row[f"{which}_std"]
+        mean, std = row[f"{which}_mean"], row.get(f"{which}_std")
         return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
     chosen = row["selected_on"] != "none"

@@ -199,6 +199,7 @@ def _intact(path: Path) -> Iterator[None]:
         OSError,
         ValueError,
         SyntaxError,
+        ArithmeticError,
         LookupError,
         TypeError,
         AttributeError,
@@ -218,7 +219,9 @@ def _read_shard(data: bytes) -> dict[str, Any]:
     from datasets import Image as ImageFeature
 
     # not load_dataset: its cache takes two folders with the same card for the same data
-    rows = Dataset(pq.read_table(pa.BufferReader(data))).cast_column("image", ImageFeature(decode=False))
+    # in this thread: one of Arrow's that still holds the bytes when Python ends aborts the process
+    table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    rows = Dataset(table).cast_column("image", ImageFeature(decode=False))
     arrays = rows.with_format("numpy")
     found: dict[str, Any] = {"names": tuple(rows.features["label"].names)}
     pictures = [np.asarray(open_image(cell["bytes"]).convert("RGB")).transpose(2, 0, 1) for cell in rows["image"]]

@@ -118,7 +118,7 @@ def push_folder(
         for name in repo.sets():
             # a set that is replaced may be broken there
             with contextlib.suppress(*([InputError] if name in names else [])):
-                records[name] = _check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
+                records[name] = check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
                 if f"{name}/evaluation.json" in repo.files:
                     evaluations[name] = repo.json(f"{name}/evaluation.json")
         for name in names:
@@ -309,7 +309,7 @@ def _fetch_set(repo: Repo, name: str, cache_dir: str | Path | None = None) -> Pa
     """Fetch the files of a set, having checked its record."""
     if name not in _sets(repo):
         raise InputError(f"{repo.name} has no set {name!r}; it has {', '.join(_sets(repo))}")
-    record = _check_record(repo.json(f"{name}/provenance.json"), name, repo.name)
+    record = check_record(repo.json(f"{name}/provenance.json"), name, repo.name)
     missing = [n for n in record["files"] if f"{name}/{n}" not in repo.files]
     if missing:
         raise InputError(f"{repo.name} lacks {name}/{missing[0]}, which its record names; push the set again")
@@ -363,28 +363,30 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def _check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     """What came from the Hub as the record of a set, if it is one.
 
     Raises:
         InputError: if a name or type in it is not what `write_set` writes.
     """
     check_name(name, f"the name of a set of {where},")
-    whole, classes, files = record.get, record.get("classes"), record.get("files")
+    whole, classes, files, grid = record.get, record.get("classes"), record.get("files"), record.get("grid") or {}
     right = (
         whole("config_name") == name
         and isinstance(whole("content"), str)
         and all(type(whole(k)) is int for k in ("rows", "ipc", "num_bytes"))
         and isinstance(classes, list)
         and all(isinstance(c, str) for c in classes)
+        and len(set(classes)) == len(classes)
         and all(isinstance(whole(k, {}), (dict, type(None))) for k in _SECTIONS)
         and (whole("pixels") is None or _whole_numbers(whole("pixels")))
         and _whole_numbers(whole("image_size"))
         and isinstance(files, dict)
         and bool(files)
-        and all(SHARD.fullmatch(f) and isinstance(k, dict) for f, k in files.items())
+        and all(SHARD.fullmatch(f) and isinstance(k, dict) and k for f, k in files.items())
         and all(type(k.get(n)) is int for k in files.values() for n in ("bytes", "rows"))
-        and all(re.fullmatch(r"[0-9a-f]{32}", str(k.get("blake2b"))) for k in files.values())
+        and isinstance(grid, dict)
+        and all(re.fullmatch(r"[0-9a-f]{32}", str(k.get("blake2b"))) for k in (*files.values(), grid) if k)
     )
     if not right:
         raise InputError(

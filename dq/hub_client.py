@@ -140,7 +140,7 @@ class Repo:
     def json(self, file: str) -> dict[str, Any]:
         try:
             found = json.loads(self.text(file))
-        except ValueError:
+        except (RecursionError, ValueError):
             found = None
         if not isinstance(found, dict):
             raise InputError(f"{file} of {self.name} is not a record of dq; delete it on the Hub, or push elsewhere")

@@ -17,7 +17,7 @@ import yaml
 from dq.errors import InputError
 
 C = TypeVar("C")
-MAX_VALUES = 100_000  # of a configuration: a few lines of aliases can stand for billions
+MAX_VALUES = 100_000  # of a short text: a few lines of aliases can stand for billions
 MAX_DIGITS = 64  # of a whole number; Python neither prints very long ones nor makes a float of them
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring = 3, 6, 12, 120
@@ -56,7 +56,7 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError, RecursionError: if it is not readable.
         ValueError: if a value does not fit its tag or a date is impossible, if a whole number is absurdly long, or if
-            its aliases stand for more than `MAX_VALUES` values.
+            its aliases stand for more than `MAX_VALUES` values and for more than the text has letters.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -64,8 +64,8 @@ def read_yaml(text: str) -> Any:
         if node is None:
             return None
         # before anything is made of it: merging (<<) copies what an alias stands for
-        if _count(node, {}) > MAX_VALUES:
-            raise ValueError(f"it stands for more than {MAX_VALUES:,} values")
+        if _count(node, {}) > max(MAX_VALUES, len(text)):
+            raise ValueError(f"it stands for more than {max(MAX_VALUES, len(text)):,} values")
         return loader.construct_document(node)
     except (AttributeError, LookupError) as e:  # PyYAML's own, e.g. for "!!bool x"
         raise ValueError(f"a value does not fit its tag ({e})") from e

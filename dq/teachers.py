@@ -353,14 +353,14 @@ def _normalization(config: TeacherConfig) -> Normalization:
     mean, std = config.mean, config.std
     if mean is None or std is None:
         if config.net == "transformers":
-            own = _processor_normalization(_processor(config.path))
+            own = _described_normalization(config.path)
         elif is_library_net(config.net):
             own = _library_normalization(config.net)
         else:
             path = Path(config.path)
             own = _trained_normalization((path if path.is_dir() else path.parent) / TEACHER_FACTS)
         mean, std = own[0] if mean is None else mean, own[1] if std is None else std
-    if len(mean) not in (1, 3) or len(std) not in (1, 3) or min(std) <= 0:
+    if len(mean) not in (1, 3) or len(std) not in (1, 3) or not (min(std) > 0 and all(map(math.isfinite, mean + std))):
         raise InputError(
             f"teachers.N.mean={list(mean)} and teachers.N.std={list(std)} do not normalise RGB images; "
             "give three numbers each, those of std above 0"
@@ -372,7 +372,12 @@ def _trained_normalization(facts: Path) -> Normalization:
     if not facts.is_file():
         return IMAGENET
     record = read_json(facts)
-    return tuple(record["mean"]), tuple(record["std"])
+    try:
+        return tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
+    except (LookupError, TypeError, ValueError, OverflowError) as e:
+        raise InputError(
+            f"{facts} does not say how its teacher normalises images; set teachers.N.mean and teachers.N.std"
+        ) from e
 
 
 def _library_normalization(name: str) -> Normalization:
@@ -384,8 +389,8 @@ def _library_normalization(name: str) -> Normalization:
     return tuple(described.mean), tuple(described.std)
 
 
-def _processor(path: str) -> dict[str, Any]:
-    """The image processor that a model folder or Hub repository describes, {} if it describes none."""
+def _described_normalization(path: str) -> Normalization:
+    """What the image processor of a model folder or Hub repository does, ImageNet's if there is none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -395,21 +400,22 @@ def _processor(path: str) -> dict[str, Any]:
             if not Path(path).is_dir():
                 file = Path(hf_hub_download(path, name))
             data = json.loads(file.read_text())
+            # a processor of several parts nests the one for images
+            if name == "preprocessor_config.json" or "image_processor" in data:
+                return _processor_normalization(data.get("image_processor", data))
         except LocalEntryNotFoundError as e:  # no connection: nobody knows whether the file exists
             raise InputError(
                 f"{name} of the teacher {path} cannot be had; set teachers.N.mean and teachers.N.std"
             ) from e
         except (EntryNotFoundError, FileNotFoundError):
             continue
-        except (OSError, ValueError) as e:
+        # it may say anything
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError, ArithmeticError) as e:
             raise InputError(
                 f"{name} of the teacher {path} cannot be read ({e}); get it again or set teachers.N.mean "
                 "and teachers.N.std"
             ) from e
-        # a processor of several parts nests the one for images
-        if name == "preprocessor_config.json" or "image_processor" in data:
-            return data.get("image_processor", data)
-    return {}
+    return IMAGENET
 
 
 def _processor_normalization(processor: dict[str, Any]) -> Normalization:

@@ -15,11 +15,14 @@ import pytest
 import torch
 from conftest import tiny_dit, tiny_kl
 from PIL import Image
+from test_distilled import make
 
+from dq.card import dataset_card, merge_card, split_card
 from dq.codec import load_codec
 from dq.config import CodecConfig, RunConfig, TeacherConfig, load_config
 from dq.data import Split, load_source, read_image
-from dq.dist import read_json
+from dq.dist import read_json, write_json
+from dq.distilled import DistilledSet
 from dq.errors import InputError, RunError
 from dq.foreign import read_set
 from dq.images import FORMATS, MAX_PIXELS
@@ -298,3 +301,54 @@ def test_cards_and_cells_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     for streaming in (False, True):
         with pytest.raises(InputError, match=r"the card of .* names .*other/x.parquet, outside it"):
             load_source(folder, streaming=streaming)
+
+
+# --- cards of others ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "head", [f"x: {MERGES}", "x: " + "[" * 3000, "x: 2001-02-30", "configs: [{a: 1}, {config_name: [x]}]"]
+)
+def test_a_head_of_a_card_that_says_absurd_things_counts_as_little(head: str, tmp_path: Path) -> None:
+    make().save(tmp_path, "default")
+    record = read_json(tmp_path / "default" / "provenance.json")
+    found, body = split_card(dataset_card([record], {}, old=f"---\n{head}\n---\nmine\n"))
+    assert [c["config_name"] for c in found["configs"]] == ["default"]
+    assert "mine" in body
+
+
+def test_a_large_head_without_aliases_is_read() -> None:
+    names = {str(i): f"class {i}" for i in range(60_000)}  # 120,000 values
+    assert split_card(merge_card("", {"names": names}, "x"))[0]["names"] == names
+
+
+def test_odd_values_of_a_record_and_of_results_are_left_out_of_a_card(tmp_path: Path) -> None:
+    make().save(tmp_path, "default")
+    record = read_json(tmp_path / "default" / "provenance.json")
+    result = {"set": "ddoq", "ipc": "2", "student": "convnet3", "labels": "hard", "protocol": "hard", "settings": "x"}
+    result |= {"selected_on": "test", "images": 6, "seeds": 1, "last_mean": 0.5, "best_mean": 0.625}
+    odd = {"last_mean": 10**400, "images": 7}
+    card = dataset_card([record], {"default": {"content": record["content"], "rows": [{**result, **odd}, result, 3]}})
+    assert "| ddoq | 2 | 6 | convnet3 | hard | hard | 1 | 50.0 | 62.5 (test) |" in card
+    assert "| 7 |" not in card
+    for rows in (7, [7], {"a": 1}):
+        assert "Not measured" in dataset_card([record], {"default": {"content": record["content"], "rows": rows}})
+    assert "Not measured" in dataset_card([record], {"default": [result]})
+    strange = {**record, "method": {"weights": [1], "normalize": {"a": 1}}, "labels": {"teachers": 5}, "source": None}
+    assert "- `default`: as they came." in dataset_card([strange], {})
+
+
+def test_a_table_that_says_absurd_things_of_its_columns_is_one_sentence(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    file = make(soft=True).save(tmp_path, "default")
+    record = tmp_path / "default" / "provenance.json"
+    write_json(record, {k: v for k, v in read_json(record).items() if k != "files"})
+    table = pq.read_table(file)
+    facts = json.loads(table.schema.metadata[b"huggingface"])
+    for length in (float("inf"), 2**70):
+        facts["info"]["features"]["soft_label"]["length"] = length
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(facts)}), file)
+        with pytest.raises(RunError, match="cannot be read"):
+            DistilledSet.load(tmp_path)

@@ -257,8 +257,12 @@ def test_transformers_folder_that_is_not_whole_is_named(resnet_folder):
 
     model, folder = resnet_folder
     config = TeacherConfig(net="transformers", path=str(folder))
-    (folder / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"preprocessor_config.json of the teacher .* cannot be read"):
+    for text in ("{", "[" * 100_000, "3", '{"image_mean": 0.5}', '{"image_std": ["a"]}', '{"rescale_factor": 0}'):
+        (folder / "preprocessor_config.json").write_text(text)
+        with pytest.raises(InputError, match=r"preprocessor_config.json of the teacher .* cannot be read"):
+            load_teacher(config, 4, 32)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [NaN], "image_std": [1]}')
+    with pytest.raises(InputError, match="do not normalise RGB images"):
         load_teacher(config, 4, 32)
     (folder / "preprocessor_config.json").unlink()
     whole = (folder / "model.safetensors").read_bytes()
