@@ -2,9 +2,10 @@
 
     python tests/fuzz.py --inputs 20000 --out results/fuzz.csv
 
-Seeds are made in code and mutated from a fixed random seed: bits, stretches, lengths, and for text also tokens. Inputs
-go in batches to forked processes, so that a crash or a hang costs one input and is counted. `--only TARGET --number N`
-does a single one again and lets it fail.
+Seeds are made in code and mutated from a fixed random seed: bits, stretches, lengths, and for text also tokens. The
+targets called "odd ..." get inputs that are well made and say absurd things (`malformed.py`). Inputs go in batches to
+forked processes, so that a crash or a hang costs one input and is counted. `--only TARGET --number N` does a single
+one again and lets it fail.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Target:
     seeds: list[bytes]
     run: Callable[[bytes, Path], Any]  # an input, and a folder to lay it in
     text: bool = False
+    make: Callable[[random.Random], bytes] | None = None  # in place of seeds that are mutated
+    refuses: bool = True  # some inputs; else whatever cannot be used is left aside
 
 
 # --- mutation -----------------------------------------------------------------------------------------------------
@@ -119,18 +122,23 @@ def _token(data: bytes, rng: random.Random) -> bytes:
 
 def targets(root: Path) -> list[Target]:
     """What is fuzzed. `root` holds what several inputs share."""
+    import malformed
     import numpy as np
+    import pyarrow.parquet as pq
     import torch
+    import yaml
     from PIL import Image
     from test_distilled import make
     from toy_world import every_stage
 
+    from dq.card import dataset_card, split_card
     from dq.config import RunConfig, load_config
     from dq.data import Split, load_source, read_image, read_images
     from dq.dist import read_json, read_tensors, write_json, write_tensors
     from dq.distilled import DistilledSet
     from dq.foreign import read_set
-    from dq.settings import apply_settings
+    from dq.hub import check_record
+    from dq.settings import apply_settings, dump_config, to_dict
 
     def file(name: str, use: Callable[[Path], Any]) -> Callable[[bytes, Path], Any]:
         def run(data: bytes, folder: Path) -> Any:
@@ -174,13 +182,38 @@ def targets(root: Path) -> list[Target]:
         (folder / "default").mkdir(exist_ok=True)
         write_json(folder / "default" / "provenance.json", without)
         (folder / "default" / parquet.name).write_bytes(data)
-        return DistilledSet.load(folder)
+        return DistilledSet.load(folder).images_uint8()
 
     def read_record(data: bytes, folder: Path) -> Any:
         (folder / "default").mkdir(exist_ok=True)
         shutil.copyfile(parquet, folder / "default" / parquet.name)
         (folder / "default" / "provenance.json").write_bytes(data)
-        return DistilledSet.load(folder)
+        return DistilledSet.load(folder).images_uint8()
+
+    full = {
+        **record,
+        "labels": {"teachers": ["resnet56", "a"], "by": "x", "temperature": 1.0},
+        "refine": [{"stage": "fadrm", "steps": [1, 2], "teachers": ["a"]}],
+        "licences": {"source": "mit", "generator": "cc-by-4.0"},
+        "codec": {"path": "me/vae"},
+        "dq": "0.1",
+    }
+    result = {"set": "ddoq", "ipc": "2", "student": "convnet3", "labels": "hard", "protocol": "hard", "settings": "x"}
+    result |= {"selected_on": "test", "images": 6, "seeds": 3, "last_mean": 0.5, "last_std": 0.1, "best_mean": 0.6}
+    evaluation = {"content": record["content"], "rows": [{**result, "best_std": None}, result]}
+    card = dataset_card([record], {"default": evaluation})
+    head = {**split_card(card)[0], "x": [1, {"y": 2}]}
+
+    def pulled(data: bytes, folder: Path) -> Any:
+        (folder / "x.json").write_bytes(data)
+        return dataset_card([check_record(read_json(folder / "x.json"), "default", "me/set")], {})
+
+    def evaluated(data: bytes, folder: Path) -> Any:
+        (folder / "x.json").write_bytes(data)
+        return dataset_card([record], {"default": read_json(folder / "x.json")})
+
+    def card_over(data: bytes, folder: Path) -> Any:
+        return dataset_card([record], {}, old=data.decode(errors="replace"))
 
     def source(name: str, streaming: bool) -> Callable[[bytes, Path], Any]:
         def run(data: bytes, folder: Path) -> Any:
@@ -191,11 +224,11 @@ def targets(root: Path) -> list[Target]:
         return run
 
     def change(data: bytes, folder: Path) -> Any:
-        return apply_settings(RunConfig(), [data.decode(errors="replace")])
+        return dump_config(apply_settings(RunConfig(), [data.decode(errors="surrogateescape")]))
 
     def foreign_folder(data: bytes, folder: Path) -> Any:
         (folder / "train-00000-of-00001.parquet").write_bytes(data)
-        return read_set(folder, NAMES)
+        return read_set(folder, NAMES).images_uint8()
 
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as t:
@@ -205,22 +238,61 @@ def targets(root: Path) -> list[Target]:
                 info.size = len(content)
                 t.addfile(info, io.BytesIO(content))
     blob = parquet.read_bytes()
-    return [
-        Target("configuration", 40, texts, file("c.yaml", load_config), text=True),
+    table, pngs = pq.read_table(parquet), encoded("PNG")
+    trees = [yaml.safe_load(text) for text in texts]
+    shape = to_dict(RunConfig())
+    keys = ["ipc", "seed", "methods.ddoq", "teachers.0.net", "refine.0", "evaluate.students.0.lr", "x.y"]
+    keys += [f"{name}.{key}" for name, part in shape.items() if isinstance(part, dict) for key in part]
+
+    one, tars = "train-00000-of-00001.parquet", source("train-0000.tar", True)
+    read_yaml = file("c.yaml", lambda path: dump_config(load_config(path)))
+    tensors = file("x.safetensors", lambda path: read_set(path, NAMES).images_uint8())
+    arrays = file("x.npz", lambda path: read_set(path, NAMES).images_uint8())
+    damaged = [
+        Target("configuration", 40, texts, read_yaml, text=True),
         Target("--set", 30, settings, change, text=True),
         *(Target(f"image {f}", 8, encoded(f), look) for f in formats),
         Target("file of tensors", 15, [(root / "x.safetensors").read_bytes()], file("x.safetensors", read_tensors)),
-        Target("set of tensors", 8, [(root / "foreign.safetensors").read_bytes()],
-               file("x.safetensors", lambda p: read_set(p, NAMES))),
-        Target("set of arrays", 8, [(root / "foreign.npz").read_bytes()], file("x.npz", lambda p: read_set(p, NAMES))),
+        Target("set of tensors", 8, [(root / "foreign.safetensors").read_bytes()], tensors),
+        Target("set of arrays", 8, [(root / "foreign.npz").read_bytes()], arrays),
         Target("record", 15, [json.dumps(record, indent=2).encode()], file("x.json", read_json), text=True),
         Target("record of a set", 10, [json.dumps(without, indent=2).encode()], read_record, text=True),
+        Target("card from the Hub", 5, [card.encode()], card_over, text=True, refuses=False),
         Target("Parquet of a set", 12, [blob], read_parquet_set),
         Target("Parquet as foreign set", 1, [blob], foreign_folder),
-        Target("Parquet source", 1, [blob], source("train-00000-of-00001.parquet", False)),
-        Target("Parquet stream", 5, [blob], source("train-00000-of-00001.parquet", True)),
-        Target("tar stream", 8, [tar.getvalue()], source("train-0000.tar", True)),
-    ]  # fmt: skip
+        Target("Parquet source", 1, [blob], source(one, False)),
+        Target("Parquet stream", 5, [blob], source(one, True)),
+        Target("tar stream", 8, [tar.getvalue()], tars),
+    ]
+
+    def tables(rng: random.Random) -> bytes:
+        return malformed.parquet(table, pngs, rng)
+
+    made: list[tuple[str, int, Callable[[random.Random], bytes], Callable[[bytes, Path], Any]]] = [
+        ("configuration", 20, lambda rng: malformed.configuration(trees, rng), read_yaml),
+        ("--set", 20, lambda rng: malformed.setting(keys, rng), change),
+        ("image PNG", 20, lambda rng: malformed.png(pngs, rng), look),
+        ("set of tensors", 20, malformed.safetensors, tensors),
+        ("set of arrays", 20, malformed.npz, arrays),
+        ("record of a set", 10, lambda rng: malformed.record(without, rng), read_record),
+        ("record from the Hub", 20, lambda rng: malformed.record(full, rng), pulled),
+        ("evaluation from the Hub", 10, lambda rng: malformed.record(evaluation, rng), evaluated),
+        (
+            "card from the Hub",
+            10,
+            lambda rng: b"---\n" + malformed.configuration([head], rng) + b"\n---\nx",
+            card_over,
+        ),
+        ("Parquet of a set", 12, tables, read_parquet_set),
+        ("Parquet as foreign set", 2, tables, foreign_folder),
+        ("Parquet source", 2, tables, source(one, False)),
+        ("Parquet stream", 5, tables, source(one, True)),
+        ("tar stream", 5, lambda rng: malformed.tar(pngs, rng), tars),
+    ]
+    lenient = (card_over, evaluated, read_record)
+    return damaged + [
+        Target(f"odd {name}", share, [], run, make=make, refuses=run not in lenient) for name, share, make, run in made
+    ]
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -228,6 +300,8 @@ def targets(root: Path) -> list[Target]:
 
 def make_input(target: Target, seed: int, number: int) -> bytes:
     rng = random.Random(f"{target.name} {seed} {number}")
+    if target.make:
+        return target.make(rng)
     return mutate(rng.choice(target.seeds), rng, text=target.text)
 
 
