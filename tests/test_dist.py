@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,16 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
         t.write_bytes(b"second")
         raise ValueError("no")
     assert path.read_bytes() == b"first"
+
+
+def test_bytes_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[str, int]] = []
+    flush, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (steps.append(("flush", os.fstat(f).st_ino)), flush(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(("rename", os.stat(a).st_ino)), rename(a, b)))
+    write_bytes(tmp_path / "x.bin", b"all")
+    file = (tmp_path / "x.bin").stat().st_ino
+    assert steps == [("flush", file), ("rename", file)]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -113,3 +114,26 @@ def test_every_process_of_a_second_command_is_refused(tmp_path: Path) -> None:
     finally:
         first.kill()
         first.wait()
+
+
+def test_the_lock_of_a_file_that_another_removed_meanwhile_is_none(
+    tmp_path: Path, accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A holder that ends between our opening and our locking takes the file with it, and a third makes a new one."""
+    lock = fcntl.flock
+    third: list[int] = []
+
+    def late(handle: int, operation: int) -> None:
+        if not third:
+            (tmp_path / LOCK).unlink()
+            third.append(os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT))
+            lock(third[0], fcntl.LOCK_EX)
+        lock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RunError, match="is in use by"), locked(tmp_path, accelerator):
+        pass
+    assert (tmp_path / LOCK).is_file()  # the third one's
+    os.close(third[0])
+    with locked(tmp_path, accelerator):
+        pass
