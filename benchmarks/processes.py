@@ -3,8 +3,9 @@
     python benchmarks/processes.py [--processes 2] [--repeats 3] [--out results/processes.csv]
 
 The work is that of `dq encode` and `dq generate` with the CIFAR-10 prior of the repository on scikit-learn's digits,
-shown to the codec at 64 px. Times are those of the stages, without the start of the processes; one and several take
-turns. With as many cores as processes the ratio should be near their number.
+shown to the codec at 64 px. Times are those of the stages, without the start of the processes. Three things take
+turns: one process; several that share the work; and as many runs of one process beside each other, which know nothing
+of each other. These show what the machine has to give: cores that share memory, caches and clock are slower together.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("encode", "generate")
+DIGITS = 1347  # images of train
 
 
 def settings(folder: Path, ipc: int) -> dict:
@@ -42,19 +44,26 @@ def settings(folder: Path, ipc: int) -> dict:
     }
 
 
-def measure(processes: int, ipc: int) -> dict[str, float]:
-    """Seconds of each stage."""
+def measure(processes: int, ipc: int, runs: int = 1) -> dict[str, float]:
+    """Seconds of each stage; of several runs at once, each in a folder of its own, the mean."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "dq.cli"]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        file = folder / "config.yaml"
-        file.write_text(yaml.safe_dump(settings(folder, ipc)))
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-        start = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "dq.cli"]
+        folders = [Path(scratch) / str(i) for i in range(runs)]
+        for folder in folders:
+            folder.mkdir()
+            (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder, ipc)))
         for verb in ("encode", "cluster", "generate"):
-            command = [sys.executable, *start, verb, "--config", str(file), "--cpu", "--quiet"]
-            subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-        events = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {stage: next(e["seconds"] for e in events if e["stage"] == stage) for stage in STAGES}
+            flags = ["--cpu", "--quiet"]
+            commands = [[*torchrun, verb, "--config", str(folder / "config.yaml"), *flags] for folder in folders]
+            started = [subprocess.Popen(c, env=env, stdout=subprocess.DEVNULL) for c in commands]
+            codes = [p.wait() for p in started]
+            if any(codes):
+                sys.exit(f"`dq {verb}` failed; its message is above")
+        records = [(folder / "run" / "metrics.jsonl").read_text().splitlines() for folder in folders]
+        events = [json.loads(line) for lines in records for line in lines]
+    return {stage: statistics.mean(e["seconds"] for e in events if e["stage"] == stage) for stage in STAGES}
 
 
 def main() -> None:
@@ -64,18 +73,23 @@ def main() -> None:
     parser.add_argument("--ipc", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    runs = [(measure(1, args.ipc), measure(args.processes, args.ipc)) for _ in range(args.repeats)]
-    units = {"encode": 1347, "generate": 10 * args.ipc}
+    n = args.processes
+    turns = [(measure(1, args.ipc), measure(n, args.ipc), measure(1, args.ipc, n)) for _ in range(args.repeats)]
+    units = {"encode": DIGITS, "generate": 10 * args.ipc}
     rows = []
     for stage in STAGES:
-        ratios = [one[stage] / several[stage] for one, several in runs]
-        row = {"stage": stage, "images": units[stage], "processes": args.processes, "repeats": args.repeats}
+        ratios = [one[stage] / shared[stage] for one, shared, _ in turns]
+        apart = [n * one[stage] / beside[stage] for one, _, beside in turns]
+        row = {"stage": stage, "images": units[stage], "processes": n, "repeats": args.repeats}
         row |= {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}
-        row |= {"largest": round(max(ratios), 3)}
-        row |= {"images_per_s_one": round(units[stage] / statistics.median(one[stage] for one, _ in runs), 2)}
+        row |= {"largest": round(max(ratios), 3), "unrelated_runs": round(statistics.median(apart), 3)}
+        row |= {"images_per_s_one": round(units[stage] / statistics.median(one[stage] for one, _, _ in turns), 2)}
         row |= {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
         rows.append(row)
-        print(f"{stage}: {row['ratio']} times the throughput ({row['least']} to {row['largest']})")
+        print(
+            f"{stage}: {row['ratio']} times the throughput ({row['least']} to {row['largest']}); "
+            f"{n} unrelated runs beside each other {row['unrelated_runs']}"
+        )
     if args.out:
         with open(args.out, "w", newline="") as f:
             writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
