@@ -18,7 +18,7 @@ from dq.config import HubConfig
 from dq.dist import atomic_path, check_name, read_json
 from dq.errors import InputError, RunError
 from dq.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
-from dq.settings import from_dict
+from dq.settings import MAX_DEPTH, from_dict
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -379,6 +379,7 @@ def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any
         and all(isinstance(c, str) for c in classes)
         and len(set(classes)) == len(classes)
         and all(isinstance(whole(k, {}), (dict, type(None))) for k in _SECTIONS)
+        and _depth(record) < MAX_DEPTH
         and (whole("pixels") is None or _whole_numbers(whole("pixels")))
         and _whole_numbers(whole("image_size"))
         and isinstance(files, dict)
@@ -396,6 +397,15 @@ def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any
 
 
 _SECTIONS = ("source", "method", "cluster", "generate", "codec", "labels", "licences", "selection")
+
+
+def _depth(value: Any) -> int:
+    """How many lists and mappings of plain data lie in each other."""
+    depth, level = 0, [value]
+    while level := [x for x in level if isinstance(x, dict | list)]:
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+        depth += 1
+    return depth
 
 
 def _whole_numbers(value: Any) -> bool:

@@ -100,10 +100,10 @@ class Opened:
 
 
 def _names(opened: dict[str, Opened]) -> tuple[str, ...] | None:
-    known = {o.names for o in opened.values()}
-    if len(known) > 1:
+    first, *others = (o.names for o in opened.values())  # of a file, which may name its classes by anything
+    if any(names != first for names in others):
         raise InputError(f"splits {' and '.join(map(repr, opened))} name their classes differently")
-    return known.pop()
+    return first
 
 
 def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:

@@ -394,7 +394,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         asked = [t for t in targets(Path(root)) if args.only in (None, t.name)]
         if args.number is not None:
-            asked[0].run(make_input(asked[0], args.seed, args.number), Path(root))
+            with tempfile.TemporaryDirectory() as folder:
+                asked[0].run(make_input(asked[0], args.seed, args.number), Path(folder))
             return
         total = sum(t.share for t in asked)
         rows, findings = [], []

@@ -559,6 +559,7 @@ def test_names_and_records_from_the_hub_are_checked(hub: Hub, home: Path, tmp_pa
         (lambda f, r: r.update(config_name="../x"), "is damaged or not of dq"),
         (lambda f, r: r.update(classes="zebra"), "is damaged or not of dq"),
         (lambda f, r: r.update(classes=["ant", "ant", "bee"]), "is damaged or not of dq"),
+        (lambda f, r: r.update(x=json.loads("[" * 600 + "]" * 600)), "is damaged or not of dq"),
         (lambda f, r: r.update(grid={"blake2b": 3}), "is damaged or not of dq"),
         (lambda f, r: f.update({"a/provenance.json": b"[" * 100_000}), "is not a record of dq"),
         (lambda f, r: r.update(rows="6"), "is damaged or not of dq"),

@@ -214,7 +214,7 @@ LAUGH = "[&a [x, x, x, x], " + ", ".join(
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("text", ["[" * 3000, "2001-02-30", f"{LAUGH}]", "&a [*a]"])
+@pytest.mark.parametrize("text", ["[" * 3000, "[" * 200 + "]" * 200, "2001-02-30", f"{LAUGH}]", "&a [*a]"])
 def test_yaml_that_would_never_end_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"methods: {{a: {{override: {{x: {text}}}}}}}\n")
     with pytest.raises(InputError, match="is not valid YAML"):
@@ -308,7 +308,14 @@ def test_cards_and_cells_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    "head", [f"x: {MERGES}", "x: " + "[" * 3000, "x: 2001-02-30", "configs: [{a: 1}, {config_name: [x]}]"]
+    "head",
+    [
+        f"x: {MERGES}",
+        "x: " + "[" * 3000,
+        "x: " + "[" * 300 + "]" * 300,
+        "x: 2001-02-30",
+        "configs: [{a: 1}, {config_name: [x]}]",
+    ],
 )
 def test_a_head_of_a_card_that_says_absurd_things_counts_as_little(head: str, tmp_path: Path) -> None:
     make().save(tmp_path, "default")
