@@ -26,7 +26,7 @@ test-gpu: $(VENV)/.done
 faults: $(VENV)/.done
 	$(BIN)/python tests/faults.py --faults 100
 
-# 20,000 damaged and hostile inputs; the test suite has two thousand
+# 20,000 damaged and hostile inputs; the test suite has four thousand
 fuzz: $(VENV)/.done
 	$(BIN)/python tests/fuzz.py --inputs 20000
 

@@ -13,6 +13,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from dq.evaluation.trainings import format_bytes
@@ -322,14 +323,19 @@ def processes() -> str:
 
 
 def fuzz() -> str:
-    rows = read("fuzz.csv")
-    head = ["input", "number", "taken", "refused in one sentence", "anything else"]
-    body = [
-        [r["target"], r["inputs"], r["accepted"], r["refused"],
-         str(sum(int(r[k]) for k in ("undocumented", "crashes", "hangs")))]
-        for r in rows
-    ]  # fmt: skip
-    return table(head, body)
+    """By kind of input; damaged bytes and well-made absurdities beside each other."""
+    sums: dict[str, Counter[str]] = {}
+    for r in read("fuzz.csv"):
+        name = r["target"].removeprefix("odd ")
+        if name != "all":
+            n = Counter({k: int(r[k]) for k in ("accepted", "refused")})
+            n["odd" if r["target"].startswith("odd ") else "damaged"] = int(r["inputs"])
+            n["else"] = sum(int(r[k]) for k in ("undocumented", "crashes", "hangs"))
+            sums.setdefault("images of seven formats" if name.startswith("image ") else name, Counter()).update(n)
+    sums["all"] = sum(sums.values(), Counter())
+    head = ["input", "damaged", "odd", "taken", "refused in one sentence", "anything else"]
+    keys = ("damaged", "odd", "accepted", "refused", "else")
+    return table(head, [[kind, *(str(n[k]) for k in keys)] for kind, n in sums.items()])
 
 
 TABLES = {

@@ -23,7 +23,7 @@ def test_damaged_and_hostile_inputs_end_in_a_sentence(tmp_path: Path) -> None:
         assert count["refused"] > 0 or not target.refuses
         assert count["accepted"] + count["refused"] == 10 * target.share
         total += 10 * target.share
-    assert total > 2000
+    assert total > 3500
 
 
 @pytest.mark.multi_process
