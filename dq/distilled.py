@@ -113,13 +113,16 @@ class DistilledSet:
                     raise ValueError("its bytes are not those that were written")
                 tables.append(_read_shard(data))
         with _intact(folder / config_name):
+            names = tables[0]["names"]
+            if any(t["names"] != names for t in tables) or not all(isinstance(n, str) for n in names):
+                raise ValueError("its files do not name the classes by the same texts")
             columns = {name: torch.cat([t[name] for t in tables]) for name in tables[0] if name != "names"}
             images = columns.pop("pixels", columns["image"])
             return DistilledSet(
                 images=images,
                 labels=columns["label"],
                 weights=columns["weight"],
-                class_names=tables[0]["names"],
+                class_names=names,
                 prototype=columns["prototype"],
                 counts=columns["count"],
                 source_row=columns["source_row"],
@@ -220,7 +223,7 @@ def _read_shard(data: bytes) -> dict[str, Any]:
 
     # not load_dataset: its cache takes two folders with the same card for the same data
     # in this thread: one of Arrow's that still holds the bytes when Python ends aborts the process
-    table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
     rows = Dataset(table).cast_column("image", ImageFeature(decode=False))
     arrays = rows.with_format("numpy")
     found: dict[str, Any] = {"names": tuple(rows.features["label"].names)}

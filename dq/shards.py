@@ -204,7 +204,7 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
     column = ""
     for number, shard in enumerate(progress(shards, desc="open", unit="file", main=len(shards) > 20)):
         with _naming(shard), _open(shard) as f:
-            file = pq.ParquetFile(f)
+            file = pq.ParquetFile(f, pre_buffer=False)
             if features is None:
                 features = declared or datasets.Features.from_arrow_schema(file.schema_arrow)
                 image = choose_column("image", config.image_column, features, config.path)
@@ -227,7 +227,7 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
     def load(block: int) -> Any:
         number, group = groups[block]
         with _naming(shards[number]), _open(shards[number]) as f:
-            return _Cells(_read_group(pq.ParquetFile(f), group, image))
+            return _Cells(_read_group(pq.ParquetFile(f, pre_buffer=False), group, image))
 
     feature = features[column] if features else None
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -236,8 +236,8 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
 
 
 def _read_group(file: Any, group: int, column: str) -> Any:
-    """A column of a row group. In this thread: a thread of Arrow's that still holds the file when Python ends aborts
-    the process ("terminate called without an active exception")."""
+    """A column of a row group. In this thread, for which the file must not be buffered ahead: a thread of Arrow's that
+    still holds it when Python ends aborts the process ("terminate called without an active exception")."""
     return file.read_row_group(group, columns=[column], use_threads=False)[column].combine_chunks()
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -406,3 +409,26 @@ def test_class_names_that_are_no_text_are_refused(tmp_path: Path, streaming: boo
         pq.write_table(table.replace_schema_metadata({"huggingface": told}), file)
     with pytest.raises(InputError, match=r"class names of .* are not all text"):
         load_source(folder, streaming=streaming)
+
+
+@pytest.mark.multi_process
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by Linux")
+def test_reading_starts_no_threads_of_arrow(tmp_path: Path) -> None:
+    """They may still hold the file when Python ends, which aborts the process."""
+    code = """
+import os, sys, threading
+import datasets, pyarrow.parquet
+from dq.data import load_source, read_images
+from dq.distilled import DistilledSet
+from test_distilled import make
+make(soft=True).save(sys.argv[1], "x")
+foreign = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
+before = foreign()
+source = load_source(sys.argv[1] + "/x", streaming=True)
+read_images(source.train, range(6), 5, "crop", threads=1)
+DistilledSet.load(sys.argv[1])
+print(foreign() - before)
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
