@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,9 +19,13 @@ import yaml
 
 import dq
 from dq.config import Baseline
+from dq.data import first_line
 from dq.dist import is_done, read_json, read_jsonl, write_json, write_text
 from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features
+from dq.errors import InputError
 from dq.settings import read_yaml
+
+log = logging.getLogger("dq")
 
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
 END = "<!-- dq: end -->"
@@ -90,14 +95,29 @@ def plain_json(value: Any) -> str:
 # --- head and marks -----------------------------------------------------------------------------------------------
 
 
-def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """The YAML head of a card and its body; a head that cannot be read counts as none."""
+def own_text(card: Path) -> str:
+    """The text of a card on this machine, "" if there is none."""
+    try:
+        return card.read_text() if card.is_file() else ""
+    except UnicodeDecodeError as e:
+        raise InputError(f"{card} is no text in UTF-8; save it as such, or move it away") from e
+
+
+def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
+    """The YAML head of a card and its body; a head that cannot be read counts as none.
+
+    Raises:
+        InputError: if it cannot be read and `must` says what card it is.
+    """
     found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
     if not found:
         return {}, text
     try:
         head = read_yaml(found[1])
-    except (RecursionError, ValueError, yaml.YAMLError):
+    except (RecursionError, ValueError, yaml.YAMLError) as e:
+        if must:
+            raise InputError(f"the head of {must} cannot be read ({first_line(e)}); mend it there") from e
+        log.warning("the head of a card cannot be read (%s) and counts as none", first_line(e))
         return {}, found[2]
     return (head if isinstance(head, dict) else {}), found[2]
 
@@ -139,7 +159,7 @@ def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
     records = [read_json(p) for p in folder.glob(f"*/{PROVENANCE}")]
     found = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}") if is_done(p)}
     if old is None:
-        old, alone = card.read_text() if card.is_file() else "", False
+        old, alone = own_text(card), False
     else:
         alone = True  # other configurations of the repository are not here, and would not open
     write_text(card, dataset_card(records, found, old=old, alone=alone))
@@ -274,7 +294,7 @@ def _looks(r: dict[str, Any]) -> tuple[bool, int]:
 
 def _natural(name: str) -> list[Any]:
     """Order in which ipc2 comes before ipc10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _size(rows: int) -> str:
@@ -413,7 +433,7 @@ def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", licen
 
     kept, _ = split_card(old)
     local = folder / "README.md"
-    own = local.read_text() if local.is_file() else ""
+    own = own_text(local)
     if MARKER in own:
         head, body = split_card(own)
     elif (folder / "transformer" / "config.json").is_file():

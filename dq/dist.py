@@ -181,10 +181,22 @@ def write_json(path: Path, obj: Any, *, checksum: bool = True) -> None:
     write_text(path, json.dumps(obj, indent=2, default=str) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """Plain data of JSON text that can be written again.
+
+    Raises:
+        ValueError, RecursionError: if it is no such text. Half of a surrogate pair is JSON, and no text in UTF-8.
+    """
+    found = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or damaged one is one sentence. A checksum is compared and left out."""
     with readable(path):
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
         if isinstance(found, dict) and found.pop("checksum", None) not in (None, digest_of(found)):
             raise ValueError("its checksum is that of another content")
     return found

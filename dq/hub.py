@@ -96,7 +96,7 @@ def push_folder(
             asked for.
         RunError: if a set is damaged, or the upload broke off.
     """
-    from dq.card import UNKNOWN, dataset_card, public
+    from dq.card import UNKNOWN, dataset_card, own_text, public, split_card
     from dq.distilled import PROVENANCE, find_set, shard_files
 
     folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
@@ -108,6 +108,7 @@ def push_folder(
         record = read_json(folder / name / PROVENANCE)
         if "files" not in record:
             raise InputError(f"{folder / name} was written by an older version; write it anew with `dq label`")
+        check_record(public(record), name, str(folder))
         _check_shards(folder / name, record)
     local_card = folder / "README.md"
 
@@ -142,7 +143,8 @@ def push_folder(
                 for f in old
                 if f.parts[0] == name and len(f.parts) == 2 and SHARD.fullmatch(f.name) and str(f) not in files
             }
-        text = repo.text("README.md") or (local_card.read_text() if local_card.is_file() else "")
+        text = repo.text("README.md") or own_text(local_card)
+        split_card(text, f"README.md of {repo.name}")
         files["README.md"] = dataset_card(
             list(records.values()),
             evaluations,
@@ -291,7 +293,7 @@ def pull(
         names = _sets(repo) if config_name is None else [config_name]
         for name in names:
             _pull_set(repo, name, folder)
-    _pull_card(repo, folder)
+        _pull_card(repo, folder)
     return folder
 
 
@@ -374,24 +376,24 @@ def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any
     right = (
         whole("config_name") == name
         and isinstance(whole("content"), str)
-        and all(type(whole(k)) is int for k in ("rows", "ipc", "num_bytes"))
+        and all(_is_count(whole(k)) for k in ("rows", "ipc", "num_bytes"))
         and isinstance(classes, list)
         and all(isinstance(c, str) for c in classes)
         and len(set(classes)) == len(classes)
         and all(isinstance(whole(k, {}), (dict, type(None))) for k in _SECTIONS)
-        and _depth(record) < MAX_DEPTH
+        and _depth(record) <= MAX_DEPTH
         and (whole("pixels") is None or _whole_numbers(whole("pixels")))
         and _whole_numbers(whole("image_size"))
         and isinstance(files, dict)
         and bool(files)
         and all(SHARD.fullmatch(f) and isinstance(k, dict) and k for f, k in files.items())
-        and all(type(k.get(n)) is int for k in files.values() for n in ("bytes", "rows"))
+        and all(_is_count(k.get(n)) for k in files.values() for n in ("bytes", "rows"))
         and isinstance(grid, dict)
-        and all(re.fullmatch(r"[0-9a-f]{32}", str(k.get("blake2b"))) for k in (*files.values(), grid) if k)
+        and all(_is_digest(k.get("blake2b")) for k in (*files.values(), grid) if k)
     )
     if not right:
         raise InputError(
-            f"the record {name}/provenance.json of {where} is damaged or not of dq; nothing was written from it"
+            f"the record {name}/provenance.json of {where} is damaged or not of dq; make or push the set again"
         )
     return record
 
@@ -408,8 +410,16 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{32}", value))
+
+
 def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v > 0 for v in value)
+    return isinstance(value, list) and bool(value) and all(_is_count(v) and v for v in value)
 
 
 def _check_shards(folder: Path, record: dict[str, Any]) -> None:

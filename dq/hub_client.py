@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dq.config import HubConfig
+from dq.dist import parse_json
 from dq.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Repo:
 
     def json(self, file: str) -> dict[str, Any]:
         try:
-            found = json.loads(self.text(file))
+            found = parse_json(self.text(file))
         except (RecursionError, ValueError):
             found = None
         if not isinstance(found, dict):

@@ -19,7 +19,7 @@ from dq.errors import InputError
 C = TypeVar("C")
 MAX_VALUES = 100_000  # of a short text: a few lines of aliases can stand for billions
 MAX_DEPTH = 100  # Python's own limit is met where they are written again
-MAX_DIGITS = 64  # of a whole number; Python neither prints very long ones nor makes a float of them
+MAX_DIGITS = 256  # of a whole number; Python neither prints very long ones nor makes a float of them
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring = 3, 6, 12, 120
 
@@ -72,7 +72,7 @@ def read_yaml(text: str) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError(f"it nests more than {MAX_DEPTH} values in each other")
         return loader.construct_document(node)
-    except (AttributeError, LookupError) as e:  # PyYAML's own, e.g. for "!!bool x"
+    except (AttributeError, LookupError, OverflowError) as e:  # PyYAML's own, e.g. for "!!bool x", or 1:1:1:...:1.0
         raise ValueError(f"a value does not fit its tag ({e})") from e
     finally:
         loader.dispose()

@@ -360,7 +360,8 @@ def _normalization(config: TeacherConfig) -> Normalization:
             path = Path(config.path)
             own = _trained_normalization((path if path.is_dir() else path.parent) / TEACHER_FACTS)
         mean, std = own[0] if mean is None else mean, own[1] if std is None else std
-    if len(mean) not in (1, 3) or len(std) not in (1, 3) or not (min(std) > 0 and all(map(math.isfinite, mean + std))):
+    fitting = len(mean) in (1, 3) and len(std) in (1, 3) and all(map(math.isfinite, (*mean, *std)))
+    if not fitting or min(std) <= 0:
         raise InputError(
             f"teachers.N.mean={list(mean)} and teachers.N.std={list(std)} do not normalise RGB images; "
             "give three numbers each, those of std above 0"

@@ -206,14 +206,14 @@ def targets(root: Path) -> list[Target]:
 
     def pulled(data: bytes, folder: Path) -> Any:
         (folder / "x.json").write_bytes(data)
-        return dataset_card([check_record(read_json(folder / "x.json"), "default", "me/set")], {})
+        return dataset_card([check_record(read_json(folder / "x.json"), "default", "me/set")], {}).encode()
 
     def evaluated(data: bytes, folder: Path) -> Any:
         (folder / "x.json").write_bytes(data)
-        return dataset_card([record], {"default": read_json(folder / "x.json")})
+        return dataset_card([record], {"default": read_json(folder / "x.json")}).encode()
 
     def card_over(data: bytes, folder: Path) -> Any:
-        return dataset_card([record], {}, old=data.decode(errors="replace"))
+        return dataset_card([record], {}, old=data.decode(errors="replace")).encode()
 
     def source(name: str, streaming: bool) -> Callable[[bytes, Path], Any]:
         def run(data: bytes, folder: Path) -> Any:

@@ -29,8 +29,8 @@ TOKENS = (
 )  # fmt: skip
 VALUES = (
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**70), 10**4200, 1e308, -1e308, 5e-324, float("nan"), float("inf"),
-    -float("inf"), "", " ", "x" * 100_000, "\u202e\u0000\ufeff", "日本", "1e999", "nan", "../../etc", "~", [], {},
-    [[]], [None], {"": None}, [1, "a", None, {}], {"a": {"b": []}},
+    -float("inf"), "", " ", "x" * 100_000, "\u202e\u0000\ufeff", "\ud800", "日本", "1e999", "nan", "../../etc", "~",
+    [], {}, [[]], [None], {"": None}, [1, "a", None, {}], {"a": {"b": []}},
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def odd_tree(tree: Any, rng: random.Random) -> Any:
 
 def as_json(tree: Any) -> str:
     try:
-        return json.dumps(tree, ensure_ascii=False)
+        return json.dumps(tree)
     except RecursionError:  # odd values within odd values
         return "[" * 3000
 
@@ -205,9 +205,11 @@ def npz(rng: random.Random) -> bytes:
         for _ in range(rng.choice((1, 4))):
             member[rng.randrange(min(128, len(member)))] = rng.randrange(256)
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as f:
+    way = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(buffer, "w") as f:
         for name, content in members.items():
-            f.writestr(f"{name}.npy" if rng.random() < 0.97 else name, bytes(content))
+            # without a date it would be the present one
+            f.writestr(zipfile.ZipInfo(f"{name}.npy" if rng.random() < 0.97 else name), bytes(content), way)
     return buffer.getvalue()
 
 

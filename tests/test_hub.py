@@ -560,6 +560,9 @@ def test_names_and_records_from_the_hub_are_checked(hub: Hub, home: Path, tmp_pa
         (lambda f, r: r.update(classes="zebra"), "is damaged or not of dq"),
         (lambda f, r: r.update(classes=["ant", "ant", "bee"]), "is damaged or not of dq"),
         (lambda f, r: r.update(x=json.loads("[" * 600 + "]" * 600)), "is damaged or not of dq"),
+        (lambda f, r: r.update(rows=10**400), "is damaged or not of dq"),
+        (lambda f, r: r["files"][shard[10:]].update(bytes=10**400), "is damaged or not of dq"),
+        (lambda f, r: r.update(source={"origin": "\ud800"}), "is not a record of dq"),
         (lambda f, r: r.update(grid={"blake2b": 3}), "is damaged or not of dq"),
         (lambda f, r: f.update({"a/provenance.json": b"[" * 100_000}), "is not a record of dq"),
         (lambda f, r: r.update(rows="6"), "is damaged or not of dq"),
@@ -761,3 +764,29 @@ def test_flags_that_a_push_does_not_read_are_refused(tmp_path: Path, capsys: pyt
     for flag in (["--dry-run"], ["--report_to", "tensorboard"]):
         assert main(["push", str(tmp_path), "--repo_id", "me/x", *flag]) == 2
         assert "leave out --" in capsys.readouterr().err
+
+
+def test_a_push_refuses_a_record_that_no_pull_would_take(tmp_path: Path) -> None:
+    from dq.errors import InputError
+    from dq.hub import push_folder
+
+    dataclasses.replace(make(), provenance={"cluster": "mine"}).save(tmp_path / "odd", "default")
+    with pytest.raises(InputError, match=r"the record default/provenance.json of .*odd is damaged or not of dq"):
+        push_folder(tmp_path / "odd", "me/odd", token="hf_x")
+
+
+def test_a_push_keeps_a_head_that_it_cannot_read(hub: Hub, home: Path) -> None:
+    (home / "unread").mkdir()
+    hub.put("me/unread", {"README.md": b"---\nlicense: [\n---\nmine\n"})
+    code = """
+from dq.errors import InputError
+from dq.hub import push_folder
+from test_distilled import make
+make().save("scratch", "default")
+try:
+    push_folder("scratch", "me/unread")
+except InputError as e:
+    print(e)
+"""
+    assert "the head of README.md of me/unread cannot be read" in hub.run(code, home / "unread")
+    assert hub.files("me/unread") == {"README.md": b"---\nlicense: [\n---\nmine\n"}

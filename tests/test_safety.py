@@ -208,13 +208,14 @@ def test_odd_numbers_are_refused(changes: dict, message: str | None, tmp_path: P
         read_set(tmp_path / "s.npz", ("a", "b"))
 
 
+LONG = ":".join(["1"] * 300) + ".0"  # sexagesimal
 LAUGH = "[&a [x, x, x, x], " + ", ".join(
     f"&{b} [*{a}, *{a}, *{a}, *{a}]" for a, b in zip("abcdefghijklmn", "bcdefghijklmno")
 )
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("text", ["[" * 3000, "[" * 200 + "]" * 200, "2001-02-30", f"{LAUGH}]", "&a [*a]"])
+@pytest.mark.parametrize("text", ["[" * 3000, "[" * 200 + "]" * 200, "2001-02-30", f"{LAUGH}]", "&a [*a]", LONG])
 def test_yaml_that_would_never_end_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"methods: {{a: {{override: {{x: {text}}}}}}}\n")
     with pytest.raises(InputError, match="is not valid YAML"):
@@ -262,9 +263,12 @@ def test_values_in_messages_are_short() -> None:
 
 
 def test_deep_json_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("[" * 100_000)
-    with pytest.raises(RunError, match=r"x\.json cannot be read"):
-        read_json(tmp_path / "x.json")
+    for text in ("[" * 100_000, '{"a": "\\ud800"}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(RunError, match=r"x\.json cannot be read"):
+            read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"a": "\\ud83d\\ude00"}')  # a whole pair
+    assert read_json(tmp_path / "x.json") == {"a": "😀"}
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -325,6 +329,19 @@ def test_a_head_of_a_card_that_says_absurd_things_counts_as_little(head: str, tm
     assert "mine" in body
 
 
+def test_a_head_with_a_digest_keeps_what_others_wrote() -> None:
+    theirs = {"license": "mit", "configs": [{"config_name": "theirs", "data_files": "x.csv"}], "sha": 16**64 - 1}
+    head = "license: mit\nconfigs: [{config_name: theirs, data_files: x.csv}]\nsha: 0x" + "f" * 64
+    assert split_card(merge_card(f"---\n{head}\n---\n", {}, "x"))[0] == theirs
+
+
+def test_a_card_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"README\.md is no text in UTF-8"):
+        make().save(tmp_path, "default")
+    assert len(DistilledSet.load(tmp_path).labels) == 6
+
+
 def test_a_large_head_without_aliases_is_read() -> None:
     names = {str(i): f"class {i}" for i in range(60_000)}  # 120,000 values
     assert split_card(merge_card("", {"names": names}, "x"))[0]["names"] == names
@@ -353,9 +370,13 @@ def test_a_table_that_says_absurd_things_of_its_columns_is_one_sentence(tmp_path
     record = tmp_path / "default" / "provenance.json"
     write_json(record, {k: v for k, v in read_json(record).items() if k != "files"})
     table = pq.read_table(file)
-    facts = json.loads(table.schema.metadata[b"huggingface"])
-    for length in (float("inf"), 2**70):
-        facts["info"]["features"]["soft_label"]["length"] = length
+    for name, change in (
+        ("soft_label", {"length": float("inf")}),
+        ("soft_label", {"length": 2**70}),
+        ("label", {"names": ["ant", 1.5, "bee"]}),
+    ):
+        facts = json.loads(table.schema.metadata[b"huggingface"])
+        facts["info"]["features"][name].update(change)
         pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(facts)}), file)
         with pytest.raises(RunError, match="cannot be read"):
             DistilledSet.load(tmp_path)

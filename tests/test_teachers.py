@@ -247,8 +247,8 @@ def test_transformers_normalisation_is_that_of_the_folder(resnet_folder, file, p
     teacher = load_teacher(TeacherConfig(net="transformers", path=str(folder)), 4, 32)
     assert teacher.mean == pytest.approx(mean)
     assert teacher.std == pytest.approx(std)
-    told = load_teacher(TeacherConfig(net="transformers", path=str(folder), mean=(0.7,)), 4, 32)
-    assert told.mean == (0.7,)
+    told = load_teacher(TeacherConfig(net="transformers", path=str(folder), mean=[0.7]), 4, 32)
+    assert tuple(told.mean) == (0.7,)
     assert told.std == pytest.approx(std)
 
 
