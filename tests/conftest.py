@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from types import SimpleNamespace
 
 # before any library reads them
@@ -22,6 +23,12 @@ def free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
+
+
+def torchrun(processes: int = 2) -> list[str]:
+    """The beginning of a command line that starts so many processes of what follows."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*launcher, "--master_port", free_port()]
 
 
 def tiny_kl(latent_channels: int = 4, seed: int = 0, **config):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import free_port
+from conftest import torchrun
 
 from dq.cli import main
 from dq.completion import completion_script, setting_names
@@ -85,7 +85,7 @@ def test_a_launch_that_is_none(tmp_path: Path, env: dict[str, str], problem: str
 
 @pytest.mark.multi_process
 def test_a_true_launch_has_no_problem(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = torchrun()
     command += ["-m", "dq.cli", "doctor", "--json", "--cpu", "--output_dir", str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120

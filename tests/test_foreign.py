@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
+from conftest import torchrun
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -494,9 +493,8 @@ def test_an_online_teacher_gives_the_same_students(evaluated, world, tmp_path):
 
 @pytest.mark.multi_process
 def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "dq.cli"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, *arguments(world, tmp_path, *soft(world))]
+    command = [*torchrun(), "-m", "dq.cli", *arguments(world, tmp_path, *soft(world))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| set |") == 1  # the main process alone prints

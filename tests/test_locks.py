@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import torchrun
 
 from dq.dist import temporary_beside
 from dq.errors import RunError
@@ -91,15 +91,6 @@ def test_every_process_of_a_second_command_is_refused(tmp_path: Path) -> None:
     first = holder(tmp_path / "run")
     try:
         root = str(Path(__file__).parents[1])
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            free_port(),
-        ]
         (tmp_path / "hold.py").write_text(
             "import sys\nfrom dq.errors import RunError\ntry:\n"
             + "".join(f"    {line}\n" for line in HOLD.strip().splitlines())
@@ -107,7 +98,7 @@ def test_every_process_of_a_second_command_is_refused(tmp_path: Path) -> None:
         )
         env = {**os.environ, "PYTHONPATH": root}
         done = subprocess.run(
-            [*command, str(tmp_path / "hold.py"), str(tmp_path / "run")],
+            [*torchrun(), str(tmp_path / "hold.py"), str(tmp_path / "run")],
             capture_output=True, text=True, timeout=120, env=env,
         )  # fmt: skip
         assert done.stdout.count(f"is in use by process {first.pid}") == 2, done.stdout + done.stderr[-2000:]

@@ -2,13 +2,12 @@ import contextlib
 import itertools
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import free_port, tiny_kl
+from conftest import tiny_kl, torchrun
 from safetensors.torch import load_file
 from small_prior import CODEC, NAMES, SOURCE, encoded, every_image, metrics, prior_in
 from torch import nn
@@ -353,10 +352,9 @@ def test_two_processes_give_what_one_gives(made, toy_images, toy_source, acceler
     tensors = {f"{split}.{k}": v for split, pair in toy_images.items() for k, v in zip(("images", "labels"), pair)}
     write_tensors(tmp_path / "images.safetensors", tensors)
     write_json(tmp_path / "prior.json", to_dict(prior))
-    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, "-m", *command, ROOT / "tests" / "scripts" / "train_prior.py", tmp_path],
+        [*torchrun(), ROOT / "tests" / "scripts" / "train_prior.py", tmp_path],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import free_port, tiny_kl
+from conftest import tiny_kl, torchrun
 from PIL import Image
 from toy_world import make_world
 
@@ -111,9 +111,7 @@ def full(world: Path, out: Path, teacher: Path | None = None, **more) -> Path:
 
 
 def launch(file: Path, verb: str = "run", *, processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port(), "-m"]
+    command = [*(torchrun(processes) if processes > 1 else [sys.executable]), "-m"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, "dq.cli", verb, "--config", str(file), "--cpu"],

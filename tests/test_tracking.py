@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import torchrun
 from test_run import config, world  # noqa: F401
 
 from dq.cli import main
@@ -116,17 +116,7 @@ def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> N
 @pytest.mark.multi_process
 def test_one_process_tells(world: Path, tmp_path: Path) -> None:  # noqa: F811
     file = config(world, tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        free_port(),
-        "-m",
-    ]
-    command += ["dq.cli", "run", "--config", str(file), "--cpu", "--report_to", "tensorboard"]
+    command = [*torchrun(), "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--report_to", "tensorboard"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
