@@ -33,7 +33,7 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from dq.codec import DTYPES
 from dq.config import GenerateConfig
-from dq.dist import generator
+from dq.core.seeds import generator
 from dq.pipeline import DistillPipeline
 
 STOCK_NULL = 1000

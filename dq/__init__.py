@@ -18,10 +18,10 @@ _HOME = {
     "DistillPipeline": "dq.pipeline",
     "DistilledSet": "dq.distilled",
     "ImageSource": "dq.data",
-    "InputError": "dq.errors",
+    "InputError": "dq.core.errors",
     "Prototypes": "dq.prototypes",
     "RunConfig": "dq.config",
-    "RunError": "dq.errors",
+    "RunError": "dq.core.errors",
     "StudentConfig": "dq.config",
     "TeacherConfig": "dq.config",
     "evaluate": "dq.evaluation",
@@ -41,9 +41,9 @@ _HOME = {
 if TYPE_CHECKING:
     from dq.cluster import kmeans
     from dq.config import FADRM, RunConfig, StudentConfig, TeacherConfig, Teddy, load_config
+    from dq.core.errors import InputError, RunError
     from dq.data import ImageSource, load_source
     from dq.distilled import DistilledSet
-    from dq.errors import InputError, RunError
     from dq.evaluation import evaluate
     from dq.evaluation.selection import select
     from dq.foreign import read_set

@@ -6,140 +6,22 @@ ours, stay when the card is written anew. Nothing in a card names a place on thi
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
-import dq
 from dq.config import Baseline
-from dq.data import first_line
-from dq.dist import is_done, read_json, read_jsonl, write_json, write_text
+from dq.core.cards import UNKNOWN, _template, is_hub_id, license_head, merge_card, own_text, public, split_card
+from dq.core.files import is_done, read_json, read_jsonl, write_json, write_text
 from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features
-from dq.errors import InputError
-from dq.settings import read_yaml
 
 log = logging.getLogger("dq")
-
-BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
-END = "<!-- dq: end -->"
 EVALUATION = "evaluation.json"  # beside the provenance of a set: what students learnt from it
 ANY_REPO = "THIS_FOLDER_OR_REPO"
-LICENSE = ("license", "license_name", "license_link")
-UNKNOWN = "unknown"  # a licence that nobody stated, by the Hub's own name
 SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
-
-# Names of classes and texts of prompts are no paths, whatever they look like
-NO_PATHS = ("classes", "id2label", "class_map", "prompt", "negative_prompt", "train_counts")
-# Under these keys a relative path is one too
-PATHS = (
-    "path",
-    "model",
-    "origin",
-    "output_dir",
-    "cache_dir",
-    "anchor_path",
-    "init",
-    "_name_or_path",
-    "name",
-    "revision",
-)
-ABSOLUTE = re.compile(r"(?<![\w:/.<])(?:~|[A-Za-z]:)?[/\\][^\s\"'`,;:()|<>]*[/\\][^\s\"'`,;:()|<>]*")
-
-
-# --- what may leave the machine -----------------------------------------------------------------------------------
-
-
-def public(value: Any, key: str = "") -> Any:
-    """A copy of plain data in which every path on this machine is reduced to its last part. Hub ids stay."""
-    if isinstance(value, dict):
-        return {k: v if k in NO_PATHS else public(v, str(k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [public(v, key) for v in value]
-    if not isinstance(value, str):
-        return value
-    if re.match(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]", value):
-        return _last(value)
-    if key in PATHS and "/" in value and "://" not in value and (value.count("/") > 1 or Path(value).exists()):
-        return _last(value)
-    return ABSOLUTE.sub(lambda found: _last(found[0]), value)
-
-
-def _last(path: str) -> str:
-    return PureWindowsPath(path).name or "folder"  # knows either slash
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether text that came from `public` could be the id of a repository."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text))
-
-
-def md(text: Any) -> str:
-    """Text as it is, in Markdown, tables and HTML."""
-    one_line = " ".join(str(text).split())
-    escaped = re.sub(r"[\\`*\[\]<>|&~$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda c: f"&#{ord(c[0])};", one_line)
-    return re.sub(r"://|www\.", lambda m: m[0].replace(":", "&#58;").replace(".", "&#46;"), escaped)
-
-
-def plain_json(value: Any) -> str:
-    """Indented JSON that holds no HTML."""
-    return json.dumps(value, indent=1, default=str, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-# --- head and marks -----------------------------------------------------------------------------------------------
-
-
-def own_text(card: Path) -> str:
-    """The text of a card on this machine, "" if there is none."""
-    try:
-        return card.read_text() if card.is_file() else ""
-    except UnicodeDecodeError as e:
-        raise InputError(f"{card} is no text in UTF-8; save it as such, or move it away") from e
-
-
-def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
-    """The YAML head of a card and its body; a head that cannot be read counts as none.
-
-    Raises:
-        InputError: if it cannot be read and `must` says what card it is.
-    """
-    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
-    if not found:
-        return {}, text
-    try:
-        head = read_yaml(found[1])
-    except (RecursionError, ValueError, yaml.YAMLError) as e:
-        if must:
-            raise InputError(f"the head of {must} cannot be read ({first_line(e)}); mend it there") from e
-        log.warning("the head of a card cannot be read (%s) and counts as none", first_line(e))
-        return {}, found[2]
-    return (head if isinstance(head, dict) else {}), found[2]
-
-
-def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
-    """A card with this head and generated body, and with everything of an old one that is not generated."""
-    kept, text = split_card(old)
-    merged = {k: v for k, v in {**kept, **head}.items() if v is not None}
-    begin = text.rfind(BEGIN)
-    end = text.find(END, max(begin, 0))
-    before, after = (text[:begin], text[end + len(END) :]) if 0 <= begin < end else (text.rstrip() + "\n\n", "\n")
-    dumped = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=10_000)
-    return f"---\n{dumped}---\n\n{before.lstrip()}{BEGIN}\n\n{body.strip()}\n\n{END}{after.rstrip()}\n"
-
-
-def license_head(license: str | None, old: Mapping[str, Any]) -> dict[str, str | None]:
-    """The keys of a licence: the one given, else that of the old head, else unknown. None takes a key away."""
-    if license is None:
-        return {k: old[k] for k in LICENSE if k in old} or {"license": UNKNOWN}
-    if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
-        return {**dict.fromkeys(LICENSE), "license": license}
-    return {**dict.fromkeys(LICENSE), "license": "other", "license_name": license}
 
 
 def _union(old: Any, own: Iterable[str]) -> list[str]:
@@ -327,16 +209,6 @@ def _statement(r: dict[str, Any]) -> dict[str, str]:
         "generator": str(generate.get("model") or (r.get("codec") or {}).get("path") or ""),
         **{f"{k}_license": str(licences.get(k) or UNKNOWN).replace(UNKNOWN, "") for k in ("source", "generator")},
     }
-
-
-@functools.cache
-def _template(name: str) -> Any:
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("dq"), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"md": md, "json": plain_json, "zip": zip}
-    environment.globals["dq"] = dq.__version__
-    return environment.get_template(name)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------

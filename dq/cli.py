@@ -16,8 +16,8 @@ from typing import Any
 
 from dq.completion import completion_script
 from dq.config import RunConfig
-from dq.errors import InputError, RunError
-from dq.hub_client import Redaction, redact
+from dq.core.errors import InputError, RunError
+from dq.core.hub_client import Redaction, redact
 from dq.options import build_parser, check_flags, resolve
 from dq.settings import apply_settings, to_dict
 
@@ -108,12 +108,12 @@ def execute(args: argparse.Namespace) -> None:
 
         print(write_results_report(Path(config.output_dir)))
         return
+    from dq.core.locks import locked
+    from dq.core.processes import make_accelerator
+    from dq.core.trackers import check_trackers, end_trackers
     from dq.data import load_source
-    from dq.dist import make_accelerator
     from dq.evaluation.stage import check_evaluation
-    from dq.locks import locked
     from dq.plan import like_source
-    from dq.tracking import check_trackers, end_trackers
 
     check_trackers(config.report_to)
     if args.verb == "prior-report":
@@ -251,14 +251,14 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
         speeds: file of `--save_speeds`, from which it is said how much is left.
     """
     from dq import run as stages
+    from dq.core.progress import StageTimer
+    from dq.core.trackers import report_distortion, start_trackers
     from dq.evaluation.stage import evaluate_run, label_run
     from dq.evaluation.tables import tables_text
-    from dq.headway import Headway
     from dq.refine.chain import stages_of
     from dq.report import write_report
     from dq.runfolder import open_run
     from dq.speeds import Speeds, expected_seconds
-    from dq.tracking import report_distortion, start_trackers
 
     run = open_run(config, source, accelerator)
     start_trackers(accelerator, config, run.folder)
@@ -268,7 +268,7 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
     idle = {"evaluate": not config.evaluate.students, "refine": not any(stages_of(config, m) for m in config.methods)}
     names = [n for n in (whole if verb == "run" else needed) if not idle.get(n)]
     known = expected_seconds(config, source, accelerator.num_processes, Speeds.load(speeds)) if speeds else {}
-    way = Headway(names, known)
+    way = StageTimer(names, known)
     rows: list[Any] = []
     if do("encode", "generate"):
         pipe = load_pipeline(config)
@@ -306,12 +306,12 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
 
 def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> None:
     """Evaluate sets of any origin."""
-    from dq.dist import write_text
+    from dq.core.files import write_text
+    from dq.core.trackers import start_trackers
     from dq.evaluation.ddr import evaluate_ddr
     from dq.evaluation.stage import evaluate_sets
     from dq.evaluation.tables import tables_text
     from dq.settings import dump_config
-    from dq.tracking import start_trackers
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
@@ -392,10 +392,10 @@ def load_pipeline(config: RunConfig) -> Any:
 def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     """Train a part of the prior, and give the folder it is in."""
     from dq.codec import load_codec
-    from dq.dist import shard
+    from dq.core.processes import shard
+    from dq.core.trackers import start_trackers
     from dq.latents import encode_source, open_cache
     from dq.prior import train_codec, train_denoiser
-    from dq.tracking import start_trackers
 
     start_trackers(accelerator, config, Path(config.prior.output_dir))
     if verb == "train-codec":
@@ -426,7 +426,7 @@ def _report_prior(config: RunConfig, source: Any, accelerator: Any) -> None:
 
 def _demo(config: RunConfig, source: Any, accelerator: Any, speeds: str | None) -> None:
     """Train the small prior, then run; everything that is there from an earlier call is used."""
-    from dq.locks import locked
+    from dq.core.locks import locked
 
     began = time.perf_counter()
     with locked(config.prior.output_dir, accelerator):

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dq.dist import digest_of, digest_of_tensors, read_json
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json
+from dq.core.seeds import digest_of, digest_of_tensors
 
 # AutoencoderKL | AutoencoderTiny | AutoencoderDC; Any, so that this module loads without diffusers
 Codec = Any

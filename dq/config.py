@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from dq.errors import InputError
-from dq.settings import Checked, from_dict, read_yaml
+from dq.core.bounded_yaml import read_yaml
+from dq.core.errors import InputError
+from dq.settings import Checked, from_dict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 TrainDtype = Literal["float32", "bfloat16"]  # gradients in float16 would need loss scaling

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from dq.config import SourceConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.text import first_line
 from dq.images import IMAGE_SUFFIXES, UNDECODABLE, Preprocess, open_image, to_rgb, to_square
 from dq.settings import from_dict, to_dict
 
@@ -85,11 +86,6 @@ class ImageSource:
     def rows_of_class(self, label: int) -> np.ndarray:
         """Rows of the train split that carry `label`, ascending."""
         return np.flatnonzero(self.train.labels == label)
-
-
-def first_line(e: BaseException) -> str:
-    """What an error says, shortened."""
-    return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
 
 # --- images -------------------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq.data import first_line
-from dq.dist import Damaged, atomic_path, check_name, digest_of, is_done, read_json, write_json
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.files import Damaged, atomic_path, check_name, is_done, read_json, write_json
+from dq.core.seeds import digest_of
+from dq.core.text import first_line
 from dq.grid import image_grid
 from dq.images import open_image
 

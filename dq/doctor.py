@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from dq.config import FADRM, RunConfig
-from dq.evaluation.trainings import format_bytes
+from dq.core.text import format_bytes
+from dq.core.trackers import TRACKERS, is_installed
 from dq.refine.chain import stages_of
 from dq.teachers import POOL, PRETRAINED
-from dq.tracking import TRACKERS, is_installed
 
 LEAST_FREE = 1 << 30  # bytes of disk below which a run is likely to stop half-way
 PACKAGES = (

@@ -19,23 +19,14 @@ from torch import Tensor
 
 from dq.codec import codec_digest
 from dq.config import GenerateConfig, MethodConfig
+from dq.core.errors import InputError
+from dq.core.files import is_done, open_tensors, read_json, read_tensors, write_json, write_tensors
+from dq.core.memory import in_pieces
+from dq.core.processes import cut
+from dq.core.progress import progress, unit_done
+from dq.core.seeds import digest_of, generator
 from dq.data import read_images
-from dq.dist import (
-    cut,
-    digest_of,
-    generator,
-    is_done,
-    open_tensors,
-    progress,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
-from dq.errors import InputError
-from dq.headway import unit_done
 from dq.latents import LatentCache
-from dq.memory import in_pieces
 from dq.prototypes import Prototypes
 from dq.quantize import load_prototypes, prototype_folder
 from dq.runfolder import SPEED, Run, class_file, copies_of

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dq.config import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
-from dq.dist import cut, digest_of
+from dq.core.processes import cut
+from dq.core.seeds import digest_of
 from dq.evaluation.selection import BY_FEATURES
 from dq.latents import LEAST, MOST
 from dq.settings import to_dict
@@ -58,7 +59,7 @@ def seconds_of(plan: StagePlan, speeds: Mapping[str, float], *, overlap: bool) -
 
 def busiest(costs: Sequence[float], processes: int) -> float:
     """Share of all work that the busiest of P processes has, when the largest unit goes first to the least loaded
-    (`dq.dist.shard`)."""
+    (`dq.core.processes.shard`)."""
     total = sum(costs)
     if processes == 1 or not total:
         return 1.0
@@ -276,8 +277,8 @@ def estimate_lines(
     plans: Sequence[StagePlan], speeds: Mapping[str, float], *, overlap: bool, processes: int
 ) -> Iterator[str]:
     """A table of stages: units, seconds, bytes, and their sums."""
-    from dq.evaluation.trainings import format_bytes
-    from dq.headway import duration
+    from dq.core.progress import duration
+    from dq.core.text import format_bytes
 
     on = "1 process" if processes == 1 else f"{processes} processes, each on a device like the measured one"
     yield f"estimate    on {on}"

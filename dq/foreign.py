@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dq.config import SourceConfig
+from dq.core.errors import InputError
 from dq.data import Split, load_source, read_images
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.images import UNDECODABLE, open_image
 
 TENSORS = (".safetensors", ".npz")

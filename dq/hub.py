@@ -15,10 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dq.config import HubConfig
-from dq.dist import atomic_path, check_name, read_json
-from dq.errors import InputError, RunError
-from dq.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
-from dq.settings import MAX_DEPTH, from_dict
+from dq.core.bounded_yaml import MAX_DEPTH
+from dq.core.errors import InputError, RunError
+from dq.core.files import atomic_path, check_name, read_json
+from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
+from dq.settings import from_dict
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -96,7 +97,8 @@ def push_folder(
             asked for.
         RunError: if a set is damaged, or the upload broke off.
     """
-    from dq.card import UNKNOWN, dataset_card, own_text, public, split_card
+    from dq.card import dataset_card
+    from dq.core.cards import UNKNOWN, own_text, public, split_card
     from dq.distilled import PROVENANCE, find_set, shard_files
 
     folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
@@ -166,7 +168,8 @@ def push_model(
 
     Args, Returns, Raises: see `push_folder`.
     """
-    from dq.card import pipeline_card, public, teacher_card
+    from dq.card import pipeline_card, teacher_card
+    from dq.core.cards import public
 
     options = from_dict(HubConfig, settings, "hub")
     if not isinstance(model, (str, Path)):
@@ -248,7 +251,8 @@ def download_set(
     Raises:
         InputError: if the repository is not one of dq, or has no such set.
     """
-    from dq.card import default_config, split_card
+    from dq.card import default_config
+    from dq.core.cards import split_card
 
     api = client(token)
     with sentences(repo_id, token, revision=revision):

@@ -20,19 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from dq.config import RelabelConfig, StudentConfig, ViewConfig
-from dq.dist import (
-    derive_seed,
-    digest_of,
-    digest_of_tensors,
-    is_done,
-    open_tensors,
-    read_json,
-    write_json,
-    write_tensors,
-)
-from dq.errors import InputError
-from dq.memory import in_pieces
-from dq.nets import seeded
+from dq.core.errors import InputError
+from dq.core.files import is_done, open_tensors, read_json, write_json, write_tensors
+from dq.core.memory import in_pieces
+from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, seeded
 from dq.settings import from_dict, to_dict
 from dq.teachers import Teacher, average_logits
 from dq.views import Views, apply_views, batches, draw_views, parts

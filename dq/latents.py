@@ -20,23 +20,13 @@ from torch import Tensor
 
 from dq.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
 from dq.config import CodecConfig, SourceConfig
+from dq.core.errors import InputError
+from dq.core.files import is_done, open_tensors, read_json, read_metadata, sweep, write_json, write_tensors
+from dq.core.memory import in_pieces
+from dq.core.processes import cut
+from dq.core.progress import progress, unit_done
+from dq.core.seeds import digest_of, generator
 from dq.data import ImageSource, read_images
-from dq.dist import (
-    cut,
-    digest_of,
-    generator,
-    is_done,
-    open_tensors,
-    progress,
-    read_json,
-    read_metadata,
-    sweep,
-    write_json,
-    write_tensors,
-)
-from dq.errors import InputError
-from dq.headway import unit_done
-from dq.memory import in_pieces
 
 LEAST, MOST = 8, 512  # images of a file
 

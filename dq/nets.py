@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.seeds import seeded
 from dq.torchvision_nets import DenseNet121, MobileNetV2, ShuffleNetV2
 
 Norm = Literal["instance", "batch"]
@@ -276,20 +277,6 @@ def fast_layout(net: nn.Module) -> torch.memory_format:
     is slow in that layout. Measured on a CPU; activations take the layout of the first weights."""
     grouped = any(isinstance(m, nn.GroupNorm) for m in net.modules())
     return torch.contiguous_format if grouped else torch.channels_last
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Random numbers from `seed` inside the block, on the CPU and on a CUDA `device`, and the global random state
-    untouched after it."""
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # torch.manual_seed would also reseed every other accelerator, which fork_rng does not restore
-        torch.default_generator.manual_seed(seed)
-        for d in devices:
-            with torch.cuda.device(d):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

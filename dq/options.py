@@ -7,7 +7,7 @@ from typing import Any
 
 from dq.completion import SHELLS
 from dq.config import RunConfig, load_config
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.plan import LIKE
 from dq.settings import apply_settings
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dq.config import SourceConfig
+from dq.core.errors import InputError
+from dq.core.seeds import generator
 from dq.data import ImageSource, read_images
-from dq.dist import generator
-from dq.errors import InputError
 from dq.teachers import Teacher
 
 Rank = Literal["easy", "medium"]

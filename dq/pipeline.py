@@ -24,10 +24,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dq import run as stages
 from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.config import FADRM, GenerateConfig, HubConfig, RunConfig, Teddy
+from dq.core.errors import InputError
+from dq.core.files import read_json, write_json
+from dq.core.locks import locked
+from dq.core.processes import make_accelerator
+from dq.core.seeds import digest_of, digest_of_tensors, generator
 from dq.data import ImageSource, load_source
-from dq.dist import digest_of, digest_of_tensors, generator, make_accelerator, read_json, write_json
-from dq.errors import InputError
-from dq.locks import locked
 from dq.runfolder import open_run
 from dq.sampling import (
     Start,

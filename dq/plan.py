@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dq.config import RunConfig, StudentConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 # Classes, train and test images of sets that one may plan for without having them. Real classes differ a little in
 # size; here all images are spread evenly. ImageNet-21K: the release of autumn 2011, which has no test split.
@@ -51,7 +51,7 @@ def like_source(text: str) -> Any:
 
 def plan(config: RunConfig, source: Any) -> str:
     """What a run would do: classes, units, disk, model calls."""
-    from dq.dist import cut
+    from dq.core.processes import cut
     from dq.latents import LEAST, MOST
 
     counts = source.class_counts()
@@ -178,7 +178,7 @@ def plan_evaluation(
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.
     """
-    from dq.evaluation.trainings import format_bytes
+    from dq.core.text import format_bytes
 
     stored = set()
     number = full = 0

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.dist import derive_seed, digest_of, digest_of_tensors, read_json, read_tensors
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.files import read_json, read_tensors
+from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.nets import fast_layout, make_net
 from dq.teachers import Teacher, pooled_logits
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dq.config import StudentConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.nets import is_library_net
 from dq.settings import from_dict, unknown_key
 

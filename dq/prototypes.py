@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dq.cluster import Clustering
 from dq.cluster.lloyd import cell_sums, squared_distances
-from dq.dist import read_tensors, write_tensors
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.files import read_tensors, write_tensors
 
 WeightKind = Literal["uniform", "mass", "sqrt"]
 Normalization = Literal["none", "class", "sqrt_k"]

@@ -16,9 +16,10 @@ import torch
 
 from dq.cluster import choose_engine, kmeans_many, quantization_stats
 from dq.config import ClusterConfig
-from dq.dist import append_jsonl, derive_seed, digest_of, is_done, progress, write_json
-from dq.errors import InputError
-from dq.headway import unit_done
+from dq.core.errors import InputError
+from dq.core.files import append_jsonl, is_done, write_json
+from dq.core.progress import progress, unit_done
+from dq.core.seeds import derive_seed, digest_of
 from dq.latents import LatentCache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.runfolder import Run, class_file

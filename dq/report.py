@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from dq.card import describe_evaluation
-from dq.dist import atomic_path, generator, read_json, write_bytes, write_text
+from dq.core.errors import InputError
+from dq.core.figures import embed, html_table, new_figure, save_figure, save_image
+from dq.core.files import read_json, write_text
+from dq.core.seeds import generator
 from dq.distilled import DistilledSet
 from dq.draw import nearest_images
-from dq.errors import InputError
 from dq.evaluation.figures import read_records, results_figures
 from dq.grid import image_grid
 from dq.prototypes import Prototypes
@@ -145,13 +145,6 @@ def _facts(run: Run) -> str:
     )
 
 
-def html_table(head: list[str], rows: list[list[Any]]) -> str:
-    """A table with its cells escaped."""
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    lines = ["<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows]
-    return f"<table><tr>{cells}</tr>{''.join(lines)}</table>"
-
-
 def _accuracy(folder: Path) -> list[str]:
     """Tables and figures of the results in a folder; nothing if there are none."""
     summary, comparisons = folder / "eval" / "summary.csv", folder / "eval" / "comparisons.csv"
@@ -261,13 +254,6 @@ def _quantization_table(points: list[Prototypes]) -> str:
     return html_table(head, rows)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, sides in inches."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
-
-
 def _plain(name: str) -> str:
     """A class name that matplotlib neither sets as a formula nor hides from the legend."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
@@ -317,22 +303,3 @@ def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
     ax.set(xlabel="first principal axis", ylabel="second principal axis")
     ax.legend(fontsize=7, markerscale=0.5)
     save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image as PNG, atomically."""
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
-
-
-def embed(path: Path) -> str:
-    """A PNG file as an HTML paragraph that holds its bytes."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'

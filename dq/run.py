@@ -23,11 +23,10 @@ from dq.card import write_dataset_card
 from dq.cluster import choose_engine
 from dq.codec import Codec
 from dq.config import ClusterConfig, GenerateConfig, MethodConfig
-from dq.dist import (
-    digest_of,
+from dq.core.errors import InputError
+from dq.core.files import (
     is_done,
     open_tensors,
-    progress,
     read_checksum,
     read_json,
     read_metadata,
@@ -36,10 +35,10 @@ from dq.dist import (
     write_tensors,
     write_text,
 )
+from dq.core.progress import progress, unit_done
+from dq.core.seeds import digest_of
 from dq.distilled import DistilledSet, has_set, write_set
 from dq.draw import drawn_folders, generate
-from dq.errors import InputError
-from dq.headway import unit_done
 from dq.latents import LatentCache, encode_source, open_cache
 from dq.quantize import cluster, load_prototypes, prototype_folder
 from dq.refine import chain

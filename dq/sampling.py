@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, h, w), t) -> model output (B, C, h, w)
 

@@ -24,6 +24,11 @@ import numpy as np
 import torch
 
 from dq.config import SourceConfig
+from dq.core.errors import InputError
+from dq.core.files import is_done, read_tensors, write_tensors
+from dq.core.progress import progress
+from dq.core.seeds import digest_of
+from dq.core.text import first_line
 from dq.data import (
     UNOPENED,
     ImageSource,
@@ -32,12 +37,9 @@ from dq.data import (
     check_splits,
     checked_source,
     choose_column,
-    first_line,
     number_labels,
     opening,
 )
-from dq.dist import digest_of, is_done, progress, read_tensors, write_tensors
-from dq.errors import InputError
 from dq.images import IMAGE_SUFFIXES
 
 TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dq.config import ClusterConfig, RunConfig, SourceConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import open_tensors, read_json, write_json
+from dq.core.seeds import digest_of
 from dq.data import ImageSource
-from dq.dist import digest_of, open_tensors, read_json, write_json
-from dq.errors import InputError, RunError
 from dq.latents import ImageCache, fill, write_manifest
 from dq.runfolder import Run
 from dq.settings import to_dict

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from dq.config import FADRM, RunConfig, StudentConfig
-from dq.dist import derive_seed, generator, read_json, write_json
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.files import read_json, write_json
+from dq.core.seeds import derive_seed, generator
 from dq.estimate import (
     StagePlan,
     asked_sets,
@@ -367,7 +368,7 @@ def plan_with_speeds(
     save_to: str | None = None,
 ) -> str:
     """The plan of a run with seconds and bytes for every stage."""
-    from dq.evaluation.trainings import format_bytes
+    from dq.core.text import format_bytes
     from dq.plan import plan
 
     speeds = Speeds.load(speeds_file) if speeds_file else speeds_here(config, source, accelerator.device)

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dq.config import SourceConfig, TeacherConfig
+from dq.core.errors import InputError
+from dq.core.files import read_json
+from dq.core.memory import in_pieces
+from dq.core.seeds import digest_of, digest_of_tensors, generator, seeded
 from dq.data import ImageSource, read_images
-from dq.dist import digest_of, digest_of_tensors, generator, read_json
-from dq.errors import InputError
-from dq.memory import in_pieces
-from dq.nets import fast_layout, is_library_net, library_net, library_of, make_net, seeded
+from dq.nets import fast_layout, is_library_net, library_net, library_of, make_net
 
 log = logging.getLogger("dq")
 

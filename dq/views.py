@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dq.config import ViewConfig
-from dq.dist import derive_seed, generator
+from dq.core.seeds import derive_seed, generator
 
 # Principal components of the colours of ImageNet (Krizhevsky et al. 2012, section 4.1)
 LIGHT_VALUES = (0.2175, 0.0188, 0.0045)

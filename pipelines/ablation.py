@@ -25,12 +25,13 @@ from collect_results import without_places
 
 from dq.cli import load_pipeline
 from dq.config import MethodConfig, RunConfig, load_config
+from dq.core.errors import InputError
+from dq.core.files import read_json, write_json
+from dq.core.locks import locked
+from dq.core.processes import make_accelerator
 from dq.data import load_source
-from dq.dist import make_accelerator, read_json, write_json
-from dq.errors import InputError
 from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
-from dq.locks import locked
 from dq.run import assemble, cluster, encode, generate
 from dq.runfolder import open_run
 from dq.settings import apply_settings, to_dict

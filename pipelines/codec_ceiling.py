@@ -18,8 +18,8 @@ import torch
 
 from dq.codec import decode_latents, encode_latents, load_codec, to_signed, to_unit
 from dq.config import TeacherConfig
+from dq.core.progress import progress
 from dq.data import load_source, read_images
-from dq.dist import progress
 from dq.teachers import load_teacher
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from dq.dist import read_json, write_json
+from dq.core.files import read_json, write_json
 
 MEANS = ("distortion", "explained", "w2_mass", "w2_uniform", "ess_mass", "ess_sqrt")
 

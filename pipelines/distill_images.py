@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from dq import DistillPipeline, evaluate, load_source
-from dq.dist import make_accelerator
+from dq.core.processes import make_accelerator
 
 
 def main() -> None:

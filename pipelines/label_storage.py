@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dq.config import EvaluateConfig, SourceConfig, TeacherConfig
+from dq.core.processes import make_accelerator
 from dq.data import load_source
-from dq.dist import make_accelerator
 from dq.evaluation.stage import evaluate_sets
 from dq.foreign import read_set
 

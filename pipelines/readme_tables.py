@@ -16,8 +16,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from dq.evaluation.trainings import format_bytes
-from dq.headway import duration
+from dq.core.progress import duration
+from dq.core.text import format_bytes
 
 ROOT = Path(__file__).parents[1]
 

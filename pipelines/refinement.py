@@ -26,13 +26,14 @@ from collect_results import without_places
 
 from dq.cli import load_pipeline
 from dq.config import RunConfig, TeacherConfig, load_config
+from dq.core.errors import InputError
+from dq.core.files import read_json, write_json
+from dq.core.locks import locked
+from dq.core.processes import make_accelerator
 from dq.data import load_source
-from dq.dist import make_accelerator, read_json, write_json
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation.stage import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
-from dq.locks import locked
 from dq.report import write_report
 from dq.run import assemble, cluster, encode, generate, label, refine
 from dq.runfolder import open_run

@@ -15,8 +15,8 @@ import csv
 from pathlib import Path
 
 from dq.config import RunConfig, load_config
+from dq.core.files import read_jsonl
 from dq.data import load_source
-from dq.dist import read_jsonl
 from dq.estimate import seconds_of
 from dq.plan import like_source
 from dq.settings import apply_settings

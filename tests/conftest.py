@@ -100,7 +100,7 @@ def toy_source(toy_images):
 
 @pytest.fixture(scope="session")
 def accelerator():
-    from dq.dist import make_accelerator
+    from dq.core.processes import make_accelerator
 
     return make_accelerator(cpu=True)
 

@@ -73,10 +73,10 @@ PHASES = ("before", "half written", "written", "after")
 
 def strike(kind: str, at: int, phase: str, delay: float) -> None:
     """Arrange for a fault at the `at`-th file that this process writes."""
-    import dq.dist
+    import dq.core.files
 
     number = 0
-    real = dq.dist.atomic_path
+    real = dq.core.files.atomic_path
 
     def hurt(path: Path, temporary: Path) -> None:
         os.write(2, f"{STRUCK}{path}\n".encode())
@@ -107,7 +107,7 @@ def strike(kind: str, at: int, phase: str, delay: float) -> None:
         if due and phase == "after":
             hurt(path, path)
 
-    dq.dist.atomic_path = faulty
+    dq.core.files.atomic_path = faulty
     for name in list(sys.modules):
         if name.startswith("dq.") and getattr(sys.modules[name], "atomic_path", None) is real:
             sys.modules[name].atomic_path = faulty

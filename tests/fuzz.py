@@ -131,10 +131,11 @@ def targets(root: Path) -> list[Target]:
     from test_distilled import make
     from toy_world import every_stage
 
-    from dq.card import dataset_card, split_card
+    from dq.card import dataset_card
     from dq.config import RunConfig, load_config
+    from dq.core.cards import split_card
+    from dq.core.files import read_json, read_tensors, write_json, write_tensors
     from dq.data import Split, load_source, read_image, read_images
-    from dq.dist import read_json, read_tensors, write_json, write_tensors
     from dq.distilled import DistilledSet
     from dq.foreign import read_set
     from dq.hub import check_record
@@ -307,7 +308,7 @@ def make_input(target: Target, seed: int, number: int) -> bytes:
 
 def once(target: Target, data: bytes) -> str:
     """What became of an input: "accepted", "refused", or what was raised instead."""
-    from dq.errors import InputError, RunError
+    from dq.core.errors import InputError, RunError
 
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dq.config import MethodConfig, RunConfig, load_config
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.settings import apply_settings, to_dict
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from dq.cluster.lloyd import assign, lloyd, squared_distances
 from dq.cluster.online import minibatch
 from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost
 from dq.config import ClusterConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 ENGINES = ["faiss", "torch", "clvq", "minibatch", "barycentre"]
 LLOYD = ["faiss", "torch"]

@@ -18,8 +18,8 @@ from dq.codec import (
     to_signed,
     to_unit,
 )
-from dq.dist import generator
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.seeds import generator
 
 
 def tiny_taesd() -> AutoencoderTiny:

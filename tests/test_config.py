@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dq.config import ClusterConfig, MethodConfig, RunConfig, StudentConfig, load_config
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.evaluation.trainings import students_of
 from dq.protocols import protocols, student_config
 from dq.settings import apply_settings, dump_config, from_dict, to_dict

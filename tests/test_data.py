@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from dq.config import SourceConfig
+from dq.core.errors import InputError
 from dq.data import load_source, read_image, read_images, to_rgb, to_square
-from dq.errors import InputError
 
 
 def picture(color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (6, 4)) -> Image.Image:

@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from dq.core.errors import InputError
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation.ddranking import export_ddranking
 
 # what the constructors of ddranking 0.2.0 get from a Config

@@ -9,28 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from dq.dist import (
+from dq.core.errors import RunError
+from dq.core.files import (
     Damaged,
     append_jsonl,
     atomic_path,
-    cut,
-    derive_seed,
-    digest_of,
-    generator,
     is_done,
     open_tensors,
     read_json,
     read_jsonl,
     read_metadata,
     read_tensors,
-    shard,
     sweep,
     temporary_beside,
     write_bytes,
     write_json,
     write_tensors,
 )
-from dq.errors import RunError
+from dq.core.processes import cut, shard
+from dq.core.seeds import derive_seed, digest_of, generator
 
 
 def test_import_is_light() -> None:
@@ -174,13 +171,13 @@ def test_a_damaged_unit_is_reported_removed_and_not_done(tmp_path: Path, caplog:
 
 
 def test_a_file_is_compared_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dq.dist
+    import dq.core.files
 
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": torch.arange(5.0)})
     compared = []
-    real = dq.dist._compared
-    monkeypatch.setattr(dq.dist, "_compared", lambda f: compared.append(1) or real(f))
+    real = dq.core.files._compared
+    monkeypatch.setattr(dq.core.files, "_compared", lambda f: compared.append(1) or real(f))
     for _ in range(3):
         with open_tensors(path) as f:
             assert f.get_slice("a")[1:2].tolist() == [1.0]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dq import distilled
+from dq.core.errors import InputError, RunError
 from dq.distilled import DistilledSet, write_set
-from dq.errors import InputError, RunError
 
 PROVENANCE = {
     "ipc": 2,
@@ -273,8 +273,8 @@ def test_the_grid_has_classes_for_rows_and_the_heaviest_first(tmp_path: Path) ->
 
 @pytest.mark.parametrize("files", ["x", [1], {"train-00000-of-00001.parquet": 3}])
 def test_a_record_that_names_no_files_is_one_sentence(tmp_path: Path, files: object) -> None:
-    from dq.dist import read_json, write_json
-    from dq.errors import RunError
+    from dq.core.errors import RunError
+    from dq.core.files import read_json, write_json
 
     make().save(tmp_path, "a")
     path = tmp_path / "a" / "provenance.json"

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dq.config import RelabelConfig, StudentConfig, ViewConfig
-from dq.dist import derive_seed
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.seeds import derive_seed
 from dq.evaluation import augment as aug
 from dq.evaluation.selection import random_rows
 from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 import dq
 from dq.cli import main
 from dq.config import EvaluateConfig, RunConfig, SourceConfig, StudentConfig, ViewConfig
+from dq.core.errors import InputError
+from dq.core.processes import make_accelerator
 from dq.data import load_source
-from dq.dist import make_accelerator
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation.bench import resized
 from dq.evaluation.ddr import LEARNING_RATES, _best_rates, _last, evaluate_ddr
 from dq.evaluation.train import normalizer, train_student

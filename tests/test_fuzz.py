@@ -11,7 +11,7 @@ import fuzz
 import pytest
 from fuzz import Target
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 
 @pytest.mark.multi_process

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from dq.config import EvaluateConfig, RelabelConfig, SourceConfig, StudentConfig, ViewConfig
-from dq.dist import read_json, write_json
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, write_json
 from dq.distilled import DistilledSet
-from dq.errors import InputError, RunError
 from dq.evaluation import trainings as stage
 from dq.evaluation.bench import Bench
 from dq.evaluation.train import normalizer, train_student

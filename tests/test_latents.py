@@ -10,9 +10,10 @@ from conftest import tiny_kl
 
 from dq.codec import encode_latents, to_signed
 from dq.config import CodecConfig, SourceConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import open_tensors
+from dq.core.processes import shard
 from dq.data import load_source, read_images
-from dq.dist import open_tensors, shard
-from dq.errors import InputError, RunError
 from dq.latents import LatentCache, encode_source, open_cache
 
 CODEC = CodecConfig(path="x", resolution=8, batch_size=4)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import torchrun
 
-from dq.dist import temporary_beside
-from dq.errors import RunError
-from dq.locks import LOCK, locked
+from dq.core.errors import RunError
+from dq.core.files import temporary_beside
+from dq.core.locks import LOCK, locked
 
 HOLD = """
 import sys, time

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_kl
 
-from dq import memory
 from dq.codec import encode_latents, to_signed
-from dq.memory import in_pieces
+from dq.core import memory
+from dq.core.memory import in_pieces
 
 
 @pytest.fixture(autouse=True)

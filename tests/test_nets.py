@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.nets import fast_layout, make_net
 
 

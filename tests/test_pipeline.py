@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteSchedule
 
 from dq.codec import decode_latents, to_unit
 from dq.config import GenerateConfig, RunConfig
-from dq.dist import generator
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.seeds import generator
 from dq.pipeline import DistillPipeline
 from dq.sampling import choose_start, denoise, fresh_scheduler
 

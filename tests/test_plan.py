@@ -13,7 +13,7 @@ from test_run import config, full, world  # noqa: F401
 
 from dq.cli import build_parser, main, resolve
 from dq.config import RunConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.estimate import StagePlan, busiest, seconds_of, stage_plans
 from dq.plan import LIKE, like_source
 from dq.settings import apply_settings
@@ -107,7 +107,7 @@ def test_the_busiest_process_decides() -> None:
     assert busiest([1.0], 16) == 1.0
     assert busiest([], 3) == 1.0
     # it divides as a run does
-    from dq.dist import shard
+    from dq.core.processes import shard
 
     costs = [5.0, 1, 1, 8, 3, 3, 2, 1, 7.5]
     for world_size in (1, 2, 3, 5):

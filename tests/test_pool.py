@@ -14,9 +14,9 @@ from torch import nn
 
 from dq.cli import main
 from dq.config import RunConfig, SourceConfig, TeacherConfig, TrainPoolConfig, TrainTeachersConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, read_tensors
 from dq.data import load_source
-from dq.dist import read_json, read_tensors
-from dq.errors import InputError, RunError
 from dq.evaluation.pooling import prune, train_pool
 from dq.labels import mean_logits
 from dq.nets import make_net

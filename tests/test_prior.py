@@ -14,9 +14,10 @@ from torch import nn
 
 from dq.codec import decode_latents, encode_latents, load_codec, to_signed
 from dq.config import CodecConfig, TrainCodecConfig, TrainDenoiserConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from dq.core.seeds import generator
 from dq.data import load_source
-from dq.dist import generator, read_json, read_metadata, read_tensors, write_json, write_tensors
-from dq.errors import InputError, RunError
 from dq.prior import codec as codec_module
 from dq.prior import denoiser as denoiser_module
 from dq.prior import train_codec, train_denoiser, training

@@ -15,8 +15,9 @@ from torch import nn
 
 from dq.codec import codec_digest, encode_latents, load_codec, to_signed
 from dq.config import TeacherConfig
-from dq.dist import generator, read_json
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json
+from dq.core.seeds import generator
 from dq.nets import make_net
 from dq.prior import train_codec
 from dq.prior.codec import (

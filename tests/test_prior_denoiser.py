@@ -13,9 +13,10 @@ from small_prior import NAMES, Saying, encoded, every_image, prior_in
 
 from dq.codec import codec_digest, encode_latents, load_codec, to_signed
 from dq.config import PriorConfig, TrainDenoiserConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json
+from dq.core.seeds import generator
 from dq.data import load_source
-from dq.dist import generator, read_json
-from dq.errors import InputError, RunError
 from dq.prior import train_denoiser
 from dq.prior.denoiser import SIZES, DenoiserLoss, new_denoiser, new_scheduler
 

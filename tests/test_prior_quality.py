@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dq.cli import main
-from dq.dist import generator, read_json, read_tensors
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, read_tensors
+from dq.core.seeds import generator
 from dq.nets import make_net
 from dq.pipeline import DistillPipeline
 from dq.prior.card import MARKER, write_card

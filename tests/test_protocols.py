@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dq.config import StudentConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.nets import make_net
 from dq.protocols import FOLDER, protocols, student_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dq.cluster import kmeans
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.prototypes import Prototypes, image_weights, latent_stats, make_prototypes
 
 COUNTS = torch.tensor([4, 3, 2, 1])

@@ -12,7 +12,7 @@ from tiny_teachers import MEAN, STD, TinyNet, drawn, images_of, teacher_of, trai
 from torch import nn
 
 from dq.config import FADRM, DepthConfig, Teddy
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
 from dq.refine import fadrm, teddy
 from dq.refine.anchors import make_pool, nearest_anchors
 from dq.refine.augment import View, draw_view, look

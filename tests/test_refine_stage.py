@@ -19,9 +19,9 @@ from test_run import config, launch, world  # noqa: F401  (a fixture)
 
 from dq.cli import main
 from dq.config import FADRM, RunConfig, TeacherConfig, Teddy
-from dq.dist import read_json, read_metadata, read_tensors
+from dq.core.errors import InputError
+from dq.core.files import read_json, read_metadata, read_tensors
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.refine.chain import planned
 from dq.settings import from_dict
 

@@ -8,7 +8,7 @@ from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 from torch import nn
 
 from dq.config import DepthConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.nets import make_net
 from dq.refine.statistics import StatMatcher, layer_weights, pad_drop, trace_layers
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dq.config import RelabelConfig, StudentConfig, ViewConfig
+from dq.core.errors import InputError
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation import evaluate
 from dq.evaluation.figures import results_figures
 from dq.evaluation.tables import (

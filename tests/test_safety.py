@@ -17,13 +17,14 @@ from conftest import tiny_dit, tiny_kl
 from PIL import Image
 from test_distilled import make
 
-from dq.card import dataset_card, merge_card, split_card
+from dq.card import dataset_card
 from dq.codec import load_codec
 from dq.config import CodecConfig, RunConfig, TeacherConfig, load_config
+from dq.core.cards import merge_card, split_card
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, write_json
 from dq.data import Split, load_source, read_image
-from dq.dist import read_json, write_json
 from dq.distilled import DistilledSet
-from dq.errors import InputError, RunError
 from dq.foreign import read_set
 from dq.images import FORMATS, MAX_PIXELS
 from dq.nets import tensors_only

@@ -7,8 +7,8 @@ import diffusers
 import pytest
 import torch
 
-from dq.dist import generator
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.seeds import generator
 from dq.sampling import (
     FLOW_SCHEDULERS,
     NOISE_SCHEDULERS,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.evaluation.scores import DDRanking, ars, hlr, ior, lrs
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from dq.config import SourceConfig
+from dq.core.errors import InputError
+from dq.core.seeds import generator
 from dq.data import ImageSource, from_tensors
-from dq.dist import generator
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation.selection import (
     BASELINES,
     herding_rows,

@@ -22,8 +22,8 @@ from PIL import Image
 
 from dq import shards
 from dq.config import CodecConfig, SourceConfig
+from dq.core.errors import InputError
 from dq.data import load_source, number_labels, read_image, read_images
-from dq.errors import InputError
 from dq.latents import encode_source, open_cache
 
 NAMES = ["zebra", "ant", "bee"]

@@ -14,9 +14,10 @@ from torch import Tensor
 from dq import run as stages
 from dq.cluster import kmeans, nearest
 from dq.config import ClusterConfig, RunConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, read_tensors, write_json, write_tensors
+from dq.core.seeds import derive_seed
 from dq.data import ImageSource, load_source
-from dq.dist import derive_seed, read_json, read_tensors, write_json, write_tensors
-from dq.errors import InputError, RunError
 from dq.pipeline import DistillPipeline
 from dq.prototypes import make_prototypes
 from dq.quantize import cluster_settings, clusterings, load_prototypes, prototype_folder

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dq.config import SourceConfig, TeacherConfig
+from dq.core.errors import InputError
 from dq.data import load_source
-from dq.errors import InputError
 from dq.nets import make_net
 from dq.settings import apply_settings
 from dq.teachers import (

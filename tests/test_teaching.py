@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dq.config import RunConfig, SourceConfig, TeacherConfig, TrainTeachersConfig
-from dq.dist import read_json, read_tensors
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, read_tensors
 from dq.evaluation import train
 from dq.evaluation.bench import validation_rows
 from dq.evaluation.teaching import train_teachers

@@ -15,10 +15,10 @@ from test_run import config, world  # noqa: F401
 
 from dq.cli import main
 from dq.config import RunConfig
-from dq.errors import InputError
-from dq.headway import Headway, duration, unit_done
+from dq.core.errors import InputError
+from dq.core.progress import StageTimer, duration, unit_done
+from dq.core.trackers import check_trackers, distortion_numbers, end_trackers, flat_settings, report, start_trackers
 from dq.settings import apply_settings
-from dq.tracking import check_trackers, distortion_numbers, end_trackers, flat_settings, report, start_trackers
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,7 +265,7 @@ class Clock:
 
 def walked(expected: dict[str, float], took: list[float], caplog: pytest.LogCaptureFixture) -> list[str]:
     clock = Clock()
-    way = Headway(("encode", "cluster", "report"), expected, clock=clock)
+    way = StageTimer(("encode", "cluster", "report"), expected, clock=clock)
     caplog.clear()
     with caplog.at_level(logging.INFO, "dq"):
         for name, seconds in zip(way.stages, took):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dq.config import ViewConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.views import (
     GREY,
     LIGHT_VALUES,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 
 def has_faiss() -> bool:

@@ -16,8 +16,8 @@ from dq.cluster.lloyd import assign, cell_sums, fill_empty, kmeans_plusplus, llo
 from dq.cluster.online import clvq, minibatch
 from dq.cluster.transport import barycentre, uniform_w2
 from dq.config import ClusterConfig
-from dq.dist import derive_seed, generator
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.seeds import derive_seed, generator
 
 
 @dataclass(frozen=True)

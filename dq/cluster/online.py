@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dq.cluster.lloyd import assign, kmeans_plusplus
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 # Settings of DSA (Zhao & Bilen 2021) as released: strategy color_crop_cutout_flip_scale_rotate
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dq.config import EvaluateConfig, SourceConfig, StudentConfig, TeacherConfig
+from dq.core.errors import InputError
+from dq.core.files import is_done, read_tensors, write_tensors
+from dq.core.progress import progress
+from dq.core.seeds import digest_of, generator
 from dq.data import ImageSource, Split, read_images
-from dq.dist import digest_of, generator, is_done, progress, read_tensors, write_tensors
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation.train import Pixels, normalizer
 from dq.evaluation.whitening import Zca, fit_zca
 from dq.labels import LabelSource

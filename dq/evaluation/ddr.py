@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config import Baseline, EvaluateConfig
+from dq.core.errors import InputError
+from dq.core.files import write_text
 from dq.data import ImageSource
-from dq.dist import write_text
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation.scores import DDRanking
 from dq.evaluation.stage import evaluate_records
 from dq.evaluation.statistics import format_mean_std

@@ -9,9 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
-from dq.dist import write_text
+from dq.core.errors import InputError
+from dq.core.files import write_text
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 
 VERSION = "0.2.0"  # of ddranking, whose source the names and the caveats below were read from
 

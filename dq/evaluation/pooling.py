@@ -14,19 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dq.config import RunConfig, StudentConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import is_done, read_json, write_json, write_tensors
+from dq.core.processes import shard
+from dq.core.progress import progress
+from dq.core.seeds import derive_seed, digest_of, generator
 from dq.data import ImageSource
-from dq.dist import (
-    derive_seed,
-    digest_of,
-    generator,
-    is_done,
-    progress,
-    read_json,
-    shard,
-    write_json,
-    write_tensors,
-)
-from dq.errors import InputError, RunError
 from dq.evaluation.bench import Bench
 from dq.evaluation.teaching import teacher_bench, teacher_recipe
 from dq.evaluation.train import Pixels, accuracy, fit, normalizer
@@ -268,7 +261,8 @@ def prune(net: nn.Module, image_size: int, ratio: float, criterion: str, *, seed
             "generation=post needs torch-pruning, which is not installed; pip install 'dq-distill[pruning]', "
             "or set train_pool.generation=prior"
         ) from e
-    from dq.nets import ShortcutA, seeded
+    from dq.core.seeds import seeded
+    from dq.nets import ShortcutA
 
     device = next(net.parameters()).device
     copied = copy.deepcopy(net).eval().requires_grad_(True)

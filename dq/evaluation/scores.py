@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.evaluation.statistics import mean_std
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 import dq
 from dq.cluster import kmeans
 from dq.config import SourceConfig
+from dq.core.errors import InputError
+from dq.core.seeds import derive_seed, digest_of, generator
 from dq.data import ImageSource, read_images
-from dq.dist import derive_seed, digest_of, generator
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.patches import Rank, patch_images
 from dq.teachers import Teacher
 

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from dq.config import Baseline, EvaluateConfig, RunConfig, SourceConfig, TeacherConfig
+from dq.core.errors import InputError
+from dq.core.files import check_name
+from dq.core.processes import make_accelerator
+from dq.core.seeds import digest_of_tensors
 from dq.data import ImageSource, load_source
-from dq.dist import (
-    check_name,
-    digest_of_tensors,
-    make_accelerator,
-)
 from dq.distilled import DistilledSet
-from dq.errors import InputError
 from dq.evaluation.bench import Bench, check_taught, make_bench
 from dq.evaluation.tables import Comparison, Row, compare, tables_text
 from dq.evaluation.trainings import (

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from dq.config import EvaluateConfig, RunConfig, StudentConfig, TrainTeachersConfig
+from dq.core.errors import RunError
+from dq.core.files import is_done, read_json, write_json, write_tensors
+from dq.core.processes import shard
+from dq.core.progress import progress
+from dq.core.seeds import derive_seed, digest_of
 from dq.data import ImageSource
-from dq.dist import derive_seed, digest_of, is_done, progress, read_json, shard, write_json, write_tensors
-from dq.errors import RunError
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.train import accuracy, fit
 from dq.nets import make_net

@@ -18,25 +18,19 @@ import torch
 
 import dq
 from dq.config import EvaluateConfig, StudentConfig
-from dq.dist import (
-    Damaged,
-    derive_seed,
-    digest_of,
-    is_done,
-    progress,
-    read_json,
-    shard,
-    write_json,
-    write_text,
-)
+from dq.core.errors import InputError, RunError
+from dq.core.files import Damaged, is_done, read_json, write_json, write_text
+from dq.core.processes import shard
+from dq.core.progress import progress, unit_done
+from dq.core.seeds import derive_seed, digest_of
+from dq.core.text import format_bytes
+from dq.core.trackers import report, training_numbers
 from dq.distilled import DistilledSet
-from dq.errors import InputError, RunError
 from dq.evaluation.bench import Bench, Data
 from dq.evaluation.selection import BY_FEATURES, select
 from dq.evaluation.tables import Row, compare, settings_line, summarize, to_csv
 from dq.evaluation.train import train_student
 from dq.foreign import bare_set, check_classes
-from dq.headway import unit_done
 from dq.labels import (
     MANIFEST,
     LabelPlan,
@@ -52,7 +46,6 @@ from dq.labels import (
 from dq.nets import make_net
 from dq.protocols import student_config
 from dq.settings import to_dict
-from dq.tracking import report, training_numbers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -295,15 +288,6 @@ def _check_space(work: Work, total: int, sets: int) -> None:
             f"the soft labels need {format_bytes(total)} but {work.folder} has {format_bytes(free)} left; "
             "set relabel.bits=8, relabel.top_k, relabel.epochs or relabel.storage=online"
         )
-
-
-def format_bytes(n: float) -> str:
-    """Text such as "13.9 kB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dq.dist import read_json, readable, write_text
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, readable, write_text
 
 MARKER = "<!-- written by dq prior-report -->"
 QUALITY = "quality.json"  # beside the card: the records of the table

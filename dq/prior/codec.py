@@ -23,9 +23,10 @@ from dq.codec import (
     to_signed,
 )
 from dq.config import CodecConfig, PriorConfig, SourceConfig
+from dq.core.errors import InputError
+from dq.core.files import atomic_path
+from dq.core.seeds import generator
 from dq.data import ImageSource, Split, read_images
-from dq.dist import atomic_path, generator
-from dq.errors import InputError
 from dq.grid import image_grid
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.settings import to_dict

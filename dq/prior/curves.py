@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dq.dist import read_jsonl
-from dq.report import new_figure, save_figure
+from dq.core.figures import new_figure, save_figure
+from dq.core.files import read_jsonl
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]  # stage -> key -> (step, value)
 

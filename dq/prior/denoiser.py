@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dq.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.config import PriorConfig
-from dq.dist import atomic_path, digest_of_tensors, generator, write_json
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.files import atomic_path, write_json
+from dq.core.seeds import digest_of_tensors, generator
 from dq.grid import image_grid
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dq.codec import decode_latents, encode_latents, to_signed, to_unit
 from dq.config import GenerateConfig, PriorReportConfig
+from dq.core.errors import InputError
+from dq.core.seeds import generator
 from dq.data import ImageSource, Split, read_images
-from dq.dist import generator
-from dq.errors import InputError
 from dq.evaluation.bench import Bench
 from dq.prior.sample import Draw, stored_samples
 from dq.sampling import choose_scheduler

@@ -14,23 +14,18 @@ import torch
 from torch import Tensor
 
 from dq.config import EvaluateConfig, PriorReportConfig, RunConfig
+from dq.core.errors import InputError
+from dq.core.figures import embed, html_table, save_image
+from dq.core.files import write_json, write_text
+from dq.core.processes import shard
 from dq.data import ImageSource, read_images
-from dq.dist import shard, write_json, write_text
-from dq.errors import InputError
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.tables import to_csv
 from dq.prior.card import QUALITY, check_card, protocol_text, quality_table, write_card
 from dq.prior.curves import draw_curves
 from dq.prior.quality import PriorQuality, measure_prior, plan_draw
 from dq.prior.sample import stored_samples
-from dq.report import (
-    MAX_CLASSES,
-    embed,
-    html_table,
-    image_grid,
-    save_image,
-    write_page,
-)
+from dq.report import MAX_CLASSES, image_grid, write_page
 from dq.runfolder import open_run
 from dq.settings import dump_config, to_dict
 

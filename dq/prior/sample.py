@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dq.codec import decode_latents, to_unit
-from dq.dist import digest_of, generator, is_done, progress, read_tensors, write_tensors
+from dq.core.files import is_done, read_tensors, write_tensors
+from dq.core.progress import progress
+from dq.core.seeds import digest_of, generator
 from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:

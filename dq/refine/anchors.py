@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dq.config import FADRM, SourceConfig
+from dq.core.errors import InputError
 from dq.data import ImageSource
-from dq.errors import InputError
 from dq.foreign import read_set
 from dq.patches import patch_images
 from dq.refine.measure import total_variation

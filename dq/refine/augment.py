@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dq.config import RefineConfig
-from dq.dist import derive_seed
+from dq.core.seeds import derive_seed
 from dq.views import draw_crops, resize_matrix
 
 

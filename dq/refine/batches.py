@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 
 def compose_batches(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dq.config import FADRM, RunConfig, TeacherConfig, Teddy
-from dq.dist import digest_of, open_tensors, read_json, read_tensors
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.files import open_tensors, read_json, read_tensors
+from dq.core.seeds import digest_of
 from dq.refine import fadrm, teddy
 from dq.refine.batches import compose_batches
 from dq.runfolder import Run

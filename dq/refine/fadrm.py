@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dq.config import FADRM
-from dq.errors import InputError
+from dq.core.errors import InputError
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, make_critics, optimise
 from dq.settings import unknown_key
 from dq.teachers import Teacher

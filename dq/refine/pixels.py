@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dq.codec import DTYPES
 from dq.config import RefineConfig
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
 from dq.refine.augment import draw_view, look
 from dq.refine.statistics import Layer, StatMatcher, layer_weights, trace_layers
 from dq.teachers import Teacher, evaluation_mode, head_inputs

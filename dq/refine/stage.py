@@ -19,20 +19,18 @@ import torch
 from torch import Tensor
 
 from dq.config import FADRM
-from dq.dist import (
+from dq.core.files import (
     append_jsonl,
-    derive_seed,
-    digest_of,
-    digest_of_tensors,
     is_done,
     open_tensors,
-    progress,
     read_json,
     read_metadata,
     read_tensors,
     write_json,
     write_tensors,
 )
+from dq.core.progress import progress
+from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.refine import anchors, fadrm, teddy
 from dq.refine.batches import compose_batches
 from dq.refine.chain import INDEX, Stage, asked, batch_file, files_of, planned, stage_settings, stages_of

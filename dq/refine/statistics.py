@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dq.config import DepthConfig
-from dq.errors import InputError
+from dq.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from small_prior import CODEC, NAMES, SOURCE, encoded
 
 from dq.codec import load_codec
 from dq.config import PriorConfig
+from dq.core.files import read_json, read_tensors
+from dq.core.processes import make_accelerator
 from dq.data import load_source
-from dq.dist import make_accelerator, read_json, read_tensors
 from dq.prior import train_codec, train_denoiser
 from dq.settings import from_dict
 

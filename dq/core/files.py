@@ -1,113 +1,26 @@
-"""Units of work, ranks and files: who does what, and how a result reaches the disk whole or not at all."""
+"""Files that are whole under their final name and carry a checksum."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import socket
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tqdm.auto import tqdm
 
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.seeds import digest_of, digest_of_tensors
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-T = TypeVar("T")
 log = logging.getLogger("dq")
-
-# --- processes ----------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -> Accelerator:
-    """Build the one `Accelerator` of this process and check that it sees every launched process.
-
-    Without a GPU, each launched process believes it is alone unless the accelerator is told to use the CPU; the
-    result would be as many complete runs writing over one another. Hence the CPU is chosen here when no accelerator
-    device exists, and the world size is compared with the launcher's.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    cpu = cpu or not torch.accelerator.is_available()
-    # Stages are embarrassingly parallel, so a fast rank may wait for hours at the end of one.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise RunError(
-            f"the launcher started {expected} processes but this one sees {accelerator.num_processes}; "
-            "launch with `accelerate launch --multi_gpu --num_processes N -m dq.cli ...` or torchrun"
-        )
-    return accelerator
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from a tuple of identities, e.g. (run seed, "generate", class, rank): never from a process rank
-    or a batch index, so that results do not depend on how the work was divided."""
-    digest = hashlib.blake2b("\x1f".join(str(p) for p in parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed(*parts)`."""
-    return torch.Generator().manual_seed(derive_seed(*parts))
-
-
-def digest_of(obj: Any, *, size: int = 8) -> str:
-    """Hex digest of a JSON-serialisable object, independent of key order."""
-    text = json.dumps(obj, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
-
-
-def digest_of_tensors(tensors: dict[str, torch.Tensor], *, size: int = 8) -> str:
-    """Hex digest of named tensors: names, dtypes, shapes and bytes."""
-    h = hashlib.blake2b(digest_size=size)
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
-        if t.numel():
-            h.update(t.flatten().view(torch.uint8).numpy().data)
-    return h.hexdigest()
-
-
-def shard(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
-    """Indices of the units that `rank` works on: largest first, each to the least loaded rank (ties: lowest rank).
-
-    Every rank computes the same division from the same costs; the indices come back in ascending order.
-    """
-    load = [0.0] * world_size
-    mine = []
-    for unit in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owner = min(range(world_size), key=lambda r: (load[r], r))
-        load[owner] += costs[unit]
-        if owner == rank:
-            mine.append(unit)
-    return sorted(mine)
-
-
-def cut(n: int, *, least: int, most: int) -> list[range]:
-    """0, ..., n - 1 in nearly equal stretches, 64 of them where that makes none shorter than `least` or longer than
-    `most`: enough to be divided evenly over many processes, and the same for any number of them."""
-    size = min(max(-(-n // 64), least), most)
-    number = -(-n // size)
-    return [range(i * n // number, (i + 1) * n // number) for i in range(number)]
-
-
-# --- files --------------------------------------------------------------------------------------------------------
 
 
 class Damaged(RunError):
@@ -326,10 +239,3 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             events.append(json.loads(line))
     return [e for e in events if isinstance(e, dict)]
-
-
-def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it", main: bool = True) -> tqdm:
-    """A progress bar with ETA on standard error, shown by the main process only, and not with TQDM_DISABLE=1."""
-    # tqdm itself asks the environment at its import, and not at all where `disable` is given
-    hidden = not main or os.environ.get("TQDM_DISABLE") == "1"
-    return tqdm(items, desc=desc, total=total, unit=unit, disable=hidden, file=sys.stderr, dynamic_ncols=True)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dq.dist import sweep
-from dq.errors import RunError
+from dq.core.errors import RunError
+from dq.core.files import sweep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dq.config import RunConfig, Tracker
-from dq.dist import read_jsonl
-from dq.errors import InputError
+from dq.core.errors import InputError
+from dq.core.files import read_jsonl
 from dq.settings import to_dict
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dq.config import HubConfig
-from dq.dist import parse_json
-from dq.errors import InputError, RunError
+from dq.core.errors import InputError, RunError
+from dq.core.files import parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

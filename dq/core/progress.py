@@ -1,19 +1,33 @@
-"""How far a run is: a line when a stage begins and ends, with what is left if anything is known of it."""
+"""Progress bars, and the start, end and remaining time of each stage."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it", main: bool = True) -> tqdm:
+    """A progress bar with ETA on standard error, shown by the main process only, and not with TQDM_DISABLE=1."""
+    # tqdm itself asks the environment at its import, and not at all where `disable` is given
+    hidden = not main or os.environ.get("TQDM_DISABLE") == "1"
+    return tqdm(items, desc=desc, total=total, unit=unit, disable=hidden, file=sys.stderr, dynamic_ncols=True)
+
 
 log = logging.getLogger("dq")
-
 LEAST_S = 1.0  # less is not worth a word
 RESUMED = 0.1  # a stage faster than this share of its estimate had most of its files already and tells no speed
 
 
-class Headway:
+class StageTimer:
     """The stages of one command, in order. What remains is the estimate of the stages to come, scaled by what the
     finished ones took beside theirs; nothing is said where a stage to come has no estimate."""
 

@@ -1,0 +1,54 @@
+"""Seeds, generators and digests that depend on identities and never on a rank or a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from a tuple of identities, e.g. (run seed, "generate", class, rank): never from a process rank
+    or a batch index, so that results do not depend on how the work was divided."""
+    digest = hashlib.blake2b("\x1f".join(str(p) for p in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed(*parts)`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def digest_of(obj: Any, *, size: int = 8) -> str:
+    """Hex digest of a JSON-serialisable object, independent of key order."""
+    text = json.dumps(obj, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def digest_of_tensors(tensors: dict[str, torch.Tensor], *, size: int = 8) -> str:
+    """Hex digest of named tensors: names, dtypes, shapes and bytes."""
+    h = hashlib.blake2b(digest_size=size)
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
+        if t.numel():
+            h.update(t.flatten().view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Random numbers from `seed` inside the block, on the CPU and on a CUDA `device`, and the global random state
+    untouched after it."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # torch.manual_seed would also reseed every other accelerator, which fork_rng does not restore
+        torch.default_generator.manual_seed(seed)
+        for d in devices:
+            with torch.cuda.device(d):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,29 @@
+"""Text of messages: shortened values, first lines, sizes."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+
+def first_line(e: BaseException) -> str:
+    """What an error says, shortened."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring = 3, 6, 12, 120
+
+
+def short(value: Any) -> str:
+    """A value in an error message: a few lines of YAML can stand for millions."""
+    return SHORT.repr(value)
+
+
+def format_bytes(n: float) -> str:
+    """Text such as "13.9 kB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
