@@ -28,7 +28,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from dq.cluster import choose_engine, kmeans, kmeans_many
 from dq.cluster.faiss_engine import has_faiss
-from dq.config import ClusterConfig
+from dq.config.schema import ClusterConfig
 from dq.core.progress import progress
 
 SIZES = [(1300, 4096, 50), (5000, 256, 50), (5000, 1024, 10)]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dq.codec import encode_latents, load_codec, to_signed
-from dq.config import CodecConfig, SourceConfig
+from dq.config.schema import CodecConfig, SourceConfig
 from dq.data import ImageSource, Split, load_source, read_images
 from dq.latents import encode_source, open_cache
 

@@ -24,7 +24,7 @@ def child(classes: int) -> None:
     from diffusers import AutoencoderTiny
 
     from dq.cluster import kmeans
-    from dq.config import ClusterConfig, CodecConfig, SourceConfig
+    from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
     from dq.data import ImageSource, Split
     from dq.latents import encode_source, open_cache
 

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.config import FADRM, TeacherConfig
+from dq.config.refinement import FADRM
+from dq.config.teachers import TeacherConfig
 from dq.nets import make_net
 from dq.refine import fadrm
 from dq.refine.augment import draw_view

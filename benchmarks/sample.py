@@ -32,7 +32,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from diffusers.models.embeddings import LabelEmbedding
 
 from dq.codec import DTYPES
-from dq.config import GenerateConfig
+from dq.config.schema import GenerateConfig
 from dq.core.seeds import generator
 from dq.pipeline import DistillPipeline
 

@@ -56,7 +56,7 @@ def walk(folder: Path) -> None:
     from diffusers import AutoencoderTiny
 
     from dq.cluster import kmeans
-    from dq.config import ClusterConfig, CodecConfig, SourceConfig
+    from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
     from dq.data import load_source
     from dq.latents import encode_source, open_cache
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dq.config import RelabelConfig, StudentConfig, ViewConfig
+from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.data import load_source, read_images
 from dq.evaluation.train import fit, normalizer
 from dq.labels import make_plan, read_labels, write_manifest, write_shard

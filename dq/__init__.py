@@ -13,34 +13,38 @@ import torch as torch
 __version__ = "0.1.0"
 
 _HOME = {
-    "FADRM": "dq.config",
-    "Teddy": "dq.config",
+    "FADRM": "dq.config.refinement",
+    "Teddy": "dq.config.refinement",
     "DistillPipeline": "dq.pipeline",
     "DistilledSet": "dq.distilled",
     "ImageSource": "dq.data",
     "InputError": "dq.core.errors",
     "Prototypes": "dq.prototypes",
-    "RunConfig": "dq.config",
+    "RunConfig": "dq.config.schema",
     "RunError": "dq.core.errors",
-    "StudentConfig": "dq.config",
-    "TeacherConfig": "dq.config",
+    "StudentConfig": "dq.config.students",
+    "TeacherConfig": "dq.config.teachers",
     "evaluate": "dq.evaluation",
     "image_weights": "dq.prototypes",
     "kmeans": "dq.cluster",
-    "load_config": "dq.config",
+    "load_config": "dq.config.schema",
     "load_source": "dq.data",
-    "protocols": "dq.protocols",
+    "protocols": "dq.config.protocols",
     "pull": "dq.hub",
     "push_folder": "dq.hub",
     "push_model": "dq.hub",
     "read_set": "dq.foreign",
     "select": "dq.evaluation.selection",
-    "student_config": "dq.protocols",
+    "student_config": "dq.config.protocols",
 }
 
 if TYPE_CHECKING:
     from dq.cluster import kmeans
-    from dq.config import FADRM, RunConfig, StudentConfig, TeacherConfig, Teddy, load_config
+    from dq.config.protocols import protocols, student_config
+    from dq.config.refinement import FADRM, Teddy
+    from dq.config.schema import RunConfig, load_config
+    from dq.config.students import StudentConfig
+    from dq.config.teachers import TeacherConfig
     from dq.core.errors import InputError, RunError
     from dq.data import ImageSource, load_source
     from dq.distilled import DistilledSet
@@ -49,7 +53,6 @@ if TYPE_CHECKING:
     from dq.foreign import read_set
     from dq.hub import pull, push_folder, push_model
     from dq.pipeline import DistillPipeline
-    from dq.protocols import protocols, student_config
     from dq.prototypes import Prototypes, image_weights
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from dq.config import Baseline
+from dq.config.students import Baseline
 from dq.core.cards import UNKNOWN, _template, is_hub_id, license_head, merge_card, own_text, public, split_card
 from dq.core.files import is_done, read_json, read_jsonl, write_json, write_text
 from dq.distilled import GRID, GRID_COLUMNS, PROVENANCE, set_features

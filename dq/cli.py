@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dq.completion import completion_script
-from dq.config import RunConfig
+from dq.config.overrides import apply_settings
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig
 from dq.core.errors import InputError, RunError
 from dq.core.hub_client import Redaction, redact
 from dq.options import build_parser, check_flags, resolve
-from dq.settings import apply_settings, to_dict
 
 log = logging.getLogger("dq")
 
@@ -306,12 +307,12 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
 
 def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> None:
     """Evaluate sets of any origin."""
+    from dq.config.reader import dump_config
     from dq.core.files import write_text
     from dq.core.trackers import start_trackers
     from dq.evaluation.ddr import evaluate_ddr
     from dq.evaluation.stage import evaluate_sets
     from dq.evaluation.tables import tables_text
-    from dq.settings import dump_config
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")

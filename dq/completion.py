@@ -8,8 +8,9 @@ import typing
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
-from dq.config import Baseline, RunConfig, Tracker
-from dq.protocols import protocols
+from dq.config.protocols import protocols
+from dq.config.schema import RunConfig, Tracker
+from dq.config.students import Baseline
 
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("config", "speeds", "save_speeds")

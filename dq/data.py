@@ -21,11 +21,11 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from dq.config import SourceConfig
+from dq.config.reader import from_dict, to_dict
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.text import first_line
 from dq.images import IMAGE_SUFFIXES, UNDECODABLE, Preprocess, open_image, to_rgb, to_square
-from dq.settings import from_dict, to_dict
 
 TEST_SPLITS = ("test", "validation", "valid", "val")
 

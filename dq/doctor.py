@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from dq.config import FADRM, RunConfig
+from dq.config.refinement import FADRM
+from dq.config.schema import RunConfig
 from dq.core.text import format_bytes
 from dq.core.trackers import TRACKERS, is_installed
 from dq.refine.chain import stages_of

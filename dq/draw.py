@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dq.codec import codec_digest
-from dq.config import GenerateConfig, MethodConfig
+from dq.config.reader import to_dict
+from dq.config.schema import GenerateConfig, MethodConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_tensors, write_json, write_tensors
 from dq.core.memory import in_pieces
@@ -30,7 +31,6 @@ from dq.latents import LatentCache
 from dq.prototypes import Prototypes
 from dq.quantize import load_prototypes, prototype_folder
 from dq.runfolder import SPEED, Run, class_file, copies_of
-from dq.settings import to_dict
 
 if TYPE_CHECKING:
     from dq.pipeline import DistillPipeline

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dq.config import SourceConfig
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data import Split, load_source, read_images
 from dq.distilled import DistilledSet

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dq.config import HubConfig
+from dq.config.reader import from_dict
+from dq.config.schema import HubConfig
 from dq.core.bounded_yaml import MAX_DEPTH
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, check_name, read_json
 from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
-from dq.settings import from_dict
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.config import RelabelConfig, StudentConfig, ViewConfig
+from dq.config.reader import from_dict, to_dict
+from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, write_json, write_tensors
 from dq.core.memory import in_pieces
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, seeded
-from dq.settings import from_dict, to_dict
 from dq.teachers import Teacher, average_logits
 from dq.views import Views, apply_views, batches, draw_views, parts
 

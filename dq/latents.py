@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dq.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
-from dq.config import CodecConfig, SourceConfig
+from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_metadata, sweep, write_json, write_tensors
 from dq.core.memory import in_pieces

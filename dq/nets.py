@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dq.config.students import LIBRARIES
 from dq.core.errors import InputError
 from dq.core.seeds import seeded
 from dq.torchvision_nets import DenseNet121, MobileNetV2, ShuffleNetV2
@@ -33,7 +34,6 @@ def instance_norm(channels: int) -> nn.Module:
 NORMS: dict[Norm, MakeNorm] = {"instance": instance_norm, "batch": nn.BatchNorm2d}
 SUFFIXES: dict[str, Norm] = {"in": "instance", "bn": "batch"}
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load obeys it whatever its caller says
-LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}  # prefix of a name -> module
 
 
 class ConvNet(nn.Module):
@@ -282,11 +282,6 @@ def fast_layout(net: nn.Module) -> torch.memory_format:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else ""
-
-
-def is_library_net(name: str) -> bool:
-    """Whether `name` is timm:NAME or torchvision:NAME."""
-    return name.partition(":")[0] in LIBRARIES
 
 
 def library_of(name: str) -> tuple[ModuleType, str]:

@@ -6,10 +6,10 @@ import argparse
 from typing import Any
 
 from dq.completion import SHELLS
-from dq.config import RunConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.schema import RunConfig, load_config
 from dq.core.errors import InputError
 from dq.plan import LIKE
-from dq.settings import apply_settings
 
 NO_CONFIG = ("evaluate", "report", "push", "pull", "train-teachers", "train-pool", "doctor")  # need no --config
 

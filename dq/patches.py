@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.config import SourceConfig
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data import ImageSource, read_images

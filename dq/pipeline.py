@@ -23,7 +23,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq import run as stages
 from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
-from dq.config import FADRM, GenerateConfig, HubConfig, RunConfig, Teddy
+from dq.config.overrides import apply_settings
+from dq.config.refinement import FADRM, Teddy
+from dq.config.schema import GenerateConfig, HubConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.locks import locked
@@ -45,7 +47,6 @@ from dq.sampling import (
     null_class,
     toward,
 )
-from dq.settings import apply_settings
 
 if TYPE_CHECKING:
     from dq.distilled import DistilledSet

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dq.config import RunConfig, StudentConfig
+from dq.config.schema import RunConfig
+from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 
 # Classes, train and test images of sets that one may plan for without having them. Real classes differ a little in

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from dq.cluster import choose_engine, kmeans_many, quantization_stats
-from dq.config import ClusterConfig
+from dq.config.reader import to_dict
+from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, is_done, write_json
 from dq.core.progress import progress, unit_done
@@ -23,7 +24,6 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.latents import LatentCache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.runfolder import Run, class_file
-from dq.settings import to_dict
 from dq.spaces import embed, features_of, prepare_features
 
 log = logging.getLogger("dq")

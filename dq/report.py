@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dq.card import describe_evaluation
+from dq.config.reader import dump_config
 from dq.core.errors import InputError
 from dq.core.figures import embed, html_table, new_figure, save_figure, save_image
 from dq.core.files import read_json, write_text
@@ -27,7 +28,6 @@ from dq.refine.chain import read_refined, refined_folders
 from dq.refine.pixels import TERMS
 from dq.run import cache_of, load_set
 from dq.runfolder import Run
-from dq.settings import dump_config
 
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from dq.card import write_dataset_card
 from dq.cluster import choose_engine
 from dq.codec import Codec
-from dq.config import ClusterConfig, GenerateConfig, MethodConfig
+from dq.config.reader import to_dict
+from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig
 from dq.core.errors import InputError
 from dq.core.files import (
     is_done,
@@ -44,7 +45,6 @@ from dq.quantize import cluster, load_prototypes, prototype_folder
 from dq.refine import chain
 from dq.refine.stage import refine as refine_drawn
 from dq.runfolder import SPEED, Run, class_file, copies_of
-from dq.settings import to_dict
 from dq.spaces import known_features
 from dq.teachers import load_teachers, pooled_logits
 

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from dq.config import Baseline, ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.reader import dump_config, to_dict
+from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
+from dq.config.students import Baseline
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, check_name, is_done, read_json, write_json, write_text
 from dq.core.processes import shard
 from dq.core.trackers import report, stage_numbers
 from dq.data import ImageSource
-from dq.settings import apply_settings, dump_config, to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

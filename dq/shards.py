@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dq.config import SourceConfig
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress

@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dq.config import ClusterConfig, RunConfig, SourceConfig
+from dq.config.reader import to_dict
+from dq.config.schema import ClusterConfig, RunConfig, SourceConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors, read_json, write_json
 from dq.core.seeds import digest_of
 from dq.data import ImageSource
 from dq.latents import ImageCache, fill, write_manifest
 from dq.runfolder import Run
-from dq.settings import to_dict
 from dq.teachers import Teacher, check_teacher, load_teacher
 
 DIMS = 64  # principal directions where `dims` is None

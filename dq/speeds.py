@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from dq.config import FADRM, RunConfig, StudentConfig
+from dq.config.refinement import FADRM
+from dq.config.schema import RunConfig
+from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.seeds import derive_seed, generator

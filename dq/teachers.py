@@ -18,13 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dq.config import SourceConfig, TeacherConfig
+from dq.config.schema import SourceConfig
+from dq.config.students import is_library_net
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.memory import in_pieces
 from dq.core.seeds import digest_of, digest_of_tensors, generator, seeded
 from dq.data import ImageSource, read_images
-from dq.nets import fast_layout, is_library_net, library_net, library_of, make_net
+from dq.nets import fast_layout, library_net, library_of, make_net
 
 log = logging.getLogger("dq")
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq.config import ViewConfig
+from dq.config.students import ViewConfig
 from dq.core.seeds import derive_seed, generator
 
 # Principal components of the colours of ImageNet (Krizhevsky et al. 2012, section 4.1)

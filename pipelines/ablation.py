@@ -24,7 +24,9 @@ import yaml
 from collect_results import without_places
 
 from dq.cli import load_pipeline
-from dq.config import MethodConfig, RunConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.reader import to_dict
+from dq.config.schema import MethodConfig, RunConfig, load_config
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.locks import locked
@@ -34,7 +36,6 @@ from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.run import assemble, cluster, encode, generate
 from dq.runfolder import open_run
-from dq.settings import apply_settings, to_dict
 
 # factor -> level -> what differs from the default: fields of a method, and settings of cluster and generate
 ARMS: dict[str, dict[str, dict[str, Any]]] = {

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dq.codec import decode_latents, encode_latents, load_codec, to_signed, to_unit
-from dq.config import TeacherConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.progress import progress
 from dq.data import load_source, read_images
 from dq.teachers import load_teacher

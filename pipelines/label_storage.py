@@ -15,7 +15,9 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from dq.config import EvaluateConfig, SourceConfig, TeacherConfig
+from dq.config.schema import SourceConfig
+from dq.config.students import EvaluateConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.processes import make_accelerator
 from dq.data import load_source
 from dq.evaluation.stage import evaluate_sets

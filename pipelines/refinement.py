@@ -25,7 +25,10 @@ import yaml
 from collect_results import without_places
 
 from dq.cli import load_pipeline
-from dq.config import RunConfig, TeacherConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig, load_config
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.locks import locked
@@ -37,7 +40,6 @@ from dq.evaluation.statistics import mean_std, paired_difference
 from dq.report import write_report
 from dq.run import assemble, cluster, encode, generate, label, refine
 from dq.runfolder import open_run
-from dq.settings import apply_settings, to_dict
 
 # evaluation -> who labels, which sets, which baselines beside them
 SETS = {

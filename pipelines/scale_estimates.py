@@ -14,12 +14,12 @@ import argparse
 import csv
 from pathlib import Path
 
-from dq.config import RunConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.schema import RunConfig, load_config
 from dq.core.files import read_jsonl
 from dq.data import load_source
 from dq.estimate import seconds_of
 from dq.plan import like_source
-from dq.settings import apply_settings
 from dq.speeds import Speeds, planned_stages
 
 RESULTS = Path(__file__).parents[1] / "results" / "scale"

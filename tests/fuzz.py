@@ -132,14 +132,15 @@ def targets(root: Path) -> list[Target]:
     from toy_world import every_stage
 
     from dq.card import dataset_card
-    from dq.config import RunConfig, load_config
+    from dq.config.overrides import apply_settings
+    from dq.config.reader import dump_config, to_dict
+    from dq.config.schema import RunConfig, load_config
     from dq.core.cards import split_card
     from dq.core.files import read_json, read_tensors, write_json, write_tensors
     from dq.data import Split, load_source, read_image, read_images
     from dq.distilled import DistilledSet
     from dq.foreign import read_set
     from dq.hub import check_record
-    from dq.settings import apply_settings, dump_config, to_dict
 
     def file(name: str, use: Callable[[Path], Any]) -> Callable[[bytes, Path], Any]:
         def run(data: bytes, folder: Path) -> Any:
@@ -149,7 +150,7 @@ def targets(root: Path) -> list[Target]:
         return run
 
     texts = [p.read_bytes() for p in sorted(ROOT.glob("configs/*.yaml"))]
-    texts += [(ROOT / "dq" / "configs" / "demo.yaml").read_bytes(), every_stage(root, root).read_bytes()]
+    texts += [(ROOT / "dq" / "config" / "presets" / "demo.yaml").read_bytes(), every_stage(root, root).read_bytes()]
     settings = [
         b"cluster.engine=torch", b"ipc=[1, 10]", b"methods.x.override={cluster: {space: pca}}", b"seed=3",
         b"refine=[{stage: fadrm, sizes: [32, 32], steps: [3, 3]}]", b"teachers.0.net=resnet18",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dq.codec import Codec
-from dq.config import CodecConfig, PriorConfig, SourceConfig, TrainCodecConfig, TrainDenoiserConfig
+from dq.config.prior import PriorConfig, TrainCodecConfig, TrainDenoiserConfig
+from dq.config.schema import CodecConfig, SourceConfig
 from dq.data import ImageSource
 from dq.latents import LatentCache, encode_source, open_cache
 

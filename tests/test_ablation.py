@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dq.config import MethodConfig, RunConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.reader import to_dict
+from dq.config.schema import MethodConfig, RunConfig, load_config
 from dq.core.errors import InputError
-from dq.settings import apply_settings, to_dict
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ from dq.cluster.kmeans import Clustering
 from dq.cluster.lloyd import assign, lloyd, squared_distances
 from dq.cluster.online import minibatch
 from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost
-from dq.config import ClusterConfig
+from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 
 ENGINES = ["faiss", "torch", "clvq", "minibatch", "barycentre"]

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dq.config import ClusterConfig, MethodConfig, RunConfig, StudentConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.protocols import protocols, student_config
+from dq.config.reader import dump_config, from_dict, to_dict
+from dq.config.schema import ClusterConfig, MethodConfig, RunConfig, load_config
+from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 from dq.evaluation.trainings import students_of
-from dq.protocols import protocols, student_config
-from dq.settings import apply_settings, dump_config, from_dict, to_dict
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +33,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "dq/configs").glob("*.yaml"))
+    "path", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "dq/config/presets").glob("*.yaml"))
 )
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
@@ -44,7 +46,7 @@ def test_shipped_configs_load(path: Path) -> None:
 
 @pytest.mark.parametrize("name", protocols())
 def test_shipped_protocols_hold_for_every_size(name: str) -> None:
-    rules = yaml.safe_load((ROOT / f"dq/configs/protocols/{name}.yaml").read_text())["rules"]
+    rules = yaml.safe_load((ROOT / f"dq/config/presets/protocols/{name}.yaml").read_text())["rules"]
     named = [rule["when"].get("dataset", []) for rule in rules]
     sets = {None, *(d for n in named for d in (n if isinstance(n, list) else [n]))}
     for dataset in sets:
@@ -160,7 +162,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("dq/configs/*.yaml")]), ids=lambda p: p.name
+    "path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("dq/config/presets/*.yaml")]), ids=lambda p: p.name
 )
 def test_every_shipped_configuration_loads(path):
     config = load_config(path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dq.config import SourceConfig
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data import load_source, read_image, read_images, to_rgb, to_square
 

@@ -16,10 +16,11 @@ from conftest import torchrun
 
 from dq.cli import main
 from dq.completion import completion_script, setting_names
-from dq.config import RunConfig
+from dq.config.overrides import apply_settings
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig
 from dq.doctor import LEAST_FREE, examine
 from dq.options import build_parser
-from dq.settings import apply_settings, to_dict
 
 ROOT = Path(__file__).parents[1]
 SITE = next(p for p in sys.path if (Path(p) / "torch").is_dir())

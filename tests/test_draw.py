@@ -11,12 +11,12 @@ from diffusers import DDIMScheduler
 
 from dq import draw
 from dq import run as stages
-from dq.config import RunConfig
+from dq.config.reader import from_dict
+from dq.config.schema import RunConfig
 from dq.draw import Draw
 from dq.pipeline import DistillPipeline
 from dq.quantize import prototype_folder
 from dq.runfolder import Run, class_file, open_run
-from dq.settings import from_dict
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dq.config import RelabelConfig, StudentConfig, ViewConfig
+from dq.config.protocols import student_config
+from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.seeds import derive_seed
 from dq.evaluation import augment as aug
@@ -29,7 +30,6 @@ from dq.evaluation.train import (
 )
 from dq.labels import EpochLabels, LabelPlan
 from dq.nets import make_net
-from dq.protocols import student_config
 from dq.views import draw_views
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

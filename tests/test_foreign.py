@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 import dq
 from dq.cli import main
-from dq.config import EvaluateConfig, RunConfig, SourceConfig, StudentConfig, ViewConfig
+from dq.config.schema import RunConfig, SourceConfig
+from dq.config.students import EvaluateConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
 from dq.core.processes import make_accelerator
 from dq.data import load_source

@@ -348,7 +348,9 @@ assert DistillPipeline.from_pretrained("me/codec").digest("decode") == pipe.dige
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, toy_images, accelerator) -> Path:
-    from dq.config import EvaluateConfig, RunConfig, SourceConfig, TrainTeachersConfig
+    from dq.config.schema import RunConfig, SourceConfig
+    from dq.config.students import EvaluateConfig
+    from dq.config.teachers import TrainTeachersConfig
     from dq.data import load_source
     from dq.evaluation.teaching import train_teachers
 
@@ -378,7 +380,7 @@ def test_teachers_go_there_and_come_back(hub: Hub, home: Path, teacher: Path) ->
     assert f"{100 * facts['validation_accuracy']:.1f} % of 3 validation images" in body
     assert "seed 0" in body
     assert "&#124; &#60;script&#62;, yes, &#35;1: a" in body
-    from dq.config import TeacherConfig
+    from dq.config.teachers import TeacherConfig
     from dq.teachers import load_teacher
 
     told = load_teacher(TeacherConfig(net="convnet3", path=str(home / "teachers" / "net")), 3, 8)

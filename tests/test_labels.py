@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from dq.config import EvaluateConfig, RelabelConfig, SourceConfig, StudentConfig, ViewConfig
+from dq.config.schema import SourceConfig
+from dq.config.students import EvaluateConfig, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
 from dq.distilled import DistilledSet

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_kl
 
 from dq.codec import encode_latents, to_signed
-from dq.config import CodecConfig, SourceConfig
+from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
 from dq.core.processes import shard

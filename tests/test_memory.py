@@ -64,7 +64,7 @@ def test_images_are_drawn_alike_when_memory_is_short(toy_source, tmp_path, monke
     from conftest import tiny_dit
     from diffusers import DDIMScheduler
 
-    from dq.config import GenerateConfig
+    from dq.config.schema import GenerateConfig
     from dq.pipeline import DistillPipeline
 
     def make() -> DistillPipeline:

@@ -10,7 +10,7 @@ from conftest import tiny_dit, tiny_kl
 from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
 from dq.codec import decode_latents, to_unit
-from dq.config import GenerateConfig, RunConfig
+from dq.config.schema import GenerateConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.pipeline import DistillPipeline

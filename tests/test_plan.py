@@ -12,11 +12,11 @@ from test_refine_stage import SHORT, TEDDY, refining, teachers  # noqa: F401
 from test_run import config, full, world  # noqa: F401
 
 from dq.cli import build_parser, main, resolve
-from dq.config import RunConfig
+from dq.config.overrides import apply_settings
+from dq.config.schema import RunConfig
 from dq.core.errors import InputError
 from dq.estimate import StagePlan, busiest, seconds_of, stage_plans
 from dq.plan import LIKE, like_source
-from dq.settings import apply_settings
 from dq.speeds import Speeds, timed
 
 ROOT = Path(__file__).parents[1]

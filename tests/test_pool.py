@@ -13,7 +13,8 @@ from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 from torch import nn
 
 from dq.cli import main
-from dq.config import RunConfig, SourceConfig, TeacherConfig, TrainPoolConfig, TrainTeachersConfig
+from dq.config.schema import RunConfig, SourceConfig
+from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data import load_source

@@ -13,7 +13,9 @@ from small_prior import CODEC, NAMES, SOURCE, encoded, every_image, metrics, pri
 from torch import nn
 
 from dq.codec import decode_latents, encode_latents, load_codec, to_signed
-from dq.config import CodecConfig, TrainCodecConfig, TrainDenoiserConfig
+from dq.config.prior import TrainCodecConfig, TrainDenoiserConfig
+from dq.config.reader import from_dict, to_dict
+from dq.config.schema import CodecConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.seeds import generator
@@ -23,7 +25,6 @@ from dq.prior import denoiser as denoiser_module
 from dq.prior import train_codec, train_denoiser, training
 from dq.prior.codec import CodecLoss, new_codec, psnr
 from dq.prior.denoiser import DenoiserLoss, new_denoiser
-from dq.settings import from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 

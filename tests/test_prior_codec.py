@@ -14,7 +14,7 @@ from test_codec import tiny_dc
 from torch import nn
 
 from dq.codec import codec_digest, encode_latents, load_codec, to_signed
-from dq.config import TeacherConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json
 from dq.core.seeds import generator

@@ -12,7 +12,7 @@ from conftest import tiny_dit, tiny_kl
 from small_prior import NAMES, Saying, encoded, every_image, prior_in
 
 from dq.codec import codec_digest, encode_latents, load_codec, to_signed
-from dq.config import PriorConfig, TrainDenoiserConfig
+from dq.config.prior import PriorConfig, TrainDenoiserConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json
 from dq.core.seeds import generator

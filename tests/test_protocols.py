@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dq.config import StudentConfig
+from dq.config.protocols import FOLDER, protocols, student_config
+from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 from dq.nets import make_net
-from dq.protocols import FOLDER, protocols, student_config
 
 # classes, side in px
 DATA = {
@@ -293,7 +293,7 @@ def test_mistakes_are_answered_with_the_nearest_name(spec, message):
 
 
 def test_an_unknown_network_is_answered_with_the_nearest_name():
-    from dq.config import EvaluateConfig
+    from dq.config.students import EvaluateConfig
     from dq.evaluation.trainings import students_of
 
     evaluate = EvaluateConfig(students=({"protocol": "classic", "net": "convnet33"},))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_teachers import MEAN, STD, TinyNet, drawn, images_of, teacher_of, trained
 from torch import nn
 
-from dq.config import FADRM, DepthConfig, Teddy
+from dq.config.refinement import FADRM, DepthConfig, Teddy
 from dq.core.errors import InputError, RunError
 from dq.refine import fadrm, teddy
 from dq.refine.anchors import make_pool, nearest_anchors

@@ -18,12 +18,14 @@ import yaml
 from test_run import config, launch, world  # noqa: F401  (a fixture)
 
 from dq.cli import main
-from dq.config import FADRM, RunConfig, TeacherConfig, Teddy
+from dq.config.reader import from_dict
+from dq.config.refinement import FADRM, Teddy
+from dq.config.schema import RunConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, read_metadata, read_tensors
 from dq.distilled import DistilledSet
 from dq.refine.chain import planned
-from dq.settings import from_dict
 
 SHORT = {"stage": "fadrm", "sizes": [8, 8, 8], "steps": [3, 3, 3], "lr": 0.05, "batch_size": 3, "jitter": 1}
 TEDDY = {"stage": "teddy", "steps": 4, "batch_size": 9, "min_classes": 2}
@@ -488,7 +490,7 @@ def test_damaged_batches_and_classes_are_refined_anew(world, teachers, tmp_path,
 def test_configs_round_trip_and_refuse_what_no_code_could_use():
     for stage in (FADRM(), Teddy(), FADRM(teachers=(TeacherConfig(path="x"),), sizes=(8,), steps=(1,))):
         whole = RunConfig(refine=(stage,))
-        from dq.settings import to_dict
+        from dq.config.reader import to_dict
 
         assert from_dict(RunConfig, to_dict(whole)) == whole
     with pytest.raises(InputError, match="norm must be one of 'l2', 'squared'"):

@@ -7,7 +7,7 @@ import torch
 from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 from torch import nn
 
-from dq.config import DepthConfig
+from dq.config.refinement import DepthConfig
 from dq.core.errors import InputError
 from dq.nets import make_net
 from dq.refine.statistics import StatMatcher, layer_weights, pad_drop, trace_layers

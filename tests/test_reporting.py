@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dq.config import RelabelConfig, StudentConfig, ViewConfig
+from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
 from dq.distilled import DistilledSet
 from dq.evaluation import evaluate

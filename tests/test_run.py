@@ -18,8 +18,8 @@ from PIL import Image
 from toy_world import make_world
 
 from dq.cli import main
-from dq.config import RunConfig
-from dq.settings import from_dict
+from dq.config.reader import from_dict
+from dq.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,7 +193,7 @@ def test_summary_has_every_set_student_and_baseline(finished: Path) -> None:
 
 
 def test_a_record_tells_how_to_do_its_training_again(finished: Path) -> None:
-    from dq.config import StudentConfig
+    from dq.config.students import StudentConfig
 
     records = [json.loads(line) for line in (finished / "run" / "eval" / "trainings.jsonl").read_text().splitlines()]
     # 2 students x (2 ipc x 5 sets x 2 seeds + full)
@@ -586,8 +586,8 @@ def test_names_and_numbers_that_cannot_be(world: Path, tmp_path: Path, capsys: p
 
 
 def test_a_nested_override_changes_one_value() -> None:
+    from dq.config.overrides import apply_settings
     from dq.runfolder import Run
-    from dq.settings import apply_settings
 
     base = apply_settings(RunConfig(), ["cluster.n_iter=7", "methods.x.override.cluster.engine=faiss"])
     run = Run(base, None, None, Path())  # type: ignore[arg-type]

@@ -19,7 +19,9 @@ from test_distilled import make
 
 from dq.card import dataset_card
 from dq.codec import load_codec
-from dq.config import CodecConfig, RunConfig, TeacherConfig, load_config
+from dq.config.overrides import apply_settings
+from dq.config.schema import CodecConfig, RunConfig, load_config
+from dq.config.teachers import TeacherConfig
 from dq.core.cards import merge_card, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
@@ -29,7 +31,6 @@ from dq.foreign import read_set
 from dq.images import FORMATS, MAX_PIXELS
 from dq.nets import tensors_only
 from dq.pipeline import DistillPipeline
-from dq.settings import apply_settings
 from dq.teachers import load_teacher
 
 

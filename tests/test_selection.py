@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq.config import SourceConfig
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data import ImageSource, from_tensors

@@ -21,7 +21,7 @@ from conftest import tiny_kl
 from PIL import Image
 
 from dq import shards
-from dq.config import CodecConfig, SourceConfig
+from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError
 from dq.data import load_source, number_labels, read_image, read_images
 from dq.latents import encode_source, open_cache

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dq import run as stages
 from dq.cluster import kmeans, nearest
-from dq.config import ClusterConfig, RunConfig
+from dq.config.reader import from_dict
+from dq.config.schema import ClusterConfig, RunConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors, write_json, write_tensors
 from dq.core.seeds import derive_seed
@@ -22,7 +23,6 @@ from dq.pipeline import DistillPipeline
 from dq.prototypes import make_prototypes
 from dq.quantize import cluster_settings, clusterings, load_prototypes, prototype_folder
 from dq.runfolder import Run, open_run
-from dq.settings import from_dict
 from dq.spaces import embed, features_of, principal_coordinates
 
 SPACES = ("latents", "pca", "whitened", "features", "joint")

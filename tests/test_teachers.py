@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from dq.config import SourceConfig, TeacherConfig
+from dq.config.overrides import apply_settings
+from dq.config.schema import SourceConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.data import load_source
 from dq.nets import make_net
-from dq.settings import apply_settings
 from dq.teachers import (
     IMAGENET,
     check_teacher,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dq.config import RunConfig, SourceConfig, TeacherConfig, TrainTeachersConfig
+from dq.config.schema import RunConfig, SourceConfig
+from dq.config.teachers import TeacherConfig, TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.evaluation import train

@@ -14,11 +14,11 @@ from conftest import torchrun
 from test_run import config, world  # noqa: F401
 
 from dq.cli import main
-from dq.config import RunConfig
+from dq.config.overrides import apply_settings
+from dq.config.schema import RunConfig
 from dq.core.errors import InputError
 from dq.core.progress import StageTimer, duration, unit_done
 from dq.core.trackers import check_trackers, distortion_numbers, end_trackers, flat_settings, report, start_trackers
-from dq.settings import apply_settings
 
 ROOT = Path(__file__).parents[1]
 

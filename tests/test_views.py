@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dq.config import ViewConfig
+from dq.config.students import ViewConfig
 from dq.core.errors import InputError
 from dq.views import (
     GREY,

@@ -15,7 +15,7 @@ from dq.cluster.faiss_engine import lloyd_faiss
 from dq.cluster.lloyd import assign, cell_sums, fill_empty, kmeans_plusplus, lloyd, race, squared_distances
 from dq.cluster.online import clvq, minibatch
 from dq.cluster.transport import barycentre, uniform_w2
-from dq.config import ClusterConfig
+from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 

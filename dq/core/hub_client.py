@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dq.config import HubConfig
+from dq.config.schema import HubConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import parse_json
 

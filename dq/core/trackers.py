@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from dq.config import RunConfig, Tracker
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig, Tracker
 from dq.core.errors import InputError
 from dq.core.files import read_jsonl
-from dq.settings import to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

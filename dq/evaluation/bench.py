@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.config import EvaluateConfig, SourceConfig, StudentConfig, TeacherConfig
+from dq.config.schema import SourceConfig
+from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dq.config import Baseline, EvaluateConfig
+from dq.config.students import Baseline, EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.files import write_text
 from dq.data import ImageSource

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dq.config import RunConfig, StudentConfig
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig
+from dq.config.students import StudentConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_json, write_json, write_tensors
 from dq.core.processes import shard
@@ -25,7 +27,6 @@ from dq.evaluation.teaching import teacher_bench, teacher_recipe
 from dq.evaluation.train import Pixels, accuracy, fit, normalizer
 from dq.nets import make_net
 from dq.pool import MANIFEST, reestimate_bn
-from dq.settings import to_dict
 from dq.teachers import load_teacher
 
 if TYPE_CHECKING:

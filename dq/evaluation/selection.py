@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dq
 from dq.cluster import kmeans
-from dq.config import SourceConfig
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, digest_of, generator
 from dq.data import ImageSource, read_images

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from dq.config import Baseline, EvaluateConfig, RunConfig, SourceConfig, TeacherConfig
+from dq.config.schema import RunConfig, SourceConfig
+from dq.config.students import Baseline, EvaluateConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import check_name
 from dq.core.processes import make_accelerator
@@ -245,7 +247,7 @@ def evaluate(
     Example:
         print(evaluate(small, source, protocol="classic", student=["convnet3", "vgg11"], seeds=5))
     """
-    from dq.settings import from_dict
+    from dq.config.reader import from_dict
 
     source = load_source(source)
     asked = student if isinstance(student, (list, tuple)) else [student]

@@ -7,9 +7,9 @@ import io
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from dq.config import Baseline, RelabelConfig, StudentConfig, ViewConfig
+from dq.config.reader import to_dict
+from dq.config.students import Baseline, RelabelConfig, StudentConfig, ViewConfig
 from dq.evaluation.statistics import Difference, format_mean_std, mean_std, paired_difference
-from dq.settings import to_dict
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dq.config import EvaluateConfig, RunConfig, StudentConfig, TrainTeachersConfig
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig
+from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.teachers import TrainTeachersConfig
 from dq.core.errors import RunError
 from dq.core.files import is_done, read_json, write_json, write_tensors
 from dq.core.processes import shard
@@ -19,7 +22,6 @@ from dq.data import ImageSource
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.train import accuracy, fit
 from dq.nets import make_net
-from dq.settings import to_dict
 from dq.teachers import TEACHER_FACTS
 
 if TYPE_CHECKING:

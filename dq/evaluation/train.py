@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.config import Dtype, StudentConfig, ViewConfig
+from dq.config.reader import to_dict
+from dq.config.students import Dtype, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
 from dq.evaluation.augment import augment
 from dq.labels import LabelSource
 from dq.nets import fast_layout, make_net
-from dq.settings import to_dict
 from dq.views import Views, apply_views, batches, draw_views, parts
 
 AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 import dq
-from dq.config import EvaluateConfig, StudentConfig
+from dq.config.protocols import student_config
+from dq.config.reader import to_dict
+from dq.config.students import EvaluateConfig, StudentConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import Damaged, is_done, read_json, write_json, write_text
 from dq.core.processes import shard
@@ -44,8 +46,6 @@ from dq.labels import (
     write_shard,
 )
 from dq.nets import make_net
-from dq.protocols import student_config
-from dq.settings import to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

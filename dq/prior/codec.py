@@ -22,14 +22,15 @@ from dq.codec import (
     normalized,
     to_signed,
 )
-from dq.config import CodecConfig, PriorConfig, SourceConfig
+from dq.config.prior import PriorConfig
+from dq.config.reader import to_dict
+from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError
 from dq.core.files import atomic_path
 from dq.core.seeds import generator
 from dq.data import ImageSource, Split, read_images
 from dq.grid import image_grid
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
-from dq.settings import to_dict
 from dq.teachers import Teacher, load_teacher
 
 if TYPE_CHECKING:

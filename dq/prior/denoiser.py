@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dq.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
-from dq.config import PriorConfig
+from dq.config.prior import PriorConfig
+from dq.config.reader import to_dict
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, write_json
 from dq.core.seeds import digest_of_tensors, generator
@@ -20,7 +21,6 @@ from dq.grid import image_grid
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
-from dq.settings import to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

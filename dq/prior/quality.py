@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dq.codec import decode_latents, encode_latents, to_signed, to_unit
-from dq.config import GenerateConfig, PriorReportConfig
+from dq.config.prior import PriorReportConfig
+from dq.config.schema import GenerateConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data import ImageSource, Split, read_images

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dq.config import EvaluateConfig, PriorReportConfig, RunConfig
+from dq.config.prior import PriorReportConfig
+from dq.config.reader import dump_config, to_dict
+from dq.config.schema import RunConfig
+from dq.config.students import EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.figures import embed, html_table, save_image
 from dq.core.files import write_json, write_text
@@ -27,7 +30,6 @@ from dq.prior.quality import PriorQuality, measure_prior, plan_draw
 from dq.prior.sample import stored_samples
 from dq.report import MAX_CLASSES, image_grid, write_page
 from dq.runfolder import open_run
-from dq.settings import dump_config, to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dq.config import FADRM, SourceConfig
+from dq.config.refinement import FADRM
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data import ImageSource
 from dq.foreign import read_set

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq.config import RefineConfig
+from dq.config.refinement import RefineConfig
 from dq.core.seeds import derive_seed
 from dq.views import draw_crops, resize_matrix
 

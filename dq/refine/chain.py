@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dq.config import FADRM, RunConfig, TeacherConfig, Teddy
+from dq.config.reader import to_dict
+from dq.config.refinement import FADRM, Teddy
+from dq.config.schema import RunConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_json, read_tensors
 from dq.core.seeds import digest_of
 from dq.refine import fadrm, teddy
 from dq.refine.batches import compose_batches
 from dq.runfolder import Run
-from dq.settings import to_dict
 from dq.teachers import POOL, PRETRAINED, teacher_file
 
 log = logging.getLogger("dq")

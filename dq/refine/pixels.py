@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dq.codec import DTYPES
-from dq.config import RefineConfig
+from dq.config.refinement import RefineConfig
 from dq.core.errors import InputError, RunError
 from dq.refine.augment import draw_view, look
 from dq.refine.statistics import Layer, StatMatcher, layer_weights, trace_layers

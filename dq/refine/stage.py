@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.config import FADRM
+from dq.config.reader import to_dict
+from dq.config.refinement import FADRM
 from dq.core.files import (
     append_jsonl,
     is_done,
@@ -38,7 +39,6 @@ from dq.refine.measure import measure, sentence, summarize
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, calibrate, make_critics
 from dq.refine.statistics import pad_drop
 from dq.runfolder import Run, class_file
-from dq.settings import to_dict
 from dq.spaces import extract_features, open_features
 from dq.teachers import Teacher, load_teachers
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.config import DepthConfig
+from dq.config.refinement import DepthConfig
 from dq.core.errors import InputError
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dq.config import Teddy
+from dq.config.refinement import Teddy
 from dq.pool import member_of_step
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, evaluating, make_critics, optimise
 from dq.refine.statistics import StatMatcher

@@ -1,4 +1,4 @@
-"""Evaluation protocols by name: presets of student settings, kept as data in `configs/protocols/*.yaml`.
+"""Evaluation protocols by name: presets of student settings, kept as data in `presets/protocols/*.yaml`.
 
 A preset is a mapping of `StudentConfig` settings, a list of the data sets whose published settings it has, and a list
 of rules `when: {...}, set: {...}`, applied in order. What the user sets himself wins over both.
@@ -13,12 +13,11 @@ from typing import Any
 
 import yaml
 
-from dq.config import StudentConfig
+from dq.config.reader import from_dict, unknown_key
+from dq.config.students import StudentConfig, is_library_net
 from dq.core.errors import InputError
-from dq.nets import is_library_net
-from dq.settings import from_dict, unknown_key
 
-FOLDER = Path(__file__).parent / "configs" / "protocols"
+FOLDER = Path(__file__).parent / "presets" / "protocols"
 ALIASES = {"soft": "fadrm"}  # the usual preset of a family
 FACTS = ("dataset", "net", "ipc", "classes", "image_size")
 

@@ -13,12 +13,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
 from dq.core.text import short
 
 C = TypeVar("C")
-
 # Least values of settings by name; a trailing ">" leaves the bound itself out. All must be finite.
 LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("batch_size", "resolution", "image_size", "n_init", "n_iter", "passes", "expand"), (1, True)),
@@ -137,58 +135,6 @@ def to_dict(config: Any) -> dict[str, Any]:
         return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
 
     return plain(dataclasses.asdict(config))
-
-
-def set_value(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key (`cluster.n_iter`, `evaluate.students.0.lr`) in plain data, in place."""
-    *path, last = key.split(".")
-    node: Any = data
-    for i, part in enumerate(path):
-        child = _child(node, part, ".".join(path[: i + 1]))
-        if child is None:
-            child = {}
-            _assign(node, part, child, key)
-        node = child
-    _assign(node, last, value, key)
-
-
-def _child(node: Any, part: str, where: str) -> Any:
-    if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
-            raise InputError(f"{where!r} does not exist: the list has {len(node)} entries, counted from 0")
-        return node[int(part)]
-    if not isinstance(node, dict):
-        raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
-    return node.get(part)
-
-
-def _assign(node: Any, part: str, value: Any, where: str) -> None:
-    if isinstance(node, list):
-        _child(node, part, where)
-        node[int(part)] = value
-    elif isinstance(node, dict):
-        node[part] = value
-    else:
-        raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
-
-
-def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
-    """A copy of `config` with `key=value` strings (values read as YAML) or a dict of dotted keys applied."""
-    if isinstance(settings, list):
-        pairs: dict[str, Any] = {}
-        for s in settings:
-            key, sep, text = s.partition("=")
-            if not sep:
-                raise InputError(f"--set needs key=value, not {s!r}")
-            try:
-                pairs[key.strip()] = read_yaml(text)
-            except (yaml.YAMLError, RecursionError, ValueError):  # impossible dates are ValueErrors
-                raise InputError(f"the value of {key.strip()!r} is not readable: {short(text)}") from None
-        settings = pairs
-    data = to_dict(config)
-    for key, value in settings.items():
-        set_value(data, key, value)
-    return from_dict(type(config), data)
 
 
 def dump_config(config: Any) -> str:

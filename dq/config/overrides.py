@@ -1,0 +1,64 @@
+"""Settings by dotted keys, applied to a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from dq.config.reader import C, from_dict, to_dict
+from dq.core.bounded_yaml import read_yaml
+from dq.core.errors import InputError
+from dq.core.text import short
+
+
+def set_value(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key (`cluster.n_iter`, `evaluate.students.0.lr`) in plain data, in place."""
+    *path, last = key.split(".")
+    node: Any = data
+    for i, part in enumerate(path):
+        child = _child(node, part, ".".join(path[: i + 1]))
+        if child is None:
+            child = {}
+            _assign(node, part, child, key)
+        node = child
+    _assign(node, last, value, key)
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise InputError(f"{where!r} does not exist: the list has {len(node)} entries, counted from 0")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
+    return node.get(part)
+
+
+def _assign(node: Any, part: str, value: Any, where: str) -> None:
+    if isinstance(node, list):
+        _child(node, part, where)
+        node[int(part)] = value
+    elif isinstance(node, dict):
+        node[part] = value
+    else:
+        raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
+
+
+def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
+    """A copy of `config` with `key=value` strings (values read as YAML) or a dict of dotted keys applied."""
+    if isinstance(settings, list):
+        pairs: dict[str, Any] = {}
+        for s in settings:
+            key, sep, text = s.partition("=")
+            if not sep:
+                raise InputError(f"--set needs key=value, not {s!r}")
+            try:
+                pairs[key.strip()] = read_yaml(text)
+            except (yaml.YAMLError, RecursionError, ValueError):  # impossible dates are ValueErrors
+                raise InputError(f"the value of {key.strip()!r} is not readable: {short(text)}") from None
+        settings = pairs
+    data = to_dict(config)
+    for key, value in settings.items():
+        set_value(data, key, value)
+    return from_dict(type(config), data)

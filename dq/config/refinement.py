@@ -1,0 +1,119 @@
+"""Settings of the methods of refinement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dq.config.reader import Checked
+from dq.config.students import Dtype, ViewConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class DepthConfig(Checked):
+    """Which layers' statistics are matched (PAD's second filter on statistics, arXiv 2408.03360). Layers count in the
+    order in which the network calls them."""
+
+    drop: float | None = 0.0  # layers up to this share of the depth are left out; None: PAD's rule by ipc
+    unit: Literal["layer", "channel", "param"] = "layer"  # share of layers, of their channels, of convolution weights
+    keep: Literal["deep", "shallow"] = "deep"  # shallow: a control that matches what "deep" leaves out
+    # scale: the sum is multiplied so that it begins as large as that of all layers; count: by layers / kept layers
+    renorm: Literal["scale", "count", "none"] = "scale"
+    ramp: float = 0.0  # layer l of L weighs ((l + 1) / L)^ramp beside its other weight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop is not None and not 0 <= self.drop < 1:
+            raise InputError(f"drop is a share of the depth in [0, 1), not {self.drop}")
+        if self.keep == "shallow" and self.drop == 0:
+            raise InputError("keep=shallow keeps what drop leaves out, which is nothing: set drop above 0")
+
+
+@dataclass(frozen=True)
+class RefineConfig(Checked):
+    """What the stages share that change pixels so that teachers see their classes and their statistics."""
+
+    teachers: tuple[TeacherConfig, ...] = ()  # none: those of the run
+    judges: tuple[TeacherConfig, ...] = ()  # teachers that only measure the images, before and after
+    betas: tuple[float, ...] = (0.5, 0.9)  # of Adam
+    r_bn: float = 0.01  # weight of the distance of statistics; right for a ResNet-18
+    # None: r_bn as it is. Else r_bn of each teacher becomes this many times ln(classes) / its distance at the start
+    bn_share: float | None = None
+    first_bn_weight: float = 10.0  # of the first layer; the others have 1
+    norm: Literal["l2", "squared"] = "l2"  # of the differences of means and variances
+    depth: DepthConfig = DepthConfig()
+    class_weight: float = 0.0  # of the distance between a class's mean last feature and that of its real images
+    proximity: float = 0.0  # of the mean squared distance to the start, in normalised pixels
+    weighted: bool = False  # statistics of a batch count its images by their weights in the set
+    crop_scale: tuple[float, ...] = (0.08, 1.0)  # one random resized crop a step for the whole batch; none: no crop
+    crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
+    flip: float = 0.5  # probability that a step sees the batch mirrored
+    dtype: Dtype = "float32"  # of the teachers; statistics and pixels are in float32
+    compose: Literal["index", "dealt"] = "index"  # dealt: every batch takes from all classes alike
+    min_classes: int = 5  # different classes that a batch must hold (all, if there are fewer)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f"betas must be two decays in [0, 1), not {list(self.betas)}")
+        ViewConfig(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio, flip=self.flip)
+
+
+@dataclass(frozen=True)
+class FADRM(RefineConfig):
+    """Data residual matching (arXiv 2506.24125). With several teachers it is FADRM+: one per step, in turn. What is
+    None comes from the preset."""
+
+    stage: Literal["fadrm"] = "fadrm"
+    # whose released recipe: cifar10, cifar100, tinyimagenet, imagenette, imagewoof, imagenet1k; None: the usual one
+    # for the size of the images
+    preset: str | None = None
+    sizes: tuple[int, ...] | None = None  # side in px in each block, the last that of the images
+    steps: tuple[int, ...] | None = None  # of each block
+    lr: float | None = None  # one cosine to 0 over all blocks
+    jitter: int | None = None  # px of circular shift at most
+    batch_size: int | None = None  # images optimised together; several of a class where there are fewer classes
+    alpha: float = 0.5  # share of the optimised image in the merge behind each block but the last
+    # init: the images that come in; real_patch: the crops of real images that the first teacher knows best; file: a
+    # set that `dq.read_set` opens
+    anchors: Literal["init", "real_patch", "file"] = "init"
+    anchor_path: str | None = None
+    anchor_rank: Literal["easy", "medium"] = "easy"  # real_patch: lowest cross-entropy, or nearest to the median
+    start: Literal["anchor", "image"] = "anchor"  # what the first block starts from
+    # patches, prototypes: every merge takes the nearest of the class's patches of real images, or of its images in the
+    # set, in features (after RETA)
+    retrieve: Literal["none", "patches", "prototypes"] = "none"
+    retrieve_pool: int = 50  # patches: candidates of a class
+    retrieve_complexity: float = 0.0  # of an anchor's total variation in the choice, features having unit length
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha is a share and must lie in [0, 1], not {self.alpha}")
+        for name in ("sizes", "steps"):
+            values = getattr(self, name)
+            if values is not None and (not values or min(values) < 1):
+                raise InputError(f"{name} must list whole numbers of at least 1, one per block, not {list(values)}")
+        if self.sizes is not None and self.steps is not None and len(self.sizes) != len(self.steps):
+            raise InputError(
+                f"sizes={list(self.sizes)} has {len(self.sizes)} blocks but steps={list(self.steps)} has "
+                f"{len(self.steps)}; give one of each per block"
+            )
+        if (self.anchors == "file") != (self.anchor_path is not None):
+            raise InputError("anchors=file and anchor_path belong together: set both, or neither")
+
+
+@dataclass(frozen=True)
+class Teddy(RefineConfig):
+    """Matching against a pool of weak teachers (arXiv 2410.07579). The paper's settings are not known to us: the
+    defaults are of SRe2L's kind, for a short refinement of images that look real already."""
+
+    stage: Literal["teddy"] = "teddy"
+    steps: int = 300  # 0: labels only
+    lr: float = 0.02  # cosine to 0
+    jitter: int | None = None  # None: an eighth of the side
+    batch_size: int = 100
+    proximity: float = 0.1
+    ensemble_labels: bool = True  # store the weighted mean logits of all teachers for the images

@@ -1,0 +1,189 @@
+"""The configuration: what can be set, and the defaults.
+
+Precedence is defaults < file < flags. How it is read, checked and changed is in `dq.settings`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dq.config.prior import PriorConfig, PriorReportConfig
+from dq.config.reader import Checked, from_dict
+from dq.config.refinement import FADRM, Teddy
+from dq.config.students import Dtype, EvaluateConfig
+from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
+from dq.core.bounded_yaml import read_yaml
+from dq.core.errors import InputError
+
+Tracker = Literal["trackio", "tensorboard", "wandb"]
+
+
+@dataclass(frozen=True)
+class SourceConfig(Checked):
+    path: str = ""  # Hub data set id, local folder, or "sklearn:digits"
+    name: str | None = None  # configuration name of a Hub data set
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str | None = None  # None: test, validation, valid or val, whichever is there
+    image_column: str | None = None
+    label_column: str | None = None
+    # rows are read where they lie, on disk or on the Hub; nothing is copied. For Parquet files and WebDataset tars
+    streaming: bool = False
+    on_bad_image: Literal["raise", "skip"] = "raise"
+    preprocess: Literal["squash", "crop", "pad"] = "crop"  # how an image becomes a square
+    image_size: int | None = None  # side in px of distilled and test images; None: codec.resolution
+
+
+@dataclass(frozen=True)
+class CodecConfig(Checked):
+    path: str = ""  # model folder or Hub id of an autoencoder, or of a pipeline that has one under vae/
+    subfolder: str | None = None
+    revision: str | None = None
+    resolution: int = 64  # side in px of the images that the codec sees
+    posterior: Literal["mean", "sample"] = "mean"
+    dtype: Dtype = "float32"
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Checked):
+    engine: Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"] = "auto"
+    # where the images of a class are compared; features: those of the first teacher (see `dq.spaces.embed`)
+    space: Literal["latents", "pca", "whitened", "features", "joint"] = "latents"
+    # pca, whitened: principal directions of a class; None: 64, or as many as the class allows. Whitened needs far
+    # fewer than there are images in a class
+    dims: int | None = None
+    feature_weight: float = 1.0  # joint: of the features' variance, that of the latents being 1
+    init: Literal["race", "k-means++", "random"] = "race"  # race: the best of several k-means++ in a subspace
+    n_init: int = 1  # restarts; the lowest distortion wins
+    n_iter: int = 100  # Lloyd iterations (barycentre: rounds) at most
+    tol: float = 1e-4  # stop when the distortion falls by less than this share; 0: when no label changes
+    on_small: Literal["clamp", "raise"] = "clamp"  # a class with fewer distinct images than ipc
+    batch_size: int = 256  # clvq: samples per step
+    passes: int = 1  # clvq: passes over the class
+    expand: int = 1  # minibatch: batch = expand * ipc (D4M: 1 in the scripts, 10 by default)
+    drop_tail: bool = False  # minibatch: True loses the incomplete last batch, as D4M's code does
+    transport: Literal["exact", "entropic"] = "exact"  # barycentre
+    entropy: float = 0.01  # barycentre: entropic regularisation in units of the mean squared distance
+    uniform_w2: bool = True  # also solve the transport problem of the uniformly weighted points
+
+    @property
+    def uses_features(self) -> bool:
+        return self.space in ("features", "joint")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Checked):
+    mode: Literal["decode", "dit", "img2img"] = "decode"
+    model: str | None = None  # pipeline folder or Hub id; None: the codec alone
+    revision: str | None = None
+    # diffusers class name; None: the one that comes with the model. A model that predicts a flow needs FlowMatch...,
+    # or DPM-Solver++ or UniPC, whose flow sigmas are then switched on
+    scheduler: str | None = None
+    num_inference_steps: int = 50
+    snr: float | None = 0.1  # start at the grid step whose signal-to-noise ratio is nearest to this ...
+    strength: float | None = None  # ... or at this share of the steps, as diffusers counts it
+    # random: forward noise; inversion: the ODE backwards from the point, without guidance (Song et al. 2021; D3HR)
+    noise: Literal["random", "inversion"] = "random"
+    rescale: Literal["none", "norm"] = "none"  # norm: points are as long as the median latent of their class
+    guidance_scale: float = 4.0
+    guidance_snr: tuple[float, ...] = ()  # least and largest SNR at which there is guidance; none: everywhere
+    mode_guidance: float = (
+        0.0  # share of the way to the prototype by which the predicted x_0 is moved (after MGD3) ...
+    )
+    mode_stop: float = 0.5  # ... in this first share of the walked steps
+    prompt: str = "{name}"
+    negative_prompt: str = "cartoon, anime, painting"
+    class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
+    images_per_prototype: int = 1
+    image_dtype: Literal["uint8", "float32"] = "uint8"
+    dtype: Dtype = "float32"
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        interval = self.guidance_snr
+        if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+            raise InputError(f"guidance_snr must be two rising ratios such as [0.05, 5], not {list(interval)}")
+        for name in ("mode_guidance", "mode_stop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a share and must lie in [0, 1], not {getattr(self, name)!r}")
+        if self.noise == "inversion" and self.images_per_prototype > 1:
+            raise InputError(
+                f"noise=inversion gives the same image every time: set images_per_prototype=1 (now "
+                f"{self.images_per_prototype}), or noise=random"
+            )
+
+
+@dataclass(frozen=True)
+class MethodConfig(Checked):
+    """One way to make a set: which points, which representative, which weights. `override` changes settings of
+    `cluster` or `generate` for this method alone."""
+
+    representative: Literal["centroid", "medoid", "real"] = "centroid"
+    weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
+    normalize: Literal["none", "class", "sqrt_k"] = "none"
+    override: dict[str, Any] = field(default_factory=dict)
+    refine: tuple[FADRM | Teddy, ...] | None = None  # stages behind the generator, in this order; None: the run's
+
+
+@dataclass(frozen=True)
+class HubConfig(Checked):
+    """Where and how something is pushed to the Hugging Face Hub. A token is no setting: it comes from --token,
+    HF_TOKEN or the login, and is written nowhere."""
+
+    repo_id: str | None = None  # "name" in one's own namespace, or "owner/name"
+    private: bool | None = None  # of a repository that is made; None: as the owner's default is
+    revision: str | None = None  # branch, made if it is not there; None: main
+    create_pr: bool = False
+    commit_message: str | None = None
+    pretty_name: str | None = None  # this and what follows: None keeps what the card says
+    license: str | None = None  # of the set or the model: an identifier such as cc-by-4.0, or any text
+    source_license: str | None = None  # of the data that a set derives from
+    generator_license: str | None = None  # of the weights that drew it
+
+
+@dataclass(frozen=True)
+class RunConfig(Checked):
+    output_dir: str = "runs/dq"
+    cache_dir: str = "runs/cache"
+    seed: int = 0
+    source: SourceConfig = SourceConfig()
+    codec: CodecConfig = CodecConfig()
+    ipc: tuple[int, ...] = (10,)
+    cluster: ClusterConfig = ClusterConfig()
+    generate: GenerateConfig = GenerateConfig()
+    refine: tuple[FADRM | Teddy, ...] = ()  # stages that change the drawn images, in this order
+    methods: dict[str, MethodConfig] = field(default_factory=lambda: {"ddoq": MethodConfig()})
+    teachers: tuple[TeacherConfig, ...] = ()  # several: the mean of their logits
+    train_teachers: TrainTeachersConfig = TrainTeachersConfig()
+    train_pool: TrainPoolConfig = TrainPoolConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    prior: PriorConfig = PriorConfig()
+    prior_report: PriorReportConfig = PriorReportConfig()
+    hub: HubConfig = HubConfig()
+    report_to: tuple[Tracker, ...] = ()  # trackers that get settings and numbers; files below output_dir/logs
+
+    @property
+    def image_size(self) -> int:
+        return self.source.image_size or self.codec.resolution
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a `RunConfig` from a YAML file, or by the name of one that ships with the package (e.g. "demo")."""
+    path = Path(path)
+    if not path.exists() and path.suffix == "" and path.parent == Path("."):
+        path = Path(__file__).parent / "presets" / f"{path.name}.yaml"
+    if not path.is_file():
+        raise InputError(f"there is no configuration file {path}; give the path of a YAML file with --config")
+    try:
+        data = read_yaml(path.read_text())
+    except (yaml.YAMLError, RecursionError, ValueError) as e:  # impossible dates are ValueErrors
+        line = getattr(getattr(e, "problem_mark", None), "line", None)
+        at = f" (line {line + 1})" if line is not None else ""
+        raise InputError(f"{path} is not valid YAML{at}; correct it or start from a file in configs/") from None
+    return from_dict(RunConfig, data or {})

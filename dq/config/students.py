@@ -1,0 +1,121 @@
+"""Settings of students, of their views and labels, and of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dq.config.reader import Checked
+from dq.core.errors import InputError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"]
+
+
+LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}  # prefix of a name -> module
+
+
+def is_library_net(name: str) -> bool:
+    """Whether `name` is timm:NAME or torchvision:NAME."""
+    return name.partition(":")[0] in LIBRARIES
+
+
+@dataclass(frozen=True)
+class ViewConfig(Checked):
+    """What a network sees of an image, in this order: patches shuffled, cropped, mirrored, colours changed, mixed with
+    another image of the batch."""
+
+    shuffle: int = 1  # the image is cut into shuffle x shuffle patches, which change places (RDED, EDC)
+    crop_scale: tuple[float, ...] = ()  # random resized crop: least and largest share of the area; none: no crop
+    crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
+    flip: float = 0.0  # probability of a mirror image
+    jitter: float = 0.0  # brightness, contrast and saturation, each drawn in 1 +- this, in random order
+    lighting: float = 0.0  # standard deviation of the noise along the principal colours of ImageNet
+    mix: Literal["none", "cutmix", "mixup"] = "none"
+    mix_alpha: float = 1.0  # both parameters of the Beta law of the mixing share
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low_high = self.crop_scale
+        if low_high and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1):
+            raise InputError(f"crop_scale must be two shares such as [0.08, 1], not {list(low_high)}")
+        if not (len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]):
+            raise InputError(f"crop_ratio must be two numbers such as [0.75, 1.33], not {list(self.crop_ratio)}")
+        if self.flip > 1:
+            raise InputError(f"flip is a probability and cannot be {self.flip}")
+
+
+@dataclass(frozen=True)
+class RelabelConfig(Checked):
+    """How teachers label every view of a student with `labels: soft`, and what is kept of it."""
+
+    storage: Literal["shards", "online"] = "shards"  # online: computed when needed, nothing stored, the same bits
+    statistics: Literal["running", "batch"] = "running"  # of the teachers' batch norm; batch: BSSL
+    average: Literal["logits", "probabilities"] = "logits"  # of several teachers, by their weights
+    dropout: bool = False  # with batch statistics: dropout on too, as train mode has it in the released code
+    bits: Literal[16, 8] = 16  # of a logit
+    top_k: int | None = None  # keep the largest logits, the others become their mean
+    epochs: int | None = None  # label epochs; fewer than the student's are used again and again
+    views: Literal["stored", "seed"] = "stored"  # seed: crops and mixes are drawn again at replay, and compared
+    seed: int = 42  # of order, crops and mixes
+
+
+@dataclass(frozen=True)
+class StudentConfig(Checked):
+    """All settings of one training. In a configuration a student is a mapping of these and of `protocol` (a preset,
+    see `dq.config.protocols`) and `dataset` (whose published settings to take); `epochs` may be a mapping by ipc."""
+
+    protocol: str = "custom"  # where the settings come from
+    net: str = "convnet3"
+    norm: Literal["instance", "batch"] | None = None  # in place of the network's usual one
+    labels: Literal["hard", "soft", "fixed"] = "hard"  # soft: a teacher's for every view; fixed: one per image
+    epochs: int = 300
+    batch_size: int = 256
+    accumulate: int = 1  # a batch goes through in so many parts; batch norm sees the parts
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "multistep", "cosine", "cos2", "constant"] = "step"
+    zeta: float = 1.0  # cosine: ends at 0 for 1, at half of lr for 2
+    views: ViewConfig = ViewConfig()
+    augment: Literal["dsa", "crop_flip", "none"] = "dsa"  # after normalisation; not with labels=soft
+    whiten: bool = False  # ZCA, fitted on the train split, instead of mean and std
+    loss: Literal["kl", "mse_gt"] = "kl"  # soft and fixed labels; mse_gt: between logits, plus a share of the class
+    temperature: float = 4.0
+    gt_weight: float = 0.025  # of the cross-entropy with the class in mse_gt
+    ema: float = 0.0  # decay of the averaged parameters that are tested; 0: the parameters themselves
+    relabel: RelabelConfig = RelabelConfig()
+    test_scale: float = 1.0  # test images are resized to this many times the side, then the centre is cut out
+    select: Literal["validation", "test"] = "validation"  # where the best epoch is chosen; test is what papers print
+    tests: int = 1  # looks during a training, the last epoch included; 1: no choice of an epoch
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        v = self.views
+        if self.labels == "soft" and (self.augment != "none" or v.jitter or v.lighting):
+            raise InputError(
+                "labels=soft belong to the view that the teacher saw: set augment=none, views.jitter=0 and "
+                "views.lighting=0, or take labels=fixed"
+            )
+        if self.labels == "fixed" and v.mix != "none":
+            raise InputError("labels=fixed describe one image and not a mix: set views.mix=none, or take labels=soft")
+        if self.whiten and (v.crop_scale or v.flip or v.shuffle > 1 or v.jitter or v.lighting or v.mix != "none"):
+            raise InputError("whiten works on whole images: leave views at its defaults and use augment")
+        if self.relabel.top_k and self.loss == "mse_gt":
+            raise InputError("relabel.top_k keeps logits up to a constant, which loss=mse_gt needs; set top_k=null")
+        if self.dtype == "float16":
+            raise InputError(f"student {self.net!r} cannot train in float16, which needs loss scaling; use bfloat16")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Checked):
+    seeds: int = 3
+    full_seeds: int = 1  # of the full-data baseline, which costs more than all the others together
+    baselines: tuple[Baseline, ...] = ("random", "nearest", "full")
+    # patches: a baseline image is a mosaic of factor x factor crops; None: RDED's, 2 from 128 px and ipc 2, else 1
+    patch_factor: int | None = None
+    validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
+    # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate
+    students: tuple[dict[str, Any], ...] = ({"protocol": "classic"},)
