@@ -21,7 +21,9 @@ import torch
 
 from dq.codec import encode_latents, load_codec, to_signed
 from dq.config.schema import CodecConfig, SourceConfig
-from dq.data import ImageSource, Split, load_source, read_images
+from dq.data.images import read_images
+from dq.data.load import load_source
+from dq.data.source import ImageSource, Split
 from dq.latents import encode_source, open_cache
 
 

@@ -25,7 +25,7 @@ def child(classes: int) -> None:
 
     from dq.cluster import kmeans
     from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
-    from dq.data import ImageSource, Split
+    from dq.data.source import ImageSource, Split
     from dq.latents import encode_source, open_cache
 
     labels = np.repeat(np.arange(classes), 1000)

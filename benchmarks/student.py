@@ -28,7 +28,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
-from dq.data import load_source, read_images
+from dq.data.images import read_images
+from dq.data.load import load_source
 from dq.evaluation.train import fit, normalizer
 from dq.labels import make_plan, read_labels, write_manifest, write_shard
 from dq.nets import make_net

@@ -17,7 +17,7 @@ _HOME = {
     "Teddy": "dq.config.refinement",
     "DistillPipeline": "dq.pipeline",
     "DistilledSet": "dq.distilled",
-    "ImageSource": "dq.data",
+    "ImageSource": "dq.data.source",
     "InputError": "dq.core.errors",
     "Prototypes": "dq.prototypes",
     "RunConfig": "dq.config.schema",
@@ -28,7 +28,7 @@ _HOME = {
     "image_weights": "dq.prototypes",
     "kmeans": "dq.cluster",
     "load_config": "dq.config.schema",
-    "load_source": "dq.data",
+    "load_source": "dq.data.load",
     "protocols": "dq.config.protocols",
     "pull": "dq.hub",
     "push_folder": "dq.hub",
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from dq.config.students import StudentConfig
     from dq.config.teachers import TeacherConfig
     from dq.core.errors import InputError, RunError
-    from dq.data import ImageSource, load_source
+    from dq.data.load import load_source
+    from dq.data.source import ImageSource
     from dq.distilled import DistilledSet
     from dq.evaluation import evaluate
     from dq.evaluation.selection import select

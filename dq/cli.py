@@ -112,7 +112,7 @@ def execute(args: argparse.Namespace) -> None:
     from dq.core.locks import locked
     from dq.core.processes import make_accelerator
     from dq.core.trackers import check_trackers, end_trackers
-    from dq.data import load_source
+    from dq.data.load import load_source
     from dq.evaluation.stage import check_evaluation
     from dq.plan import like_source
 

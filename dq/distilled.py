@@ -24,8 +24,8 @@ from dq.core.errors import InputError
 from dq.core.files import Damaged, atomic_path, check_name, is_done, read_json, write_json
 from dq.core.seeds import digest_of
 from dq.core.text import first_line
-from dq.grid import image_grid
-from dq.images import open_image
+from dq.data.grid import image_grid
+from dq.data.images import open_image
 
 log = logging.getLogger("dq")
 

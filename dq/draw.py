@@ -26,7 +26,7 @@ from dq.core.memory import in_pieces
 from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, generator
-from dq.data import read_images
+from dq.data.images import read_images
 from dq.latents import LatentCache
 from dq.prototypes import Prototypes
 from dq.quantize import load_prototypes, prototype_folder

@@ -15,8 +15,8 @@ from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
 from dq.core.processes import cut
 from dq.core.seeds import digest_of
+from dq.data.image_cache import LEAST, MOST
 from dq.evaluation.selection import BY_FEATURES
-from dq.latents import LEAST, MOST
 
 CELL = 2  # bytes of a latent's number in the cache (float16)
 POINT_CELL = 8  # bytes of a prototype's number: centroid and medoid in float32

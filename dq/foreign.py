@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
-from dq.data import Split, load_source, read_images
+from dq.data.images import UNDECODABLE, open_image, read_images
+from dq.data.load import load_source
+from dq.data.source import Split
 from dq.distilled import DistilledSet
-from dq.images import UNDECODABLE, open_image
 
 TENSORS = (".safetensors", ".npz")
 MAX_BYTES = 16 << 30  # of the arrays in an .npz file, which may be packed a thousandfold

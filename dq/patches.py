@@ -14,7 +14,8 @@ from torch import Tensor
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.data import ImageSource, read_images
+from dq.data.images import read_images
+from dq.data.source import ImageSource
 from dq.teachers import Teacher
 
 Rank = Literal["easy", "medium"]

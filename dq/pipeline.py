@@ -31,7 +31,8 @@ from dq.core.files import read_json, write_json
 from dq.core.locks import locked
 from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of, digest_of_tensors, generator
-from dq.data import ImageSource, load_source
+from dq.data.load import load_source
+from dq.data.source import ImageSource
 from dq.runfolder import open_run
 from dq.sampling import (
     Start,

@@ -28,7 +28,7 @@ def like_source(text: str) -> Any:
     """
     import numpy as np
 
-    from dq.data import ImageSource, Split
+    from dq.data.source import ImageSource, Split
 
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if text in LIKE:
@@ -53,7 +53,7 @@ def like_source(text: str) -> Any:
 def plan(config: RunConfig, source: Any) -> str:
     """What a run would do: classes, units, disk, model calls."""
     from dq.core.processes import cut
-    from dq.latents import LEAST, MOST
+    from dq.data.image_cache import LEAST, MOST
 
     counts = source.class_counts()
     n, classes = int(counts.sum()), len(counts)

@@ -20,7 +20,7 @@ from dq.core.errors import InputError
 from dq.core.files import append_jsonl, check_name, is_done, read_json, write_json, write_text
 from dq.core.processes import shard
 from dq.core.trackers import report, stage_numbers
-from dq.data import ImageSource
+from dq.data.source import ImageSource
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -22,8 +22,8 @@ from dq.config.schema import ClusterConfig, RunConfig, SourceConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors, read_json, write_json
 from dq.core.seeds import digest_of
-from dq.data import ImageSource
-from dq.latents import ImageCache, fill, write_manifest
+from dq.data.image_cache import ImageCache, fill, write_manifest
+from dq.data.source import ImageSource
 from dq.runfolder import Run
 from dq.teachers import Teacher, check_teacher, load_teacher
 
@@ -172,7 +172,7 @@ def extract_features(
     mine: Callable[[list[float]], list[int]] | None = None,
     main: bool = True,
 ) -> None:
-    """Write the features that the cache lacks; see `dq.latents.fill`.
+    """Write the features that the cache lacks; see `dq.data.image_cache.fill`.
 
     Raises:
         InputError: if the teacher's features are not finite.

@@ -165,7 +165,7 @@ def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.devi
 
 
 def _reading(config: RunConfig, source: Any, device: torch.device) -> Speed:
-    from dq.data import read_images
+    from dq.data.images import read_images
 
     c = config.source
     rows = torch.randperm(len(source.train), generator=generator("speeds")).tolist()  # far apart, not read lately

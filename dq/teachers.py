@@ -25,7 +25,8 @@ from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.memory import in_pieces
 from dq.core.seeds import digest_of, digest_of_tensors, generator, seeded
-from dq.data import ImageSource, read_images
+from dq.data.images import read_images
+from dq.data.source import ImageSource
 from dq.nets import fast_layout, library_net, library_of, make_net
 
 log = logging.getLogger("dq")

@@ -31,7 +31,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.locks import locked
 from dq.core.processes import make_accelerator
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.run import assemble, cluster, encode, generate

@@ -19,7 +19,8 @@ import torch
 from dq.codec import decode_latents, encode_latents, load_codec, to_signed, to_unit
 from dq.config.teachers import TeacherConfig
 from dq.core.progress import progress
-from dq.data import load_source, read_images
+from dq.data.images import read_images
+from dq.data.load import load_source
 from dq.teachers import load_teacher
 
 

@@ -19,7 +19,7 @@ from dq.config.schema import SourceConfig
 from dq.config.students import EvaluateConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.processes import make_accelerator
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.evaluation.stage import evaluate_sets
 from dq.foreign import read_set
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
 from dq.core.files import read_jsonl
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.estimate import seconds_of
 from dq.plan import like_source
 from dq.speeds import Speeds, planned_stages

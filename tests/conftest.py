@@ -93,7 +93,7 @@ def toy_images():
 
 @pytest.fixture(scope="session")
 def toy_source(toy_images):
-    from dq.data import load_source
+    from dq.data.load import load_source
 
     return load_source(toy_images, class_names=["red", "green", "blue"])
 

@@ -137,7 +137,9 @@ def targets(root: Path) -> list[Target]:
     from dq.config.schema import RunConfig, load_config
     from dq.core.cards import split_card
     from dq.core.files import read_json, read_tensors, write_json, write_tensors
-    from dq.data import Split, load_source, read_image, read_images
+    from dq.data.images import read_image, read_images
+    from dq.data.load import load_source
+    from dq.data.source import Split
     from dq.distilled import DistilledSet
     from dq.foreign import read_set
     from dq.hub import check_record

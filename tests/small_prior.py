@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dq.codec import Codec
 from dq.config.prior import PriorConfig, TrainCodecConfig, TrainDenoiserConfig
 from dq.config.schema import CodecConfig, SourceConfig
-from dq.data import ImageSource
+from dq.data.source import ImageSource
 from dq.latents import LatentCache, encode_source, open_cache
 
 SOURCE = SourceConfig(image_size=8)

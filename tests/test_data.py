@@ -10,7 +10,9 @@ from PIL import Image
 
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
-from dq.data import load_source, read_image, read_images, to_rgb, to_square
+from dq.data import to_rgb, to_square
+from dq.data.images import read_image, read_images
+from dq.data.load import load_source
 
 
 def picture(color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (6, 4)) -> Image.Image:

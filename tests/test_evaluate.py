@@ -14,8 +14,9 @@ from dq.config.protocols import student_config
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.seeds import derive_seed
-from dq.evaluation import augment as aug
-from dq.evaluation.selection import random_rows
+from dq.data import augment as aug
+from dq.data.coresets import random_rows
+from dq.data.views import draw_views
 from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference
 from dq.evaluation.train import (
     Fitted,
@@ -30,7 +31,6 @@ from dq.evaluation.train import (
 )
 from dq.labels import EpochLabels, LabelPlan
 from dq.nets import make_net
-from dq.views import draw_views
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 PIXELS = normalizer(MEAN, STD)

@@ -24,9 +24,9 @@ from dq.config.schema import RunConfig, SourceConfig
 from dq.config.students import EvaluateConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
 from dq.core.processes import make_accelerator
-from dq.data import load_source
+from dq.data.load import load_source
+from dq.data.splits import resized
 from dq.distilled import DistilledSet
-from dq.evaluation.bench import resized
 from dq.evaluation.ddr import LEARNING_RATES, _best_rates, _last, evaluate_ddr
 from dq.evaluation.train import normalizer, train_student
 from dq.foreign import bare_set, read_set

@@ -351,7 +351,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, toy_images, accelerator) -
     from dq.config.schema import RunConfig, SourceConfig
     from dq.config.students import EvaluateConfig
     from dq.config.teachers import TrainTeachersConfig
-    from dq.data import load_source
+    from dq.data.load import load_source
     from dq.evaluation.teaching import train_teachers
 
     folder = tmp_path_factory.mktemp("teaching")

@@ -20,6 +20,7 @@ from dq.config.schema import SourceConfig
 from dq.config.students import EvaluateConfig, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
+from dq.data.views import Views, apply_views, batches, parts
 from dq.distilled import DistilledSet
 from dq.evaluation import trainings as stage
 from dq.evaluation.bench import Bench
@@ -43,7 +44,6 @@ from dq.labels import (
     write_shard,
 )
 from dq.teachers import Teacher
-from dq.views import Views, apply_views, batches, parts
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 VIEWS = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5, mix="cutmix")

@@ -295,7 +295,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_disk_plan_is_what_a_run_leaves(world: Path, tmp_path: Path) -> None:  # noqa: F811
-    from dq.data import load_source
+    from dq.data.load import load_source
 
     file = config(world, tmp_path, ipc=[3], evaluate__students=[])
     assert main(["run", "--config", str(file), "--cpu"]) == 0

@@ -17,7 +17,7 @@ from dq.config.schema import RunConfig, SourceConfig
 from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.evaluation.pooling import prune, train_pool
 from dq.labels import mean_logits
 from dq.nets import make_net

@@ -19,7 +19,7 @@ from dq.config.schema import CodecConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.seeds import generator
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.prior import codec as codec_module
 from dq.prior import denoiser as denoiser_module
 from dq.prior import train_codec, train_denoiser, training

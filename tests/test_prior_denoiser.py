@@ -16,7 +16,7 @@ from dq.config.prior import PriorConfig, TrainDenoiserConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json
 from dq.core.seeds import generator
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.prior import train_denoiser
 from dq.prior.denoiser import SIZES, DenoiserLoss, new_denoiser, new_scheduler
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from dq.config.refinement import FADRM, DepthConfig, Teddy
 from dq.core.errors import InputError, RunError
+from dq.data.views import crop_and_flip
 from dq.refine import fadrm, teddy
 from dq.refine.anchors import make_pool, nearest_anchors
 from dq.refine.augment import View, draw_view, look
 from dq.refine.batches import compose_batches
 from dq.refine.measure import measure, total_variation
 from dq.refine.pixels import Schedule, calibrate, class_distance, make_critics, resample
-from dq.views import crop_and_flip
 
 LABELS = torch.arange(8) % 4
 mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))

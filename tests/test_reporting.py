@@ -11,6 +11,7 @@ import torch
 
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
+from dq.data.grid import GAP, image_grid
 from dq.distilled import DistilledSet
 from dq.evaluation import evaluate
 from dq.evaluation.figures import results_figures
@@ -23,7 +24,6 @@ from dq.evaluation.tables import (
     tables_text,
     to_csv,
 )
-from dq.grid import GAP, image_grid
 
 ROOT = Path(__file__).parents[1]
 

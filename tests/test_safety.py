@@ -25,10 +25,11 @@ from dq.config.teachers import TeacherConfig
 from dq.core.cards import merge_card, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
-from dq.data import Split, load_source, read_image
+from dq.data.images import FORMATS, MAX_PIXELS, read_image
+from dq.data.load import load_source
+from dq.data.source import Split
 from dq.distilled import DistilledSet
 from dq.foreign import read_set
-from dq.images import FORMATS, MAX_PIXELS
 from dq.nets import tensors_only
 from dq.pipeline import DistillPipeline
 from dq.teachers import load_teacher

@@ -15,16 +15,11 @@ from torch import nn
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.data import ImageSource, from_tensors
+from dq.data.coresets import herding_rows, k_center_rows, random_rows
+from dq.data.source import ImageSource
+from dq.data.tensors import from_tensors
 from dq.distilled import DistilledSet
-from dq.evaluation.selection import (
-    BASELINES,
-    herding_rows,
-    k_center_rows,
-    nearest_rows,
-    random_rows,
-    select,
-)
+from dq.evaluation.selection import BASELINES, nearest_rows, select
 from dq.patches import best_crops, crop_boxes, mosaics, patch_images, rank_order
 from dq.teachers import Teacher
 

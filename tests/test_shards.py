@@ -20,10 +20,12 @@ import torch
 from conftest import tiny_kl
 from PIL import Image
 
-from dq import shards
 from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError
-from dq.data import load_source, number_labels, read_image, read_images
+from dq.data import streaming as shards
+from dq.data.images import read_image, read_images
+from dq.data.load import load_source
+from dq.data.source import number_labels
 from dq.latents import encode_source, open_cache
 
 NAMES = ["zebra", "ant", "bee"]

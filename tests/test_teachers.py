@@ -13,7 +13,7 @@ from dq.config.overrides import apply_settings
 from dq.config.schema import SourceConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.nets import make_net
 from dq.teachers import (
     IMAGENET,

@@ -12,8 +12,8 @@ from dq.config.schema import RunConfig, SourceConfig
 from dq.config.teachers import TeacherConfig, TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
+from dq.data.splits import validation_rows
 from dq.evaluation import train
-from dq.evaluation.bench import validation_rows
 from dq.evaluation.teaching import train_teachers
 from dq.teachers import check_teacher, load_teacher
 
@@ -83,7 +83,7 @@ def test_how_often_it_is_saved_is_no_such_setting(taught, toy_source, accelerato
 
 
 def test_other_data_need_another_folder(taught, toy_images, accelerator) -> None:
-    from dq.data import load_source
+    from dq.data.load import load_source
 
     images, labels = toy_images["train"]
     data = {**toy_images, "train": (images, labels.roll(1))}
@@ -93,7 +93,7 @@ def test_other_data_need_another_folder(taught, toy_images, accelerator) -> None
 
 
 def test_the_test_split_is_not_touched(taught, toy_images, toy_source, accelerator, tmp_path) -> None:
-    from dq.data import load_source
+    from dq.data.load import load_source
 
     images, labels = toy_images["test"]
     data = {**toy_images, "test": (1 - images, labels.roll(1))}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dq.config.students import ViewConfig
 from dq.core.errors import InputError
-from dq.views import (
+from dq.data.views import (
     GREY,
     LIGHT_VALUES,
     LIGHT_VECTORS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dq.evaluation.whitening import CHUNK, fit_zca
+from dq.data.zca import CHUNK, fit_zca
 
 
 def correlated(n: int, side: int = 4, seed: int = 0) -> torch.Tensor:

@@ -20,10 +20,12 @@ from dq.core.errors import InputError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
-from dq.data import ImageSource, Split, read_images
+from dq.data.images import read_images
+from dq.data.source import ImageSource, Split
+from dq.data.splits import resized, validation_rows
+from dq.data.zca import Zca, fit_zca
 from dq.distilled import DistilledSet
 from dq.evaluation.train import Pixels, normalizer
-from dq.evaluation.whitening import Zca, fit_zca
 from dq.labels import LabelSource
 from dq.spaces import extract_features, open_features
 from dq.teachers import Teacher, load_teachers, pooled_logits
@@ -184,16 +186,6 @@ def _pooled(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.float() / 255, min(POOLED_SIDE, images.shape[-1])).flatten(1)
 
 
-def resized(images: Tensor, side: int, *, bounded: bool = True) -> Tensor:
-    """Images (N, 3, S, S) at `side` px: bicubic, antialiased; the same tensor if they have that size."""
-    if images.shape[-1] == side:
-        return images
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
-    x = x.clamp(0, 1) if bounded else x
-    return (x * 255).round().to(torch.uint8) if images.dtype == torch.uint8 else x
-
-
 def make_bench(
     source: ImageSource,
     source_config: SourceConfig,
@@ -246,18 +238,3 @@ def check_taught(
         raise InputError("students with labels=soft need a teacher; set teachers, or use labels=hard")
     if "patches" in evaluate.baselines and evaluate.students:
         raise InputError("the baseline 'patches' is scored by a teacher; set teachers, or leave it out of baselines")
-
-
-def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:
-    """Rows of a stratified part of train: about `total` images, a fifth of a class at most.
-
-    The same for every evaluation of a data set, so that sets are compared on the same images.
-    """
-    classes = np.unique(labels)
-    chosen = []
-    for label in classes:
-        rows = np.flatnonzero(labels == label)
-        count = min(max(1, round(total / len(classes))), len(rows) // 5)
-        order = torch.randperm(len(rows), generator=generator("validation", int(label)))
-        chosen.append(rows[order[:count].numpy()])
-    return np.sort(np.concatenate(chosen))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dq.config.students import Baseline, EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.files import write_text
-from dq.data import ImageSource
+from dq.data.source import ImageSource
 from dq.distilled import DistilledSet
 from dq.evaluation.scores import DDRanking
 from dq.evaluation.stage import evaluate_records

@@ -21,7 +21,7 @@ from dq.core.files import is_done, read_json, write_json, write_tensors
 from dq.core.processes import shard
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, generator
-from dq.data import ImageSource
+from dq.data.source import ImageSource
 from dq.evaluation.bench import Bench
 from dq.evaluation.teaching import teacher_bench, teacher_recipe
 from dq.evaluation.train import Pixels, accuracy, fit, normalizer

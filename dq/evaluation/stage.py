@@ -20,7 +20,8 @@ from dq.core.errors import InputError
 from dq.core.files import check_name
 from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of_tensors
-from dq.data import ImageSource, load_source
+from dq.data.load import load_source
+from dq.data.source import ImageSource
 from dq.distilled import DistilledSet
 from dq.evaluation.bench import Bench, check_taught, make_bench
 from dq.evaluation.tables import Comparison, Row, compare, tables_text

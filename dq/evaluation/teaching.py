@@ -18,7 +18,7 @@ from dq.core.files import is_done, read_json, write_json, write_tensors
 from dq.core.processes import shard
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of
-from dq.data import ImageSource
+from dq.data.source import ImageSource
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.train import accuracy, fit
 from dq.nets import make_net

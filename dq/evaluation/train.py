@@ -18,10 +18,10 @@ from dq.config.students import Dtype, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
-from dq.evaluation.augment import augment
+from dq.data.augment import augment
+from dq.data.views import Views, apply_views, batches, draw_views, parts
 from dq.labels import LabelSource
 from dq.nets import fast_layout, make_net
-from dq.views import Views, apply_views, batches, draw_views, parts
 
 AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory
 
@@ -74,7 +74,7 @@ def train_student(
         weights: (N,) weight of each image, positive; None for all ones.
         soft_labels: (N, `num_classes`) logits of a teacher for labels "fixed"; a source of label epochs for "soft".
         bounded: float images lie in [0, 1]; False for images of methods that do not keep them there.
-        pixels: what is done to images before a network gets them, see `normalizer` and `dq.evaluation.whitening`.
+        pixels: what is done to images before a network gets them, see `normalizer` and `dq.data.zca`.
         seed: of this student.
         device: where all of it happens; everything is copied there once.
         on_epoch: called with the number of epochs done and the mean training loss of the last one.

@@ -28,8 +28,9 @@ from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError
 from dq.core.files import atomic_path
 from dq.core.seeds import generator
-from dq.data import ImageSource, Split, read_images
-from dq.grid import image_grid
+from dq.data.grid import image_grid
+from dq.data.images import read_images
+from dq.data.source import ImageSource, Split
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.teachers import Teacher, load_teacher
 

@@ -17,7 +17,7 @@ from dq.config.reader import to_dict
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, write_json
 from dq.core.seeds import digest_of_tensors, generator
-from dq.grid import image_grid
+from dq.data.grid import image_grid
 from dq.latents import LatentCache
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class

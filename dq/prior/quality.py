@@ -22,7 +22,8 @@ from dq.config.prior import PriorReportConfig
 from dq.config.schema import GenerateConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.data import ImageSource, Split, read_images
+from dq.data.images import read_images
+from dq.data.source import ImageSource, Split
 from dq.evaluation.bench import Bench
 from dq.prior.sample import Draw, stored_samples
 from dq.sampling import choose_scheduler

@@ -21,7 +21,8 @@ from dq.core.errors import InputError
 from dq.core.figures import embed, html_table, save_image
 from dq.core.files import write_json, write_text
 from dq.core.processes import shard
-from dq.data import ImageSource, read_images
+from dq.data.images import read_images
+from dq.data.source import ImageSource
 from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.tables import to_csv
 from dq.prior.card import QUALITY, check_card, protocol_text, quality_table, write_card

@@ -11,7 +11,7 @@ from torch import Tensor
 from dq.config.refinement import FADRM
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
-from dq.data import ImageSource
+from dq.data.source import ImageSource
 from dq.foreign import read_set
 from dq.patches import patch_images
 from dq.refine.measure import total_variation

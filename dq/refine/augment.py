@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dq.config.refinement import RefineConfig
 from dq.core.seeds import derive_seed
-from dq.views import draw_crops, resize_matrix
+from dq.data.views import draw_crops, resize_matrix
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dq.config.prior import PriorConfig
 from dq.config.reader import from_dict
 from dq.core.files import read_json, read_tensors
 from dq.core.processes import make_accelerator
-from dq.data import load_source
+from dq.data.load import load_source
 from dq.prior import train_codec, train_denoiser
 
 folder = Path(sys.argv[1])

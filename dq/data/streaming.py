@@ -29,18 +29,9 @@ from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of
 from dq.core.text import first_line
-from dq.data import (
-    UNOPENED,
-    ImageSource,
-    Split,
-    check_files,
-    check_splits,
-    checked_source,
-    choose_column,
-    number_labels,
-    opening,
-)
-from dq.images import IMAGE_SUFFIXES
+from dq.data.hf_datasets import UNOPENED, check_files, check_splits, choose_column, opening
+from dq.data.images import IMAGE_SUFFIXES
+from dq.data.source import ImageSource, Split, checked_source, number_labels
 
 TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once
 LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused

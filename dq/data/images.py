@@ -2,19 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import threading
 import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from dq.core.errors import InputError
+from dq.data.source import Preprocess, Split
 
-Preprocess = Literal["squash", "crop", "pad"]
+
+@contextlib.contextmanager
+def _opened(split: Split, row: int) -> Iterator[Image.Image]:
+    """The image of a row. Raises `InputError` that names it if it cannot be read."""
+    raw = None
+    try:
+        raw = split.read(row)
+        yield open_image(raw)
+    except UNDECODABLE as e:
+        if isinstance(e, InputError):
+            raise
+        where = str(raw) if isinstance(raw, Path) else split.where(row)
+        raise InputError(
+            f"the image in {where} cannot be read ({type(e).__name__}: {str(e)[:120]}); "
+            "replace it, or set it aside with --set source.on_bad_image=skip"
+        ) from e
+
+
+def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.ndarray:
+    """Row `row` as a (3, size, size) uint8 array. Raises `InputError` that names the row if it cannot be read."""
+    with _opened(split, row) as image:
+        image.load()
+        array = np.asarray(to_square(to_rgb(image), size, preprocess))
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def read_images(
+    split: Split,
+    rows: Sequence[int] | np.ndarray,
+    size: int,
+    preprocess: Preprocess,
+    *,
+    on_bad: Literal["raise", "skip"] = "raise",
+    threads: int = 2,
+) -> tuple[Tensor, list[int], list[str]]:
+    """Read many rows: images (n, 3, size, size) uint8, the rows that were read, and one sentence per bad image."""
+
+    def one(row: int) -> np.ndarray | InputError:
+        try:
+            return read_image(split, int(row), size, preprocess)
+        except InputError as e:
+            return e
+
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(one, rows))
+    problems = [r for r in results if isinstance(r, InputError)]
+    if problems and on_bad == "raise":
+        raise problems[0]
+    good = [(int(row), r) for row, r in zip(rows, results) if not isinstance(r, InputError)]
+    stack = np.stack([a for _, a in good]) if good else np.zeros((0, 3, size, size), np.uint8)
+    return torch.from_numpy(stack), [row for row, _ in good], [str(p) for p in problems]
+
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # Pillow knows many more, some through parsers that hardly anybody tests, and EPS through Ghostscript
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

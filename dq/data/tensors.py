@@ -1,0 +1,63 @@
+"""Sources over tensors in memory, and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq.core.errors import InputError
+from dq.data.source import ImageSource, Split, checked_source, name_test_split
+
+
+def _digits() -> ImageSource:
+    """scikit-learn's 1,797 handwritten digits, 8x8, inside the package; a fixed stratified 75:25 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=digits.target)
+    splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    return from_tensors(splits, class_names=[str(i) for i in range(10)], origin="sklearn:digits")
+
+
+def from_tensors(
+    source: tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]],
+    *,
+    class_names: Sequence[str] | None = None,
+    origin: str = "tensors",
+) -> ImageSource:
+    """A source over tensors in memory; see `load_source`."""
+    pairs = source if isinstance(source, dict) else {"train": source}
+    if "train" not in pairs:
+        raise InputError(f"tensors need a 'train' split, not only {', '.join(pairs)}")
+    h = hashlib.blake2b(digest_size=8)
+    splits = {}
+    for name, (images, labels) in pairs.items():
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or labels.shape != images.shape[:1]:
+            raise InputError(
+                f"split {name!r} needs images (n, 1 or 3, H, W) and labels (n,), "
+                f"not {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
+        if labels.dtype.is_floating_point or not len(images):
+            raise InputError(f"split {name!r} needs at least one image and whole-number labels, not {labels.dtype}")
+        if images.dtype != torch.uint8:
+            if not images.dtype.is_floating_point:
+                raise InputError(f"images of split {name!r} must be uint8 or float in [0, 1], not {images.dtype}")
+            if not torch.isfinite(images).all() or images.min() < 0 or images.max() > 1:
+                raise InputError(f"float images of split {name!r} must be finite and lie in [0, 1]")
+            images = (images * 255).round().to(torch.uint8)
+        array = images.cpu().numpy()
+        splits[name] = Split(labels.cpu().numpy().astype(np.int64), array.__getitem__, name)
+        h.update(str(array.shape).encode())
+        h.update(np.ascontiguousarray(array).tobytes())
+        h.update(splits[name].labels.tobytes())
+    highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
+    names = tuple(map(str, class_names)) if class_names is not None else tuple(str(i) for i in range(highest))
+    return checked_source(splits, names, h, origin, "train", name_test_split(splits, None, origin))
