@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from dq.config.refinement import FADRM
 from dq.config.teachers import TeacherConfig
-from dq.nets import make_net
+from dq.networks.teacher import IMAGENET, Teacher
+from dq.networks.teacher_loading import load_teacher
+from dq.networks.zoo import make_net
 from dq.refine import fadrm
 from dq.refine.augment import draw_view
 from dq.refine.pixels import make_critics
-from dq.teachers import IMAGENET, Teacher, load_teacher
 
 
 class Hook:

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.data.images import read_images
 from dq.data.load import load_source
-from dq.evaluation.train import fit, normalizer
 from dq.labels import make_plan, read_labels, write_manifest, write_shard
-from dq.nets import make_net
-from dq.teachers import Teacher
+from dq.networks.teacher import Teacher
+from dq.networks.training import fit, normalizer
+from dq.networks.zoo import make_net
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VIEWS = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5)

@@ -186,13 +186,13 @@ def _work(args: argparse.Namespace, config: RunConfig, source: Any, accelerator:
         _report_prior(config, source, accelerator)
         return
     if args.verb == "train-teachers":
-        from dq.evaluation.teaching import train_teachers
+        from dq.networks.train_teachers import train_teachers
 
         for folder in train_teachers(config, source, accelerator=accelerator):
             print(folder)
         return
     if args.verb == "train-pool":
-        from dq.evaluation.pooling import train_pool
+        from dq.networks.train_pool import train_pool
 
         print(train_pool(config, source, accelerator=accelerator))
         return

@@ -21,8 +21,8 @@ from dq.config.refinement import FADRM
 from dq.config.schema import RunConfig
 from dq.core.text import format_bytes
 from dq.core.trackers import TRACKERS, is_installed
+from dq.networks.teacher_loading import POOL, PRETRAINED
 from dq.refine.chain import stages_of
-from dq.teachers import POOL, PRETRAINED
 
 LEAST_FREE = 1 << 30  # bytes of disk below which a run is likely to stop half-way
 PACKAGES = (

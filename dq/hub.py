@@ -168,8 +168,9 @@ def push_model(
 
     Args, Returns, Raises: see `push_folder`.
     """
-    from dq.card import pipeline_card, teacher_card
+    from dq.card import pipeline_card
     from dq.core.cards import public
+    from dq.networks.card import teacher_card
 
     options = from_dict(HubConfig, settings, "hub")
     if not isinstance(model, (str, Path)):

@@ -26,7 +26,7 @@ from dq.core.files import is_done, open_tensors, read_json, write_json, write_te
 from dq.core.memory import in_pieces
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, seeded
 from dq.data.views import Views, apply_views, batches, draw_views, parts
-from dq.teachers import Teacher, average_logits
+from dq.networks.teacher import Teacher, average_logits
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 4 << 20  # several epochs of a small set share a file of about this size ...

@@ -41,12 +41,13 @@ from dq.core.seeds import digest_of
 from dq.distilled import DistilledSet, has_set, write_set
 from dq.draw import drawn_folders, generate
 from dq.latents import LatentCache, encode_source, open_cache
+from dq.networks.teacher import pooled_logits
+from dq.networks.teacher_loading import load_teachers
 from dq.quantize import cluster, load_prototypes, prototype_folder
 from dq.refine import chain
 from dq.refine.stage import refine as refine_drawn
 from dq.runfolder import SPEED, Run, class_file, copies_of
 from dq.spaces import known_features
-from dq.teachers import load_teachers, pooled_logits
 
 log = logging.getLogger("dq")
 

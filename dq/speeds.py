@@ -269,8 +269,9 @@ def _clustering(
 
 def _teachers(config: RunConfig, source: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
     """The forward pass of all teachers, and a step of every stage of refinement."""
+    from dq.networks.teacher import pooled_logits
+    from dq.networks.teacher_loading import load_teachers
     from dq.refine.chain import asked_settings, planned, stages_of
-    from dq.teachers import load_teachers, pooled_logits
 
     checked = functools.partial(
         load_teachers, source_config=config.source, image_size=config.image_size, device=device
@@ -322,9 +323,9 @@ def _refining(stage: Any, teachers: Sequence[Any], batch: int, side: int, device
 
 def _students(config: RunConfig, source: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
     """An image forward and backward, and an image tested, for every student."""
-    from dq.evaluation.train import accuracy, fit, normalizer
     from dq.evaluation.trainings import students_of
-    from dq.nets import make_net
+    from dq.networks.training import accuracy, fit, normalizer
+    from dq.networks.zoo import make_net
 
     side, classes = config.image_size, len(source.class_names)
     students = students_of(config.evaluate, [str(max(config.ipc))], classes, side)

@@ -21,7 +21,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.progress import progress
 from dq.data.images import read_images
 from dq.data.load import load_source
-from dq.teachers import load_teacher
+from dq.networks.teacher_loading import load_teacher
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from dq.data import augment as aug
 from dq.data.coresets import random_rows
 from dq.data.views import draw_views
 from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference
-from dq.evaluation.train import (
+from dq.evaluation.train import train_student
+from dq.labels import EpochLabels, LabelPlan
+from dq.networks.training import (
     Fitted,
     accuracy,
     fit,
@@ -27,10 +29,8 @@ from dq.evaluation.train import (
     looks_at,
     make_optimizer,
     normalizer,
-    train_student,
 )
-from dq.labels import EpochLabels, LabelPlan
-from dq.nets import make_net
+from dq.networks.zoo import make_net
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 PIXELS = normalizer(MEAN, STD)

@@ -28,9 +28,10 @@ from dq.data.load import load_source
 from dq.data.splits import resized
 from dq.distilled import DistilledSet
 from dq.evaluation.ddr import LEARNING_RATES, _best_rates, _last, evaluate_ddr
-from dq.evaluation.train import normalizer, train_student
+from dq.evaluation.train import train_student
 from dq.foreign import bare_set, read_set
-from dq.nets import make_net
+from dq.networks.training import normalizer
+from dq.networks.zoo import make_net
 from dq.options import build_parser, resolve
 
 ROOT = Path(__file__).parents[1]

@@ -352,7 +352,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, toy_images, accelerator) -
     from dq.config.students import EvaluateConfig
     from dq.config.teachers import TrainTeachersConfig
     from dq.data.load import load_source
-    from dq.evaluation.teaching import train_teachers
+    from dq.networks.train_teachers import train_teachers
 
     folder = tmp_path_factory.mktemp("teaching")
     source = load_source(toy_images, class_names=["| <script>", "yes", "#1: a"])
@@ -381,7 +381,7 @@ def test_teachers_go_there_and_come_back(hub: Hub, home: Path, teacher: Path) ->
     assert "seed 0" in body
     assert "&#124; &#60;script&#62;, yes, &#35;1: a" in body
     from dq.config.teachers import TeacherConfig
-    from dq.teachers import load_teacher
+    from dq.networks.teacher_loading import load_teacher
 
     told = load_teacher(TeacherConfig(net="convnet3", path=str(home / "teachers" / "net")), 3, 8)
     assert told.digest == load_teacher(TeacherConfig(net="convnet3", path=str(teacher)), 3, 8).digest

@@ -23,8 +23,7 @@ from dq.core.files import read_json, write_json
 from dq.data.views import Views, apply_views, batches, parts
 from dq.distilled import DistilledSet
 from dq.evaluation import trainings as stage
-from dq.evaluation.bench import Bench
-from dq.evaluation.train import normalizer, train_student
+from dq.evaluation.train import train_student
 from dq.foreign import bare_set
 from dq.labels import (
     MANIFEST,
@@ -43,7 +42,9 @@ from dq.labels import (
     write_manifest,
     write_shard,
 )
-from dq.teachers import Teacher
+from dq.networks.real_data import RealData
+from dq.networks.teacher import Teacher
+from dq.networks.training import normalizer
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 VIEWS = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5, mix="cutmix")
@@ -588,9 +589,9 @@ def alone() -> SimpleNamespace:
 
 
 @pytest.fixture
-def bench(toy_source, tmp_path) -> Bench:
+def bench(toy_source, tmp_path) -> RealData:
     teachers = (make_teacher(classes=3),)
-    return Bench(
+    return RealData(
         toy_source,
         SourceConfig(),
         8,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq.core.errors import InputError
-from dq.nets import fast_layout, make_net
+from dq.networks.zoo import fast_layout, make_net
 
 
 def images(n: int, side: int) -> torch.Tensor:
@@ -354,7 +354,7 @@ def test_light_networks_keep_the_resolution_of_small_images_in_the_stem(name, ma
 
 
 def test_a_shuffle_unit_interleaves_its_halves():
-    from dq.torchvision_nets import ShuffleUnit
+    from dq.networks.torchvision_like import ShuffleUnit
 
     unit = ShuffleUnit(4, 4, 1, nn.BatchNorm2d).eval()
     x = images(1, 5)[:, [0, 1, 2, 0]]

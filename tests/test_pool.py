@@ -18,12 +18,14 @@ from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConf
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data.load import load_source
-from dq.evaluation.pooling import prune, train_pool
 from dq.labels import mean_logits
-from dq.nets import make_net
-from dq.pool import TeacherPool, reestimate_bn, resize_to
+from dq.networks.pool import TeacherPool, reestimate_bn, resize_to
+from dq.networks.prune_channels import prune
+from dq.networks.teacher import average_logits, pooled_logits
+from dq.networks.teacher_loading import load_teacher, load_teachers
+from dq.networks.train_pool import train_pool
+from dq.networks.zoo import make_net
 from dq.refine.statistics import StatMatcher, trace_layers
-from dq.teachers import average_logits, load_teacher, load_teachers, pooled_logits
 
 NAMES = ("a", "b", "c", "d")
 

@@ -18,7 +18,9 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json
 from dq.core.seeds import generator
-from dq.nets import make_net
+from dq.networks.teacher import Teacher
+from dq.networks.teacher_loading import load_teacher
+from dq.networks.zoo import make_net
 from dq.prior import train_codec
 from dq.prior.codec import (
     CodecLoss,
@@ -30,7 +32,6 @@ from dq.prior.codec import (
     ssim,
     stage_features,
 )
-from dq.teachers import Teacher, load_teacher
 
 X = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))

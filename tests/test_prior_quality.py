@@ -20,7 +20,7 @@ from dq.cli import main
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import generator
-from dq.nets import make_net
+from dq.networks.zoo import make_net
 from dq.pipeline import DistillPipeline
 from dq.prior.card import MARKER, write_card
 from dq.prior.curves import loss_figure, read_curves

@@ -7,7 +7,7 @@ import pytest
 from dq.config.protocols import FOLDER, protocols, student_config
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
-from dq.nets import make_net
+from dq.networks.zoo import make_net
 
 # classes, side in px
 DATA = {

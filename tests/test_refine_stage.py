@@ -35,7 +35,7 @@ def bn_teacher(images: torch.Tensor, labels: torch.Tensor, folder: Path, name: s
     """A teacher with batch norm that tells the toy classes apart."""
     from safetensors.torch import save_file
 
-    from dq.nets import make_net
+    from dq.networks.zoo import make_net
 
     net = make_net("convnet3-bn", 3, 8, seed=seed)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
@@ -276,8 +276,8 @@ def test_settings_reach_the_stage(world, teachers, tmp_path, capsys):  # noqa: F
 
 
 def test_each_image_has_its_own_weight_in_the_statistics(world, teachers, tmp_path):  # noqa: F811
+    from dq.networks.teacher_loading import load_teacher
     from dq.refine import fadrm
-    from dq.teachers import load_teacher
 
     stage = {**SHORT, "lr": 0.0, "batch_size": 9, "weighted": True}
     assert run(refining(world, tmp_path, teachers, [stage])) == 0

@@ -30,9 +30,9 @@ from dq.data.load import load_source
 from dq.data.source import Split
 from dq.distilled import DistilledSet
 from dq.foreign import read_set
-from dq.nets import tensors_only
+from dq.networks.external import tensors_only
+from dq.networks.teacher_loading import load_teacher
 from dq.pipeline import DistillPipeline
-from dq.teachers import load_teacher
 
 
 class Trace:

@@ -20,8 +20,8 @@ from dq.data.source import ImageSource
 from dq.data.tensors import from_tensors
 from dq.distilled import DistilledSet
 from dq.evaluation.selection import BASELINES, nearest_rows, select
-from dq.patches import best_crops, crop_boxes, mosaics, patch_images, rank_order
-from dq.teachers import Teacher
+from dq.networks.patches import best_crops, crop_boxes, mosaics, patch_images, rank_order
+from dq.networks.teacher import Teacher
 
 ONE = np.zeros(5, np.int64)
 LINE = torch.tensor([[0.0], [1.0], [2.0], [3.0], [14.0]])  # mean 4
@@ -232,7 +232,7 @@ def test_patches_come_easiest_first(factor: int) -> None:
 def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, monkeypatch) -> None:
     options = {"image_size": 8, "source_config": SourceConfig(), "factor": factor, "pool": 8}
     one = patch_images(toy_source, 1, teacher=conv_teacher(64), **options)
-    monkeypatch.setattr("dq.patches.CHUNK_BYTES", 1)
+    monkeypatch.setattr("dq.networks.patches.CHUNK_BYTES", 1)
     two = patch_images(toy_source, 1, teacher=conv_teacher(3), **options)
     assert torch.equal(one.images, two.images)
     assert one.rows.tolist() == two.rows.tolist()

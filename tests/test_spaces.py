@@ -173,7 +173,7 @@ def write_teacher(file: Path, x: Tensor, y: Tensor, *, classes: int = 3, seed: i
     """A ConvNet that knows its training images, for pixels of mean and std 0.5."""
     from safetensors.torch import save_file
 
-    from dq.nets import make_net
+    from dq.networks.zoo import make_net
 
     net = make_net("convnet3", classes, x.shape[-1], seed=seed)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
@@ -296,7 +296,7 @@ def test_features_are_computed_once_and_after_a_kill_only_what_is_missing(
 def test_features_are_the_teachers_of_the_images_in_their_rows(
     tmp_path: Path, toy_source, toy_images, accelerator, teacher: Path
 ) -> None:
-    from dq.teachers import load_teacher
+    from dq.networks.teacher_loading import load_teacher
 
     run = clustered(make_run(tmp_path, toy_source, accelerator, teacher, overrides("features")))
     net = load_teacher(run.config.teachers[0], 3, 8)
@@ -312,13 +312,13 @@ def test_features_are_the_teachers_of_the_images_in_their_rows(
 def test_evaluation_reads_the_features_that_a_run_was_clustered_by(
     tmp_path: Path, toy_source, toy_images, accelerator, teacher: Path
 ) -> None:
-    from dq.evaluation.bench import make_bench
-    from dq.teachers import load_teacher
+    from dq.networks.real_data import load_real_data
+    from dq.networks.teacher_loading import load_teacher
 
     run = clustered(make_run(tmp_path, toy_source, accelerator, teacher, overrides("features")))
     before = shards(tmp_path)
     c = run.config
-    bench = make_bench(
+    bench = load_real_data(
         toy_source,
         c.source,
         c.evaluate,

@@ -14,16 +14,10 @@ from dq.config.schema import SourceConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.data.load import load_source
-from dq.nets import make_net
-from dq.teachers import (
-    IMAGENET,
-    check_teacher,
-    class_order,
-    load_teacher,
-    load_teachers,
-    reordered_accuracy,
-    teacher_file,
-)
+from dq.networks.teacher import IMAGENET
+from dq.networks.teacher_check import check_teacher, class_order, reordered_accuracy
+from dq.networks.teacher_loading import load_teacher, load_teachers, teacher_file
+from dq.networks.zoo import make_net
 
 ORDER = (2, 0, 3, 1)  # output of the permuted teacher for each class
 

@@ -14,8 +14,9 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data.splits import validation_rows
 from dq.evaluation import train
-from dq.evaluation.teaching import train_teachers
-from dq.teachers import check_teacher, load_teacher
+from dq.networks.teacher_check import check_teacher
+from dq.networks.teacher_loading import load_teacher
+from dq.networks.train_teachers import train_teachers
 
 
 def config(folder: Path, **changes) -> RunConfig:
@@ -67,7 +68,7 @@ def test_it_loads_with_its_own_normalisation(taught, toy_source, toy_images) -> 
 def test_a_second_call_does_nothing(taught, toy_source, accelerator, monkeypatch) -> None:
     files = sorted((taught / "teachers").rglob("*.*"))
     before = [(f, f.stat().st_mtime_ns) for f in files]
-    monkeypatch.setattr("dq.evaluation.teaching.fit", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr("dq.networks.train_teachers.fit", lambda *args, **options: pytest.fail("trained again"))
     assert train_teachers(config(taught), toy_source, accelerator=accelerator) == [taught / "teachers" / "convnet3"]
     assert [(f, f.stat().st_mtime_ns) for f in sorted((taught / "teachers").rglob("*.*"))] == before
 

@@ -37,7 +37,7 @@ def make_world(root: Path) -> Path:
 
 
 def _taught(name: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    from dq.nets import make_net
+    from dq.networks.zoo import make_net
 
     net = make_net(name, 3, 8, seed=0)
     y = torch.tensor([2, 1, 0])[y]

@@ -23,8 +23,8 @@ from dq.data.coresets import _centred_classes, herding_rows, k_center_rows, rand
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.distilled import DistilledSet
-from dq.patches import Rank, patch_images
-from dq.teachers import Teacher
+from dq.networks.patches import Rank, patch_images
+from dq.networks.teacher import Teacher
 
 log = logging.getLogger("dq")
 

@@ -23,7 +23,6 @@ from dq.core.seeds import digest_of_tensors
 from dq.data.load import load_source
 from dq.data.source import ImageSource
 from dq.distilled import DistilledSet
-from dq.evaluation.bench import Bench, check_taught, make_bench
 from dq.evaluation.tables import Comparison, Row, compare, tables_text
 from dq.evaluation.trainings import (
     Entry,
@@ -37,10 +36,11 @@ from dq.evaluation.trainings import (
     write_tables,
 )
 from dq.foreign import check_classes
+from dq.networks.real_data import RealData, check_taught, load_real_data
+from dq.networks.teacher_loading import teacher_file
 from dq.refine.chain import labelled, planned
 from dq.run import load_set
 from dq.runfolder import Run
-from dq.teachers import teacher_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,12 +70,12 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
         _ = source.test
 
 
-def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Bench, Work]:
+def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], RealData, Work]:
     """The trainings of a run: all its sets and, with `baselines`, what they are compared with."""
     c = run.config
     ipcs = [str(i) for i in c.ipc] + ["full"] * ("full" in c.evaluate.baselines)
     students = students_of(c.evaluate, ipcs, len(run.source.class_names), c.image_size)
-    bench = make_bench(
+    bench = load_real_data(
         run.source,
         c.source,
         c.evaluate,
@@ -166,7 +166,7 @@ def evaluate_records(
     per_class = sorted({*ipcs, *(s.ipc for s in sets.values())})
     keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
     students = students_of(config, keys, len(source.class_names), side)
-    bench = make_bench(
+    bench = load_real_data(
         source,
         source_config,
         config,

@@ -28,7 +28,6 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.core.text import format_bytes
 from dq.core.trackers import report, training_numbers
 from dq.distilled import DistilledSet
-from dq.evaluation.bench import Bench, Data
 from dq.evaluation.selection import BY_FEATURES, select
 from dq.evaluation.tables import Row, compare, settings_line, summarize, to_csv
 from dq.evaluation.train import train_student
@@ -45,7 +44,8 @@ from dq.labels import (
     write_manifest,
     write_shard,
 )
-from dq.nets import make_net
+from dq.networks.real_data import Data, RealData
+from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -116,7 +116,7 @@ def students_of(
     return found
 
 
-def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
+def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
     """Selection baselines and the full data. Each selected set is saved once.
 
     Args:
@@ -147,7 +147,7 @@ def baseline_entries(bench: Bench, evaluate: EvaluateConfig, work: Work, sizes: 
     return entries
 
 
-def _selected(bench: Bench, work: Work, name: str, ipc: int, seed: int, factor: int, identity: str) -> DistilledSet:
+def _selected(bench: RealData, work: Work, name: str, ipc: int, seed: int, factor: int, identity: str) -> DistilledSet:
     folder = _baseline_folder(work, name, ipc, seed, identity)
     try:
         return DistilledSet.load(folder, "set")
@@ -175,7 +175,7 @@ def _baseline_folder(work: Work, name: str, ipc: int, seed: int, identity: str) 
     return work.folder / "baselines" / f"ipc{ipc}-{name}-seed{seed}-{identity}"
 
 
-def _full(bench: Bench) -> DistilledSet:
+def _full(bench: RealData) -> DistilledSet:
     images, labels = bench.read(bench.source.train, bench.candidates)
     return bare_set(images, labels, bench.source.class_names, origin="all of train")
 
@@ -183,7 +183,7 @@ def _full(bench: Bench) -> DistilledSet:
 def trainings_of(
     entries: Sequence[Entry],
     students: dict[tuple[int, str], StudentConfig],
-    bench: Bench,
+    bench: RealData,
     evaluate: EvaluateConfig,
     work: Work,
 ) -> list[Training]:
@@ -209,13 +209,15 @@ def trainings_of(
 # --- labels of views ----------------------------------------------------------------------------------------------
 
 
-def label_folder(work: Work, t: Training, bench: Bench) -> Path:
+def label_folder(work: Work, t: Training, bench: RealData) -> Path:
     """Where the epoch labels of a training are; trainings that differ in nothing that labels depend on share them."""
     name = f"ipc{t.entry.ipc}-{t.entry.name}" + (f"-seed{t.entry.seeds[0]}" if t.entry.name == "random" else "")
     return work.folder / "labels" / f"{name}-{_blind_plan(t, bench).digest}"
 
 
-def write_labels(trainings: Sequence[Training], bench: Bench, work: Work, finished: Sequence[Training] = ()) -> None:
+def write_labels(
+    trainings: Sequence[Training], bench: RealData, work: Work, finished: Sequence[Training] = ()
+) -> None:
     """Label every view of every entry that some student learns from with stored labels; files that are there stay.
 
     Of `finished` trainings, only damaged files are made anew: what somebody deleted is not missed any more. The files
@@ -269,7 +271,7 @@ def _stores_labels(t: Training) -> bool:
     return t.config.labels == "soft" and t.config.relabel.storage == "shards" and t.entry.ipc != "full"
 
 
-def _blind_plan(t: Training, bench: Bench) -> LabelPlan:
+def _blind_plan(t: Training, bench: RealData) -> LabelPlan:
     """The plan of a training's labels before its images are loaded."""
     return plan_labels(
         t.entry.images, bench.image_size, bench.teachers, bench.classes, t.config, image_digest=t.entry.identity
@@ -294,7 +296,7 @@ def _check_space(work: Work, total: int, sets: int) -> None:
 
 
 def train_one(
-    t: Training, bench: Bench, work: Work, on_epoch: Callable[[int, float], None] | None = None
+    t: Training, bench: RealData, work: Work, on_epoch: Callable[[int, float], None] | None = None
 ) -> dict[str, Any]:
     """Train and test one student; returns a plain record with all that is needed to do it again."""
     s = t.entry.load()
@@ -361,7 +363,7 @@ def _checkpoint(t: Training) -> Path:
     return t.file.with_suffix(".checkpoint.safetensors")
 
 
-def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[Any, int]:
+def _label_source(t: Training, data: Data, bench: RealData, work: Work) -> tuple[Any, int]:
     if t.config.relabel.storage == "online" or t.entry.ipc == "full":
         plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
         return online_labels(data.images.to(bench.device), bench.teachers, plan), 0
@@ -369,7 +371,7 @@ def _label_source(t: Training, data: Data, bench: Bench, work: Work) -> tuple[An
     return read_labels(folder, data.images), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-def train_all(trainings: Sequence[Training], bench: Bench, work: Work) -> list[dict[str, Any]]:
+def train_all(trainings: Sequence[Training], bench: RealData, work: Work) -> list[dict[str, Any]]:
     """Do all trainings, one file each, divided over processes; returns their records in order."""
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not is_done(t.file)}
     selections = [e for e in needed.values() if e.ipc != "full"]

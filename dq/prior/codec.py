@@ -31,8 +31,9 @@ from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
+from dq.networks.teacher import Teacher
+from dq.networks.teacher_loading import load_teacher
 from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
-from dq.teachers import Teacher, load_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

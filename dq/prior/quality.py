@@ -24,10 +24,10 @@ from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
-from dq.evaluation.bench import Bench
+from dq.networks.real_data import RealData
+from dq.networks.teacher import pooled_logits
 from dq.prior.sample import Draw, stored_samples
 from dq.sampling import choose_scheduler
-from dq.teachers import pooled_logits
 
 if TYPE_CHECKING:
     from dq.pipeline import DistillPipeline
@@ -217,7 +217,7 @@ def sample_counts(source: ImageSource, per_class: int) -> np.ndarray:
 
 def plan_draw(
     pipe: DistillPipeline,
-    bench: Bench,
+    bench: RealData,
     config: PriorReportConfig,
     generate: GenerateConfig,
     *,
@@ -258,7 +258,7 @@ def plan_draw(
 
 
 def measure_prior(
-    draw: Draw, bench: Bench, config: PriorReportConfig, *, resolution: int, folder: Path
+    draw: Draw, bench: RealData, config: PriorReportConfig, *, resolution: int, folder: Path
 ) -> PriorQuality:
     """Measure samples of a prior against real test images, beside what real images and the codec reach.
 
@@ -344,7 +344,7 @@ def _record(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in full.items()}
 
 
-def _facts(draw: Draw, bench: Bench, config: PriorReportConfig, train: Sequence[int]) -> dict[str, Any]:
+def _facts(draw: Draw, bench: RealData, config: PriorReportConfig, train: Sequence[int]) -> dict[str, Any]:
     import diffusers
 
     import dq
@@ -377,7 +377,7 @@ def _rows(split: Split, counts: Sequence[int], seed: int) -> list[int]:
     return chosen
 
 
-def _read(bench: Bench, split: Split, rows: Sequence[int], side: int) -> Tensor:
+def _read(bench: RealData, split: Split, rows: Sequence[int], side: int) -> Tensor:
     images, _, bad = read_images(split, rows, side, bench.source_config.preprocess, on_bad="skip")
     if bad:
         what = bad[0].partition(";")[0]

@@ -23,8 +23,8 @@ from dq.core.files import write_json, write_text
 from dq.core.processes import shard
 from dq.data.images import read_images
 from dq.data.source import ImageSource
-from dq.evaluation.bench import Bench, make_bench
 from dq.evaluation.tables import to_csv
+from dq.networks.real_data import RealData, load_real_data
 from dq.prior.card import QUALITY, check_card, protocol_text, quality_table, write_card
 from dq.prior.curves import draw_curves
 from dq.prior.quality import PriorQuality, measure_prior, plan_draw
@@ -78,7 +78,7 @@ def report_prior(
     settings, resolution = config.prior_report, config.codec.resolution
     pipe.to(run.device)
     pipe.set_progress_bar_config(disable=True)
-    bench = make_bench(
+    bench = load_real_data(
         source,
         config.source,
         EvaluateConfig(baselines=()),
@@ -102,7 +102,7 @@ def report_prior(
     return quality.records if quality else []
 
 
-def _write(config: RunConfig, bench: Bench, quality: PriorQuality, digest: str) -> None:
+def _write(config: RunConfig, bench: RealData, quality: PriorQuality, digest: str) -> None:
     folder, prior, settings = Path(config.output_dir), Path(str(config.generate.model)), config.prior_report
     how = {
         "prior": digest,
@@ -126,7 +126,7 @@ def _wants_card(settings: PriorReportConfig) -> bool:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def _write_page(config: RunConfig, bench: Bench, quality: PriorQuality) -> None:
+def _write_page(config: RunConfig, bench: RealData, quality: PriorQuality) -> None:
     folder, shown = Path(config.output_dir), config.prior_report.shown
     figures = folder / "figures"
     body = ["<h1>Quality of a prior</h1>", html_table(*quality_table(quality.records))]
@@ -160,7 +160,7 @@ def _by_class(images: Tensor, labels: Tensor, columns: int) -> list[list[Tensor]
     return [list(row) for row in rows[:MAX_CLASSES]]
 
 
-def _pairs(bench: Bench, quality: PriorQuality, g: float, columns: int) -> list[list[Tensor]]:
+def _pairs(bench: RealData, quality: PriorQuality, g: float, columns: int) -> list[list[Tensor]]:
     """Rows of samples and train images in turn, by distance."""
     order = quality.distances[g].argsort(stable=True)[: NEAREST_ROWS * columns]
     rows = quality.closest[g][order].tolist()

@@ -13,9 +13,9 @@ from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.source import ImageSource
 from dq.foreign import read_set
-from dq.patches import patch_images
+from dq.networks.patches import patch_images
+from dq.networks.teacher import Teacher
 from dq.refine.measure import total_variation
-from dq.teachers import Teacher
 
 PATCH_POOL = 300  # images of a class whose crops are scored (RDED)
 

@@ -20,10 +20,10 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_json, read_tensors
 from dq.core.seeds import digest_of
+from dq.networks.teacher_loading import POOL, PRETRAINED, teacher_file
 from dq.refine import fadrm, teddy
 from dq.refine.batches import compose_batches
 from dq.runfolder import Run
-from dq.teachers import POOL, PRETRAINED, teacher_file
 
 log = logging.getLogger("dq")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from dq.config.reader import unknown_key
 from dq.config.refinement import FADRM
 from dq.core.errors import InputError
+from dq.networks.teacher import Teacher
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, make_critics, optimise
-from dq.teachers import Teacher
 
 # Released recipes. `one` and `plus` change a preset for FADRM and FADRM+. CIFAR-10 has no recipe of its own: it takes
 # CIFAR-100's with a batch of its ten classes.

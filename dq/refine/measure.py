@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.teachers import Teacher
+from dq.networks.teacher import Teacher
 
 
 def measure(

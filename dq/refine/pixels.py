@@ -16,9 +16,9 @@ from torch import Tensor
 from dq.codec import DTYPES
 from dq.config.refinement import RefineConfig
 from dq.core.errors import InputError, RunError
+from dq.networks.teacher import Teacher, evaluation_mode, head_inputs
 from dq.refine.augment import draw_view, look
 from dq.refine.statistics import Layer, StatMatcher, layer_weights, trace_layers
-from dq.teachers import Teacher, evaluation_mode, head_inputs
 
 log = logging.getLogger("dq")
 

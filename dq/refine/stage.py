@@ -32,6 +32,9 @@ from dq.core.files import (
 )
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
+from dq.networks.features import extract_features, open_features
+from dq.networks.teacher import Teacher
+from dq.networks.teacher_loading import load_teachers
 from dq.refine import anchors, fadrm, teddy
 from dq.refine.batches import compose_batches
 from dq.refine.chain import INDEX, Stage, asked, batch_file, files_of, planned, stage_settings, stages_of
@@ -39,8 +42,6 @@ from dq.refine.measure import measure, sentence, summarize
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, calibrate, make_critics
 from dq.refine.statistics import pad_drop
 from dq.runfolder import Run, class_file
-from dq.spaces import extract_features, open_features
-from dq.teachers import Teacher, load_teachers
 
 log = logging.getLogger("dq")
 

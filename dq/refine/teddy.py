@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dq.config.refinement import Teddy
-from dq.pool import member_of_step
+from dq.networks.pool import member_of_step
+from dq.networks.teacher import Teacher, pooled_logits
 from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, evaluating, make_critics, optimise
 from dq.refine.statistics import StatMatcher
-from dq.teachers import Teacher, pooled_logits
 
 
 def schedule_of(config: Teddy, *, side: int) -> Schedule:

@@ -19,10 +19,10 @@ from dq.core.processes import shard
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of
 from dq.data.source import ImageSource
-from dq.evaluation.bench import Bench, make_bench
-from dq.evaluation.train import accuracy, fit
-from dq.nets import make_net
-from dq.teachers import TEACHER_FACTS
+from dq.networks.real_data import RealData, load_real_data
+from dq.networks.teacher import TEACHER_FACTS
+from dq.networks.training import accuracy, fit
+from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,9 +47,9 @@ def teacher_recipe(t: TrainTeachersConfig) -> StudentConfig:
     )
 
 
-def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig, device: torch.device) -> Bench:
+def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig, device: torch.device) -> RealData:
     """The real images that teachers are trained and measured on: validation images set aside, no baselines."""
-    return make_bench(
+    return load_real_data(
         source,
         config.source,
         EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),

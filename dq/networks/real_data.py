@@ -25,10 +25,11 @@ from dq.data.source import ImageSource, Split
 from dq.data.splits import resized, validation_rows
 from dq.data.zca import Zca, fit_zca
 from dq.distilled import DistilledSet
-from dq.evaluation.train import Pixels, normalizer
 from dq.labels import LabelSource
-from dq.spaces import extract_features, open_features
-from dq.teachers import Teacher, load_teachers, pooled_logits
+from dq.networks.features import extract_features, open_features
+from dq.networks.teacher import Teacher, pooled_logits
+from dq.networks.teacher_loading import load_teachers
+from dq.networks.training import Pixels, normalizer
 
 log = logging.getLogger("dq")
 
@@ -49,7 +50,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Bench:
+class RealData:
     """Real data at the students' size, and what is derived from it once."""
 
     source: ImageSource
@@ -186,7 +187,7 @@ def _pooled(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.float() / 255, min(POOLED_SIDE, images.shape[-1])).flatten(1)
 
 
-def make_bench(
+def load_real_data(
     source: ImageSource,
     source_config: SourceConfig,
     evaluate: EvaluateConfig,
@@ -196,14 +197,14 @@ def make_bench(
     cache_dir: Path,
     teachers: Sequence[TeacherConfig],
     device: torch.device,
-) -> Bench:
+) -> RealData:
     """Set validation images aside, load and check the teachers, measure channel statistics."""
     rows = np.array([], np.int64)
     if any(s.tests > 1 and s.select == "validation" for s in students):
         rows = validation_rows(source.train.labels, evaluate.validation_images)
     check_taught(evaluate, students, teachers)
     loaded = load_teachers(teachers, source, source_config, image_size, device) if teachers else ()
-    bench = Bench(
+    bench = RealData(
         source=source,
         source_config=source_config,
         image_size=image_size,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dq.core.errors import InputError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
-from dq.nets import fast_layout, make_net
-from dq.teachers import Teacher, pooled_logits
+from dq.networks.teacher import Teacher, pooled_logits
+from dq.networks.zoo import fast_layout, make_net
 
 MANIFEST = "pool.json"
 

@@ -16,7 +16,7 @@ from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource
-from dq.teachers import Teacher
+from dq.networks.teacher import Teacher
 
 Rank = Literal["easy", "medium"]
 CHUNK_BYTES = 1 << 27  # of float crops held at once; a matter of memory, not of results

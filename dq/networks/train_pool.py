@@ -22,18 +22,18 @@ from dq.core.processes import shard
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, generator
 from dq.data.source import ImageSource
-from dq.evaluation.bench import Bench
-from dq.evaluation.teaching import teacher_bench, teacher_recipe
-from dq.evaluation.train import Pixels, accuracy, fit, normalizer
-from dq.nets import make_net
-from dq.pool import MANIFEST, reestimate_bn
-from dq.teachers import load_teacher
+from dq.networks.pool import MANIFEST, reestimate_bn
+from dq.networks.prune_channels import prune
+from dq.networks.real_data import RealData
+from dq.networks.teacher_loading import load_teacher
+from dq.networks.train_teachers import teacher_bench, teacher_recipe
+from dq.networks.training import Pixels, accuracy, fit, normalizer
+from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger("dq")
-
 BATCH = 500  # images at once where statistics are estimated
 
 
@@ -109,7 +109,7 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
 
 
 def _checkpoints(
-    config: RunConfig, bench: Bench, folder: Path, recipe: StudentConfig, accelerator: Accelerator
+    config: RunConfig, bench: RealData, folder: Path, recipe: StudentConfig, accelerator: Accelerator
 ) -> list[str]:
     """Prior generation, by the main process: one training is one unit of work."""
     p, t = config.train_pool, config.train_teachers
@@ -162,7 +162,7 @@ def _show(bar: Any, epoch: int, loss: float) -> None:
 
 
 def _pruned(
-    config: RunConfig, bench: Bench, folder: Path, recipe: StudentConfig, accelerator: Accelerator
+    config: RunConfig, bench: RealData, folder: Path, recipe: StudentConfig, accelerator: Accelerator
 ) -> tuple[list[str], tuple[tuple[float, ...], tuple[float, ...]]]:
     """Post generation: copies are units of work."""
     p, t = config.train_pool, config.train_teachers
@@ -205,7 +205,7 @@ def _pruned(
     return names, (base.mean, base.std)
 
 
-def _train_images(bench: Bench) -> tuple[Tensor, Tensor]:
+def _train_images(bench: RealData) -> tuple[Tensor, Tensor]:
     images, labels = bench.read(bench.source.train, bench.candidates)
     return images.to(bench.device), labels.to(bench.device)
 
@@ -214,7 +214,7 @@ def _keep(
     net: nn.Module,
     name: str,
     folder: Path,
-    bench: Bench,
+    bench: RealData,
     pixels: Pixels,
     images: Tensor | None,
     config: RunConfig,
@@ -239,56 +239,3 @@ def _sample(images: Tensor, pixels: Pixels, number: int) -> Iterator[Tensor]:
     rows = torch.randperm(len(images), generator=generator("pool statistics"))[:number]
     for part in rows.tensor_split(-(-len(rows) // BATCH)):  # nearly equal, since all count alike
         yield pixels(images[part.to(images.device)])
-
-
-def prune(net: nn.Module, image_size: int, ratio: float, criterion: str, *, seed: int) -> nn.Module:
-    """A copy of a network without this share of its channels, structurally pruned group by group (DepGraph, Fang et
-    al. 2023, by the torch-pruning library).
-
-    The channels of the classifier's output stay. Of a network whose shortcuts pad channels with zeros only the inner
-    channels of its blocks are pruned, since no group of channels runs through such a shortcut.
-
-    Args:
-        criterion: "magnitude" takes the channels with the least norm of weights, "random" any.
-        seed: of the random criterion.
-
-    Raises:
-        InputError: if torch-pruning is not installed, or cannot prune the network.
-    """
-    try:
-        import torch_pruning as tp
-    except ImportError as e:
-        raise InputError(
-            "generation=post needs torch-pruning, which is not installed; pip install 'dq-distill[pruning]', "
-            "or set train_pool.generation=prior"
-        ) from e
-    from dq.core.seeds import seeded
-    from dq.nets import ShortcutA
-
-    device = next(net.parameters()).device
-    copied = copy.deepcopy(net).eval().requires_grad_(True)
-    heads = [m for m in copied.modules() if isinstance(m, nn.Linear)]
-    ignored: list[nn.Module] = [heads[-1]] if heads else []
-    if any(isinstance(m, ShortcutA) for m in copied.modules()):
-        ignored += [
-            m for n, m in copied.named_modules() if isinstance(m, nn.Conv2d) and (n == "conv1" or n.endswith("conv2"))
-        ]
-    importance = (
-        tp.importance.MagnitudeImportance(p=2) if criterion == "magnitude" else tp.importance.RandomImportance()
-    )
-    example = torch.zeros(1, 3, image_size, image_size, device=device)
-    try:
-        with seeded(seed):
-            pruner = tp.pruner.BasePruner(
-                copied, example, importance=importance, pruning_ratio=ratio, ignored_layers=ignored
-            )
-            pruner.step()
-        with torch.no_grad():
-            copied(example)
-    except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, ValueError) as e:
-        said = " ".join(str(e).split())[:120]
-        raise InputError(
-            f"torch-pruning cannot prune this {type(net).__name__} ({type(e).__name__}: {said}); choose another "
-            "train_pool.base, or train_pool.generation=prior"
-        ) from e
-    return copied

@@ -1,19 +1,16 @@
-"""Teachers: trained classifiers that label images, and the check that they know this data's classes."""
+"""Teachers from local files, transformers, timm, torchvision, and pools."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,138 +20,16 @@ from dq.config.students import is_library_net
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json
-from dq.core.memory import in_pieces
-from dq.core.seeds import digest_of, digest_of_tensors, generator, seeded
-from dq.data.images import read_images
+from dq.core.seeds import digest_of, digest_of_tensors, seeded
 from dq.data.source import ImageSource
-from dq.nets import fast_layout, library_net, library_of, make_net
+from dq.networks.external import library_net, library_of
+from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, _head
+from dq.networks.teacher_check import _check_classes, check_teacher
+from dq.networks.zoo import fast_layout, make_net
 
 log = logging.getLogger("dq")
-
-TEACHER_FACTS = "teacher.json"  # beside the weights: network and normalisation, as `dq train-teachers` writes it
 POOL = "pool"  # as teacher.net: the teachers of the pool in teacher.path
 PRETRAINED = "pretrained"  # as teacher.path: the weights that timm or torchvision publishes
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std by channel, of pixels in [0, 1]
-IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A trained classifier with the way in which it wants its images."""
-
-    net: nn.Module
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    batch_size: int
-    digest: str  # of network, weights, normalisation, classes and side
-    name: str  # for tables
-    classes: tuple[int, ...] | None = None  # output of the network for each class; None: all, in order
-    image_size: int | None = None  # side in px at which the network sees the images; None: as they are
-    weight: float = 1.0  # of its logits in the mean of several teachers
-    matched: bool = True  # False: it labels, and refinement does not match it
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """`differentiable` without recording gradients."""
-        return self.differentiable(x)
-
-    def differentiable(self, x: Tensor) -> Tensor:
-        """Logits (B, C) float32 of float pixels (B, 3, S, S) in [0, 1], both on the teacher's device.
-
-        The network is left in the mode it is in, training or evaluation; gradients reach x and no weight.
-        """
-        if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
-            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        x = (x - x.new_tensor(self.mean).view(1, -1, 1, 1)) / x.new_tensor(self.std).view(1, -1, 1, 1)
-        logits = self.net(x).float()
-        return logits if self.classes is None else logits[:, torch.tensor(self.classes, device=logits.device)]
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits (N, C) float32 on the CPU of images (N, 3, H, W), uint8 or float in [0, 1], in evaluation mode."""
-        with evaluation_mode(self.net):
-            return self._look(images, lambda x: self(x).cpu())
-
-    def features(self, images: Tensor) -> Tensor:
-        """What the last linear layer sees of images (N, 3, H, W), in evaluation mode: (N, D) float32 on the CPU. For
-        a network without a linear layer, what its last convolution sees."""
-        with evaluation_mode(self.net), head_inputs(self.net) as seen:
-
-            def look(x: Tensor) -> Tensor:
-                seen.clear()
-                self(x)
-                return seen[-1].flatten(1).float().cpu()
-
-            return self._look(images, look)
-
-    def _look(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `look` gives for all images, in batches that fit."""
-
-        def one(x: Tensor) -> Tensor:
-            return in_pieces("teacher", len(x), lambda s: look(x[s]))
-
-        return torch.cat([one(x) for x in self._batches(images)])
-
-    def _batches(self, images: Tensor) -> Iterator[Tensor]:
-        device = next(self.net.parameters()).device
-        for batch in images.split(self.batch_size):
-            yield batch.to(device).float() / (255 if batch.dtype == torch.uint8 else 1)
-
-
-def pooled_logits(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
-    """`average_logits` of `Teacher.logits`: (N, C) float32 on the CPU."""
-    return average_logits([t.logits(images) for t in teachers], [t.weight for t in teachers])
-
-
-def average_logits(logits: Sequence[Tensor], weights: Sequence[float], *, probabilities: bool = False) -> Tensor:
-    """Weighted mean of several teachers' logits (N, C), as EDC and CV-DD average; or the log of the weighted mean of
-    their probabilities."""
-    if len(logits) == 1:
-        return logits[0]
-    shares = [w / sum(weights) for w in weights]
-    if probabilities:
-        logs = [F.log_softmax(x, 1) + math.log(s) for x, s in zip(logits, shares)]
-        return torch.logsumexp(torch.stack(logs), 0)
-    total = logits[0] * shares[0]
-    for x, share in zip(logits[1:], shares[1:]):
-        total = total + x * share
-    return total
-
-
-@contextlib.contextmanager
-def head_inputs(net: nn.Module, *, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """A list to which every forward pass within the block adds what the last linear layer sees; stays empty if it is
-    not `wanted`."""
-    seen: list[Tensor] = []
-    if not wanted:
-        yield seen
-        return
-    hook = _head(net)[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, and every module back in its own mode after it."""
-    training = [m for m in net.modules() if m.training]
-    net.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-def _head(net: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the last linear layer, or of the last convolution if there is none."""
-    for kind in (nn.Linear, nn.Conv2d):
-        found = [(name, m) for name, m in net.named_modules() if isinstance(m, kind)]
-        if found:
-            return found[-1]
-    raise InputError(f"{type(net).__name__} has neither a linear layer nor a convolution; choose another network")
 
 
 def load_teacher(
@@ -235,7 +110,7 @@ def load_teachers(
 
 
 def _load_pool(config: TeacherConfig, source: ImageSource, image_size: int, device: torch.device) -> list[Teacher]:
-    from dq.pool import TeacherPool  # which is made of teachers
+    from dq.networks.pool import TeacherPool
 
     pool = TeacherPool.load(config.path, batch_size=config.batch_size, device=device)
     made_for = (tuple(pool.facts["classes"]), pool.facts["image_size"])
@@ -445,85 +320,3 @@ def _count_outputs(config: TeacherConfig, net: nn.Module, side: int) -> int:
             f"the teacher {config.net} {config.path} cannot see images of {side} px ({said}); "
             "set teachers.N.image_size to the side it was trained at"
         ) from e
-
-
-def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> None:
-    chosen = config.classes
-    if chosen is None:
-        if outputs != num_classes:
-            raise InputError(
-                f"the teacher {config.path} has {outputs} outputs but the data has {num_classes} classes; "
-                "set teachers.N.classes to the outputs that are these classes, in order"
-            )
-        return
-    if len(chosen) != num_classes or len(set(chosen)) != num_classes:
-        raise InputError(
-            f"teachers.N.classes lists {len(set(chosen))} different outputs in {len(chosen)} entries but the data has "
-            f"{num_classes} classes; list one output for each class, in order"
-        )
-    strange = next((c for c in chosen if not 0 <= c < outputs), None)
-    if strange is not None:
-        raise InputError(
-            f"teachers.N.classes lists output {strange} but those of {config.path} are 0 to {outputs - 1}; "
-            "list one of them for each class, in order"
-        )
-
-
-def check_teacher(
-    teacher: Teacher, source: ImageSource, config: TeacherConfig, source_config: SourceConfig, image_size: int
-) -> float:
-    """Accuracy of the teacher on real train images; stops near chance, where the class order is the usual cause.
-
-    A teacher has usually seen them, so this says nothing of its quality; but it shows that classes and normalisation
-    fit, and leaves the test images alone.
-
-    Raises:
-        InputError: if the accuracy is less than a tenth of the way from chance to 1, or within three standard errors.
-            If another order of its outputs would explain the images, the message says which.
-    """
-    train = source.train
-    g = generator("teacher check")
-    rows = torch.randperm(len(train), generator=g)[: config.check_images].tolist()
-    images, rows, _ = read_images(train, rows, image_size, source_config.preprocess, on_bad=source_config.on_bad_image)
-    if not rows:
-        raise InputError(f"none of the train images of {source.origin} that were tried can be read; replace them")
-    labels = torch.from_numpy(train.labels[rows])
-    predicted = teacher.logits(images).argmax(1)
-    accuracy = float((predicted == labels).double().mean())
-    num_classes = len(source.class_names)
-    chance = 1 / num_classes
-    floor = max(chance + 0.1 * (1 - chance), chance + 3 * (chance * (1 - chance) / len(rows)) ** 0.5)
-    if accuracy >= floor:
-        return accuracy
-    said = (
-        f"the teacher {config.path} gets {accuracy:.1%} of {len(rows)} real train images right, near the chance of "
-        f"{chance:.1%}: its class order or input normalisation is probably not that of {source.origin}"
-    )
-    reordered = reordered_accuracy(predicted, labels, num_classes)
-    if reordered >= max(0.5, 3 * accuracy):
-        order = class_order(predicted, labels, num_classes)
-        classes = [teacher.classes[c] if teacher.classes else c for c in order]
-        said += (
-            f"; its outputs look permuted: with class order {classes} it would get {reordered:.1%}; "
-            f"set teachers.N.classes={classes}"
-        )
-    raise InputError(said)
-
-
-def class_order(predicted: Tensor, labels: Tensor, num_classes: int) -> list[int]:
-    """The output for each class, all different, that makes the most of the predictions (n,) right."""
-    from scipy.optimize import linear_sum_assignment
-
-    # rows: classes, columns: outputs
-    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
-    return linear_sum_assignment(confusion.numpy(), maximize=True)[1].tolist()
-
-
-def reordered_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Accuracy under `class_order`, each half of the predictions judged by the order of the other half: with few
-    images of many classes, an order made from the same images would make any guesses look right."""
-    hits = 0
-    for fit, judge in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
-        order = torch.tensor(class_order(predicted[fit], labels[fit], num_classes))
-        hits += int((order[labels[judge]] == predicted[judge]).sum())
-    return hits / len(labels)

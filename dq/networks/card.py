@@ -1,0 +1,37 @@
+"""The card of a teacher."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from dq.card import ANY_REPO, _union
+from dq.core.cards import UNKNOWN, _template, is_hub_id, license_head, merge_card, public, split_card
+
+
+def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
+    """The README of a teacher, from the facts that `dq train-teachers` wrote beside its weights."""
+    kept, _ = split_card(old)
+    facts = public(facts)
+    origin = str((facts.get("source") or {}).get("origin", UNKNOWN))
+    head: dict[str, Any] = {
+        **license_head(license, kept),
+        "library_name": "dq",
+        "pipeline_tag": "image-classification",
+        "tags": _union(kept.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
+    }
+    if is_hub_id(origin) or "datasets" in kept:
+        head["datasets"] = _union(kept.get("datasets"), [origin] if is_hub_id(origin) else [])
+    accuracy, images = facts.get("validation_accuracy"), int(facts.get("validation_images") or 0)
+    error = math.sqrt(accuracy * (1 - accuracy) / images) if accuracy is not None and images else None
+    body = _template("teacher_card.md").render(
+        facts=facts,
+        origin=origin,
+        repo_id=repo_id,
+        name=repo_id.rpartition("/")[2],
+        accuracy=None if accuracy is None else f"{100 * accuracy:.1f}",
+        error=None if error is None else f"{100 * error:.1f}",
+        wordnet=all(re.fullmatch(r"n\d{8}", str(n)) for n in facts.get("classes", [""])),
+    )
+    return merge_card(old, head, body)

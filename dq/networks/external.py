@@ -1,0 +1,105 @@
+"""Networks of timm and torchvision."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+
+from torch import nn
+
+from dq.config.students import LIBRARIES
+from dq.core.errors import InputError
+
+FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load obeys it whatever its caller says
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def library_of(name: str) -> tuple[ModuleType, str]:
+    """The module that builds timm:NAME or torchvision:NAME, and NAME.
+
+    Raises:
+        InputError: if the library is not installed, or knows no classifier of that name.
+    """
+    prefix, _, inner = name.partition(":")
+    try:
+        library = importlib.import_module(LIBRARIES[prefix])
+    except ImportError as e:
+        raise InputError(
+            f"network {name!r} needs {prefix}, which is not installed; pip install 'dq-distill[vision]'"
+        ) from e
+    # torchvision.models also lists detectors and video networks, in modules of their own
+    known = library.list_models() if prefix == "timm" else library.list_models(module=library)
+    if not (library.is_model(inner) if prefix == "timm" else inner in known):
+        near = _nearest(inner, known)
+        raise InputError(
+            f"{prefix} has no classifier called {inner!r}{near}; list them with {LIBRARIES[prefix]}.list_models()"
+        )
+    return library, inner
+
+
+def library_net(name: str, num_classes: int | None, image_size: int, *, pretrained: bool = False) -> nn.Module:
+    """Build timm:NAME or torchvision:NAME, with the library's own published weights if `pretrained`.
+
+    timm takes safetensors where they are published; the files of torchvision are those of torch.save, and are opened
+    by a reader that knows tensors only and runs no code.
+
+    Args:
+        num_classes: length of the output; None: as published.
+        image_size: side of the images in px, for networks that are built for one side.
+
+    Raises:
+        InputError: if the library, the network or its published weights cannot be had, or not for this side.
+    """
+    library, inner = library_of(name)
+    options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+    if name.startswith("timm:"):
+        options["pretrained"] = pretrained
+        if pretrained and not library.is_model_pretrained(inner):
+            raise InputError(f"timm has no published weights of {inner!r}; set teachers.N.path to a safetensors file")
+        if not pretrained and library.get_pretrained_cfg(inner).fixed_input_size:
+            options["img_size"] = image_size
+    else:
+        options["weights"] = library.get_model_weights(inner).DEFAULT if pretrained else None
+        if inner.startswith("vit_") and not pretrained:
+            options["image_size"] = image_size
+        if inner.startswith("maxvit_") and not pretrained:
+            options["input_size"] = (image_size, image_size)
+        if inner in ("googlenet", "inception_v3") and not pretrained:
+            # their auxiliary classifiers would make a tuple of the output in training mode
+            options |= {"aux_logits": False, "init_weights": True}
+    try:
+        with tensors_only():
+            return (library.create_model if name.startswith("timm:") else library.get_model)(inner, **options)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as e:
+        said = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+        if pretrained:
+            raise InputError(
+                f"the published weights of {name!r} cannot be had ({said}); "
+                "download them elsewhere and set teachers.N.path to a safetensors file"
+            ) from e
+        raise InputError(
+            f"network {name!r} cannot be built for {image_size} px images ({said}); choose another"
+        ) from e
+
+
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """Within the block no `torch.load` of any library unpickles more than tensors."""
+    before = os.environ.get(FORCED)
+    os.environ[FORCED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FORCED]
+        else:
+            os.environ[FORCED] = before

@@ -1,0 +1,93 @@
+"""The cache of a teacher's features of every train image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dq.config.schema import SourceConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import open_tensors
+from dq.core.seeds import digest_of
+from dq.data.image_cache import ImageCache, fill, write_manifest
+from dq.data.source import ImageSource
+from dq.networks.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class FeatureCache(ImageCache):
+    """A teacher's features (D,) float32 of every train image."""
+
+    name: ClassVar[str] = "features"
+    verb: ClassVar[str] = "cluster"
+
+    def width(self) -> int:
+        """Number of features of an image."""
+        _, part, *_ = self._index[0].tolist()
+        with open_tensors(self.path(part)) as f:
+            return int(f.get_slice(self.name).get_shape()[1])
+
+    def load_rows(self, label: int, rows: Tensor) -> Tensor:
+        """Features (n, D) of one class whose other data belong to the source rows `rows`.
+
+        Raises:
+            RunError: if they are those of other images.
+        """
+        features, own = self.load(label)
+        if not torch.equal(own, rows):
+            raise RunError(
+                f"{self.folder} has features of {len(own)} images that are not the {len(rows)} images of class "
+                f"{label} {self.class_names[label]!r}; delete it and give the same command again"
+            )
+        return features
+
+
+def open_features(
+    cache_dir: str | Path, source: ImageSource, source_config: SourceConfig, image_size: int, teacher_digest: str
+) -> FeatureCache:
+    """The feature cache of this combination of data, teacher, image side in px and preprocessing."""
+    identity = {
+        "data": source.fingerprint,
+        "teacher": teacher_digest,
+        "image_size": image_size,
+        "preprocess": source_config.preprocess,
+        "on_bad_image": source_config.on_bad_image,
+    }
+    key = digest_of(identity)
+    cache = FeatureCache(Path(cache_dir) / f"features-{key}", source.class_names, key, len(source.train))
+    write_manifest(cache.folder, {**identity, "origin": source.origin})
+    return cache
+
+
+def extract_features(
+    source: ImageSource,
+    teacher: Teacher,
+    cache: FeatureCache,
+    source_config: SourceConfig,
+    image_size: int,
+    *,
+    mine: Callable[[list[float]], list[int]] | None = None,
+    main: bool = True,
+) -> None:
+    """Write the features that the cache lacks; see `dq.data.image_cache.fill`.
+
+    Raises:
+        InputError: if the teacher's features are not finite.
+    """
+
+    def compute(images: Tensor, rows: list[int]) -> Tensor:
+        features = teacher.features(images)
+        if not torch.isfinite(features).all():
+            row = rows[int((~torch.isfinite(features).all(1)).nonzero()[0])]
+            raise InputError(
+                f"the teacher {teacher.name} gives NaN or infinite features of {source.train.where(row)}; name "
+                "another teacher"
+            )
+        return features
+
+    fill(cache, source, compute, source_config, side=image_size, batch_size=teacher.batch_size, mine=mine, main=main)

@@ -1,0 +1,138 @@
+"""Teachers: trained classifiers that label images and are matched."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dq.core.errors import InputError
+from dq.core.memory import in_pieces
+
+TEACHER_FACTS = "teacher.json"  # beside the weights: network and normalisation, as `dq train-teachers` writes it
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std by channel, of pixels in [0, 1]
+IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained classifier with the way in which it wants its images."""
+
+    net: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch_size: int
+    digest: str  # of network, weights, normalisation, classes and side
+    name: str  # for tables
+    classes: tuple[int, ...] | None = None  # output of the network for each class; None: all, in order
+    image_size: int | None = None  # side in px at which the network sees the images; None: as they are
+    weight: float = 1.0  # of its logits in the mean of several teachers
+    matched: bool = True  # False: it labels, and refinement does not match it
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """`differentiable` without recording gradients."""
+        return self.differentiable(x)
+
+    def differentiable(self, x: Tensor) -> Tensor:
+        """Logits (B, C) float32 of float pixels (B, 3, S, S) in [0, 1], both on the teacher's device.
+
+        The network is left in the mode it is in, training or evaluation; gradients reach x and no weight.
+        """
+        if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+        x = (x - x.new_tensor(self.mean).view(1, -1, 1, 1)) / x.new_tensor(self.std).view(1, -1, 1, 1)
+        logits = self.net(x).float()
+        return logits if self.classes is None else logits[:, torch.tensor(self.classes, device=logits.device)]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (N, C) float32 on the CPU of images (N, 3, H, W), uint8 or float in [0, 1], in evaluation mode."""
+        with evaluation_mode(self.net):
+            return self._look(images, lambda x: self(x).cpu())
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last linear layer sees of images (N, 3, H, W), in evaluation mode: (N, D) float32 on the CPU. For
+        a network without a linear layer, what its last convolution sees."""
+        with evaluation_mode(self.net), head_inputs(self.net) as seen:
+
+            def look(x: Tensor) -> Tensor:
+                seen.clear()
+                self(x)
+                return seen[-1].flatten(1).float().cpu()
+
+            return self._look(images, look)
+
+    def _look(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `look` gives for all images, in batches that fit."""
+
+        def one(x: Tensor) -> Tensor:
+            return in_pieces("teacher", len(x), lambda s: look(x[s]))
+
+        return torch.cat([one(x) for x in self._batches(images)])
+
+    def _batches(self, images: Tensor) -> Iterator[Tensor]:
+        device = next(self.net.parameters()).device
+        for batch in images.split(self.batch_size):
+            yield batch.to(device).float() / (255 if batch.dtype == torch.uint8 else 1)
+
+
+def pooled_logits(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
+    """`average_logits` of `Teacher.logits`: (N, C) float32 on the CPU."""
+    return average_logits([t.logits(images) for t in teachers], [t.weight for t in teachers])
+
+
+def average_logits(logits: Sequence[Tensor], weights: Sequence[float], *, probabilities: bool = False) -> Tensor:
+    """Weighted mean of several teachers' logits (N, C), as EDC and CV-DD average; or the log of the weighted mean of
+    their probabilities."""
+    if len(logits) == 1:
+        return logits[0]
+    shares = [w / sum(weights) for w in weights]
+    if probabilities:
+        logs = [F.log_softmax(x, 1) + math.log(s) for x, s in zip(logits, shares)]
+        return torch.logsumexp(torch.stack(logs), 0)
+    total = logits[0] * shares[0]
+    for x, share in zip(logits[1:], shares[1:]):
+        total = total + x * share
+    return total
+
+
+@contextlib.contextmanager
+def head_inputs(net: nn.Module, *, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """A list to which every forward pass within the block adds what the last linear layer sees; stays empty if it is
+    not `wanted`."""
+    seen: list[Tensor] = []
+    if not wanted:
+        yield seen
+        return
+    hook = _head(net)[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def evaluation_mode(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, and every module back in its own mode after it."""
+    training = [m for m in net.modules() if m.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _head(net: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the last linear layer, or of the last convolution if there is none."""
+    for kind in (nn.Linear, nn.Conv2d):
+        found = [(name, m) for name, m in net.named_modules() if isinstance(m, kind)]
+        if found:
+            return found[-1]
+    raise InputError(f"{type(net).__name__} has neither a linear layer nor a convolution; choose another network")

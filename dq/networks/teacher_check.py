@@ -1,0 +1,96 @@
+"""The check that a teacher knows the classes of the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dq.config.schema import SourceConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError
+from dq.core.seeds import generator
+from dq.data.images import read_images
+from dq.data.source import ImageSource
+from dq.networks.teacher import Teacher
+
+
+def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> None:
+    chosen = config.classes
+    if chosen is None:
+        if outputs != num_classes:
+            raise InputError(
+                f"the teacher {config.path} has {outputs} outputs but the data has {num_classes} classes; "
+                "set teachers.N.classes to the outputs that are these classes, in order"
+            )
+        return
+    if len(chosen) != num_classes or len(set(chosen)) != num_classes:
+        raise InputError(
+            f"teachers.N.classes lists {len(set(chosen))} different outputs in {len(chosen)} entries but the data has "
+            f"{num_classes} classes; list one output for each class, in order"
+        )
+    strange = next((c for c in chosen if not 0 <= c < outputs), None)
+    if strange is not None:
+        raise InputError(
+            f"teachers.N.classes lists output {strange} but those of {config.path} are 0 to {outputs - 1}; "
+            "list one of them for each class, in order"
+        )
+
+
+def check_teacher(
+    teacher: Teacher, source: ImageSource, config: TeacherConfig, source_config: SourceConfig, image_size: int
+) -> float:
+    """Accuracy of the teacher on real train images; stops near chance, where the class order is the usual cause.
+
+    A teacher has usually seen them, so this says nothing of its quality; but it shows that classes and normalisation
+    fit, and leaves the test images alone.
+
+    Raises:
+        InputError: if the accuracy is less than a tenth of the way from chance to 1, or within three standard errors.
+            If another order of its outputs would explain the images, the message says which.
+    """
+    train = source.train
+    g = generator("teacher check")
+    rows = torch.randperm(len(train), generator=g)[: config.check_images].tolist()
+    images, rows, _ = read_images(train, rows, image_size, source_config.preprocess, on_bad=source_config.on_bad_image)
+    if not rows:
+        raise InputError(f"none of the train images of {source.origin} that were tried can be read; replace them")
+    labels = torch.from_numpy(train.labels[rows])
+    predicted = teacher.logits(images).argmax(1)
+    accuracy = float((predicted == labels).double().mean())
+    num_classes = len(source.class_names)
+    chance = 1 / num_classes
+    floor = max(chance + 0.1 * (1 - chance), chance + 3 * (chance * (1 - chance) / len(rows)) ** 0.5)
+    if accuracy >= floor:
+        return accuracy
+    said = (
+        f"the teacher {config.path} gets {accuracy:.1%} of {len(rows)} real train images right, near the chance of "
+        f"{chance:.1%}: its class order or input normalisation is probably not that of {source.origin}"
+    )
+    reordered = reordered_accuracy(predicted, labels, num_classes)
+    if reordered >= max(0.5, 3 * accuracy):
+        order = class_order(predicted, labels, num_classes)
+        classes = [teacher.classes[c] if teacher.classes else c for c in order]
+        said += (
+            f"; its outputs look permuted: with class order {classes} it would get {reordered:.1%}; "
+            f"set teachers.N.classes={classes}"
+        )
+    raise InputError(said)
+
+
+def class_order(predicted: Tensor, labels: Tensor, num_classes: int) -> list[int]:
+    """The output for each class, all different, that makes the most of the predictions (n,) right."""
+    from scipy.optimize import linear_sum_assignment
+
+    # rows: classes, columns: outputs
+    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
+    return linear_sum_assignment(confusion.numpy(), maximize=True)[1].tolist()
+
+
+def reordered_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
+    """Accuracy under `class_order`, each half of the predictions judged by the order of the other half: with few
+    images of many classes, an order made from the same images would make any guesses look right."""
+    hits = 0
+    for fit, judge in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        order = torch.tensor(class_order(predicted[fit], labels[fit], num_classes))
+        hits += int((order[labels[judge]] == predicted[judge]).sum())
+    return hits / len(labels)

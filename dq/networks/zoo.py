@@ -1,0 +1,110 @@
+"""The networks that learn from a distilled set (students) or label it (teachers), behind one door: `make_net`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dq.config.students import LIBRARIES
+from dq.core.errors import InputError
+from dq.core.seeds import seeded
+from dq.networks.classic import (
+    VGG11,
+    AlexNet,
+    BasicBlock,
+    Bottleneck,
+    CifarResNet,
+    ConvNet,
+    MakeNorm,
+    Norm,
+    PooledBlock,
+    ResNet,
+    instance_norm,
+)
+from dq.networks.external import _nearest, library_net
+from dq.networks.torchvision_like import DenseNet121, MobileNetV2, ShuffleNetV2
+
+NORMS: dict[Norm, MakeNorm] = {"instance": instance_norm, "batch": nn.BatchNorm2d}
+SUFFIXES: dict[str, Norm] = {"in": "instance", "bn": "batch"}
+
+
+class Recipe(NamedTuple):
+    norm: Norm | None  # the usual one; None: the network has none
+    smallest: int  # side in px; the last norm needs maps of 2x2, for over one pixel instance norm is constant
+    build: Callable[[int, int, MakeNorm], nn.Module]  # (classes, side in px, norm)
+
+
+RECIPES: dict[str, Recipe] = {
+    **{f"convnet{depth}": Recipe("instance", 2**depth, partial(ConvNet, depth)) for depth in (3, 4, 5, 6)},
+    # a quarter of the width and about five times the speed, for comparisons of many sets on a CPU
+    "convnet3w32": Recipe("instance", 8, partial(ConvNet, 3, width=32)),
+    "resnet20": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(3, classes, norm)),
+    "resnet56": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(9, classes, norm)),
+    "resnet18": Recipe("batch", 9, partial(ResNet, BasicBlock, (2, 2, 2, 2))),
+    "resnet50": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 6, 3))),
+    "resnet101": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 23, 3))),
+    # the ResNet18BN_AP of the dataset condensation code, whose classifier sees the whole last map
+    "resnet18ap": Recipe("batch", 16, partial(ResNet, PooledBlock, (2, 2, 2, 2), keep_map=True)),
+    "resnetap10": Recipe("instance", 16, partial(ResNet, PooledBlock, (1, 1, 1, 1))),
+    "alexnet": Recipe(None, 8, lambda classes, side, norm: AlexNet(classes, side)),
+    "vgg11": Recipe("instance", 32, VGG11),
+    "mobilenetv2": Recipe("batch", 17, MobileNetV2),
+    "shufflenetv2": Recipe("batch", 9, partial(ShuffleNetV2, (116, 232, 464))),
+    "shufflenetv2x05": Recipe("batch", 9, partial(ShuffleNetV2, (48, 96, 192))),
+    "densenet121": Recipe("batch", 16, DenseNet121),
+}
+
+
+def fast_layout(net: nn.Module) -> torch.memory_format:
+    """The layout of weights and activations in which `net` trains fastest: channels last, save with group norm, which
+    is slow in that layout. Measured on a CPU; activations take the layout of the first weights."""
+    grouped = any(isinstance(m, nn.GroupNorm) for m in net.modules())
+    return torch.contiguous_format if grouped else torch.channels_last
+
+
+def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None = None, seed: int) -> nn.Module:
+    """Build a network for (B, 3, `image_size`, `image_size`) images with freshly drawn weights, on the CPU.
+
+    Args:
+        name: one of `RECIPES`, or timm:NAME or torchvision:NAME for a classifier of those libraries. With "-bn" or
+            "-in" behind a name of `RECIPES`, batch norm or instance norm takes the place of the usual one (instance
+            norm for ConvNets, VGG-11 and ResNetAP-10, batch norm for the other ResNets; AlexNet has no norm).
+        num_classes: length of the output.
+        image_size: side of the images in px; classifiers and stems depend on it.
+        norm: the same choice as the ending of `name`, for callers that have it as a value.
+        seed: of the weights. The global random state is neither read nor changed.
+
+    Raises:
+        InputError: if the name is unknown, its library is not installed, or the images are too small for the depth.
+    """
+    if is_library_net(name):
+        if norm is not None:
+            raise InputError(f"network {name!r} comes with its own norm; leave norm={norm!r} out")
+        with seeded(seed):
+            return library_net(name, num_classes, image_size)
+    base, _, suffix = name.partition("-")
+    if base not in RECIPES or (suffix and suffix not in SUFFIXES):
+        known = ", ".join([*RECIPES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
+        raise InputError(
+            f"no network is called {name!r}{_nearest(name, RECIPES)}; choose among {known}, "
+            "the ones without a colon also with -bn or -in for another norm"
+        )
+    recipe = RECIPES[base]
+    if norm is not None and norm not in NORMS:
+        raise InputError(f"norm must be 'instance' or 'batch', not {norm!r}")
+    if suffix and norm not in (None, SUFFIXES[suffix]):
+        raise InputError(f"network {name!r} asks for {SUFFIXES[suffix]} norm but norm={norm!r}; give only one of them")
+    if recipe.norm is None and (suffix or norm):
+        raise InputError(f"network {base!r} has no norm that could be chosen; call it plain {base!r}")
+    if image_size < recipe.smallest:
+        raise InputError(
+            f"network {name!r} needs images of at least {recipe.smallest} px, not {image_size}; "
+            "choose a shallower network or raise source.image_size"
+        )
+    kind = norm or (SUFFIXES[suffix] if suffix else recipe.norm) or "batch"
+    with seeded(seed):
+        return recipe.build(num_classes, image_size, NORMS[kind])
