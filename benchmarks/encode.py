@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from dq.codec import encode_latents, load_codec, to_signed
 from dq.config.schema import CodecConfig, SourceConfig
 from dq.data.images import read_images
 from dq.data.load import load_source
 from dq.data.source import ImageSource, Split
-from dq.latents import encode_source, open_cache
+from dq.diffusion.codec import encode_latents, load_codec, to_signed
+from dq.diffusion.latents import encode_source, open_cache
 
 
 def main() -> None:

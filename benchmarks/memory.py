@@ -26,7 +26,7 @@ def child(classes: int) -> None:
     from dq.cluster import kmeans
     from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
     from dq.data.source import ImageSource, Split
-    from dq.latents import encode_source, open_cache
+    from dq.diffusion.latents import encode_source, open_cache
 
     labels = np.repeat(np.arange(classes), 1000)
 

@@ -31,10 +31,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
-from dq.codec import DTYPES
 from dq.config.schema import GenerateConfig
 from dq.core.seeds import generator
-from dq.pipeline import DistillPipeline
+from dq.diffusion.codec import DTYPES
+from dq.diffusion.generator import DistillPipeline
 
 STOCK_NULL = 1000
 GUIDANCE = 4.0

@@ -58,7 +58,7 @@ def walk(folder: Path) -> None:
     from dq.cluster import kmeans
     from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
     from dq.data.load import load_source
-    from dq.latents import encode_source, open_cache
+    from dq.diffusion.latents import encode_source, open_cache
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

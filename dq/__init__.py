@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "FADRM": "dq.config.refinement",
     "Teddy": "dq.config.refinement",
-    "DistillPipeline": "dq.pipeline",
+    "DistillPipeline": "dq.diffusion.generator",
     "DistilledSet": "dq.distilled",
     "ImageSource": "dq.data.source",
     "InputError": "dq.core.errors",
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from dq.core.errors import InputError, RunError
     from dq.data.load import load_source
     from dq.data.source import ImageSource
+    from dq.diffusion.generator import DistillPipeline
     from dq.distilled import DistilledSet
     from dq.evaluation import evaluate
     from dq.evaluation.selection import select
     from dq.foreign import read_set
     from dq.hub import pull, push_folder, push_model
-    from dq.pipeline import DistillPipeline
     from dq.prototypes import Prototypes, image_weights
 
 

@@ -266,24 +266,3 @@ def _evaluated(row: dict[str, Any]) -> dict[str, str]:
         "last": percent("last"),
         "best": f"{percent('best')} ({row['selected_on']})" if chosen else "",
     }
-
-
-def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
-    """The README of a pipeline's folder: the text that `dq prior-report` wrote there, or what its files say."""
-    from dq.prior.card import MARKER, card_text, model_parts
-
-    kept, _ = split_card(old)
-    local = folder / "README.md"
-    own = own_text(local)
-    if MARKER in own:
-        head, body = split_card(own)
-    elif (folder / "transformer" / "config.json").is_file():
-        head, body = split_card(card_text(folder, licence=license or str(kept.get("license", ""))))
-    else:
-        head = {"library_name": "diffusers", "tags": ["diffusers", "dataset-distillation"]}
-        body = _template("pipeline_card.md").render(parts=model_parts(folder))
-    body = body.replace(MARKER, "").replace(ANY_REPO, repo_id)
-    stated = kept if "license" in kept else head
-    head |= license_head(license, stated)
-    head["tags"] = _union(kept.get("tags"), head.get("tags", []))
-    return merge_card(old, head, body)

@@ -378,8 +378,8 @@ def _print_paths(verb: str, folder: Path) -> None:
 
 def load_pipeline(config: RunConfig) -> Any:
     """The generator of a run with its codec; for `decode`, the codec alone."""
-    from dq.codec import DTYPES, load_codec
-    from dq.pipeline import DistillPipeline
+    from dq.diffusion.codec import DTYPES, load_codec
+    from dq.diffusion.generator import DistillPipeline
 
     c, g = config.codec, config.generate
     if not c.path:
@@ -392,10 +392,10 @@ def load_pipeline(config: RunConfig) -> Any:
 
 def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     """Train a part of the prior, and give the folder it is in."""
-    from dq.codec import load_codec
     from dq.core.processes import shard
     from dq.core.trackers import start_trackers
-    from dq.latents import encode_source, open_cache
+    from dq.diffusion.codec import load_codec
+    from dq.diffusion.latents import encode_source, open_cache
     from dq.prior import train_codec, train_denoiser
 
     start_trackers(accelerator, config, Path(config.prior.output_dir))
@@ -413,7 +413,7 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
 
 def _report_prior(config: RunConfig, source: Any, accelerator: Any) -> None:
     """Measure a prior; without `codec.path`, with the codec that lies in its folder."""
-    from dq.prior.card import markdown_text, quality_table
+    from dq.diffusion.card import markdown_text, quality_table
     from dq.prior.quality_report import report_prior
 
     if not config.codec.path:

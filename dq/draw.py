@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dq.codec import codec_digest
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig
 from dq.core.errors import InputError
@@ -27,13 +26,14 @@ from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
-from dq.latents import LatentCache
+from dq.diffusion.codec import codec_digest
+from dq.diffusion.latents import LatentCache
 from dq.prototypes import Prototypes
 from dq.quantize import load_prototypes, prototype_folder
 from dq.runfolder import SPEED, Run, class_file, copies_of
 
 if TYPE_CHECKING:
-    from dq.pipeline import DistillPipeline
+    from dq.diffusion.generator import DistillPipeline
 
 LONGEST = 32  # images of a unit
 

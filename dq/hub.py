@@ -24,7 +24,7 @@ from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sent
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from dq.pipeline import DistillPipeline
+    from dq.diffusion.generator import DistillPipeline
 
 SHARD = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
 # What a model is made of. Pickles and code are neither sent nor fetched.
@@ -168,8 +168,8 @@ def push_model(
 
     Args, Returns, Raises: see `push_folder`.
     """
-    from dq.card import pipeline_card
     from dq.core.cards import public
+    from dq.diffusion.card import pipeline_card
     from dq.networks.card import teacher_card
 
     options = from_dict(HubConfig, settings, "hub")

@@ -196,7 +196,7 @@ def plan_evaluation(
 
 def plan_prior_report(config: RunConfig, source: Any) -> str:
     """What `prior-report` would do."""
-    from dq.prior.quality import sample_counts
+    from dq.diffusion.prior.metrics import sample_counts
 
     r = config.prior_report
     images = int(sample_counts(source, r.per_class).sum())

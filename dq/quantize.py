@@ -21,7 +21,7 @@ from dq.core.errors import InputError
 from dq.core.files import append_jsonl, is_done, write_json
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
-from dq.latents import LatentCache
+from dq.diffusion.latents import LatentCache
 from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.runfolder import Run, class_file
 from dq.spaces import embed, features_of, prepare_features

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dq.card import write_dataset_card
 from dq.cluster import choose_engine
-from dq.codec import Codec
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig
 from dq.core.errors import InputError
@@ -38,9 +37,10 @@ from dq.core.files import (
 )
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of
+from dq.diffusion.codec import Codec
+from dq.diffusion.latents import LatentCache, encode_source, open_cache
 from dq.distilled import DistilledSet, has_set, write_set
 from dq.draw import drawn_folders, generate
-from dq.latents import LatentCache, encode_source, open_cache
 from dq.networks.teacher import pooled_logits
 from dq.networks.teacher_loading import load_teachers
 from dq.quantize import cluster, load_prototypes, prototype_folder

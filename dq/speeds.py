@@ -144,7 +144,7 @@ def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.devi
     else:
         unknown.append("images are not at hand, so neither reading nor teachers")
     if pipe is not None:
-        from dq.codec import latent_shape
+        from dq.diffusion.codec import latent_shape
 
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
@@ -183,8 +183,8 @@ def _pixels(size: int, side: int) -> torch.Tensor:
 
 
 def _codec(config: RunConfig, pipe: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
-    from dq.codec import decode_latents, encode_latents, latent_shape, to_signed
-    from dq.pipeline import to_unit
+    from dq.diffusion.codec import decode_latents, encode_latents, latent_shape, to_signed
+    from dq.diffusion.generator import to_unit
 
     shape = latent_shape(pipe.vae, config.codec.resolution)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from dq.codec import decode_latents, encode_latents, load_codec, to_signed, to_unit
 from dq.config.teachers import TeacherConfig
 from dq.core.progress import progress
 from dq.data.images import read_images
 from dq.data.load import load_source
+from dq.diffusion.codec import decode_latents, encode_latents, load_codec, to_signed, to_unit
 from dq.networks.teacher_loading import load_teacher
 
 

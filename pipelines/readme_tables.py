@@ -104,7 +104,7 @@ def ablation(*names: str) -> str:
 
 
 def prior_quality(folder: str) -> str:
-    from dq.prior.card import quality_table
+    from dq.diffusion.card import quality_table
 
     records = [
         json.loads(line) for line in (ROOT / "results" / folder / "prior_quality.jsonl").read_text().splitlines()

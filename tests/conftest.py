@@ -110,7 +110,7 @@ def made(toy_source, accelerator, tmp_path_factory):
     """A prior trained without interruption, and what it was made from."""
     from small_prior import CODEC, NAMES, SOURCE, encoded, prior_in
 
-    from dq.codec import load_codec
+    from dq.diffusion.codec import load_codec
     from dq.prior import train_codec, train_denoiser
 
     folder = tmp_path_factory.mktemp("made")

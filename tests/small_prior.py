@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from dq.codec import Codec
 from dq.config.prior import PriorConfig, TrainCodecConfig, TrainDenoiserConfig
 from dq.config.schema import CodecConfig, SourceConfig
 from dq.data.source import ImageSource
-from dq.latents import LatentCache, encode_source, open_cache
+from dq.diffusion.codec import Codec
+from dq.diffusion.latents import LatentCache, encode_source, open_cache
 
 SOURCE = SourceConfig(image_size=8)
 CODEC = CodecConfig(resolution=8)

@@ -7,7 +7,9 @@ import torch
 from conftest import tiny_kl
 from diffusers import AutoencoderDC, AutoencoderTiny
 
-from dq.codec import (
+from dq.core.errors import InputError, RunError
+from dq.core.seeds import generator
+from dq.diffusion.codec import (
     codec_digest,
     decode_latents,
     downscale,
@@ -18,8 +20,6 @@ from dq.codec import (
     to_signed,
     to_unit,
 )
-from dq.core.errors import InputError, RunError
-from dq.core.seeds import generator
 
 
 def tiny_taesd() -> AutoencoderTiny:

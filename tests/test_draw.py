@@ -13,8 +13,8 @@ from dq import draw
 from dq import run as stages
 from dq.config.reader import from_dict
 from dq.config.schema import RunConfig
+from dq.diffusion.generator import DistillPipeline
 from dq.draw import Draw
-from dq.pipeline import DistillPipeline
 from dq.quantize import prototype_folder
 from dq.runfolder import Run, class_file, open_run
 

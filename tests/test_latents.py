@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import tiny_kl
 
-from dq.codec import encode_latents, to_signed
 from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
 from dq.core.processes import shard
 from dq.data.images import read_images
 from dq.data.load import load_source
-from dq.latents import LatentCache, encode_source, open_cache
+from dq.diffusion.codec import encode_latents, to_signed
+from dq.diffusion.latents import LatentCache, encode_source, open_cache
 
 CODEC = CodecConfig(path="x", resolution=8, batch_size=4)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_kl
 
-from dq.codec import encode_latents, to_signed
 from dq.core import memory
 from dq.core.memory import in_pieces
+from dq.diffusion.codec import encode_latents, to_signed
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_images_are_drawn_alike_when_memory_is_short(toy_source, tmp_path, monke
     from diffusers import DDIMScheduler
 
     from dq.config.schema import GenerateConfig
-    from dq.pipeline import DistillPipeline
+    from dq.diffusion.generator import DistillPipeline
 
     def make() -> DistillPipeline:
         return DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(), scheduler=DDIMScheduler(clip_sample=False))

@@ -9,12 +9,12 @@ import torch
 from conftest import tiny_dit, tiny_kl
 from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
-from dq.codec import decode_latents, to_unit
 from dq.config.schema import GenerateConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.pipeline import DistillPipeline
-from dq.sampling import choose_start, denoise, fresh_scheduler
+from dq.diffusion.codec import decode_latents, to_unit
+from dq.diffusion.generator import DistillPipeline
+from dq.diffusion.sampling import choose_start, denoise, fresh_scheduler
 
 NAMES = ("red", "green", "blue")
 DIT = GenerateConfig(mode="dit", num_inference_steps=6, guidance_scale=3.0)

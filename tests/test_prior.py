@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from small_prior import CODEC, NAMES, SOURCE, encoded, every_image, metrics, prior_in
 from torch import nn
 
-from dq.codec import decode_latents, encode_latents, load_codec, to_signed
 from dq.config.prior import TrainCodecConfig, TrainDenoiserConfig
 from dq.config.reader import from_dict, to_dict
 from dq.config.schema import CodecConfig
@@ -20,11 +19,13 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.seeds import generator
 from dq.data.load import load_source
-from dq.prior import codec as codec_module
-from dq.prior import denoiser as denoiser_module
-from dq.prior import train_codec, train_denoiser, training
-from dq.prior.codec import CodecLoss, new_codec, psnr
-from dq.prior.denoiser import DenoiserLoss, new_denoiser
+from dq.diffusion.codec import decode_latents, encode_latents, load_codec, to_signed
+from dq.diffusion.prior import train_codec as codec_module
+from dq.diffusion.prior import train_denoiser as denoiser_module
+from dq.diffusion.prior import training
+from dq.diffusion.prior.train_codec import CodecLoss, new_codec, psnr
+from dq.diffusion.prior.train_denoiser import DenoiserLoss, new_denoiser
+from dq.prior import train_codec, train_denoiser
 
 ROOT = Path(__file__).resolve().parents[1]
 

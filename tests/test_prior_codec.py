@@ -13,16 +13,12 @@ from small_prior import CODEC, SOURCE, every_image, metrics, prior_in
 from test_codec import tiny_dc
 from torch import nn
 
-from dq.codec import codec_digest, encode_latents, load_codec, to_signed
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json
 from dq.core.seeds import generator
-from dq.networks.teacher import Teacher
-from dq.networks.teacher_loading import load_teacher
-from dq.networks.zoo import make_net
-from dq.prior import train_codec
-from dq.prior.codec import (
+from dq.diffusion.codec import codec_digest, encode_latents, load_codec, to_signed
+from dq.diffusion.prior.train_codec import (
     CodecLoss,
     latent_statistics,
     new_codec,
@@ -32,6 +28,10 @@ from dq.prior.codec import (
     ssim,
     stage_features,
 )
+from dq.networks.teacher import Teacher
+from dq.networks.teacher_loading import load_teacher
+from dq.networks.zoo import make_net
+from dq.prior import train_codec
 
 X = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))

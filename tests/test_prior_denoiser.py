@@ -11,14 +11,14 @@ import torch
 from conftest import tiny_dit, tiny_kl
 from small_prior import NAMES, Saying, encoded, every_image, prior_in
 
-from dq.codec import codec_digest, encode_latents, load_codec, to_signed
 from dq.config.prior import PriorConfig, TrainDenoiserConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json
 from dq.core.seeds import generator
 from dq.data.load import load_source
+from dq.diffusion.codec import codec_digest, encode_latents, load_codec, to_signed
+from dq.diffusion.prior.train_denoiser import SIZES, DenoiserLoss, new_denoiser, new_scheduler
 from dq.prior import train_denoiser
-from dq.prior.denoiser import SIZES, DenoiserLoss, new_denoiser, new_scheduler
 
 # --- losses -------------------------------------------------------------------------------------------------------
 

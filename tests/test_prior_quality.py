@@ -20,11 +20,10 @@ from dq.cli import main
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import generator
-from dq.networks.zoo import make_net
-from dq.pipeline import DistillPipeline
-from dq.prior.card import MARKER, write_card
-from dq.prior.curves import loss_figure, read_curves
-from dq.prior.quality import (
+from dq.diffusion.card import MARKER, write_card
+from dq.diffusion.generator import DistillPipeline
+from dq.diffusion.prior.curves import loss_figure, read_curves
+from dq.diffusion.prior.metrics import (
     density_coverage,
     frechet_distance,
     kernel_distance,
@@ -32,7 +31,8 @@ from dq.prior.quality import (
     nearest,
     nearest_ratio,
 )
-from dq.prior.sample import Draw, sample_images, sample_latents, stored_samples
+from dq.diffusion.prior.samples import Draw, sample_images, sample_latents, stored_samples
+from dq.networks.zoo import make_net
 
 
 def normal(n: int, d: int, *name: object) -> Tensor:
@@ -299,7 +299,7 @@ def test_images_are_stored_by_what_decides_them(tmp_path: Path, monkeypatch) -> 
         stored_samples(draw(**change), 2.0, tmp_path)
     stored_samples(draw(), 3.0, tmp_path)
     assert len(list(tmp_path.iterdir())) == 6
-    monkeypatch.setattr("dq.prior.sample.sample_latents", lambda *a, **k: pytest.fail("drawn again"))
+    monkeypatch.setattr("dq.diffusion.prior.samples.sample_latents", lambda *a, **k: pytest.fail("drawn again"))
     assert torch.equal(stored_samples(draw(batch_size=5), 2.0, tmp_path), images)
 
 
@@ -409,7 +409,7 @@ def test_the_page_holds_everything(reported: Path) -> None:
 
 def test_a_second_call_draws_nothing_and_prints_the_same(world: Path, reported: Path, capsys, monkeypatch) -> None:
     before = contents(reported / "report")
-    monkeypatch.setattr("dq.prior.sample.sample_images", lambda *a, **k: pytest.fail("drawn again"))
+    monkeypatch.setattr("dq.diffusion.prior.samples.sample_images", lambda *a, **k: pytest.fail("drawn again"))
     args = config(world, reported, data="toys/colours", licence="cc0-1.0", command="dq train-denoiser")
     assert main(args) == 0
     assert contents(reported / "report") == before
@@ -422,7 +422,7 @@ def test_a_second_call_draws_nothing_and_prints_the_same(world: Path, reported: 
 
 
 def test_a_killed_report_goes_on_with_the_scale_it_was_at(world: Path, reported: Path, tmp_path: Path, monkeypatch):
-    import dq.prior.sample as module
+    import dq.diffusion.prior.samples as module
 
     real, scales = module.sample_images, []
 

@@ -596,8 +596,8 @@ def test_a_nested_override_changes_one_value() -> None:
 
 
 def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Path, toy_source, accelerator) -> None:
+    from dq.diffusion.latents import LatentCache
     from dq.draw import image_folder
-    from dq.latents import LatentCache
     from dq.runfolder import Run
 
     knobs = [

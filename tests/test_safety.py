@@ -18,7 +18,6 @@ from PIL import Image
 from test_distilled import make
 
 from dq.card import dataset_card
-from dq.codec import load_codec
 from dq.config.overrides import apply_settings
 from dq.config.schema import CodecConfig, RunConfig, load_config
 from dq.config.teachers import TeacherConfig
@@ -28,11 +27,12 @@ from dq.core.files import read_json, write_json
 from dq.data.images import FORMATS, MAX_PIXELS, read_image
 from dq.data.load import load_source
 from dq.data.source import Split
+from dq.diffusion.codec import load_codec
+from dq.diffusion.generator import DistillPipeline
 from dq.distilled import DistilledSet
 from dq.foreign import read_set
 from dq.networks.external import tensors_only
 from dq.networks.teacher_loading import load_teacher
-from dq.pipeline import DistillPipeline
 
 
 class Trace:

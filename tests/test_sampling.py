@@ -9,7 +9,7 @@ import torch
 
 from dq.core.errors import InputError, RunError
 from dq.core.seeds import generator
-from dq.sampling import (
+from dq.diffusion.sampling import (
     FLOW_SCHEDULERS,
     NOISE_SCHEDULERS,
     add_noise,

@@ -26,7 +26,7 @@ from dq.data import streaming as shards
 from dq.data.images import read_image, read_images
 from dq.data.load import load_source
 from dq.data.source import number_labels
-from dq.latents import encode_source, open_cache
+from dq.diffusion.latents import encode_source, open_cache
 
 NAMES = ["zebra", "ant", "bee"]
 SIZES = {"train": 50, "test": 9}

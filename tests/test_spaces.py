@@ -20,7 +20,7 @@ from dq.core.files import read_json, read_tensors, write_json, write_tensors
 from dq.core.seeds import derive_seed
 from dq.data.load import load_source
 from dq.data.source import ImageSource
-from dq.pipeline import DistillPipeline
+from dq.diffusion.generator import DistillPipeline
 from dq.prototypes import make_prototypes
 from dq.quantize import cluster_settings, clusterings, load_prototypes, prototype_folder
 from dq.runfolder import Run, open_run

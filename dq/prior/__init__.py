@@ -1,6 +1,6 @@
 """A prior of one's own: a small autoencoder and a small class-conditional DiT, trained on a source."""
 
-from dq.prior.codec import train_codec
-from dq.prior.denoiser import train_denoiser
+from dq.diffusion.prior.train_codec import train_codec
+from dq.diffusion.prior.train_denoiser import train_denoiser
 
 __all__ = ["train_codec", "train_denoiser"]

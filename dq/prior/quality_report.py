@@ -23,19 +23,19 @@ from dq.core.files import write_json, write_text
 from dq.core.processes import shard
 from dq.data.images import read_images
 from dq.data.source import ImageSource
+from dq.diffusion.card import QUALITY, check_card, protocol_text, quality_table, write_card
+from dq.diffusion.prior.curves import draw_curves
+from dq.diffusion.prior.metrics import PriorQuality, measure_prior, plan_draw
+from dq.diffusion.prior.samples import stored_samples
 from dq.evaluation.tables import to_csv
 from dq.networks.real_data import RealData, load_real_data
-from dq.prior.card import QUALITY, check_card, protocol_text, quality_table, write_card
-from dq.prior.curves import draw_curves
-from dq.prior.quality import PriorQuality, measure_prior, plan_draw
-from dq.prior.sample import stored_samples
 from dq.report import MAX_CLASSES, image_grid, write_page
 from dq.runfolder import open_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dq.pipeline import DistillPipeline
+    from dq.diffusion.generator import DistillPipeline
 
 log = logging.getLogger("dq")
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.codec import DTYPES
 from dq.config.refinement import RefineConfig
 from dq.core.errors import InputError, RunError
+from dq.diffusion.codec import DTYPES
 from dq.networks.teacher import Teacher, evaluation_mode, head_inputs
 from dq.refine.augment import draw_view, look
 from dq.refine.statistics import Layer, StatMatcher, layer_weights, trace_layers

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from small_prior import CODEC, NAMES, SOURCE, encoded
 
-from dq.codec import load_codec
 from dq.config.prior import PriorConfig
 from dq.config.reader import from_dict
 from dq.core.files import read_json, read_tensors
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
+from dq.diffusion.codec import load_codec
 from dq.prior import train_codec, train_denoiser
 
 folder = Path(sys.argv[1])

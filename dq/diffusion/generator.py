@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq import run as stages
-from dq.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.config.overrides import apply_settings
 from dq.config.refinement import FADRM, Teddy
 from dq.config.schema import GenerateConfig, HubConfig, RunConfig
@@ -33,8 +32,8 @@ from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of, digest_of_tensors, generator
 from dq.data.load import load_source
 from dq.data.source import ImageSource
-from dq.runfolder import open_run
-from dq.sampling import (
+from dq.diffusion.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
+from dq.diffusion.sampling import (
     Start,
     choose_scheduler,
     choose_start,
@@ -48,6 +47,7 @@ from dq.sampling import (
     null_class,
     toward,
 )
+from dq.runfolder import open_run
 
 if TYPE_CHECKING:
     from dq.distilled import DistilledSet
@@ -279,7 +279,7 @@ class DistillPipeline(DiffusionPipeline):
                 the seed.
             image_size: side in px of the result; None keeps the codec's.
         """
-        from dq.prior.sample import sample_latents
+        from dq.diffusion.prior.samples import sample_latents
 
         if self.transformer is None:
             raise InputError("samples need a transformer, which this model does not have; open the folder of a DiT")
@@ -308,7 +308,7 @@ class DistillPipeline(DiffusionPipeline):
 
         The model runs in its own precision, the walk between its calls in float32. `config` also says how the point is
         noised (`noise`), where on the walk there is guidance (`guidance_snr`), and how much of the way to the point
-        the predicted image is moved (`mode_guidance`, `mode_stop`); see `dq.sampling`.
+        the predicted image is moved (`mode_guidance`, `mode_stop`); see `dq.diffusion.sampling`.
 
         Args:
             latents: (B, C, h, w) float32 in the denoiser's space.

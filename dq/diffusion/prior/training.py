@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dq.codec import DTYPES
 from dq.core.errors import InputError, RunError
 from dq.core.files import append_jsonl, is_done, read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.trackers import report
-from dq.prior.curves import draw_curves
+from dq.diffusion.codec import DTYPES
+from dq.diffusion.prior.curves import draw_curves
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

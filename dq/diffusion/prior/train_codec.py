@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.codec import (
+from dq.config.prior import PriorConfig
+from dq.config.reader import to_dict
+from dq.config.schema import CodecConfig, SourceConfig
+from dq.core.errors import InputError
+from dq.core.files import atomic_path
+from dq.core.seeds import generator
+from dq.data.grid import image_grid
+from dq.data.images import read_images
+from dq.data.source import ImageSource, Split
+from dq.diffusion.codec import (
     DTYPES,
     Codec,
     codec_digest,
@@ -22,18 +31,9 @@ from dq.codec import (
     normalized,
     to_signed,
 )
-from dq.config.prior import PriorConfig
-from dq.config.reader import to_dict
-from dq.config.schema import CodecConfig, SourceConfig
-from dq.core.errors import InputError
-from dq.core.files import atomic_path
-from dq.core.seeds import generator
-from dq.data.grid import image_grid
-from dq.data.images import read_images
-from dq.data.source import ImageSource, Split
+from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.networks.teacher import Teacher
 from dq.networks.teacher_loading import load_teacher
-from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

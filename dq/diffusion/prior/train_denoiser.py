@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dq.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.config.prior import PriorConfig
 from dq.config.reader import to_dict
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, write_json
 from dq.core.seeds import digest_of_tensors, generator
 from dq.data.grid import image_grid
-from dq.latents import LatentCache
-from dq.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
-from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
+from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
+from dq.diffusion.latents import LatentCache
+from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
+from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,13 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dq.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
 from dq.config.schema import CodecConfig, SourceConfig
 from dq.core.errors import InputError
 from dq.core.memory import in_pieces
 from dq.core.seeds import digest_of, generator
 from dq.data.image_cache import ImageCache, fill, write_manifest
 from dq.data.source import ImageSource
+from dq.diffusion.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
 
 
 @dataclass(frozen=True)

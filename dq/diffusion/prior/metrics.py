@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq.codec import decode_latents, encode_latents, to_signed, to_unit
 from dq.config.prior import PriorReportConfig
 from dq.config.schema import GenerateConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
+from dq.diffusion.codec import decode_latents, encode_latents, to_signed, to_unit
+from dq.diffusion.prior.samples import Draw, stored_samples
+from dq.diffusion.sampling import choose_scheduler
 from dq.networks.real_data import RealData
 from dq.networks.teacher import pooled_logits
-from dq.prior.sample import Draw, stored_samples
-from dq.sampling import choose_scheduler
 
 if TYPE_CHECKING:
-    from dq.pipeline import DistillPipeline
+    from dq.diffusion.generator import DistillPipeline
 
 log = logging.getLogger("dq")
 

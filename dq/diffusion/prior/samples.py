@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dq.codec import decode_latents, to_unit
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
-from dq.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
+from dq.diffusion.codec import decode_latents, to_unit
+from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:
-    from dq.pipeline import DistillPipeline
+    from dq.diffusion.generator import DistillPipeline
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The card of a prior's folder, and the table of its quality."""
+"""Cards of pipelines and of priors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,32 @@ from typing import Any
 
 from safetensors import safe_open
 
+from dq.card import ANY_REPO, _union
+from dq.core.cards import _template, license_head, merge_card, own_text, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, readable, write_text
+
+
+def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
+    """The README of a pipeline's folder: the text that `dq prior-report` wrote there, or what its files say."""
+    from dq.diffusion.card import MARKER, card_text, model_parts
+
+    kept, _ = split_card(old)
+    local = folder / "README.md"
+    own = own_text(local)
+    if MARKER in own:
+        head, body = split_card(own)
+    elif (folder / "transformer" / "config.json").is_file():
+        head, body = split_card(card_text(folder, licence=license or str(kept.get("license", ""))))
+    else:
+        head = {"library_name": "diffusers", "tags": ["diffusers", "dataset-distillation"]}
+        body = _template("pipeline_card.md").render(parts=model_parts(folder))
+    body = body.replace(MARKER, "").replace(ANY_REPO, repo_id)
+    stated = kept if "license" in kept else head
+    head |= license_head(license, stated)
+    head["tags"] = _union(kept.get("tags"), head.get("tags", []))
+    return merge_card(old, head, body)
+
 
 MARKER = "<!-- written by dq prior-report -->"
 QUALITY = "quality.json"  # beside the card: the records of the table
