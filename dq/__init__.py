@@ -19,13 +19,13 @@ _HOME = {
     "DistilledSet": "dq.distilled",
     "ImageSource": "dq.data.source",
     "InputError": "dq.core.errors",
-    "Prototypes": "dq.prototypes",
+    "Prototypes": "dq.cluster.prototypes",
     "RunConfig": "dq.config.schema",
     "RunError": "dq.core.errors",
     "StudentConfig": "dq.config.students",
     "TeacherConfig": "dq.config.teachers",
     "evaluate": "dq.evaluation",
-    "image_weights": "dq.prototypes",
+    "image_weights": "dq.cluster.prototypes",
     "kmeans": "dq.cluster",
     "load_config": "dq.config.schema",
     "load_source": "dq.data.load",
@@ -40,6 +40,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from dq.cluster import kmeans
+    from dq.cluster.prototypes import Prototypes, image_weights
     from dq.config.protocols import protocols, student_config
     from dq.config.refinement import FADRM, Teddy
     from dq.config.schema import RunConfig, load_config
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from dq.evaluation.selection import select
     from dq.foreign import read_set
     from dq.hub import pull, push_folder, push_model
-    from dq.prototypes import Prototypes, image_weights
 
 
 __all__ = [

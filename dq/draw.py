@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dq.cluster.prototypes import Prototypes
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig
 from dq.core.errors import InputError
@@ -28,7 +29,6 @@ from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.diffusion.codec import codec_digest
 from dq.diffusion.latents import LatentCache
-from dq.prototypes import Prototypes
 from dq.quantize import load_prototypes, prototype_folder
 from dq.runfolder import SPEED, Run, class_file, copies_of
 

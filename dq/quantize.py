@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from dq.cluster import choose_engine, kmeans_many, quantization_stats
+from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes
+from dq.cluster.spaces import embed
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
@@ -22,9 +24,8 @@ from dq.core.files import append_jsonl, is_done, write_json
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.diffusion.latents import LatentCache
-from dq.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.runfolder import Run, class_file
-from dq.spaces import embed, features_of, prepare_features
+from dq.spaces import features_of, prepare_features
 
 log = logging.getLogger("dq")
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dq.card import describe_evaluation
+from dq.cluster.prototypes import Prototypes
 from dq.config.reader import dump_config
 from dq.core.errors import InputError
 from dq.core.figures import embed, html_table, new_figure, save_figure, save_image
@@ -22,7 +23,6 @@ from dq.data.grid import image_grid
 from dq.distilled import DistilledSet
 from dq.draw import nearest_images
 from dq.evaluation.figures import read_records, results_figures
-from dq.prototypes import Prototypes
 from dq.quantize import clusterings, load_prototypes, prototype_folder
 from dq.refine.chain import read_refined, refined_folders
 from dq.refine.pixels import TERMS

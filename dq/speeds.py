@@ -244,7 +244,7 @@ def _clustering(
 ) -> Iterator[tuple[str, Speed]]:
     """One class of Gaussian points as large as the largest class, or as memory allows, for every ipc and engine."""
     from dq.cluster import kmeans_many, quantization_stats
-    from dq.prototypes import latent_stats, make_prototypes
+    from dq.cluster.prototypes import latent_stats, make_prototypes
 
     width = shape[0] * shape[1] * shape[2]
     n = int(min(source.class_counts().max(), max(256, CLUSTER_NUMBERS // width)))

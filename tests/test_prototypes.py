@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dq.cluster import kmeans
+from dq.cluster.prototypes import Prototypes, image_weights, latent_stats, make_prototypes
 from dq.core.errors import InputError
-from dq.prototypes import Prototypes, image_weights, latent_stats, make_prototypes
 
 COUNTS = torch.tensor([4, 3, 2, 1])
 

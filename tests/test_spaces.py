@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dq import run as stages
 from dq.cluster import kmeans, nearest
+from dq.cluster.prototypes import make_prototypes
+from dq.cluster.spaces import embed, principal_coordinates
 from dq.config.reader import from_dict
 from dq.config.schema import ClusterConfig, RunConfig
 from dq.core.errors import InputError, RunError
@@ -21,10 +23,9 @@ from dq.core.seeds import derive_seed
 from dq.data.load import load_source
 from dq.data.source import ImageSource
 from dq.diffusion.generator import DistillPipeline
-from dq.prototypes import make_prototypes
 from dq.quantize import cluster_settings, clusterings, load_prototypes, prototype_folder
 from dq.runfolder import Run, open_run
-from dq.spaces import embed, features_of, principal_coordinates
+from dq.spaces import features_of
 
 SPACES = ("latents", "pca", "whitened", "features", "joint")
 

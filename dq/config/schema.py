@@ -52,7 +52,7 @@ class CodecConfig(Checked):
 @dataclass(frozen=True)
 class ClusterConfig(Checked):
     engine: Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"] = "auto"
-    # where the images of a class are compared; features: those of the first teacher (see `dq.spaces.embed`)
+    # where the images of a class are compared; features: those of the first teacher (see `dq.cluster.spaces.embed`)
     space: Literal["latents", "pca", "whitened", "features", "joint"] = "latents"
     # pca, whitened: principal directions of a class; None: 64, or as many as the class allows. Whitened needs far
     # fewer than there are images in a class
