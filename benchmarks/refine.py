@@ -30,8 +30,8 @@ from dq.networks.teacher import IMAGENET, Teacher
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.zoo import make_net
 from dq.refine import fadrm
-from dq.refine.augment import draw_view
-from dq.refine.pixels import make_critics
+from dq.refine.optimize import match_teachers
+from dq.refine.views import draw_view
 
 
 class Hook:
@@ -126,7 +126,7 @@ def main() -> None:
     # Adam's first steps are signs of gradients: rounding of one that vanishes moves a pixel by twice the rate. Losses
     # are therefore compared at a hundredth of it
     config32 = dataclasses.replace(config, dtype="float32", lr=config.lr / 100)
-    critics = make_critics([teacher], config, side=args.side, sizes=(args.side,))
+    critics = match_teachers([teacher], config, side=args.side, sizes=(args.side,))
 
     def ours(settings: FADRM):
         return fadrm.refine(images, labels, None, settings, [teacher], critics=critics, seed=0)

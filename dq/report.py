@@ -25,7 +25,7 @@ from dq.draw import nearest_images
 from dq.evaluation.figures import read_records, results_figures
 from dq.quantize import clusterings, load_prototypes, prototype_folder
 from dq.refine.chain import read_refined, refined_folders
-from dq.refine.pixels import TERMS
+from dq.refine.optimize import TERMS
 from dq.run import cache_of, load_set
 from dq.runfolder import Run
 

@@ -25,7 +25,7 @@ from dq.networks.teacher import average_logits, pooled_logits
 from dq.networks.teacher_loading import load_teacher, load_teachers
 from dq.networks.train_pool import train_pool
 from dq.networks.zoo import make_net
-from dq.refine.statistics import StatMatcher, trace_layers
+from dq.refine.matching import StatMatcher, trace_layers
 
 NAMES = ("a", "b", "c", "d")
 

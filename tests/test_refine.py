@@ -16,10 +16,10 @@ from dq.core.errors import InputError, RunError
 from dq.data.views import crop_and_flip
 from dq.refine import fadrm, teddy
 from dq.refine.anchors import make_pool, nearest_anchors
-from dq.refine.augment import View, draw_view, look
 from dq.refine.batches import compose_batches
 from dq.refine.measure import measure, total_variation
-from dq.refine.pixels import Schedule, calibrate, class_distance, make_critics, resample
+from dq.refine.optimize import Schedule, calibrate, class_distance, match_teachers, resample
+from dq.refine.views import View, draw_view, look
 
 LABELS = torch.arange(8) % 4
 mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -332,7 +332,7 @@ def test_calibration_gives_every_teacher_the_same_say(images):
     teachers = [teacher_of(drawn(TinyNet(), 0)), teacher_of(wide)]
     config = fadrm.resolve(short(bn_share=0.5), side=16, teachers=2)
     schedule = fadrm.schedule_of(config)
-    critics = make_critics(teachers, config, side=16, sizes=(16,))
+    critics = match_teachers(teachers, config, side=16, sizes=(16,))
     rates = calibrate(critics, images, config, schedule, 4, seed=0)
     assert rates[1] < rates[0] / 3
     still = dataclasses.replace(config, lr=0.0, steps=(16, 16, 16))
@@ -565,7 +565,7 @@ def test_class_means_are_matched(images):
 def test_the_class_term_pulls_features_to_their_means(images, teacher):
     targets = torch.stack([teacher.features(images_of(torch.full((40,), c))).mean(0) for c in range(4)])
     config = tender(class_weight=1.0, r_bn=0.0, steps=80)
-    critics = make_critics([teacher], config, side=16, sizes=(16,), class_means=[targets])
+    critics = match_teachers([teacher], config, side=16, sizes=(16,), class_means=[targets])
     trace = teddy.refine(images, LABELS, None, config, [teacher], critics=critics).trace
     assert trace[-20:, 2].mean() < 0.8 * trace[:20, 2].mean()
     assert (trace[:, 1] == 0).all()

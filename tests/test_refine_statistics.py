@@ -10,7 +10,7 @@ from torch import nn
 from dq.config.refinement import DepthConfig
 from dq.core.errors import InputError
 from dq.networks.zoo import make_net
-from dq.refine.statistics import StatMatcher, layer_weights, pad_drop, trace_layers
+from dq.refine.matching import StatMatcher, layer_weights, pad_drop, trace_layers
 
 
 class OwnNorm(nn.BatchNorm2d):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dq.config.students import LIBRARIES
+from dq.config.students import LIBRARIES, is_library_net
 from dq.core.errors import InputError
 from dq.core.seeds import seeded
 from dq.networks.classic import (

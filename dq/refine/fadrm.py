@@ -16,7 +16,7 @@ from dq.config.reader import unknown_key
 from dq.config.refinement import FADRM
 from dq.core.errors import InputError
 from dq.networks.teacher import Teacher
-from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, make_critics, optimise
+from dq.refine.optimize import MatchedTeacher, Progress, Refined, Schedule, check_alone, match_teachers, optimize
 
 # Released recipes. `one` and `plus` change a preset for FADRM and FADRM+. CIFAR-10 has no recipe of its own: it takes
 # CIFAR-100's with a batch of its ten classes.
@@ -105,7 +105,7 @@ def refine(
     config: FADRM,
     teachers: Sequence[Teacher],
     *,
-    critics: Sequence[Critic] | None = None,
+    critics: Sequence[MatchedTeacher] | None = None,
     anchors: Tensor | None = None,
     retrieve: Callable[[Tensor, int], Tensor] | None = None,
     seed: int = 0,
@@ -124,10 +124,10 @@ def refine(
         weights: (B,) of the images in the set, for `config.weighted`; None: all alike.
         config: settings; what is None is filled in as `resolve` says.
         teachers: in evaluation mode or not; used in turn, one per step, and left as they were.
-        critics: the same teachers through `make_critics`, if that has been done.
+        critics: the same teachers through `match_teachers`, if that has been done.
         anchors: (B, 3, S, S) in [0, 1]; None: the images.
         retrieve: gives the anchors of each merge from the images at hand, in place of `anchors`.
-        resume, on_block, on_step: see `optimise`.
+        resume, on_block, on_step: see `optimize`.
 
     Returns:
         Images of the same shape, with the losses of all steps and the images at the end of each block.
@@ -146,9 +146,9 @@ def refine(
     side = images.shape[-1]
     settings = resolve(config, side=side, teachers=len(teachers))
     schedule = schedule_of(settings)
-    critics = critics or make_critics(teachers, settings, side=side, sizes=schedule.sizes)
+    critics = critics or match_teachers(teachers, settings, side=side, sizes=schedule.sizes)
     anchors = images if anchors is None else anchors
-    return optimise(
+    return optimize(
         anchors if config.start == "anchor" else images,
         labels,
         config=settings,

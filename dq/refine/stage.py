@@ -38,9 +38,9 @@ from dq.networks.teacher_loading import load_teachers
 from dq.refine import anchors, fadrm, teddy
 from dq.refine.batches import compose_batches
 from dq.refine.chain import INDEX, Stage, asked, batch_file, files_of, planned, stage_settings, stages_of
+from dq.refine.matching import pad_drop
 from dq.refine.measure import measure, sentence, summarize
-from dq.refine.pixels import Critic, Progress, Refined, Schedule, calibrate, make_critics
-from dq.refine.statistics import pad_drop
+from dq.refine.optimize import MatchedTeacher, Progress, Refined, Schedule, calibrate, match_teachers
 from dq.runfolder import Run, class_file
 
 log = logging.getLogger("dq")
@@ -296,7 +296,7 @@ def _prepare(run: Run, job: Job) -> None:
         write_json(manifest, facts)
 
 
-def _critics(run: Run, job: Job) -> tuple[Critic, ...]:
+def _critics(run: Run, job: Job) -> tuple[MatchedTeacher, ...]:
     stage, c = job.stage, run.config
     if not sum(job.schedule.steps):
         return ()
@@ -307,7 +307,9 @@ def _critics(run: Run, job: Job) -> tuple[Critic, ...]:
             cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
             means.append(torch.stack([cache.load(i)[0].mean(0) for i in range(len(job.counts))]))
     drop = _pad_drop(run, job.ipc) if stage.depth.drop is None else None
-    return make_critics(job.matched, stage, side=c.image_size, sizes=job.schedule.sizes, drop=drop, class_means=means)
+    return match_teachers(
+        job.matched, stage, side=c.image_size, sizes=job.schedule.sizes, drop=drop, class_means=means
+    )
 
 
 def _start(job: Job, number: int) -> tuple[Tensor, Tensor]:
@@ -333,7 +335,7 @@ class Worker:
 
     run: Run
     job: Job
-    critics: tuple[Critic, ...]
+    critics: tuple[MatchedTeacher, ...]
     pool: anchors.AnchorPool | None
 
     @staticmethod

@@ -16,8 +16,17 @@ from torch import Tensor
 from dq.config.refinement import Teddy
 from dq.networks.pool import member_of_step
 from dq.networks.teacher import Teacher, pooled_logits
-from dq.refine.pixels import Critic, Progress, Refined, Schedule, check_alone, evaluating, make_critics, optimise
-from dq.refine.statistics import StatMatcher
+from dq.refine.matching import StatMatcher
+from dq.refine.optimize import (
+    MatchedTeacher,
+    Progress,
+    Refined,
+    Schedule,
+    check_alone,
+    evaluating,
+    match_teachers,
+    optimize,
+)
 
 
 def schedule_of(config: Teddy, *, side: int) -> Schedule:
@@ -33,7 +42,7 @@ def refine(
     config: Teddy,
     teachers: Sequence[Teacher],
     *,
-    critics: Sequence[Critic] | None = None,
+    critics: Sequence[MatchedTeacher] | None = None,
     labellers: Sequence[Teacher] = (),
     seed: int = 0,
     resume: Progress | None = None,
@@ -60,8 +69,8 @@ def refine(
         empty = torch.zeros(0, 4)
         refined = Refined(images, empty, images[None])
     else:
-        critics = critics or make_critics(teachers, config, side=side, sizes=(side,))
-        refined = optimise(
+        critics = critics or match_teachers(teachers, config, side=side, sizes=(side,))
+        refined = optimize(
             images,
             labels,
             config=config,
@@ -90,7 +99,7 @@ def score(images: Tensor, teachers: Sequence[Teacher], config: Teddy | None = No
     """
     config = config or Teddy()
     side = images.shape[-1]
-    critics = make_critics(teachers, config, side=side, sizes=(side,))
+    critics = match_teachers(teachers, config, side=side, sizes=(side,))
     rows = []
     with evaluating(teachers):
         for critic in critics:

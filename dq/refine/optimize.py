@@ -1,4 +1,4 @@
-"""The one loop of the stages that optimise pixels: Adam on a batch of images against frozen teachers, in blocks."""
+"""The one loop of the stages that optimize pixels: Adam on a batch of images against frozen teachers, in blocks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dq.config.refinement import RefineConfig
 from dq.core.errors import InputError, RunError
 from dq.diffusion.codec import DTYPES
 from dq.networks.teacher import Teacher, evaluation_mode, head_inputs
-from dq.refine.augment import draw_view, look
-from dq.refine.statistics import Layer, StatMatcher, layer_weights, trace_layers
+from dq.refine.matching import Layer, StatMatcher, layer_weights, trace_layers
+from dq.refine.views import draw_view, look
 
 log = logging.getLogger("dq")
 
@@ -45,7 +45,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Critic:
+class MatchedTeacher:
     """A teacher with what is matched of it."""
 
     teacher: Teacher
@@ -82,7 +82,7 @@ class Progress:
     scale: float  # of losses in float16
 
 
-def make_critics(
+def match_teachers(
     teachers: Sequence[Teacher],
     config: RefineConfig,
     *,
@@ -90,7 +90,7 @@ def make_critics(
     sizes: Sequence[int],
     drop: float | None = None,
     class_means: Sequence[Tensor | None] | None = None,
-) -> tuple[Critic, ...]:
+) -> tuple[MatchedTeacher, ...]:
     """Teachers as critics of images.
 
     Args:
@@ -109,7 +109,7 @@ def make_critics(
             layers = trace_layers(teacher.net, functools.partial(_grey, teacher, side))
         weights, kept = layer_weights(layers, config.depth, first_weight=config.first_bn_weight, drop=drop)
         means = class_means[i] if class_means else None
-        critics.append(Critic(teacher, tuple(layers), weights, kept, config.r_bn, classes, means))
+        critics.append(MatchedTeacher(teacher, tuple(layers), weights, kept, config.r_bn, classes, means))
     if config.r_bn and not any(c.layers for c in critics):
         names = ", ".join(t.name for t in teachers)
         raise InputError(
@@ -174,13 +174,13 @@ def _check_batch(images: Tensor, labels: Tensor, classes: int) -> None:
         )
 
 
-def optimise(
+def optimize(
     start: Tensor,
     labels: Tensor,
     *,
     config: RefineConfig,
     schedule: Schedule,
-    critics: Sequence[Critic],
+    critics: Sequence[MatchedTeacher],
     choose: Callable[[int], int],
     seed: int,
     anchors: Tensor | Callable[[Tensor, int], Tensor] | None = None,
@@ -353,7 +353,7 @@ def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _ratio(
-    critic: Critic,
+    critic: MatchedTeacher,
     pixels: Tensor,
     config: RefineConfig,
     schedule: Schedule,
@@ -373,7 +373,7 @@ def _ratio(
 
 @torch.no_grad()
 def calibrate(
-    critics: Sequence[Critic],
+    critics: Sequence[MatchedTeacher],
     start: Tensor,
     config: RefineConfig,
     schedule: Schedule,
