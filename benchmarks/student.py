@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.data.images import read_images
 from dq.data.load import load_source
-from dq.labels import make_plan, read_labels, write_manifest, write_shard
+from dq.labels.files import read_labels, write_manifest, write_shard
+from dq.labels.plan import make_plan
 from dq.networks.teacher import Teacher
 from dq.networks.training import fit, normalizer
 from dq.networks.zoo import make_net

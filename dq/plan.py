@@ -120,7 +120,7 @@ class Trainings:
 
     def stored_labels(self, classes: int) -> StoredLabels | None:
         """The labels of views that these trainings need on disk; None if they are computed when needed."""
-        from dq.labels import label_bytes
+        from dq.labels.plan import label_bytes
 
         s = self.config
         if s.labels != "soft" or s.relabel.storage != "shards" or self.ipc == "full":

@@ -19,7 +19,7 @@ from dq.data.coresets import random_rows
 from dq.data.views import draw_views
 from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference
 from dq.evaluation.train import train_student
-from dq.labels import EpochLabels, LabelPlan
+from dq.labels.plan import EpochLabels, LabelPlan
 from dq.networks.training import (
     Fitted,
     accuracy,

@@ -25,23 +25,10 @@ from dq.distilled import DistilledSet
 from dq.evaluation import trainings as stage
 from dq.evaluation.train import train_student
 from dq.foreign import bare_set
-from dq.labels import (
-    MANIFEST,
-    LabelPlan,
-    LabelSource,
-    label_bytes,
-    label_epoch,
-    make_plan,
-    mean_logits,
-    online_labels,
-    pack,
-    plan_bytes,
-    read_labels,
-    shard_file,
-    unpack,
-    write_manifest,
-    write_shard,
-)
+from dq.labels.compute import label_epoch, mean_logits, online_labels
+from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
+from dq.labels.packing import pack, unpack
+from dq.labels.plan import LabelPlan, LabelSource, label_bytes, make_plan, plan_bytes
 from dq.networks.real_data import RealData
 from dq.networks.teacher import Teacher
 from dq.networks.training import normalizer
@@ -674,7 +661,7 @@ def test_recipes_share_labels_only_if_their_batches_are_the_same(bench, tmp_path
 def test_a_set_smaller_than_announced_is_labelled_all_the_same(bench, tmp_path, monkeypatch):
     s, config = small_set(15), student(epochs=16)
     # three epochs of the announced images to a file, but four of the real ones
-    monkeypatch.setattr("dq.labels.SHARD_BYTES", 3 * label_bytes(22, 1, 3, config.relabel, 8, VIEWS).total)
+    monkeypatch.setattr("dq.labels.plan.SHARD_BYTES", 3 * label_bytes(22, 1, 3, config.relabel, 8, VIEWS).total)
     t, work = training(s, config, images=22), stage.Work(tmp_path, alone())
     assert make_plan(s.images, bench.teachers, 3, config).shard_epochs == 4
     stage.write_labels([t], bench, work)

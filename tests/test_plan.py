@@ -134,7 +134,7 @@ def test_seconds_follow_speeds_and_processes() -> None:
 
 
 def test_labels_of_views_are_counted_as_the_label_stage_counts_them() -> None:
-    from dq.labels import label_bytes
+    from dq.labels.plan import label_bytes
     from dq.plan import trainings
 
     student = {"labels": "soft", "augment": "none", "epochs": 3, "tests": 1, "batch_size": 4}

@@ -18,7 +18,7 @@ from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConf
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data.load import load_source
-from dq.labels import mean_logits
+from dq.labels.compute import mean_logits
 from dq.networks.pool import TeacherPool, reestimate_bn, resize_to
 from dq.networks.prune_channels import prune
 from dq.networks.teacher import average_logits, pooled_logits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
-from dq.labels import LabelSource
+from dq.labels.plan import LabelSource
 from dq.networks.training import Pixels, accuracy, fit
 
 

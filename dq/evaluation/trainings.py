@@ -32,18 +32,9 @@ from dq.evaluation.selection import BY_FEATURES, select
 from dq.evaluation.tables import Row, compare, settings_line, summarize, to_csv
 from dq.evaluation.train import train_student
 from dq.foreign import bare_set, check_classes
-from dq.labels import (
-    MANIFEST,
-    LabelPlan,
-    make_plan,
-    online_labels,
-    plan_bytes,
-    plan_labels,
-    read_labels,
-    shard_file,
-    write_manifest,
-    write_shard,
-)
+from dq.labels.compute import online_labels
+from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
+from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
 from dq.networks.real_data import Data, RealData
 from dq.networks.zoo import make_net
 

@@ -20,7 +20,7 @@ from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
 from dq.data.augment import augment
 from dq.data.views import Views, apply_views, batches, draw_views, parts
-from dq.labels import LabelSource
+from dq.labels.plan import LabelSource
 from dq.networks.zoo import fast_layout, make_net
 
 AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory

@@ -1,0 +1,98 @@
+"""Teachers' logits of the views of an epoch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dq.config.students import RelabelConfig
+from dq.core.memory import in_pieces
+from dq.core.seeds import derive_seed, seeded
+from dq.data.views import Views, apply_views, batches, parts
+from dq.labels.packing import pack, unpack
+from dq.labels.plan import EpochLabels, LabelPlan, LabelSource
+from dq.networks.teacher import Teacher, average_logits
+
+TEACHER_BATCH = 256  # images at once where batches do not matter
+
+
+@torch.inference_mode()
+def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, epoch: int) -> tuple[Views, Tensor]:
+    """Views of one epoch and the teachers' mean logits (N, C) float32 of them, by position.
+
+    With `relabel.statistics: batch` the teachers' batch norm uses the statistics of each part of a batch (BSSL, the
+    FADRM code): teacher and student, which takes the same parts, then normalise over the same images.
+
+    Args:
+        images: (N, 3, S, S), uint8 or float in [0, 1], on the teachers' device.
+    """
+    views = plan.draw(epoch)
+    spans = batches(plan.images, plan.batch_size, plan.accumulate)
+    grouped = plan.relabel.statistics == "batch"
+    found: list[Tensor] = []
+    waiting: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        for t in teachers:
+            stack.enter_context(_modes(t.net, plan.relabel))
+        for i, span in enumerate(spans):
+            x = apply_views(plan.views, images, views, i, span)
+            if not grouped:
+                # in evaluation mode it does not matter who shares a batch, and large ones are faster
+                waiting.append(x)
+                if sum(map(len, waiting)) >= TEACHER_BATCH or i + 1 == len(spans):
+                    found.append(_mean_in_pieces(teachers, torch.cat(waiting), plan.relabel.average))
+                    waiting = []
+                continue
+            with seeded(derive_seed(plan.relabel.seed, "dropout", epoch, i), images.device):  # global generators only
+                for part in parts(len(x), plan.accumulate):
+                    found.append(mean_logits(teachers, x[part], plan.relabel.average).cpu())
+    return views, torch.cat(found)
+
+
+def _mean_in_pieces(teachers: Sequence[Teacher], x: Tensor, average: str) -> Tensor:
+    return in_pieces("label", len(x), lambda s: mean_logits(teachers, x[s], average).cpu())
+
+
+def mean_logits(teachers: Sequence[Teacher], x: Tensor, average: str = "logits") -> Tensor:
+    """`average_logits` of the teachers for pixels (B, 3, S, S)."""
+    return average_logits(
+        [t(x) for t in teachers], [t.weight for t in teachers], probabilities=average == "probabilities"
+    )
+
+
+@contextlib.contextmanager
+def _modes(net: nn.Module, relabel: RelabelConfig) -> Iterator[None]:
+    """`net` in evaluation mode for the time of a block; with `statistics: batch` its batch norm in training mode, but
+    without touching the running statistics. The released code puts all of the network in training mode, dropout too,
+    and lets the running statistics drift."""
+    grouped = relabel.statistics == "batch"
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    modes = [(m, m.training) for m in net.modules()]
+    momenta = [m.momentum for m in norms]
+    counters = [None if m.num_batches_tracked is None else m.num_batches_tracked.clone() for m in norms]
+    net.train(grouped and relabel.dropout)
+    for m in norms:
+        m.train(grouped)
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for m, momentum, counter in zip(norms, momenta, counters):
+            m.momentum = momentum
+            if m.num_batches_tracked is not None and counter is not None:
+                m.num_batches_tracked.copy_(counter)
+
+
+def online_labels(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan) -> LabelSource:
+    """Labels computed epoch by epoch when they are asked for; they go through the same rounding as stored ones."""
+
+    def epoch_labels(epoch: int) -> EpochLabels:
+        views, logits = label_epoch(images, teachers, plan, (epoch - 1) % plan.epochs)
+        return EpochLabels(plan, views, unpack(pack(logits, plan.relabel), plan.classes))
+
+    return epoch_labels
