@@ -16,7 +16,7 @@ _HOME = {
     "FADRM": "dq.config.refinement",
     "Teddy": "dq.config.refinement",
     "DistillPipeline": "dq.diffusion.generator",
-    "DistilledSet": "dq.distilled",
+    "DistilledSet": "dq.distilled.set",
     "ImageSource": "dq.data.source",
     "InputError": "dq.core.errors",
     "Prototypes": "dq.cluster.prototypes",
@@ -31,9 +31,9 @@ _HOME = {
     "load_source": "dq.data.load",
     "protocols": "dq.config.protocols",
     "pull": "dq.hub",
-    "push_folder": "dq.hub",
+    "push_folder": "dq.distilled.hub",
     "push_model": "dq.hub",
-    "read_set": "dq.foreign",
+    "read_set": "dq.distilled.external",
     "select": "dq.evaluation.selection",
     "student_config": "dq.config.protocols",
 }
@@ -50,11 +50,12 @@ if TYPE_CHECKING:
     from dq.data.load import load_source
     from dq.data.source import ImageSource
     from dq.diffusion.generator import DistillPipeline
-    from dq.distilled import DistilledSet
+    from dq.distilled.external import read_set
+    from dq.distilled.hub import push_folder
+    from dq.distilled.set import DistilledSet
     from dq.evaluation import evaluate
     from dq.evaluation.selection import select
-    from dq.foreign import read_set
-    from dq.hub import pull, push_folder, push_model
+    from dq.hub import pull, push_model
 
 
 __all__ = [

@@ -350,7 +350,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
 
 def _read_sets(args: argparse.Namespace, config: RunConfig, source: Any) -> dict[str, Any]:
     """The sets named with --distilled, by name."""
-    from dq.foreign import read_set
+    from dq.distilled.external import read_set
 
     sets = {}
     for text in args.distilled:

@@ -6,27 +6,21 @@ checks every name and type before anything is written. Tokens appear in no messa
 
 from __future__ import annotations
 
-import contextlib
-import json
-import re
-import shutil
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config.reader import from_dict
 from dq.config.schema import HubConfig
-from dq.core.bounded_yaml import MAX_DEPTH
-from dq.core.errors import InputError, RunError
-from dq.core.files import atomic_path, check_name, read_json
+from dq.core.errors import InputError
+from dq.core.files import read_json
 from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
+from dq.distilled.hub import _copy, _json_bytes, _pull_card, _pull_set, _sets, push_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from dq.diffusion.generator import DistillPipeline
-
-SHARD = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
 # What a model is made of. Pickles and code are neither sent nor fetched.
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".md")
 DESCRIBED = (
@@ -67,97 +61,6 @@ def push(
         describe_evaluation(folder)
         folder = folder / "dataset"
     return push_folder(folder, repo_id, only=only, token=token, **settings)
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    only: list[str] | tuple[str, ...] | None = None,
-    token: str | None = None,
-    **settings: Any,
-) -> CommitInfo:
-    """Push the sets of a folder, each as one configuration of a data set repository, in one commit.
-
-    The files of a set that is pushed again are replaced; other sets of the repository stay, and the card is written
-    anew from the records of all of them. Several may push to one repository at a time.
-
-    Args:
-        folder: `dataset/` of a run, or what `DistilledSet.save` wrote.
-        repo_id: "name" in one's own namespace, or "owner/name"; made if it is not there.
-        only: names of the sets; None: all.
-        token: None takes HF_TOKEN or the login.
-        **settings: fields of `HubConfig`.
-
-    Returns:
-        The commit, which is also its URL as text.
-
-    Raises:
-        InputError: for a wrong name, a missing permission, or an existing public repository where a private one was
-            asked for.
-        RunError: if a set is damaged, or the upload broke off.
-    """
-    from dq.card import dataset_card
-    from dq.core.cards import UNKNOWN, own_text, public, split_card
-    from dq.distilled import PROVENANCE, find_set, shard_files
-
-    folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
-    found = sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}"))
-    if not found:
-        raise InputError(f"{folder} holds no distilled set; give the dataset/ folder of a run, or that of `save`")
-    names = found if only is None else [find_set(folder, n) for n in only]
-    for name in names:
-        record = read_json(folder / name / PROVENANCE)
-        if "files" not in record:
-            raise InputError(f"{folder / name} was written by an older version; write it anew with `dq label`")
-        check_record(public(record), name, str(folder))
-        _check_shards(folder / name, record)
-    local_card = folder / "README.md"
-
-    def operations(repo: Repo) -> Changes:
-        records: dict[str, dict[str, Any]] = {}
-        evaluations: dict[str, dict[str, Any]] = {}
-        files: dict[str, Path | bytes | None] = {}
-        for name in repo.sets():
-            # a set that is replaced may be broken there
-            with contextlib.suppress(*([InputError] if name in names else [])):
-                records[name] = check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
-                if f"{name}/evaluation.json" in repo.files:
-                    evaluations[name] = repo.json(f"{name}/evaluation.json")
-        for name in names:
-            before = (records.get(name) or {}).get("licences") or {}
-            record = public(read_json(folder / name / PROVENANCE))
-            licences = {"source": options.source_license, "generator": options.generator_license}
-            record["licences"] = {k: v or before.get(k) or UNKNOWN for k, v in licences.items()}
-            records[name] = record
-            files |= {f"{name}/{path.name}": path for path, _ in shard_files(folder / name, record)}
-            for extra in ("grid.png", "evaluation.json"):
-                if (folder / name / extra).is_file():
-                    files[f"{name}/{extra}"] = folder / name / extra
-            if f"{name}/evaluation.json" in files:
-                evaluations[name] = read_json(folder / name / "evaluation.json")
-            elif (evaluations.get(name) or {}).get("content") != record["content"]:
-                files[f"{name}/evaluation.json"] = None
-            files[f"{name}/{PROVENANCE}"] = _json_bytes(record)
-            old = (PurePosixPath(f) for f in repo.files)
-            files |= {
-                str(f): None
-                for f in old
-                if f.parts[0] == name and len(f.parts) == 2 and SHARD.fullmatch(f.name) and str(f) not in files
-            }
-        text = repo.text("README.md") or own_text(local_card)
-        split_card(text, f"README.md of {repo.name}")
-        files["README.md"] = dataset_card(
-            list(records.values()),
-            evaluations,
-            repo_id=repo.name,
-            old=text,
-            license=options.license,
-            pretty_name=options.pretty_name,
-        ).encode()
-        return files
-
-    return commit_to("dataset", repo_id, operations, options, token, f"Add {', '.join(names)}")
 
 
 def push_model(
@@ -232,39 +135,6 @@ def check_token(token: str | None = None) -> None:
         client(token).whoami()
 
 
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-
-
-# --- pulling ------------------------------------------------------------------------------------------------------
-
-
-def download_set(
-    repo_id: str,
-    config_name: str | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> tuple[Path, str]:
-    """Fetch one set into the Hub's cache; returns the folder for `DistilledSet.load` and the set's name.
-
-    Raises:
-        InputError: if the repository is not one of dq, or has no such set.
-    """
-    from dq.card import default_config
-    from dq.core.cards import split_card
-
-    api = client(token)
-    with sentences(repo_id, token, revision=revision):
-        repo = open_repo(api, repo_id, "dataset", revision)
-        names = _sets(repo)
-        if config_name is None:
-            config_name = default_config(split_card(repo.text("README.md"))[0], names)
-        folder = _fetch_set(repo, config_name, cache_dir)
-    return folder.parent, config_name
-
-
 def pull(
     repo_id: str,
     folder: str | Path,
@@ -302,55 +172,6 @@ def pull(
     return folder
 
 
-def _sets(repo: Repo) -> list[str]:
-    names = repo.sets()
-    if not names:
-        raise InputError(
-            f"{repo.name} holds no distilled set of dq; read it as any data set with `load_source({repo.name!r})` or "
-            f"--data {repo.name}"
-        )
-    return names
-
-
-def _fetch_set(repo: Repo, name: str, cache_dir: str | Path | None = None) -> Path:
-    """Fetch the files of a set, having checked its record."""
-    if name not in _sets(repo):
-        raise InputError(f"{repo.name} has no set {name!r}; it has {', '.join(_sets(repo))}")
-    record = check_record(repo.json(f"{name}/provenance.json"), name, repo.name)
-    missing = [n for n in record["files"] if f"{name}/{n}" not in repo.files]
-    if missing:
-        raise InputError(f"{repo.name} lacks {name}/{missing[0]}, which its record names; push the set again")
-    for extra in ("evaluation.json", "grid.png"):
-        if f"{name}/{extra}" in repo.files:
-            repo.fetch(f"{name}/{extra}", cache_dir)
-    for file in record["files"]:
-        repo.fetch(f"{name}/{file}", cache_dir)
-    return repo.fetch(f"{name}/provenance.json", cache_dir).parent
-
-
-def _pull_set(repo: Repo, name: str, folder: Path) -> None:
-    target = folder / name
-    source = _fetch_set(repo, name)
-    record = read_json(source / "provenance.json")
-    if (target / "provenance.json").is_file():
-        if read_json(target / "provenance.json").get("content") != record["content"]:
-            raise InputError(f"{target} holds another set of that name; choose another --output_dir")
-        return
-    _check_shards(source, record)
-    # the record makes the set whole, so it comes last
-    for file in [*record["files"], "evaluation.json", "grid.png", "provenance.json"]:
-        if (source / file).is_file():
-            _copy(source / file, target / file)
-
-
-def _pull_card(repo: Repo, folder: Path) -> None:
-    """The card of the sets that are here, with what its owner wrote into it."""
-    from dq.card import write_dataset_card
-
-    card = folder / "README.md"
-    write_dataset_card(folder, old=None if card.is_file() else repo.text("README.md"))
-
-
 def _pull_model(repo: Repo, folder: Path) -> Path:
     markers = ("teacher.json", "model_index.json", "config.json")
     files = [f for f in repo.files if f.endswith(MODEL_FILES) and not f.startswith(".")]
@@ -363,74 +184,3 @@ def _pull_model(repo: Repo, folder: Path) -> Path:
         if not target.is_file():
             _copy(source, target)
     return folder
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """What came from the Hub as the record of a set, if it is one.
-
-    Raises:
-        InputError: if a name or type in it is not what `write_set` writes.
-    """
-    check_name(name, f"the name of a set of {where},")
-    whole, classes, files, grid = record.get, record.get("classes"), record.get("files"), record.get("grid") or {}
-    right = (
-        whole("config_name") == name
-        and isinstance(whole("content"), str)
-        and all(_is_count(whole(k)) for k in ("rows", "ipc", "num_bytes"))
-        and isinstance(classes, list)
-        and all(isinstance(c, str) for c in classes)
-        and len(set(classes)) == len(classes)
-        and all(isinstance(whole(k, {}), (dict, type(None))) for k in _SECTIONS)
-        and _depth(record) <= MAX_DEPTH
-        and (whole("pixels") is None or _whole_numbers(whole("pixels")))
-        and _whole_numbers(whole("image_size"))
-        and isinstance(files, dict)
-        and bool(files)
-        and all(SHARD.fullmatch(f) and isinstance(k, dict) and k for f, k in files.items())
-        and all(_is_count(k.get(n)) for k in files.values() for n in ("bytes", "rows"))
-        and isinstance(grid, dict)
-        and all(_is_digest(k.get("blake2b")) for k in (*files.values(), grid) if k)
-    )
-    if not right:
-        raise InputError(
-            f"the record {name}/provenance.json of {where} is damaged or not of dq; make or push the set again"
-        )
-    return record
-
-
-_SECTIONS = ("source", "method", "cluster", "generate", "codec", "labels", "licences", "selection")
-
-
-def _depth(value: Any) -> int:
-    """How many lists and mappings of plain data lie in each other."""
-    depth, level = 0, [value]
-    while level := [x for x in level if isinstance(x, dict | list)]:
-        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
-        depth += 1
-    return depth
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{32}", value))
-
-
-def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_count(v) and v for v in value)
-
-
-def _check_shards(folder: Path, record: dict[str, Any]) -> None:
-    """Raises: RunError if a file of a set is not there or not the one that was written."""
-    from dq.distilled import all_files, file_facts
-
-    for path, known in all_files(folder, record):
-        if not path.is_file() or (known and file_facts(path)["blake2b"] != known["blake2b"]):
-            raise RunError(f"{path} is missing or damaged; make the set again with `dq label`, or pull it again")

@@ -20,7 +20,7 @@ from dq.core.figures import embed, html_table, new_figure, save_figure, save_ima
 from dq.core.files import read_json, write_text
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 from dq.draw import nearest_images
 from dq.evaluation.figures import read_records, results_figures
 from dq.quantize import clusterings, load_prototypes, prototype_folder

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.card import write_dataset_card
 from dq.cluster import choose_engine
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig
@@ -39,7 +38,10 @@ from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of
 from dq.diffusion.codec import Codec
 from dq.diffusion.latents import LatentCache, encode_source, open_cache
-from dq.distilled import DistilledSet, has_set, write_set
+from dq.distilled.card import write_dataset_card
+from dq.distilled.format import has_set
+from dq.distilled.parquet import write_set
+from dq.distilled.set import DistilledSet
 from dq.draw import drawn_folders, generate
 from dq.networks.teacher import pooled_logits
 from dq.networks.teacher_loading import load_teachers

@@ -20,8 +20,8 @@ from dq.config.students import EvaluateConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
+from dq.distilled.external import read_set
 from dq.evaluation.stage import evaluate_sets
-from dq.foreign import read_set
 
 SEED = {"views": "seed"}  # crops and mixes are drawn again at replay
 # how logits are kept, and which share of the epochs is labelled

@@ -34,7 +34,7 @@ from dq.core.files import read_json, write_json
 from dq.core.locks import locked
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 from dq.evaluation.stage import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.report import write_report

@@ -131,7 +131,6 @@ def targets(root: Path) -> list[Target]:
     from test_distilled import make
     from toy_world import every_stage
 
-    from dq.card import dataset_card
     from dq.config.overrides import apply_settings
     from dq.config.reader import dump_config, to_dict
     from dq.config.schema import RunConfig, load_config
@@ -140,9 +139,10 @@ def targets(root: Path) -> list[Target]:
     from dq.data.images import read_image, read_images
     from dq.data.load import load_source
     from dq.data.source import Split
-    from dq.distilled import DistilledSet
-    from dq.foreign import read_set
-    from dq.hub import check_record
+    from dq.distilled.card import dataset_card
+    from dq.distilled.external import read_set
+    from dq.distilled.hub import check_record
+    from dq.distilled.set import DistilledSet
 
     def file(name: str, use: Callable[[Path], Any]) -> Callable[[bytes, Path], Any]:
         def run(data: bytes, folder: Path) -> Any:

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from dq.core.errors import InputError
-from dq.distilled import DistilledSet
-from dq.evaluation.ddranking import export_ddranking
+from dq.distilled.ddranking import export_ddranking
+from dq.distilled.set import DistilledSet
 
 # what the constructors of ddranking 0.2.0 get from a Config
 HARD_KEYS = {

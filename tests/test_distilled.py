@@ -11,7 +11,8 @@ import torch
 
 from dq import distilled
 from dq.core.errors import InputError, RunError
-from dq.distilled import DistilledSet, write_set
+from dq.distilled.parquet import write_set
+from dq.distilled.set import DistilledSet
 
 PROVENANCE = {
     "ipc": 2,

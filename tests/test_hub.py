@@ -19,11 +19,12 @@ import yaml
 from hub_server import Hub, Repository, running
 from test_distilled import files_of, make, same
 
-from dq.card import dataset_card, describe_evaluation
+from dq.card import describe_evaluation
 from dq.core.cards import BEGIN, END, md, merge_card, public, split_card
 from dq.core.files import read_json, write_json
 from dq.core.hub_client import Redaction, redact
-from dq.distilled import DistilledSet
+from dq.distilled.card import dataset_card
+from dq.distilled.set import DistilledSet
 
 WRITER, READER, GUEST = "hf_writer00000000", "hf_reader00000000", "hf_guest000000000"
 HEAD = "import dq\nfrom dq.distilled import DistilledSet\nfrom test_distilled import make, same\nimport dataclasses\n"
@@ -771,7 +772,7 @@ def test_flags_that_a_push_does_not_read_are_refused(tmp_path: Path, capsys: pyt
 
 def test_a_push_refuses_a_record_that_no_pull_would_take(tmp_path: Path) -> None:
     from dq.core.errors import InputError
-    from dq.hub import push_folder
+    from dq.distilled.hub import push_folder
 
     dataclasses.replace(make(), provenance={"cluster": "mine"}).save(tmp_path / "odd", "default")
     with pytest.raises(InputError, match=r"the record default/provenance.json of .*odd is damaged or not of dq"):

@@ -21,10 +21,10 @@ from dq.config.students import EvaluateConfig, RelabelConfig, StudentConfig, Vie
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
 from dq.data.views import Views, apply_views, batches, parts
-from dq.distilled import DistilledSet
+from dq.distilled.external import bare_set
+from dq.distilled.set import DistilledSet
 from dq.evaluation import trainings as stage
 from dq.evaluation.train import train_student
-from dq.foreign import bare_set
 from dq.labels.compute import label_epoch, mean_logits, online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.packing import pack, unpack

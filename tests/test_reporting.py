@@ -12,7 +12,7 @@ import torch
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
 from dq.data.grid import GAP, image_grid
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 from dq.evaluation import evaluate
 from dq.evaluation.figures import results_figures
 from dq.evaluation.tables import (

@@ -153,7 +153,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
 
 
 def test_real_images_are_the_sources_own(finished: Path, toy_images) -> None:
-    from dq.distilled import DistilledSet
+    from dq.distilled.set import DistilledSet
 
     s = DistilledSet.load(finished / "run" / "dataset", "ipc3-real")
     known = {x.numpy().tobytes() for x in (toy_images["train"][0] * 255).round().to(torch.uint8)}
@@ -241,7 +241,7 @@ def test_stages_one_by_one_equal_the_whole_run(world: Path, finished: Path, tmp_
 
 
 def test_another_generation_batch_gives_the_same_images(world: Path, finished: Path, tmp_path: Path) -> None:
-    from dq.distilled import DistilledSet
+    from dq.distilled.set import DistilledSet
 
     assert main(["encode", "--config", str(full(world, tmp_path)), "--cpu"]) == 0
     for verb in ("cluster", "generate"):
@@ -378,7 +378,7 @@ def test_codec_that_does_not_fit_the_denoiser(world: Path, tmp_path: Path, capsy
 def test_one_image_in_a_class_and_fewer_than_ipc(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dq.distilled import DistilledSet
+    from dq.distilled.set import DistilledSet
 
     for name, n in (("a", 1), ("b", 4)):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -535,7 +535,7 @@ def test_teacher_of_another_class_order_is_stopped(world: Path, tmp_path: Path, 
 
 
 def test_another_teacher_labels_anew(world: Path, tmp_path: Path) -> None:
-    from dq.distilled import DistilledSet
+    from dq.distilled.set import DistilledSet
 
     file = full(world, tmp_path)
     for verb in ("encode", "cluster", "generate", "label"):

@@ -17,7 +17,6 @@ from conftest import tiny_dit, tiny_kl
 from PIL import Image
 from test_distilled import make
 
-from dq.card import dataset_card
 from dq.config.overrides import apply_settings
 from dq.config.schema import CodecConfig, RunConfig, load_config
 from dq.config.teachers import TeacherConfig
@@ -29,8 +28,9 @@ from dq.data.load import load_source
 from dq.data.source import Split
 from dq.diffusion.codec import load_codec
 from dq.diffusion.generator import DistillPipeline
-from dq.distilled import DistilledSet
-from dq.foreign import read_set
+from dq.distilled.card import dataset_card
+from dq.distilled.external import read_set
+from dq.distilled.set import DistilledSet
 from dq.networks.external import tensors_only
 from dq.networks.teacher_loading import load_teacher
 
@@ -182,7 +182,7 @@ def test_names_that_are_no_hub_ids_are_refused(name: str) -> None:
 def test_arrays_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "s.npz", images=np.zeros((2, 3, 99, 99), np.uint8), labels=np.arange(2))
     assert len(read_set(tmp_path / "s.npz", ("a", "b"))) == 2
-    monkeypatch.setattr("dq.foreign.MAX_BYTES", 50_000)
+    monkeypatch.setattr("dq.distilled.external.MAX_BYTES", 50_000)
     with pytest.raises(InputError, match=r"would unpack to 59,\d+ bytes"):
         read_set(tmp_path / "s.npz", ("a", "b"))
 

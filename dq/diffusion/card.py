@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dq.card import ANY_REPO, _union
 from dq.core.cards import _template, license_head, merge_card, own_text, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, readable, write_text
+from dq.distilled.card import ANY_REPO, _union
 
 
 def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:

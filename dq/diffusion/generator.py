@@ -50,7 +50,7 @@ from dq.diffusion.sampling import (
 from dq.runfolder import open_run
 
 if TYPE_CHECKING:
-    from dq.distilled import DistilledSet
+    from dq.distilled.set import DistilledSet
 
 HUB_SETTINGS = tuple(f.name for f in dataclasses.fields(HubConfig) if f.name != "repo_id")
 STOCK_CLASS = {"dit": "DiTPipeline", "img2img": "StableDiffusionImg2ImgPipeline"}

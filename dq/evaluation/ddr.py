@@ -12,7 +12,7 @@ from dq.config.students import Baseline, EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.files import write_text
 from dq.data.source import ImageSource
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 from dq.evaluation.scores import DDRanking
 from dq.evaluation.stage import evaluate_records
 from dq.evaluation.statistics import format_mean_std

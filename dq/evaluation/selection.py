@@ -22,7 +22,7 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.data.coresets import _centred_classes, herding_rows, k_center_rows, random_rows
 from dq.data.images import read_images
 from dq.data.source import ImageSource
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 from dq.networks.patches import Rank, patch_images
 from dq.networks.teacher import Teacher
 

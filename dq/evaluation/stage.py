@@ -22,7 +22,8 @@ from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of_tensors
 from dq.data.load import load_source
 from dq.data.source import ImageSource
-from dq.distilled import DistilledSet
+from dq.distilled.external import check_classes
+from dq.distilled.set import DistilledSet
 from dq.evaluation.tables import Comparison, Row, compare, tables_text
 from dq.evaluation.trainings import (
     Entry,
@@ -35,7 +36,6 @@ from dq.evaluation.trainings import (
     write_labels,
     write_tables,
 )
-from dq.foreign import check_classes
 from dq.networks.real_data import RealData, check_taught, load_real_data
 from dq.networks.teacher_loading import teacher_file
 from dq.refine.chain import labelled, planned

@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any
 
-from dq.card import ANY_REPO, _union
 from dq.core.cards import UNKNOWN, _template, is_hub_id, license_head, merge_card, public, split_card
+from dq.distilled.card import ANY_REPO, _union
 
 
 def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:

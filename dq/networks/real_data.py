@@ -24,7 +24,7 @@ from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
 from dq.data.splits import resized, validation_rows
 from dq.data.zca import Zca, fit_zca
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 from dq.labels.plan import LabelSource
 from dq.networks.features import extract_features, open_features
 from dq.networks.teacher import Teacher, pooled_logits

@@ -12,7 +12,7 @@ from dq.config.refinement import FADRM
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.source import ImageSource
-from dq.foreign import read_set
+from dq.distilled.external import read_set
 from dq.networks.patches import patch_images
 from dq.networks.teacher import Teacher
 from dq.refine.measure import total_variation

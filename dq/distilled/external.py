@@ -19,7 +19,7 @@ from dq.core.errors import InputError
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.load import load_source
 from dq.data.source import Split
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 
 TENSORS = (".safetensors", ".npz")
 MAX_BYTES = 16 << 30  # of the arrays in an .npz file, which may be packed a thousandfold

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dq.core.errors import InputError
 from dq.core.files import write_text
-from dq.distilled import DistilledSet
+from dq.distilled.set import DistilledSet
 
 VERSION = "0.2.0"  # of ddranking, whose source the names and the caveats below were read from
 

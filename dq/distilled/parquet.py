@@ -1,17 +1,13 @@
-"""`DistilledSet`: images, labels, weights and where they came from; to and from a folder that `load_dataset` opens."""
+"""Distilled sets as Parquet files that `load_dataset` opens."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import itertools
 import json
-import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,174 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from dq.core.errors import InputError
-from dq.core.files import Damaged, atomic_path, check_name, is_done, read_json, write_json
+from dq.core.files import Damaged, atomic_path, check_name, write_json
 from dq.core.seeds import digest_of
 from dq.core.text import first_line
 from dq.data.grid import image_grid
 from dq.data.images import open_image
+from dq.distilled.format import GRID, GRID_CLASSES, GRID_COLUMNS, PROVENANCE, SHARDS, file_facts, set_features
+from dq.distilled.set import DistilledSet
 
-log = logging.getLogger("dq")
-
-PROVENANCE = "provenance.json"  # makes a set whole
-GRID = "grid.png"
-SHARDS = "train-*-of-*.parquet"
-DIGEST_BYTES = 16
 SHARD_BYTES = 500_000_000  # of a file
 GROUP_BYTES, GROUP_ROWS = 100_000_000, 1000  # of a row group; the Hub's viewer stops at about 286 MiB
-GRID_CLASSES, GRID_COLUMNS = 20, 10
-
-
-@dataclass(frozen=True)
-class DistilledSet:
-    """A small labelled image set. Rows are in class order, heaviest prototype first."""
-
-    images: Tensor  # (N, 3, H, W) uint8, or float32 in [0, 1] unless not `bounded`
-    labels: Tensor  # (N,) int64
-    weights: Tensor  # (N,) float32, training weights, mean near 1
-    class_names: tuple[str, ...]
-    prototype: Tensor  # (N,) int64, rank of the prototype in its class
-    counts: Tensor  # (N,) int64, images that the prototype stands for
-    source_row: Tensor  # (N,) int64, the nearest real image's row in the source's train split
-    soft_labels: Tensor | None = None  # (N, C) float16, a teacher's logits of the stored images
-    bounded: bool = True  # False: float pixels may leave [0, 1], as those of matching methods do
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        n = len(self.images)
-        for name in ("labels", "weights", "prototype", "counts", "source_row"):
-            if len(getattr(self, name)) != n:
-                raise InputError(f"a distilled set of {n} images has {len(getattr(self, name))} {name}")
-        if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype not in (torch.uint8, torch.float32):
-            shape = tuple(self.images.shape)
-            raise InputError(f"images must be (N, 3, H, W) uint8 or float32, not {shape} {self.images.dtype}")
-        if not n:
-            raise InputError("a distilled set needs at least one image")
-        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
-            raise InputError(
-                f"labels of a distilled set go from {int(self.labels.min())} to {int(self.labels.max())}, but there "
-                f"are {len(self.class_names)} classes; number them from 0"
-            )
-        soft = self.soft_labels
-        if soft is not None and tuple(soft.shape) != (n, len(self.class_names)):
-            raise InputError(f"soft_labels must be {(n, len(self.class_names))}, not {tuple(soft.shape)}")
-        if self.images.dtype == torch.float32 and not torch.isfinite(self.images).all():
-            raise InputError("float images of a distilled set must be finite; leave broken ones out")
-        if self.bounded and self.images.dtype == torch.float32 and not _in_range(self.images):
-            raise InputError(
-                "float images of a distilled set must lie in [0, 1]; scale them, or give the mean and std that they "
-                "were normalised with"
-            )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __repr__(self) -> str:
-        size = "x".join(map(str, self.images.shape[2:]))
-        return f"DistilledSet({len(self)} images of {size} px, {len(self.class_names)} classes)"
-
-    @property
-    def ipc(self) -> int:
-        """Images of the largest class."""
-        return int(torch.bincount(self.labels).max())
-
-    def save(self, folder: str | Path, config_name: str = "default") -> Path:
-        """Write the set to `folder`/`config_name`; see `write_set`."""
-        return write_set(folder, config_name, [self], self.provenance)
-
-    @staticmethod
-    def load(folder: str | Path, config_name: str | None = None) -> DistilledSet:
-        """Read a set written by `save`; `config_name` may be left out if the folder holds one set.
-
-        Raises:
-            InputError: if there is no such set.
-            Damaged: if one of its files is.
-        """
-        folder = Path(folder)
-        config_name = find_set(folder, config_name)
-        record = read_json(folder / config_name / PROVENANCE)
-        tables = []
-        for path, known in shard_files(folder / config_name, record):
-            with _intact(path):
-                data = path.read_bytes()
-                if known and hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest() != known["blake2b"]:
-                    raise ValueError("its bytes are not those that were written")
-                tables.append(_read_shard(data))
-        with _intact(folder / config_name):
-            names = tables[0]["names"]
-            if any(t["names"] != names for t in tables) or not all(isinstance(n, str) for n in names):
-                raise ValueError("its files do not name the classes by the same texts")
-            columns = {name: torch.cat([t[name] for t in tables]) for name in tables[0] if name != "names"}
-            images = columns.pop("pixels", columns["image"])
-            return DistilledSet(
-                images=images,
-                labels=columns["label"],
-                weights=columns["weight"],
-                class_names=names,
-                prototype=columns["prototype"],
-                counts=columns["count"],
-                source_row=columns["source_row"],
-                soft_labels=columns.get("soft_label"),
-                bounded=images.dtype == torch.uint8 or _in_range(images),
-                provenance=record,
-            )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        config_name: str = "default",
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        **card: Any,
-    ) -> Any:
-        """Push the set to the data set repository `repo_id` of the Hugging Face Hub as one configuration.
-
-        The repository is made if it is not there; its other configurations stay as they are, and so does what you
-        wrote into its card.
-
-        Args:
-            repo_id: "name" (in your own namespace) or "owner/name".
-            **card: `license`, `pretty_name`, `source_license`, `generator_license`; see `HubConfig`.
-
-        Returns:
-            The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
-        """
-        from dq.hub import push_folder
-
-        settings = {"private": private, "revision": revision, "create_pr": create_pr, **card}
-        with tempfile.TemporaryDirectory() as scratch:
-            self.save(scratch, config_name)
-            return push_folder(scratch, repo_id, token=token, commit_message=commit_message, **settings)
-
-    @staticmethod
-    def from_hub(
-        repo_id: str,
-        config_name: str | None = None,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> DistilledSet:
-        """Download a set that `push_to_hub` or `dq push` uploaded.
-
-        Args:
-            config_name: None takes the only configuration, or the one that the card marks as default.
-            cache_dir: where the files are kept; None: the Hub library's own cache.
-        """
-        from dq.hub import download_set
-
-        return DistilledSet.load(
-            *download_set(repo_id, config_name, revision=revision, token=token, cache_dir=cache_dir)
-        )
-
-    def images_uint8(self) -> Tensor:
-        """Images as (N, 3, H, W) uint8, rounded where they are float."""
-        if self.images.dtype == torch.uint8:
-            return self.images
-        return (self.images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @contextlib.contextmanager
@@ -240,71 +78,6 @@ def _read_shard(data: bytes) -> dict[str, Any]:
     return found
 
 
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def find_set(folder: Path, config_name: str | None) -> str:
-    """The name of a set in the folder; None stands for the only one.
-
-    Raises:
-        InputError: if there is no such set.
-    """
-    known = sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}"))
-    if config_name is None and len(known) == 1:
-        config_name = known[0]
-    if config_name not in known:
-        raise InputError(f"{folder} has no set {config_name!r}; it has {', '.join(known) or 'none'}")
-    return config_name
-
-
-def has_set(folder: Path, config_name: str, recipe: str) -> bool:
-    """Whether the set is there, made by this recipe, and intact. Damage is reported."""
-    path = folder / config_name / PROVENANCE
-    if not is_done(path) or (record := read_json(path)).get("recipe") != recipe:
-        return False
-    for file, known in all_files(folder / config_name, record):
-        if not file.is_file() or file_facts(file)["blake2b"] != known["blake2b"]:
-            log.warning("%s is damaged or gone, and the set is made anew", file)
-            path.unlink()  # it is no set any more
-            return False
-    return True
-
-
-def shard_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """The files of a set in row order, each with what its record says of it (nothing in sets of old)."""
-    files = record.get("files") or {p.name: {} for p in sorted(folder.glob(SHARDS))}
-    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
-        raise Damaged(
-            f"{folder / PROVENANCE} does not say which files are its own; make the set again with `dq label`"
-        )
-    return [(folder / name, known) for name, known in files.items()]
-
-
-def all_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """`shard_files` and the picture of the set."""
-    return shard_files(folder, record) + ([(folder / GRID, record["grid"])] if record.get("grid") else [])
-
-
-def set_features(record: dict[str, Any]) -> Any:
-    """The columns of a set by its record: `classes`, `soft_labels`, and `pixels`, the shape of float images."""
-    from datasets import Array3D, ClassLabel, Features, List, Value
-    from datasets import Image as ImageFeature
-
-    features: dict[str, Any] = {
-        "image": ImageFeature(),
-        "label": ClassLabel(names=list(record["classes"])),
-        "weight": Value("float32"),
-        "prototype": Value("int32"),
-        "count": Value("int64"),
-        "source_row": Value("int64"),
-    }
-    if record.get("soft_labels"):
-        features["soft_label"] = List(Value("float16"), length=len(record["classes"]))
-    if record.get("pixels"):
-        features["pixels"] = Array3D(shape=tuple(record["pixels"]), dtype="float32")
-    return Features(features)
-
-
 def write_set(
     folder: str | Path,
     config_name: str,
@@ -330,7 +103,7 @@ def write_set(
     Raises:
         InputError: if there is no part, or one has other classes or columns than the first.
     """
-    from dq.card import write_dataset_card
+    from dq.distilled.card import write_dataset_card
 
     folder, target = Path(folder), Path(folder) / config_name
     check_name(config_name, "the set's name")
@@ -378,13 +151,6 @@ def write_set(
     if card:
         write_dataset_card(folder)
     return target / names[0]
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Digest and size of a file."""
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
-    return {"blake2b": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
 def _each(queue: list[DistilledSet], rest: Iterator[DistilledSet]) -> Iterator[DistilledSet]:

@@ -1,0 +1,230 @@
+"""Cards: the README of a folder or repository of distilled sets, and of teachers and pipelines.
+
+What is generated stands between two marks. What a user writes outside them, and keys of the YAML head that are not
+ours, stay when the card is written anew. Nothing in a card names a place on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dq.core.cards import UNKNOWN, _template, is_hub_id, license_head, merge_card, own_text, public, split_card
+from dq.core.files import is_done, read_json, write_text
+from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, set_features
+
+EVALUATION = "evaluation.json"  # beside the provenance of a set: what students learnt from it
+ANY_REPO = "THIS_FOLDER_OR_REPO"
+SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+
+
+def _union(old: Any, own: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*(x for x in old if isinstance(x, str)), *own] if isinstance(old, list) else own))
+
+
+def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
+    """Write the README of a folder of sets from what lies beside them.
+
+    Args:
+        old: the card of a repository that they were pulled from; None: the one in the folder.
+    """
+    card = folder / "README.md"
+    records = [read_json(p) for p in folder.glob(f"*/{PROVENANCE}")]
+    found = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}") if is_done(p)}
+    if old is None:
+        old, alone = own_text(card), False
+    else:
+        alone = True  # other configurations of the repository are not here, and would not open
+    write_text(card, dataset_card(records, found, old=old, alone=alone))
+
+
+def dataset_card(
+    records: list[dict[str, Any]],
+    evaluations: Mapping[str, dict[str, Any]],
+    *,
+    repo_id: str = ANY_REPO,
+    old: str = "",
+    alone: bool = False,
+    license: str | None = None,
+    pretty_name: str | None = None,
+) -> str:
+    """The README of some sets.
+
+    Args:
+        records: their provenance.
+        evaluations: of `describe_evaluation`, by the name of the set; those of other content are left aside.
+        repo_id: for the snippets.
+        old: the card that is replaced; see the module.
+        alone: leave out configurations of others that `old` names.
+        license, pretty_name: None keeps those of `old`.
+    """
+    kept, _ = split_card(old)
+    records = sorted((public(r) for r in records), key=lambda r: _natural(r["config_name"]))
+    default = default_config(kept, [r["config_name"] for r in records])
+    first = next(r for r in records if r["config_name"] == default)
+    sources = list(dict.fromkeys(str((r.get("source") or {}).get("origin", UNKNOWN)) for r in records))
+    quantized = any("selection" not in r and "cluster" in r for r in records)
+    head: dict[str, Any] = {
+        "pretty_name": pretty_name or kept.get("pretty_name") or f"{', '.join(sources)}, distilled",
+        **license_head(license, kept),
+        "task_categories": ["image-classification"],
+        "annotations_creators": ["machine-generated"],
+        "size_categories": [_size(max(r["rows"] for r in records))],
+        "tags": _union(
+            kept.get("tags"), ["dataset-distillation", *(["optimal-quantization"] if quantized else []), "dq"]
+        ),
+    }
+    hub_sources = [s for s in sources if is_hub_id(s)]
+    if hub_sources or "source_datasets" in kept:
+        head["source_datasets"] = _union(kept.get("source_datasets"), hub_sources)
+    head |= _configs({} if alone else kept, records, default)
+    rows = {
+        r["config_name"]: found
+        for r in records
+        if isinstance(e := evaluations.get(r["config_name"]), dict) and e.get("content") == r["content"]
+        if (found := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
+    }
+    body = _template("dataset_card.md").render(
+        records=records,
+        first=first,
+        pictured=min(records, key=lambda r: (*_looks(r), r.get("method") != first.get("method"))),
+        sources=sources,
+        repo_id=repo_id,
+        evaluated=rows,
+        grid=GRID,
+        class_lists=_class_lists(records),
+        statements=[_statement(r) for r in records],
+    )
+    return merge_card(old, head, body)
+
+
+def default_config(head: Mapping[str, Any], names: list[str]) -> str:
+    """The configuration that `load_dataset` takes by itself: the one marked in an old head, else "default", else the
+    first."""
+    for c in _named(head.get("configs")):
+        if c.get("default") is True and c.get("config_name") in names:
+            return str(c["config_name"])
+    return "default" if "default" in names else sorted(names, key=_natural)[0]
+
+
+def _configs(kept: Mapping[str, Any], records: list[dict[str, Any]], default: str) -> dict[str, Any]:
+    """`configs` and `dataset_info` of the head: ours, and those of others that the head already has."""
+    from datasets import DatasetInfo
+    from datasets.info import DatasetInfosDict
+    from datasets.splits import SplitDict, SplitInfo
+    from huggingface_hub import DatasetCardData
+
+    own = {r["config_name"] for r in records}
+    others = [c for c in _named(kept.get("configs")) if c["config_name"] not in own and not _is_ours(c)]
+    configs = [
+        {
+            "config_name": r["config_name"],
+            # load_dataset keys its cache by the card, which must therefore follow the content
+            "description": f"content {r['content']}",
+            "data_files": [{"split": "train", "path": f"{r['config_name']}/train-*.parquet"}],
+            **({"default": True} if r["config_name"] == default else {}),
+        }
+        for r in records
+    ]
+    infos = DatasetInfosDict()
+    for r in records:
+        split = SplitInfo("train", num_bytes=r.get("num_bytes", 0), num_examples=r["rows"])
+        infos[r["config_name"]] = DatasetInfo(
+            features=set_features(r),
+            splits=SplitDict({"train": split}),
+            download_size=sum(f["bytes"] for f in r.get("files", {}).values()),
+            dataset_size=r.get("num_bytes", 0),
+        )
+    data = DatasetCardData()
+    infos.to_dataset_card_data(data)
+    described = data.to_dict()["dataset_info"]
+    described = described if isinstance(described, list) else [described]
+    old = kept.get("dataset_info")
+    names = {c["config_name"] for c in others}
+    foreign = [d for d in _named(old if isinstance(old, list) else [old]) if d["config_name"] in names]
+    return {"configs": [*others, *configs], "dataset_info": [*foreign, *described]}
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
+
+
+def _named(value: Any) -> list[dict[str, Any]]:
+    """Configurations of a head that have a name, without which none can be loaded."""
+    return [x for x in _dicts(value) if isinstance(x.get("config_name"), str)]
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    files = config.get("data_files")
+    name = config.get("config_name")
+    return isinstance(files, list) and files == [{"split": "train", "path": f"{name}/train-*.parquet"}]
+
+
+def _looks(r: dict[str, Any]) -> tuple[bool, int]:
+    """Least for the set whose grid shows most, and all of it."""
+    return r["ipc"] > GRID_COLUMNS, abs(GRID_COLUMNS - r["ipc"])
+
+
+def _natural(name: str) -> list[Any]:
+    """Order in which ipc2 comes before ipc10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _size(rows: int) -> str:
+    return next((name for limit, name in SIZES if rows < limit), "n>1M")
+
+
+def _class_lists(records: list[dict[str, Any]]) -> list[tuple[list[str], list[str], bool]]:
+    """Distinct lists of classes, each with the sets that have it, and whether they are all WordNet ids."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for r in records:
+        found.setdefault(tuple(r["classes"]), []).append(r["config_name"])
+    return [(list(k), v, all(re.fullmatch(r"n\d{8}", n) for n in k)) for k, v in found.items()]
+
+
+def _statement(r: dict[str, Any]) -> dict[str, str]:
+    """What is to be said in words of weights, labels and origin of a set."""
+    method, labels, generate = (r.get(k) or {} for k in ("method", "labels", "generate"))
+    kind = {
+        "uniform": "all 1",
+        "mass": "K n / N, whose mean over the prototypes of a class is 1",
+        "sqrt": "sqrt(K n / N), at most 1 in the mean of a class",
+    }.get(str(method.get("weights")), "as they came")
+    scaled = {"class": ", scaled to mean 1 in the class", "sqrt_k": ", scaled to sum sqrt(K) in the class"}
+    teachers = labels.get("teachers") or ([labels["by"]] if labels.get("by") else [])
+    who = [str(t) for t in teachers] if isinstance(teachers, list) else []
+    licences = r.get("licences") or {}
+    return {
+        "weights": kind + scaled.get(str(method.get("normalize")), ""),
+        "teachers": ", ".join(who),
+        "generator": str(generate.get("model") or (r.get("codec") or {}).get("path") or ""),
+        **{f"{k}_license": str(licences.get(k) or UNKNOWN).replace(UNKNOWN, "") for k in ("source", "generator")},
+    }
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether a row, which may come from the Hub, has what is shown of it."""
+    texts, numbers = ("set", "ipc", "student", "labels", "protocol", "settings", "selected_on"), ("images", "seeds")
+    shares = [row.get(f"{which}_{what}") for which in ("last", "best") for what in ("mean", "std")]
+    return (
+        all(isinstance(row.get(k), str) for k in texts)
+        and all(type(row.get(k)) is int for k in numbers)
+        and all((isinstance(x, int | float) and 0 <= x <= 1) or (x is None and i % 2) for i, x in enumerate(shares))
+    )
+
+
+def _evaluated(row: dict[str, Any]) -> dict[str, str]:
+    """A row of results as text."""
+
+    def percent(which: str) -> str:
+        mean, std = row[f"{which}_mean"], row.get(f"{which}_std")
+        return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+    chosen = row["selected_on"] != "none"
+    return {
+        **{k: str(row[k]) for k in ("set", "ipc", "images", "student", "labels", "protocol", "settings", "seeds")},
+        "last": percent("last"),
+        "best": f"{percent('best')} ({row['selected_on']})" if chosen else "",
+    }
