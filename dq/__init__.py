@@ -34,7 +34,7 @@ _HOME = {
     "push_folder": "dq.distilled.hub",
     "push_model": "dq.hub",
     "read_set": "dq.distilled.external",
-    "select": "dq.evaluation.selection",
+    "select": "dq.evaluation.baselines",
     "student_config": "dq.config.protocols",
 }
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from dq.distilled.hub import push_folder
     from dq.distilled.set import DistilledSet
     from dq.evaluation import evaluate
-    from dq.evaluation.selection import select
+    from dq.evaluation.baselines import select
     from dq.hub import pull, push_model
 
 

@@ -29,7 +29,7 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
     Returns:
         The files that were written; the README of the sets follows them.
     """
-    from dq.evaluation.tables import summarize
+    from dq.evaluation.results import summarize
 
     run_folder = Path(run_folder)
     log, base = run_folder / "eval" / "trainings.jsonl", run_folder / "dataset"

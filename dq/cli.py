@@ -154,7 +154,7 @@ def _plan(args: argparse.Namespace, config: RunConfig, source: Any, accelerator:
     if args.verb == "evaluate" and not args.config:
         sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
         if args.protocol == "ddr":
-            from dq.evaluation.ddr import count_trainings
+            from dq.evaluation.dd_ranking import count_trainings
 
             e = config.evaluate
             return f"evaluate    up to {count_trainings(len(sets), len(e.students), e.seeds)} trainings of ddr"
@@ -254,8 +254,8 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
     from dq import run as stages
     from dq.core.progress import StageTimer
     from dq.core.trackers import report_distortion, start_trackers
+    from dq.evaluation.results import tables_text
     from dq.evaluation.stage import evaluate_run, label_run
-    from dq.evaluation.tables import tables_text
     from dq.refine.chain import stages_of
     from dq.report import write_report
     from dq.runfolder import open_run
@@ -310,9 +310,9 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
     from dq.config.reader import dump_config
     from dq.core.files import write_text
     from dq.core.trackers import start_trackers
-    from dq.evaluation.ddr import evaluate_ddr
-    from dq.evaluation.stage import evaluate_sets
-    from dq.evaluation.tables import tables_text
+    from dq.evaluation.dd_ranking import evaluate_ddr
+    from dq.evaluation.evaluate import evaluate_sets
+    from dq.evaluation.results import tables_text
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")

@@ -16,7 +16,7 @@ from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunCon
 from dq.core.processes import cut
 from dq.core.seeds import digest_of
 from dq.data.image_cache import LEAST, MOST
-from dq.evaluation.selection import BY_FEATURES
+from dq.evaluation.baselines import BY_FEATURES
 
 CELL = 2  # bytes of a latent's number in the cache (float16)
 POINT_CELL = 8  # bytes of a prototype's number: centroid and medoid in float32

@@ -21,7 +21,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.distilled.external import read_set
-from dq.evaluation.stage import evaluate_sets
+from dq.evaluation.evaluate import evaluate_sets
 
 SEED = {"views": "seed"}  # crops and mixes are drawn again at replay
 # how logits are kept, and which share of the epochs is labelled

@@ -35,7 +35,7 @@ from dq.core.locks import locked
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.distilled.set import DistilledSet
-from dq.evaluation.stage import evaluate_sets
+from dq.evaluation.evaluate import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.report import write_report
 from dq.run import assemble, cluster, encode, generate, label, refine

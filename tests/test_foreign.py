@@ -28,8 +28,8 @@ from dq.data.load import load_source
 from dq.data.splits import resized
 from dq.distilled.external import bare_set, read_set
 from dq.distilled.set import DistilledSet
-from dq.evaluation.ddr import LEARNING_RATES, _best_rates, _last, evaluate_ddr
-from dq.evaluation.train import train_student
+from dq.evaluation.dd_ranking import LEARNING_RATES, _best_rates, _last, evaluate_ddr
+from dq.evaluation.student import train_student
 from dq.networks.training import normalizer
 from dq.networks.zoo import make_net
 from dq.options import build_parser, resolve

@@ -24,7 +24,7 @@ from dq.data.views import Views, apply_views, batches, parts
 from dq.distilled.external import bare_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation import trainings as stage
-from dq.evaluation.train import train_student
+from dq.evaluation.student import train_student
 from dq.labels.compute import label_epoch, mean_logits, online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.packing import pack, unpack

@@ -15,15 +15,7 @@ from dq.data.grid import GAP, image_grid
 from dq.distilled.set import DistilledSet
 from dq.evaluation import evaluate
 from dq.evaluation.figures import results_figures
-from dq.evaluation.tables import (
-    compare,
-    markdown_table,
-    settings_line,
-    statements,
-    summarize,
-    tables_text,
-    to_csv,
-)
+from dq.evaluation.results import compare, markdown_table, settings_line, statements, summarize, tables_text, to_csv
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dq.core.errors import InputError
-from dq.evaluation.scores import DDRanking, ars, hlr, ior, lrs
+from dq.evaluation.dd_ranking import DDRanking, ars, hlr, ior, lrs
 
 
 def formula(exponent: float) -> float:

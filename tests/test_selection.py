@@ -19,7 +19,7 @@ from dq.data.coresets import herding_rows, k_center_rows, random_rows
 from dq.data.source import ImageSource
 from dq.data.tensors import from_tensors
 from dq.distilled.set import DistilledSet
-from dq.evaluation.selection import BASELINES, nearest_rows, select
+from dq.evaluation.baselines import BASELINES, nearest_rows, select
 from dq.networks.patches import best_crops, crop_boxes, mosaics, patch_images, rank_order
 from dq.networks.teacher import Teacher
 

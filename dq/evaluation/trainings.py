@@ -29,9 +29,9 @@ from dq.core.text import format_bytes
 from dq.core.trackers import report, training_numbers
 from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
-from dq.evaluation.selection import BY_FEATURES, select
-from dq.evaluation.tables import Row, compare, settings_line, summarize, to_csv
-from dq.evaluation.train import train_student
+from dq.evaluation.baselines import BY_FEATURES, select
+from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv
+from dq.evaluation.student import train_student
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels

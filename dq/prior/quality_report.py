@@ -27,7 +27,7 @@ from dq.diffusion.card import QUALITY, check_card, protocol_text, quality_table,
 from dq.diffusion.prior.curves import draw_curves
 from dq.diffusion.prior.metrics import PriorQuality, measure_prior, plan_draw
 from dq.diffusion.prior.samples import stored_samples
-from dq.evaluation.tables import to_csv
+from dq.evaluation.results import to_csv
 from dq.networks.real_data import RealData, load_real_data
 from dq.report import MAX_CLASSES, image_grid, write_page
 from dq.runfolder import open_run

@@ -229,3 +229,17 @@ def statements(rows: list[Row]) -> str:
         for name, ipc in sorted(unequal)
     ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of a table and what may be said of their differences; prints as both."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return compare(list(self.rows))
+
+    def __str__(self) -> str:
+        return tables_text(list(self.rows))

@@ -1,0 +1,178 @@
+"""Proof: fresh students trained on every set and on its baselines, tested on real images, n seeds each."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from dq.config.schema import SourceConfig
+from dq.config.students import Baseline, EvaluateConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError
+from dq.core.files import check_name
+from dq.core.processes import make_accelerator
+from dq.core.seeds import digest_of_tensors
+from dq.data.load import load_source
+from dq.data.source import ImageSource
+from dq.distilled.external import check_classes
+from dq.distilled.set import DistilledSet
+from dq.evaluation.results import Results, Row
+from dq.evaluation.trainings import Entry, Work, baseline_entries, students_of, train_all, trainings_of, write_tables
+from dq.networks.real_data import load_real_data
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def evaluate_records(
+    sets: dict[str, DistilledSet],
+    source: ImageSource,
+    *,
+    config: EvaluateConfig,
+    source_config: SourceConfig,
+    teachers: Sequence[TeacherConfig] = (),
+    image_size: int | None = None,
+    folder: Path,
+    cache_dir: Path,
+    accelerator: Accelerator,
+    ipcs: Sequence[int] = (),
+) -> list[dict[str, Any]]:
+    """Train on sets of any origin and on baselines of equal size (and of `ipcs`); files and resume as in a run.
+
+    Raises:
+        InputError: if a set has other classes than the source, or an empty one.
+    """
+    if min(ipcs, default=1) < 1:
+        raise InputError(f"ipc must be at least 1, not {min(ipcs)}")
+    if not config.students:
+        raise InputError("there is no student to train; name one with --student, or in evaluate.students")
+    twice = [s for i, s in enumerate(config.students) if s in config.students[:i]]
+    if twice:
+        raise InputError(f"the student {twice[0]} is named twice; name every student once")
+    for name, s in sets.items():
+        check_name(name, "the set's name")
+        if name in get_args(Baseline):
+            raise InputError(f"the set's name {name!r} is that of a baseline; choose another")
+        if s.images.shape[2] != s.images.shape[3]:
+            raise InputError(f"images of the set {name!r} are {tuple(s.images.shape[2:])} px; they must be square")
+        if not (torch.isfinite(s.weights).all() and (s.weights > 0).all()):
+            raise InputError(f"the set {name!r} has weights that are not more than 0; leave such images out")
+        if s.class_names != source.class_names:
+            raise InputError(f"the set {name!r} has other classes than {source.origin}, or another order of them")
+        check_classes(s, f"the set {name!r}")
+    sizes = {s.images.shape[-1] for s in sets.values()}
+    if image_size is None and len(sizes) > 1:
+        raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
+    if image_size is None and not sizes:
+        raise InputError("baselines alone need the side in px at which to train: --image_size")
+    side = image_size or sizes.pop()
+    per_class = sorted({*ipcs, *(s.ipc for s in sets.values())})
+    keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
+    students = students_of(config, keys, len(source.class_names), side)
+    bench = load_real_data(
+        source,
+        source_config,
+        config,
+        list(students.values()),
+        image_size=side,
+        cache_dir=cache_dir,
+        teachers=teachers,
+        device=accelerator.device,
+    )
+    if any(s.labels == "fixed" for s in students.values()) and not teachers:
+        bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
+        if bare:
+            raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
+    _ = source.test  # there must be one
+    work = Work(folder, accelerator)
+    seeds = tuple(range(config.seeds))
+    entries = [
+        Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds, _origin(s))
+        for name, s in sets.items()
+    ]
+    entries += baseline_entries(bench, config, work, {str(i): i for i in per_class})
+    return train_all(trainings_of(entries, students, bench, config, work), bench, work)
+
+
+def evaluate_sets(
+    sets: dict[str, DistilledSet], source: ImageSource, *, folder: Path, accelerator: Accelerator, **options: Any
+) -> list[Row]:
+    """`evaluate_records` with its tables written to `folder`/eval."""
+    records = evaluate_records(sets, source, folder=folder, accelerator=accelerator, **options)
+    return write_tables(records, Work(folder, accelerator))
+
+
+def _origin(s: DistilledSet) -> str:
+    return str(s.provenance.get("origin", s.provenance.get("source", {}).get("origin", "")))
+
+
+def _itself(s: DistilledSet) -> DistilledSet:
+    return s
+
+
+def _identity(s: DistilledSet) -> str:
+    tensors = {"images": s.images, "labels": s.labels, "weights": s.weights}
+    if s.soft_labels is not None:
+        tensors["soft_labels"] = s.soft_labels
+    return digest_of_tensors(tensors)
+
+
+def evaluate(
+    small: DistilledSet,
+    source: Any,
+    *,
+    protocol: str = "classic",
+    student: str | dict[str, Any] | Sequence[str | dict[str, Any]] | None = None,
+    seeds: int = 3,
+    baselines: tuple[str, ...] = ("random",),
+    teachers: TeacherConfig | Sequence[TeacherConfig] = (),
+    image_size: int | None = None,
+    source_config: SourceConfig | None = None,
+    output_dir: str | Path | None = None,
+    cache_dir: str | Path = "runs/cache",
+    accelerator: Accelerator | None = None,
+    **settings: Any,
+) -> Results:
+    """Train fresh students on a set and on baselines of equal size, and test them on `source.test`.
+
+    Args:
+        source: anything that `load_source` takes.
+        protocol: a preset: classic, hard, sre2l, rded, edc, fadrm; or custom.
+        student: a network by name, or a mapping of `StudentConfig` settings; several for a cross-architecture table;
+            None: the network of the protocol.
+        baselines: any of random, herding, k-center, nearest, patches, full.
+        teachers: who labels views, where the protocol needs labels.
+        image_size: side in px at which students train; None: the set's.
+        source_config: how images become squares, and what happens to unreadable ones.
+        output_dir: where records and labels are kept, so that the same call continues; None: nowhere.
+        accelerator: where to train; default: the accelerator of this machine if there is one.
+        **settings: fields of `StudentConfig` for all students; `epochs` may be a mapping by ipc.
+
+    Example:
+        print(evaluate(small, source, protocol="classic", student=["convnet3", "vgg11"], seeds=5))
+    """
+    from dq.config.reader import from_dict
+
+    source = load_source(source)
+    asked = student if isinstance(student, (list, tuple)) else [student]
+    specs = [dict(s) if isinstance(s, dict) else {"net": s} if s else {} for s in asked]
+    specs = [{"protocol": protocol, **settings, **s} for s in specs]
+    config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": list(baselines), "students": specs}, "evaluate")
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = evaluate_sets(
+            {"set": small},
+            source,
+            config=config,
+            source_config=source_config or SourceConfig(),
+            teachers=(teachers,) if isinstance(teachers, TeacherConfig) else tuple(teachers),
+            image_size=image_size,
+            folder=Path(output_dir or scratch),
+            cache_dir=Path(cache_dir if output_dir else scratch),
+            accelerator=accelerator or make_accelerator(),
+        )
+    return Results(tuple(rows))
