@@ -30,9 +30,9 @@ _HOME = {
     "load_config": "dq.config.schema",
     "load_source": "dq.data.load",
     "protocols": "dq.config.protocols",
-    "pull": "dq.hub",
+    "pull": "dq.run.share",
     "push_folder": "dq.distilled.hub",
-    "push_model": "dq.hub",
+    "push_model": "dq.run.share",
     "read_set": "dq.distilled.external",
     "select": "dq.evaluation.baselines",
     "student_config": "dq.config.protocols",
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from dq.distilled.set import DistilledSet
     from dq.evaluation import evaluate
     from dq.evaluation.baselines import select
-    from dq.hub import pull, push_model
+    from dq.run.share import pull, push_model
 
 
 __all__ = [

@@ -105,7 +105,7 @@ def execute(args: argparse.Namespace) -> None:
         return
     _check_push(args, config)
     if args.verb == "report" and not args.config:
-        from dq.report import write_results_report
+        from dq.run.report import write_results_report
 
         print(write_results_report(Path(config.output_dir)))
         return
@@ -113,12 +113,12 @@ def execute(args: argparse.Namespace) -> None:
     from dq.core.processes import make_accelerator
     from dq.core.trackers import check_trackers, end_trackers
     from dq.data.load import load_source
-    from dq.evaluation.stage import check_evaluation
-    from dq.plan import like_source
+    from dq.run.planning.plan import like_source
+    from dq.run.stages.evaluate import check_evaluation
 
     check_trackers(config.report_to)
     if args.verb == "prior-report":
-        from dq.prior.quality_report import check_prior_report
+        from dq.run.prior_report import check_prior_report
 
         check_prior_report(config)
     accelerator = make_accelerator(cpu=args.cpu)
@@ -148,8 +148,8 @@ def output_folder(verb: str, config: RunConfig) -> Path:
 
 def _plan(args: argparse.Namespace, config: RunConfig, source: Any, accelerator: Any) -> str:
     """What a dry run prints."""
-    from dq.plan import plan, plan_evaluation, plan_prior_report
-    from dq.speeds import plan_with_speeds
+    from dq.run.planning.plan import plan, plan_evaluation, plan_prior_report
+    from dq.run.planning.timings import plan_with_speeds
 
     if args.verb == "evaluate" and not args.config:
         sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
@@ -209,7 +209,7 @@ def _check_push(args: argparse.Namespace, config: RunConfig) -> None:
         if config.hub.repo_id is None:
             raise InputError("--push_to_hub needs to know where to: give --repo_id NAME, or set hub.repo_id")
         if int(os.environ.get("RANK", "0")) == 0 and not args.dry_run:
-            from dq.hub import check_token
+            from dq.run.share import check_token
 
             check_token(args.token)
 
@@ -221,7 +221,7 @@ def _push_run(args: argparse.Namespace, config: RunConfig, accelerator: Any) -> 
 
 def _push(args: argparse.Namespace, config: RunConfig) -> None:
     """Push what a folder holds, or the run of the configuration."""
-    from dq.hub import push
+    from dq.run.share import push
 
     folder, only = getattr(args, "folder", None), getattr(args, "only", None)
     if bool(folder) == bool(args.config):
@@ -238,7 +238,7 @@ def _push(args: argparse.Namespace, config: RunConfig) -> None:
 
 
 def _pull(args: argparse.Namespace) -> None:
-    from dq.hub import pull
+    from dq.run.share import pull
 
     if not args.output_dir:
         raise InputError("say where to put it: --output_dir DIR")
@@ -255,11 +255,11 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
     from dq.core.progress import StageTimer
     from dq.core.trackers import report_distortion, start_trackers
     from dq.evaluation.results import tables_text
-    from dq.evaluation.stage import evaluate_run, label_run
-    from dq.refine.chain import stages_of
-    from dq.report import write_report
-    from dq.runfolder import open_run
-    from dq.speeds import Speeds, expected_seconds
+    from dq.run.folder import open_run
+    from dq.run.planning.timings import Speeds, expected_seconds
+    from dq.run.refinement import stages_of
+    from dq.run.report import write_report
+    from dq.run.stages.evaluate import evaluate_run, label_run
 
     run = open_run(config, source, accelerator)
     start_trackers(accelerator, config, run.folder)
@@ -414,7 +414,7 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
 def _report_prior(config: RunConfig, source: Any, accelerator: Any) -> None:
     """Measure a prior; without `codec.path`, with the codec that lies in its folder."""
     from dq.diffusion.card import markdown_text, quality_table
-    from dq.prior.quality_report import report_prior
+    from dq.run.prior_report import report_prior
 
     if not config.codec.path:
         config = apply_settings(config, {"codec.path": config.generate.model})

@@ -22,7 +22,7 @@ from dq.config.schema import RunConfig
 from dq.core.text import format_bytes
 from dq.core.trackers import TRACKERS, is_installed
 from dq.networks.teacher_loading import POOL, PRETRAINED
-from dq.refine.chain import stages_of
+from dq.run.refinement import stages_of
 
 LEAST_FREE = 1 << 30  # bytes of disk below which a run is likely to stop half-way
 PACKAGES = (

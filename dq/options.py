@@ -9,7 +9,7 @@ from dq.completion import SHELLS
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
 from dq.core.errors import InputError
-from dq.plan import LIKE
+from dq.run.planning.plan import LIKE
 
 NO_CONFIG = ("evaluate", "report", "push", "pull", "train-teachers", "train-pool", "doctor")  # need no --config
 

@@ -32,10 +32,12 @@ from dq.core.files import read_json, write_json
 from dq.core.locks import locked
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
-from dq.evaluation.stage import evaluate_run
 from dq.evaluation.statistics import mean_std, paired_difference
-from dq.run import assemble, cluster, encode, generate
-from dq.runfolder import open_run
+from dq.run import cluster, generate
+from dq.run.folder import open_run
+from dq.run.stages.assemble import assemble
+from dq.run.stages.encode import encode
+from dq.run.stages.evaluate import evaluate_run
 
 # factor -> level -> what differs from the default: fields of a method, and settings of cluster and generate
 ARMS: dict[str, dict[str, dict[str, Any]]] = {

@@ -37,9 +37,12 @@ from dq.data.load import load_source
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
-from dq.report import write_report
-from dq.run import assemble, cluster, encode, generate, label, refine
-from dq.runfolder import open_run
+from dq.run import cluster, generate, refine
+from dq.run.folder import open_run
+from dq.run.report import write_report
+from dq.run.stages.assemble import assemble
+from dq.run.stages.encode import encode
+from dq.run.stages.label import label
 
 # evaluation -> who labels, which sets, which baselines beside them
 SETS = {

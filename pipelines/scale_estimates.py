@@ -18,9 +18,9 @@ from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
 from dq.core.files import read_jsonl
 from dq.data.load import load_source
-from dq.estimate import seconds_of
-from dq.plan import like_source
-from dq.speeds import Speeds, planned_stages
+from dq.run.planning.costs import seconds_of
+from dq.run.planning.plan import like_source
+from dq.run.planning.timings import Speeds, planned_stages
 
 RESULTS = Path(__file__).parents[1] / "results" / "scale"
 CASES = (("cifar10", 10), ("imagenet-1k", 10), ("imagenet-1k", 50), ("imagenet-21k", 10))

@@ -256,11 +256,6 @@ def live(world: Path, out: Path, rng: random.Random, faults: list[str], most: in
 
 def campaign(number: int, seed: int) -> dict:
     """Hurt runs `number` times; returns the records of the faults and what differed in the end."""
-    import dq.cli
-    import dq.diffusion.generator
-    import dq.draw
-    import dq.evaluation.stage
-    import dq.report  # noqa: F401  (all of it before the first fork)
 
     rng = random.Random(seed)
     began = time.perf_counter()

@@ -9,14 +9,14 @@ import pytest
 from conftest import tiny_dit, tiny_kl
 from diffusers import DDIMScheduler
 
-from dq import draw
 from dq import run as stages
 from dq.config.reader import from_dict
 from dq.config.schema import RunConfig
 from dq.diffusion.generator import DistillPipeline
-from dq.draw import Draw
-from dq.quantize import prototype_folder
-from dq.runfolder import Run, class_file, open_run
+from dq.run.folder import Run, class_file, open_run
+from dq.run.stages import generate as draw
+from dq.run.stages.cluster import prototype_folder
+from dq.run.stages.generate import Draw
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ import yaml
 from hub_server import Hub, Repository, running
 from test_distilled import files_of, make, same
 
-from dq.card import describe_evaluation
 from dq.core.cards import BEGIN, END, md, merge_card, public, split_card
 from dq.core.files import read_json, write_json
 from dq.core.hub_client import Redaction, redact
 from dq.distilled.card import dataset_card
 from dq.distilled.set import DistilledSet
+from dq.run.stages.evaluate import describe_evaluation
 
 WRITER, READER, GUEST = "hf_writer00000000", "hf_reader00000000", "hf_guest000000000"
 HEAD = "import dq\nfrom dq.distilled import DistilledSet\nfrom test_distilled import make, same\nimport dataclasses\n"

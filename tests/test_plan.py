@@ -15,9 +15,9 @@ from dq.cli import build_parser, main, resolve
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
-from dq.estimate import StagePlan, busiest, seconds_of, stage_plans
-from dq.plan import LIKE, like_source
-from dq.speeds import Speeds, timed
+from dq.run.planning.costs import StagePlan, busiest, seconds_of, stage_plans
+from dq.run.planning.plan import LIKE, like_source
+from dq.run.planning.timings import Speeds, timed
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = {
@@ -135,7 +135,7 @@ def test_seconds_follow_speeds_and_processes() -> None:
 
 def test_labels_of_views_are_counted_as_the_label_stage_counts_them() -> None:
     from dq.labels.plan import label_bytes
-    from dq.plan import trainings
+    from dq.run.planning.plan import trainings
 
     student = {"labels": "soft", "augment": "none", "epochs": 3, "tests": 1, "batch_size": 4}
     changes = {

@@ -25,7 +25,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, read_metadata, read_tensors
 from dq.distilled.set import DistilledSet
-from dq.refine.chain import planned
+from dq.run.refinement import planned
 
 SHORT = {"stage": "fadrm", "sizes": [8, 8, 8], "steps": [3, 3, 3], "lr": 0.05, "batch_size": 3, "jitter": 1}
 TEDDY = {"stage": "teddy", "steps": 4, "batch_size": 9, "min_classes": 2}

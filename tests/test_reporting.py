@@ -205,7 +205,7 @@ def test_recipes_of_one_network_are_drawn_apart() -> None:
 def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_source) -> None:
     from dq.cluster import kmeans, quantization_stats
     from dq.cluster.prototypes import make_prototypes
-    from dq.report import _plot_sizes
+    from dq.run.report import _plot_sizes
 
     z = torch.rand(9, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     r = kmeans(z.flatten(1), 3)

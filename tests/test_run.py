@@ -587,7 +587,7 @@ def test_names_and_numbers_that_cannot_be(world: Path, tmp_path: Path, capsys: p
 
 def test_a_nested_override_changes_one_value() -> None:
     from dq.config.overrides import apply_settings
-    from dq.runfolder import Run
+    from dq.run.folder import Run
 
     base = apply_settings(RunConfig(), ["cluster.n_iter=7", "methods.x.override.cluster.engine=faiss"])
     run = Run(base, None, None, Path())  # type: ignore[arg-type]
@@ -597,8 +597,8 @@ def test_a_nested_override_changes_one_value() -> None:
 
 def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Path, toy_source, accelerator) -> None:
     from dq.diffusion.latents import LatentCache
-    from dq.draw import image_folder
-    from dq.runfolder import Run
+    from dq.run.folder import Run
+    from dq.run.stages.generate import image_folder
 
     knobs = [
         {"scheduler": "UniPCMultistepScheduler"},

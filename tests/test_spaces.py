@@ -23,9 +23,9 @@ from dq.core.seeds import derive_seed
 from dq.data.load import load_source
 from dq.data.source import ImageSource
 from dq.diffusion.generator import DistillPipeline
-from dq.quantize import cluster_settings, clusterings, load_prototypes, prototype_folder
-from dq.runfolder import Run, open_run
-from dq.spaces import features_of
+from dq.run.folder import Run, open_run
+from dq.run.stages.cluster import cluster_settings, clusterings, load_prototypes, prototype_folder
+from dq.run.stages.features import features_of
 
 SPACES = ("latents", "pca", "whitened", "features", "joint")
 

@@ -47,7 +47,7 @@ from dq.diffusion.sampling import (
     null_class,
     toward,
 )
-from dq.runfolder import open_run
+from dq.run.folder import open_run
 
 if TYPE_CHECKING:
     from dq.distilled.set import DistilledSet
@@ -159,7 +159,7 @@ class DistillPipeline(DiffusionPipeline):
                 config["requires_safety_checker"] = False
             write_json(index, config, checksum=False)
         if push_to_hub:
-            from dq.hub import push_model
+            from dq.run.share import push_model
 
             push_model(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
 
@@ -172,7 +172,7 @@ class DistillPipeline(DiffusionPipeline):
         Returns:
             The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
         """
-        from dq.hub import push_model
+        from dq.run.share import push_model
 
         return push_model(self, repo_id, token=token, **settings)
 

@@ -37,16 +37,13 @@ from dq.networks.teacher import Teacher
 from dq.networks.teacher_loading import load_teachers
 from dq.refine import anchors, fadrm, teddy
 from dq.refine.batches import compose_batches
-from dq.refine.chain import INDEX, Stage, asked, batch_file, files_of, planned, stage_settings, stages_of
 from dq.refine.matching import pad_drop
 from dq.refine.measure import measure, sentence, summarize
 from dq.refine.optimize import MatchedTeacher, Progress, Refined, Schedule, calibrate, match_teachers
-from dq.runfolder import Run, class_file
+from dq.run.folder import Run, class_file
+from dq.run.refinement import INDEX, Stage, asked, batch_file, files_of, planned, stage_settings, stages_of
 
 log = logging.getLogger("dq")
-
-
-# --- the stage ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -400,9 +397,6 @@ class Worker:
             "precision": refined.precision,
         }
         write_tensors(job.batch_file(number), tensors, measures)
-
-
-# --- files --------------------------------------------------------------------------------------------------------
 
 
 def _count(path: Path) -> int:

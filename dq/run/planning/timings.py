@@ -25,7 +25,7 @@ from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.seeds import derive_seed, generator
-from dq.estimate import (
+from dq.run.planning.costs import (
     StagePlan,
     asked_sets,
     cluster_operation,
@@ -123,7 +123,7 @@ def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.devi
     """Time what a run is made of. What cannot be timed here is left out, and said.
 
     Args:
-        source: may hold counts alone (`dq.plan.like_source`).
+        source: may hold counts alone (`dq.run.planning.plan.like_source`).
         pipe: the run's generator, or None if it is not at hand.
         why: reasons that are known already.
     """
@@ -271,7 +271,7 @@ def _teachers(config: RunConfig, source: Any, device: torch.device) -> Iterator[
     """The forward pass of all teachers, and a step of every stage of refinement."""
     from dq.networks.teacher import pooled_logits
     from dq.networks.teacher_loading import load_teachers
-    from dq.refine.chain import asked_settings, planned, stages_of
+    from dq.run.refinement import asked_settings, planned, stages_of
 
     checked = functools.partial(
         load_teachers, source_config=config.source, image_size=config.image_size, device=device
@@ -372,7 +372,7 @@ def plan_with_speeds(
 ) -> str:
     """The plan of a run with seconds and bytes for every stage."""
     from dq.core.text import format_bytes
-    from dq.plan import plan
+    from dq.run.planning.plan import plan
 
     speeds = Speeds.load(speeds_file) if speeds_file else speeds_here(config, source, accelerator.device)
     if save_to:

@@ -29,8 +29,8 @@ from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.diffusion.codec import codec_digest
 from dq.diffusion.latents import LatentCache
-from dq.quantize import load_prototypes, prototype_folder
-from dq.runfolder import SPEED, Run, class_file, copies_of
+from dq.run.folder import SPEED, Run, class_file, copies_of
+from dq.run.stages.cluster import load_prototypes, prototype_folder
 
 if TYPE_CHECKING:
     from dq.diffusion.generator import DistillPipeline

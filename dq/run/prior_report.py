@@ -29,8 +29,8 @@ from dq.diffusion.prior.metrics import PriorQuality, measure_prior, plan_draw
 from dq.diffusion.prior.samples import stored_samples
 from dq.evaluation.results import to_csv
 from dq.networks.real_data import RealData, load_real_data
-from dq.report import MAX_CLASSES, image_grid, write_page
-from dq.runfolder import open_run
+from dq.run.folder import open_run
+from dq.run.report import MAX_CLASSES, image_grid, write_page
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

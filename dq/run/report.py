@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq.card import describe_evaluation
 from dq.cluster.prototypes import Prototypes
 from dq.config.reader import dump_config
 from dq.core.errors import InputError
@@ -21,13 +20,15 @@ from dq.core.files import read_json, write_text
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.distilled.set import DistilledSet
-from dq.draw import nearest_images
 from dq.evaluation.figures import read_records, results_figures
-from dq.quantize import clusterings, load_prototypes, prototype_folder
-from dq.refine.chain import read_refined, refined_folders
 from dq.refine.optimize import TERMS
-from dq.run import cache_of, load_set
-from dq.runfolder import Run
+from dq.run.folder import Run
+from dq.run.refinement import read_refined, refined_folders
+from dq.run.stages.assemble import load_set
+from dq.run.stages.cluster import clusterings, load_prototypes, prototype_folder
+from dq.run.stages.encode import cache_of
+from dq.run.stages.evaluate import describe_evaluation
+from dq.run.stages.generate import nearest_images
 
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000
 

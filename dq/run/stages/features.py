@@ -17,7 +17,7 @@ from dq.core.files import read_json, write_json
 from dq.networks.features import FeatureCache, extract_features, open_features
 from dq.networks.teacher_check import check_teacher
 from dq.networks.teacher_loading import load_teacher
-from dq.runfolder import Run
+from dq.run.folder import Run
 
 # --- features of a run --------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Proof: fresh students trained on every set and on its baselines, tested on real images, n seeds each."""
+"""The evaluate stage of a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import functools
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
 from dq.config.schema import RunConfig
+from dq.config.students import Baseline
+from dq.core.cards import public
 from dq.core.errors import InputError
+from dq.core.files import read_json, read_jsonl, write_json
 from dq.data.source import ImageSource
+from dq.distilled.card import EVALUATION, write_dataset_card
+from dq.distilled.format import PROVENANCE
 from dq.evaluation.results import Row
 from dq.evaluation.trainings import (
     Entry,
@@ -25,12 +30,9 @@ from dq.evaluation.trainings import (
 )
 from dq.networks.real_data import RealData, check_taught, load_real_data
 from dq.networks.teacher_loading import teacher_file
-from dq.refine.chain import labelled, planned
-from dq.run import load_set
-from dq.runfolder import Run
-
-if TYPE_CHECKING:
-    pass
+from dq.run.folder import Run
+from dq.run.refinement import labelled, planned
+from dq.run.stages.assemble import load_set
 
 log = logging.getLogger("dq")
 
@@ -106,3 +108,35 @@ def label_run(run: Run) -> None:
         trainings, bench, work = prepare_run(run, baselines=False)
         write_labels(trainings, bench, work)
         run.finish("label views", began)
+
+
+log = logging.getLogger("dq")
+
+
+def describe_evaluation(run_folder: str | Path) -> list[Path]:
+    """Write `evaluation.json` beside the provenance of every set of a run that students were trained on: its rows of
+    the table and those of the baselines at equal ipc. What was measured on other content is left aside.
+
+    Returns:
+        The files that were written; the README of the sets follows them.
+    """
+    from dq.evaluation.results import summarize
+
+    run_folder = Path(run_folder)
+    log, base = run_folder / "eval" / "trainings.jsonl", run_folder / "dataset"
+    trainings = read_jsonl(log)
+    written = []
+    for path in sorted(base.glob(f"*/{PROVENANCE}")):
+        record = read_json(path)
+        # two methods may make the same set: at one image per class all weights are 1
+        name = (record.get("method") or {}).get("name")
+        own = [t for t in trainings if t["data"].get("set_digest") == record["content"] and t["set"] == name]
+        ipcs = {t["ipc"] for t in own} | {"full"}
+        beside = [t for t in trainings if t["set"] in get_args(Baseline) and t["ipc"] in ipcs]
+        if own:
+            rows = [{**row.record(), "seed_list": list(row.seeds)} for row in summarize([*own, *beside])]
+            write_json(path.parent / EVALUATION, {"content": record["content"], "rows": public(rows)})
+            written.append(path.parent / EVALUATION)
+    if written:
+        write_dataset_card(base)
+    return written

@@ -90,7 +90,7 @@ def plan(config: RunConfig, source: Any) -> str:
 
 def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], counts: list[int]) -> list[str]:
     """Batches and image steps of the stages behind the generator; equal ones of several methods count once."""
-    from dq.refine.chain import asked_settings, planned
+    from dq.run.refinement import asked_settings, planned
 
     found: dict[str, str] = {}
     for (method, ipc), images in sizes.items():

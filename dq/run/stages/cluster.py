@@ -24,8 +24,8 @@ from dq.core.files import append_jsonl, is_done, write_json
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.diffusion.latents import LatentCache
-from dq.runfolder import Run, class_file
-from dq.spaces import features_of, prepare_features
+from dq.run.folder import Run, class_file
+from dq.run.stages.features import features_of, prepare_features
 
 log = logging.getLogger("dq")
 

@@ -48,7 +48,7 @@ def push(
 
     Args, Returns, Raises: see `push_folder`.
     """
-    from dq.card import describe_evaluation
+    from dq.run.stages.evaluate import describe_evaluation
 
     folder = Path(folder)
     if not folder.is_dir():

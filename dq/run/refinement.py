@@ -23,7 +23,7 @@ from dq.core.seeds import digest_of
 from dq.networks.teacher_loading import POOL, PRETRAINED, teacher_file
 from dq.refine import fadrm, teddy
 from dq.refine.batches import compose_batches
-from dq.runfolder import Run
+from dq.run.folder import Run
 
 log = logging.getLogger("dq")
 

@@ -86,7 +86,7 @@ class Asked:
     @property
     def points(self) -> str:
         """Names the prototypes, which several methods may share."""
-        from dq.quantize import cluster_settings
+        from dq.run.stages.cluster import cluster_settings
 
         return digest_of([self.ipc, cluster_settings(self.cluster)])
 
@@ -99,7 +99,7 @@ class Asked:
 
 def asked_sets(config: RunConfig, source: Any) -> list[Asked]:
     """The sets of a run, ipc by ipc."""
-    from dq.runfolder import Run, copies_of
+    from dq.run.folder import Run, copies_of
 
     resolve: Any = Run(config, source, None, Path(config.output_dir)).resolved
     counts = source.class_counts()
@@ -191,7 +191,7 @@ def _generate(config: RunConfig, sets: Sequence[Asked], walked: int | None, proc
 
 
 def _refine(config: RunConfig, sets: Sequence[Asked], counts: list[int], processes: int) -> StagePlan:
-    from dq.refine.chain import asked_settings, planned, stages_of
+    from dq.run.refinement import asked_settings, planned, stages_of
 
     plan = StagePlan("refine", "")
     costs: list[float] = []
@@ -231,7 +231,7 @@ def _label(config: RunConfig, sets: Sequence[Asked], processes: int) -> StagePla
 
 
 def _evaluate(config: RunConfig, source: Any, sets: Sequence[Asked], processes: int) -> StagePlan:
-    from dq.plan import trainings
+    from dq.run.planning.plan import trainings
 
     e, counts = config.evaluate, source.class_counts()
     plan = StagePlan("evaluate", "0 trainings")

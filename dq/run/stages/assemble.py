@@ -1,0 +1,154 @@
+"""The assemble stage of a run: images, labels and weights as sets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq.cluster import choose_engine
+from dq.config.reader import to_dict
+from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig
+from dq.core.errors import InputError
+from dq.core.files import open_tensors, read_checksum, read_json, read_metadata, read_tensors
+from dq.core.progress import progress
+from dq.core.seeds import digest_of
+from dq.diffusion.latents import LatentCache
+from dq.distilled.card import write_dataset_card
+from dq.distilled.format import has_set
+from dq.distilled.parquet import write_set
+from dq.distilled.set import DistilledSet
+from dq.run import refinement as chain
+from dq.run.folder import SPEED, Run, class_file
+from dq.run.stages.cluster import load_prototypes, prototype_folder
+from dq.run.stages.encode import cache_of
+from dq.run.stages.features import known_features
+from dq.run.stages.label import _find_labels, _image_folders
+
+
+def assemble(run: Run) -> None:
+    """Put images, labels and weights together in `dataset/`, one set per ipc and method. A set is a unit of work, and
+    one class of it at a time is in memory."""
+    folders = _image_folders(run)
+    cache = cache_of(run)
+    base = run.folder / "dataset"
+    units = [(ipc, method) for ipc in run.config.ipc for method in run.config.methods]
+    mine = [units[i] for i in run.mine([float(ipc) for ipc, _ in units])]
+    for ipc, method in progress(mine, desc="assemble", unit="set", main=run.main):
+        parts = Parts(run, cache, ipc, method, folders[f"{ipc}/{method}"])
+        if not has_set(base, f"ipc{ipc}-{method}", parts.recipe):
+            write_set(
+                base, f"ipc{ipc}-{method}", iter(parts), {**parts.provenance, "recipe": parts.recipe}, card=False
+            )
+    run.accelerator.wait_for_everyone()
+    if run.main:
+        write_dataset_card(base)
+    run.accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a set is put together from, class by class."""
+
+    run: Run
+    cache: LatentCache
+    ipc: int
+    method: str
+    images: Path  # folder
+
+    def __iter__(self) -> Iterator[DistilledSet]:
+        m, cluster_config, _ = self.run.resolved(self.method)
+        for p in load_prototypes(self.run, self.cache, self.ipc, cluster_config):
+            tensors, meta = read_tensors(class_file(self.images, p.label))
+            logits = tensors.get("logits")  # that the last stage of refinement gave
+            if logits is None and self.labels:
+                logits = read_tensors(class_file(self.labels, p.label))[0]["logits"]
+            copies = meta["copies"]
+            yield DistilledSet(
+                images=tensors["images"],
+                labels=torch.full_like(p.counts, p.label).repeat_interleave(copies),
+                weights=p.weights(m.weights, m.normalize).repeat_interleave(copies),
+                class_names=self.run.source.class_names,
+                prototype=torch.arange(len(p.counts)).repeat_interleave(copies),
+                counts=p.counts.repeat_interleave(copies),
+                source_row=p.medoid_rows.repeat_interleave(copies),
+                soft_labels=logits,
+            )
+
+    @functools.cached_property
+    def labels(self) -> Path | None:
+        return _find_labels(self.run, self.images)
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        m, cluster_config, generate_config = self.run.resolved(self.method)
+        with open_tensors(class_file(self.images, 0)) as f:
+            labelled = "logits" in f.keys()  # noqa: SIM118  (not a dict)
+        by = {"by": "the teachers of the last stage of refinement"} if labelled else None
+        return {
+            **{k: v for k, v in read_json(self.run.folder / "provenance.json").items() if k != "settings"},
+            "ipc": self.ipc,
+            "method": _method_provenance(self.method, m),
+            "codec": to_dict(self.run.config.codec),
+            "cluster": _cluster_provenance(self.run, cluster_config),
+            "generate": {**to_dict(generate_config), "start": read_metadata(class_file(self.images, 0))["start"]},
+            "refine": chain.provenance(self.run, self.method, self.images),
+            "labels": by or (read_metadata(class_file(self.labels, 0)) if self.labels else None),
+        }
+
+    @functools.cached_property
+    def recipe(self) -> str:
+        """Digest of all that decides the set."""
+        _, cluster_config, _ = self.run.resolved(self.method)
+        folders = [self.images, prototype_folder(self.run, self.cache, self.ipc, cluster_config), self.labels]
+        classes = range(len(self.run.source.class_names))
+        files = [read_checksum(class_file(f, c)) for f in folders if f for c in classes]
+        return digest_of([files, {k: v for k, v in self.provenance.items() if k != "processes"}])
+
+
+def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
+    """A set of the run as it was saved.
+
+    Raises:
+        InputError: if it is not there, or was made under other settings of this method than the present ones.
+    """
+    name = f"ipc{ipc}-{method}"
+    m, cluster_config, generate_config = run.resolved(method)
+    s = DistilledSet.load(run.folder / "dataset", name)
+    now = {
+        "method": _method_provenance(method, m),
+        "cluster": _cluster_provenance(run, cluster_config),
+        "generate": to_dict(generate_config),
+    }
+    # a setting that came later had the value that is now its default
+    before = {"cluster": to_dict(ClusterConfig()), "generate": to_dict(GenerateConfig())}
+    for section, settings in now.items():
+        for key, value in settings.items():
+            made_with = s.provenance[section].get(key, before.get(section, {}).get(key))
+            if key not in SPEED and made_with != value:
+                raise InputError(
+                    f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
+                    "run `dq label` to put it together again, or `dq run`"
+                )
+    stages = s.provenance.get("refine", [])
+    folder = _image_folders(run)[f"{ipc}/{method}"].name if stages or chain.stages_of(run.config, method) else None
+    if [r["settings"] for r in stages] != chain.asked_settings(run.config, method) or (
+        stages and stages[-1]["folder"] != folder
+    ):
+        raise InputError(f"the set {name} was refined otherwise; run `dq refine` and `dq label`, or `dq run`")
+    return s
+
+
+def _cluster_provenance(run: Run, cluster: ClusterConfig) -> dict[str, Any]:
+    """How the points of a set were found, with the digest of the teacher whose features they were found by."""
+    teacher = {"teacher": known_features(run)["digest"]} if cluster.uses_features else {}
+    return {**to_dict(cluster), "engine": choose_engine(cluster.engine), **teacher}
+
+
+def _method_provenance(name: str, method: MethodConfig) -> dict[str, Any]:
+    """Name and settings of a method; its stages are recorded with their teachers, under `refine`."""
+    return {"name": name, **{k: v for k, v in to_dict(method).items() if k != "refine"}}

@@ -1,0 +1,46 @@
+"""The encode stage of a run: every train image into the latent cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from dq.core.errors import InputError
+from dq.core.files import read_json, write_json, write_text
+from dq.diffusion.codec import Codec
+from dq.diffusion.latents import LatentCache, encode_source, open_cache
+from dq.run.folder import Run
+
+log = logging.getLogger("dq")
+
+
+def encode(run: Run, codec: Codec) -> LatentCache:
+    """Encode every image into the latent cache; files that are there are left alone."""
+    began = time.perf_counter()
+    c = run.config
+    codec.to(run.device)
+    cache = open_cache(c.cache_dir, run.source, codec, c.source, c.codec, c.seed)
+    encode_source(run.source, codec, cache, c.source, c.codec, seed=c.seed, mine=run.mine, main=run.main)
+    run.finish("encode", began, images=cache.images, cache=cache.key)
+    cache.check()
+    if run.main:
+        write_json(run.folder / "latents.json", {"key": cache.key, "shape": list(cache.shape)})
+    run.accelerator.wait_for_everyone()
+    if run.main and (bad := cache.bad_images()):
+        write_text(run.folder / "bad_images.txt", "\n".join(bad) + "\n")
+        log.warning("%d images were set aside, listed in %s", len(bad), run.folder / "bad_images.txt")
+    return cache
+
+
+def cache_of(run: Run) -> LatentCache:
+    """The latent cache that the encode stage of this run used, without loading the codec."""
+    pointer = run.folder / "latents.json"
+    if not pointer.is_file():
+        raise InputError(f"{run.folder} has no latents yet; run `dq encode` first")
+    known = read_json(pointer)
+    folder = Path(run.config.cache_dir) / f"latents-{known['key']}"
+    images = len(run.source.train)
+    cache = LatentCache(folder, run.source.class_names, known["key"], images, tuple(known["shape"]))
+    cache.check()
+    return cache

@@ -1,0 +1,61 @@
+"""The label stage of a run: the teachers' labels of the stored images."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from dq.core.files import is_done, read_json, read_tensors, write_json, write_tensors
+from dq.core.progress import progress, unit_done
+from dq.core.seeds import digest_of
+from dq.networks.teacher import pooled_logits
+from dq.networks.teacher_loading import load_teachers
+from dq.run import refinement as chain
+from dq.run.folder import Run, class_file
+from dq.run.stages.encode import cache_of
+from dq.run.stages.generate import drawn_folders
+
+
+def _image_folders(run: Run) -> dict[str, Path]:
+    """Folders of the images of the sets by "ipc/method": behind the stages of refinement, where there are any."""
+    drawn = drawn_folders(run, cache_of(run))
+    return {k: chain.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
+
+
+def label(run: Run) -> None:
+    """Label the stored images of every set with the teachers, after checking these on real images; a class of a set is
+    a unit of work. Without a teacher there is nothing to do."""
+    c = run.config
+    if not c.teachers:
+        return
+    began = time.perf_counter()
+    teachers = load_teachers(c.teachers, run.source, c.source, c.image_size, run.device)
+    digest = digest_of([t.digest for t in teachers])
+    meta = {"teachers": [t.name for t in teachers], "digest": digest}
+    folders = sorted(set(_image_folders(run).values()))
+    units = [(f, label) for f in folders for label in range(len(run.source.class_names))]
+    mine = [units[i] for i in run.mine([1.0] * len(units))]
+    todo = [(f, label) for f, label in mine if not is_done(class_file(_label_folder(run, f, digest), label))]
+    for folder, label in progress(todo, desc="label", unit="class", main=run.main and bool(todo)):
+        started = time.perf_counter()
+        images = read_tensors(class_file(folder, label))[0]["images"]
+        logits = pooled_logits(teachers, images).half()
+        write_tensors(class_file(_label_folder(run, folder, digest), label), {"logits": logits}, meta)
+        unit_done("label", run.source.class_names[label], time.perf_counter() - started, images=len(images))
+    run.finish("label", began, sets=len(folders))
+    if run.main:
+        # which labels are these teachers'; those of earlier ones stay beside them
+        known = {f.name: _label_folder(run, f, digest).name for f in folders}
+        write_json(run.folder / "labels" / "index.json", known)
+    run.accelerator.wait_for_everyone()
+
+
+def _label_folder(run: Run, images: Path, digest: str) -> Path:
+    return run.folder / "labels" / f"{images.name}-{digest}"
+
+
+def _find_labels(run: Run, images: Path) -> Path | None:
+    """The folder of the labels of stored images, if there are any."""
+    index = run.folder / "labels" / "index.json"
+    name = read_json(index).get(images.name) if run.config.teachers and index.is_file() else None
+    return run.folder / "labels" / name if name else None
