@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from collect_results import without_places
 
-from dq.cli import load_pipeline
+from dq.cli.main import load_pipeline
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import MethodConfig, RunConfig, load_config

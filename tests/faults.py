@@ -139,7 +139,7 @@ def start(file: Path, log: Path, ready: Callable[[int], None], world_size: int =
             if world_size > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            from dq.cli import main
+            from dq.cli.main import main
 
             ready(rank)
             code = main(["run", "--config", str(file), "--cpu"])

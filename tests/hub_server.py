@@ -125,7 +125,7 @@ class Hub(ThreadingHTTPServer):
 
     def cli(self, home: Path, *args: str, token: str | None = "hf_writer00000000") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "dq.cli", *args],
+            [sys.executable, "-m", "dq.cli.main", *args],
             env=self.environment(home, token),
             cwd=home,
             capture_output=True,

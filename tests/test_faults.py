@@ -12,7 +12,7 @@ import pytest
 from faults import KINDS, units
 from toy_world import every_stage, make_world
 
-from dq.cli import main
+from dq.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 

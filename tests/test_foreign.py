@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dq
-from dq.cli import main
+from dq.cli.main import main
+from dq.cli.parser import build_parser, resolve
 from dq.config.schema import RunConfig, SourceConfig
 from dq.config.students import EvaluateConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
@@ -32,7 +33,6 @@ from dq.evaluation.dd_ranking import LEARNING_RATES, _best_rates, _last, evaluat
 from dq.evaluation.student import train_student
 from dq.networks.training import normalizer
 from dq.networks.zoo import make_net
-from dq.options import build_parser, resolve
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("blue", "green", "red")  # in folder order
@@ -496,7 +496,7 @@ def test_an_online_teacher_gives_the_same_students(evaluated, world, tmp_path):
 @pytest.mark.multi_process
 def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*torchrun(), "-m", "dq.cli", *arguments(world, tmp_path, *soft(world))]
+    command = [*torchrun(), "-m", "dq.cli.main", *arguments(world, tmp_path, *soft(world))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| set |") == 1  # the main process alone prints

@@ -763,7 +763,7 @@ print("done")
 
 
 def test_flags_that_a_push_does_not_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from dq.cli import main
+    from dq.cli.main import main
 
     for flag in (["--dry-run"], ["--report_to", "tensorboard"]):
         assert main(["push", str(tmp_path), "--repo_id", "me/x", *flag]) == 2

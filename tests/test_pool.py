@@ -12,7 +12,7 @@ import torch
 from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 from torch import nn
 
-from dq.cli import main
+from dq.cli.main import main
 from dq.config.schema import RunConfig, SourceConfig
 from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
 from dq.core.errors import InputError, RunError

@@ -17,7 +17,7 @@ import torch
 import yaml
 from test_run import config, launch, world  # noqa: F401  (a fixture)
 
-from dq.cli import main
+from dq.cli.main import main
 from dq.config.reader import from_dict
 from dq.config.refinement import FADRM, Teddy
 from dq.config.schema import RunConfig

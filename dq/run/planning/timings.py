@@ -352,7 +352,7 @@ def _students(config: RunConfig, source: Any, device: torch.device) -> Iterator[
 
 def speeds_here(config: RunConfig, source: Any, device: torch.device) -> Speeds:
     """Measure with the models that lie on this machine; nothing is fetched for a plan."""
-    from dq.cli import load_pipeline
+    from dq.cli.main import load_pipeline
 
     wanted = [p for p in (config.codec.path, config.generate.model) if p is not None]
     missing = next((p for p in wanted if not Path(p).is_dir()), None)
@@ -413,7 +413,7 @@ def planned_stages(config: RunConfig, source: Any, speeds: Speeds, processes: in
 
 def _needs(config: RunConfig, plans: Sequence[Any]) -> dict[Path, float]:
     """Bytes that the run will put on each disk, by a folder on it."""
-    from dq.doctor import existing
+    from dq.cli.doctor import existing
 
     found: dict[int, tuple[Path, float]] = {}
     for p in plans:

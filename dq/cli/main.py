@@ -14,13 +14,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from dq.completion import completion_script
+from dq.cli.completion import completion_script
+from dq.cli.parser import build_parser, check_flags, resolve
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError, RunError
 from dq.core.hub_client import Redaction, redact
-from dq.options import build_parser, check_flags, resolve
 
 log = logging.getLogger("dq")
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(quiet=args.quiet, verbose=args.verbose, token=token)
     try:
         if args.verb == "doctor":
-            from dq.doctor import doctor
+            from dq.cli.doctor import doctor
 
             return doctor(resolve(args), named=args.config is not None, cpu=args.cpu, as_json=args.json)
         execute(args)

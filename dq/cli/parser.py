@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dq.completion import SHELLS
+from dq.cli.completion import SHELLS
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
 from dq.core.errors import InputError
