@@ -1,9 +1,9 @@
-"""Write the tables of README.md and docs/scale.md from the files in `results/`.
+"""Write the tables of texts from the files in `results/`.
 
-    python pipelines/readme_tables.py [--check]
+    python pipelines/readme_tables.py [--check] [FILE ...]
 
-Everything between `<!-- table NAME -->` and `<!-- end -->` is replaced. `--check` changes nothing and fails if the
-texts do not say what the files say.
+Everything between `<!-- table NAME -->` and `<!-- end -->` is replaced; without files, in README.md and in the pages
+of `docs/` that have such marks. `--check` changes nothing and fails if the texts do not say what the files say.
 """
 
 from __future__ import annotations
@@ -364,26 +364,40 @@ TABLES = {
 }
 
 
-def render(text: str) -> str:
-    def fill(match: re.Match[str]) -> str:
-        name = match.group(1)
-        return f"<!-- table {name} -->\n{TABLES[name]()}\n<!-- end -->"
+MARKED = re.compile(r"<!-- table (\w+) -->.*?<!-- end -->", re.DOTALL)
 
-    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+def marked_files() -> list[Path]:
+    """README.md and every page of `docs/` that has marks."""
+    return [f for f in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if MARKED.search(f.read_text())]
+
+
+def names_in(text: str) -> list[str]:
+    """Names of the tables of a text."""
+    return MARKED.findall(text)
+
+
+def render(text: str) -> str:
+    """The text with its tables as the result files have them."""
+    return MARKED.sub(lambda m: f"<!-- table {m[1]} -->\n{TABLES[m[1]]()}\n<!-- end -->", text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: README and docs")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     differ = []
-    for name in ("README.md", "docs/scale.md"):
-        text = (ROOT / name).read_text()
+    for path in args.files or marked_files():
+        text = path.read_text()
+        strange = next((n for n in names_in(text) if n not in TABLES), None)
+        if strange:
+            parser.error(f"{path} asks for a table '{strange}', which is none of {', '.join(TABLES)}")
         new = render(text)
         if new != text:
-            differ.append(name)
+            differ.append(str(path))
             if not args.check:
-                (ROOT / name).write_text(new)
+                path.write_text(new)
     if args.check and differ:
         said = f"{' and '.join(differ)} differ from results/; run python pipelines/readme_tables.py"
         print(said, file=sys.stderr)

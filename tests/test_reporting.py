@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
 from dq.data.grid import GAP, image_grid
 from dq.distilled.set import DistilledSet
-from dq.evaluation import evaluate
+from dq.evaluation.evaluate import evaluate
 from dq.evaluation.figures import results_figures
 from dq.evaluation.results import compare, markdown_table, settings_line, statements, summarize, tables_text, to_csv
 
@@ -203,7 +204,7 @@ def test_recipes_of_one_network_are_drawn_apart() -> None:
 
 
 def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_source) -> None:
-    from dq.cluster import kmeans, quantization_stats
+    from dq.cluster.kmeans import kmeans, quantization_stats
     from dq.cluster.prototypes import make_prototypes
     from dq.run.report import _plot_sizes
 
@@ -388,13 +389,45 @@ def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
         evaluate(dataclasses.replace(small, labels=small.labels.clamp(max=1)), toy_source)
 
 
-def test_readme_tables_say_what_the_result_files_say() -> None:
+@pytest.fixture
+def readme_tables() -> ModuleType:
     spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "pipelines" / "readme_tables.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/scale.md")]
+    return module
+
+
+def test_readme_tables_say_what_the_result_files_say(readme_tables: ModuleType) -> None:
+    files = readme_tables.marked_files()
+    assert {ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "scale.md"} <= set(files)
+    texts = [f.read_text() for f in files]
     for text in texts:
-        assert module.render(text) == text
-    assert sum(text.count("<!-- table") for text in texts) == len(module.TABLES)
+        assert readme_tables.render(text) == text
+    names = [name for text in texts for name in readme_tables.names_in(text)]
+    assert sorted(names) == sorted(readme_tables.TABLES)
+    assert sum(text.count("<!-- table") for text in texts) == len(names)
+
+
+def test_readme_tables_are_written_in_the_given_files_alone(
+    readme_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text("before\n<!-- table student -->\nold\n<!-- end -->\nafter\n")
+    other.write_text(page.read_text())
+    monkeypatch.setattr("sys.argv", ["readme_tables.py", "--check", str(page)])
+    assert readme_tables.main() == 1
+    assert f"{page} differ from results/" in capsys.readouterr().err
+    assert page.read_text() == other.read_text()
+
+    monkeypatch.setattr("sys.argv", ["readme_tables.py", str(page)])
+    assert readme_tables.main() == 0
+    new = f"<!-- table student -->\n{readme_tables.student_speed()}\n<!-- end -->"
+    assert page.read_text() == f"before\n{new}\nafter\n"
+    assert "old" in other.read_text()
+
+    page.write_text("<!-- table nowhere -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="2"):
+        readme_tables.main()
+    assert "'nowhere', which is none of faults, scale" in capsys.readouterr().err
