@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
-from dq.cluster import choose_engine, kmeans, kmeans_many
 from dq.cluster.faiss_engine import has_faiss
+from dq.cluster.kmeans import choose_engine, kmeans, kmeans_many
 from dq.config.schema import ClusterConfig
 from dq.core.progress import progress
 

@@ -23,7 +23,7 @@ def child(classes: int) -> None:
     import torch
     from diffusers import AutoencoderTiny
 
-    from dq.cluster import kmeans
+    from dq.cluster.kmeans import kmeans
     from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
     from dq.data.source import ImageSource, Split
     from dq.diffusion.latents import encode_source, open_cache

@@ -30,7 +30,7 @@ from dq.networks.teacher import IMAGENET, Teacher
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.zoo import make_net
 from dq.refine import fadrm
-from dq.refine.optimize import match_teachers
+from dq.refine.matched import match_teachers
 from dq.refine.views import draw_view
 
 

@@ -55,7 +55,7 @@ def walk(folder: Path) -> None:
     import torch
     from diffusers import AutoencoderTiny
 
-    from dq.cluster import kmeans
+    from dq.cluster.kmeans import kmeans
     from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
     from dq.data.load import load_source
     from dq.diffusion.latents import encode_source, open_cache

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "FADRM": "dq.config.refinement",
     "Teddy": "dq.config.refinement",
-    "DistillPipeline": "dq.diffusion.generator",
+    "DistillPipeline": "dq.run.distill",
     "DistilledSet": "dq.distilled.set",
     "ImageSource": "dq.data.source",
     "InputError": "dq.core.errors",
@@ -24,22 +24,22 @@ _HOME = {
     "RunError": "dq.core.errors",
     "StudentConfig": "dq.config.students",
     "TeacherConfig": "dq.config.teachers",
-    "evaluate": "dq.evaluation",
+    "evaluate": "dq.evaluation.evaluate",
     "image_weights": "dq.cluster.prototypes",
-    "kmeans": "dq.cluster",
+    "kmeans": "dq.cluster.kmeans",
     "load_config": "dq.config.schema",
     "load_source": "dq.data.load",
     "protocols": "dq.config.protocols",
     "pull": "dq.run.share",
     "push_folder": "dq.distilled.hub",
     "push_model": "dq.run.share",
-    "read_set": "dq.distilled.external",
+    "load_set": "dq.distilled.external",
     "select": "dq.evaluation.baselines",
     "student_config": "dq.config.protocols",
 }
 
 if TYPE_CHECKING:
-    from dq.cluster import kmeans
+    from dq.cluster.kmeans import kmeans
     from dq.cluster.prototypes import Prototypes, image_weights
     from dq.config.protocols import protocols, student_config
     from dq.config.refinement import FADRM, Teddy
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from dq.core.errors import InputError, RunError
     from dq.data.load import load_source
     from dq.data.source import ImageSource
-    from dq.diffusion.generator import DistillPipeline
-    from dq.distilled.external import read_set
+    from dq.distilled.external import load_set
     from dq.distilled.hub import push_folder
     from dq.distilled.set import DistilledSet
-    from dq.evaluation import evaluate
     from dq.evaluation.baselines import select
+    from dq.evaluation.evaluate import evaluate
+    from dq.run.distill import DistillPipeline
     from dq.run.share import pull, push_model
 
 
@@ -74,12 +74,12 @@ __all__ = [
     "image_weights",
     "kmeans",
     "load_config",
+    "load_set",
     "load_source",
     "protocols",
     "pull",
     "push_folder",
     "push_model",
-    "read_set",
     "select",
     "student_config",
 ]

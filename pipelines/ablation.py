@@ -23,7 +23,6 @@ from typing import Any
 import yaml
 from collect_results import without_places
 
-from dq.cli.main import load_pipeline
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import MethodConfig, RunConfig, load_config
@@ -32,6 +31,7 @@ from dq.core.files import read_json, write_json
 from dq.core.locks import locked
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
+from dq.diffusion.generator import LatentGenerator
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.run import cluster, generate
 from dq.run.folder import open_run
@@ -189,7 +189,7 @@ def main() -> None:
     for one in folders(config, args.only):
         with locked(one.output_dir, accelerator):
             run = open_run(one, source, accelerator)
-            pipe = load_pipeline(one)
+            pipe = LatentGenerator.from_settings(one.codec, one.generate)
             cache = encode(run, pipe.vae)
             cluster(run, cache)
             generate(run, pipe, cache)

@@ -20,7 +20,7 @@ from dq.config.students import EvaluateConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
-from dq.distilled.external import read_set
+from dq.distilled.external import load_set
 from dq.evaluation.evaluate import evaluate_sets
 
 SEED = {"views": "seed"}  # crops and mixes are drawn again at replay
@@ -52,7 +52,7 @@ def main() -> None:
 
     source = load_source(args.data)
     accelerator = make_accelerator()
-    small = read_set(args.set, source.class_names)
+    small = load_set(args.set, source.class_names)
     net, _, path = args.teacher.partition("=")
     student = {"protocol": args.protocol, "net": args.student, "dtype": args.dtype, "tests": 1, "epochs": args.epochs}
     if args.dataset:

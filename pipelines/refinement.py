@@ -24,7 +24,6 @@ from typing import Any
 import yaml
 from collect_results import without_places
 
-from dq.cli.main import load_pipeline
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig, load_config
@@ -34,6 +33,7 @@ from dq.core.files import read_json, write_json
 from dq.core.locks import locked
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
+from dq.diffusion.generator import LatentGenerator
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
@@ -220,7 +220,7 @@ def main() -> None:
     one = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "main"), methods=methods)
     with locked(one.output_dir, accelerator):
         run = open_run(one, source, accelerator)
-        pipe = load_pipeline(one)
+        pipe = LatentGenerator.from_settings(one.codec, one.generate)
         cache = encode(run, pipe.vae)
         cluster(run, cache)
         generate(run, pipe, cache)

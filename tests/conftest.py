@@ -111,7 +111,8 @@ def made(toy_source, accelerator, tmp_path_factory):
     from small_prior import CODEC, NAMES, SOURCE, encoded, prior_in
 
     from dq.diffusion.codec import load_codec
-    from dq.prior import train_codec, train_denoiser
+    from dq.diffusion.prior.train_codec import train_codec
+    from dq.diffusion.prior.train_denoiser import train_denoiser
 
     folder = tmp_path_factory.mktemp("made")
     prior = prior_in(folder / "prior")

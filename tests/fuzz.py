@@ -140,7 +140,7 @@ def targets(root: Path) -> list[Target]:
     from dq.data.load import load_source
     from dq.data.source import Split
     from dq.distilled.card import dataset_card
-    from dq.distilled.external import read_set
+    from dq.distilled.external import load_set
     from dq.distilled.hub import check_record
     from dq.distilled.set import DistilledSet
 
@@ -232,7 +232,7 @@ def targets(root: Path) -> list[Target]:
 
     def foreign_folder(data: bytes, folder: Path) -> Any:
         (folder / "train-00000-of-00001.parquet").write_bytes(data)
-        return read_set(folder, NAMES).images_uint8()
+        return load_set(folder, NAMES).images_uint8()
 
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as t:
@@ -250,8 +250,8 @@ def targets(root: Path) -> list[Target]:
 
     one, tars = "train-00000-of-00001.parquet", source("train-0000.tar", True)
     read_yaml = file("c.yaml", lambda path: dump_config(load_config(path)))
-    tensors = file("x.safetensors", lambda path: read_set(path, NAMES).images_uint8())
-    arrays = file("x.npz", lambda path: read_set(path, NAMES).images_uint8())
+    tensors = file("x.safetensors", lambda path: load_set(path, NAMES).images_uint8())
+    arrays = file("x.npz", lambda path: load_set(path, NAMES).images_uint8())
     damaged = [
         Target("configuration", 40, texts, read_yaml, text=True),
         Target("--set", 30, settings, change, text=True),

@@ -12,11 +12,10 @@ import torch
 from scipy.optimize import linprog
 from scipy.stats import norm
 
-from dq.cluster import clvq, kmeans, kmeans_many, kmeans_plusplus, nearest, quantization_stats, uniform_w2
-from dq.cluster.kmeans import Clustering
-from dq.cluster.lloyd import assign, lloyd, squared_distances
-from dq.cluster.online import minibatch
-from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost
+from dq.cluster.kmeans import Clustering, kmeans, kmeans_many, nearest, quantization_stats
+from dq.cluster.lloyd import assign, kmeans_plusplus, lloyd, squared_distances
+from dq.cluster.online import clvq, minibatch
+from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 

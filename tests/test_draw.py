@@ -9,14 +9,14 @@ import pytest
 from conftest import tiny_dit, tiny_kl
 from diffusers import DDIMScheduler
 
-from dq import run as stages
 from dq.config.reader import from_dict
 from dq.config.schema import RunConfig
-from dq.diffusion.generator import DistillPipeline
+from dq.run.distill import DistillPipeline
 from dq.run.folder import Run, class_file, open_run
 from dq.run.stages import generate as draw
-from dq.run.stages.cluster import prototype_folder
-from dq.run.stages.generate import Draw
+from dq.run.stages.cluster import cluster, prototype_folder
+from dq.run.stages.encode import cache_of, encode
+from dq.run.stages.generate import Draw, generate
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def clustered(out: Path, source: Any, accelerator: Any, pipe: DistillPipeline, c
         "ipc": [2],
     }
     run = open_run(from_dict(RunConfig, data), source, accelerator)
-    stages.cluster(run, stages.encode(run, pipe.vae))
+    cluster(run, encode(run, pipe.vae))
     return run
 
 
 def drawing(run: Run, folder: Path) -> Draw:
     m, cluster, cfg = run.resolved("ddoq")
-    return Draw(run, folder, prototype_folder(run, stages.cache_of(run), 2, cluster), m, cfg, [])
+    return Draw(run, folder, prototype_folder(run, cache_of(run), 2, cluster), m, cfg, [])
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -65,12 +65,12 @@ def test_how_images_are_divided_does_not_change_them(
     tmp_path: Path, toy_source, accelerator, pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = clustered(tmp_path / "one", toy_source, accelerator, pipe)
-    stages.generate(one, pipe, stages.cache_of(one))
+    generate(one, pipe, cache_of(one))
     assert sorted(files(tmp_path / "one")) == [f"class-0000{c}.safetensors" for c in range(3)]  # no stretch is left
     monkeypatch.setattr(draw, "cut", lambda n, least, most: [range(n)])
     two = clustered(tmp_path / "two", toy_source, accelerator, pipe)
     assert all(whole for _, _, whole in drawing(two, tmp_path).units)
-    stages.generate(two, pipe, stages.cache_of(two))
+    generate(two, pipe, cache_of(two))
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
@@ -78,7 +78,7 @@ def test_an_interrupted_class_goes_on_behind_its_last_stretch(
     tmp_path: Path, toy_source, accelerator, pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = clustered(tmp_path / "whole", toy_source, accelerator, pipe)
-    stages.generate(whole, pipe, stages.cache_of(whole))
+    generate(whole, pipe, cache_of(whole))
     run = clustered(tmp_path / "run", toy_source, accelerator, pipe)
     write, written = draw.write_tensors, []
 
@@ -90,7 +90,7 @@ def test_an_interrupted_class_goes_on_behind_its_last_stretch(
 
     monkeypatch.setattr(draw, "write_tensors", stop)
     with pytest.raises(KeyboardInterrupt):
-        stages.generate(run, pipe, stages.cache_of(run))
+        generate(run, pipe, cache_of(run))
     assert len(files(tmp_path / "run")) == 7
     drawn: list[int] = []
     real = DistillPipeline.synthesize
@@ -98,7 +98,7 @@ def test_an_interrupted_class_goes_on_behind_its_last_stretch(
     monkeypatch.setattr(
         DistillPipeline, "synthesize", lambda self, z, *a, **k: drawn.append(len(z)) or real(self, z, *a, **k)
     )
-    stages.generate(run, pipe, stages.cache_of(run))
+    generate(run, pipe, cache_of(run))
     assert sum(drawn) == 180 - 7 * 3
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
@@ -107,14 +107,14 @@ def test_a_damaged_class_is_drawn_again_and_no_other(
     tmp_path: Path, toy_source, accelerator, pipe, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = clustered(tmp_path, toy_source, accelerator, pipe)
-    stages.generate(run, pipe, stages.cache_of(run))
+    generate(run, pipe, cache_of(run))
     before = files(tmp_path)
     paths = sorted(tmp_path.glob("run/images/*/class-*"))
     stamps = [f.stat().st_mtime_ns for f in paths]
     data = bytearray(before["class-00001.safetensors"])
     data[-1] ^= 8  # a pixel
     paths[1].write_bytes(data)
-    stages.generate(run, pipe, stages.cache_of(run))
+    generate(run, pipe, cache_of(run))
     assert files(tmp_path) == before
     assert [f.stat().st_mtime_ns == s for f, s in zip(paths, stamps)] == [True, False, True]
     assert f"{class_file(paths[1].parent, 1)} is damaged" in caplog.text

@@ -34,9 +34,9 @@ def test_hurt_runs_end_like_one_that_nobody_hurt(tmp_path: Path) -> None:
     ("bug", "seen"),
     [
         # every start does all files of latents again
-        ("import dq.latents; dq.latents.is_done = lambda path: False", "recomputed: cache/latents-"),
+        ("import dq.data.image_cache; dq.data.image_cache.is_done = lambda path: False", "recomputed: cache/latents-"),
         # nothing is compared with its checksum
-        ("import dq.dist; dq.dist._compared = lambda f: dq.dist._record(f)['meta']", "silent: "),
+        ("import dq.core.files; dq.core.files._compared = lambda f: dq.core.files._record(f)['meta']", "silent: "),
     ],
 )
 def test_the_harness_sees_a_planted_bug(tmp_path: Path, bug: str, seen: str) -> None:

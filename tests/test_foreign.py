@@ -27,7 +27,7 @@ from dq.core.errors import InputError
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.data.splits import resized
-from dq.distilled.external import bare_set, read_set
+from dq.distilled.external import bare_set, load_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation.dd_ranking import LEARNING_RATES, _best_rates, _last, evaluate_ddr
 from dq.evaluation.student import train_student
@@ -78,7 +78,7 @@ def assert_is_small(s: DistilledSet, ipc: int = 2) -> None:
 
 
 def test_folder_by_class_names(tmp_path):
-    s = read_set(folder_set(tmp_path / "set"), NAMES)
+    s = load_set(folder_set(tmp_path / "set"), NAMES)
     assert_is_small(s)
     assert s.ipc == 2
     assert s.soft_labels is None
@@ -86,18 +86,18 @@ def test_folder_by_class_names(tmp_path):
 
 def test_folder_of_a_train_split(tmp_path):
     folder_set(tmp_path / "set" / "train")
-    assert_is_small(read_set(tmp_path / "set", NAMES))
+    assert_is_small(load_set(tmp_path / "set", NAMES))
 
 
 @pytest.mark.parametrize("numbers", [("00000", "00001", "00002"), ("0", "1", "2"), ("9", "10", "11")])
 def test_numbered_folders_stand_in_class_order(tmp_path, numbers):
-    assert_is_small(read_set(folder_set(tmp_path, numbers), NAMES))
+    assert_is_small(load_set(folder_set(tmp_path, numbers), NAMES))
 
 
 def test_names_decide_where_the_data_has_another_order(tmp_path):
     folder_set(tmp_path)
     names = ("red", "blue", "green")
-    s = read_set(tmp_path, names)
+    s = load_set(tmp_path, names)
     assert s.class_names == names
     for label, name in enumerate(names):
         channel = s.images[s.labels == label].float().mean((0, 2, 3)).argmax()
@@ -107,28 +107,28 @@ def test_names_decide_where_the_data_has_another_order(tmp_path):
 
 def test_images_are_read_at_the_side_asked_for(tmp_path):
     folder_set(tmp_path)
-    assert read_set(tmp_path, NAMES, image_size=4).images.shape == (6, 3, 4, 4)
-    assert read_set(tmp_path, NAMES).images.shape == (6, 3, 8, 8)
+    assert load_set(tmp_path, NAMES, image_size=4).images.shape == (6, 3, 4, 4)
+    assert load_set(tmp_path, NAMES).images.shape == (6, 3, 8, 8)
 
 
 def test_missing_other_and_empty_classes_are_named(tmp_path):
     folder_set(tmp_path / "two", NAMES[:2])
     with pytest.raises(InputError, match=r"class 2 'red' has no image in .*two; every class needs one"):
-        read_set(tmp_path / "two", NAMES)
+        load_set(tmp_path / "two", NAMES)
     folder_set(tmp_path / "other", ("blue", "green", "pink"))
     with pytest.raises(InputError, match=r"has the classes blue, green, pink\.\.\., the data has blue, green, red"):
-        read_set(tmp_path / "other", NAMES)
+        load_set(tmp_path / "other", NAMES)
     save_images(folder_set(tmp_path / "more") / "white", small()[0])
     with pytest.raises(InputError, match="white"):
-        read_set(tmp_path / "more", NAMES)
+        load_set(tmp_path / "more", NAMES)
     folder_set(tmp_path / "empty")
     for f in (tmp_path / "empty" / "green").iterdir():
         f.unlink()
     with pytest.raises(InputError, match="class 1 'green' has no image"):
-        read_set(tmp_path / "empty", NAMES)
+        load_set(tmp_path / "empty", NAMES)
     folder_set(tmp_path / "numbered", ("00000", "00002"))
     with pytest.raises(InputError, match="has the classes 00000, 00002"):
-        read_set(tmp_path / "numbered", NAMES)
+        load_set(tmp_path / "numbered", NAMES)
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_tensors_in_any_order(tmp_path, suffix):
         "soft_labels": torch.randn(6, 3, generator=torch.Generator().manual_seed(0)),
     }
     rows = {"images": images, "labels": labels, **extras}
-    s = read_set(tensor_file(tmp_path / f"set{suffix}", **{k: v[shuffled] for k, v in rows.items()}), NAMES)
+    s = load_set(tensor_file(tmp_path / f"set{suffix}", **{k: v[shuffled] for k, v in rows.items()}), NAMES)
     assert s.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert s.prototype.tolist() == [0, 1, 0, 1, 0, 1]
     # a class keeps the order of the file, and everything of an image stays with it
@@ -163,7 +163,7 @@ def test_tensors_in_any_order(tmp_path, suffix):
 
 def test_float_tensors_stay_floats(tmp_path):
     images, labels = small()
-    s = read_set(tensor_file(tmp_path / "s.safetensors", images=images.double() / 255, labels=labels), NAMES)
+    s = load_set(tensor_file(tmp_path / "s.safetensors", images=images.double() / 255, labels=labels), NAMES)
     assert s.images.dtype == torch.float32
     assert_is_small(s)
 
@@ -181,7 +181,7 @@ def test_normalised_tensors_are_pixels_again(tmp_path, suffix):
     pixels = images.float() / 255
     pixels[0, 0, 0, 0], pixels[5, 2, 7, 7] = 1.4, -0.3  # matching methods do not keep pixels where a screen has them
     path = tensor_file(tmp_path / f"s{suffix}", images=normalized(pixels), labels=labels, mean=MEAN, std=STD)
-    s = read_set(path, NAMES)
+    s = load_set(path, NAMES)
     assert not s.bounded
     # values of about 1 after a multiplication and an addition in float32, and the same the other way
     torch.testing.assert_close(s.images, pixels, rtol=0, atol=1e-6)
@@ -189,13 +189,13 @@ def test_normalised_tensors_are_pixels_again(tmp_path, suffix):
     assert s.images_uint8()[5, 2, 7, 7] == 0
     # through a folder of our own, and in another order of the classes
     s.save(tmp_path, "mine")
-    again = read_set(tmp_path / "mine", NAMES)
+    again = load_set(tmp_path / "mine", NAMES)
     assert torch.equal(again.images, s.images)
     assert not again.bounded
-    assert read_set(tmp_path / "mine", ("red", "blue", "green")).images.max() == s.images.max()
+    assert load_set(tmp_path / "mine", ("red", "blue", "green")).images.max() == s.images.max()
     # without mean and std nobody knows what they are
     with pytest.raises(InputError, match=r"must lie in \[0, 1\]; scale them, or give the mean and std"):
-        read_set(tensor_file(tmp_path / f"t{suffix}", images=normalized(pixels), labels=labels), NAMES)
+        load_set(tensor_file(tmp_path / f"t{suffix}", images=normalized(pixels), labels=labels), NAMES)
 
 
 @pytest.mark.parametrize(
@@ -222,41 +222,41 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, changes, message, suffix)
     images, labels = small()
     path = tensor_file(tmp_path / f"set{suffix}", **{"images": images, "labels": labels, **changes})
     with pytest.raises(InputError, match=message):
-        read_set(path, NAMES)
+        load_set(path, NAMES)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_files_that_cannot_be_read_are_named(tmp_path, suffix):
     images, labels = small()
     with pytest.raises(InputError, match=r"needs the tensors images and labels; it has data, labels"):
-        read_set(tensor_file(tmp_path / f"keys{suffix}", data=images, labels=labels), NAMES)
+        load_set(tensor_file(tmp_path / f"keys{suffix}", data=images, labels=labels), NAMES)
     whole = tensor_file(tmp_path / f"torn{suffix}", images=images, labels=labels).read_bytes()
     for left in (len(whole) - 20, 40, 0):
         (tmp_path / f"torn{suffix}").write_bytes(whole[:left])
         with pytest.raises(InputError, match=f"torn{suffix} cannot be read"):
-            read_set(tmp_path / f"torn{suffix}", NAMES)
+            load_set(tmp_path / f"torn{suffix}", NAMES)
     with pytest.raises(InputError, match=f"there is no file .*none{suffix}"):
-        read_set(tmp_path / f"none{suffix}", NAMES)
+        load_set(tmp_path / f"none{suffix}", NAMES)
 
 
 def test_objects_in_npz_are_not_unpickled(tmp_path):
     np.savez(tmp_path / "s.npz", images=np.array([print], dtype=object), labels=np.zeros(1, np.int64))
     with pytest.raises(InputError, match=r"s.npz cannot be read \(Object arrays cannot be loaded"):
-        read_set(tmp_path / "s.npz", NAMES)
+        load_set(tmp_path / "s.npz", NAMES)
 
 
 @pytest.mark.parametrize("name", ["set.pt", "set.pth"])
 def test_files_of_torch_save_are_not_opened(tmp_path, name):
     torch.save({"images": small()[0], "labels": small()[1]}, tmp_path / name)
     with pytest.raises(InputError, match=r"can run code; save the tensors as safetensors"):
-        read_set(tmp_path / name, NAMES)
+        load_set(tmp_path / name, NAMES)
 
 
 def test_anything_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     for path in (tmp_path / "notes.txt", tmp_path / "nowhere"):
         with pytest.raises(InputError, match=r"is not a distilled set that can be read; give a folder"):
-            read_set(path, NAMES)
+            load_set(path, NAMES)
 
 
 # --- our own ------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def own_set(names: tuple[str, ...] = NAMES) -> DistilledSet:
 def test_a_set_that_we_wrote_is_read_whole(tmp_path, where):
     s = own_set()
     s.save(tmp_path, "mine")
-    found = read_set(tmp_path if where == "folder" else tmp_path / "mine", NAMES)
+    found = load_set(tmp_path if where == "folder" else tmp_path / "mine", NAMES)
     for name in ("images", "labels", "weights", "prototype", "counts", "source_row", "soft_labels"):
         assert torch.equal(getattr(found, name), getattr(s, name)), name
 
@@ -282,15 +282,15 @@ def test_a_folder_of_several_sets_needs_the_name_of_one(tmp_path):
     own_set().save(tmp_path, "a")
     own_set().save(tmp_path, "b")
     with pytest.raises(InputError, match="it has a, b"):
-        read_set(tmp_path, NAMES)
-    assert_is_small(dataclasses.replace(read_set(tmp_path / "b", NAMES), weights=torch.ones(6)))
+        load_set(tmp_path, NAMES)
+    assert_is_small(dataclasses.replace(load_set(tmp_path / "b", NAMES), weights=torch.ones(6)))
 
 
 def test_reordered_classes_take_labels_and_soft_labels_with_them(tmp_path):
     s = own_set()
     s.save(tmp_path, "mine")
     names = ("red", "blue", "green")
-    found = read_set(tmp_path, names)
+    found = load_set(tmp_path, names)
     assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
     rows = torch.tensor([4, 5, 0, 1, 2, 3])  # red was last
     for name in ("images", "weights", "prototype", "counts", "source_row"):
@@ -323,13 +323,13 @@ def test_normalised_tensors_train_as_the_pixels_they_came_from(tmp_path):
     images, labels = small()
     pixels = images.float() / 255
     file = tensor_file(tmp_path / "s.safetensors", images=normalized(pixels), labels=labels, mean=MEAN, std=STD)
-    s = read_set(file, NAMES)
+    s = load_set(file, NAMES)
     # pixels differ by an ulp or two, which a few steps do not amplify a thousand times
     assert losses(s.images, s.labels, s.bounded) == pytest.approx(losses(images, labels), rel=1e-4)
     # what lies outside of [0, 1] is trained on as it is
     wide = 3 * pixels - 1
     file = tensor_file(tmp_path / "w.safetensors", images=normalized(wide), labels=labels, mean=MEAN, std=STD)
-    s = read_set(file, NAMES)
+    s = load_set(file, NAMES)
     assert losses(s.images, s.labels, s.bounded) == pytest.approx(losses(wide, labels, bounded=False), rel=1e-4)
     clipped = losses(wide.clamp(0, 1), labels)
     assert losses(s.images, s.labels, s.bounded) != pytest.approx(clipped, rel=1e-2)
@@ -356,7 +356,7 @@ def parquet(path: Path, **more: list) -> Path:
 
 def test_parquet_of_others_is_mapped_by_name(tmp_path):
     parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    assert_is_small(read_set(tmp_path, NAMES))
+    assert_is_small(load_set(tmp_path, NAMES))
 
 
 def test_parquet_weights_and_soft_labels_are_honoured(tmp_path):
@@ -364,7 +364,7 @@ def test_parquet_weights_and_soft_labels_are_honoured(tmp_path):
     # the logit of class c of its names for image i is 10 i + c
     soft = [[10.0 * i + c for c in range(3)] for i in range(6)]
     parquet(tmp_path / "data" / "train-00000-of-00001.parquet", weight=weights, soft_label=soft)
-    s = read_set(tmp_path, NAMES)
+    s = load_set(tmp_path, NAMES)
     assert torch.equal(s.images_uint8(), small()[0])
     assert s.weights.tolist() == weights
     expected = [[10.0 * i + ("green", "red", "blue").index(n) for n in NAMES] for i in range(6)]
@@ -372,11 +372,11 @@ def test_parquet_weights_and_soft_labels_are_honoured(tmp_path):
     (tmp_path / "broken").mkdir()
     parquet(tmp_path / "broken" / "train-00000-of-00001.parquet", weight=[1.0, None, *weights[2:]])
     with pytest.raises(InputError, match=r"column 'weight' of .*broken is not numbers for every image"):
-        read_set(tmp_path / "broken", NAMES)
+        load_set(tmp_path / "broken", NAMES)
     shutil.rmtree(tmp_path / "broken")
     # a test split beside it is not of the set
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", weight=[9.0] * 6, soft_label=soft)
-    assert read_set(tmp_path, NAMES).weights.tolist() == weights
+    assert load_set(tmp_path, NAMES).weights.tolist() == weights
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

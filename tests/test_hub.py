@@ -63,7 +63,7 @@ def pushed(server: Hub, home: Path) -> None:
         + """
 import tempfile
 import dq.distilled
-from dq.hub import push_folder
+from dq.distilled.hub import push_folder
 with tempfile.TemporaryDirectory() as scratch:
     make(soft=True).save(scratch, "ipc2-ddoq")
     make(floats=True).save(scratch, "ipc2-d4m")
@@ -741,7 +741,7 @@ import os
 import numpy as np
 from pathlib import Path
 from dq.data import load_source, read_images
-from dq.hub import push_folder
+from dq.distilled.hub import push_folder
 make().save("scratch", "default")
 push_folder("scratch", "me/stream")
 usual = load_source("scratch/default")
@@ -783,8 +783,8 @@ def test_a_push_keeps_a_head_that_it_cannot_read(hub: Hub, home: Path) -> None:
     (home / "unread").mkdir()
     hub.put("me/unread", {"README.md": b"---\nlicense: [\n---\nmine\n"})
     code = """
-from dq.errors import InputError
-from dq.hub import push_folder
+from dq.core.errors import InputError
+from dq.distilled.hub import push_folder
 from test_distilled import make
 make().save("scratch", "default")
 try:

@@ -20,7 +20,7 @@ COUNT = """
 import sys
 from pathlib import Path
 
-from dq.dist import make_accelerator
+from dq.core.processes import make_accelerator
 
 a = make_accelerator(cpu=True)
 Path(sys.argv[1], f"process-{a.process_index}").write_text(str(a.num_processes))  # a file each: a pipe mixes lines

@@ -18,8 +18,8 @@ from dq.core.locks import LOCK, locked
 
 HOLD = """
 import sys, time
-from dq.dist import make_accelerator
-from dq.locks import locked
+from dq.core.processes import make_accelerator
+from dq.core.locks import locked
 with locked(sys.argv[1], make_accelerator(cpu=True)):
     print("held", flush=True)
     time.sleep(600)
@@ -92,7 +92,7 @@ def test_every_process_of_a_second_command_is_refused(tmp_path: Path) -> None:
     try:
         root = str(Path(__file__).parents[1])
         (tmp_path / "hold.py").write_text(
-            "import sys\nfrom dq.errors import RunError\ntry:\n"
+            "import sys\nfrom dq.core.errors import RunError\ntry:\n"
             + "".join(f"    {line}\n" for line in HOLD.strip().splitlines())
             + "except RunError as e:\n    sys.stdout.write(f'refused: {e}\\n')\n"
         )

@@ -65,7 +65,7 @@ def test_images_are_drawn_alike_when_memory_is_short(toy_source, tmp_path, monke
     from diffusers import DDIMScheduler
 
     from dq.config.schema import GenerateConfig
-    from dq.diffusion.generator import DistillPipeline
+    from dq.run.distill import DistillPipeline
 
     def make() -> DistillPipeline:
         return DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(), scheduler=DDIMScheduler(clip_sample=False))

@@ -13,8 +13,8 @@ from dq.config.schema import GenerateConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.diffusion.codec import decode_latents, to_unit
-from dq.diffusion.generator import DistillPipeline
 from dq.diffusion.sampling import choose_start, denoise, fresh_scheduler
+from dq.run.distill import DistillPipeline
 
 NAMES = ("red", "green", "blue")
 DIT = GenerateConfig(mode="dit", num_inference_steps=6, guidance_scale=3.0)

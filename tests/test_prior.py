@@ -23,9 +23,8 @@ from dq.diffusion.codec import decode_latents, encode_latents, load_codec, to_si
 from dq.diffusion.prior import train_codec as codec_module
 from dq.diffusion.prior import train_denoiser as denoiser_module
 from dq.diffusion.prior import training
-from dq.diffusion.prior.train_codec import CodecLoss, new_codec, psnr
-from dq.diffusion.prior.train_denoiser import DenoiserLoss, new_denoiser
-from dq.prior import train_codec, train_denoiser
+from dq.diffusion.prior.train_codec import CodecLoss, new_codec, psnr, train_codec
+from dq.diffusion.prior.train_denoiser import DenoiserLoss, new_denoiser, train_denoiser
 
 ROOT = Path(__file__).resolve().parents[1]
 

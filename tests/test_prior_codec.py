@@ -27,11 +27,11 @@ from dq.diffusion.prior.train_codec import (
     reconstruct,
     ssim,
     stage_features,
+    train_codec,
 )
 from dq.networks.teacher import Teacher
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.zoo import make_net
-from dq.prior import train_codec
 
 X = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -21,7 +21,6 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import generator
 from dq.diffusion.card import MARKER, write_card
-from dq.diffusion.generator import DistillPipeline
 from dq.diffusion.prior.curves import loss_figure, read_curves
 from dq.diffusion.prior.metrics import (
     density_coverage,
@@ -33,6 +32,7 @@ from dq.diffusion.prior.metrics import (
 )
 from dq.diffusion.prior.samples import Draw, sample_images, sample_latents, stored_samples
 from dq.networks.zoo import make_net
+from dq.run.distill import DistillPipeline
 
 
 def normal(n: int, d: int, *name: object) -> Tensor:

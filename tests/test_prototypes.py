@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dq.cluster import kmeans
+from dq.cluster.kmeans import kmeans
 from dq.cluster.prototypes import Prototypes, image_weights, latent_stats, make_prototypes
 from dq.core.errors import InputError
 

@@ -17,9 +17,10 @@ from dq.data.views import crop_and_flip
 from dq.refine import fadrm, teddy
 from dq.refine.anchors import make_pool, nearest_anchors
 from dq.refine.batches import compose_batches
+from dq.refine.matched import calibrate, match_teachers
 from dq.refine.measure import measure, total_variation
-from dq.refine.optimize import Schedule, calibrate, class_distance, match_teachers, resample
-from dq.refine.views import View, draw_view, look
+from dq.refine.optimize import class_distance
+from dq.refine.views import Schedule, View, draw_view, look, resample
 
 LABELS = torch.arange(8) % 4
 mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))

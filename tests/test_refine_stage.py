@@ -392,7 +392,7 @@ def test_calibration_class_means_weights_and_pads_rule_run_through(world, teache
 def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
     from conftest import tiny_kl
 
-    from dq.diffusion.generator import DistillPipeline
+    from dq.run.distill import DistillPipeline
 
     # tensors have their own class order: red, green, blue
     own = from_dict(TeacherConfig, {**teachers[0], "classes": [2, 1, 0]})

@@ -27,12 +27,12 @@ from dq.data.images import FORMATS, MAX_PIXELS, read_image
 from dq.data.load import load_source
 from dq.data.source import Split
 from dq.diffusion.codec import load_codec
-from dq.diffusion.generator import DistillPipeline
 from dq.distilled.card import dataset_card
-from dq.distilled.external import read_set
+from dq.distilled.external import load_set
 from dq.distilled.set import DistilledSet
 from dq.networks.external import tensors_only
 from dq.networks.teacher_loading import load_teacher
+from dq.run.distill import DistillPipeline
 
 
 class Trace:
@@ -181,10 +181,10 @@ def test_names_that_are_no_hub_ids_are_refused(name: str) -> None:
 
 def test_arrays_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "s.npz", images=np.zeros((2, 3, 99, 99), np.uint8), labels=np.arange(2))
-    assert len(read_set(tmp_path / "s.npz", ("a", "b"))) == 2
+    assert len(load_set(tmp_path / "s.npz", ("a", "b"))) == 2
     monkeypatch.setattr("dq.distilled.external.MAX_BYTES", 50_000)
     with pytest.raises(InputError, match=r"would unpack to 59,\d+ bytes"):
-        read_set(tmp_path / "s.npz", ("a", "b"))
+        load_set(tmp_path / "s.npz", ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_odd_numbers_are_refused(changes: dict, message: str | None, tmp_path: P
     arrays = {"images": np.zeros((2, 3, 4, 4), np.uint8), "labels": np.arange(2)} | changes
     np.savez(tmp_path / "s.npz", **arrays)
     if message is None:
-        assert read_set(tmp_path / "s.npz", ("a", "b")).labels.tolist() == [0, 1]
+        assert load_set(tmp_path / "s.npz", ("a", "b")).labels.tolist() == [0, 1]
         return
     with pytest.raises(InputError, match=message):
-        read_set(tmp_path / "s.npz", ("a", "b"))
+        load_set(tmp_path / "s.npz", ("a", "b"))
 
 
 LAUGH = "[&a [x, x, x, x], " + ", ".join(

@@ -11,8 +11,7 @@ import torch
 from conftest import tiny_kl
 from torch import Tensor
 
-from dq import run as stages
-from dq.cluster import kmeans, nearest
+from dq.cluster.kmeans import kmeans, nearest
 from dq.cluster.prototypes import make_prototypes
 from dq.cluster.spaces import embed, principal_coordinates
 from dq.config.reader import from_dict
@@ -22,10 +21,13 @@ from dq.core.files import read_json, read_tensors, write_json, write_tensors
 from dq.core.seeds import derive_seed
 from dq.data.load import load_source
 from dq.data.source import ImageSource
-from dq.diffusion.generator import DistillPipeline
+from dq.run.distill import DistillPipeline
 from dq.run.folder import Run, open_run
-from dq.run.stages.cluster import cluster_settings, clusterings, load_prototypes, prototype_folder
+from dq.run.stages.assemble import assemble, load_set_of_run
+from dq.run.stages.cluster import cluster, cluster_settings, clusterings, load_prototypes, prototype_folder
+from dq.run.stages.encode import cache_of, encode
 from dq.run.stages.features import features_of
+from dq.run.stages.generate import generate
 
 SPACES = ("latents", "pca", "whitened", "features", "joint")
 
@@ -212,13 +214,13 @@ def make_run(
 
 
 def clustered(run: Run) -> Run:
-    stages.encode(run, tiny_kl())
-    stages.cluster(run, stages.cache_of(run))
+    encode(run, tiny_kl())
+    cluster(run, cache_of(run))
     return run
 
 
 def points(run: Run, method: str, ipc: int = 2) -> list[Any]:
-    return list(load_prototypes(run, stages.cache_of(run), ipc, run.resolved(method)[1]))
+    return list(load_prototypes(run, cache_of(run), ipc, run.resolved(method)[1]))
 
 
 def shards(out: Path, pattern: str = "cache/features-*/part-*") -> dict[str, tuple[bytes, int]]:
@@ -228,11 +230,11 @@ def shards(out: Path, pattern: str = "cache/features-*/part-*") -> dict[str, tup
 def test_a_run_in_every_space(tmp_path: Path, toy_source, accelerator, teacher: Path) -> None:
     run = make_run(tmp_path, toy_source, accelerator, teacher, overrides(*SPACES))
     pipe = DistillPipeline(vae=tiny_kl())
-    cache = stages.encode(run, pipe.vae)
-    stages.cluster(run, cache)
-    stages.generate(run, pipe, cache)
-    stages.assemble(run)
-    sets = {(2, m): stages.load_set(run, 2, m) for m in run.config.methods}
+    cache = encode(run, pipe.vae)
+    cluster(run, cache)
+    generate(run, pipe, cache)
+    assemble(run)
+    sets = {(2, m): load_set_of_run(run, 2, m) for m in run.config.methods}
     folders = {f.name.rsplit("-", 1)[0] for f in (tmp_path / "run" / "prototypes").iterdir()}
     assert folders == {"ipc00002-torch", *(f"ipc00002-torch-{s}" for s in SPACES[1:])}
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -254,7 +256,7 @@ def test_a_run_in_every_space(tmp_path: Path, toy_source, accelerator, teacher: 
         made_with = sets[2, space].provenance["cluster"]
         assert made_with["space"] == space
         assert ("teacher" in made_with) == (space in ("features", "joint"))
-        assert len(stages.load_set(run, 2, space)) == 6
+        assert len(load_set_of_run(run, 2, space)) == 6
 
 
 def test_without_features_no_teacher_is_opened(tmp_path: Path, toy_source, accelerator) -> None:
@@ -280,13 +282,13 @@ def test_features_are_computed_once_and_after_a_kill_only_what_is_missing(
     first = shards(tmp_path)
     assert len(first) == 3
     before = shards(tmp_path, "run/prototypes/*/class-*")
-    stages.cluster(run, stages.cache_of(run))
+    cluster(run, cache_of(run))
     assert shards(tmp_path) == first
     lost = features_of(run).path(1)
     lost.unlink()
     for file in tmp_path.glob("run/prototypes/*/class-*"):
         file.unlink()
-    stages.cluster(run, stages.cache_of(run))
+    cluster(run, cache_of(run))
     again = shards(tmp_path)
     assert {k: v[0] for k, v in again.items()} == {k: v[0] for k, v in first.items()}
     assert [k for k in first if again[k][1] != first[k][1]] == [str(lost.relative_to(tmp_path))]
@@ -305,7 +307,7 @@ def test_features_are_the_teachers_of_the_images_in_their_rows(
     cache = features_of(run)
     for c in range(3):
         features, rows = cache.load(c)
-        assert torch.equal(rows, stages.cache_of(run).load(c)[1])
+        assert torch.equal(rows, cache_of(run).load(c)[1])
         torch.testing.assert_close(features, net.features(images[rows]), rtol=1e-4, atol=1e-5)
         assert cache.width() == features.shape[1]
 
@@ -339,7 +341,7 @@ def test_another_teacher_has_another_folder_and_other_prototypes(
     tmp_path: Path, toy_source, toy_images, accelerator, teacher: Path
 ) -> None:
     run = clustered(make_run(tmp_path, toy_source, accelerator, teacher, overrides("latents", "features")))
-    cache = stages.cache_of(run)
+    cache = cache_of(run)
     names = [prototype_folder(run, cache, 2, run.resolved(m)[1]).name for m in ("latents", "features")]
     other = write_teacher(tmp_path / "b.safetensors", *toy_images["train"], seed=1)
     moved = make_run(tmp_path, toy_source, accelerator, other, overrides("latents", "features"))
@@ -366,9 +368,9 @@ def test_later_stages_do_not_need_the_teacher(
     clustered(run)
     mine.unlink()
     pipe = DistillPipeline(vae=tiny_kl())
-    stages.generate(run, pipe, stages.cache_of(run))
-    stages.assemble(run)
-    assert len(stages.load_set(run, 2, "joint")) == 6
+    generate(run, pipe, cache_of(run))
+    assemble(run)
+    assert len(load_set_of_run(run, 2, "joint")) == 6
 
 
 def test_features_of_other_images_are_refused(tmp_path: Path, toy_source, accelerator, teacher: Path) -> None:
@@ -379,7 +381,7 @@ def test_features_of_other_images_are_refused(tmp_path: Path, toy_source, accele
     write_tensors(file, {k: v[:-1] for k, v in tensors.items()}, meta)
     more = make_run(tmp_path, toy_source, accelerator, teacher, overrides("features"), ipc=[2, 3])
     with pytest.raises(RunError, match="has features of 6 images that are not the 7 images of class 2 'blue'; delete"):
-        stages.cluster(more, stages.cache_of(more))
+        cluster(more, cache_of(more))
 
 
 def test_a_teacher_that_knows_nothing_is_not_asked_for_features(
@@ -414,18 +416,18 @@ def test_spaces_may_be_added_to_a_run_and_only_their_own_settings_count(
 def test_a_set_of_another_space_is_not_taken_for_this_ones(tmp_path: Path, toy_source, accelerator) -> None:
     pipe = DistillPipeline(vae=tiny_kl())
     run = clustered(make_run(tmp_path, toy_source, accelerator, None, {"a": {}}))
-    stages.generate(run, pipe, stages.cache_of(run))
-    stages.assemble(run)
+    generate(run, pipe, cache_of(run))
+    assemble(run)
     other = make_run(tmp_path, toy_source, accelerator, None, {"a": {"override": {"cluster.space": "pca"}}})
     with pytest.raises(InputError, match=r"the set ipc2-a was made with method.override=\{\}, not .*pca"):
-        stages.load_set(other, 2, "a")
+        load_set_of_run(other, 2, "a")
     # a set from before there was a choice is one of the latents
     file = tmp_path / "run" / "dataset" / "ipc2-a" / "provenance.json"
     record = read_json(file)
     for key in ("space", "dims", "feature_weight"):
         del record["cluster"][key]
     write_json(file, record)
-    assert len(stages.load_set(run, 2, "a")) == 4 + 2
+    assert len(load_set_of_run(run, 2, "a")) == 4 + 2
 
 
 def test_features_separate_what_latents_do_not(tmp_path: Path, accelerator) -> None:
@@ -450,7 +452,7 @@ def test_features_separate_what_latents_do_not(tmp_path: Path, accelerator) -> N
 
     def purity(space: str) -> float:
         p = points(run, space)[0]
-        cache = stages.cache_of(run)
+        cache = cache_of(run)
         z, rows = cache.load(0)
         f, _ = features_of(run).load(0)
         x = embed(z, f, run.resolved(space)[1])

@@ -15,10 +15,12 @@ from test_run import config, world  # noqa: F401
 
 from dq.cli.main import main
 from dq.config.overrides import apply_settings
+from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
 from dq.core.progress import StageTimer, duration, unit_done
-from dq.core.trackers import check_trackers, distortion_numbers, end_trackers, flat_settings, report, start_trackers
+from dq.core.trackers import check_trackers, end_trackers, flat_settings, report, start_trackers
+from dq.run.stages.cluster import distortion_numbers
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,11 +131,11 @@ def test_one_process_tells(world: Path, tmp_path: Path) -> None:  # noqa: F811
 def test_losses_of_a_prior_are_told(toy_source, accelerator, tmp_path: Path) -> None:
     from small_prior import CODEC, SOURCE, prior_in
 
-    from dq.prior import train_codec
+    from dq.diffusion.prior.train_codec import train_codec
 
     prior = prior_in(tmp_path / "prior")
     settings = apply_settings(RunConfig(), {"report_to": ["tensorboard"]})
-    start_trackers(accelerator, settings, tmp_path / "prior")
+    start_trackers(accelerator, settings.report_to, to_dict(settings), tmp_path / "prior")
     try:
         train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
     finally:
@@ -212,7 +214,7 @@ def test_a_tracker_that_cannot_start_stops_before_work(accelerator, tmp_path: Pa
     (tmp_path / "logs" / "dq").write_text("a file where the folder of events should be")
     settings = apply_settings(RunConfig(), {"report_to": ["tensorboard"]})
     with pytest.raises(InputError, match=r"tensorboard cannot start .* leave out --report_to"):
-        start_trackers(accelerator, settings, tmp_path)
+        start_trackers(accelerator, settings.report_to, to_dict(settings), tmp_path)
     end_trackers(accelerator)
 
 
@@ -222,7 +224,7 @@ def test_settings_are_flat_and_without_secrets() -> None:
         "generate.class_map": {"red": "1", "api_key": "hunter2"},
         "evaluate.students": [{"net": "convnet3", "token": "hunter2"}],
     }
-    flat = flat_settings(apply_settings(RunConfig(), changed))
+    flat = flat_settings(to_dict(apply_settings(RunConfig(), changed)))
     assert "hunter2" not in repr(flat)
     assert flat["source.path"] == "https://example.org/set"
     assert flat["generate.class_map.red"] == "1"

@@ -19,7 +19,7 @@ def make_world(root: Path) -> Path:
     from diffusers import DDIMScheduler
     from safetensors.torch import save_file
 
-    from dq.diffusion.generator import DistillPipeline
+    from dq.run.distill import DistillPipeline
 
     splits = toy_splits()
     for split, (images, labels) in splits.items():

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from dq.config.refinement import FADRM
 from dq.config.schema import RunConfig
+from dq.core.files import existing
 from dq.core.text import format_bytes
 from dq.core.trackers import TRACKERS, is_installed
 from dq.networks.teacher_loading import POOL, PRETRAINED
@@ -259,12 +259,6 @@ def _room(path: Path, name: str, say: Any) -> tuple[int | None, str]:
     return free, f"{format_bytes(free)} free, writable"
 
 
-def existing(path: Path) -> Path:
-    """The path itself, or the nearest thing above it that is there."""
-    path = path.expanduser().absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
 def _hub(say: Any) -> dict[str, str]:
     try:
         from huggingface_hub import constants, get_token
@@ -286,7 +280,7 @@ def _hub(say: Any) -> dict[str, str]:
 
 
 def _used(config: RunConfig, say: Any, *, cpu: bool) -> dict[str, str]:
-    from dq.cluster import choose_engine
+    from dq.cluster.kmeans import choose_engine
 
     accelerated = not cpu and torch.accelerator.is_available()
     device = str(torch.accelerator.current_accelerator()) if accelerated else "cpu"
@@ -333,8 +327,8 @@ def named_paths(config: RunConfig) -> Iterator[tuple[str, str, str]]:
                 for j, t in enumerate(getattr(stage, group)):
                     kind = "model" if t.net == "transformers" else "pool" if t.net == POOL else "file"
                     yield f"{where}.{i}.{group}.{j}.path", t.path, kind
-            if isinstance(stage, FADRM) and stage.anchor_path is not None:
-                yield f"{where}.{i}.anchor_path", stage.anchor_path, "file"
+            for name, path in stage.paths().items():
+                yield f"{where}.{i}.{name}", path, "file"
 
 
 def _paths(config: RunConfig, say: Any) -> dict[str, str]:

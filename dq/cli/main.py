@@ -251,18 +251,24 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
     Args:
         speeds: file of `--save_speeds`, from which it is said how much is left.
     """
-    from dq import run as stages
     from dq.core.progress import StageTimer
-    from dq.core.trackers import report_distortion, start_trackers
+    from dq.core.trackers import start_trackers
+    from dq.diffusion.generator import LatentGenerator
     from dq.evaluation.results import tables_text
     from dq.run.folder import open_run
     from dq.run.planning.timings import Speeds, expected_seconds
     from dq.run.refinement import stages_of
     from dq.run.report import write_report
+    from dq.run.stages.assemble import assemble
+    from dq.run.stages.cluster import cluster, report_distortion
+    from dq.run.stages.encode import cache_of, encode
     from dq.run.stages.evaluate import evaluate_run, label_run
+    from dq.run.stages.generate import generate
+    from dq.run.stages.label import label
+    from dq.run.stages.refine import refine
 
     run = open_run(config, source, accelerator)
-    start_trackers(accelerator, config, run.folder)
+    start_trackers(accelerator, config.report_to, to_dict(config), run.folder)
     do = lambda *names: verb in (*names, "run")  # noqa: E731
     whole = ("encode", "cluster", "generate", "refine", "label", "evaluate", "report")
     needed = {"generate": ("generate", "refine", "label"), "refine": ("refine", "label")}.get(verb, (verb,))
@@ -272,24 +278,24 @@ def run_verb(verb: str, config: RunConfig, source: Any, accelerator: Any, speeds
     way = StageTimer(names, known)
     rows: list[Any] = []
     if do("encode", "generate"):
-        pipe = load_pipeline(config)
+        pipe = LatentGenerator.from_settings(config.codec, config.generate)
     if do("encode"):
         with way.stage("encode"):
-            stages.encode(run, pipe.vae)
+            encode(run, pipe.vae)
     if do("cluster"):
         with way.stage("cluster"):
-            stages.cluster(run, stages.cache_of(run))
+            cluster(run, cache_of(run))
         report_distortion(accelerator, run.folder / "metrics.jsonl")
     if do("generate"):
         with way.stage("generate"):
-            stages.generate(run, pipe, stages.cache_of(run))
+            generate(run, pipe, cache_of(run))
     if do("generate", "refine"):
         with way.stage("refine") if "refine" in names else nullcontext():
-            stages.refine(run)
+            refine(run)
     if do("generate", "refine", "label"):
         with way.stage("label"):
-            stages.label(run)
-            stages.assemble(run)
+            label(run)
+            assemble(run)
             if verb == "label":
                 label_run(run)
     if do("evaluate") and config.evaluate.students:
@@ -324,7 +330,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
             "images per class baselines are to be measured"
         )
     sets = _read_sets(args, config, source)
-    start_trackers(accelerator, config, Path(config.output_dir))
+    start_trackers(accelerator, config.report_to, to_dict(config), Path(config.output_dir))
     options: dict[str, Any] = {
         "config": config.evaluate,
         "source_config": config.source,
@@ -350,7 +356,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
 
 def _read_sets(args: argparse.Namespace, config: RunConfig, source: Any) -> dict[str, Any]:
     """The sets named with --distilled, by name."""
-    from dq.distilled.external import read_set
+    from dq.distilled.external import load_set
 
     sets = {}
     for text in args.distilled:
@@ -359,7 +365,7 @@ def _read_sets(args: argparse.Namespace, config: RunConfig, source: Any) -> dict
         name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
         if name in sets:
             raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
-        sets[name] = read_set(path, source.class_names, image_size=config.source.image_size)
+        sets[name] = load_set(path, source.class_names, image_size=config.source.image_size)
     return sets
 
 
@@ -376,29 +382,16 @@ def _print_paths(verb: str, folder: Path) -> None:
         print(folder / name)
 
 
-def load_pipeline(config: RunConfig) -> Any:
-    """The generator of a run with its codec; for `decode`, the codec alone."""
-    from dq.diffusion.codec import DTYPES, load_codec
-    from dq.diffusion.generator import DistillPipeline
-
-    c, g = config.codec, config.generate
-    if not c.path:
-        raise InputError("no codec is named; set codec.path to an autoencoder, e.g. one made by `dq train-codec`")
-    vae = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype)
-    if g.model is None:
-        return DistillPipeline(vae=vae)
-    return DistillPipeline.from_pretrained(g.model, vae=vae, revision=g.revision, dtype=DTYPES[g.dtype])
-
-
 def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
     """Train a part of the prior, and give the folder it is in."""
     from dq.core.processes import shard
     from dq.core.trackers import start_trackers
     from dq.diffusion.codec import load_codec
     from dq.diffusion.latents import encode_source, open_cache
-    from dq.prior import train_codec, train_denoiser
+    from dq.diffusion.prior.train_codec import train_codec
+    from dq.diffusion.prior.train_denoiser import train_denoiser
 
-    start_trackers(accelerator, config, Path(config.prior.output_dir))
+    start_trackers(accelerator, config.report_to, to_dict(config), Path(config.prior.output_dir))
     if verb == "train-codec":
         return train_codec(source, config.source, config.codec, config.prior, accelerator=accelerator)
     c = config.codec
@@ -414,11 +407,13 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
 def _report_prior(config: RunConfig, source: Any, accelerator: Any) -> None:
     """Measure a prior; without `codec.path`, with the codec that lies in its folder."""
     from dq.diffusion.card import markdown_text, quality_table
+    from dq.diffusion.generator import LatentGenerator
     from dq.run.prior_report import report_prior
 
     if not config.codec.path:
         config = apply_settings(config, {"codec.path": config.generate.model})
-    records = report_prior(config, source, load_pipeline(config), accelerator=accelerator)
+    pipe = LatentGenerator.from_settings(config.codec, config.generate)
+    records = report_prior(config, source, pipe, accelerator=accelerator)
     if records:
         print(markdown_text(*quality_table(records)))
         for name in ("prior_quality.csv", "prior_report.html"):
@@ -437,7 +432,3 @@ def _demo(config: RunConfig, source: Any, accelerator: Any, speeds: str | None) 
     if accelerator.is_main_process:
         print(f"{Path(config.output_dir) / 'dataset'} opens with datasets.load_dataset")
         log.info("demo: %.0f s in all", time.perf_counter() - began)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dq.cluster import Clustering
+from dq.cluster.kmeans import Clustering
 from dq.cluster.lloyd import cell_sums, squared_distances
 from dq.core.errors import InputError
 from dq.core.files import read_tensors, write_tensors

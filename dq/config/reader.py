@@ -43,6 +43,11 @@ LEAST: dict[str, tuple[float, bool]] = {
 class Checked:
     """Refuses values that no code could use, however a configuration was made."""
 
+    @classmethod
+    def variant(cls, data: Any, where: str) -> type[Checked]:
+        """The class that plain data are to be read as: this one, unless a subclass chooses by the data."""
+        return cls
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -67,6 +72,8 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if issubclass(hint, Checked):
+            hint = hint.variant(value, where)
         if not isinstance(value, dict):
             raise InputError(f"{where or 'the configuration'} must be a mapping of settings, not {short(value)}")
         hints = typing.get_type_hints(hint)
@@ -81,8 +88,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        options = [a for a in args if a is not type(None)]
-        return _build(options[0] if len(options) == 1 else _tagged(options, value, where), value, where)
+        return _build(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
         if value not in args:
             raise InputError(f"{where} must be one of {', '.join(map(repr, args))}, not {short(value)}")
@@ -107,17 +113,6 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise InputError(f"{where} must be {names.get(hint, hint)}, not {short(value)}")
     return value
-
-
-def _tagged(options: list[Any], value: Any, where: str) -> Any:
-    """Of several dataclasses the one whose `stage` the value names."""
-    by_stage = {o.stage: o for o in options}
-    stage = value.get("stage") if isinstance(value, dict) else None
-    if not isinstance(stage, str) or stage not in by_stage:
-        raise InputError(
-            f"{where} must be a mapping whose stage is one of {', '.join(map(repr, by_stage))}, not {short(value)}"
-        )
-    return by_stage[stage]
 
 
 def unknown_key(where: str, key: str, known: list[str]) -> str:

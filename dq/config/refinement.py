@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dq.config.reader import Checked
 from dq.config.students import Dtype, ViewConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
+from dq.core.text import short
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,62 @@ class DepthConfig(Checked):
             raise InputError("keep=shallow keeps what drop leaves out, which is nothing: set drop above 0")
 
 
+STAGES: dict[str, type[RefineConfig]] = {}  # settings of every method of refinement by the name of its stage
+
+
 @dataclass(frozen=True)
 class RefineConfig(Checked):
-    """What the stages share that change pixels so that teachers see their classes and their statistics."""
+    """Settings of every method of refinement. A subclass names its `stage`, by which a configuration asks for it."""
 
+    stage: str = ""
     teachers: tuple[TeacherConfig, ...] = ()  # none: those of the run
     judges: tuple[TeacherConfig, ...] = ()  # teachers that only measure the images, before and after
+    weighted: bool = False  # a batch counts its images by their weights in the set
+    dtype: Dtype = "float32"  # of the teachers; statistics and pixels are in float32
+    # index: the first image of every class, then the second, ...; dealt: every batch takes from all classes alike;
+    # whole: the whole set is one batch
+    compose: Literal["index", "dealt", "whole"] = "index"
+    min_classes: int = 5  # different classes that a batch must hold (all, if there are fewer)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.stage:
+            STAGES[cls.stage] = cls
+
+    @classmethod
+    def variant(cls, data: Any, where: str) -> type[RefineConfig]:
+        """The settings class of the stage that plain data name.
+
+        Raises:
+            InputError: if there is no such stage.
+        """
+        if cls is not RefineConfig:
+            return cls
+        stage = data.get("stage") if isinstance(data, dict) else None
+        if not isinstance(stage, str) or stage not in STAGES:
+            raise InputError(
+                f"{where} must be a mapping whose stage is one of {', '.join(map(repr, STAGES))}, not {short(data)}"
+            )
+        return STAGES[stage]
+
+    @property
+    def labels_images(self) -> bool:
+        """Whether the stage gives its images labels."""
+        return False
+
+    def unread(self) -> tuple[str, ...]:
+        """Settings that nothing reads beside the present others, so that they decide nothing."""
+        return ()
+
+    def paths(self) -> dict[str, str]:
+        """Files that the stage reads beside its teachers, by the name of the setting."""
+        return {}
+
+
+@dataclass(frozen=True)
+class MatchingConfig(RefineConfig):
+    """What the methods share that optimize pixels so that teachers see their classes and their statistics."""
+
     betas: tuple[float, ...] = (0.5, 0.9)  # of Adam
     r_bn: float = 0.01  # weight of the distance of statistics; right for a ResNet-18
     # None: r_bn as it is. Else r_bn of each teacher becomes this many times ln(classes) / its distance at the start
@@ -46,13 +97,9 @@ class RefineConfig(Checked):
     depth: DepthConfig = DepthConfig()
     class_weight: float = 0.0  # of the distance between a class's mean last feature and that of its real images
     proximity: float = 0.0  # of the mean squared distance to the start, in normalised pixels
-    weighted: bool = False  # statistics of a batch count its images by their weights in the set
     crop_scale: tuple[float, ...] = (0.08, 1.0)  # one random resized crop a step for the whole batch; none: no crop
     crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
     flip: float = 0.5  # probability that a step sees the batch mirrored
-    dtype: Dtype = "float32"  # of the teachers; statistics and pixels are in float32
-    compose: Literal["index", "dealt"] = "index"  # dealt: every batch takes from all classes alike
-    min_classes: int = 5  # different classes that a batch must hold (all, if there are fewer)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +109,7 @@ class RefineConfig(Checked):
 
 
 @dataclass(frozen=True)
-class FADRM(RefineConfig):
+class FADRM(MatchingConfig):
     """Data residual matching (arXiv 2506.24125). With several teachers it is FADRM+: one per step, in turn. What is
     None comes from the preset."""
 
@@ -77,7 +124,7 @@ class FADRM(RefineConfig):
     batch_size: int | None = None  # images optimised together; several of a class where there are fewer classes
     alpha: float = 0.5  # share of the optimised image in the merge behind each block but the last
     # init: the images that come in; real_patch: the crops of real images that the first teacher knows best; file: a
-    # set that `dq.read_set` opens
+    # set that `dq.load_set` opens
     anchors: Literal["init", "real_patch", "file"] = "init"
     anchor_path: str | None = None
     anchor_rank: Literal["easy", "medium"] = "easy"  # real_patch: lowest cross-entropy, or nearest to the median
@@ -87,6 +134,18 @@ class FADRM(RefineConfig):
     retrieve: Literal["none", "patches", "prototypes"] = "none"
     retrieve_pool: int = 50  # patches: candidates of a class
     retrieve_complexity: float = 0.0  # of an anchor's total variation in the choice, features having unit length
+
+    def unread(self) -> tuple[str, ...]:
+        patches = self.anchors == "real_patch" or self.retrieve == "patches"
+        return (
+            *(() if patches else ("anchor_rank",)),
+            *(("start",) if self.anchors == "init" else ()),
+            *(() if self.retrieve == "patches" else ("retrieve_pool",)),
+            *(("retrieve_complexity",) if self.retrieve == "none" else ()),
+        )
+
+    def paths(self) -> dict[str, str]:
+        return {} if self.anchor_path is None else {"anchor_path": self.anchor_path}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +165,7 @@ class FADRM(RefineConfig):
 
 
 @dataclass(frozen=True)
-class Teddy(RefineConfig):
+class Teddy(MatchingConfig):
     """Matching against a pool of weak teachers (arXiv 2410.07579). The paper's settings are not known to us: the
     defaults are of SRe2L's kind, for a short refinement of images that look real already."""
 
@@ -117,3 +176,7 @@ class Teddy(RefineConfig):
     batch_size: int = 100
     proximity: float = 0.1
     ensemble_labels: bool = True  # store the weighted mean logits of all teachers for the images
+
+    @property
+    def labels_images(self) -> bool:
+        return self.ensemble_labels

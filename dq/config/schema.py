@@ -1,6 +1,6 @@
 """The configuration: what can be set, and the defaults.
 
-Precedence is defaults < file < flags. How it is read, checked and changed is in `dq.settings`.
+Precedence is defaults < file < flags. How it is read, checked and changed is in `dq.config.reader`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import yaml
 
 from dq.config.prior import PriorConfig, PriorReportConfig
 from dq.config.reader import Checked, from_dict
-from dq.config.refinement import FADRM, Teddy
+from dq.config.refinement import RefineConfig
 from dq.config.students import Dtype, EvaluateConfig
 from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
 from dq.core.bounded_yaml import read_yaml
@@ -128,7 +128,7 @@ class MethodConfig(Checked):
     weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
     normalize: Literal["none", "class", "sqrt_k"] = "none"
     override: dict[str, Any] = field(default_factory=dict)
-    refine: tuple[FADRM | Teddy, ...] | None = None  # stages behind the generator, in this order; None: the run's
+    refine: tuple[RefineConfig, ...] | None = None  # stages behind the generator, in this order; None: the run's
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class RunConfig(Checked):
     ipc: tuple[int, ...] = (10,)
     cluster: ClusterConfig = ClusterConfig()
     generate: GenerateConfig = GenerateConfig()
-    refine: tuple[FADRM | Teddy, ...] = ()  # stages that change the drawn images, in this order
+    refine: tuple[RefineConfig, ...] = ()  # stages that change the drawn images, in this order
     methods: dict[str, MethodConfig] = field(default_factory=lambda: {"ddoq": MethodConfig()})
     teachers: tuple[TeacherConfig, ...] = ()  # several: the mean of their logits
     train_teachers: TrainTeachersConfig = TrainTeachersConfig()

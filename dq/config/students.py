@@ -9,6 +9,7 @@ from dq.config.reader import Checked
 from dq.core.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LabelKind = Literal["logits", "probabilities", "regression"]  # what the label vectors of a set are
 Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"]
 
 

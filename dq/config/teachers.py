@@ -12,7 +12,7 @@ from dq.core.errors import InputError
 
 @dataclass(frozen=True)
 class TeacherConfig(Checked):
-    net: str = "resnet56"  # a network of `dq.nets`, timm:NAME, torchvision:NAME, "transformers", or "pool"
+    net: str = "resnet56"  # a network of `dq.networks.zoo`, timm:NAME, torchvision:NAME, "transformers", or "pool"
     # safetensors file, or folder with model.safetensors; with timm: or torchvision: also "pretrained"; with
     # "transformers": model folder or Hub id; with "pool": folder of `dq train-pool`, whose members it stands for
     path: str = ""

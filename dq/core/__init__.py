@@ -1,0 +1,1 @@
+"""What knows nothing of images and models."""

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -124,10 +124,18 @@ def license_head(license: str | None, old: Mapping[str, Any]) -> dict[str, str |
 
 
 @functools.cache
-def _template(name: str) -> Any:
+def template(package: str, name: str) -> Any:
+    """A template of Markdown that lies in a package of dq."""
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(loader=PackageLoader("dq"), trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=PackageLoader(package, ""), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"md": md, "json": plain_json, "zip": zip}
     environment.globals["dq"] = dq.__version__
     return environment.get_template(name)
+
+
+ANY_REPO = "THIS_FOLDER_OR_REPO"
+
+
+def joined_lists(old: Any, own: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*(x for x in old if isinstance(x, str)), *own] if isinstance(old, list) else own))

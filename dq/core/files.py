@@ -239,3 +239,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             events.append(json.loads(line))
     return [e for e in events if isinstance(e, dict)]
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest thing above it that is there."""
+    path = path.expanduser().absolute()
+    return next(p for p in (path, *path.parents) if p.exists())

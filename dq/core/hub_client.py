@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dq.config.schema import HubConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import parse_json
 
@@ -168,28 +167,31 @@ def commit_to(
     kind: str,
     repo_id: str,
     operations: Callable[[Repo], Changes],
-    options: HubConfig,
-    token: str | None,
+    *,
     message: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
 ) -> CommitInfo:
     """Make the repository if need be, and commit: content by path in it, None deletes. When somebody else was faster,
     the operations are made again for the new state."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
-    if options.create_pr and options.revision not in (None, "main"):
+    if create_pr and revision not in (None, "main"):
         raise InputError("a pull request is opened against main; leave --revision out, or --create_pr")
     api = client(token)
-    with sentences(repo_id, token, revision=options.revision, push=True):
-        repo_id = api.create_repo(repo_id, repo_type=kind, private=options.private, exist_ok=True).repo_id
-        if options.private and not api.repo_info(repo_id, repo_type=kind).private:
+    with sentences(repo_id, token, revision=revision, push=True):
+        repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
             raise InputError(
                 f"{repo_id} is there already and public; make it private in its settings, or choose another repo_id"
             )
-        if options.revision:
-            api.create_branch(repo_id, branch=options.revision, repo_type=kind, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
         for attempt in range(ATTEMPTS):
-            repo = open_repo(api, repo_id, kind, options.revision)
+            repo = open_repo(api, repo_id, kind, revision)
             content = operations(repo)
             changes = [
                 CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
@@ -201,10 +203,10 @@ def commit_to(
                 return api.create_commit(
                     repo_id,
                     [*changes, *gone],
-                    commit_message=options.commit_message or message,
+                    commit_message=message,
                     repo_type=kind,
-                    revision=options.revision,
-                    create_pr=options.create_pr,
+                    revision=revision,
+                    create_pr=create_pr,
                     parent_commit=repo.sha,
                 )
             except HfHubHTTPError as e:

@@ -16,23 +16,19 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from dq.config.reader import to_dict
-from dq.config.schema import RunConfig, Tracker
 from dq.core.errors import InputError
-from dq.core.files import read_jsonl
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger("dq")
 
-TRACKERS = get_args(Tracker)
+TRACKERS = ("trackio", "tensorboard", "wandb")
 PROJECT = "dq"
 SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
-DISTORTION = ("distortion", "w2_mass", "w2_uniform", "explained")  # per class, of the records of the cluster stage
 
 
 def is_installed(name: str) -> bool:
@@ -50,14 +46,14 @@ def check_trackers(names: Sequence[str]) -> None:
         raise InputError(f"report_to names {missing}, which is not installed; pip install {missing}")
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path) -> None:
-    """Start the trackers of `config.report_to` on the accelerator; their files go below `folder`/logs.
+def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: Mapping[str, Any], folder: Path) -> None:
+    """Start trackers on the accelerator with a run's settings; their files go below `folder`/logs.
 
     Raises:
         InputError: if one is not installed or cannot start.
     """
     end_trackers(accelerator)  # those of a part of the command that is over
-    names = list(dict.fromkeys(config.report_to))
+    names = list(dict.fromkeys(names))
     check_trackers(names)
     if not names or not accelerator.is_main_process:
         return
@@ -71,7 +67,9 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path) ->
     accelerator.project_configuration.logging_dir = str(logs)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
-            accelerator.init_trackers(PROJECT, config=flat_settings(config), init_kwargs={"wandb": {"dir": str(logs)}})
+            accelerator.init_trackers(
+                PROJECT, config=flat_settings(settings), init_kwargs={"wandb": {"dir": str(logs)}}
+            )
     except Exception as e:  # a tracker raises what it likes
         raise InputError(
             f"the tracker {', '.join(names)} cannot start ({_first_line(e)}); check its login and the network, or "
@@ -87,12 +85,6 @@ def report(accelerator: Any, values: Mapping[str, Any], step: int | None = None)
             tracker.log(numbers, step=step)
         except Exception as e:  # the network, a full disk, a service: none of it may end a run
             _drop(accelerator, tracker, e)
-
-
-def report_distortion(accelerator: Any, metrics: Path) -> None:
-    """Send a summary over classes of what the cluster stage wrote to metrics.jsonl."""
-    if accelerator.trackers:
-        report(accelerator, distortion_numbers(read_jsonl(metrics)))
 
 
 def end_trackers(accelerator: Any) -> None:
@@ -122,13 +114,13 @@ def _first_line(e: Exception) -> str:
 # --- what is sent -------------------------------------------------------------------------------------------------
 
 
-def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """All settings by dotted name, as values that every tracker takes; what looks like a secret is left out."""
-    return dict(_flat(to_dict(config)))
+    return dict(_flat(settings))
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         name = f"{prefix}{key}"
         if SECRET.search(str(key)):
@@ -146,32 +138,3 @@ def stage_numbers(stage: str, seconds: float, numbers: Mapping[str, Any]) -> dic
     counts = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
     rates = {f"{k}_per_s": v / seconds for k, v in counts.items() if seconds > 0}
     return {f"{stage}/{k}": float(v) for k, v in ({"seconds": seconds} | counts | rates).items()}
-
-
-def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean, least and largest over classes of what the cluster stage logged, by ipc and engine.
-
-    Args:
-        records: lines of metrics.jsonl.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for r in records:
-        if r.get("stage") == "quantization":
-            groups.setdefault(f"ipc{r['ipc']}-{r.get('engine', '')}-{r.get('space', 'latents')}", []).append(r)
-    found: dict[str, float] = {}
-    for group, rows in groups.items():
-        for key in DISTORTION:
-            values = [float(r[key]) for r in rows if r.get(key) is not None and math.isfinite(float(r[key]))]
-            if values:
-                said = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
-                found |= {f"cluster/{group}/{key}_{name}": v for name, v in said.items()}
-    return found
-
-
-def training_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
-    found: dict[str, float] = {}
-    for r in records:
-        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
-        found |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
-    return found

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from dq.config.reader import from_dict, to_dict
 from dq.config.schema import SourceConfig
@@ -14,11 +12,13 @@ from dq.core.errors import InputError
 from dq.data.hf_datasets import _from_datasets
 from dq.data.image_folder import _from_image_folder
 from dq.data.source import ImageSource
-from dq.data.tensors import _digits, from_tensors
+from dq.data.tensors import Arrays, _digits, from_tensors
+
+Loadable = str | Path | SourceConfig | ImageSource | Arrays | Mapping[str, Arrays]
 
 
 def load_source(
-    source: str | Path | SourceConfig | ImageSource | tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]],
+    source: Loadable,
     *,
     class_names: Sequence[str] | None = None,
     **options: Any,
@@ -37,7 +37,7 @@ def load_source(
     """
     if isinstance(source, ImageSource):
         return source
-    if isinstance(source, (tuple, dict)):
+    if isinstance(source, (tuple, Mapping)):
         if options:
             raise InputError(f"tensors have no setting {', '.join(options)}; it is for folders and Hub data sets")
         return from_tensors(source, class_names=class_names)

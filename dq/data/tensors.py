@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,14 +26,17 @@ def _digits() -> ImageSource:
     return from_tensors(splits, class_names=[str(i) for i in range(10)], origin="sklearn:digits")
 
 
+Arrays = tuple[Tensor | np.ndarray, Tensor | np.ndarray]  # images (n, C, H, W) and labels (n,)
+
+
 def from_tensors(
-    source: tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]],
+    source: Arrays | Mapping[str, Arrays],
     *,
     class_names: Sequence[str] | None = None,
     origin: str = "tensors",
 ) -> ImageSource:
     """A source over tensors in memory; see `load_source`."""
-    pairs = source if isinstance(source, dict) else {"train": source}
+    pairs = source if isinstance(source, Mapping) else {"train": source}
     if "train" not in pairs:
         raise InputError(f"tensors need a 'train' split, not only {', '.join(pairs)}")
     h = hashlib.blake2b(digest_size=8)

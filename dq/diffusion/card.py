@@ -10,16 +10,13 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dq.core.cards import _template, license_head, merge_card, own_text, split_card
+from dq.core.cards import ANY_REPO, joined_lists, license_head, merge_card, own_text, split_card, template
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, readable, write_text
-from dq.distilled.card import ANY_REPO, _union
 
 
 def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
     """The README of a pipeline's folder: the text that `dq prior-report` wrote there, or what its files say."""
-    from dq.diffusion.card import MARKER, card_text, model_parts
-
     kept, _ = split_card(old)
     local = folder / "README.md"
     own = own_text(local)
@@ -29,11 +26,11 @@ def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", licen
         head, body = split_card(card_text(folder, licence=license or str(kept.get("license", ""))))
     else:
         head = {"library_name": "diffusers", "tags": ["diffusers", "dataset-distillation"]}
-        body = _template("pipeline_card.md").render(parts=model_parts(folder))
+        body = template("dq.diffusion", "pipeline_card.md").render(parts=model_parts(folder))
     body = body.replace(MARKER, "").replace(ANY_REPO, repo_id)
     stated = kept if "license" in kept else head
     head |= license_head(license, stated)
-    head["tags"] = _union(kept.get("tags"), head.get("tags", []))
+    head["tags"] = joined_lists(kept.get("tags"), head.get("tags", []))
     return merge_card(old, head, body)
 
 
@@ -139,15 +136,12 @@ def card_text(
     records: list[dict[str, Any]] | None = None,
 ) -> str:
     """The text of `write_card`."""
-    from jinja2 import Environment, PackageLoader
-
     folder = Path(folder)
     if records is None and (folder / QUALITY).is_file():
         records = read_json(folder / QUALITY)["records"]
     denoiser, codec = model_part(folder / "transformer"), model_part(folder / "vae")
     names = _class_names(folder)
-    environment = Environment(loader=PackageLoader("dq"), trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("prior_card.md").render(
+    return template("dq.diffusion", "prior_card.md").render(
         marker=MARKER,
         licence=licence,
         licence_id=licence if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else "",

@@ -1,12 +1,13 @@
-"""`DistillPipeline`: a diffusers pipeline that turns an image set into a distilled set."""
+"""`LatentGenerator`: a diffusers pipeline that turns latent points or classes into images."""
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -14,6 +15,7 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     DiTTransformer2DModel,
+    ImagePipelineOutput,
     SchedulerMixin,
     UNet2DConditionModel,
 )
@@ -21,17 +23,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dq import run as stages
-from dq.config.overrides import apply_settings
-from dq.config.refinement import FADRM, Teddy
-from dq.config.schema import GenerateConfig, HubConfig, RunConfig
+from dq.config.schema import CodecConfig, GenerateConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
-from dq.core.locks import locked
-from dq.core.processes import make_accelerator
-from dq.core.seeds import digest_of, digest_of_tensors, generator
-from dq.data.load import load_source
-from dq.data.source import ImageSource
+from dq.core.progress import progress
+from dq.core.seeds import digest_of, digest_of_tensors
 from dq.diffusion.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.diffusion.sampling import (
     Start,
@@ -45,28 +41,20 @@ from dq.diffusion.sampling import (
     is_random,
     limited,
     null_class,
+    sample_latents,
     toward,
 )
-from dq.run.folder import open_run
 
-if TYPE_CHECKING:
-    from dq.distilled.set import DistilledSet
-
-HUB_SETTINGS = tuple(f.name for f in dataclasses.fields(HubConfig) if f.name != "repo_id")
+IMAGES_AT_ONCE = 32
 STOCK_CLASS = {"dit": "DiTPipeline", "img2img": "StableDiffusionImg2ImgPipeline"}
 
 
-class DistillPipeline(DiffusionPipeline):
-    """Quantize an image set in the latent space of a diffusion model and draw the quantizers back as images.
+class LatentGenerator(DiffusionPipeline):
+    """Images of latent points, and of classes, by the stock components of a diffusion model.
 
-    Holds stock components only, so that what it saves loads in stock diffusers: an autoencoder alone (mode
-    `decode`), a class-conditional DiT (`dit`), or Stable Diffusion (`img2img`). Load with
-    `DistillPipeline.from_pretrained(...)`; `DiffusionPipeline.from_pretrained` would look the class up in diffusers.
-
-    Example:
-        pipe = DistillPipeline.from_pretrained("facebook/DiT-XL-2-256")
-        small = pipe("my/images", ipc=10, output_dir="runs/mine")
-        load_dataset("runs/mine/dataset")
+    What it saves loads in stock diffusers: an autoencoder alone (mode `decode`), a class-conditional DiT (`dit`), or
+    Stable Diffusion (`img2img`). Open it by `from_pretrained` of this class; `DiffusionPipeline.from_pretrained` would
+    look the class up in diffusers.
     """
 
     _optional_components = ["transformer", "unet", "text_encoder", "tokenizer", "scheduler"]  # noqa: RUF012
@@ -97,7 +85,7 @@ class DistillPipeline(DiffusionPipeline):
     # --- loading and saving ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> DistillPipeline:
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:
         """Open a stock pipeline folder or repository, or an autoencoder alone.
 
         Args:
@@ -140,13 +128,22 @@ class DistillPipeline(DiffusionPipeline):
                 f"the pipeline {path} cannot be loaded ({said}); give one whose weights are safetensors"
             ) from e
 
-    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class.
+    @classmethod
+    def from_settings(cls, codec: CodecConfig, generate: GenerateConfig) -> Self:
+        """The generator that settings name, with its codec; for `generate.mode=decode`, the codec alone.
 
-        Args:
-            push_to_hub: also push it; the arguments of `push_to_hub` may stand beside.
+        Raises:
+            InputError: if no codec is named, or one of the models cannot be loaded.
         """
-        hub = {k: kwargs.pop(k) for k in ("repo_id", "token", *HUB_SETTINGS) if k in kwargs}
+        if not codec.path:
+            raise InputError("no codec is named; set codec.path to an autoencoder, e.g. one made by `dq train-codec`")
+        vae = load_codec(codec.path, subfolder=codec.subfolder, revision=codec.revision, dtype=codec.dtype)
+        if generate.model is None:
+            return cls(vae=vae)
+        return cls.from_pretrained(generate.model, vae=vae, revision=generate.revision, dtype=DTYPES[generate.dtype])
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class."""
         super().save_pretrained(save_directory, **kwargs)
         index = Path(save_directory) / "model_index.json"
         stock = STOCK_CLASS.get(self.default_mode)
@@ -158,26 +155,9 @@ class DistillPipeline(DiffusionPipeline):
                 config |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
                 config["requires_safety_checker"] = False
             write_json(index, config, checksum=False)
-        if push_to_hub:
-            from dq.run.share import push_model
-
-            push_model(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
-
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, **settings: Any) -> str:
-        """Push as a stock folder with a model card to the repository "name" or "owner/name" of the Hugging Face Hub.
-
-        Args:
-            **settings: `private`, `revision`, `commit_message`, `create_pr`, `license`; see `HubConfig`.
-
-        Returns:
-            The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
-        """
-        from dq.run.share import push_model
-
-        return push_model(self, repo_id, token=token, **settings)
 
     @property
-    def default_mode(self) -> str:
+    def default_mode(self) -> Literal["decode", "dit", "img2img"]:
         return "dit" if self.transformer is not None else "img2img" if self.unet is not None else "decode"
 
     def digest(self, mode: str) -> str:
@@ -263,35 +243,74 @@ class DistillPipeline(DiffusionPipeline):
         scheduler = fresh_scheduler(chosen, config.num_inference_steps)
         return scheduler, choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
 
-    def sample(
+    def __call__(
         self,
-        labels: Sequence[int],
+        class_labels: Sequence[int | str] | int | str,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        return_dict: bool = True,
         *,
-        guidance_scale: float = 2.0,
-        num_inference_steps: int = 25,
-        seed: int = 0,
         image_size: int | None = None,
-    ) -> Tensor:
-        """Images that the prior draws by itself, from pure noise: (B, 3, H, W) float32 in [0, 1] on the CPU.
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images of classes from pure noise, as `DiTPipeline` does.
 
         Args:
-            labels: the DiT's own class of each image (`config.id2label`). An image depends on it, its number and
-                the seed.
+            class_labels: class of each image, by the DiT's own index or its name in `config.id2label`.
+            guidance_scale: weight of classifier-free guidance; 1 is none.
+                generator: source of the noise, or one for each image, which then depends on nothing else of the batch.
+                None: fresh noise.
+            num_inference_steps: model calls of an image.
+            output_type: "pil" images, "np" (B, H, W, 3) or "pt" (B, 3, H, W) float32 in [0, 1].
+            return_dict: False gives the tuple `(images,)`.
             image_size: side in px of the result; None keeps the codec's.
-        """
-        from dq.diffusion.prior.samples import sample_latents
 
+        Raises:
+            InputError: if the model has no transformer, or lacks a class.
+
+        Example:
+            pipe(class_labels=[0, 1, 2], generator=torch.manual_seed(0)).images[0].save("airplane.png")
+        """
         if self.transformer is None:
-            raise InputError("samples need a transformer, which this model does not have; open the folder of a DiT")
-        total = int(self.transformer.config.num_embeds_ada_norm)
-        strange = next((c for c in labels if not 0 <= c < total), None)
-        if strange is not None:
-            raise InputError(f"this model has no class {strange}; its classes are 0 to {total - 1}")
-        generators = [generator(seed, "sample", i) for i in range(len(labels))]
-        options: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-        z = sample_latents(self, labels, generators, **options)
+            raise InputError(
+                "generating by class needs a transformer, which this model does not have; open the folder of a "
+                "DiT, or distill a data set with `distill`"
+            )
+        if output_type not in ("pil", "np", "pt"):
+            raise InputError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
+        labels = [self._class_index(c) for c in np.atleast_1d(np.asarray(class_labels)).tolist()]
+        generators = _one_generator_each(generator, len(labels))
+        parts = []
         with torch.no_grad():
-            return to_unit(decode_latents(self.vae, z), image_size).cpu()
+            starts = range(0, len(labels), IMAGES_AT_ONCE)
+            for first in progress(starts, desc="generate", unit="batch", main=len(starts) > 1):
+                span = slice(first, first + IMAGES_AT_ONCE)
+                z = sample_latents(
+                    self.transformer,
+                    self.scheduler,
+                    labels[span],
+                    generators[span],
+                    guidance_scale=guidance_scale,
+                    num_inference_steps=num_inference_steps,
+                )
+                parts.append(to_unit(decode_latents(self.vae, z), image_size).cpu())
+        images: Any = torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1)
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images) if len(images) else []
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _class_index(self, label: Any) -> int:
+        """The DiT's index of a class by its index or name."""
+        total = int(self.transformer.config.num_embeds_ada_norm)
+        if isinstance(label, str):
+            return self.condition_ids([label])[0] if self.config.id2label else self._class_index(_whole(label))
+        index = _whole(label)
+        if not 0 <= index < total:
+            raise InputError(f"this model has no class {label}; its classes are 0 to {total - 1}")
+        return index
 
     def synthesize(
         self,
@@ -369,76 +388,32 @@ class DistillPipeline(DiffusionPipeline):
         with torch.no_grad():
             return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].to(self.unet.dtype)
 
-    # --- the whole run --------------------------------------------------------------------------------------------
-
-    def __call__(
-        self,
-        source: str | Path | ImageSource | tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]],
-        *,
-        ipc: int = 10,
-        seed: int = 0,
-        output_dir: str | Path = "runs/dq",
-        cache_dir: str | Path | None = None,
-        resolution: int | None = None,
-        image_size: int | None = None,
-        refine: FADRM | Teddy | Sequence[FADRM | Teddy] | None = None,
-        config: RunConfig | None = None,
-        accelerator: Any = None,
-        **settings: Any,
-    ) -> DistilledSet:
-        """Distil `source` to `ipc` images per class: encode, cluster, generate, refine, label, assemble.
-
-        Args:
-            source: anything that `load_source` takes.
-            resolution: side in px at which the codec sees the images; default: what the denoiser was made for, else
-                the images' own.
-            image_size: side in px of the distilled images; default: `resolution`.
-            refine: stages that change the drawn images, in this order, e.g. `[FADRM(teachers=(TeacherConfig(...),))]`;
-                None: those of `config`.
-            config: a full `RunConfig` to start from; its first method is used.
-            **settings: sections of a `RunConfig`, e.g. `generate={"guidance_scale": 2.0}`, `cluster={"n_init": 3}`,
-                and `method={"weights": "mass"}` for the one method of this run.
-
-        Returns:
-            The distilled set, also saved in `output_dir/dataset`. The same call again continues or returns at once.
-        """
-        data = load_source(source)
-        base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))  # type: ignore[arg-type]
-        flat: dict[str, Any] = {} if image_size is None else {"source.image_size": image_size}
-        for section, values in settings.items():
-            flat |= {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
-        name = next(iter(base.methods))
-        flat = {
-            k.replace("method.", f"methods.{name}.", 1) if k.startswith("method.") else k: v for k, v in flat.items()
-        }
-        side = resolution or self._native_resolution() or base.codec.resolution
-        chosen = apply_settings(base, {"codec.resolution": side, **flat})
-        method = chosen.methods[name]
-        if refine is not None:
-            stages_asked = (refine,) if isinstance(refine, FADRM | Teddy) else tuple(refine)
-            method = dataclasses.replace(method, refine=stages_asked)
-        chosen = dataclasses.replace(
-            chosen,
-            ipc=(ipc,),
-            seed=seed,
-            methods={name: method},
-            output_dir=str(output_dir),
-            cache_dir=str(cache_dir or chosen.cache_dir),
-        )
-        accelerator = accelerator or make_accelerator()
-        with locked(chosen.output_dir, accelerator):
-            run = open_run(chosen, data, accelerator)
-            cache = stages.encode(run, self.vae)
-            stages.cluster(run, cache)
-            stages.generate(run, self, cache)
-            stages.refine(run)
-            stages.label(run)
-            stages.assemble(run)
-            return stages.load_set(run, ipc, name)
-
     def _native_resolution(self) -> int | None:
         model = self.transformer or self.unet
         return int(model.config.sample_size) * downscale(self.vae) if model is not None else None
+
+
+def _whole(value: Any) -> int:
+    """A whole number of Python, NumPy, torch or text."""
+    try:
+        return operator.index(int(value) if isinstance(value, str) else value)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"a class label is a whole number or a class name, not {value!r}") from e
+
+
+def _one_generator_each(
+    generator: torch.Generator | Sequence[torch.Generator] | None, number: int
+) -> list[torch.Generator]:
+    """CPU generators, one per image; from a single one their seeds are drawn."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        if len(generator) != number:
+            raise InputError(f"there are {len(generator)} generators for {number} images; give one, or one for each")
+        return list(generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    seeds = torch.randint(2**62, (number,), generator=generator, device=generator.device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _check_components(index: Any, path: str) -> None:

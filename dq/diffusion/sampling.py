@@ -396,3 +396,42 @@ def toward(
     levels = grid_levels(scheduler)
     end = start.index + round(stop * start.calls)
     return [pulled(p, levels[i]) if start.index <= i < end else p for i, p in enumerate(predicts)]
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: Any,
+    scheduler: Any,
+    classes: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+) -> Tensor:
+    """Latents of classes, denoised over the whole time grid from noise of the scheduler's initial deviation.
+
+    Args:
+        transformer: a class-conditional DiT of diffusers.
+        scheduler: of diffusers, diffusion or flow matching.
+        classes: class of each latent, an index of the DiT's own.
+        generators: one CPU generator per latent, of which it draws all its randomness.
+
+    Returns:
+        (B, C, h, w) float32 in the denoiser's space, on its device.
+
+    Raises:
+        RunError: if the result is not finite.
+    """
+    walk = fresh_scheduler(scheduler, num_inference_steps)
+    cond = torch.tensor(list(classes), device=transformer.device)
+    channels, side = int(transformer.config.in_channels), int(transformer.config.sample_size)
+    # At the first step of the grid nothing is left of the clean latent.
+    nothing = torch.zeros(len(cond), channels, side, side, device=transformer.device)
+    start = choose_start(walk, num_inference_steps, strength=1.0)
+    return denoise(
+        guided(dit_prediction(transformer), cond, null_class(transformer, cond), guidance_scale),
+        walk,
+        nothing,
+        start,
+        generators,
+    )

@@ -1,0 +1,1 @@
+"""The product: a small labelled image set, its files, card and transport."""

@@ -7,21 +7,27 @@ ours, stay when the card is written anew. Nothing in a card names a place on thi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dq.core.cards import UNKNOWN, _template, is_hub_id, license_head, merge_card, own_text, public, split_card
+from dq.core.cards import (
+    ANY_REPO,
+    UNKNOWN,
+    is_hub_id,
+    joined_lists,
+    license_head,
+    merge_card,
+    own_text,
+    public,
+    split_card,
+    template,
+)
 from dq.core.files import is_done, read_json, write_text
 from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, set_features
 
 EVALUATION = "evaluation.json"  # beside the provenance of a set: what students learnt from it
-ANY_REPO = "THIS_FOLDER_OR_REPO"
 SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
-
-
-def _union(old: Any, own: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*(x for x in old if isinstance(x, str)), *own] if isinstance(old, list) else own))
 
 
 def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
@@ -72,13 +78,13 @@ def dataset_card(
         "task_categories": ["image-classification"],
         "annotations_creators": ["machine-generated"],
         "size_categories": [_size(max(r["rows"] for r in records))],
-        "tags": _union(
+        "tags": joined_lists(
             kept.get("tags"), ["dataset-distillation", *(["optimal-quantization"] if quantized else []), "dq"]
         ),
     }
     hub_sources = [s for s in sources if is_hub_id(s)]
     if hub_sources or "source_datasets" in kept:
-        head["source_datasets"] = _union(kept.get("source_datasets"), hub_sources)
+        head["source_datasets"] = joined_lists(kept.get("source_datasets"), hub_sources)
     head |= _configs({} if alone else kept, records, default)
     rows = {
         r["config_name"]: found
@@ -86,7 +92,7 @@ def dataset_card(
         if isinstance(e := evaluations.get(r["config_name"]), dict) and e.get("content") == r["content"]
         if (found := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
     }
-    body = _template("dataset_card.md").render(
+    body = template("dq.distilled", "dataset_card.md").render(
         records=records,
         first=first,
         pictured=min(records, key=lambda r: (*_looks(r), r.get("method") != first.get("method"))),

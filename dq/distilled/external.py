@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dq.config.schema import SourceConfig
+from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.load import load_source
 from dq.data.source import Split
+from dq.distilled.format import PROVENANCE, parquet_kind
 from dq.distilled.set import DistilledSet
+
+log = logging.getLogger("dq")
 
 TENSORS = (".safetensors", ".npz")
 MAX_BYTES = 16 << 30  # of the arrays in an .npz file, which may be packed a thousandfold
@@ -38,55 +45,93 @@ UNREADABLE = (
 )
 
 
-def read_set(path: str | Path, class_names: tuple[str, ...], *, image_size: int | None = None) -> DistilledSet:
-    """Read a distilled set of any origin.
+def load_set(
+    path: str | Path,
+    class_names: Sequence[str] | None = None,
+    *,
+    name: str | None = None,
+    image_size: int | None = None,
+    label_kind: LabelKind | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> DistilledSet:
+    """Open a distilled set of any origin.
 
     Args:
-        path: what `DistilledSet.save` wrote (a set's own folder, or the folder of one set); a Parquet folder with an
-            image and a label column; a folder `class/*.png`; or a `.safetensors` or `.npz` file with `images`
-            (N, 3, S, S) uint8 or float in [0, 1] and `labels` (N,), and perhaps `weights` (N,) and `soft_labels`
-            (N, C). With `mean` and `std` (3,) beside them the images are taken as normalised by these, and may leave
-            [0, 1] once they are pixels again, as images of matching methods do. Files of torch.save are not opened,
-            since they can run code; save them as safetensors.
-        class_names: of the data set that it is a distillate of. Class folders are either these names, or numbers
-            that sort to these classes (00000, 00001, ...).
+        path: what `DistilledSet.save` wrote (a set's own folder, the folder of several, or a run folder); a repository
+            "owner/name" of the Hub with sets of dq; a Parquet folder with an image and a label column; a folder
+            `class/*.png`; or a `.safetensors` or `.npz` file with `images` (N, 3, S, S) uint8 or float in [0, 1] and
+            `labels` (N,), and perhaps `weights` (N,) and `soft_labels` (N, C). With `mean` and `std` (3,) beside them
+            the images are taken as normalised by these, and may leave [0, 1] once they are pixels again, as images of
+            matching methods do. Files of torch.save are not opened, since they can run code; save them as safetensors.
+        class_names: of the data set that it is a distillate of; None: those of the set itself. Class folders are
+            either these names, or numbers that sort to these classes (00000, 00001, ...).
+        name: of one set among several.
         image_size: side in px at which images are read; None: that of the first image.
+        label_kind: what the label vectors are; None: what the set says of itself.
+        revision, token: of the Hub.
 
     Raises:
-        InputError: if it cannot be read, or its classes are not `class_names`.
+        InputError: if it cannot be read, its classes are not `class_names`, or its label vectors could be
+            probabilities and nothing says what they are.
     """
-    path = Path(path)
+    names = None if class_names is None else tuple(map(str, class_names))
+    path, text = Path(path), str(path)
+    dataset = path / "dataset"
     if path.suffix in TENSORS:
-        s = _from_tensor_file(path, class_names)
-    elif (path / "provenance.json").is_file():
+        s = _from_tensor_file(path, names, label_kind)
+    elif (path / PROVENANCE).is_file() and not dataset.is_dir():
         s = DistilledSet.load(path.parent, path.name)
-    elif any(path.glob("*/provenance.json")):
-        s = DistilledSet.load(path)
+    elif any(path.glob(f"*/{PROVENANCE}")):
+        s = DistilledSet.load(path, name)
+    elif any(dataset.glob(f"*/{PROVENANCE}")):
+        s = DistilledSet.load(dataset, name)
     elif path.is_dir():
-        s = _from_folder(path, class_names, image_size)
-    else:
+        s = _from_folder(path, names, image_size, label_kind)
+    elif path.exists() or path.suffix in (".pt", ".pth") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         what = (
             "files of torch.save can run code; save the tensors as safetensors"
             if path.suffix in (".pt", ".pth")
-            else ("give a folder of images by class, a Parquet folder, or a .safetensors or .npz file")
+            else "give a folder of images by class, a Parquet folder, a .safetensors or .npz file, or a Hub id"
         )
         raise InputError(f"{path} is not a distilled set that can be read; {what}")
-    missing = [n for n in class_names if n not in s.class_names]
-    if missing and set(s.class_names) < set(class_names):
+    else:
+        s = DistilledSet.from_hub(text, name, revision=revision, token=token)
+    names = names or s.class_names
+    missing = [n for n in names if n not in s.class_names]
+    if missing and set(s.class_names) < set(names):
         raise InputError(
-            f"class {class_names.index(missing[0])} {missing[0]!r} has no image in {path}; "
-            "every class needs one at least"
+            f"class {names.index(missing[0])} {missing[0]!r} has no image in {path}; every class needs one at least"
         )
-    if set(s.class_names) != set(class_names):
+    if set(s.class_names) != set(names):
         raise InputError(
-            f"{path} has the classes {', '.join(s.class_names[:5])}..., the data has {', '.join(class_names[:5])}...; "
+            f"{path} has the classes {', '.join(s.class_names[:5])}..., the data has {', '.join(names[:5])}...; "
             "they must be the same"
         )
-    if s.class_names != class_names:
-        order = torch.tensor([class_names.index(n) for n in s.class_names])
-        s = _reordered(s, order, class_names)
-    check_classes(s, str(path))
-    return dataclasses.replace(s, provenance={**s.provenance, "origin": str(path)})
+    if s.class_names != names:
+        s = _reordered(s, torch.tensor([names.index(n) for n in s.class_names]), names)
+    check_classes(s, text)
+    if label_kind is not None:
+        s = dataclasses.replace(s, label_kind=label_kind)
+    return dataclasses.replace(s, provenance={**s.provenance, "origin": text})
+
+
+def _stated_kind(soft_labels: Tensor | None, stated: LabelKind | None, origin: str) -> LabelKind:
+    """What label vectors (N, C) of a file are: what the user states, else logits.
+
+    Raises:
+        InputError: if they look like probabilities and nobody states what they are.
+    """
+    if stated is not None or soft_labels is None:
+        return stated or "logits"
+    x = soft_labels.float()
+    if x.ndim == 2 and (x >= 0).all() and ((x.sum(1) - 1).abs() < 0.01).all():
+        raise InputError(
+            f"the soft labels of {origin} could be probabilities, since every row is positive and sums to 1, and "
+            "nothing says so; state label_kind: probabilities, logits or regression"
+        )
+    log.info("note: the soft labels of %s are taken for logits; state label_kind if they are not", origin)
+    return "logits"
 
 
 def check_classes(s: DistilledSet, what: str) -> None:
@@ -114,6 +159,7 @@ def bare_set(
     origin: str = "tensors",
     *,
     bounded: bool = True,
+    label_kind: LabelKind | None = None,
 ) -> DistilledSet:
     """A `DistilledSet` of images and labels of which nothing else is known."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or not len(labels):
@@ -145,6 +191,7 @@ def bare_set(
         source_row=torch.full((n,), -1),
         soft_labels=None if soft_labels is None else soft_labels[order].half(),
         bounded=bounded,
+        label_kind=_stated_kind(soft_labels, label_kind, origin),
         # what the columns of the dataset card ask for
         provenance={
             "source": {"origin": origin},
@@ -157,7 +204,7 @@ def bare_set(
     )
 
 
-def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
+def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kind: LabelKind | None) -> DistilledSet:
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     found: dict[str, Tensor]
@@ -188,19 +235,32 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...]) -> DistilledSet:
                 f"beside {tuple(images.shape)}"
             )
         images = images * found["std"].float().view(1, -1, 1, 1) + found["mean"].float().view(1, -1, 1, 1)
-    return bare_set(images, found["labels"], class_names, **extras, origin=str(path), bounded=not normalized)
+    labels = found["labels"]
+    if class_names is None and (labels.is_floating_point() or not labels.numel() or labels.min() < 0):
+        raise InputError(f"labels of {path} must be whole numbers from 0, which name its classes; give class_names")
+    names = class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
+    return bare_set(images, labels, names, **extras, origin=str(path), bounded=not normalized, label_kind=label_kind)
 
 
-def _from_folder(path: Path, class_names: tuple[str, ...], image_size: int | None) -> DistilledSet:
+def _from_folder(
+    path: Path, class_names: tuple[str, ...] | None, image_size: int | None, label_kind: LabelKind | None
+) -> DistilledSet:
     source = load_source(SourceConfig(path=str(path)))
     names = source.class_names
-    if set(names) != set(class_names) and len(names) == len(class_names) and all(n.isdigit() for n in names):
+    if (
+        class_names
+        and set(names) != set(class_names)
+        and len(names) == len(class_names)
+        and all(n.isdigit() for n in names)
+    ):
         names = class_names  # numbered folders stand in class order
     size = image_size or _first_side(source.train)
     images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
     extras = {name: _column(source.train, name, rows, path) for name in ("weight", "soft_label")}
     labels = torch.from_numpy(source.train.labels[rows])
-    return bare_set(images, labels, names, extras["weight"], extras["soft_label"], str(path))
+    if extras["soft_label"] is not None:
+        label_kind = label_kind or parquet_kind(path)
+    return bare_set(images, labels, names, extras["weight"], extras["soft_label"], str(path), label_kind=label_kind)
 
 
 def _column(split: Split, name: str, rows: list[int], path: Path) -> Tensor | None:
@@ -240,5 +300,7 @@ def _reordered(s: DistilledSet, order: Tensor, class_names: tuple[str, ...]) -> 
         source_row=s.source_row[at],
         soft_labels=soft,
         bounded=s.bounded,
+        label_kind=s.label_kind,
+        step_size=s.step_size,
         provenance=s.provenance,
     )

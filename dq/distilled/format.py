@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import Damaged, is_done, read_json
 
@@ -85,3 +86,38 @@ def file_facts(path: Path) -> dict[str, Any]:
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
     return {"blake2b": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def recorded_kind(record: dict[str, Any], what: str) -> LabelKind:
+    """What the label vectors of a set are, by its record.
+
+    A record with label vectors that does not say was written before there was a choice, when all were logits; that is
+    logged.
+
+    Raises:
+        Damaged: if the record names no kind there is.
+    """
+    kind = record.get("label_kind")
+    if kind is None:
+        if record.get("soft_labels"):
+            log.warning(
+                "%s does not say what its label vectors are, since it was written before sets did; they are taken for "
+                "logits. Write it anew with `dq label` or `DistilledSet.save`",
+                what,
+            )
+        return "logits"
+    if kind not in get_args(LabelKind):
+        kinds = ", ".join(get_args(LabelKind))
+        raise Damaged(f"the record of {what} has label_kind={kind!r}, which is none of {kinds}; make the set again")
+    return kind
+
+
+def parquet_kind(folder: Path) -> LabelKind | None:
+    """What the metadata of the Parquet files below a folder say of its label vectors; None: nothing."""
+    import pyarrow.parquet as pq
+
+    for path in sorted(folder.rglob("*.parquet")):
+        kind = ((pq.read_metadata(path).metadata or {}).get(b"dq.label_kind") or b"").decode(errors="replace")
+        if kind in get_args(LabelKind):
+            return kind  # type: ignore[return-value]
+    return None

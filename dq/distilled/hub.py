@@ -11,14 +11,18 @@ import json
 import re
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dq.config.reader import from_dict
 from dq.config.schema import HubConfig
+from dq.config.students import LabelKind
 from dq.core.bounded_yaml import MAX_DEPTH
+from dq.core.cards import UNKNOWN, own_text, public, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, check_name, read_json
 from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
+from dq.distilled.card import dataset_card, default_config, write_dataset_card
+from dq.distilled.format import PROVENANCE, all_files, file_facts, find_set, shard_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -54,10 +58,6 @@ def push_folder(
             asked for.
         RunError: if a set is damaged, or the upload broke off.
     """
-    from dq.core.cards import UNKNOWN, own_text, public, split_card
-    from dq.distilled.card import dataset_card
-    from dq.distilled.format import PROVENANCE, find_set, shard_files
-
     folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
     found = sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}"))
     if not found:
@@ -114,7 +114,16 @@ def push_folder(
         ).encode()
         return files
 
-    return commit_to("dataset", repo_id, operations, options, token, f"Add {', '.join(names)}")
+    return commit_to(
+        "dataset",
+        repo_id,
+        operations,
+        message=options.commit_message or f"Add {', '.join(names)}",
+        token=token,
+        private=options.private,
+        revision=options.revision,
+        create_pr=options.create_pr,
+    )
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -134,9 +143,6 @@ def download_set(
     Raises:
         InputError: if the repository is not one of dq, or has no such set.
     """
-    from dq.core.cards import split_card
-    from dq.distilled.card import default_config
-
     api = client(token)
     with sentences(repo_id, token, revision=revision):
         repo = open_repo(api, repo_id, "dataset", revision)
@@ -190,8 +196,6 @@ def _pull_set(repo: Repo, name: str, folder: Path) -> None:
 
 def _pull_card(repo: Repo, folder: Path) -> None:
     """The card of the sets that are here, with what its owner wrote into it."""
-    from dq.distilled.card import write_dataset_card
-
     card = folder / "README.md"
     write_dataset_card(folder, old=None if card.is_file() else repo.text("README.md"))
 
@@ -224,6 +228,8 @@ def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any
         and bool(files)
         and all(SHARD.fullmatch(f) and isinstance(k, dict) and k for f, k in files.items())
         and all(_is_count(k.get(n)) for k in files.values() for n in ("bytes", "rows"))
+        and (whole("label_kind") is None or whole("label_kind") in get_args(LabelKind))
+        and (whole("step_size") is None or isinstance(whole("step_size"), float))
         and isinstance(grid, dict)
         and all(_is_digest(k.get("blake2b")) for k in (*files.values(), grid) if k)
     )
@@ -260,8 +266,6 @@ def _whole_numbers(value: Any) -> bool:
 
 def _check_shards(folder: Path, record: dict[str, Any]) -> None:
     """Raises: RunError if a file of a set is not there or not the one that was written."""
-    from dq.distilled.format import all_files, file_facts
-
     for path, known in all_files(folder, record):
         if not path.is_file() or (known and file_facts(path)["blake2b"] != known["blake2b"]):
             raise RunError(f"{path} is missing or damaged; make the set again with `dq label`, or pull it again")

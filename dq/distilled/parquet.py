@@ -9,13 +9,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import Damaged, atomic_path, check_name, write_json
 from dq.core.seeds import digest_of
@@ -23,7 +24,37 @@ from dq.core.text import first_line
 from dq.data.grid import image_grid
 from dq.data.images import open_image
 from dq.distilled.format import GRID, GRID_CLASSES, GRID_COLUMNS, PROVENANCE, SHARDS, file_facts, set_features
-from dq.distilled.set import DistilledSet
+
+
+class SetRows(Protocol):
+    """Rows of a distilled set: what a `DistilledSet` has."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def weights(self) -> Tensor: ...
+
+    @property
+    def soft_labels(self) -> Tensor | None: ...
+
+    @property
+    def label_kind(self) -> LabelKind: ...
+
+    @property
+    def step_size(self) -> float | None: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def ipc(self) -> int: ...
+
+    def images_uint8(self) -> Tensor: ...
+
 
 SHARD_BYTES = 500_000_000  # of a file
 GROUP_BYTES, GROUP_ROWS = 100_000_000, 1000  # of a row group; the Hub's viewer stops at about 286 MiB
@@ -81,21 +112,18 @@ def _read_shard(data: bytes) -> dict[str, Any]:
 def write_set(
     folder: str | Path,
     config_name: str,
-    parts: Iterable[DistilledSet],
+    parts: Iterable[SetRows],
     provenance: dict[str, Any],
-    *,
-    card: bool = True,
 ) -> Path:
-    """Write a set to `folder`/`config_name` as Parquet files, and the folder's README card.
+    """Write a set to `folder`/`config_name` as Parquet files.
 
-    Every set in the folder becomes one configuration of the card: `load_dataset(folder, config_name)`. Float images
-    keep their values in a column `pixels` beside the 8-bit `image`. The set is whole once its `provenance.json` is
-    there, which is written last. The bytes depend on the rows, and not on how they are divided into parts.
+    `write_dataset_card` makes it a configuration for `load_dataset(folder, config_name)`. Float images keep their
+    values in a column `pixels` beside the 8-bit `image`. The set is whole once its `provenance.json` is there, which
+    is written last. The bytes depend on the rows, and not on how they are divided into parts.
 
     Args:
         parts: the rows in order, e.g. class by class; one part is in memory at a time.
         provenance: of the whole set; the parts' own is left aside.
-        card: False where several processes write sets into one folder, which then needs its card at the end.
 
     Returns:
         The first of the Parquet files.
@@ -103,8 +131,6 @@ def write_set(
     Raises:
         InputError: if there is no part, or one has other classes or columns than the first.
     """
-    from dq.distilled.card import write_dataset_card
-
     folder, target = Path(folder), Path(folder) / config_name
     check_name(config_name, "the set's name")
     for left in target.glob(".*.part*"):  # of a call that was killed
@@ -126,7 +152,7 @@ def write_set(
     while group is not None:
         path = target / f".{len(written):05d}.part"
         rows = size = 0
-        with atomic_path(path) as temporary, _parquet_writer(temporary, columns) as writer:
+        with atomic_path(path) as temporary, _parquet_writer(temporary, columns, kind) as writer:
             while group is not None and (not size or size + group.nbytes <= SHARD_BYTES):
                 writer.write_table(group)
                 rows, size = rows + len(group), size + group.nbytes
@@ -148,29 +174,29 @@ def write_set(
         image_grid([[x for _, x in own] for _, own in sorted(shown.items())]).save(temporary, format="PNG")
     record["grid"] = file_facts(target / GRID)
     write_json(target / PROVENANCE, record)
-    if card:
-        write_dataset_card(folder)
     return target / names[0]
 
 
-def _each(queue: list[DistilledSet], rest: Iterator[DistilledSet]) -> Iterator[DistilledSet]:
+def _each(queue: list[SetRows], rest: Iterator[SetRows]) -> Iterator[SetRows]:
     while queue:
         yield queue.pop()
         queue.extend(itertools.islice(rest, 1))
 
 
-def _kind(s: DistilledSet) -> dict[str, Any]:
+def _kind(s: SetRows) -> dict[str, Any]:
     """What all parts of a set have in common."""
     return {
         "classes": list(s.class_names),
         "image_size": list(s.images.shape[2:]),
         "soft_labels": s.soft_labels is not None,
         "pixels": list(s.images.shape[1:]) if s.images.dtype == torch.float32 else None,
+        **({"label_kind": s.label_kind} if s.soft_labels is not None else {}),
+        **({"step_size": s.step_size} if s.step_size is not None else {}),
     }
 
 
 def _row_groups(
-    parts: Iterable[DistilledSet],
+    parts: Iterable[SetRows],
     kind: dict[str, Any],
     counts: Tensor,
     shown: dict[int, list[tuple[float, Tensor]]],
@@ -180,7 +206,7 @@ def _row_groups(
     rows: list[dict[str, Any]] = []
     size = 0
     for part in parts:
-        differ = [name for name, value in _kind(part).items() if value != kind[name]]
+        differ = [name for name, value in _kind(part).items() if value != kind.get(name)]
         if differ:
             raise InputError(
                 f"a part of the set has other {', '.join(differ)} than the first; give all parts the same"
@@ -225,7 +251,7 @@ def _table(rows: list[dict[str, Any]], kind: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _parquet_writer(path: Path, features: Any) -> Iterator[Any]:
+def _parquet_writer(path: Path, features: Any, kind: dict[str, Any]) -> Iterator[Any]:
     """A Parquet writer with the settings of `Dataset.to_parquet`: pages cut by content, so that the Hub stores equal
     parts of two versions once, an index of the pages, images neither compressed twice nor put into dictionaries."""
     import datasets
@@ -246,10 +272,11 @@ def _parquet_writer(path: Path, features: Any) -> Iterator[Any]:
         column_encoding=dict.fromkeys(images, "PLAIN"),
     ) as writer:
         yield writer
-        writer.add_key_value_metadata({"content_defined_chunking": json.dumps(cutting)})
+        facts = {f"dq.{k}": str(kind[k]) for k in ("label_kind", "step_size") if k in kind}
+        writer.add_key_value_metadata({"content_defined_chunking": json.dumps(cutting), **facts})
 
 
-def _set_aside(part: DistilledSet, shown: dict[int, list[tuple[float, Tensor]]]) -> None:
+def _set_aside(part: SetRows, shown: dict[int, list[tuple[float, Tensor]]]) -> None:
     """Keep the heaviest images of the first classes, heaviest first."""
     limit = GRID_CLASSES if part.images.shape[-1] <= 64 else GRID_CLASSES // 2
     images = part.images_uint8()

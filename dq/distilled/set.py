@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import read_json
-from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, shard_files
+from dq.distilled.card import write_dataset_card
+from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
+from dq.distilled.hub import download_set, push_folder
 from dq.distilled.parquet import _in_range, _intact, _read_shard, write_set
 
 log = logging.getLogger("dq")
@@ -31,8 +35,10 @@ class DistilledSet:
     prototype: Tensor  # (N,) int64, rank of the prototype in its class
     counts: Tensor  # (N,) int64, images that the prototype stands for
     source_row: Tensor  # (N,) int64, the nearest real image's row in the source's train split
-    soft_labels: Tensor | None = None  # (N, C) float16, a teacher's logits of the stored images
+    soft_labels: Tensor | None = None  # (N, C) float16, label vectors of the stored images
     bounded: bool = True  # False: float pixels may leave [0, 1], as those of matching methods do
+    label_kind: LabelKind = "logits"  # what the label vectors are
+    step_size: float | None = None  # learning rate of a student that was learned with the images
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,6 +59,11 @@ class DistilledSet:
         soft = self.soft_labels
         if soft is not None and tuple(soft.shape) != (n, len(self.class_names)):
             raise InputError(f"soft_labels must be {(n, len(self.class_names))}, not {tuple(soft.shape)}")
+        if self.label_kind not in get_args(LabelKind):
+            kinds = ", ".join(get_args(LabelKind))
+            raise InputError(f"label_kind of a distilled set is one of {kinds}, not {self.label_kind!r}")
+        if self.step_size is not None and not (math.isfinite(self.step_size) and self.step_size > 0):
+            raise InputError(f"step_size of a distilled set is a positive number, not {self.step_size!r}")
         if self.images.dtype == torch.float32 and not torch.isfinite(self.images).all():
             raise InputError("float images of a distilled set must be finite; leave broken ones out")
         if self.bounded and self.images.dtype == torch.float32 and not _in_range(self.images):
@@ -74,8 +85,16 @@ class DistilledSet:
         return int(torch.bincount(self.labels).max())
 
     def save(self, folder: str | Path, config_name: str = "default") -> Path:
-        """Write the set to `folder`/`config_name`; see `write_set`."""
-        return write_set(folder, config_name, [self], self.provenance)
+        """Write the set to `folder`/`config_name` as Parquet files, and the folder's README card.
+
+        Every set in the folder becomes one configuration of the card: `load_dataset(folder, config_name)`.
+
+        Returns:
+            The first of the Parquet files.
+        """
+        path = write_set(folder, config_name, [self], self.provenance)
+        write_dataset_card(Path(folder))
+        return path
 
     @staticmethod
     def load(folder: str | Path, config_name: str | None = None) -> DistilledSet:
@@ -111,6 +130,8 @@ class DistilledSet:
                 source_row=columns["source_row"],
                 soft_labels=columns.get("soft_label"),
                 bounded=images.dtype == torch.uint8 or _in_range(images),
+                label_kind=recorded_kind(record, str(folder / config_name)),
+                step_size=record.get("step_size"),
                 provenance=record,
             )
 
@@ -138,8 +159,6 @@ class DistilledSet:
         Returns:
             The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
         """
-        from dq.distilled.hub import push_folder
-
         settings = {"private": private, "revision": revision, "create_pr": create_pr, **card}
         with tempfile.TemporaryDirectory() as scratch:
             self.save(scratch, config_name)
@@ -160,8 +179,6 @@ class DistilledSet:
             config_name: None takes the only configuration, or the one that the card marks as default.
             cache_dir: where the files are kept; None: the Hub library's own cache.
         """
-        from dq.distilled.hub import download_set
-
         return DistilledSet.load(
             *download_set(repo_id, config_name, revision=revision, token=token, cache_dir=cache_dir)
         )

@@ -1,5 +1,1 @@
-"""How good a distilled set is: students trained on it, tested on real images, beside real images of equal number."""
-
-from dq.evaluation.evaluate import evaluate
-
-__all__ = ["evaluate"]
+"""How good a set is: students trained on it, beside real images of equal number."""

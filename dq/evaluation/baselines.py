@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dq
-from dq.cluster import kmeans
+from dq.cluster.kmeans import kmeans
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, digest_of

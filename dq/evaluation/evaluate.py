@@ -22,6 +22,7 @@ from dq.data.source import ImageSource
 from dq.distilled.external import check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.results import Results, Row
+from dq.evaluation.student import check_label_kind
 from dq.evaluation.trainings import Entry, Work, baseline_entries, students_of, train_all, trainings_of, write_tables
 from dq.networks.real_data import load_real_data
 
@@ -88,6 +89,8 @@ def evaluate_records(
         bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
         if bare:
             raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
+    for name, s in sets.items():
+        check_label_kind(s, name, students.values())
     _ = source.test  # there must be one
     work = Work(folder, accelerator)
     seeds = tuple(range(config.seeds))

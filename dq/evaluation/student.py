@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
-from dq.labels.plan import LabelSource
-from dq.networks.training import Pixels, accuracy, fit
+from dq.data.splits import resized
+from dq.distilled.set import DistilledSet
+from dq.networks.training import Pixels, TargetSource, accuracy, fit
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def train_student(
     test: tuple[Tensor, Tensor],
     validation: tuple[Tensor, Tensor] | None = None,
     weights: Tensor | None = None,
-    soft_labels: Tensor | LabelSource | None = None,
+    soft_labels: Tensor | TargetSource | None = None,
     bounded: bool = True,
     pixels: Pixels,
     seed: int,
@@ -119,7 +120,7 @@ def _check(
     num_classes: int,
     config: StudentConfig,
     weights: Tensor | None,
-    soft_labels: Tensor | LabelSource | None,
+    soft_labels: Tensor | TargetSource | None,
     bounded: bool,
 ) -> None:
     _check_pair("training", images, labels, num_classes, bounded=bounded)
@@ -172,3 +173,44 @@ def _check_pair(what: str, images: Tensor, labels: Tensor, num_classes: int, *, 
         raise InputError(
             f"{what} labels go from {int(labels.min())} to {int(labels.max())} but num_classes is {num_classes}"
         )
+
+
+LEAST_PROBABILITY = 1e-7  # below float16, in which label vectors are stored
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a student is trained on."""
+
+    images: Tensor  # (N, 3, S, S) uint8 or float32 in [0, 1]
+    labels: Tensor  # (N,) int64
+    weights: Tensor | None = None  # (N,)
+    soft_labels: Tensor | TargetSource | None = None  # (N, C) logits, or a source of label epochs
+    bounded: bool = True  # pixels in [0, 1]
+
+
+def training_data(s: DistilledSet, image_size: int) -> Data:
+    """A set as training data: images brought to the students' size in px, probabilities as their logarithms."""
+    images = resized(s.images, image_size, bounded=s.bounded)
+    soft = s.soft_labels
+    if soft is not None and s.label_kind == "probabilities":
+        soft = soft.float().clamp(min=LEAST_PROBABILITY).log()
+    return Data(images, s.labels, s.weights, soft, s.bounded)
+
+
+def check_label_kind(s: DistilledSet, name: str, students: Iterable[StudentConfig]) -> None:
+    """Refuse label vectors that a student with labels=fixed cannot learn from.
+
+    Raises:
+        InputError: that names the set, its kind of labels and the student.
+    """
+    if s.soft_labels is None:
+        return
+    fits = {"kl": ("logits", "probabilities"), "mse_gt": ("logits", "regression")}
+    for student in students:
+        if student.labels == "fixed" and s.label_kind not in fits[student.loss]:
+            other = next(loss for loss, kinds in fits.items() if s.label_kind in kinds)
+            raise InputError(
+                f"the set {name!r} has label_kind={s.label_kind}, which the student {student.net!r} cannot learn from "
+                f"with loss={student.loss}; set loss={other}, or labels=hard"
+            )

@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +26,16 @@ from dq.core.processes import shard
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.text import format_bytes
-from dq.core.trackers import report, training_numbers
+from dq.core.trackers import report
 from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_FEATURES, select
 from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv
-from dq.evaluation.student import train_student
+from dq.evaluation.student import Data, train_student, training_data
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
-from dq.networks.real_data import Data, RealData
+from dq.networks.real_data import RealData
 from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def write_labels(
     with progress([], desc="label", total=views, unit="view", main=work.main) as bar:
         for folder, t, epochs in mine:
             if folder != open_folder:
-                data = bench.data_of(t.entry.load())
+                data = training_data(t.entry.load(), bench.image_size)
                 images, open_folder = data.images.to(bench.device), folder
                 plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
                 # a selected set may be smaller than asked for, but its files are those that were divided
@@ -292,7 +292,7 @@ def train_one(
     """Train and test one student; returns a plain record with all that is needed to do it again."""
     s = t.entry.load()
     check_classes(s, f"the set {t.entry.name!r}")
-    data = bench.data_of(s)
+    data = training_data(s, bench.image_size)
     size = 0
     if t.config.labels == "fixed":
         soft = data.soft_labels if data.soft_labels is not None else bench.soften(data.images)
@@ -412,3 +412,12 @@ def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
         write_text(work.folder / "eval" / "trainings.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     work.accelerator.wait_for_everyone()
     return rows
+
+
+def training_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
+    found: dict[str, float] = {}
+    for r in records:
+        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
+        found |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
+    return found

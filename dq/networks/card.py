@@ -6,8 +6,17 @@ import math
 import re
 from typing import Any
 
-from dq.core.cards import UNKNOWN, _template, is_hub_id, license_head, merge_card, public, split_card
-from dq.distilled.card import ANY_REPO, _union
+from dq.core.cards import (
+    ANY_REPO,
+    UNKNOWN,
+    is_hub_id,
+    joined_lists,
+    license_head,
+    merge_card,
+    public,
+    split_card,
+    template,
+)
 
 
 def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
@@ -19,13 +28,13 @@ def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "
         **license_head(license, kept),
         "library_name": "dq",
         "pipeline_tag": "image-classification",
-        "tags": _union(kept.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
+        "tags": joined_lists(kept.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
     }
     if is_hub_id(origin) or "datasets" in kept:
-        head["datasets"] = _union(kept.get("datasets"), [origin] if is_hub_id(origin) else [])
+        head["datasets"] = joined_lists(kept.get("datasets"), [origin] if is_hub_id(origin) else [])
     accuracy, images = facts.get("validation_accuracy"), int(facts.get("validation_images") or 0)
     error = math.sqrt(accuracy * (1 - accuracy) / images) if accuracy is not None and images else None
-    body = _template("teacher_card.md").render(
+    body = template("dq.networks", "teacher_card.md").render(
         facts=facts,
         origin=origin,
         repo_id=repo_id,

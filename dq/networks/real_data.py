@@ -22,10 +22,8 @@ from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
-from dq.data.splits import resized, validation_rows
+from dq.data.splits import validation_rows
 from dq.data.zca import Zca, fit_zca
-from dq.distilled.set import DistilledSet
-from dq.labels.plan import LabelSource
 from dq.networks.features import extract_features, open_features
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.networks.teacher_loading import load_teachers
@@ -36,17 +34,6 @@ log = logging.getLogger("dq")
 READ_AT_ONCE = 2000  # images
 STATISTICS_IMAGES = 5000
 POOLED_SIDE = 8  # px, of images that stand in for features where there is no teacher
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a student is trained on."""
-
-    images: Tensor  # (N, 3, S, S) uint8 or float32 in [0, 1]
-    labels: Tensor  # (N,) int64
-    weights: Tensor | None = None  # (N,)
-    soft_labels: Tensor | LabelSource | None = None  # (N, C) logits, or a source of label epochs
-    bounded: bool = True  # pixels in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -168,11 +155,6 @@ class RealData:
                 found.append(_pooled(images))
             write_tensors(path, {"features": torch.cat(found)})
         return read_tensors(path)[0]["features"]
-
-    def data_of(self, s: DistilledSet) -> Data:
-        """A set as training data, its images brought to the students' size."""
-        images = resized(s.images, self.image_size, bounded=s.bounded)
-        return Data(images, s.labels, s.weights, s.soft_labels, s.bounded)
 
 
 def _check_complete(found: int, wanted: int) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,27 @@ from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
 from dq.data.augment import augment
 from dq.data.views import Views, apply_views, batches, draw_views, parts
-from dq.labels.plan import LabelSource
 from dq.networks.zoo import fast_layout, make_net
 
 AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory
 Pixels = Callable[[Tensor], Tensor]  # images (B, 3, S, S), uint8 or float in [0, 1] -> what a network is given
+
+
+class EpochTargets(Protocol):
+    """Targets of one epoch: the views that they belong to, and a teacher's logits of these."""
+
+    @property
+    def views(self) -> Views: ...
+
+    @property
+    def logits(self) -> Tensor: ...  # (N, C) float32, by position in `views.order`
+
+    def check(self, images: int, student: StudentConfig) -> None:
+        """Raise `InputError` if the targets were made for another number of images or other settings."""
+        ...
+
+
+TargetSource = Callable[[int], EpochTargets]  # epoch from 1 -> its targets; `dq.labels` provides one
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ def fit(
     num_classes: int,
     config: StudentConfig,
     weights: Tensor | None = None,
-    soft_labels: Tensor | LabelSource | None = None,
+    soft_labels: Tensor | TargetSource | None = None,
     pixels: Pixels,
     seed: int,
     net: nn.Module | None = None,
@@ -230,7 +247,7 @@ class _State:
 
 
 def _training_digest(
-    x: Tensor, y: Tensor, w: Tensor, soft_labels: Tensor | LabelSource | None, config: StudentConfig, seed: int
+    x: Tensor, y: Tensor, w: Tensor, soft_labels: Tensor | TargetSource | None, config: StudentConfig, seed: int
 ) -> str:
     tensors = {"x": x, "y": y, "w": w}
     if isinstance(soft_labels, Tensor):

@@ -3,16 +3,15 @@ at every merge the nearest of a pool."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dq.config.refinement import FADRM
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.source import ImageSource
-from dq.distilled.external import read_set
 from dq.networks.patches import patch_images
 from dq.networks.teacher import Teacher
 from dq.refine.measure import total_variation
@@ -57,27 +56,26 @@ def patch_anchors(
     return found
 
 
-def file_anchors(config: FADRM, class_names: tuple[str, ...], counts: list[int], image_size: int) -> list[Tensor]:
-    """The images of each class of a set from a file, (n_c, 3, S, S) uint8, the first for the first image and so on.
+def anchors_by_class(
+    images: Tensor, labels: Tensor, counts: Sequence[int], class_names: Sequence[str], origin: str
+) -> list[Tensor]:
+    """The first `counts[c]` images of every class c of a set, (n_c, 3, S, S) uint8.
+
+    Args:
+        images: (N, 3, S, S) uint8.
+        labels: (N,) classes.
+        origin: what a message calls the set.
 
     Raises:
-        InputError: if the set has too few images of a class, or of another size.
+        InputError: if the set has too few images of a class.
     """
-    s = read_set(str(config.anchor_path), class_names, image_size=image_size)
-    if s.images.shape[-1] != image_size:
-        raise InputError(
-            f"the anchors in {config.anchor_path} have {s.images.shape[-1]} px, the images {image_size}; resize them"
-        )
-    images = s.images_uint8()
-    found = []
+    anchors = []
     for label, (name, count) in enumerate(zip(class_names, counts)):
-        own = images[s.labels == label]
+        own = images[labels == label]
         if len(own) < count:
-            raise InputError(
-                f"{config.anchor_path} has {len(own)} anchors of class {label} {name!r} for {count} images; add some"
-            )
-        found.append(own[:count])
-    return found
+            raise InputError(f"{origin} has {len(own)} anchors of class {label} {name!r} for {count} images; add some")
+        anchors.append(own[:count])
+    return anchors
 
 
 @dataclass(frozen=True)

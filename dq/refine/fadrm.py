@@ -16,7 +16,12 @@ from dq.config.reader import unknown_key
 from dq.config.refinement import FADRM
 from dq.core.errors import InputError
 from dq.networks.teacher import Teacher
-from dq.refine.optimize import MatchedTeacher, Progress, Refined, Schedule, check_alone, match_teachers, optimize
+from dq.refine.anchors import make_pool, nearest_anchors
+from dq.refine.matched import MatchedTeacher, alone, check_alone, match_teachers, matched_teachers, matching_facts
+from dq.refine.matching import resolve_depth
+from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
+from dq.refine.optimize import optimize
+from dq.refine.views import Schedule
 
 # Released recipes. `one` and `plus` change a preset for FADRM and FADRM+. CIFAR-10 has no recipe of its own: it takes
 # CIFAR-100's with a batch of its ten classes.
@@ -109,9 +114,8 @@ def refine(
     anchors: Tensor | None = None,
     retrieve: Callable[[Tensor, int], Tensor] | None = None,
     seed: int = 0,
-    resume: Progress | None = None,
-    on_block: Callable[[Progress], None] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    resume: State | None = None,
+    callback: Callback | None = None,
 ) -> Refined:
     """Refine one batch of images; a pure function of its arguments. A batch of the paper's is one image of each of B
     classes; where there are fewer classes, several images of each make batch statistics less of a caricature.
@@ -127,7 +131,7 @@ def refine(
         critics: the same teachers through `match_teachers`, if that has been done.
         anchors: (B, 3, S, S) in [0, 1]; None: the images.
         retrieve: gives the anchors of each merge from the images at hand, in place of `anchors`.
-        resume, on_block, on_step: see `optimize`.
+        resume, callback: see `optimize`.
 
     Returns:
         Images of the same shape, with the losses of all steps and the images at the end of each block.
@@ -159,6 +163,72 @@ def refine(
         anchors=retrieve or anchors,
         image_weights=weights,
         resume=resume,
-        on_block=on_block,
-        on_step=on_step,
+        callback=callback,
     )
+
+
+class FadrmMethod(Method):
+    """FADRM, and FADRM+ with several teachers, as a stage of a run."""
+
+    config = FADRM
+
+    def resolve(self, stage: FADRM, context: Context) -> FADRM:
+        return resolve_depth(resolve(stage, side=context.side, teachers=context.matched), context)
+
+    def needs(self, stage: FADRM) -> Needs:
+        patches: dict[str, int | None] = {}
+        if stage.anchors == "real_patch":
+            patches["anchors"] = None
+        if stage.retrieve == "patches":
+            patches["candidates"] = stage.retrieve_pool
+        return Needs(
+            patches=patches,
+            anchors={"init": None, "real_patch": "anchors", "file": "file"}[stage.anchors],
+            file=stage.anchor_path,
+            candidates={"none": None, "patches": "candidates", "prototypes": "set"}[stage.retrieve],
+            class_features=stage.class_weight > 0,
+        )
+
+    def prepare(self, stage: FADRM, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
+        if stage.start == "anchor" and first.anchors is not None:
+            first = dataclasses.replace(first, images=first.anchors)
+        return matching_facts(stage, schedule_of(stage), resources, first, seed=seed)
+
+    def run(
+        self,
+        batch: Batch,
+        stage: FADRM,
+        resources: Resources,
+        *,
+        seed: int,
+        resume: State | None = None,
+        callback: Callback | None = None,
+    ) -> Refined:
+        retrieve = None
+        if resources.candidates is not None:
+            images, teacher = list(resources.candidates), resources.matched[0]
+            pool = resources.once("pool", lambda: make_pool(images, teacher))
+
+            def retrieve(x: Tensor, merge: int) -> Tensor:
+                return nearest_anchors(x, batch.labels, pool, teacher, stage.retrieve_complexity)
+
+        return refine(
+            batch.images,
+            batch.labels,
+            batch.weights,
+            stage,
+            resources.matched,
+            critics=matched_teachers(stage, schedule_of(stage), resources),
+            anchors=batch.images if batch.anchors is None else batch.anchors,
+            retrieve=retrieve,
+            seed=seed,
+            resume=resume,
+            callback=callback,
+        )
+
+    def brief(self, stage: FADRM) -> FADRM:
+        steps = (2,) * len(stage.steps or ())
+        return dataclasses.replace(alone(stage), anchors="init", anchor_path=None, retrieve="none", steps=steps)
+
+    def cost(self, stage: FADRM, context: Context) -> Cost:
+        return Cost(sum(schedule_of(stage).steps), stage.batch_size or 1)

@@ -10,17 +10,21 @@ and w_0 = 10 as in SRe2L and FADRM).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dq.config.refinement import DepthConfig
+from dq.config.refinement import DepthConfig, MatchingConfig
 from dq.core.errors import InputError
+from dq.refine.method import Context
+
+M = TypeVar("M", bound=MatchingConfig)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,14 @@ def pad_drop(ipc: int, class_size: int) -> float:
     if ipc >= 1000:
         return 0.75
     return 0.5 if ipc >= 0.1 * class_size else 0.25
+
+
+def resolve_depth(config: M, context: Context) -> M:
+    """Settings whose `depth.drop`, if it is None, follows PAD's rule for the images of `context`."""
+    if config.depth.drop is not None or context.ipc is None or context.class_size is None:
+        return config
+    drop = pad_drop(context.ipc, context.class_size)
+    return dataclasses.replace(config, depth=dataclasses.replace(config.depth, drop=drop))
 
 
 def layer_weights(

@@ -2,71 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.config.refinement import RefineConfig
+from dq.config.refinement import MatchingConfig
 from dq.core.errors import InputError, RunError
 from dq.diffusion.codec import DTYPES
-from dq.networks.teacher import Teacher, evaluation_mode, head_inputs
-from dq.refine.matching import Layer, StatMatcher, layer_weights, trace_layers
-from dq.refine.views import draw_view, look
+from dq.networks.teacher import head_inputs
+from dq.refine.matched import MatchedTeacher, _ratio, evaluating
+from dq.refine.matching import StatMatcher
+from dq.refine.method import Callback, Refined, State
+from dq.refine.views import Schedule, draw_view, look, resample
 
 log = logging.getLogger("dq")
 
 TERMS = ("cross_entropy", "statistics", "classes", "proximity")  # the weighted terms of the loss, columns of a trace
 SCALE = 65536.0  # first loss scale of float16
 BAD_SHARE = 0.05  # of the steps of a block that may be lost to overflow in float16 before it is done again
-CALIBRATION_VIEWS = 8
 SHOWN = 10  # images of a batch that are kept from the end of every block
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Blocks of steps at one size each; behind each but the last the anchor is merged in."""
-
-    sizes: tuple[int, ...]  # side in px in each block
-    steps: tuple[int, ...]
-    lr: float
-    alpha: float = 1.0  # share of the optimised image in a merge; 1: no merge
-    jitter: int = 0
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step from 0: one cosine from lr to 0 over all blocks."""
-        return self.lr * 0.5 * (1 + math.cos(math.pi * step / sum(self.steps)))
-
-
-@dataclass(frozen=True)
-class MatchedTeacher:
-    """A teacher with what is matched of it."""
-
-    teacher: Teacher
-    layers: tuple[Layer, ...]  # in the order of calls; empty for a network without batch norm
-    weights: Tensor  # (L,) of all layers
-    kept: Tensor  # (L,) of the layers that are matched
-    r_bn: float
-    classes: int  # outputs of the teacher
-    class_means: Tensor | None = None  # (C, d) mean last feature of the real images of each class
-
-
-@dataclass(frozen=True)
-class Refined:
-    """What a stage makes of a batch."""
-
-    images: Tensor  # (B, 3, S, S) float32 in [0, 1]
-    trace: Tensor  # (steps, 4) float32, the terms of the loss by `TERMS`
-    # (blocks + 1, n, 3, S, S) float32 in [0, 1]: the first n <= SHOWN images at the start and at the end of each block
-    blocks: Tensor
-    soft_labels: Tensor | None = None  # (B, C) logits
-    precision: str = "float32"  # of the teachers; "float32" also where a block in float16 had to be done again
 
 
 @dataclass(frozen=True)
@@ -81,78 +39,14 @@ class Progress:
     precision: str  # of the blocks to come
     scale: float  # of losses in float16
 
+    def state(self) -> State:
+        facts = {"block": self.block, "precision": self.precision, "scale": self.scale}
+        return State({"x": self.x, "trace": self.trace, "blocks": self.blocks}, facts, len(self.trace))
 
-def match_teachers(
-    teachers: Sequence[Teacher],
-    config: RefineConfig,
-    *,
-    side: int,
-    sizes: Sequence[int],
-    drop: float | None = None,
-    class_means: Sequence[Tensor | None] | None = None,
-) -> tuple[MatchedTeacher, ...]:
-    """Teachers as critics of images.
-
-    Args:
-        sizes: sides in px at which the teachers will see images.
-        drop: in place of `config.depth.drop`, if that is left to a rule.
-
-    Raises:
-        InputError: for a teacher that cannot see images of one of these sizes; if none has batch norm.
-    """
-    if not teachers:
-        raise InputError("refinement needs a teacher; set teachers, or refine.N.teachers")
-    critics = []
-    for i, teacher in enumerate(teachers):
-        with evaluating([teacher]):
-            classes = min(_check_side(teacher, size) for size in sorted({side, *sizes}))
-            layers = trace_layers(teacher.net, functools.partial(_grey, teacher, side))
-        weights, kept = layer_weights(layers, config.depth, first_weight=config.first_bn_weight, drop=drop)
-        means = class_means[i] if class_means else None
-        critics.append(MatchedTeacher(teacher, tuple(layers), weights, kept, config.r_bn, classes, means))
-    if config.r_bn and not any(c.layers for c in critics):
-        names = ", ".join(t.name for t in teachers)
-        raise InputError(
-            f"no teacher has batch norm ({names}), whose statistics are matched; add one that has, or set r_bn=0 "
-            "for the cross-entropy alone"
-        )
-    return tuple(critics)
-
-
-def check_alone(config: RefineConfig) -> None:
-    """Refuse settings that a batch alone cannot follow, since they need other images or the whole set.
-
-    Raises:
-        InputError: that names the first of them.
-    """
-    needs = {
-        "bn_share": config.bn_share is not None,
-        "class_weight": config.class_weight > 0,
-        "depth.drop=null": config.depth.drop is None,
-    }
-    for name, set_ in needs.items():
-        if set_:
-            raise InputError(
-                f"{name} is worked out by a run; for a batch alone give `critics` that know it, or unset it"
-            )
-
-
-@torch.no_grad()
-def _grey(teacher: Teacher, size: int) -> Tensor:
-    device = next(teacher.net.parameters()).device
-    return teacher(torch.full((2, 3, size, size), 0.5, device=device))
-
-
-def _check_side(teacher: Teacher, size: int) -> int:
-    """Outputs of a teacher for an image of this side."""
-    try:
-        return _grey(teacher, size).shape[1]
-    except (AssertionError, RuntimeError, ValueError) as e:
-        said = " ".join(str(e).split())[:120]
-        raise InputError(
-            f"the teacher {teacher.name} cannot see images of {size} px ({said}); set sizes to the side it was made "
-            "for, or its image_size, to which every image is then resized"
-        ) from e
+    @staticmethod
+    def of(state: State) -> Progress:
+        t, f = state.tensors, state.facts
+        return Progress(f["block"], t["x"], t["trace"], t["blocks"], f["precision"], f["scale"])
 
 
 def _check_batch(images: Tensor, labels: Tensor, classes: int) -> None:
@@ -178,16 +72,15 @@ def optimize(
     start: Tensor,
     labels: Tensor,
     *,
-    config: RefineConfig,
+    config: MatchingConfig,
     schedule: Schedule,
     critics: Sequence[MatchedTeacher],
     choose: Callable[[int], int],
     seed: int,
     anchors: Tensor | Callable[[Tensor, int], Tensor] | None = None,
     image_weights: Tensor | None = None,
-    resume: Progress | None = None,
-    on_block: Callable[[Progress], None] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    resume: State | None = None,
+    callback: Callback | None = None,
 ) -> Refined:
     """Minimise CE(f(A(x)), y) + r_bn S_f(A(x)) + ... over the pixels of a batch.
 
@@ -201,7 +94,7 @@ def optimize(
         anchors: (B, 3, S, S) in [0, 1], what merges bring back; or a function of the images at hand (B, 3, S, S) in
             [0, 1] and the number of the merge that gives them; None: `start`.
         image_weights: (B,) for `config.weighted`.
-        on_block: told after every block but the last what `resume` takes to go on from there.
+        callback: told of every step, and behind every block but the last what `resume` takes to go on from there.
 
     Raises:
         RunError: if the loss stops being a number.
@@ -215,7 +108,9 @@ def optimize(
     start, labels = start.to(device), labels.to(device)
     x0 = (start - mean) / std
     weights = image_weights.to(device) if config.weighted and image_weights is not None else None
-    precision, scale = (resume.precision, resume.scale) if resume else (config.dtype, SCALE)
+    callback = callback or Callback()
+    start_at = Progress.of(resume) if resume else None
+    precision, scale = (start_at.precision, start_at.scale) if start_at else (config.dtype, SCALE)
     with evaluating([c.teacher for c in critics]):
         ratios = [1.0] * len(critics)
         if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):
@@ -245,14 +140,14 @@ def optimize(
                 near = config.proximity * F.mse_loss(x, resample(x0, size))
             return torch.stack([entropy, statistics, classes, near])
 
-        done = resume.block if resume else 0
-        trace = [resume.trace] if resume else []
-        ends = [resume.blocks] if resume else [start[None, :SHOWN].cpu()]
+        done = start_at.block if start_at else 0
+        trace = [start_at.trace] if start_at else []
+        ends = [start_at.blocks] if start_at else [start[None, :SHOWN].cpu()]
 
         def pixels(x: Tensor) -> Tensor:
             return resample((x * std + mean).clamp(0, 1), side)
 
-        x = resume.x.to(device) if resume else resample(x0, schedule.sizes[0])
+        x = start_at.x.to(device) if start_at else resample(x0, schedule.sizes[0])
         for block in range(done, len(schedule.sizes)):
             if block:  # merge behind the block before
                 given = anchors(pixels(x).cpu(), block - 1) if callable(anchors) else anchors
@@ -262,7 +157,7 @@ def optimize(
                     x = schedule.alpha * x + (1 - schedule.alpha) * resample(anchor, schedule.sizes[block])
             first_step = sum(schedule.steps[:block])
             steps = range(first_step, first_step + schedule.steps[block])
-            walk = (x, steps, step_loss, schedule, config, (low, high), on_step)
+            walk = (x, steps, step_loss, schedule, config, (low, high), callback.step)
             moved, found, ended, lost = _block(*walk, scale=scale if precision == "float16" else None)
             if lost and torch.isfinite(found).all() and ended >= 1:
                 # the scale was far too large at first: the same steps again with the one that it came down to
@@ -280,9 +175,10 @@ def optimize(
                 )
             trace.append(found)
             ends.append(pixels(x[:SHOWN])[None].cpu())
-            if on_block is not None and block + 1 < len(schedule.sizes):
-                on_block(Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends), precision, scale))
-        return Refined(pixels(x).cpu(), torch.cat(trace), torch.cat(ends), precision=precision)
+            if block + 1 < len(schedule.sizes):
+                progress = Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends), precision, scale)
+                callback.save(progress.state())
+        return Refined(pixels(x).cpu(), torch.cat(trace), TERMS, torch.cat(ends), precision=precision)
 
 
 def _block(
@@ -290,9 +186,9 @@ def _block(
     steps: range,
     step_loss: Callable[[Tensor, int], Tensor],
     schedule: Schedule,
-    config: RefineConfig,
+    config: MatchingConfig,
     bounds: tuple[Tensor, Tensor],
-    on_step: Callable[[int], None] | None,
+    on_step: Callable[[int], None],
     *,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, float, bool]:
@@ -319,21 +215,13 @@ def _block(
         with torch.no_grad():
             x.clamp_(*bounds)
             trace[i] = terms.detach()
-        if on_step is not None:
-            on_step(step)
+        on_step(step)
     return (
         x.detach(),
         trace.cpu(),
         scaler.get_scale() if scale is not None else SCALE,
         skipped > BAD_SHARE * len(steps),
     )
-
-
-def resample(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, S, S) at another side: bilinear, half-pixel centres, no antialiasing (FADRM's released code)."""
-    if x.shape[-1] == size:
-        return x
-    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -349,80 +237,3 @@ def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     present = counts > 0
     means = (member.T @ x)[present] / counts[present, None]
     return torch.linalg.vector_norm(means - targets.to(x)[present], dim=1).mean()
-
-
-@torch.no_grad()
-def _ratio(
-    critic: MatchedTeacher,
-    pixels: Tensor,
-    config: RefineConfig,
-    schedule: Schedule,
-    seed: int,
-    number: int,
-    image_weights: Tensor | None,
-) -> float:
-    """How many times smaller the kept layers' sum is than that of all, at the first view of the start."""
-    sums = []
-    seen = look(pixels, draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=number))
-    for weights in (critic.kept, critic.weights):
-        with StatMatcher(critic.layers, weights, norm=config.norm, image_weights=image_weights) as matcher:
-            critic.teacher(seen)
-            sums.append(float(matcher.distance()))
-    return sums[1] / sums[0] if sums[0] > 0 else 1.0
-
-
-@torch.no_grad()
-def calibrate(
-    critics: Sequence[MatchedTeacher],
-    start: Tensor,
-    config: RefineConfig,
-    schedule: Schedule,
-    classes: int,
-    *,
-    seed: int,
-    image_weights: Tensor | None = None,
-) -> list[float]:
-    """r_bn of every teacher such that r_bn S at the start is `config.bn_share` times ln(classes), the cross-entropy of
-    a guess; S is the mean over a few views of images (B, 3, S, S) in [0, 1]. As it is without `bn_share`.
-
-    What a distance of statistics weighs depends on the depth and the width of a network: r_bn = 0.01 is FADRM's for a
-    ResNet-18, and users report a hundred times the distance for a ResNet-50.
-    """
-    if config.bn_share is None:
-        return [c.r_bn for c in critics]
-    rates = []
-    for critic in critics:
-        if not critic.layers:
-            rates.append(0.0)
-            continue
-        device = next(critic.teacher.net.parameters()).device
-        pixels = resample(start.to(device), schedule.sizes[0])
-        sums = []
-        # with renorm=scale the sum of the kept layers begins as large as that of all
-        kept = critic.weights if config.depth.renorm == "scale" else critic.kept
-        weights = None if image_weights is None else image_weights.to(device)
-        matcher = StatMatcher(critic.layers, kept, norm=config.norm, image_weights=weights)
-        with evaluating([critic.teacher]), matcher:
-            for step in range(CALIBRATION_VIEWS):
-                view = draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=step)
-                critic.teacher(look(pixels, view))
-                sums.append(float(matcher.distance()))
-        mean = sum(sums) / len(sums)
-        rates.append(config.bn_share * math.log(classes) / mean if mean > 0 else config.r_bn)
-    return rates
-
-
-@contextlib.contextmanager
-def evaluating(teachers: Sequence[Teacher]) -> Iterator[None]:
-    """The teachers' networks in evaluation mode and without gradients of weights, and as they were after it."""
-    learning = [p for t in teachers for p in t.net.parameters() if p.requires_grad]
-    with contextlib.ExitStack() as stack:
-        for t in teachers:
-            stack.enter_context(evaluation_mode(t.net))
-        for p in learning:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in learning:
-                p.requires_grad_(True)

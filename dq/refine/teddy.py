@@ -8,7 +8,9 @@ shortened for images that look real already. Not a reproduction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +18,19 @@ from torch import Tensor
 from dq.config.refinement import Teddy
 from dq.networks.pool import member_of_step
 from dq.networks.teacher import Teacher, pooled_logits
-from dq.refine.matching import StatMatcher
-from dq.refine.optimize import (
+from dq.refine.matched import (
     MatchedTeacher,
-    Progress,
-    Refined,
-    Schedule,
+    alone,
     check_alone,
     evaluating,
     match_teachers,
-    optimize,
+    matched_teachers,
+    matching_facts,
 )
+from dq.refine.matching import StatMatcher, resolve_depth
+from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
+from dq.refine.optimize import SHOWN, TERMS, optimize
+from dq.refine.views import Schedule
 
 
 def schedule_of(config: Teddy, *, side: int) -> Schedule:
@@ -45,9 +49,8 @@ def refine(
     critics: Sequence[MatchedTeacher] | None = None,
     labellers: Sequence[Teacher] = (),
     seed: int = 0,
-    resume: Progress | None = None,
-    on_block: Callable[[Progress], None] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    resume: State | None = None,
+    callback: Callback | None = None,
 ) -> Refined:
     """Refine one batch against the statistics of a pool, one teacher per step, and label it by the ensemble; a pure
     function of its arguments.
@@ -67,7 +70,7 @@ def refine(
     schedule = schedule_of(config, side=side)
     if config.steps == 0:
         empty = torch.zeros(0, 4)
-        refined = Refined(images, empty, images[None])
+        refined = Refined(images, empty, TERMS, images[None, :SHOWN])
     else:
         critics = critics or match_teachers(teachers, config, side=side, sizes=(side,))
         refined = optimize(
@@ -80,13 +83,56 @@ def refine(
             seed=seed,
             image_weights=weights,
             resume=resume,
-            on_block=on_block,
-            on_step=on_step,
+            callback=callback,
         )
     if not config.ensemble_labels:
         return refined
     soft = pooled_logits(labellers or teachers, refined.images)
-    return Refined(refined.images, refined.trace, refined.blocks, soft, refined.precision)
+    return dataclasses.replace(refined, soft_labels=soft, label_kind="logits")
+
+
+class TeddyMethod(Method):
+    """Teddy as a stage of a run."""
+
+    config = Teddy
+
+    def resolve(self, stage: Teddy, context: Context) -> Teddy:
+        return resolve_depth(stage, context)
+
+    def needs(self, stage: Teddy) -> Needs:
+        return Needs(class_features=stage.class_weight > 0)
+
+    def prepare(self, stage: Teddy, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
+        return matching_facts(stage, schedule_of(stage, side=resources.side), resources, first, seed=seed)
+
+    def run(
+        self,
+        batch: Batch,
+        stage: Teddy,
+        resources: Resources,
+        *,
+        seed: int,
+        resume: State | None = None,
+        callback: Callback | None = None,
+    ) -> Refined:
+        return refine(
+            batch.images,
+            batch.labels,
+            batch.weights,
+            stage,
+            resources.matched,
+            critics=matched_teachers(stage, schedule_of(stage, side=resources.side), resources),
+            labellers=resources.teachers,
+            seed=seed,
+            resume=resume,
+            callback=callback,
+        )
+
+    def brief(self, stage: Teddy) -> Teddy:
+        return dataclasses.replace(alone(stage), steps=min(stage.steps, 4), ensemble_labels=False)
+
+    def cost(self, stage: Teddy, context: Context) -> Cost:
+        return Cost(stage.steps, stage.batch_size)
 
 
 @torch.no_grad()

@@ -5,13 +5,15 @@ Batch statistics are matched over the batch, and one view keeps them those of im
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dq.config.refinement import RefineConfig
+from dq.config.refinement import MatchingConfig
 from dq.core.seeds import derive_seed
 from dq.data.views import draw_crops, resize_matrix
 
@@ -25,7 +27,7 @@ class View:
     shift: tuple[int, int]  # px down and right
 
 
-def draw_view(config: RefineConfig, side: int, jitter: int, *, seed: int, step: int) -> View:
+def draw_view(config: MatchingConfig, side: int, jitter: int, *, seed: int, step: int) -> View:
     """Crop, mirror and shift of a step: a pure function of its arguments, so that any step can be drawn again."""
     rng = np.random.default_rng(derive_seed(seed, "view", step))
     box = (0, 0, side, side)
@@ -51,3 +53,25 @@ def look(x: Tensor, view: View) -> Tensor:
     matrices = resize_matrix(start, length, side, mirror)  # (2, S, S)
     rows, columns = matrices[0].roll(down, 0), matrices[1].roll(right, 0)
     return rows @ x @ columns.T
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Blocks of steps at one size each; behind each but the last the anchor is merged in."""
+
+    sizes: tuple[int, ...]  # side in px in each block
+    steps: tuple[int, ...]
+    lr: float
+    alpha: float = 1.0  # share of the optimised image in a merge; 1: no merge
+    jitter: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step from 0: one cosine from lr to 0 over all blocks."""
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / sum(self.steps)))
+
+
+def resample(x: Tensor, size: int) -> Tensor:
+    """Images (B, C, S, S) at another side: bilinear, half-pixel centres, no antialiasing (FADRM's released code)."""
+    if x.shape[-1] == size:
+        return x
+    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

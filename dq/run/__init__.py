@@ -1,0 +1,1 @@
+"""Run folders, units of work, resuming and processes."""

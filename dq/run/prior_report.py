@@ -24,6 +24,7 @@ from dq.core.processes import shard
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.diffusion.card import QUALITY, check_card, protocol_text, quality_table, write_card
+from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.prior.curves import draw_curves
 from dq.diffusion.prior.metrics import PriorQuality, measure_prior, plan_draw
 from dq.diffusion.prior.samples import stored_samples
@@ -35,7 +36,6 @@ from dq.run.report import MAX_CLASSES, image_grid, write_page
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dq.diffusion.generator import DistillPipeline
 
 log = logging.getLogger("dq")
 
@@ -58,7 +58,7 @@ def check_prior_report(config: RunConfig) -> None:
 
 
 def report_prior(
-    config: RunConfig, source: ImageSource, pipe: DistillPipeline, *, accelerator: Accelerator
+    config: RunConfig, source: ImageSource, pipe: LatentGenerator, *, accelerator: Accelerator
 ) -> list[dict[str, Any]]:
     """Measure `pipe` and write `prior_quality.csv`, `prior_quality.jsonl` and `prior_report.html` in the run folder
     `config.output_dir`, `quality.json` in the prior's folder, and its card where the settings say what it was made of.

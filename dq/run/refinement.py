@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from dq.config.reader import to_dict
-from dq.config.refinement import FADRM, Teddy
+from dq.config.refinement import RefineConfig
 from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_json, read_tensors
 from dq.core.seeds import digest_of
 from dq.networks.teacher_loading import POOL, PRETRAINED, teacher_file
-from dq.refine import fadrm, teddy
-from dq.refine.batches import compose_batches
+from dq.refine.method import Context
+from dq.refine.optimize import TERMS
+from dq.refine.registry import method_of
 from dq.run.folder import Run
 
 log = logging.getLogger("dq")
 
-Stage = FADRM | Teddy
 INDEX = "refined.json"  # in images/: which folder holds the refined images of a method
 SPEED = ("path", "batch_size", "check_images")  # of a teacher: where it lies and how fast it looks
 
@@ -36,27 +36,18 @@ def batch_file(folder: Path, number: int) -> Path:
     return folder / f"batch-{number:05d}.safetensors"
 
 
-def stages_of(config: RunConfig, method: str) -> tuple[Stage, ...]:
+def stages_of(config: RunConfig, method: str) -> tuple[RefineConfig, ...]:
     """The stages behind the generator for a method, in order."""
     own = config.methods[method].refine
     return config.refine if own is None else own
 
 
-def stage_settings(stage: Stage) -> dict[str, Any]:
+def stage_settings(stage: RefineConfig) -> dict[str, Any]:
     """The settings of a stage that decide its images, as plain data."""
     settings = to_dict(stage)
     for group in ("teachers", "judges"):
         settings[group] = [{k: v for k, v in t.items() if k not in SPEED} for t in settings[group]]
-    if isinstance(stage, FADRM):  # what nothing reads decides nothing
-        if stage.anchors != "real_patch" and stage.retrieve != "patches":
-            del settings["anchor_rank"]
-        if stage.anchors == "init":
-            del settings["start"]
-        if stage.retrieve != "patches":
-            del settings["retrieve_pool"]
-        if stage.retrieve == "none":
-            del settings["retrieve_complexity"]
-    return settings
+    return {k: v for k, v in settings.items() if k not in stage.unread()}
 
 
 def refined_folder(run: Run, ipc: int, method: str, drawn: Path) -> Path:
@@ -88,7 +79,7 @@ class Planned(NamedTuple):
     """What a stage will do, known before anything is loaded."""
 
     name: str
-    steps: tuple[int, ...]
+    steps: int  # forward and backward passes over every image
     batch_size: int
 
 
@@ -99,30 +90,32 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
         class_counts: train images of each class, if batches are to be checked.
 
     Raises:
-        InputError: if settings do not fit the size or the number of the images, or a stage has no teacher or anchors.
+        InputError: if settings do not fit the size or the number of the images, if there is no such stage, or one has
+            no teacher or anchors.
     """
-    found = []
+    plans = []
     stages = stages_of(config, method)
     for level, stage in enumerate(stages):
+        refinement = method_of(stage)
         teachers = stage.teachers or config.teachers
-        if not teachers:
+        if refinement.needs(stage).teachers and not teachers:
             raise InputError(f"the stage {stage.stage!r} needs a teacher; set teachers, or refine.{level}.teachers")
         for t in (*teachers, *stage.judges):
             teacher_file(t)
-        if isinstance(stage, FADRM):
-            stage = fadrm.resolve(stage, side=config.image_size, teachers=sum(map(_matched, teachers)))
-            schedule = fadrm.schedule_of(stage)
-            if stage.anchor_path is not None and not Path(stage.anchor_path).exists():
-                raise InputError(f"there are no anchors at {stage.anchor_path}; correct refine.{level}.anchor_path")
-        else:
-            schedule = teddy.schedule_of(stage, side=config.image_size)
-            if stage.ensemble_labels and level + 1 < len(stages):
-                log.warning("note: the labels of stage %d, teddy, are lost: later stages change its images", level + 1)
+        for name, path in stage.paths().items():
+            if not Path(path).exists():
+                raise InputError(f"there is no {path}; correct refine.{level}.{name}")
+        context = Context(config.image_size, sum(map(_matched, teachers)))
+        resolved = refinement.resolve(stage, context)
+        if stage.labels_images and level + 1 < len(stages):
+            log.warning(
+                "note: the labels of stage %d, %s, are lost: later stages change its images", level + 1, stage.stage
+            )
         for ipc in config.ipc if len(class_counts) else ():
-            counts = [min(n, ipc) for n in class_counts]
-            compose_batches(counts, stage.batch_size or 1, compose=stage.compose, min_classes=stage.min_classes)
-        found.append(Planned(stage.stage, schedule.steps, stage.batch_size or 1))
-    return found
+            refinement.batches(resolved, [min(n, ipc) for n in class_counts])
+        cost = refinement.cost(resolved, context)
+        plans.append(Planned(stage.stage, cost.steps, cost.batch_size))
+    return plans
 
 
 def _matched(teacher: TeacherConfig) -> int:
@@ -135,7 +128,7 @@ def _matched(teacher: TeacherConfig) -> int:
 def labelled(config: RunConfig, method: str) -> bool:
     """Whether the last stage of a method labels its images."""
     stages = stages_of(config, method)
-    return bool(stages) and isinstance(stages[-1], Teddy) and stages[-1].ensemble_labels
+    return bool(stages) and stages[-1].labels_images
 
 
 def files_of(config: RunConfig, method: str) -> dict[str, str | None]:
@@ -146,8 +139,7 @@ def files_of(config: RunConfig, method: str) -> dict[str, str | None]:
         for t in stage.teachers or config.teachers:
             local = t.net != "transformers" and t.path not in ("", PRETRAINED)
             paths += [Path(t.path)] if local else []
-        if isinstance(stage, FADRM) and stage.anchor_path is not None:
-            paths.append(Path(stage.anchor_path))
+        paths += map(Path, stage.paths().values())
     return {str(p): _digest_of_files(p) for p in paths}
 
 
@@ -178,7 +170,8 @@ def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
         summary, manifest = read_json(folder / "summary.json"), read_json(folder / "manifest.json")
         chain.insert(0, {"settings": settings, "resolved": manifest["settings"], "summary": summary})
         chain[0]["folder"] = folder.name
-        chain[0]["teachers"] = [{k: t[k] for k in ("name", "digest", "r_bn")} for t in manifest["teachers"]]
+        teachers = manifest.get("teachers", [])
+        chain[0]["teachers"] = [{k: v for k, v in t.items() if k != "layers"} for t in teachers]
         folder = folder.parent / summary["from"]
     return chain
 
@@ -212,12 +205,20 @@ def refined_folders(run: Run) -> dict[str, Path]:
     return {title: folder for folder, title in found.items()}
 
 
-def read_refined(folder: Path) -> tuple[Tensor, Tensor]:
-    """Mean terms of the loss over batches (steps, 4), and the first images of the first batch at the start and at the
-    end of every block (blocks + 1, n, 3, S, S) uint8."""
-    first = batch_file(folder, 0)
+class Trace(NamedTuple):
+    """What is shown of a stage's work."""
+
+    terms: tuple[str, ...]  # names of the terms of the loss
+    losses: Tensor  # (steps, terms), means over batches
+    blocks: Tensor | None  # (k, n, 3, S, S) uint8: the first images of the first batch, start to end
+
+
+def read_trace(folder: Path) -> Trace:
+    """The losses of a refined folder, and its first images through the steps."""
+    manifest = read_json(folder / "manifest.json")
     traces = []
-    for j in range(read_json(folder / "manifest.json")["batches"]):
+    for j in range(manifest["batches"]):
         with open_tensors(batch_file(folder, j)) as f:
             traces.append(f.get_tensor("trace"))
-    return torch.stack(traces).mean(0), read_tensors(first)[0]["strip"]
+    tensors, facts = read_tensors(batch_file(folder, 0))
+    return Trace(tuple(facts.get("terms", TERMS)), torch.stack(traces).mean(0), tensors.get("strip"))

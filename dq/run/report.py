@@ -21,10 +21,9 @@ from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.distilled.set import DistilledSet
 from dq.evaluation.figures import read_records, results_figures
-from dq.refine.optimize import TERMS
 from dq.run.folder import Run
-from dq.run.refinement import read_refined, refined_folders
-from dq.run.stages.assemble import load_set
+from dq.run.refinement import Trace, read_trace, refined_folders
+from dq.run.stages.assemble import load_set_of_run
 from dq.run.stages.cluster import clusterings, load_prototypes, prototype_folder
 from dq.run.stages.encode import cache_of
 from dq.run.stages.evaluate import describe_evaluation
@@ -71,7 +70,7 @@ def write_report(run: Run) -> Path:
     )
     shown = sorted(present, key=lambda p: (p[0] != _shown_ipc(c.ipc), list(c.methods).index(p[1]), p[0]))
     for ipc, method in shown[:8]:
-        small = load_set(run, ipc, method)
+        small = load_set_of_run(run, ipc, method)
         few = itertools.islice(load_prototypes(run, cache, ipc, run.resolved(method)[1]), MAX_CLASSES)
         path = figures / f"grid-ipc{ipc}-{method}.png"
         save_image(set_grid(small, [nearest_images(run, p) for p in few]), path)
@@ -195,11 +194,13 @@ def _refinement(run: Run) -> list[str]:
         for key, what in (("variation", "total variation"), ("anchor_distance", "distance to the anchor")):
             rows.append([f"{what}, grey levels", *(f"{summary[w][key]:.2f}" for w in ("before", "after")), "", ""])
         path = run.folder / "figures" / f"{folder.name}-losses.png"
-        traces, strip = read_refined(folder)
+        trace = read_trace(folder)
         body += [f"<h3>{html.escape(title)}</h3>", html_table(["", "before", "after", "CE before", "CE after"], rows)]
-        if len(traces):
-            save_figure(_loss_figure(traces), path)
+        if len(trace.losses):
+            save_figure(_loss_figure(trace), path)
             body.append(embed(path))
+        if len(trace.losses) and trace.blocks is not None:
+            strip = trace.blocks
             picture = run.folder / "figures" / f"{folder.name}-blocks.png"
             side = strip.shape[-1]
             grid = image_grid([list(images) for images in strip], scale=max(1, round(64 / side)))
@@ -211,11 +212,11 @@ def _refinement(run: Run) -> list[str]:
     return body
 
 
-def _loss_figure(trace: Tensor) -> Any:
+def _loss_figure(trace: Trace) -> Any:
     """Mean loss terms (steps, terms) over steps."""
     figure = new_figure(8, 3)
     ax = figure.subplots()
-    for name, values in zip(TERMS, trace.T):
+    for name, values in zip(trace.terms, trace.losses.T):
         if (values != 0).any():
             ax.plot(values.numpy(), lw=0.8, label=name.replace("_", " "))
     ax.set(xlabel="step", ylabel="weighted loss term")

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from dq.config.reader import from_dict
 from dq.config.schema import HubConfig
+from dq.core.cards import public
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
+from dq.diffusion.card import pipeline_card
+from dq.diffusion.generator import LatentGenerator
 from dq.distilled.hub import _copy, _json_bytes, _pull_card, _pull_set, _sets, push_folder
+from dq.networks.card import teacher_card
+from dq.run.stages.evaluate import describe_evaluation
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from dq.diffusion.generator import DistillPipeline
 # What a model is made of. Pickles and code are neither sent nor fetched.
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".md")
 DESCRIBED = (
@@ -48,8 +52,6 @@ def push(
 
     Args, Returns, Raises: see `push_folder`.
     """
-    from dq.run.stages.evaluate import describe_evaluation
-
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give that of a run, of its dataset/, or of a model")
@@ -64,17 +66,13 @@ def push(
 
 
 def push_model(
-    model: str | Path | DistillPipeline, repo_id: str, *, token: str | None = None, **settings: Any
+    model: str | Path | LatentGenerator, repo_id: str, *, token: str | None = None, **settings: Any
 ) -> CommitInfo:
     """Push a pipeline (or its folder), a codec's folder or a teacher's folder (`dq train-teachers`) with its card, in
     one commit. Files that are no weights and no settings are left out.
 
     Args, Returns, Raises: see `push_folder`.
     """
-    from dq.core.cards import public
-    from dq.diffusion.card import pipeline_card
-    from dq.networks.card import teacher_card
-
     options = from_dict(HubConfig, settings, "hub")
     if not isinstance(model, (str, Path)):
         with tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +107,16 @@ def push_model(
         stale = [f for f in repo.files if f.endswith((".safetensors", ".safetensors.index.json")) and f not in sent]
         return {**sent, **dict.fromkeys(stale), "README.md": card.encode()}
 
-    return commit_to("model", repo_id, operations, options, token, f"Add {kind}")
+    return commit_to(
+        "model",
+        repo_id,
+        operations,
+        message=options.commit_message or f"Add {kind}",
+        token=token,
+        private=options.private,
+        revision=options.revision,
+        create_pr=options.create_pr,
+    )
 
 
 def model_kind(folder: Path) -> str | None:

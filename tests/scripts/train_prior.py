@@ -17,7 +17,8 @@ from dq.core.files import read_json, read_tensors
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.diffusion.codec import load_codec
-from dq.prior import train_codec, train_denoiser
+from dq.diffusion.prior.train_codec import train_codec
+from dq.diffusion.prior.train_denoiser import train_denoiser
 
 folder = Path(sys.argv[1])
 accelerator = make_accelerator(cpu=True)

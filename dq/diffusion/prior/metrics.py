@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,11 @@ from dq.core.seeds import generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
 from dq.diffusion.codec import decode_latents, encode_latents, to_signed, to_unit
+from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.prior.samples import Draw, stored_samples
 from dq.diffusion.sampling import choose_scheduler
 from dq.networks.real_data import RealData
 from dq.networks.teacher import pooled_logits
-
-if TYPE_CHECKING:
-    from dq.diffusion.generator import DistillPipeline
 
 log = logging.getLogger("dq")
 
@@ -216,7 +214,7 @@ def sample_counts(source: ImageSource, per_class: int) -> np.ndarray:
 
 
 def plan_draw(
-    pipe: DistillPipeline,
+    pipe: LatentGenerator,
     bench: RealData,
     config: PriorReportConfig,
     generate: GenerateConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,15 @@ from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
 from dq.diffusion.codec import decode_latents, to_unit
-from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
-
-if TYPE_CHECKING:
-    from dq.diffusion.generator import DistillPipeline
+from dq.diffusion.generator import LatentGenerator
+from dq.diffusion.sampling import sample_latents
 
 
 @dataclass(frozen=True)
 class Draw:
     """All that decides the samples of a prior, but for the guidance scale."""
 
-    pipe: DistillPipeline
+    pipe: LatentGenerator
     scheduler: Any  # of diffusers; its state is not used
     condition_ids: Sequence[int]  # the DiT's class for every class of the source
     counts: Sequence[int]  # images of every class of the source
@@ -59,10 +57,10 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
     for first in progress(starts, desc=f"samples, guidance {guidance_scale:g}", unit="batch", main=main):
         batch = places[first : first + draw.batch_size]
         latents = sample_latents(
-            draw.pipe,
+            draw.pipe.transformer,
+            draw.scheduler or draw.pipe.scheduler,
             [draw.condition_ids[c] for c, _ in batch],
             [generator(draw.seed, "prior sample", c, i) for c, i in batch],
-            scheduler=draw.scheduler,
             guidance_scale=guidance_scale,
             num_inference_steps=draw.num_inference_steps,
         )
@@ -79,38 +77,3 @@ def stored_samples(draw: Draw, guidance_scale: float, folder: Path, *, main: boo
         images = sample_images(draw, guidance_scale, main=main)
         write_tensors(file, {"images": images, "labels": draw.labels}, {"guidance_scale": guidance_scale})
     return read_tensors(file)[0]["images"]
-
-
-@torch.no_grad()
-def sample_latents(
-    pipe: DistillPipeline,
-    classes: Sequence[int],
-    generators: Sequence[torch.Generator],
-    *,
-    guidance_scale: float,
-    num_inference_steps: int,
-    scheduler: Any = None,
-) -> Tensor:
-    """Latents of classes, walked back over the whole time grid from noise of the scheduler's initial deviation.
-
-    Args:
-        classes: class of each latent, an index of the DiT's own.
-        generators: one CPU generator per latent, of which it draws all its randomness.
-        scheduler: of diffusers, diffusion or flow matching; None: the pipeline's.
-
-    Returns:
-        (B, C, h, w) float32 in the denoiser's space, on its device.
-
-    Raises:
-        RunError: if the result is not finite.
-    """
-    model = pipe.transformer
-    walk = fresh_scheduler(scheduler or pipe.scheduler, num_inference_steps)
-    cond = torch.tensor(list(classes), device=model.device)
-    channels, side = int(model.config.in_channels), int(model.config.sample_size)
-    # At the first step of the grid nothing is left of the clean latent.
-    nothing = torch.zeros(len(cond), channels, side, side, device=model.device)
-    start = choose_start(walk, num_inference_steps, strength=1.0)
-    return denoise(
-        guided(dit_prediction(model), cond, null_class(model, cond), guidance_scale), walk, nothing, start, generators
-    )

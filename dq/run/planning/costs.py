@@ -163,7 +163,7 @@ def _cluster(sets: Sequence[Asked], counts: Sequence[int], cells: int | None, pr
 
 
 def cluster_operation(cluster: ClusterConfig, ipc: int) -> str:
-    from dq.cluster import choose_engine
+    from dq.cluster.kmeans import choose_engine
 
     return f"cluster {choose_engine(cluster.engine)} {cluster.space} ipc {ipc}"
 
@@ -203,7 +203,7 @@ def _refine(config: RunConfig, sets: Sequence[Asked], counts: list[int], process
             if key in seen:
                 continue
             seen.add(key)
-            steps, batches = sum(stage.steps), -(-s.images // stage.batch_size)
+            steps, batches = stage.steps, -(-s.images // stage.batch_size)
             plan.call(refine_operation(chain[level]), s.images * steps)
             costs += [float(s.images * steps) / batches] * batches
             # every image lies in the file of its batch and in that of its class

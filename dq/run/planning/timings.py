@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 
-from dq.config.refinement import FADRM
+from dq.config.refinement import RefineConfig
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.seeds import derive_seed, generator
+from dq.networks.teacher import Teacher
+from dq.refine.method import Batch, Context, Resources
+from dq.refine.registry import method_of
 from dq.run.planning.costs import (
     StagePlan,
     asked_sets,
@@ -243,7 +246,7 @@ def _clustering(
     config: RunConfig, source: Any, shape: Sequence[int], device: torch.device
 ) -> Iterator[tuple[str, Speed]]:
     """One class of Gaussian points as large as the largest class, or as memory allows, for every ipc and engine."""
-    from dq.cluster import kmeans_many, quantization_stats
+    from dq.cluster.kmeans import kmeans_many, quantization_stats
     from dq.cluster.prototypes import latent_stats, make_prototypes
 
     width = shape[0] * shape[1] * shape[2]
@@ -271,7 +274,7 @@ def _teachers(config: RunConfig, source: Any, device: torch.device) -> Iterator[
     """The forward pass of all teachers, and a step of every stage of refinement."""
     from dq.networks.teacher import pooled_logits
     from dq.networks.teacher_loading import load_teachers
-    from dq.run.refinement import asked_settings, planned, stages_of
+    from dq.run.refinement import asked_settings, stages_of
 
     checked = functools.partial(
         load_teachers, source_config=config.source, image_size=config.image_size, device=device
@@ -285,39 +288,33 @@ def _teachers(config: RunConfig, source: Any, device: torch.device) -> Iterator[
     done = set()
     for method in config.methods if real else ():
         settings = asked_settings(config, method)
-        steps = planned(config, method) if settings else []
-        for stage, asked, known in zip(stages_of(config, method), settings, steps):
+        for stage, asked in zip(stages_of(config, method), settings):
             name = refine_operation(asked)
             if name in done:
                 continue
             done.add(name)
-            own = tuple(t for t in checked(stage.teachers or config.teachers, source) if t.matched)
-            yield name, _refining(stage, own, known.batch_size, side, device)
+            own = checked(stage.teachers or config.teachers, source)
+            yield name, _refining(stage, own, len(source.class_names), side, device)
 
 
 def _drop(value: Any) -> None:
     """Nothing of a value."""
 
 
-def _refining(stage: Any, teachers: Sequence[Any], batch: int, side: int, device: torch.device) -> Speed:
-    """A step forward and backward of the stage, over blocks of two steps at each of its sizes."""
-    from dq.refine import fadrm, teddy
-
-    plain = dataclasses.replace(
-        stage, bn_share=None, class_weight=0.0, depth=dataclasses.replace(stage.depth, drop=0.0)
-    )
-    if isinstance(plain, FADRM):
-        whole = fadrm.resolve(dataclasses.replace(plain, retrieve="none"), side=side, teachers=len(teachers))
-        short = dataclasses.replace(whole, steps=(2,) * len(whole.steps or ()))
-        steps, refine = sum(short.steps or ()), fadrm.refine
-    else:
-        short = dataclasses.replace(plain, steps=4, ensemble_labels=False)
-        steps, refine = 4, teddy.refine  # type: ignore[assignment]
+def _refining(stage: RefineConfig, teachers: tuple[Teacher, ...], classes: int, side: int, device: Any) -> Speed:
+    """A step forward and backward of a stage, over a few steps of every kind."""
+    method = method_of(stage)
+    context = Context(side, sum(t.matched for t in teachers))
+    short = method.brief(method.resolve(stage, context))
+    cost = method.cost(short, context)
+    steps = max(1, cost.steps)
+    resources = Resources(side, classes, teachers)
 
     def work(size: int) -> None:
-        refine(_pixels(size, side).float() / 255, torch.arange(size) % 2, None, short, teachers)
+        batch = Batch(_pixels(size, side).float() / 255, torch.arange(size) % 2)
+        method.run(batch, short, resources, seed=0)
 
-    found = timed(work, batch, device=device)
+    found = timed(work, cost.batch_size, device=device)
     return Speed(found.seconds / steps, found.least / steps, found.most / steps, found.batch)
 
 
@@ -352,13 +349,13 @@ def _students(config: RunConfig, source: Any, device: torch.device) -> Iterator[
 
 def speeds_here(config: RunConfig, source: Any, device: torch.device) -> Speeds:
     """Measure with the models that lie on this machine; nothing is fetched for a plan."""
-    from dq.cli.main import load_pipeline
+    from dq.diffusion.generator import LatentGenerator
 
     wanted = [p for p in (config.codec.path, config.generate.model) if p is not None]
     missing = next((p for p in wanted if not Path(p).is_dir()), None)
     if missing is not None:
         return measure_speeds(config, source, None, device, [f"{missing or 'codec.path'} is not a folder here"])
-    return measure_speeds(config, source, load_pipeline(config), device)
+    return measure_speeds(config, source, LatentGenerator.from_settings(config.codec, config.generate), device)
 
 
 def plan_with_speeds(
@@ -413,7 +410,7 @@ def planned_stages(config: RunConfig, source: Any, speeds: Speeds, processes: in
 
 def _needs(config: RunConfig, plans: Sequence[Any]) -> dict[Path, float]:
     """Bytes that the run will put on each disk, by a folder on it."""
-    from dq.cli.doctor import existing
+    from dq.core.files import existing
 
     found: dict[int, tuple[Path, float]] = {}
     for p in plans:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dq.cluster import choose_engine
+from dq.cluster.kmeans import choose_engine
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig
 from dq.core.errors import InputError
@@ -41,9 +41,7 @@ def assemble(run: Run) -> None:
     for ipc, method in progress(mine, desc="assemble", unit="set", main=run.main):
         parts = Parts(run, cache, ipc, method, folders[f"{ipc}/{method}"])
         if not has_set(base, f"ipc{ipc}-{method}", parts.recipe):
-            write_set(
-                base, f"ipc{ipc}-{method}", iter(parts), {**parts.provenance, "recipe": parts.recipe}, card=False
-            )
+            write_set(base, f"ipc{ipc}-{method}", iter(parts), {**parts.provenance, "recipe": parts.recipe})
     run.accelerator.wait_for_everyone()
     if run.main:
         write_dataset_card(base)
@@ -64,9 +62,10 @@ class Parts:
         m, cluster_config, _ = self.run.resolved(self.method)
         for p in load_prototypes(self.run, self.cache, self.ipc, cluster_config):
             tensors, meta = read_tensors(class_file(self.images, p.label))
-            logits = tensors.get("logits")  # that the last stage of refinement gave
-            if logits is None and self.labels:
-                logits = read_tensors(class_file(self.labels, p.label))[0]["logits"]
+            # of the last stage of refinement; a version before wrote them as "logits", which they were
+            soft_labels = tensors.get("soft_labels", tensors.get("logits"))
+            if soft_labels is None and self.labels:
+                soft_labels = read_tensors(class_file(self.labels, p.label))[0]["logits"]
             copies = meta["copies"]
             yield DistilledSet(
                 images=tensors["images"],
@@ -76,7 +75,9 @@ class Parts:
                 prototype=torch.arange(len(p.counts)).repeat_interleave(copies),
                 counts=p.counts.repeat_interleave(copies),
                 source_row=p.medoid_rows.repeat_interleave(copies),
-                soft_labels=logits,
+                soft_labels=soft_labels,
+                label_kind=meta.get("label_kind", "logits"),
+                step_size=meta.get("step_size"),
             )
 
     @functools.cached_property
@@ -87,7 +88,7 @@ class Parts:
     def provenance(self) -> dict[str, Any]:
         m, cluster_config, generate_config = self.run.resolved(self.method)
         with open_tensors(class_file(self.images, 0)) as f:
-            labelled = "logits" in f.keys()  # noqa: SIM118  (not a dict)
+            labelled = bool({"soft_labels", "logits"} & set(f.keys()))
         by = {"by": "the teachers of the last stage of refinement"} if labelled else None
         return {
             **{k: v for k, v in read_json(self.run.folder / "provenance.json").items() if k != "settings"},
@@ -110,7 +111,7 @@ class Parts:
         return digest_of([files, {k: v for k, v in self.provenance.items() if k != "processes"}])
 
 
-def load_set(run: Run, ipc: int, method: str) -> DistilledSet:
+def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
     """A set of the run as it was saved.
 
     Raises:

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dq.cluster import choose_engine, kmeans_many, quantization_stats
+from dq.cluster.kmeans import choose_engine, kmeans_many, quantization_stats
 from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.cluster.spaces import embed
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
-from dq.core.files import append_jsonl, is_done, write_json
+from dq.core.files import append_jsonl, is_done, read_jsonl, write_json
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
+from dq.core.trackers import report
 from dq.diffusion.latents import LatentCache
 from dq.run.folder import Run, class_file
 from dq.run.stages.features import features_of, prepare_features
@@ -147,3 +149,32 @@ def load_prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) 
             "run `dq cluster` first"
         )
     return (Prototypes.load(class_file(folder, c)) for c in range(len(run.source.class_names)))
+
+
+DISTORTION = ("distortion", "w2_mass", "w2_uniform", "explained")  # per class, of the records of the cluster stage
+
+
+def report_distortion(accelerator: Any, metrics: Path) -> None:
+    """Send a summary over classes of what the cluster stage wrote to metrics.jsonl."""
+    if accelerator.trackers:
+        report(accelerator, distortion_numbers(read_jsonl(metrics)))
+
+
+def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean, least and largest over classes of what the cluster stage logged, by ipc and engine.
+
+    Args:
+        records: lines of metrics.jsonl.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for r in records:
+        if r.get("stage") == "quantization":
+            groups.setdefault(f"ipc{r['ipc']}-{r.get('engine', '')}-{r.get('space', 'latents')}", []).append(r)
+    found: dict[str, float] = {}
+    for group, rows in groups.items():
+        for key in DISTORTION:
+            values = [float(r[key]) for r in rows if r.get(key) is not None and math.isfinite(float(r[key]))]
+            if values:
+                said = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+                found |= {f"cluster/{group}/{key}_{name}": v for name, v in said.items()}
+    return found

@@ -17,6 +17,7 @@ from dq.data.source import ImageSource
 from dq.distilled.card import EVALUATION, write_dataset_card
 from dq.distilled.format import PROVENANCE
 from dq.evaluation.results import Row
+from dq.evaluation.student import check_label_kind
 from dq.evaluation.trainings import (
     Entry,
     Training,
@@ -32,7 +33,7 @@ from dq.networks.real_data import RealData, check_taught, load_real_data
 from dq.networks.teacher_loading import teacher_file
 from dq.run.folder import Run
 from dq.run.refinement import labelled, planned
-from dq.run.stages.assemble import load_set
+from dq.run.stages.assemble import load_set_of_run
 
 log = logging.getLogger("dq")
 
@@ -79,10 +80,11 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
     largest: dict[int, int] = {}
     for ipc in c.ipc:
         for method in c.methods:
-            s = load_set(run, ipc, method)
+            s = load_set_of_run(run, ipc, method)
+            check_label_kind(s, method, students.values())
             # several images of a prototype: baselines in equal number
             largest[ipc] = max(largest.get(ipc, 0), s.ipc)
-            load = functools.partial(load_set, run, ipc, method)
+            load = functools.partial(load_set_of_run, run, ipc, method)
             seeds = tuple(range(c.evaluate.seeds))
             entries.append(
                 Entry(method, str(ipc), len(s), s.provenance["content"], load, seeds, f"{method} of {run.folder}")

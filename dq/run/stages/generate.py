@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +28,10 @@ from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.diffusion.codec import codec_digest
+from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.latents import LatentCache
 from dq.run.folder import SPEED, Run, class_file, copies_of
 from dq.run.stages.cluster import load_prototypes, prototype_folder
-
-if TYPE_CHECKING:
-    from dq.diffusion.generator import DistillPipeline
 
 LONGEST = 32  # images of a unit
 
@@ -87,7 +85,7 @@ def drawn_folders(run: Run, cache: LatentCache) -> dict[str, Path]:
     return found
 
 
-def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
+def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
     """Draw every prototype of every method as images, one file per class; see `Draw`."""
     began = time.perf_counter()
     pipe.to(run.device)
@@ -120,7 +118,7 @@ def generate(run: Run, pipe: DistillPipeline, cache: LatentCache) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _check_codec(pipe: DistillPipeline, cache: LatentCache) -> None:
+def _check_codec(pipe: LatentGenerator, cache: LatentCache) -> None:
     """The latents must be decoded by the codec that made them."""
     made_by = read_json(cache.folder / "manifest.json")["codec"]
     if codec_digest(pipe.vae) != made_by:
@@ -172,7 +170,7 @@ class Draw:
         return self.folder / f"part-{label:05d}-{piece.start:05d}.safetensors"
 
 
-def _draw_all(run: Run, pipe: DistillPipeline, draws: list[Draw]) -> int:
+def _draw_all(run: Run, pipe: LatentGenerator, draws: list[Draw]) -> int:
     """Draw what is missing of this process's share; returns how many images that were."""
     units = [(draw, unit) for draw in draws for unit in draw.units]
     mine = [units[i] for i in run.mine([float(len(piece)) for _, (_, piece, _) in units])]
@@ -193,13 +191,13 @@ def _draw_all(run: Run, pipe: DistillPipeline, draws: list[Draw]) -> int:
     return total
 
 
-def _meta(draw: Draw, pipe: DistillPipeline) -> dict[str, Any]:
+def _meta(draw: Draw, pipe: LatentGenerator) -> dict[str, Any]:
     start = None if draw.real else pipe.start(draw.config)
     return {"start": dataclasses.asdict(start) if start else None, "copies": draw.copies}
 
 
 def _generated(
-    draw: Draw, pipe: DistillPipeline, todo: list[tuple[int, range, bool]]
+    draw: Draw, pipe: LatentGenerator, todo: list[tuple[int, range, bool]]
 ) -> Iterator[tuple[tuple[int, range, bool], Tensor]]:
     """Units with their images, drawn in batches that run across units and classes."""
     run, cfg = draw.run, draw.config

@@ -6,7 +6,6 @@ file per batch. Folders are named by a digest of all that decides their content.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import time
@@ -19,7 +18,9 @@ import torch
 from torch import Tensor
 
 from dq.config.reader import to_dict
-from dq.config.refinement import FADRM
+from dq.config.refinement import RefineConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError, RunError
 from dq.core.files import (
     append_jsonl,
     is_done,
@@ -32,16 +33,20 @@ from dq.core.files import (
 )
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
+from dq.distilled.external import load_set
 from dq.networks.features import extract_features, open_features
 from dq.networks.teacher import Teacher
 from dq.networks.teacher_loading import load_teachers
-from dq.refine import anchors, fadrm, teddy
-from dq.refine.batches import compose_batches
-from dq.refine.matching import pad_drop
+from dq.refine.anchors import anchors_by_class, patch_anchors
+from dq.refine.batches import Rows
 from dq.refine.measure import measure, sentence, summarize
-from dq.refine.optimize import MatchedTeacher, Progress, Refined, Schedule, calibrate, match_teachers
-from dq.run.folder import Run, class_file
-from dq.run.refinement import INDEX, Stage, asked, batch_file, files_of, planned, stage_settings, stages_of
+from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
+from dq.refine.registry import method_of
+from dq.run.folder import Run, class_file, copies_of
+from dq.run.refinement import INDEX, asked, batch_file, files_of, planned, stage_settings, stages_of
+from dq.run.stages.cluster import load_prototypes
+from dq.run.stages.encode import cache_of
+from dq.run.stages.generate import drawn_folders
 
 log = logging.getLogger("dq")
 
@@ -50,14 +55,16 @@ log = logging.getLogger("dq")
 class Job:
     """One stage on the images of one folder."""
 
-    stage: Stage  # with every None filled in
+    stage: RefineConfig  # with every None filled in
+    method: Method
+    needs: Needs
+    cost: Cost
     level: int  # stages before it
     ipc: int
     source: Path  # folder of class files
     folder: Path
     counts: tuple[int, ...]
-    batches: list[list[tuple[int, int]]]
-    schedule: Schedule
+    batches: list[Rows]
     teachers: tuple[Teacher, ...]  # all
     judges: tuple[Teacher, ...]
     weights: dict[int, Tensor] | None  # by class, of the images in the set
@@ -75,18 +82,14 @@ class Job:
         return batch_file(self.folder, number)
 
 
-def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], dict[int, Tensor]]) -> None:
-    """Refine the images of every method that has stages; batches that are there are left alone.
-
-    Args:
-        drawn: folders of the drawn images by "ipc/method".
-        weights_of: weights of the images of a set by class, for stages with `weighted`.
-    """
+def refine(run: Run) -> None:
+    """Put the drawn images of every method through its stages, in their order; finished batches are left alone."""
     if not any(stages_of(run.config, m) for m in run.config.methods):
         log.info("refine: no method has stages, so images stay as they were drawn")
         return
     for method in run.config.methods:
         planned(run.config, method)  # complains before anything is loaded
+    drawn = drawn_folders(run, cache_of(run))
     loaded: dict[str, tuple[Teacher, ...]] = {}
     folders = dict(drawn)
     for level in range(max(len(stages_of(run.config, m)) for m in run.config.methods)):
@@ -95,7 +98,7 @@ def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], di
             ipc, method = key.split("/", 1)
             stages = stages_of(run.config, method)
             if level < len(stages):
-                job = _job(run, stages[level], level, int(ipc), folders[key], loaded, weights_of, method)
+                job = _job(run, stages[level], level, int(ipc), method, folders[key], loaded)
                 folders[key] = job.folder
                 jobs.setdefault(job.folder, job)
         _run_level(run, list(jobs.values()))
@@ -106,40 +109,39 @@ def refine(run: Run, drawn: dict[str, Path], weights_of: Callable[[int, str], di
             method = key.split("/", 1)[1]
             if stages_of(run.config, method):
                 files = [d for d in files_of(run.config, method).values() if d is not None]
-                known = {"folder": folders[key].name, "asked": asked(run.config, method, drawn[key]), "files": files}
-                index[key] = known
+                record = {"folder": folders[key].name, "asked": asked(run.config, method, drawn[key]), "files": files}
+                index[key] = record
         write_json(path, index)
     run.accelerator.wait_for_everyone()
 
 
 def _job(
     run: Run,
-    stage: Stage,
+    stage: RefineConfig,
     level: int,
     ipc: int,
+    name: str,
     source: Path,
     loaded: dict[str, tuple[Teacher, ...]],
-    weights_of: Callable[[int, str], dict[int, Tensor]],
-    method: str,
 ) -> Job:
+    """The stage `stage` of the method `name`, with its teachers loaded."""
     c = run.config
 
-    def load(configs: Sequence[Any]) -> tuple[Teacher, ...]:
+    def load(configs: Sequence[TeacherConfig]) -> tuple[Teacher, ...]:
         key = digest_of([to_dict(t) for t in configs])
         if key not in loaded:
             loaded[key] = load_teachers(configs, run.source, c.source, c.image_size, run.device)
         return loaded[key]
 
-    teachers, judges = load(stage.teachers or c.teachers), load(stage.judges) if stage.judges else ()
-    matched = sum(t.matched for t in teachers)
-    if isinstance(stage, FADRM):
-        stage = fadrm.resolve(stage, side=c.image_size, teachers=matched)
-        schedule = fadrm.schedule_of(stage)
-    else:
-        schedule = teddy.schedule_of(stage, side=c.image_size)
-    counts = tuple(_count(class_file(source, i)) for i in range(len(run.source.class_names)))
-    batches = compose_batches(counts, stage.batch_size or 1, compose=stage.compose, min_classes=stage.min_classes)
-    weights = weights_of(ipc, method) if stage.weighted else None
+    method = method_of(stage)
+    named = stage.teachers or (c.teachers if method.needs(stage).teachers else ())
+    teachers, judges = load(named) if named else (), load(stage.judges) if stage.judges else ()
+    classes = run.source.class_counts()
+    context = Context(c.image_size, sum(t.matched for t in teachers), ipc, round(classes.sum() / len(classes)))
+    stage = method.resolve(stage, context)
+    needs = method.needs(stage)
+    counts = tuple(_count(class_file(source, i)) for i in range(len(classes)))
+    weights = _weights_of(run, ipc, name) if stage.weighted else None
     identity: list[Any] = [
         source.name,
         stage_settings(stage),
@@ -150,21 +152,28 @@ def _job(
     ]
     if weights is not None:
         identity.append(digest_of_tensors({str(k): v for k, v in weights.items()}))
-    if isinstance(stage, FADRM) and stage.anchor_path:
-        identity.append(digest_of_tensors({"anchors": torch.cat(_file_anchors(run, stage, counts))}))
-    if stage.depth.drop is None:
-        identity.append(_pad_drop(run, ipc))
+    if needs.file:
+        identity.append(digest_of_tensors({"anchors": torch.cat(_file_anchors(run, needs.file, counts))}))
     folder = run.folder / "images" / f"ipc{ipc:05d}-{stage.stage}-{digest_of(identity)}"
-    return Job(stage, level, ipc, source, folder, counts, batches, schedule, teachers, judges, weights)
+    batches, cost = method.batches(stage, counts), method.cost(stage, context)
+    return Job(stage, method, needs, cost, level, ipc, source, folder, counts, batches, teachers, judges, weights)
 
 
-def _pad_drop(run: Run, ipc: int) -> float:
-    counts = run.source.class_counts()
-    return pad_drop(ipc, round(counts.sum() / len(counts)))
+def _weights_of(run: Run, ipc: int, method: str) -> dict[int, Tensor]:
+    """Weights of the images of a set, by class."""
+    m, cluster_config, cfg = run.resolved(method)
+    copies = copies_of(m, cfg)
+    points = load_prototypes(run, cache_of(run), ipc, cluster_config)
+    return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
 
 
-def _file_anchors(run: Run, stage: FADRM, counts: Sequence[int]) -> list[Tensor]:
-    return anchors.file_anchors(stage, run.source.class_names, list(counts), run.config.image_size)
+def _file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
+    """The first images of every class of a set from a file, (n_c, 3, S, S) uint8."""
+    side = run.config.image_size
+    s = load_set(path, run.source.class_names, image_size=side)
+    if s.images.shape[-1] != side:
+        raise InputError(f"the anchors in {path} have {s.images.shape[-1]} px, the images {side}; resize them")
+    return anchors_by_class(s.images_uint8(), s.labels, counts, run.source.class_names, path)
 
 
 def _run_level(run: Run, jobs: list[Job]) -> None:
@@ -177,13 +186,13 @@ def _run_level(run: Run, jobs: list[Job]) -> None:
         _prepare(run, job)
     run.accelerator.wait_for_everyone()
     units = [(job, j) for job in jobs for j in range(len(job.batches))]
-    costs = [float(len(job.batches[j]) * max(1, sum(job.schedule.steps))) for job, j in units]
+    costs = [float(len(job.batches[j]) * max(1, job.cost.steps)) for job, j in units]
     mine = [units[i] for i in run.mine(costs)]
     todo = [(job, j) for job, j in mine if not is_done(job.batch_file(j))]
-    total = sum(len(job.batches[j]) * sum(job.schedule.steps) for job, j in todo)
+    total = sum(len(job.batches[j]) * job.cost.steps for job, j in todo)
     with progress([], desc="refine", total=total, unit="img step", main=run.main and bool(todo)) as bar:
         for job, group in _by_job(todo):
-            worker = Worker.make(run, job)
+            worker = Worker(run, job, _resources(run, job))
             for j in group:
                 worker.refine_batch(j, on_step=functools.partial(_advance, bar, len(job.batches[j])))
     run.accelerator.wait_for_everyone()
@@ -216,8 +225,14 @@ def _advance(bar: Any, images: int, step: int) -> None:
 
 def _summary(job: Job) -> dict[str, Any]:
     records = [read_metadata(job.batch_file(j)) for j in range(len(job.batches))]
-    redone = sum(r["precision"] != job.stage.dtype for r in records) if sum(job.schedule.steps) else 0
+    redone = sum(r["precision"] != job.stage.dtype for r in records) if job.cost.steps else 0
     facts = {"method": job.stage.stage, "from": job.source.name, "redone_in_float32": redone}
+    learned = [r["step_size"] for r in records if r.get("step_size") is not None]
+    if learned:
+        facts["step_size"] = learned[0]
+    kinds = {r["label_kind"] for r in records if r.get("label_kind")}
+    if kinds:
+        facts["label_kind"] = kinds.pop()
     return {**facts, **summarize(records)}
 
 
@@ -230,62 +245,36 @@ def _by_job(todo: list[tuple[Job, int]]) -> Iterator[tuple[Job, list[int]]]:
 
 def _prepare(run: Run, job: Job) -> None:
     """What all batches of a job share: anchors and candidates by class, features of real classes, the manifest."""
-    stage, c = job.stage, run.config
-    cut: dict[str, int] = {}
-    if isinstance(stage, FADRM):
-        if stage.anchors == "real_patch":
-            cut["anchors"] = 0
-        if stage.retrieve == "patches":
-            cut["candidates"] = stage.retrieve_pool
+    c = run.config
     for label in run.mine([float(n) for n in job.counts]):
-        for name, number in cut.items():
+        for name, number in job.needs.patches.items():
             path = class_file(job.folder / name, label)
             if not is_done(path):
-                images = anchors.patch_anchors(
+                images = patch_anchors(
                     run.source,
                     label,
                     number or job.counts[label],
                     teacher=job.matched[0],
                     image_size=c.image_size,
                     source_config=c.source,
-                    rank=stage.anchor_rank,  # type: ignore[union-attr]
+                    rank=getattr(job.stage, "anchor_rank", "easy"),
                     seed=c.seed,
                 )
                 write_tensors(path, {"images": images})
-    if isinstance(stage, FADRM) and stage.anchors == "file" and run.main:
-        for label, images in enumerate(_file_anchors(run, stage, job.counts)):
-            write_tensors(class_file(job.folder / "anchors", label), {"images": images})
-    if stage.class_weight:
+    if job.needs.file and run.main:
+        for label, images in enumerate(_file_anchors(run, job.needs.file, job.counts)):
+            write_tensors(class_file(job.folder / "file", label), {"images": images})
+    if job.needs.class_features:
         for teacher in job.matched:
             cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
             extract_features(run.source, teacher, cache, c.source, c.image_size, mine=run.mine, main=run.main)
     run.accelerator.wait_for_everyone()
     manifest = job.folder / "manifest.json"
     if run.main and not is_done(manifest):
-        critics = _critics(run, job)
-        rates = [c.r_bn for c in critics]
-        if critics and stage.bn_share is not None:
-            start, _ = _start(job, 0)
-            rates = calibrate(
-                critics,
-                start,
-                stage,
-                job.schedule,
-                len(job.counts),
-                seed=derive_seed(c.seed, "calibrate"),
-                image_weights=_weights(job, 0),
-            )
+        seed = derive_seed(c.seed, "calibrate")
         facts = {
-            "settings": stage_settings(stage),
-            "teachers": [
-                {
-                    "name": c.teacher.name,
-                    "digest": c.teacher.digest,
-                    "r_bn": rate,
-                    "layers": [{"name": a.name, "weight": w} for a, w in zip(c.layers, c.kept.tolist())],
-                }
-                for c, rate in zip(critics, rates)
-            ],
+            "settings": stage_settings(job.stage),
+            **job.method.prepare(job.stage, _resources(run, job), _read_batch(job, 0), seed=seed),
             "batches": len(job.batches),
             "images_per_batch": [min(map(len, job.batches)), max(map(len, job.batches))],
             "classes_per_batch": min(len({c for c, _ in b}) for b in job.batches),
@@ -293,37 +282,29 @@ def _prepare(run: Run, job: Job) -> None:
         write_json(manifest, facts)
 
 
-def _critics(run: Run, job: Job) -> tuple[MatchedTeacher, ...]:
-    stage, c = job.stage, run.config
-    if not sum(job.schedule.steps):
-        return ()
-    means: list[Tensor | None] | None = None
-    if stage.class_weight:
-        means = []
-        for teacher in job.matched:
-            cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
-            means.append(torch.stack([cache.load(i)[0].mean(0) for i in range(len(job.counts))]))
-    drop = _pad_drop(run, job.ipc) if stage.depth.drop is None else None
-    return match_teachers(
-        job.matched, stage, side=c.image_size, sizes=job.schedule.sizes, drop=drop, class_means=means
-    )
+def _resources(run: Run, job: Job) -> Resources:
+    """What the method of a job needs; the facts of its manifest are there once that is written."""
+    c, needs = run.config, job.needs
+    means = None
+    if needs.class_features:
+        caches = [open_features(c.cache_dir, run.source, c.source, c.image_size, t.digest) for t in job.matched]
+        means = tuple(torch.stack([f.load(i)[0].mean(0) for i in range(len(job.counts))]) for f in caches)
+    candidates = None
+    if needs.candidates:
+        base = job.source if needs.candidates == "set" else job.folder / needs.candidates
+        files = [class_file(base, i) for i in range(len(job.counts))]
+        candidates = tuple(_bytes(read_tensors(f)[0]["images"]) for f in files)
+    manifest = job.folder / "manifest.json"
+    facts = read_json(manifest) if manifest.is_file() else {}
+    return Resources(c.image_size, len(job.counts), job.teachers, candidates, means, facts)
 
 
-def _start(job: Job, number: int) -> tuple[Tensor, Tensor]:
-    """What a batch starts from, and its anchors: (B, 3, S, S) float32 in [0, 1]."""
+def _read_batch(job: Job, number: int) -> Batch:
+    """The images of a batch, with their weights in the set and their anchors."""
     rows = job.batches[number]
-    own = _read_rows(job.source, rows)
-    if not isinstance(job.stage, FADRM) or job.stage.anchors == "init":
-        return own, own
-    anchor = _read_rows(job.folder / "anchors", rows)
-    return (anchor if job.stage.start == "anchor" else own), anchor
-
-
-def _weights(job: Job, number: int) -> Tensor | None:
-    """(B,) weights of the images of a batch in its statistics; None: all alike."""
-    if job.weights is None:
-        return None
-    return torch.stack([job.weights[c][r] for c, r in job.batches[number]])
+    weights = None if job.weights is None else torch.stack([job.weights[c][r] for c, r in rows])
+    anchors = None if job.needs.anchors is None else _read_rows(job.folder / job.needs.anchors, rows)
+    return Batch(_read_rows(job.source, rows), torch.tensor([c for c, _ in rows]), weights, anchors)
 
 
 @dataclass(frozen=True)
@@ -332,70 +313,54 @@ class Worker:
 
     run: Run
     job: Job
-    critics: tuple[MatchedTeacher, ...]
-    pool: anchors.AnchorPool | None
-
-    @staticmethod
-    def make(run: Run, job: Job) -> Worker:
-        rates = [t["r_bn"] for t in read_json(job.folder / "manifest.json")["teachers"]]
-        critics = tuple(dataclasses.replace(c, r_bn=r) for c, r in zip(_critics(run, job), rates))
-        pool = None
-        if isinstance(job.stage, FADRM) and job.stage.retrieve != "none":
-            base = job.folder / "candidates" if job.stage.retrieve == "patches" else job.source
-            images = [_bytes(read_tensors(class_file(base, i))[0]["images"]) for i in range(len(job.counts))]
-            pool = anchors.make_pool(images, job.matched[0])
-        return Worker(run, job, critics, pool)
+    resources: Resources
 
     def refine_batch(self, number: int, on_step: Callable[[int], None]) -> None:
-        """Refine a batch and write its file; one that was interrupted goes on behind its last finished block."""
+        """Refine a batch and write its file; one that was interrupted goes on from its last state."""
         job = self.job
-        rows = job.batches[number]
-        images = _read_rows(job.source, rows)
-        labels = torch.tensor([c for c, _ in rows])
-        anchor = _start(job, number)[1]
-        weights = _weights(job, number)
+        batch = _read_batch(job, number)
         partial = job.batch_file(number).with_suffix(".partial.safetensors")
-        resume = _read_progress(partial)
-        if resume is not None:
-            for step in range(sum(job.schedule.steps[: resume.block])):
-                on_step(step)
-        options: dict[str, Any] = {
-            "critics": self.critics,
-            "seed": derive_seed(self.run.config.seed, "refine", job.level, number),
-            "resume": resume,
-            "on_block": functools.partial(_write_progress, partial),
-            "on_step": on_step,
-        }
-        if isinstance(job.stage, FADRM):
-            if self.pool is not None:
-                options["retrieve"] = functools.partial(self._retrieve, labels, job.stage.retrieve_complexity)
-            refined = fadrm.refine(images, labels, weights, job.stage, job.matched, anchors=anchor, **options)
-        else:
-            options["labellers"] = job.teachers
-            refined = teddy.refine(images, labels, weights, job.stage, job.matched, **options)
-        self._write(number, refined, images, labels, anchor)
+        resume = _read_state(partial)
+        for step in range(resume.steps if resume else 0):
+            on_step(step)
+        refined = job.method.run(
+            batch,
+            job.stage,
+            self.resources,
+            seed=derive_seed(self.run.config.seed, "refine", job.level, number),
+            resume=resume,
+            callback=Callback(on_step, functools.partial(_write_state, partial)),
+        )
+        self._write(number, refined, batch)
         partial.unlink(missing_ok=True)
 
-    def _retrieve(self, labels: Tensor, complexity: float, x: Tensor, merge: int) -> Tensor:
-        assert self.pool is not None
-        return anchors.nearest_anchors(x, labels, self.pool, self.job.matched[0], complexity)
-
-    def _write(self, number: int, refined: Refined, images: Tensor, labels: Tensor, anchor: Tensor) -> None:
+    def _write(self, number: int, refined: Refined, batch: Batch) -> None:
         job = self.job
+        if refined.step_size is not None and len(job.batches) > 1:
+            raise RunError(
+                f"the stage {job.stage.stage!r} learned a step size for one of {len(job.batches)} batches, but a "
+                "set has one; set compose=whole"
+            )
+        anchors = batch.images if batch.anchors is None else batch.anchors
         float_images = _is_float(class_file(job.source, job.batches[number][0][0]))
         result = refined.images if float_images else _bytes(refined.images)
         tensors = {"images": result, "trace": refined.trace}
-        if number == 0:
+        if number == 0 and refined.blocks is not None:
             tensors["strip"] = _bytes(refined.blocks)
         if refined.soft_labels is not None:
-            tensors["logits"] = refined.soft_labels.half()
+            tensors["soft_labels"] = refined.soft_labels.half()
         after = result if float_images else result.float() / 255
-        measures = {
-            "images": len(labels),
-            "before": measure(images, labels, anchor, job.teachers, job.judges),
-            "after": measure(after, labels, anchor, job.teachers, job.judges),
+        measures: dict[str, Any] = {
+            "images": len(batch.labels),
+            "before": measure(batch.images, batch.labels, anchors, job.teachers, job.judges),
+            "after": measure(after, batch.labels, anchors, job.teachers, job.judges),
             "precision": refined.precision,
+            "terms": list(refined.terms),
         }
+        if refined.soft_labels is not None:
+            measures["label_kind"] = refined.label_kind
+        if refined.step_size is not None:
+            measures["step_size"] = refined.step_size
         write_tensors(job.batch_file(number), tensors, measures)
 
 
@@ -433,25 +398,26 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
     if is_done(path):
         return
     parts: dict[str, list[Tensor]] = {}
+    meta: dict[str, Any] = {**read_metadata(class_file(job.source, label)), "refined_from": job.source.name}
     for rank in range(job.counts[label]):
         j, i = job.places[(label, rank)]
         with open_tensors(job.batch_file(j)) as f:
-            for name in ("images", "logits"):
+            for name in ("images", "soft_labels"):
                 if name in f.keys():  # noqa: SIM118  (not a dict)
                     parts.setdefault(name, []).append(f.get_slice(name)[i : i + 1])
-    meta = {**read_metadata(class_file(job.source, label)), "refined_from": job.source.name}
-    write_tensors(path, {name: torch.cat(found) for name, found in parts.items()}, meta)
+        measures = read_metadata(job.batch_file(j))
+        meta |= {k: measures[k] for k in ("label_kind", "step_size") if k in measures}
+    write_tensors(path, {name: torch.cat(rows) for name, rows in parts.items()}, meta)
 
 
-def _write_progress(path: Path, progress: Progress) -> None:
-    tensors = {"x": progress.x, "trace": progress.trace, "blocks": progress.blocks}
-    facts = {"block": progress.block, "precision": progress.precision, "scale": progress.scale}
-    write_tensors(path, tensors, facts)
+def _write_state(path: Path, state: State) -> None:
+    write_tensors(path, state.tensors, {"facts": state.facts, "steps": state.steps})
 
 
-def _read_progress(path: Path) -> Progress | None:
+def _read_state(path: Path) -> State | None:
     if not is_done(path):
         return None
     tensors, meta = read_tensors(path)
-    kept = tensors["x"], tensors["trace"], tensors["blocks"]
-    return Progress(meta["block"], *kept, meta["precision"], meta["scale"])
+    if "facts" not in meta:  # of a version before: a block or two are done again
+        return None
+    return State(tensors, meta["facts"], meta["steps"])

@@ -1,0 +1,173 @@
+"""The contract of a method of refinement.
+
+A method is one file of this package that can be read beside its paper, and one entry of
+`dq.refine.registry.METHODS`. The refine stage of a run (`dq.run.stages.refine`) does the rest: files, resuming,
+division over processes, measures, provenance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dq.config.refinement import RefineConfig
+from dq.config.students import LabelKind
+from dq.networks.teacher import Teacher
+from dq.refine.batches import Rows, compose_batches
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of the images before anything is loaded."""
+
+    side: int  # of an image, px
+    matched: int  # networks that the stage matches
+    ipc: int | None = None  # images per class; None: not one number
+    class_size: int | None = None  # mean number of train images of a class
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run has to bring for a stage."""
+
+    teachers: bool = True  # those of the stage, else those of the run
+    patches: Mapping[str, int | None] = field(default_factory=dict)  # real patches per class by name; None: as images
+    anchors: str | None = None  # which of `patches`, or "file", are the anchors of the images; None: the images
+    file: str | None = None  # a set whose images, class by class, are the anchors
+    candidates: str | None = None  # which of `patches`, or "set", are candidate anchors of a class
+    class_features: bool = False  # mean features of the real images of each class
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage costs, for plans and estimates."""
+
+    steps: int  # forward and backward passes over every image
+    batch_size: int  # images of a batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are refined together."""
+
+    images: Tensor  # (B, 3, S, S) float32 in [0, 1]
+    labels: Tensor  # (B,) int64
+    weights: Tensor | None = None  # (B,) in the set, for stages with `weighted`
+    anchors: Tensor | None = None  # (B, 3, S, S) float32 in [0, 1], of `Needs.anchors`
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an interrupted batch goes on; the run keeps it in a file."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]  # plain data
+    steps: int  # that are done
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What a method makes of a batch."""
+
+    images: Tensor  # (B, 3, S, S) float32 in [0, 1]
+    trace: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (steps, terms) float32 terms of the loss
+    terms: tuple[str, ...] = ()  # names of the columns of the trace
+    blocks: Tensor | None = None  # (k, n, 3, S, S) in [0, 1]: the first images of the batch, start to end
+    soft_labels: Tensor | None = None  # (B, C) label vectors of the images
+    label_kind: LabelKind = "logits"  # what these are
+    step_size: float | None = None  # learned learning rate of a student, where the batch is the whole set
+    precision: str = "float32"  # of the teachers
+
+
+def _nothing(_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Callback:
+    """What a method reports while it works on a batch."""
+
+    step: Callable[[int], None] = _nothing  # number of a step that is done, from 0
+    save: Callable[[State], None] = _nothing  # where the batch could go on
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the run brings for all batches of a stage."""
+
+    side: int  # of an image, px
+    classes: int
+    teachers: tuple[Teacher, ...] = ()  # all of the stage; those with `matched` are matched, all may label
+    candidates: tuple[Tensor, ...] | None = None  # (P_c, 3, S, S) uint8 by class
+    class_means: tuple[Tensor, ...] | None = None  # (C, d) mean features of real images, by matched teacher
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what `Method.prepare` gave
+    _memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def matched(self) -> tuple[Teacher, ...]:
+        return tuple(t for t in self.teachers if t.matched)
+
+    def once(self, key: str, make: Callable[[], V]) -> V:
+        """What `make` gives, made at the first call and kept for the other batches."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
+
+
+class Method(Protocol):
+    """A method of refinement. The defaults suit a method of batches of at most `stage.batch_size` images."""
+
+    config: type[RefineConfig]  # its settings
+
+    def resolve(self, stage: Any, context: Context) -> Any:
+        """The settings with every None filled in.
+
+        Raises:
+            InputError: if they do not fit the images.
+        """
+        return stage
+
+    def needs(self, stage: Any) -> Needs:
+        """What the run has to bring."""
+        return Needs()
+
+    def batches(self, stage: Any, counts: Sequence[int]) -> list[Rows]:
+        """Which images are refined together: lists of (class, rank in the class).
+
+        Args:
+            stage: settings that `resolve` has filled in.
+            counts: images of each class.
+        """
+        size = getattr(stage, "batch_size", None) or sum(counts)
+        return compose_batches(counts, size, compose=stage.compose, min_classes=stage.min_classes)
+
+    def prepare(self, stage: Any, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
+        """Plain data that all batches share, made once from the first batch; `teachers` has a mapping for each."""
+        return {}
+
+    def run(
+        self,
+        batch: Batch,
+        stage: Any,
+        resources: Resources,
+        *,
+        seed: int,
+        resume: State | None = None,
+        callback: Callback | None = None,
+    ) -> Refined:
+        """Refine one batch: a pure function of its arguments, whatever `callback` does."""
+        ...
+
+    def brief(self, stage: Any) -> Any:
+        """The settings with a few steps of every kind, to measure what a step costs."""
+        return stage
+
+    def cost(self, stage: Any, context: Context) -> Cost:
+        """Steps of a batch and its size, of settings that `resolve` has filled in."""
+        ...

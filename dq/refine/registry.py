@@ -1,0 +1,22 @@
+"""The table of methods of refinement."""
+
+from __future__ import annotations
+
+from dq.config.refinement import RefineConfig
+from dq.core.errors import InputError
+from dq.refine.fadrm import FadrmMethod
+from dq.refine.method import Method
+from dq.refine.teddy import TeddyMethod
+
+METHODS: dict[str, Method] = {"fadrm": FadrmMethod(), "teddy": TeddyMethod()}
+
+
+def method_of(stage: RefineConfig) -> Method:
+    """The method of a stage's settings.
+
+    Raises:
+        InputError: if there is none of this name.
+    """
+    if stage.stage not in METHODS:
+        raise InputError(f"there is no method of refinement {stage.stage!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[stage.stage]

@@ -1,0 +1,159 @@
+"""`DistillPipeline`: a diffusers pipeline that turns an image set into a distilled set."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dq.config.refinement import RefineConfig
+from dq.config.schema import ClusterConfig, GenerateConfig, HubConfig, MethodConfig, RunConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError
+from dq.core.locks import locked
+from dq.core.processes import make_accelerator
+from dq.data.load import Loadable, load_source
+from dq.diffusion.generator import LatentGenerator
+from dq.distilled.set import DistilledSet
+from dq.run.folder import open_run
+from dq.run.share import push_model
+from dq.run.stages.assemble import assemble, load_set_of_run
+from dq.run.stages.cluster import cluster as cluster_classes
+from dq.run.stages.encode import encode
+from dq.run.stages.generate import generate as generate_images
+from dq.run.stages.label import label
+from dq.run.stages.refine import refine as refine_images
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("dq")
+
+HUB_SETTINGS = tuple(f.name for f in dataclasses.fields(HubConfig) if f.name != "repo_id")
+
+
+class DistillPipeline(LatentGenerator):
+    """A `LatentGenerator` that distills a labelled image set.
+
+    `pipe(class_labels=...)` generates images of classes; `pipe.distill(source, ...)` quantizes a data set in the
+    latent space, draws the quantizers as images, refines and labels them.
+
+    Example:
+        pipe = DistillPipeline.from_pretrained("facebook/DiT-XL-2-256")
+        distilled = pipe.distill("my/images", ipc=10, output_dir="runs/mine")
+    """
+
+    def distill(
+        self,
+        source: Loadable,
+        *,
+        ipc: int = 10,
+        output_dir: str | Path = "runs/dq",
+        cache_dir: str | Path | None = None,
+        seed: int = 0,
+        resolution: int | None = None,
+        image_size: int | None = None,
+        cluster: ClusterConfig | None = None,
+        generate: GenerateConfig | None = None,
+        method: MethodConfig | None = None,
+        refine: RefineConfig | Sequence[RefineConfig] | None = None,
+        teachers: TeacherConfig | Sequence[TeacherConfig] | None = None,
+        config: RunConfig | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> DistilledSet:
+        """Distill `source` to `ipc` images per class: encode, cluster, generate, refine, label, assemble.
+
+        Args:
+            source: anything that `load_source` takes.
+            output_dir: the run folder; the same call again continues or returns at once.
+            cache_dir: where latents are kept for all runs; None: that of `config`.
+            resolution: side in px at which the codec sees the images; None: what the denoiser was made for, else that
+                of `config`.
+            image_size: side in px of the distilled images; None: `resolution`.
+            cluster: how a class is quantized; None: that of `config`.
+            generate: how points become images; None: that of `config`, whose default is the mode of this model.
+            method: representative and weights of the prototypes; None: the first of `config`.
+            refine: stages that change the drawn images, in this order, e.g. `[FADRM(teachers=(TeacherConfig(...),))]`;
+                None: those of `config`.
+            teachers: who labels, and what stages without teachers of their own match; None: those of `config`.
+            config: a full `RunConfig` to start from.
+
+        Returns:
+            The distilled set, also saved in `output_dir`/dataset.
+
+        Raises:
+            InputError: if the settings do not fit the model or the data.
+            RunError: if a stage fails.
+        """
+        for name, value, kind in (
+            ("cluster", cluster, ClusterConfig),
+            ("generate", generate, GenerateConfig),
+            ("method", method, MethodConfig),
+            ("config", config, RunConfig),
+        ):
+            if value is not None and not isinstance(value, kind):
+                hint = f"{kind.__name__}(**{{...}})" if isinstance(value, dict) else kind.__name__
+                raise InputError(f"{name} must be a {kind.__name__}, not {type(value).__name__}; give {hint}")
+        data = load_source(source)
+        base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))
+        name = next(iter(base.methods))
+        chosen = method or base.methods[name]
+        if refine is not None:
+            stages = (refine,) if isinstance(refine, RefineConfig) else tuple(refine)
+            wrong = next((s for s in stages if not isinstance(s, RefineConfig)), None)
+            if wrong is not None:
+                raise InputError(f"refine must list stages such as FADRM(...), not {type(wrong).__name__}")
+            chosen = dataclasses.replace(chosen, refine=stages)
+        if teachers is not None:
+            teachers = (teachers,) if isinstance(teachers, TeacherConfig) else tuple(teachers)
+        drawing = generate or base.generate
+        if drawing.mode != self.default_mode:
+            log.info("note: generate.mode=%s, though this model can %s", drawing.mode, self.default_mode)
+        side = resolution or self._native_resolution() or base.codec.resolution
+        settings = dataclasses.replace(
+            base,
+            source=dataclasses.replace(base.source, image_size=image_size or base.source.image_size),
+            codec=dataclasses.replace(base.codec, resolution=side),
+            cluster=cluster or base.cluster,
+            generate=drawing,
+            teachers=base.teachers if teachers is None else teachers,
+            ipc=(ipc,),
+            seed=seed,
+            methods={name: chosen},
+            output_dir=str(output_dir),
+            cache_dir=str(cache_dir or base.cache_dir),
+        )
+        accelerator = accelerator or make_accelerator()
+        with locked(settings.output_dir, accelerator):
+            run = open_run(settings, data, accelerator)
+            cache = encode(run, self.vae)
+            cluster_classes(run, cache)
+            generate_images(run, self, cache)
+            refine_images(run)
+            label(run)
+            assemble(run)
+            return load_set_of_run(run, ipc, name)
+
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save as a stock folder; see `LatentGenerator.save_pretrained`.
+
+        Args:
+            push_to_hub: also push it; the arguments of `push_to_hub` may stand beside.
+        """
+        hub = {k: kwargs.pop(k) for k in ("repo_id", "token", *HUB_SETTINGS) if k in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:
+            push_model(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, **settings: Any) -> Any:
+        """Push as a stock folder with a model card to the repository "name" or "owner/name" of the Hugging Face Hub.
+
+        Args:
+            **settings: `private`, `revision`, `commit_message`, `create_pr`, `license`; see `HubConfig`.
+
+        Returns:
+            The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
+        """
+        return push_model(self, repo_id, token=token, **settings)
