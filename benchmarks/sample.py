@@ -34,7 +34,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from dq.config.schema import GenerateConfig
 from dq.core.seeds import generator
 from dq.diffusion.codec import DTYPES
-from dq.diffusion.generator import DistillPipeline
+from dq.run.distill import DistillPipeline
 
 STOCK_NULL = 1000
 GUIDANCE = 4.0

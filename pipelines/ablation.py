@@ -33,11 +33,12 @@ from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.diffusion.generator import LatentGenerator
 from dq.evaluation.statistics import mean_std, paired_difference
-from dq.run import cluster, generate
 from dq.run.folder import open_run
 from dq.run.stages.assemble import assemble
+from dq.run.stages.cluster import cluster
 from dq.run.stages.encode import encode
 from dq.run.stages.evaluate import evaluate_run
+from dq.run.stages.generate import generate
 
 # factor -> level -> what differs from the default: fields of a method, and settings of cluster and generate
 ARMS: dict[str, dict[str, dict[str, Any]]] = {

@@ -37,11 +37,13 @@ from dq.diffusion.generator import LatentGenerator
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
-from dq.run import cluster, generate, refine
+from dq.run.stages.refine import refine
 from dq.run.folder import open_run
 from dq.run.report import write_report
 from dq.run.stages.assemble import assemble
+from dq.run.stages.cluster import cluster
 from dq.run.stages.encode import encode
+from dq.run.stages.generate import generate
 from dq.run.stages.label import label
 
 # evaluation -> who labels, which sets, which baselines beside them

@@ -10,8 +10,7 @@ from PIL import Image
 
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
-from dq.data import to_rgb, to_square
-from dq.data.images import read_image, read_images
+from dq.data.images import read_image, read_images, to_rgb, to_square
 from dq.data.load import load_source
 
 

@@ -11,7 +11,8 @@ import torch
 from test_refine_stage import SHORT, TEDDY, refining, teachers  # noqa: F401
 from test_run import config, full, world  # noqa: F401
 
-from dq.cli.main import build_parser, main, resolve
+from dq.cli.main import main, resolve
+from dq.cli.parser import build_parser
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError

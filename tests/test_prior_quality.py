@@ -30,7 +30,8 @@ from dq.diffusion.prior.metrics import (
     nearest,
     nearest_ratio,
 )
-from dq.diffusion.prior.samples import Draw, sample_images, sample_latents, stored_samples
+from dq.diffusion.prior.samples import Draw, sample_images, stored_samples
+from dq.diffusion.sampling import sample_latents
 from dq.networks.zoo import make_net
 from dq.run.distill import DistillPipeline
 

@@ -21,6 +21,7 @@ from dq.core.errors import InputError
 from dq.core.figures import embed, html_table, save_image
 from dq.core.files import write_json, write_text
 from dq.core.processes import shard
+from dq.data.grid import image_grid
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.diffusion.card import QUALITY, check_card, protocol_text, quality_table, write_card
@@ -31,7 +32,7 @@ from dq.diffusion.prior.samples import stored_samples
 from dq.evaluation.results import to_csv
 from dq.networks.real_data import RealData, load_real_data
 from dq.run.folder import open_run
-from dq.run.report import MAX_CLASSES, image_grid, write_page
+from dq.run.report import MAX_CLASSES, write_page
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

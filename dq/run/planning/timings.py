@@ -186,8 +186,7 @@ def _pixels(size: int, side: int) -> torch.Tensor:
 
 
 def _codec(config: RunConfig, pipe: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
-    from dq.diffusion.codec import decode_latents, encode_latents, latent_shape, to_signed
-    from dq.diffusion.generator import to_unit
+    from dq.diffusion.codec import decode_latents, encode_latents, latent_shape, to_signed, to_unit
 
     shape = latent_shape(pipe.vae, config.codec.resolution)
 
