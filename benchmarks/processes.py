@@ -48,7 +48,7 @@ def measure(processes: int, ipc: int, runs: int = 1) -> dict[str, float]:
     """Seconds of each stage; of several runs at once, each in a folder of its own, the mean."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "dq.cli.main"]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "dq.cli"]
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / str(i) for i in range(runs)]
         for folder in folders:

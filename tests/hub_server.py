@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 ROOT = Path(__file__).parents[1]
 VERBS = """
 import contextlib, io, json, sys
-from dq.cli import main
+from dq.cli.main import main
 for line in sys.argv[1:]:
     with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(io.StringIO()) as out:
         code = main(line.split())
@@ -125,7 +125,7 @@ class Hub(ThreadingHTTPServer):
 
     def cli(self, home: Path, *args: str, token: str | None = "hf_writer00000000") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "dq.cli.main", *args],
+            [sys.executable, "-m", "dq.cli", *args],
             env=self.environment(home, token),
             cwd=home,
             capture_output=True,

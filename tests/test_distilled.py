@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dq import distilled
 from dq.core.errors import InputError, RunError
+from dq.distilled import parquet
+from dq.distilled.card import write_dataset_card
 from dq.distilled.parquet import write_set
 from dq.distilled.set import DistilledSet
 
@@ -136,6 +137,7 @@ def test_parts_give_the_bytes_of_the_whole(tmp_path: Path, floats: bool) -> None
     s = make(soft=True, floats=floats)
     s.save(tmp_path / "whole", "x")
     write_set(tmp_path / "parts", "x", classes_of(s), s.provenance)
+    write_dataset_card(tmp_path / "parts")
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "parts")
     assert sorted(files_of(tmp_path / "whole")) == [
         "README.md", "x/grid.png", "x/provenance.json", "x/train-00000-of-00001.parquet"
@@ -161,8 +163,8 @@ def test_files_and_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.Monk
     import pyarrow.parquet as pq
     from datasets import load_dataset
 
-    monkeypatch.setattr(distilled, "GROUP_ROWS", 2)
-    monkeypatch.setattr(distilled, "SHARD_BYTES", 800)  # two row groups of this set
+    monkeypatch.setattr(parquet, "GROUP_ROWS", 2)
+    monkeypatch.setattr(parquet, "SHARD_BYTES", 800)  # two row groups of this set
     s = make(soft=True)
     assert s.save(tmp_path, "x").name == "train-00000-of-00002.parquet"
     record = json.loads((tmp_path / "x" / "provenance.json").read_text())
@@ -182,7 +184,7 @@ def test_files_and_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(DistilledSet.load(tmp_path), s)
     rows = load_dataset(str(tmp_path), split="train")
     assert rows["count"][:] == s.counts.tolist()
-    monkeypatch.setattr(distilled, "GROUP_BYTES", 1)
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 1)
     s.save(tmp_path, "bytes")
     first = next((tmp_path / "bytes").glob("*.parquet"))
     assert pq.ParquetFile(first).metadata.row_group(0).num_rows == 1
@@ -202,8 +204,8 @@ def test_a_schema_is_what_the_library_writes(tmp_path: Path) -> None:
 def test_fewer_files_replace_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = make()
     with monkeypatch.context() as small:
-        small.setattr(distilled, "GROUP_ROWS", 1)
-        small.setattr(distilled, "SHARD_BYTES", 1)
+        small.setattr(parquet, "GROUP_ROWS", 1)
+        small.setattr(parquet, "SHARD_BYTES", 1)
         s.save(tmp_path, "x")
     assert len(list(tmp_path.glob("x/*.parquet"))) == 6
     other = dataclasses.replace(s, counts=s.counts + 1)

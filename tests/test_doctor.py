@@ -28,7 +28,7 @@ SITE = next(p for p in sys.path if (Path(p) / "torch").is_dir())
 
 def asked(tmp_path: Path, *flags: str, **env: str) -> tuple[int, dict]:
     """Exit code and report of the command in a process of its own."""
-    command = [sys.executable, "-m", "dq.cli.main", "doctor", "--json", "--cpu"]
+    command = [sys.executable, "-m", "dq.cli", "doctor", "--json", "--cpu"]
     command += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), *flags]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "SLURM", "WORLD", "RANK"))}
     done = subprocess.run(
@@ -87,7 +87,7 @@ def test_a_launch_that_is_none(tmp_path: Path, env: dict[str, str], problem: str
 @pytest.mark.multi_process
 def test_a_true_launch_has_no_problem(tmp_path: Path) -> None:
     command = torchrun()
-    command += ["-m", "dq.cli.main", "doctor", "--json", "--cpu", "--output_dir", str(tmp_path)]
+    command += ["-m", "dq.cli", "doctor", "--json", "--cpu", "--output_dir", str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
     )
@@ -143,7 +143,7 @@ def packages_without(tmp_path: Path, *names: str) -> Path:
 
 
 def without_site(folder: Path, tmp_path: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-S", "-m", "dq.cli.main", "doctor", "--cpu"]
+    command = [sys.executable, "-S", "-m", "dq.cli", "doctor", "--cpu"]
     command += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)

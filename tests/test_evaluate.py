@@ -148,7 +148,7 @@ def test_dropout_is_drawn_from_the_seed_of_the_student(monkeypatch):
         torch.manual_seed(next(states))  # where the global generator stands, as far as the caller knows
         return net
 
-    monkeypatch.setattr("dq.evaluation.student.make_net", make)
+    monkeypatch.setattr("dq.networks.training.make_net", make)
     states = iter((1, 2, 3))
     first, again, other = (train(seed=s)[1] for s in (0, 0, 1))
     assert first == again != other

@@ -496,7 +496,7 @@ def test_an_online_teacher_gives_the_same_students(evaluated, world, tmp_path):
 @pytest.mark.multi_process
 def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*torchrun(), "-m", "dq.cli.main", *arguments(world, tmp_path, *soft(world))]
+    command = [*torchrun(), "-m", "dq.cli", *arguments(world, tmp_path, *soft(world))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| set |") == 1  # the main process alone prints

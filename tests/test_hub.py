@@ -27,7 +27,9 @@ from dq.distilled.set import DistilledSet
 from dq.run.stages.evaluate import describe_evaluation
 
 WRITER, READER, GUEST = "hf_writer00000000", "hf_reader00000000", "hf_guest000000000"
-HEAD = "import dq\nfrom dq.distilled import DistilledSet\nfrom test_distilled import make, same\nimport dataclasses\n"
+HEAD = (
+    "import dq\nfrom dq.distilled.set import DistilledSet\nfrom test_distilled import make, same\nimport dataclasses\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +64,12 @@ def pushed(server: Hub, home: Path) -> None:
         HEAD
         + """
 import tempfile
-import dq.distilled
+import dq.distilled.parquet
 from dq.distilled.hub import push_folder
 with tempfile.TemporaryDirectory() as scratch:
     make(soft=True).save(scratch, "ipc2-ddoq")
     make(floats=True).save(scratch, "ipc2-d4m")
-    dq.distilled.GROUP_ROWS, dq.distilled.SHARD_BYTES = 2, 1
+    dq.distilled.parquet.GROUP_ROWS, dq.distilled.parquet.SHARD_BYTES = 2, 1
     make(soft=True).save(scratch, "ipc10")
     print(push_folder(scratch, "x", license="cc-by-4.0", source_license="MIT"))
 """
@@ -146,10 +148,10 @@ def test_a_second_push_replaces_one_set_and_keeps_the_rest(hub: Hub, home: Path)
     code = (
         HEAD
         + """
-import dq.distilled
+import dq.distilled.parquet
 s = make(soft=True)
 s.push_to_hub("me/again", "a", license="mit")
-dq.distilled.GROUP_ROWS, dq.distilled.SHARD_BYTES = 2, 1
+dq.distilled.parquet.GROUP_ROWS, dq.distilled.parquet.SHARD_BYTES = 2, 1
 s.push_to_hub("me/again", "b")
 """
     )
@@ -253,8 +255,8 @@ PUSH = (
     HEAD
     + """
 import sys
-import dq.distilled
-dq.distilled.GROUP_ROWS, dq.distilled.SHARD_BYTES = 2, 1
+import dq.distilled.parquet
+dq.distilled.parquet.GROUP_ROWS, dq.distilled.parquet.SHARD_BYTES = 2, 1
 s = make(soft=True)
 s = dataclasses.replace(s, counts=s.counts + int(sys.argv[2]))
 try:
@@ -740,7 +742,8 @@ def test_a_data_set_of_the_hub_is_read_as_a_stream(hub: Hub, home: Path) -> None
 import os
 import numpy as np
 from pathlib import Path
-from dq.data import load_source, read_images
+from dq.data.images import read_images
+from dq.data.load import load_source
 from dq.distilled.hub import push_folder
 make().save("scratch", "default")
 push_folder("scratch", "me/stream")

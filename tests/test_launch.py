@@ -89,7 +89,7 @@ def test_so_many_processes_start(file: str, processes: int, tmp_path: Path) -> N
 
 @pytest.mark.multi_process
 def test_two_processes_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:  # noqa: F811
-    command = [*launch("cpu.yaml", "--main_process_port", free_port()), "-m", "dq.cli.main", "run"]
+    command = [*launch("cpu.yaml", "--main_process_port", free_port()), "-m", "dq.cli", "run"]
     finish([start([*command, "--config", str(small(world, tmp_path)), "--cpu"])])
     assert results(tmp_path) == alone
     assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
@@ -99,7 +99,7 @@ def test_two_processes_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone
 def test_two_machines_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:  # noqa: F811
     file = str(small(world, tmp_path))
     flags = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-    run = ["-m", "dq.cli.main", "run", "--config", file, "--cpu"]
+    run = ["-m", "dq.cli", "run", "--config", file, "--cpu"]
     nodes = [launch("nodes2x8.yaml", *flags, "--machine_rank", str(rank)) for rank in (0, 1)]
     finish([start([*node, *run]) for node in nodes])
     assert results(tmp_path) == alone
@@ -111,7 +111,7 @@ def test_two_machines_of_torchrun(world: Path, tmp_path: Path, alone: dict[str, 
     file = str(small(world, tmp_path))
     base = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     base += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    run = ["-m", "dq.cli.main", "run", "--config", file, "--cpu"]
+    run = ["-m", "dq.cli", "run", "--config", file, "--cpu"]
     finish([start([*base, "--node_rank", str(rank), *run]) for rank in (0, 1)])
     assert results(tmp_path) == alone
 

@@ -71,13 +71,13 @@ def test_images_are_drawn_alike_when_memory_is_short(toy_source, tmp_path, monke
         return DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(), scheduler=DDIMScheduler(clip_sample=False))
 
     cfg = GenerateConfig(mode="dit", num_inference_steps=4)
-    whole = make()(
+    whole = make().distill(
         toy_source,
         ipc=3,
         output_dir=tmp_path / "a",
         cache_dir=tmp_path / "c",
         config=None,
-        generate={"mode": "dit", "num_inference_steps": 4},
+        generate=cfg,
     )
     real = DistillPipeline.synthesize
     sizes = []
@@ -93,13 +93,13 @@ def test_images_are_drawn_alike_when_memory_is_short(toy_source, tmp_path, monke
         return real(self, latents, labels, generators, *args, **kwargs)
 
     monkeypatch.setattr(DistillPipeline, "synthesize", short)
-    pieces = make()(
+    pieces = make().distill(
         toy_source,
         ipc=3,
         output_dir=tmp_path / "b",
         cache_dir=tmp_path / "c",
         config=None,
-        generate={"mode": "dit", "num_inference_steps": cfg.num_inference_steps},
+        generate=cfg,
     )
     assert sizes == [9, 4, 4, 1]
     assert torch.equal(whole.images, pieces.images)

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_dit, tiny_kl
 from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
-from dq.config.schema import GenerateConfig, RunConfig
+from dq.config.schema import GenerateConfig, MethodConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.diffusion.codec import decode_latents, to_unit
@@ -351,13 +351,13 @@ def test_the_whole_story(tmp_path: Path, toy_source) -> None:
     config = RunConfig(cache_dir=str(tmp_path / "cache"), generate=GenerateConfig(mode="dit"))
 
     def distil():
-        return pipe(
+        return pipe.distill(
             toy_source,
             ipc=2,
             output_dir=tmp_path / "run",
             config=config,
-            generate={"num_inference_steps": 4},
-            method={"weights": "mass"},
+            generate=GenerateConfig(mode="dit", num_inference_steps=4),
+            method=MethodConfig(weights="mass"),
         )
 
     small = distil()

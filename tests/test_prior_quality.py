@@ -231,7 +231,7 @@ def test_a_sample_does_not_depend_on_the_others(name: str) -> None:
 
     def drawn(places: list[tuple[int, int]]) -> Tensor:
         generators = [generator(0, "prior sample", c, i) for c, i in places]
-        return sample_latents(pipe, [c for c, _ in places], generators, **options)
+        return sample_latents(pipe.transformer, pipe.scheduler, [c for c, _ in places], generators, **options)
 
     places = [(c, i) for c in range(3) for i in range(2)]
     whole = drawn(places)
@@ -255,7 +255,7 @@ def test_latents_are_those_of_the_stock_pipeline() -> None:
         stock.set_progress_bar_config(disable=True)
         options = {"guidance_scale": 1.0, "num_inference_steps": 5}
         expected = stock([1], generator=generator("test"), output_type="pt", **options).images
-        z = sample_latents(pipe, [1], [generator("test")], **options)
+        z = sample_latents(pipe.transformer, pipe.scheduler, [1], [generator("test")], **options)
         with torch.no_grad():
             image = pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample
         torch.testing.assert_close((image / 2 + 0.5).clamp(0, 1), expected, rtol=1e-3, atol=1e-3)
@@ -267,7 +267,9 @@ def test_a_flow_walk_lands_on_the_point_that_the_velocity_names() -> None:
     target = normal(1, 64, "target").float().view(1, 4, 4, 4)
     noise = torch.randn(4, 4, 4, generator=generator("test"))
     pipe.transformer.forward = lambda x, timestep, class_labels: type("Out", (), {"sample": noise - target})
-    z = sample_latents(pipe, [0], [generator("test")], guidance_scale=1.0, num_inference_steps=7)
+    z = sample_latents(
+        pipe.transformer, pipe.scheduler, [0], [generator("test")], guidance_scale=1.0, num_inference_steps=7
+    )
     torch.testing.assert_close(z, target, rtol=1e-5, atol=1e-5)
 
 
@@ -308,7 +310,9 @@ def test_a_model_that_breaks_is_one_sentence() -> None:
     pipe = pipe_of(schedulers()["ddim"])
     torch.nn.init.constant_(pipe.transformer.proj_out_2.bias, math.inf)
     with pytest.raises(RunError, match=r"ended in NaN or infinite latents; use --set generate\.dtype"):
-        sample_latents(pipe, [0], [generator("test")], guidance_scale=2.0, num_inference_steps=2)
+        sample_latents(
+            pipe.transformer, pipe.scheduler, [0], [generator("test")], guidance_scale=2.0, num_inference_steps=2
+        )
 
 
 # --- the verb -----------------------------------------------------------------------------------------------------

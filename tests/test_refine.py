@@ -19,6 +19,7 @@ from dq.refine.anchors import make_pool, nearest_anchors
 from dq.refine.batches import compose_batches
 from dq.refine.matched import calibrate, match_teachers
 from dq.refine.measure import measure, total_variation
+from dq.refine.method import Callback
 from dq.refine.optimize import class_distance
 from dq.refine.views import Schedule, View, draw_view, look, resample
 
@@ -210,8 +211,8 @@ def test_a_run_repeats_under_its_seed_and_leaves_teachers_alone(teacher, images)
 def test_an_interrupted_batch_ends_bit_equal(teacher, images, stop):
     config = short(sizes=(12, 16, 16))
     kept = []
-    whole = run(images, [teacher], config, on_block=kept.append)
-    assert [p.block for p in kept] == [1, 2]
+    whole = run(images, [teacher], config, callback=Callback(save=kept.append))
+    assert [p.facts["block"] for p in kept] == [1, 2]
     again = run(images, [teacher], config, resume=kept[stop - 1])
     assert torch.equal(whole.images, again.images)
     assert torch.equal(whole.trace, again.trace)
@@ -235,7 +236,7 @@ def test_overflow_in_float16_falls_back_to_float32(images, caplog):
         net.bn1.running_mean.mul_(3e5)
         net.bn1.running_var.mul_(9e10)
     kept = []
-    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), on_block=kept.append)
+    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), callback=Callback(save=kept.append))
     assert found.precision == "float32"
     again = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), resume=kept[0])
     assert torch.equal(found.images, again.images)  # it does not go back to float16
@@ -252,12 +253,12 @@ def test_a_scale_that_is_far_too_large_costs_no_step(images):
     teacher = teacher_of(net)
     config = short(alpha=1.0, lr=0.02)
     kept = []
-    found = run(images, [teacher], dataclasses.replace(config, dtype="float16"), on_block=kept.append)
+    found = run(images, [teacher], dataclasses.replace(config, dtype="float16"), callback=Callback(save=kept.append))
     exact = run(images, [teacher], config)
     moved = [(x.blocks[1] - x.blocks[0]).abs().mean() for x in (found, exact)]
     assert moved[0] > 0.5 * moved[1]
     if found.precision == "float16":
-        assert kept[0].scale < 65536
+        assert kept[0].facts["scale"] < 65536
         again = run(images, [teacher], dataclasses.replace(config, dtype="float16"), resume=kept[0])
         assert torch.equal(found.images, again.images)
 

@@ -112,7 +112,7 @@ def test_stages_follow_one_another_and_are_recorded(finished, teachers):
     own = [read_tensors(folders["teddy"] / f"class-{c:05d}.safetensors")[0] for c in range(3)]
     assert torch.equal(s.images, torch.cat([t["images"] for t in own]))
     # Teddy labelled them
-    assert torch.equal(s.soft_labels, torch.cat([t["logits"] for t in own]))
+    assert torch.equal(s.soft_labels, torch.cat([t["soft_labels"] for t in own]))
     assert s.provenance["labels"]["by"].startswith("the teachers of the last stage")
 
 
@@ -399,11 +399,11 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
     stage = dataclasses.replace(from_dict(FADRM, SHORT), teachers=(own,))
     pipe = DistillPipeline(vae=tiny_kl())
     options = {"ipc": 2, "resolution": 8, "cache_dir": tmp_path / "cache", "accelerator": accelerator}
-    plain = pipe(toy_source, output_dir=tmp_path / "plain", **options)
-    small = pipe(toy_source, output_dir=tmp_path / "run", refine=[stage], **options)
+    plain = pipe.distill(toy_source, output_dir=tmp_path / "plain", **options)
+    small = pipe.distill(toy_source, output_dir=tmp_path / "run", refine=[stage], **options)
     assert small.images.shape == plain.images.shape
     assert not torch.equal(small.images, plain.images)
-    again = pipe(toy_source, output_dir=tmp_path / "run", refine=stage, **options)
+    again = pipe.distill(toy_source, output_dir=tmp_path / "run", refine=stage, **options)
     assert torch.equal(small.images, again.images)
 
 
@@ -419,7 +419,7 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
         ({**SHORT, "batch_size": 1}, r"would hold 1 classes, fewer than 3"),
         (
             {**SHORT, "anchors": "file", "anchor_path": "nowhere"},
-            r"no anchors at nowhere; correct refine.0.",
+            r"names nowhere, which does not exist; correct refine.0.anchor_path",
         ),
         ({**SHORT, "sizes": [8, 8]}, r"refine.0.sizes=\[8, 8\] has 2 blocks but steps=\[3, 3, 3\] has 3"),
         ({**SHORT, "sizes": [8, 8, 12]}, r"the last of sizes=\[8, 8, 12\] must be the side of the images, 8 px"),

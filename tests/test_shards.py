@@ -420,8 +420,9 @@ def test_reading_starts_no_threads_of_arrow(tmp_path: Path) -> None:
     code = """
 import os, sys, threading
 import datasets, pyarrow.parquet
-from dq.data import load_source, read_images
-from dq.distilled import DistilledSet
+from dq.data.images import read_images
+from dq.data.load import load_source
+from dq.distilled.set import DistilledSet
 from test_distilled import make
 make(soft=True).save(sys.argv[1], "x")
 foreign = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()

@@ -100,7 +100,7 @@ def test_a_run_continues_with_or_without_a_tracker(tracked: Path) -> None:
 def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> None:  # noqa: F811
     file = config(world, tmp_path, evaluate__students=[])
     code = (
-        "import sys; from dq.cli import main; assert main(sys.argv[1:]) == 0; "
+        "import sys; from dq.cli.main import main; assert main(sys.argv[1:]) == 0; "
         "print([m for m in ('tensorboard', 'wandb', 'trackio', 'torch.utils.tensorboard') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -118,7 +118,7 @@ def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> N
 @pytest.mark.multi_process
 def test_one_process_tells(world: Path, tmp_path: Path) -> None:  # noqa: F811
     file = config(world, tmp_path)
-    command = [*torchrun(), "-m", "dq.cli.main", "run", "--config", str(file), "--cpu", "--report_to", "tensorboard"]
+    command = [*torchrun(), "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--report_to", "tensorboard"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -307,7 +307,7 @@ def test_durations_read_well() -> None:
 
 def test_a_run_says_where_it_is(world: Path, tmp_path: Path) -> None:  # noqa: F811
     file = config(world, tmp_path, ipc=[1], evaluate__students=[])
-    base = [sys.executable, "-m", "dq.cli.main", "run", "--config", str(file), "--cpu"]
+    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     plan = subprocess.run(
         [*base, "--dry-run", "--save_speeds", str(tmp_path / "speeds.json")], env=env, capture_output=True, timeout=120
@@ -334,7 +334,7 @@ def test_a_run_says_where_it_is(world: Path, tmp_path: Path) -> None:  # noqa: F
 
 def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:  # noqa: F811
     file = config(world, tmp_path, ipc=[1])
-    base = [sys.executable, "-m", "dq.cli.main", "run", "--config", str(file), "--cpu"]
+    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
     env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*base, "--quiet"], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -356,7 +356,7 @@ def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:
 
 def test_verbose_names_every_training(world: Path, tmp_path: Path) -> None:  # noqa: F811
     file = config(world, tmp_path, ipc=[1])
-    base = [sys.executable, "-m", "dq.cli.main", "run", "--config", str(file), "--cpu", "--verbose"]
+    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--verbose"]
     env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(base, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -104,7 +104,10 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
             teacher_file(t)
         for name, path in stage.paths().items():
             if not Path(path).exists():
-                raise InputError(f"there is no {path}; correct refine.{level}.{name}")
+                raise InputError(
+                    f"{name} of the stage {stage.stage!r} names {path}, which does not exist; correct "
+                    f"refine.{level}.{name}"
+                )
         context = Context(config.image_size, sum(map(_matched, teachers)))
         resolved = refinement.resolve(stage, context)
         if stage.labels_images and level + 1 < len(stages):
