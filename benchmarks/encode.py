@@ -53,8 +53,8 @@ def main() -> None:
                 for batch in images.split(config.batch_size):
                     encode_latents(codec, to_signed(batch))
             bare.append(time.perf_counter() - began)
-            cache = open_cache(f"{folder}/{r}", source, codec, source_config, config, 0)
-            stage.append(encode_source(source, codec, cache, source_config, config, seed=0))
+            cache = open_cache(f"{folder}/{r}", source, codec, config, 0)
+            stage.append(encode_source(source, codec, cache, config, seed=0))
     a, b = statistics.median(bare[1:]), statistics.median(stage[1:])
     row = {
         "data": args.data.rsplit("/", 1)[-1],

@@ -24,7 +24,7 @@ def child(classes: int) -> None:
     from diffusers import AutoencoderTiny
 
     from dq.cluster.kmeans import kmeans
-    from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
+    from dq.config.schema import ClusterConfig, CodecConfig
     from dq.data.source import ImageSource, Split
     from dq.diffusion.latents import encode_source, open_cache
 
@@ -46,8 +46,8 @@ def child(classes: int) -> None:
     ).eval()
     config = CodecConfig(resolution=32)
     with tempfile.TemporaryDirectory() as folder:
-        cache = open_cache(folder, source, codec, SourceConfig(), config, 0)
-        encode_source(source, codec, cache, SourceConfig(), config, seed=0)
+        cache = open_cache(folder, source, codec, config, 0)
+        encode_source(source, codec, cache, config, seed=0)
         for c in range(classes):
             kmeans(cache.load(c)[0].flatten(1).float(), 10, config=ClusterConfig(), seed=c)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -56,7 +56,7 @@ def walk(folder: Path) -> None:
     from diffusers import AutoencoderTiny
 
     from dq.cluster.kmeans import kmeans
-    from dq.config.schema import ClusterConfig, CodecConfig, SourceConfig
+    from dq.config.schema import ClusterConfig, CodecConfig
     from dq.data.load import load_source
     from dq.diffusion.latents import encode_source, open_cache
 
@@ -71,8 +71,8 @@ def walk(folder: Path) -> None:
     ).eval()
     config = CodecConfig(resolution=8, batch_size=256)
     source = load_source(folder, streaming=True)
-    cache = open_cache(folder / "cache", source, codec, SourceConfig(), config, 0)
-    encoding = encode_source(source, codec, cache, SourceConfig(), config, seed=0, main=False)
+    cache = open_cache(folder / "cache", source, codec, config, 0)
+    encoding = encode_source(source, codec, cache, config, seed=0, main=False)
     cache.check()
     began = time.perf_counter()
     classes = len(source.class_names)

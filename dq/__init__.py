@@ -13,6 +13,10 @@ import torch as torch
 __version__ = "0.1.0"
 
 _HOME = {
+    "LatentGenerator": "dq.diffusion.generator",
+    "MethodConfig": "dq.config.schema",
+    "GenerateConfig": "dq.config.schema",
+    "ClusterConfig": "dq.config.schema",
     "FADRM": "dq.config.refinement",
     "Teddy": "dq.config.refinement",
     "DistillPipeline": "dq.run.distill",
@@ -29,7 +33,7 @@ _HOME = {
     "kmeans": "dq.cluster.kmeans",
     "load_config": "dq.config.schema",
     "load_source": "dq.data.load",
-    "protocols": "dq.config.protocols",
+    "list_protocols": "dq.config.protocols",
     "pull": "dq.run.share",
     "push_folder": "dq.distilled.hub",
     "push_model": "dq.run.share",
@@ -41,14 +45,15 @@ _HOME = {
 if TYPE_CHECKING:
     from dq.cluster.kmeans import kmeans
     from dq.cluster.prototypes import Prototypes, image_weights
-    from dq.config.protocols import protocols, student_config
+    from dq.config.protocols import list_protocols, student_config
     from dq.config.refinement import FADRM, Teddy
-    from dq.config.schema import RunConfig, load_config
+    from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
     from dq.config.students import StudentConfig
     from dq.config.teachers import TeacherConfig
     from dq.core.errors import InputError, RunError
     from dq.data.load import load_source
     from dq.data.source import ImageSource
+    from dq.diffusion.generator import LatentGenerator
     from dq.distilled.external import load_set
     from dq.distilled.hub import push_folder
     from dq.distilled.set import DistilledSet
@@ -60,10 +65,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FADRM",
+    "ClusterConfig",
     "DistillPipeline",
     "DistilledSet",
+    "GenerateConfig",
     "ImageSource",
     "InputError",
+    "LatentGenerator",
+    "MethodConfig",
     "Prototypes",
     "RunConfig",
     "RunError",
@@ -73,10 +82,10 @@ __all__ = [
     "evaluate",
     "image_weights",
     "kmeans",
+    "list_protocols",
     "load_config",
     "load_set",
     "load_source",
-    "protocols",
     "pull",
     "push_folder",
     "push_model",

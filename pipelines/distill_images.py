@@ -1,4 +1,4 @@
-"""Distil a folder of images with any diffusers model, in Python.
+"""Distill a folder of images with any diffusers model, in Python.
 
     python pipelines/distill_images.py DATA MODEL --ipc 10 --output_dir runs/mine
     accelerate launch --multi_gpu --num_processes 8 pipelines/distill_images.py DATA MODEL --ipc 10
@@ -28,10 +28,12 @@ def main() -> None:
     accelerator = make_accelerator()
     source = load_source(args.data)
     pipe = DistillPipeline.from_pretrained(args.model)
-    small = pipe(source, ipc=args.ipc, resolution=args.resolution, output_dir=args.output_dir, accelerator=accelerator)
-    accelerator.print(small, f"in {args.output_dir}/dataset")
+    distilled = pipe.distill(
+        source, ipc=args.ipc, resolution=args.resolution, output_dir=args.output_dir, accelerator=accelerator
+    )
+    accelerator.print(distilled, f"in {args.output_dir}/dataset")
     if accelerator.is_main_process and source.test_name is not None:
-        print(evaluate(small, source, seeds=3, epochs={"default": args.epochs}))
+        print(evaluate(distilled, source, n_seeds=3, epochs={"default": args.epochs}))
 
 
 if __name__ == "__main__":

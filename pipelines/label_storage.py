@@ -15,7 +15,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from dq.config.schema import SourceConfig
 from dq.config.students import EvaluateConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.processes import make_accelerator
@@ -67,7 +66,6 @@ def main() -> None:
                 {**student, "relabel": {**way, "epochs": round(share * args.epochs)}} for way, share in WAYS.values()
             ),
         ),
-        source_config=SourceConfig(path=args.data),
         teachers=(TeacherConfig(net=net, path=path),),
         folder=args.output_dir,
         cache_dir=args.output_dir / "cache",

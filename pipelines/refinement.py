@@ -37,7 +37,6 @@ from dq.diffusion.generator import LatentGenerator
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate_sets
 from dq.evaluation.statistics import mean_std, paired_difference
-from dq.run.stages.refine import refine
 from dq.run.folder import open_run
 from dq.run.report import write_report
 from dq.run.stages.assemble import assemble
@@ -45,6 +44,7 @@ from dq.run.stages.cluster import cluster
 from dq.run.stages.encode import encode
 from dq.run.stages.generate import generate
 from dq.run.stages.label import label
+from dq.run.stages.refine import refine
 
 # evaluation -> who labels, which sets, which baselines beside them
 SETS = {
@@ -124,7 +124,6 @@ def evaluate(config: RunConfig, source: Any, accelerator: Any, only: list[str]) 
             sets,
             source,
             config=dataclasses.replace(config.evaluate, baselines=tuple(baselines), students=students, seeds=seeds),
-            source_config=config.source,
             # the patches are cut by the run's teacher, whoever labels
             teachers=labellers(config).get(labeller, config.teachers),
             image_size=config.image_size,

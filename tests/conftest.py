@@ -108,7 +108,7 @@ def accelerator():
 @pytest.fixture(scope="session")
 def made(toy_source, accelerator, tmp_path_factory):
     """A prior trained without interruption, and what it was made from."""
-    from small_prior import CODEC, NAMES, SOURCE, encoded, prior_in
+    from small_prior import CODEC, NAMES, encoded, prior_in
 
     from dq.diffusion.codec import load_codec
     from dq.diffusion.prior.train_codec import train_codec
@@ -117,7 +117,7 @@ def made(toy_source, accelerator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     prior = prior_in(folder / "prior")
     before = torch.get_rng_state()
-    vae = train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+    vae = train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     codec = load_codec(vae)
     cache = encoded(toy_source, folder / "cache", codec)
     assert train_denoiser(cache, codec, prior, class_names=NAMES, accelerator=accelerator) == folder / "prior"

@@ -41,8 +41,8 @@ def prior_in(folder: Path, codec: dict | None = None, denoiser: dict | None = No
 
 
 def encoded(source: ImageSource, folder: Path, codec: Codec) -> LatentCache:
-    cache = open_cache(folder, source, codec, SOURCE, CODEC, 0)
-    encode_source(source, codec, cache, SOURCE, CODEC, seed=0, main=False)
+    cache = open_cache(folder, source, codec, CODEC, 0)
+    encode_source(source, codec, cache, CODEC, seed=0, main=False)
     return cache
 
 

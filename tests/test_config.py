@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dq.config.overrides import apply_settings
-from dq.config.protocols import protocols, student_config
+from dq.config.protocols import list_protocols, student_config
 from dq.config.reader import dump_config, from_dict, to_dict
 from dq.config.schema import ClusterConfig, MethodConfig, RunConfig, load_config
 from dq.config.students import StudentConfig
@@ -44,7 +44,7 @@ def test_shipped_configs_load(path: Path) -> None:
     assert config.teachers or all(s.labels == "hard" for s in found.values())
 
 
-@pytest.mark.parametrize("name", protocols())
+@pytest.mark.parametrize("name", list_protocols())
 def test_shipped_protocols_hold_for_every_size(name: str) -> None:
     rules = yaml.safe_load((ROOT / f"dq/config/presets/protocols/{name}.yaml").read_text())["rules"]
     named = [rule["when"].get("dataset", []) for rule in rules]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import dq
 from dq.cli.main import main
 from dq.cli.parser import build_parser, resolve
-from dq.config.schema import RunConfig, SourceConfig
+from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
 from dq.core.processes import make_accelerator
@@ -796,7 +796,6 @@ def test_ddr_compares_sets_of_one_size(world, tmp_path):
             {f"s{i}": s for i, s in enumerate(sets)},
             load_source(world / "images"),
             config=EvaluateConfig(),
-            source_config=SourceConfig(),
             image_size=image_size,
             folder=tmp_path,
             cache_dir=tmp_path,

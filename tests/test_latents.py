@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_kl
 
-from dq.config.schema import CodecConfig, SourceConfig
+from dq.config.schema import CodecConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
 from dq.core.processes import shard
@@ -21,14 +21,14 @@ CODEC = CodecConfig(path="x", resolution=8, batch_size=4)
 
 
 def cache_in(folder: Path, source, codec, **codec_settings) -> LatentCache:
-    return open_cache(folder, source, codec, SourceConfig(), dataclasses.replace(CODEC, **codec_settings), seed=0)
+    return open_cache(folder, source, codec, dataclasses.replace(CODEC, **codec_settings), seed=0)
 
 
 @torch.no_grad()
 def test_shards_hold_the_latents_of_their_class(tmp_path: Path, toy_source) -> None:
     codec = tiny_kl()
     cache = cache_in(tmp_path, toy_source, codec)
-    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
+    encode_source(toy_source, codec, cache, CODEC, seed=0)
     for c, n in enumerate((9, 8, 7)):
         z, rows = cache.load(c)
         assert z.shape == (n, 4, 4, 4)
@@ -46,7 +46,7 @@ def test_batch_size_does_not_matter(tmp_path: Path, toy_source, posterior: str) 
     for size in (2, 9):
         cache = cache_in(tmp_path / str(size), toy_source, codec, posterior=posterior)
         config = dataclasses.replace(CODEC, batch_size=size, posterior=posterior)
-        encode_source(toy_source, codec, cache, SourceConfig(), config, seed=0)
+        encode_source(toy_source, codec, cache, config, seed=0)
         results.append(cache.load(0)[0].float())
     assert torch.allclose(*results, atol=2e-3)
 
@@ -54,7 +54,7 @@ def test_batch_size_does_not_matter(tmp_path: Path, toy_source, posterior: str) 
 def test_interrupted_equals_uninterrupted(tmp_path: Path, toy_source) -> None:
     codec = tiny_kl()
     whole, parts = (cache_in(tmp_path / n, toy_source, codec) for n in ("whole", "parts"))
-    encode_source(toy_source, codec, whole, SourceConfig(), CODEC, seed=0)
+    encode_source(toy_source, codec, whole, CODEC, seed=0)
     assert len(whole.parts) == 3
     read, calls = toy_source.train.read, []
 
@@ -68,10 +68,10 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, toy_source) -> None:
         toy_source, splits={**toy_source.splits, "train": dataclasses.replace(toy_source.train, read=stop)}
     )
     with pytest.raises(KeyboardInterrupt):
-        encode_source(broken, codec, parts, SourceConfig(), CODEC, seed=0)
+        encode_source(broken, codec, parts, CODEC, seed=0)
     assert parts.missing() == [1, 2]
     stamp = parts.path(0).stat().st_mtime_ns
-    encode_source(toy_source, codec, parts, SourceConfig(), CODEC, seed=0)
+    encode_source(toy_source, codec, parts, CODEC, seed=0)
     assert parts.path(0).stat().st_mtime_ns == stamp
     for c in range(3):
         assert parts.path(c).read_bytes() == whole.path(c).read_bytes()
@@ -86,8 +86,8 @@ def test_rows_in_the_order_of_a_stream_give_the_same_classes(tmp_path: Path, toy
     codec = tiny_kl()
     one = cache_in(tmp_path / "one", source, codec)
     two = cache_in(tmp_path / "two", stream, codec)
-    encode_source(source, codec, one, SourceConfig(), CODEC, seed=0)
-    encode_source(stream, codec, two, SourceConfig(), CODEC, seed=0)
+    encode_source(source, codec, one, CODEC, seed=0)
+    encode_source(stream, codec, two, CODEC, seed=0)
     # neighbours in the stream are neighbours in the files, class by class within each
     with open_tensors(two.path(0)) as f:
         assert sorted(f.get_tensor("rows").tolist()) == list(range(8))
@@ -102,10 +102,10 @@ def test_rows_in_the_order_of_a_stream_give_the_same_classes(tmp_path: Path, toy
 def test_files_are_divided_over_processes(tmp_path: Path, toy_source) -> None:
     codec = tiny_kl()
     alone, shared = (cache_in(tmp_path / n, toy_source, codec) for n in ("alone", "shared"))
-    encode_source(toy_source, codec, alone, SourceConfig(), CODEC, seed=0)
+    encode_source(toy_source, codec, alone, CODEC, seed=0)
     for rank in (1, 0):
         mine = functools.partial(shard, rank=rank, world_size=2)
-        encode_source(toy_source, codec, shared, SourceConfig(), CODEC, seed=0, mine=mine)
+        encode_source(toy_source, codec, shared, CODEC, seed=0, mine=mine)
         assert shared.missing() == ([0, 2] if rank == 1 else [])
     for c in range(3):
         assert shared.path(c).read_bytes() == alone.path(c).read_bytes()
@@ -120,9 +120,9 @@ def test_the_key_follows_what_decides_the_latents(tmp_path: Path, toy_source, to
     assert cache_in(tmp_path, toy_source, codec, posterior="sample").key != base
     other = load_source({**toy_images, "train": (toy_images["train"][0].flip(0), toy_images["train"][1].flip(0))})
     assert cache_in(tmp_path, other, codec).key != base
-    squash = SourceConfig(preprocess="squash")
-    assert open_cache(tmp_path, toy_source, codec, squash, CODEC, seed=0).key != base
-    assert open_cache(tmp_path, toy_source, codec, SourceConfig(), CODEC, seed=5).key == base
+    squash = load_source(toy_source, preprocess="squash")
+    assert open_cache(tmp_path, squash, codec, CODEC, seed=0).key != base
+    assert open_cache(tmp_path, toy_source, codec, CODEC, seed=5).key == base
 
 
 def test_bad_images_are_set_aside_and_listed(tmp_path: Path) -> None:
@@ -135,15 +135,15 @@ def test_bad_images_are_set_aside_and_listed(tmp_path: Path) -> None:
     (tmp_path / "set" / "b" / "1.png").write_bytes(b"broken")
     source = load_source(tmp_path / "set")
     codec = tiny_kl()
-    skip = SourceConfig(on_bad_image="skip")
-    cache = open_cache(tmp_path / "cache", source, codec, skip, CODEC, seed=0)
-    encode_source(source, codec, cache, skip, CODEC, seed=0)
+    skip = load_source(source, on_bad_image="skip")
+    cache = open_cache(tmp_path / "cache", skip, codec, CODEC, seed=0)
+    encode_source(skip, codec, cache, CODEC, seed=0)
     assert cache.load(1)[1].tolist() == [3, 5]
     assert len(cache.bad_images()) == 1
     assert "1.png" in cache.bad_images()[0]
-    strict = open_cache(tmp_path / "cache", source, codec, SourceConfig(), CODEC, seed=0)
+    strict = open_cache(tmp_path / "cache", source, codec, CODEC, seed=0)
     with pytest.raises(InputError, match=r"1\.png cannot be read"):
-        encode_source(source, codec, strict, SourceConfig(), CODEC, seed=0)
+        encode_source(source, codec, strict, CODEC, seed=0)
 
 
 def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
@@ -154,9 +154,9 @@ def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "set" / "a" / "0.png")
     (tmp_path / "set" / "b" / "0.png").write_bytes(b"broken")
     source = load_source(tmp_path / "set")
-    skip = SourceConfig(on_bad_image="skip")
-    cache = open_cache(tmp_path / "cache", source, tiny_kl(), skip, CODEC, seed=0)
-    encode_source(source, tiny_kl(), cache, skip, CODEC, seed=0)
+    skip = load_source(source, on_bad_image="skip")
+    cache = open_cache(tmp_path / "cache", skip, tiny_kl(), CODEC, seed=0)
+    encode_source(skip, tiny_kl(), cache, CODEC, seed=0)
     with pytest.raises(InputError, match="no image of class 1 'b' can be read; replace them or drop the class"):
         cache.check()
 
@@ -168,7 +168,7 @@ def test_missing_files_are_named_and_damaged_ones_made_anew(
     cache = cache_in(tmp_path, toy_source, codec)
     with pytest.raises(InputError, match=r"lacks 3 of 3 files, first part-000000.safetensors; run `dq encode` first"):
         cache.load(1)
-    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
+    encode_source(toy_source, codec, cache, CODEC, seed=0)
     whole = [cache.path(i).read_bytes() for i in range(3)]
     cache.path(0).write_bytes(whole[0][:100])
     flipped = bytearray(whole[2])
@@ -179,7 +179,7 @@ def test_missing_files_are_named_and_damaged_ones_made_anew(
         cache_in(tmp_path, toy_source, codec).load(0)
     with pytest.raises(RunError, match=r"part-00000[02].safetensors cannot be read"):
         cache_in(tmp_path, toy_source, codec).load(2)
-    encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
+    encode_source(toy_source, codec, cache, CODEC, seed=0)
     assert [cache.path(i).read_bytes() for i in range(3)] == whole
     assert cache.path(1).stat().st_mtime_ns == stamp
     assert [r.message for r in caplog.records if "part-000002" in r.message and "is made anew" in r.message]
@@ -189,5 +189,5 @@ def test_latents_that_do_not_fit_are_named(tmp_path: Path, toy_source) -> None:
     codec = tiny_kl(scaling_factor=1e9)
     cache = cache_in(tmp_path, toy_source, codec)
     with pytest.raises(InputError, match=r"the latent of row 0 of split 'train' exceeds the float16 range"):
-        encode_source(toy_source, codec, cache, SourceConfig(), CODEC, seed=0)
+        encode_source(toy_source, codec, cache, CODEC, seed=0)
     assert cache.missing() == [0, 1, 2]

@@ -269,18 +269,18 @@ def test_means_of_teachers_are_weighted():
 
 def test_a_pool_stands_for_its_teachers_wherever_teachers_are_named(prior, source):
     c = TeacherConfig("pool", str(prior), weight=0.5)
-    found = load_teachers([c], source, SourceConfig(), 8, torch.device("cpu"))
+    found = load_teachers([c], source, 8, torch.device("cpu"))
     pool = TeacherPool.load(prior)
     assert [t.name for t in found] == [t.name for t in pool.teachers]
     assert [t.weight for t in found] == pytest.approx([t.weight / 2 for t in pool.teachers])
-    whole = load_teachers([dataclasses.replace(c, weight=1.0)], source, SourceConfig(), 8, torch.device("cpu"))
+    whole = load_teachers([dataclasses.replace(c, weight=1.0)], source, 8, torch.device("cpu"))
     assert {t.digest for t in found}.isdisjoint(t.digest for t in whole)
     x = images_of(torch.arange(6) % 4, 8)
     torch.testing.assert_close(pooled_logits(found, x), pool.ensemble_logits(x))
     with pytest.raises(InputError, match="a pool stands for several networks"):
         load_teacher(c, 4, 8)
     with pytest.raises(InputError, match="made for 4 classes and images of 8 px"):
-        load_teachers([c], source, SourceConfig(), 16, torch.device("cpu"))
+        load_teachers([c], source, 16, torch.device("cpu"))
     with pytest.raises(InputError, match="holds no finished pool"):
         TeacherPool.load(prior.parent)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_kl, torchrun
 from safetensors.torch import load_file
-from small_prior import CODEC, NAMES, SOURCE, encoded, every_image, metrics, prior_in
+from small_prior import CODEC, NAMES, encoded, every_image, metrics, prior_in
 from torch import nn
 
 from dq.config.prior import TrainCodecConfig, TrainDenoiserConfig
@@ -345,7 +345,7 @@ def test_two_processes_give_what_one_gives(made, toy_images, toy_source, acceler
     """A codec with shares of 2 and 3 rows, and a denoiser with four of 2, 2, 2 and 3."""
     codec, denoiser = SHORT | {"batch_size": 5}, SHORT | {"accumulate": 2}
     prior = prior_in(tmp_path / "one", codec=codec, denoiser=denoiser)
-    train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+    train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     vae = load_codec(tmp_path / "one" / "vae")
     train_denoiser(
         encoded(toy_source, tmp_path / "cache", vae), vae, prior, class_names=NAMES, accelerator=accelerator
@@ -414,11 +414,11 @@ def assert_same_model(a: Path, b: Path) -> None:
 def test_resumed_codec_is_the_uninterrupted_one(made, toy_source, accelerator, tmp_path, monkeypatch):
     prior = prior_in(tmp_path)
     with interrupted_at_save(monkeypatch, 2):
-        train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+        train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     assert not (tmp_path / "vae").exists()
     assert read_metadata(tmp_path / ".training-codec" / "checkpoint.safetensors")["step"] == 45
     steps = counted(monkeypatch, codec_module)
-    train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+    train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     assert steps == list(range(45, 120))
     assert_same_model(tmp_path / "vae", made.vae)
     assert metrics(tmp_path, "codec") == metrics(made.folder, "codec")[1:]
@@ -452,7 +452,7 @@ def test_finished_training_is_not_repeated(made, toy_source, accelerator, monkey
     steps, denoiser_steps = counted(monkeypatch, codec_module), counted(monkeypatch, denoiser_module)
     # how often to save does not change the result, nor does compilation
     often = prior_in(made.folder, codec={"save_every": 7}, denoiser={"save_every": 7, "compile": True})
-    assert train_codec(toy_source, SOURCE, CODEC, often, accelerator=accelerator) == made.vae
+    assert train_codec(toy_source, CODEC, often, accelerator=accelerator) == made.vae
     assert train_denoiser(made.cache, made.codec, often, class_names=NAMES, accelerator=accelerator) == made.folder
     assert steps == denoiser_steps == []
     assert {p: p.stat().st_mtime_ns for p in made.folder.rglob("*") if p.is_file()} == files
@@ -460,7 +460,7 @@ def test_finished_training_is_not_repeated(made, toy_source, accelerator, monkey
 
 def test_changed_settings_are_refused(made, toy_source, accelerator):
     def codec(prior, resolution=8):
-        train_codec(toy_source, SOURCE, CodecConfig(resolution=resolution), prior, accelerator=accelerator)
+        train_codec(toy_source, CodecConfig(resolution=resolution), prior, accelerator=accelerator)
 
     def denoiser(prior, names=NAMES):
         train_denoiser(made.cache, made.codec, prior, class_names=names, accelerator=accelerator)
@@ -486,11 +486,11 @@ def test_changed_settings_are_refused(made, toy_source, accelerator):
 
 def test_checkpoint_of_other_settings_is_refused(toy_source, accelerator, tmp_path, monkeypatch):
     with interrupted_at_save(monkeypatch, 2):
-        train_codec(toy_source, SOURCE, CODEC, prior_in(tmp_path), accelerator=accelerator)
+        train_codec(toy_source, CODEC, prior_in(tmp_path), accelerator=accelerator)
     with pytest.raises(
         RunError, match=r"\.training-codec holds an unfinished codec of other settings.*prior\.output_dir"
     ):
-        train_codec(toy_source, SOURCE, CODEC, prior_in(tmp_path, codec={"lr": 1e-3}), accelerator=accelerator)
+        train_codec(toy_source, CODEC, prior_in(tmp_path, codec={"lr": 1e-3}), accelerator=accelerator)
 
 
 def test_denoiser_checkpoint_of_other_settings_is_refused(made, accelerator, tmp_path, monkeypatch):
@@ -508,7 +508,7 @@ def test_models_of_others_are_kept(made, toy_source, accelerator, tmp_path):
     other = new_codec(prior_in(tmp_path, seed=5), 8)
     other.save_pretrained(tmp_path / "vae")
     with pytest.raises(RunError, match="vae holds a model that was not trained here"):
-        train_codec(toy_source, SOURCE, CODEC, prior_in(tmp_path), accelerator=accelerator)
+        train_codec(toy_source, CODEC, prior_in(tmp_path), accelerator=accelerator)
     with pytest.raises(RunError, match="vae is not the codec that made these latents"):
         train_denoiser(made.cache, made.codec, prior_in(tmp_path), class_names=NAMES, accelerator=accelerator)
 
@@ -548,11 +548,11 @@ def test_learning_rate_warms_up_and_falls():
 def test_without_a_test_split_some_of_train_is_held_out(toy_images, accelerator):
     images = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
     source = load_source((images, torch.arange(50) % 3), class_names=NAMES)
-    train, held = codec_module._images(source, SOURCE, 8, 0)
+    train, held = codec_module._images(source, 8, 0)
     assert (len(train), len(held)) == (45, 5)
     assert sorted(train[:, 0, 0, 0].tolist() + held[:, 0, 0, 0].tolist()) == list(range(50))
     with_test = load_source(toy_images, class_names=NAMES)
-    train, held = codec_module._images(with_test, SOURCE, 8, 0)
+    train, held = codec_module._images(with_test, 8, 0)
     assert (len(train), len(held)) == (24, 12)
 
 
@@ -597,7 +597,7 @@ def test_too_little_disk_stops_before_the_first_step(made, toy_source, accelerat
         r"checkpoints of the {} need \d+ MiB but .* has 0 MiB free; free some, or choose another prior\.output_dir"
     )
     with pytest.raises(RunError, match=message.format("codec")):
-        train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+        train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     with pytest.raises(RunError, match=message.format("denoiser")):
         train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
     assert steps == []
@@ -607,7 +607,7 @@ def test_too_little_disk_stops_before_the_first_step(made, toy_source, accelerat
 def test_impossible_settings_are_named(made, toy_source, accelerator, tmp_path, monkeypatch):
     def codec(resolution=8, **changes):
         config = CodecConfig(resolution=resolution)
-        train_codec(toy_source, SOURCE, config, prior_in(tmp_path, codec=changes), accelerator=accelerator)
+        train_codec(toy_source, config, prior_in(tmp_path, codec=changes), accelerator=accelerator)
 
     def denoiser(names=NAMES, **changes):
         prior = prior_in(tmp_path, denoiser=changes)

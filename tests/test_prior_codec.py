@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_kl
 from safetensors.torch import save_file
-from small_prior import CODEC, SOURCE, every_image, metrics, prior_in
+from small_prior import CODEC, every_image, metrics, prior_in
 from test_codec import tiny_dc
 from torch import nn
 
@@ -119,7 +119,7 @@ def test_the_perceptual_term_brings_features_together(made, toy_source, accelera
 
     def trained(name: str, **changes) -> float:
         prior = prior_in(tmp_path / name, codec=start | changes)
-        vae = train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+        vae = train_codec(toy_source, CODEC, prior, accelerator=accelerator)
         back = reconstruct(load_codec(vae), images)
         return float(perceptual_distance(judge, back * 0.5 + 0.5, images / 255).mean())
 
@@ -205,7 +205,7 @@ def test_autoencoder_tiny_trains(toy_source, accelerator, tmp_path):
     from diffusers import AutoencoderTiny
 
     changes = TINY | {"steps": 100, "save_every": 50}
-    vae = train_codec(toy_source, SOURCE, CODEC, prior_in(tmp_path, codec=changes), accelerator=accelerator)
+    vae = train_codec(toy_source, CODEC, prior_in(tmp_path, codec=changes), accelerator=accelerator)
     assert isinstance(AutoencoderTiny.from_pretrained(vae), AutoencoderTiny)
     first, last = metrics(tmp_path, "codec")
     assert "kl" not in last  # there is no posterior
@@ -240,7 +240,7 @@ def test_fine_tuning_starts_at_the_given_codec(made, toy_source, accelerator, tm
     model = new_codec(prior, 8)
     assert codec_digest(model) == codec_digest(given)
     assert all(p.requires_grad for p in model.parameters())
-    vae = train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+    vae = train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     new = load_codec(vae)
     assert type(new) is type(given)
     torch.testing.assert_close(reconstruct(new, images), reconstruct(given, images), atol=1e-4, rtol=0)
@@ -251,27 +251,25 @@ def test_fine_tuning_starts_at_the_given_codec(made, toy_source, accelerator, tm
     assert (std - 1).abs().max() < 1e-4
     # the same command is needed, and costs nothing
     before = (vae / "training.json").stat().st_mtime_ns
-    train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+    train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     assert (vae / "training.json").stat().st_mtime_ns == before
     with pytest.raises(RunError, match="holds a codec of other settings"):
-        train_codec(
-            toy_source, SOURCE, CODEC, prior_in(tmp_path / "prior", codec={"steps": 1}), accelerator=accelerator
-        )
+        train_codec(toy_source, CODEC, prior_in(tmp_path / "prior", codec={"steps": 1}), accelerator=accelerator)
     if kind == "kl":  # nor may the start change under its name
         tiny_kl(scaling_factor=0.3, shift_factor=0.1, seed=1).save_pretrained(start)
         with pytest.raises(RunError, match="holds a codec of other settings"):
-            train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+            train_codec(toy_source, CODEC, prior, accelerator=accelerator)
 
 
 def test_a_missing_start_is_refused(toy_source, accelerator, tmp_path):
     prior = prior_in(tmp_path / "prior", codec={"init": str(tmp_path / "nothing")})
     with pytest.raises(InputError, match=r"there is no model folder .*nothing"):
-        train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+        train_codec(toy_source, CODEC, prior, accelerator=accelerator)
 
 
 def test_fine_tuning_improves_the_codec(made, toy_source, accelerator, tmp_path):
     changes = {"init": str(made.vae), "steps": 60, "save_every": 60, "schedule": "cosine", "lr": 2e-3}
-    vae = train_codec(toy_source, SOURCE, CODEC, prior_in(tmp_path, codec=changes), accelerator=accelerator)
+    vae = train_codec(toy_source, CODEC, prior_in(tmp_path, codec=changes), accelerator=accelerator)
     better, before = (read_json(v / "training.json")["psnr"] for v in (vae, made.vae))
     assert math.isfinite(better)
     assert better > before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dq.config.protocols import FOLDER, protocols, student_config
+from dq.config.protocols import FOLDER, list_protocols, student_config
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 from dq.networks.zoo import make_net
@@ -27,7 +27,7 @@ def preset(name: str, dataset: str, ipc: int | str = 10, *, named: bool = True, 
     return student_config(spec, ipc=str(ipc), classes=classes, image_size=side)
 
 
-@pytest.mark.parametrize("name", sorted(protocols()))
+@pytest.mark.parametrize("name", sorted(list_protocols()))
 def test_every_preset_is_complete_for_every_data_set(name):
     for dataset, (classes, side) in DATA.items():
         for ipc in (1, 10, 50, 2000, "full"):
@@ -36,7 +36,7 @@ def test_every_preset_is_complete_for_every_data_set(name):
             assert c.epochs >= 1
         if side <= 64:  # larger networks take long to fill with random numbers
             make_net(c.net, classes, side, norm=c.norm, seed=0)
-    assert protocols()[name].startswith((name, "soft"))
+    assert list_protocols()[name].startswith((name, "soft"))
 
 
 def test_every_published_data_set_of_a_protocol_may_be_named():
@@ -57,8 +57,8 @@ def test_every_published_data_set_of_a_protocol_may_be_named():
 
 
 def test_the_files_are_what_the_names_say():
-    assert sorted(protocols()) == sorted(p.stem for p in FOLDER.glob("*.yaml"))
-    assert set(protocols()) == {"classic", "edc", "fadrm", "hard", "rded", "sre2l"}
+    assert sorted(list_protocols()) == sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    assert set(list_protocols()) == {"classic", "edc", "fadrm", "hard", "rded", "sre2l"}
 
 
 # --- fadrm --------------------------------------------------------------------------------------------------------

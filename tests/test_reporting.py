@@ -341,7 +341,9 @@ def small_set(toy_images) -> DistilledSet:
 
 def test_evaluate_trains_on_the_set_and_on_its_baselines(toy_source, toy_images) -> None:
     settings = {"epochs": {"default": 40}, "augment": "none", "tests": 1, "optimizer": "adamw", "lr": 1e-3}
-    results = evaluate(small_set(toy_images), toy_source, seeds=2, baselines=("random", "nearest", "full"), **settings)
+    results = evaluate(
+        small_set(toy_images), toy_source, n_seeds=2, baselines=("random", "nearest", "full"), **settings
+    )
     assert [(r.set, r.ipc, r.images, len(r.last)) for r in results.rows] == [
         ("set", "2", 6, 2),
         ("random", "2", 6, 2),
@@ -358,7 +360,7 @@ def test_evaluate_trains_on_the_set_and_on_its_baselines(toy_source, toy_images)
 
 def test_validation_images_are_not_trained_on(toy_source, toy_images) -> None:
     settings = {"epochs": 2, "augment": "none", "tests": 2}
-    results = evaluate(small_set(toy_images), toy_source, seeds=1, baselines=("full",), **settings)
+    results = evaluate(small_set(toy_images), toy_source, n_seeds=1, baselines=("full",), **settings)
     # a fifth of each class at most: one of 9, 8 and 7
     assert [(r.set, r.images, r.selected_on) for r in results.rows] == [
         ("set", 6, "validation"),
@@ -369,14 +371,14 @@ def test_validation_images_are_not_trained_on(toy_source, toy_images) -> None:
 def test_evaluate_sees_wrong_labels(toy_source, toy_images) -> None:
     good = small_set(toy_images)
     wrong = dataclasses.replace(good, labels=good.labels.roll(2))
-    result = evaluate(wrong, toy_source, seeds=1, baselines=(), epochs={"default": 30}, augment="none", tests=1)
+    result = evaluate(wrong, toy_source, n_seeds=1, baselines=(), epochs={"default": 30}, augment="none", tests=1)
     assert result.rows[0].last[0] < 0.2
 
 
 def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
     small = small_set(toy_images)
     with pytest.raises(InputError, match="labels=soft need a teacher"):
-        evaluate(small, toy_source, protocol="rded", student="convnet3")
+        evaluate(small, toy_source, protocol="rded", students="convnet3")
     with pytest.raises(InputError, match="'set' has no labels for labels=fixed; set teachers"):
         evaluate(small, toy_source, labels="fixed", epochs=1)
     with pytest.raises(InputError, match="'patches' is scored by a teacher"):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data.coresets import herding_rows, k_center_rows, random_rows
+from dq.data.load import load_source
 from dq.data.source import ImageSource
 from dq.data.tensors import from_tensors
 from dq.distilled.set import DistilledSet
@@ -211,9 +211,7 @@ def test_best_crop_is_the_brightest_and_its_score_is_that_of_the_stored_patch() 
 def test_patches_come_easiest_first(factor: int) -> None:
     source = flat_source([40, 200, 90, 250, 10, 120, 160, 70, 220, 30])
     tiles = factor**2
-    found = patch_images(
-        source, 2, teacher=bright_teacher(), image_size=8, source_config=SourceConfig(), factor=factor, pool=20
-    )
+    found = patch_images(source, 2, teacher=bright_teacher(), image_size=8, factor=factor, pool=20)
     assert found.images.shape == (2, 3, 8, 8)
     assert found.images.dtype == torch.uint8
     assert found.rows.tolist() == [3, 8]  # 250 and 220
@@ -222,15 +220,13 @@ def test_patches_come_easiest_first(factor: int) -> None:
     for j in range(2):
         corners = found.images[j, 0, ::side, ::side].flatten().tolist()
         assert corners == ranked[j::2]
-    medium = patch_images(
-        source, 2, teacher=bright_teacher(), image_size=8, source_config=SourceConfig(), pool=20, rank="medium"
-    )
+    medium = patch_images(source, 2, teacher=bright_teacher(), image_size=8, pool=20, rank="medium")
     assert medium.rows.tolist() == [5, 2]  # of 250 220 200 160 [120 90] 70 40 30 10
 
 
 @pytest.mark.parametrize("factor", [1, 2])
 def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, monkeypatch) -> None:
-    options = {"image_size": 8, "source_config": SourceConfig(), "factor": factor, "pool": 8}
+    options = {"image_size": 8, "factor": factor, "pool": 8}
     one = patch_images(toy_source, 1, teacher=conv_teacher(64), **options)
     monkeypatch.setattr("dq.networks.patches.CHUNK_BYTES", 1)
     two = patch_images(toy_source, 1, teacher=conv_teacher(3), **options)
@@ -241,7 +237,7 @@ def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, mo
 
 
 def test_patches_of_small_classes(toy_source) -> None:
-    options = {"teacher": conv_teacher(64), "image_size": 8, "source_config": SourceConfig()}
+    options = {"teacher": conv_teacher(64), "image_size": 8}
     # 9, 8 and 7 images give two, two and one mosaics of 4
     found = patch_images(toy_source, 3, factor=2, **options)
     assert toy_source.train.labels[found.rows].tolist() == [0, 0, 1, 1, 2]
@@ -313,14 +309,8 @@ def test_unreadable_images_are_left_out_where_that_is_wished(toy_source) -> None
     source = dataclasses.replace(toy_source, splits={"train": split})
     with pytest.raises(InputError, match="gone"):
         select("nearest", source, 3, image_size=8, features=toy_features(toy_source))
-    s = select(
-        "nearest",
-        source,
-        3,
-        image_size=8,
-        features=toy_features(toy_source),
-        source_config=SourceConfig(on_bad_image="skip"),
-    )
+    skipping = load_source(source, on_bad_image="skip")
+    s = select("nearest", skipping, 3, image_size=8, features=toy_features(toy_source))
     assert s.source_row.tolist() == full.source_row[1:].tolist()
     assert s.counts.tolist() == full.counts[1:].tolist()
     assert s.prototype.tolist() == [0, 1, 0, 1, 2, 0, 1, 2]

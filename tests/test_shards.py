@@ -210,8 +210,8 @@ def test_a_stream_is_encoded_like_any_source(tmp_path: Path) -> None:
     config = CodecConfig(path="x", resolution=8, batch_size=4)
     found = []
     for name, source in (("usual", load_source(folder)), ("stream", streamed(folder))):
-        cache = open_cache(tmp_path / name, source, codec, SourceConfig(), config, seed=0)
-        encode_source(source, codec, cache, SourceConfig(), config, seed=0)
+        cache = open_cache(tmp_path / name, source, codec, config, seed=0)
+        encode_source(source, codec, cache, config, seed=0)
         cache.check()
         found.append([cache.load(c) for c in range(3)])
     for (a, rows_a), (b, rows_b) in zip(*found):

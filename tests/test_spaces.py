@@ -323,7 +323,6 @@ def test_evaluation_reads_the_features_that_a_run_was_clustered_by(
     c = run.config
     bench = load_real_data(
         toy_source,
-        c.source,
         c.evaluate,
         [],
         image_size=8,

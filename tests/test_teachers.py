@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dq.config.overrides import apply_settings
-from dq.config.schema import SourceConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.data.load import load_source
@@ -393,16 +392,16 @@ def test_permuted_teacher_is_stopped_and_the_order_it_is_told_repairs_it(convnet
     with pytest.raises(
         InputError, match=r"gets 0.0% of 60 .* class order \[2, 0, 3, 1\] it would get 100.0%; set teach"
     ) as e:
-        check_teacher(permuted, quarters, config, SourceConfig(), 8)
+        check_teacher(permuted, quarters, config, 8)
     assert "near the chance of 25.0%: its class order or input normalisation" in str(e.value)
     told = apply_settings(config, [str(e.value).rpartition("set teachers.N.")[2]])
     assert told.classes == ORDER
     repaired = dataclasses.replace(permuted, classes=told.classes)
-    assert check_teacher(repaired, quarters, told, SourceConfig(), 8) == 1
+    assert check_teacher(repaired, quarters, told, 8) == 1
     # an order on top of an order
     twice = dataclasses.replace(permuted, classes=(0, 1, 3, 2))
     with pytest.raises(InputError, match=r"set teachers.N.classes=\[2, 0, 3, 1\]$"):
-        check_teacher(twice, quarters, config, SourceConfig(), 8)
+        check_teacher(twice, quarters, config, 8)
 
 
 def test_a_teacher_is_checked_without_the_test_images(convnet, quarters):
@@ -413,15 +412,15 @@ def test_a_teacher_is_checked_without_the_test_images(convnet, quarters):
     other = load_source({"train": train, "test": noise}, class_names=["a", "b", "c", "d"])
     teacher = dataclasses.replace(load_teacher(config, 4, 8), net=Brightest(), classes=ORDER)
     for source in (alone, other):
-        assert check_teacher(teacher, source, config, SourceConfig(), 8) == 1
+        assert check_teacher(teacher, source, config, 8) == 1
 
 
 def test_several_teachers_are_each_checked(convnet, quarters, tmp_path):
     _, config = convnet
     with pytest.raises(InputError, match=r"other.safetensors gets .* near the chance"):
         other = saved(tmp_path, make_net("convnet3", 4, 8, seed=2), "other.safetensors")
-        load_teachers([dataclasses.replace(config, path=other)], quarters, SourceConfig(), 8, torch.device("cpu"))
-    assert load_teachers([], quarters, SourceConfig(), 8, torch.device("cpu")) == ()
+        load_teachers([dataclasses.replace(config, path=other)], quarters, 8, torch.device("cpu"))
+    assert load_teachers([], quarters, 8, torch.device("cpu")) == ()
 
 
 def test_a_teacher_that_knows_nothing_gets_no_order(convnet, quarters):
@@ -430,7 +429,7 @@ def test_a_teacher_that_knows_nothing_gets_no_order(convnet, quarters):
     constant = dataclasses.replace(teacher, net=nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
     constant.net[1].weight.data.zero_()
     with pytest.raises(InputError, match=r"gets 25.0% of 60") as e:
-        check_teacher(constant, quarters, config, SourceConfig(), 8)
+        check_teacher(constant, quarters, config, 8)
     assert "permuted" not in str(e.value)
 
 

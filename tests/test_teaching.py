@@ -56,7 +56,7 @@ def test_it_loads_with_its_own_normalisation(taught, toy_source, toy_images) -> 
         told = TeacherConfig(net="convnet3", path=str(path))
         teacher = load_teacher(told, 3, 8)
         assert (list(teacher.mean), list(teacher.std)) == (facts["mean"], facts["std"])
-        assert check_teacher(teacher, toy_source, told, SourceConfig(), 8) == 1
+        assert check_teacher(teacher, toy_source, told, 8) == 1
         images, labels = toy_images["test"]
         assert (teacher.logits(images).argmax(1) == labels).all()
     other = load_teacher(dataclasses.replace(told, mean=(0.1,) * 3), 3, 8)

@@ -129,7 +129,7 @@ def test_one_process_tells(world: Path, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_losses_of_a_prior_are_told(toy_source, accelerator, tmp_path: Path) -> None:
-    from small_prior import CODEC, SOURCE, prior_in
+    from small_prior import CODEC, prior_in
 
     from dq.diffusion.prior.train_codec import train_codec
 
@@ -137,7 +137,7 @@ def test_losses_of_a_prior_are_told(toy_source, accelerator, tmp_path: Path) -> 
     settings = apply_settings(RunConfig(), {"report_to": ["tensorboard"]})
     start_trackers(accelerator, settings.report_to, to_dict(settings), tmp_path / "prior")
     try:
-        train_codec(toy_source, SOURCE, CODEC, prior, accelerator=accelerator)
+        train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     finally:
         end_trackers(accelerator)
     found = scalars(tmp_path / "prior" / "logs")

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
-from dq.config.protocols import protocols
+from dq.config.protocols import list_protocols
 from dq.config.schema import RunConfig, Tracker
 from dq.config.students import Baseline
 
@@ -62,7 +62,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
                 action.complete = {"bash": COMPLETERS[action.dest]}  # type: ignore[attr-defined]
     bash = BASH.format(
         settings=" ".join(f"{name}=" for name in setting_names()),
-        protocols=" ".join([*protocols(), "ddr"]),
+        protocols=" ".join([*list_protocols(), "ddr"]),
         baselines=" ".join(get_args(Baseline)),
         trackers=" ".join(get_args(Tracker)),
     )

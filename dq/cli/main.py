@@ -333,7 +333,6 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: Any, acc
     start_trackers(accelerator, config.report_to, to_dict(config), Path(config.output_dir))
     options: dict[str, Any] = {
         "config": config.evaluate,
-        "source_config": config.source,
         "teachers": config.teachers,
         "image_size": config.source.image_size,
         "folder": Path(config.output_dir),
@@ -393,13 +392,13 @@ def _train(verb: str, config: RunConfig, source: Any, accelerator: Any) -> Path:
 
     start_trackers(accelerator, config.report_to, to_dict(config), Path(config.prior.output_dir))
     if verb == "train-codec":
-        return train_codec(source, config.source, config.codec, config.prior, accelerator=accelerator)
+        return train_codec(source, config.codec, config.prior, accelerator=accelerator)
     c = config.codec
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
-    cache = open_cache(config.cache_dir, source, codec, config.source, c, config.seed)
+    cache = open_cache(config.cache_dir, source, codec, c, config.seed)
     mine = functools.partial(shard, rank=accelerator.process_index, world_size=accelerator.num_processes)
     main = accelerator.is_main_process
-    encode_source(source, codec, cache, config.source, c, seed=config.seed, mine=mine, main=main)
+    encode_source(source, codec, cache, c, seed=config.seed, mine=mine, main=main)
     accelerator.wait_for_everyone()
     return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
 

@@ -22,7 +22,7 @@ ALIASES = {"soft": "fadrm"}  # the usual preset of a family
 FACTS = ("dataset", "net", "ipc", "classes", "image_size")
 
 
-def protocols() -> dict[str, str]:
+def list_protocols() -> dict[str, str]:
     """Names of the presets and what each is, in one line."""
     return {p.stem: _preset(p.stem)["about"] for p in sorted(FOLDER.glob("*.yaml"))}
 

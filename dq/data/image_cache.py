@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_metadata, sweep, write_json, write_tensors
 from dq.core.processes import cut
@@ -125,7 +124,6 @@ def fill(
     cache: ImageCache,
     source: ImageSource,
     compute: Callable[[Tensor, list[int]], Tensor],
-    source_config: SourceConfig,
     *,
     side: int,
     batch_size: int,
@@ -150,8 +148,8 @@ def fill(
     ]
 
     def read(rows: np.ndarray) -> tuple[Tensor, list[int], list[str]]:
-        options: dict[str, Any] = {"on_bad": source_config.on_bad_image, "threads": threads}
-        return read_images(source.train, rows, side, source_config.preprocess, **options)
+        options: dict[str, Any] = {"on_bad": source.on_bad_image, "threads": threads}
+        return read_images(source.train, rows, side, source.preprocess, **options)
 
     total = sum(len(cache.parts[i]) for i in todo)
     values: list[Tensor] = []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dq.config.reader import from_dict, to_dict
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.hf_datasets import _from_datasets
 from dq.data.image_folder import _from_image_folder
-from dq.data.source import ImageSource
+from dq.data.source import ImageSource, Preprocess
+from dq.data.streaming import open_shards
 from dq.data.tensors import Arrays, _digits, from_tensors
 
 Loadable = str | Path | SourceConfig | ImageSource | Arrays | Mapping[str, Arrays]
@@ -21,37 +24,54 @@ def load_source(
     source: Loadable,
     *,
     class_names: Sequence[str] | None = None,
+    preprocess: Preprocess | None = None,
+    on_bad_image: Literal["raise", "skip"] | None = None,
     **options: Any,
 ) -> ImageSource:
     """Open a labelled image set.
 
     Args:
         source: a Hub data set id; a local folder with Parquet files in the layout that `load_dataset` reads; a folder
-            of images `split/class/*.png` or `class/*.png`; "sklearn:digits"; tensors `(images, labels)` or
+            of images `split/class/*.png` or `class/*.png`; "sklearn:digits"; tensors or arrays `(images, labels)` or
             `{"train": (images, labels), "test": ...}` with images (n, C, H, W), uint8 or float in [0, 1], C 1 or 3.
         class_names: names in index order, for tensors.
+        preprocess: how an image becomes a square: crop, squash or pad; None: crop.
+        on_bad_image: raise an error at an image that cannot be read, or skip it; None: raise.
         **options: fields of `SourceConfig` (`train_split`, `test_split`, `image_column`, `label_column`, ...).
 
     Raises:
         InputError: if it is not there, lacks a split or a column, or its classes do not fit together.
     """
+    given = {"preprocess": preprocess, "on_bad_image": on_bad_image}
+    reading = {name: value for name, value in given.items() if value is not None}
+    from_dict(SourceConfig, reading)  # refuses values that are none
     if isinstance(source, ImageSource):
-        return source
-    if isinstance(source, (tuple, Mapping)):
+        return dataclasses.replace(source, **reading)  # type: ignore[arg-type]
+    if type(source).__module__.partition(".")[0] == "datasets":
+        raise InputError(
+            f"a {type(source).__name__} of `datasets` in memory is not read; write it as Parquet (`to_parquet`) into "
+            "a folder and give that, or give its Hub id"
+        )
+    if isinstance(source, (tuple, list, Mapping)):
         if options:
             raise InputError(f"tensors have no setting {', '.join(options)}; it is for folders and Hub data sets")
-        return from_tensors(source, class_names=class_names)
-    if not isinstance(source, (str, Path, SourceConfig)):
-        raise InputError(f"a source is a path, a Hub id, tensors or a SourceConfig, not {type(source).__name__}")
-    base = to_dict(source) if isinstance(source, SourceConfig) else {"path": str(source)}
-    config = from_dict(SourceConfig, {**base, **options})
+        pairs = source if isinstance(source, Mapping) else tuple(source)
+        return dataclasses.replace(from_tensors(pairs, class_names=class_names), **reading)  # type: ignore[arg-type]
+    if not isinstance(source, (str, os.PathLike, SourceConfig)):
+        raise InputError(
+            f"a source is a path, a Hub id, a pair (images, labels) or a SourceConfig, not {type(source).__name__}"
+        )
+    base = to_dict(source) if isinstance(source, SourceConfig) else {"path": os.fspath(source)}
+    config = from_dict(SourceConfig, {**base, **reading, **options})
+    return dataclasses.replace(_open(config), preprocess=config.preprocess, on_bad_image=config.on_bad_image)
+
+
+def _open(config: SourceConfig) -> ImageSource:
     if not config.path:
         raise InputError("no data set is named; give one with --data or source.path")
     if config.path == "sklearn:digits":
         return _digits()
     if config.streaming:
-        from dq.data.streaming import open_shards
-
         return open_shards(config)
     folder = Path(config.path)
     if folder.is_dir():

@@ -41,8 +41,16 @@ def from_tensors(
         raise InputError(f"tensors need a 'train' split, not only {', '.join(pairs)}")
     h = hashlib.blake2b(digest_size=8)
     splits = {}
-    for name, (images, labels) in pairs.items():
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    for name, pair in pairs.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InputError(f"split {name!r} of tensors is a pair (images, labels), not {type(pair).__name__}")
+        images, labels = pair
+        try:
+            images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise InputError(
+                f"split {name!r} holds no tensors or arrays ({str(e)[:100]}); give (images, labels)"
+            ) from e
         if images.ndim != 4 or images.shape[1] not in (1, 3) or labels.shape != images.shape[:1]:
             raise InputError(
                 f"split {name!r} needs images (n, 1 or 3, H, W) and labels (n,), "

@@ -96,6 +96,10 @@ class LatentGenerator(DiffusionPipeline):
         Raises:
             InputError: if there is no such model, it is damaged, or it needs other weights or code.
         """
+        if isinstance(kwargs.get("dtype"), str):
+            if kwargs["dtype"] not in DTYPES:
+                raise InputError(f"dtype is one of {', '.join(DTYPES)}, not {kwargs['dtype']!r}")
+            kwargs["dtype"] = DTYPES[kwargs["dtype"]]
         folder = Path(path)
         if folder.is_dir():
             alone = not (folder / "model_index.json").is_file()

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dq.config.schema import CodecConfig, SourceConfig
+from dq.config.schema import CodecConfig
 from dq.core.errors import InputError
 from dq.core.memory import in_pieces
 from dq.core.seeds import digest_of, generator
@@ -36,7 +36,6 @@ def open_cache(
     cache_dir: str | Path,
     source: ImageSource,
     codec: Codec,
-    source_config: SourceConfig,
     config: CodecConfig,
     seed: int,
 ) -> LatentCache:
@@ -46,8 +45,8 @@ def open_cache(
         "data": source.fingerprint,
         "codec": codec_digest(codec),
         "resolution": config.resolution,
-        "preprocess": source_config.preprocess,
-        "on_bad_image": source_config.on_bad_image,
+        "preprocess": source.preprocess,
+        "on_bad_image": source.on_bad_image,
         "posterior": config.posterior,
         "dtype": config.dtype,
         "seed": seed if config.posterior == "sample" else None,
@@ -62,7 +61,6 @@ def encode_source(
     source: ImageSource,
     codec: Codec,
     cache: LatentCache,
-    source_config: SourceConfig,
     config: CodecConfig,
     *,
     seed: int,
@@ -97,7 +95,6 @@ def encode_source(
         cache,
         source,
         compute,
-        source_config,
         side=config.resolution,
         batch_size=config.batch_size,
         mine=mine,

@@ -177,6 +177,15 @@ def write_set(
     return target / names[0]
 
 
+def rows_as_dataset(s: SetRows) -> Any:
+    """The rows of a set as a `datasets.Dataset` in memory, with the columns that `write_set` writes."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    groups = list(_row_groups([s], _kind(s), torch.zeros(len(s.class_names), dtype=torch.int64), {}))
+    return Dataset(pa.concat_tables(groups))
+
+
 def _each(queue: list[SetRows], rest: Iterator[SetRows]) -> Iterator[SetRows]:
     while queue:
         yield queue.pop()

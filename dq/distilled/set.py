@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import operator
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
@@ -19,7 +22,7 @@ from dq.core.files import read_json
 from dq.distilled.card import write_dataset_card
 from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
 from dq.distilled.hub import download_set, push_folder
-from dq.distilled.parquet import _in_range, _intact, _read_shard, write_set
+from dq.distilled.parquet import _in_range, _intact, _read_shard, rows_as_dataset, write_set
 
 log = logging.getLogger("dq")
 
@@ -78,6 +81,28 @@ class DistilledSet:
     def __repr__(self) -> str:
         size = "x".join(map(str, self.images.shape[2:]))
         return f"DistilledSet({len(self)} images of {size} px, {len(self.class_names)} classes)"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row: `image` (3, H, W), `label`, `weight`, and `soft_label` (C,) where there are some."""
+        i = operator.index(index)
+        row = {"image": self.images[i], "label": int(self.labels[i]), "weight": float(self.weights[i])}
+        return row if self.soft_labels is None else {**row, "soft_label": self.soft_labels[i]}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def to_dataset(self) -> Any:
+        """The set as a `datasets.Dataset` with the columns that the saved Parquet files have."""
+        return rows_as_dataset(self)
+
+    def to_torch(self) -> TensorDataset:
+        """The set as a `torch.utils.data.TensorDataset` of images, labels, weights and, if there are any, label vectors.
+
+        Images are (3, H, W) float32 and lie in [0, 1] unless the set is not `bounded`.
+        """
+        images = self.images.float() / 255 if self.images.dtype == torch.uint8 else self.images
+        soft = () if self.soft_labels is None else (self.soft_labels.float(),)
+        return TensorDataset(images, self.labels, self.weights, *soft)
 
     @property
     def ipc(self) -> int:

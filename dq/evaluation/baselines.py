@@ -16,7 +16,6 @@ from torch import Tensor
 
 import dq
 from dq.cluster.kmeans import kmeans
-from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, digest_of
 from dq.data.coresets import _centred_classes, herding_rows, k_center_rows, random_rows
@@ -67,7 +66,6 @@ def select(
     ipc: int,
     *,
     image_size: int,
-    source_config: SourceConfig | None = None,
     seed: int = 0,
     features: Tensor | Callable[[], Tensor] | None = None,
     teacher: Teacher | None = None,
@@ -83,7 +81,6 @@ def select(
         name: "random", "herding", "k-center", "nearest" or "patches".
         ipc: images per class; a smaller class gives all that it has.
         image_size: side of the images in px.
-        source_config: how images become squares, and what happens to unreadable ones.
         seed: of random, nearest and patches; the other two are deterministic.
         features: (n, d) float for the rows of the train split, or a function that makes them; for herding, k-center
             and nearest.
@@ -100,13 +97,12 @@ def select(
     """
     if name not in BASELINES:
         raise InputError(f"no selection is called {name!r}; choose {', '.join(BASELINES)}")
-    config = source_config or SourceConfig()
     labels = _candidate_labels(source, candidates)
     record: dict[str, Any] = {
         "name": name,
         "seed": seed,
         "image_size": image_size,
-        "preprocess": config.preprocess,
+        "preprocess": source.preprocess,
         "candidates": None
         if candidates is None
         else {"rows": len(candidates), "digest": digest_of(candidates.tolist())},
@@ -121,7 +117,6 @@ def select(
             ipc,
             teacher=teacher,
             image_size=image_size,
-            source_config=config,
             seed=seed,
             candidates=candidates,
             pool=pool,
@@ -143,7 +138,7 @@ def select(
             else:
                 rows, counts = nearest_rows(x, labels, ipc, seed)
         rows = rows if candidates is None else candidates[rows]
-        images, kept, bad = read_images(source.train, rows, image_size, config.preprocess, on_bad=config.on_bad_image)
+        images, kept, bad = read_images(source.train, rows, image_size, source.preprocess, on_bad=source.on_bad_image)
         if bad:
             log.warning(
                 "%d of %d selected images cannot be read and are left out, first: %s", len(bad), len(rows), bad[0]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
+import operator
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from dq.config.schema import SourceConfig
-from dq.config.students import Baseline, EvaluateConfig
+from dq.config.reader import from_dict, to_dict
+from dq.config.students import Baseline, EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import check_name
 from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of_tensors
-from dq.data.load import load_source
+from dq.data.load import Loadable, load_source
 from dq.data.source import ImageSource
-from dq.distilled.external import check_classes
+from dq.distilled.external import check_classes, load_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation.results import Results, Row
 from dq.evaluation.student import check_label_kind
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+Student = str | StudentConfig | Mapping[str, Any]
+
+
 def evaluate_records(
     sets: dict[str, DistilledSet],
     source: ImageSource,
     *,
     config: EvaluateConfig,
-    source_config: SourceConfig,
     teachers: Sequence[TeacherConfig] = (),
     image_size: int | None = None,
     folder: Path,
@@ -77,7 +80,6 @@ def evaluate_records(
     students = students_of(config, keys, len(source.class_names), side)
     bench = load_real_data(
         source,
-        source_config,
         config,
         list(students.values()),
         image_size=side,
@@ -126,16 +128,15 @@ def _identity(s: DistilledSet) -> str:
 
 
 def evaluate(
-    small: DistilledSet,
-    source: Any,
+    distilled: DistilledSet | str | Path,
+    source: Loadable,
     *,
     protocol: str = "classic",
-    student: str | dict[str, Any] | Sequence[str | dict[str, Any]] | None = None,
-    seeds: int = 3,
-    baselines: tuple[str, ...] = ("random",),
+    students: Student | Sequence[Student] | None = None,
+    n_seeds: int = 3,
+    baselines: Sequence[Baseline] = ("random",),
     teachers: TeacherConfig | Sequence[TeacherConfig] = (),
     image_size: int | None = None,
-    source_config: SourceConfig | None = None,
     output_dir: str | Path | None = None,
     cache_dir: str | Path = "runs/cache",
     accelerator: Accelerator | None = None,
@@ -144,34 +145,44 @@ def evaluate(
     """Train fresh students on a set and on baselines of equal size, and test them on `source.test`.
 
     Args:
+        distilled: a set, or what `load_set` opens.
         source: anything that `load_source` takes.
-        protocol: a preset: classic, hard, sre2l, rded, edc, fadrm; or custom.
-        student: a network by name, or a mapping of `StudentConfig` settings; several for a cross-architecture table;
-            None: the network of the protocol.
+        protocol: a preset of `list_protocols()`, or custom.
+        students: a network by name, or `StudentConfig` or a mapping of its settings; several for a cross-architecture
+            table; None: the network of the protocol.
+        n_seeds: trainings of each student.
         baselines: any of random, herding, k-center, nearest, patches, full.
         teachers: who labels views, where the protocol needs labels.
         image_size: side in px at which students train; None: the set's.
-        source_config: how images become squares, and what happens to unreadable ones.
         output_dir: where records and labels are kept, so that the same call continues; None: nowhere.
-        accelerator: where to train; default: the accelerator of this machine if there is one.
+        accelerator: where to train; None: the accelerator of this machine if there is one.
         **settings: fields of `StudentConfig` for all students; `epochs` may be a mapping by ipc.
 
-    Example:
-        print(evaluate(small, source, protocol="classic", student=["convnet3", "vgg11"], seeds=5))
-    """
-    from dq.config.reader import from_dict
+    Raises:
+        InputError: if the set, the students and the data do not fit together.
 
+    Example:
+        print(evaluate(distilled, source, protocol="classic", students=["convnet3", "vgg11"], n_seeds=5))
+    """
     source = load_source(source)
-    asked = student if isinstance(student, (list, tuple)) else [student]
-    specs = [dict(s) if isinstance(s, dict) else {"net": s} if s else {} for s in asked]
-    specs = [{"protocol": protocol, **settings, **s} for s in specs]
-    config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": list(baselines), "students": specs}, "evaluate")
+    if isinstance(distilled, (str, Path)):
+        distilled = load_set(distilled, source.class_names, image_size=image_size)
+    if not isinstance(distilled, DistilledSet):
+        raise InputError(f"a DistilledSet or the path of one is evaluated, not {type(distilled).__name__}")
+    one = students is None or isinstance(students, (str, StudentConfig, Mapping))
+    named = [students] if one else list(students)  # type: ignore[arg-type]
+    specs = [{"protocol": protocol, **settings, **_student_settings(s)} for s in named]
+    try:
+        seeds = operator.index(n_seeds)
+    except TypeError:
+        raise InputError(f"n_seeds is a whole number, not {n_seeds!r}") from None
+    chosen = [baselines] if isinstance(baselines, str) else list(baselines)
+    config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": chosen, "students": specs}, "evaluate")
     with tempfile.TemporaryDirectory() as scratch:
         rows = evaluate_sets(
-            {"set": small},
+            {"set": distilled},
             source,
             config=config,
-            source_config=source_config or SourceConfig(),
             teachers=(teachers,) if isinstance(teachers, TeacherConfig) else tuple(teachers),
             image_size=image_size,
             folder=Path(output_dir or scratch),
@@ -179,3 +190,15 @@ def evaluate(
             accelerator=accelerator or make_accelerator(),
         )
     return Results(tuple(rows))
+
+
+def _student_settings(student: Any) -> dict[str, Any]:
+    if student is None:
+        return {}
+    if isinstance(student, str):
+        return {"net": student}
+    if isinstance(student, StudentConfig):
+        return to_dict(student)
+    if isinstance(student, Mapping):
+        return dict(student)
+    raise InputError(f"a student is a network's name, a StudentConfig or a mapping, not {type(student).__name__}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from dq.config.reader import to_dict
 from dq.config.students import Baseline, RelabelConfig, StudentConfig, ViewConfig
 from dq.evaluation.statistics import Difference, format_mean_std, mean_std, paired_difference
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,12 @@ class Results:
     @property
     def comparisons(self) -> list[Comparison]:
         return compare(list(self.rows))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One line per set and student: mean and std of accuracies over seeds, protocol and settings."""
+        import pandas as pd
+
+        return pd.DataFrame([r.record() for r in self.rows])
 
     def __str__(self) -> str:
         return tables_text(list(self.rows))

@@ -151,7 +151,6 @@ def _selected(bench: RealData, work: Work, name: str, ipc: int, seed: int, facto
         bench.source,
         ipc,
         image_size=bench.image_size,
-        source_config=bench.source_config,
         seed=seed,
         features=bench.features,
         teacher=bench.teachers[0] if bench.teachers else None,

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dq.config.schema import SourceConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
 from dq.core.seeds import digest_of
@@ -47,16 +46,14 @@ class FeatureCache(ImageCache):
         return features
 
 
-def open_features(
-    cache_dir: str | Path, source: ImageSource, source_config: SourceConfig, image_size: int, teacher_digest: str
-) -> FeatureCache:
+def open_features(cache_dir: str | Path, source: ImageSource, image_size: int, teacher_digest: str) -> FeatureCache:
     """The feature cache of this combination of data, teacher, image side in px and preprocessing."""
     identity = {
         "data": source.fingerprint,
         "teacher": teacher_digest,
         "image_size": image_size,
-        "preprocess": source_config.preprocess,
-        "on_bad_image": source_config.on_bad_image,
+        "preprocess": source.preprocess,
+        "on_bad_image": source.on_bad_image,
     }
     key = digest_of(identity)
     cache = FeatureCache(Path(cache_dir) / f"features-{key}", source.class_names, key, len(source.train))
@@ -68,7 +65,6 @@ def extract_features(
     source: ImageSource,
     teacher: Teacher,
     cache: FeatureCache,
-    source_config: SourceConfig,
     image_size: int,
     *,
     mine: Callable[[list[float]], list[int]] | None = None,
@@ -90,4 +86,4 @@ def extract_features(
             )
         return features
 
-    fill(cache, source, compute, source_config, side=image_size, batch_size=teacher.batch_size, mine=mine, main=main)
+    fill(cache, source, compute, side=image_size, batch_size=teacher.batch_size, mine=mine, main=main)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.data.images import read_images
@@ -36,7 +35,6 @@ def patch_images(
     *,
     teacher: Teacher,
     image_size: int,
-    source_config: SourceConfig,
     seed: int = 0,
     candidates: np.ndarray | None = None,
     classes: Sequence[int] | None = None,
@@ -87,8 +85,8 @@ def patch_images(
                 source.train,
                 drawn[first : first + chunk],
                 image_size,
-                source_config.preprocess,
-                on_bad=source_config.on_bad_image,
+                source.preprocess,
+                on_bad=source.on_bad_image,
             )
             if read:
                 best, loss = best_crops(part, read, label, teacher=teacher, crops=crops, factor=factor, seed=seed)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.config.schema import SourceConfig
 from dq.config.students import EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
@@ -41,7 +40,6 @@ class RealData:
     """Real data at the students' size, and what is derived from it once."""
 
     source: ImageSource
-    source_config: SourceConfig
     image_size: int
     cache_dir: Path
     device: torch.device
@@ -58,8 +56,8 @@ class RealData:
     @property
     def world(self) -> list[object]:
         """What decides real images, for digests."""
-        c = self.source_config
-        return [self.source.fingerprint, self.image_size, c.preprocess, c.on_bad_image, len(self.validation_rows)]
+        s = self.source
+        return [s.fingerprint, self.image_size, s.preprocess, s.on_bad_image, len(self.validation_rows)]
 
     @property
     def candidates(self) -> np.ndarray:
@@ -69,8 +67,8 @@ class RealData:
     def read(self, split: Split, rows: Sequence[int] | np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Images (n, 3, S, S) uint8 and labels (n,); with `scale`, resized to scale * S and cut to the centre."""
         side = round(self.image_size * scale)
-        c = self.source_config
-        images, kept, bad = read_images(split, rows, side, c.preprocess, on_bad=c.on_bad_image)
+        s = self.source
+        images, kept, bad = read_images(split, rows, side, s.preprocess, on_bad=s.on_bad_image)
         if bad:
             log.warning("%d of %d images of split %r are left out, first: %s", len(bad), len(rows), split.name, bad[0])
         edge = (side - self.image_size) // 2
@@ -135,9 +133,9 @@ class RealData:
         """
         if not self.teachers:
             return self._pooled_features()
-        c, t = self.source_config, self.teachers[0]
-        cache = open_features(self.cache_dir, self.source, c, self.image_size, t.digest)
-        extract_features(self.source, t, cache, c, self.image_size)
+        t = self.teachers[0]
+        cache = open_features(self.cache_dir, self.source, self.image_size, t.digest)
+        extract_features(self.source, t, cache, self.image_size)
         shards = [cache.load(label) for label in range(self.classes)]
         rows = torch.cat([rows for _, rows in shards])
         _check_complete(len(rows), len(self.source.train))
@@ -171,7 +169,6 @@ def _pooled(images: Tensor) -> Tensor:
 
 def load_real_data(
     source: ImageSource,
-    source_config: SourceConfig,
     evaluate: EvaluateConfig,
     students: Sequence[StudentConfig],
     *,
@@ -185,10 +182,9 @@ def load_real_data(
     if any(s.tests > 1 and s.select == "validation" for s in students):
         rows = validation_rows(source.train.labels, evaluate.validation_images)
     check_taught(evaluate, students, teachers)
-    loaded = load_teachers(teachers, source, source_config, image_size, device) if teachers else ()
+    loaded = load_teachers(teachers, source, image_size, device) if teachers else ()
     bench = RealData(
         source=source,
-        source_config=source_config,
         image_size=image_size,
         cache_dir=cache_dir,
         device=device,

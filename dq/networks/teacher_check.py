@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dq.config.schema import SourceConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
@@ -36,9 +35,7 @@ def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> Non
         )
 
 
-def check_teacher(
-    teacher: Teacher, source: ImageSource, config: TeacherConfig, source_config: SourceConfig, image_size: int
-) -> float:
+def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, image_size: int) -> float:
     """Accuracy of the teacher on real train images; stops near chance, where the class order is the usual cause.
 
     A teacher has usually seen them, so this says nothing of its quality; but it shows that classes and normalisation
@@ -51,7 +48,7 @@ def check_teacher(
     train = source.train
     g = generator("teacher check")
     rows = torch.randperm(len(train), generator=g)[: config.check_images].tolist()
-    images, rows, _ = read_images(train, rows, image_size, source_config.preprocess, on_bad=source_config.on_bad_image)
+    images, rows, _ = read_images(train, rows, image_size, source.preprocess, on_bad=source.on_bad_image)
     if not rows:
         raise InputError(f"none of the train images of {source.origin} that were tried can be read; replace them")
     labels = torch.from_numpy(train.labels[rows])

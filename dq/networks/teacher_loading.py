@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dq.config.schema import SourceConfig
 from dq.config.students import is_library_net
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
@@ -82,7 +81,6 @@ def load_teacher(
 def load_teachers(
     configs: Sequence[TeacherConfig],
     source: ImageSource,
-    source_config: SourceConfig,
     image_size: int,
     device: torch.device,
 ) -> tuple[Teacher, ...]:
@@ -93,7 +91,7 @@ def load_teachers(
         if config.net == POOL:
             members = _load_pool(config, source, image_size, device)
             best = max(members, key=lambda t: t.weight)
-            found = check_teacher(best, source, config, source_config, image_size)
+            found = check_teacher(best, source, config, image_size)
             log.info(
                 "pool of %d teachers: %.1f %% of %d real images at best",
                 len(members),
@@ -103,7 +101,7 @@ def load_teachers(
             loaded += members
             continue
         teacher = load_teacher(config, len(source.class_names), image_size, device)
-        found = check_teacher(teacher, source, config, source_config, image_size)
+        found = check_teacher(teacher, source, config, image_size)
         log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * found, config.check_images)
         loaded.append(teacher)
     return tuple(loaded)

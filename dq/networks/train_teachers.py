@@ -51,7 +51,6 @@ def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig,
     """The real images that teachers are trained and measured on: validation images set aside, no baselines."""
     return load_real_data(
         source,
-        config.source,
         EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
         [recipe],
         image_size=config.image_size,

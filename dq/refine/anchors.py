@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.source import ImageSource
 from dq.networks.patches import patch_images
@@ -26,7 +25,6 @@ def patch_anchors(
     *,
     teacher: Teacher,
     image_size: int,
-    source_config: SourceConfig,
     rank: str,
     seed: int,
 ) -> Tensor:
@@ -42,7 +40,6 @@ def patch_anchors(
         number,
         teacher=teacher,
         image_size=image_size,
-        source_config=source_config,
         seed=seed,  # the same patches as those of the baseline `patches`
         classes=[label],
         pool=max(PATCH_POOL, number),

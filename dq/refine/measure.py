@@ -58,10 +58,12 @@ def sentence(summary: dict[str, Any]) -> str:
         values = [t["accuracy"] for t in summary[when][group]]
         return f"{100 * sum(values) / len(values):.1f} %"
 
-    said = f"teachers {mean('before', 'teachers')} -> {mean('after', 'teachers')}"
-    if summary["after"]["judges"]:
-        said += f", judges {mean('before', 'judges')} -> {mean('after', 'judges')}"
-    return f"{said}, {summary['after']['anchor_distance']:.1f} grey levels from the anchors"
+    parts = [
+        f"{group} {mean('before', group)} -> {mean('after', group)}"
+        for group in ("teachers", "judges")
+        if summary["after"][group]
+    ]
+    return ", ".join([*parts, f"{summary['after']['anchor_distance']:.1f} grey levels from the anchors"])
 
 
 def total_variation(images: Tensor) -> Tensor:

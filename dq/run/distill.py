@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,10 @@ class DistillPipeline(LatentGenerator):
             if value is not None and not isinstance(value, kind):
                 hint = f"{kind.__name__}(**{{...}})" if isinstance(value, dict) else kind.__name__
                 raise InputError(f"{name} must be a {kind.__name__}, not {type(value).__name__}; give {hint}")
+        try:
+            ipc, seed = operator.index(ipc), operator.index(seed)
+        except TypeError:
+            raise InputError(f"ipc and seed are whole numbers, not {ipc!r} and {seed!r}") from None
         data = load_source(source)
         base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))
         name = next(iter(base.methods))
@@ -114,7 +119,12 @@ class DistillPipeline(LatentGenerator):
         side = resolution or self._native_resolution() or base.codec.resolution
         settings = dataclasses.replace(
             base,
-            source=dataclasses.replace(base.source, image_size=image_size or base.source.image_size),
+            source=dataclasses.replace(
+                base.source,
+                image_size=image_size or base.source.image_size,
+                preprocess=data.preprocess,
+                on_bad_image=data.on_bad_image,
+            ),
             codec=dataclasses.replace(base.codec, resolution=side),
             cluster=cluster or base.cluster,
             generate=drawing,

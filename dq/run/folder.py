@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 import time
@@ -115,7 +116,8 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
             raise InputError(f"the method name {name!r} is that of a baseline; choose another")
     folder = Path(config.output_dir)
     known = folder / "config.yaml"
-    run = Run(config, source, accelerator, folder)
+    reading = {"preprocess": config.source.preprocess, "on_bad_image": config.source.on_bad_image}
+    run = Run(config, dataclasses.replace(source, **reading), accelerator, folder)  # type: ignore[arg-type]
     for method in config.methods:
         space = run.resolved(method)[1]
         if space.uses_features and not config.teachers:

@@ -81,7 +81,6 @@ def report_prior(
     pipe.set_progress_bar_config(disable=True)
     bench = load_real_data(
         source,
-        config.source,
         EvaluateConfig(baselines=()),
         (),
         image_size=config.image_size,
@@ -165,6 +164,6 @@ def _pairs(bench: RealData, quality: PriorQuality, g: float, columns: int) -> li
     """Rows of samples and train images in turn, by distance."""
     order = quality.distances[g].argsort(stable=True)[: NEAREST_ROWS * columns]
     rows = quality.closest[g][order].tolist()
-    real, _, _ = read_images(bench.source.train, rows, bench.image_size, bench.source_config.preprocess)
+    real, _, _ = read_images(bench.source.train, rows, bench.image_size, bench.source.preprocess)
     flat = torch.stack([quality.samples[g][order], real], 1).flatten(0, 1)
     return [list(row) for row in flat.split(2 * columns)]

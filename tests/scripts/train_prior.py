@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from small_prior import CODEC, NAMES, SOURCE, encoded
+from small_prior import CODEC, NAMES, encoded
 
 from dq.config.prior import PriorConfig
 from dq.config.reader import from_dict
@@ -27,7 +27,7 @@ splits = {split: (tensors[f"{split}.images"], tensors[f"{split}.labels"]) for sp
 source = load_source(splits, class_names=list(NAMES))
 prior = from_dict(PriorConfig, read_json(folder / "prior.json"))
 
-train_codec(source, SOURCE, CODEC, dataclasses.replace(prior, output_dir=str(folder / "two")), accelerator=accelerator)
+train_codec(source, CODEC, dataclasses.replace(prior, output_dir=str(folder / "two")), accelerator=accelerator)
 codec = load_codec(folder / "one" / "vae")
 train_denoiser(
     encoded(source, folder / "cache", codec),

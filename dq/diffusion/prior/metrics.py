@@ -376,7 +376,7 @@ def _rows(split: Split, counts: Sequence[int], seed: int) -> list[int]:
 
 
 def _read(bench: RealData, split: Split, rows: Sequence[int], side: int) -> Tensor:
-    images, _, bad = read_images(split, rows, side, bench.source_config.preprocess, on_bad="skip")
+    images, _, bad = read_images(split, rows, side, bench.source.preprocess, on_bad="skip")
     if bad:
         what = bad[0].partition(";")[0]
         raise InputError(f"equal numbers of images are compared, but {what}; replace it ({len(bad)} such images)")

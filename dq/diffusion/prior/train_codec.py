@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dq.config.prior import PriorConfig
 from dq.config.reader import to_dict
-from dq.config.schema import CodecConfig, SourceConfig
+from dq.config.schema import CodecConfig
 from dq.core.errors import InputError
 from dq.core.files import atomic_path
 from dq.core.seeds import generator
@@ -45,7 +45,6 @@ STATISTICS = 2048  # images at most, for the mean and deviation of every channel
 
 def train_codec(
     source: ImageSource,
-    source_config: SourceConfig,
     codec_config: CodecConfig,
     prior: PriorConfig,
     *,
@@ -78,8 +77,8 @@ def train_codec(
         identity={
             "data": source.fingerprint,
             "resolution": size,
-            "preprocess": source_config.preprocess,
-            "on_bad_image": source_config.on_bad_image,
+            "preprocess": source.preprocess,
+            "on_bad_image": source.on_bad_image,
             "seed": prior.seed,
             **{k: v for k, v in to_dict(settings).items() if k not in ("save_every", "perceptual")},
             "perceptual": judge.digest if judge else None,
@@ -101,7 +100,7 @@ def train_codec(
         raise InputError(
             f"codec.resolution={size} is not a multiple of {downscale(model)}, the codec's downscaling factor"
         )
-    images, held_out = _images(source, source_config, size, prior.seed)
+    images, held_out = _images(source, size, prior.seed)
     objective = CodecLoss(model, settings.kl_weight, judge, settings.perceptual_weight)
     side = size // downscale(model)
     latent = (settings.batch_size, int(model.config.latent_channels), side, side)
@@ -273,7 +272,7 @@ def new_codec(prior: PriorConfig, size: int) -> Codec:
         )
 
 
-def _images(source: ImageSource, config: SourceConfig, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def _images(source: ImageSource, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images to train on and images held out, (n, 3, size, size) uint8: of the test split, else of train."""
     n = len(source.train)
     if n * 3 * size * size > MAX_BYTES:
@@ -283,7 +282,7 @@ def _images(source: ImageSource, config: SourceConfig, size: int, seed: int) -> 
         )
 
     def read(split: Split, rows: np.ndarray) -> Tensor:
-        return read_images(split, rows, size, config.preprocess, on_bad=config.on_bad_image)[0]
+        return read_images(split, rows, size, source.preprocess, on_bad=source.on_bad_image)[0]
 
     other = source.splits[source.test_name] if source.test_name is not None else source.train
     order = torch.randperm(len(other), generator=generator(seed, "held out")).numpy()

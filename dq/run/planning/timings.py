@@ -170,13 +170,12 @@ def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.devi
 def _reading(config: RunConfig, source: Any, device: torch.device) -> Speed:
     from dq.data.images import read_images
 
-    c = config.source
     rows = torch.randperm(len(source.train), generator=generator("speeds")).tolist()  # far apart, not read lately
     threads = 1 if device.type == "cpu" else 4  # as while encoding
 
     def work(size: int) -> None:
         mine = [rows.pop() if len(rows) > size else rows[0] for _ in range(size)]
-        read_images(source.train, mine, config.codec.resolution, c.preprocess, on_bad="skip", threads=threads)
+        read_images(source.train, mine, config.codec.resolution, source.preprocess, on_bad="skip", threads=threads)
 
     return timed(work, 256, device=device)
 
@@ -275,9 +274,7 @@ def _teachers(config: RunConfig, source: Any, device: torch.device) -> Iterator[
     from dq.networks.teacher_loading import load_teachers
     from dq.run.refinement import asked_settings, stages_of
 
-    checked = functools.partial(
-        load_teachers, source_config=config.source, image_size=config.image_size, device=device
-    )
+    checked = functools.partial(load_teachers, image_size=config.image_size, device=device)
     side = config.image_size
     real = not source.fingerprint.startswith("like ")
     if config.teachers and real:

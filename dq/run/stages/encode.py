@@ -20,8 +20,8 @@ def encode(run: Run, codec: Codec) -> LatentCache:
     began = time.perf_counter()
     c = run.config
     codec.to(run.device)
-    cache = open_cache(c.cache_dir, run.source, codec, c.source, c.codec, c.seed)
-    encode_source(run.source, codec, cache, c.source, c.codec, seed=c.seed, mine=run.mine, main=run.main)
+    cache = open_cache(c.cache_dir, run.source, codec, c.codec, c.seed)
+    encode_source(run.source, codec, cache, c.codec, seed=c.seed, mine=run.mine, main=run.main)
     run.finish("encode", began, images=cache.images, cache=cache.key)
     cache.check()
     if run.main:

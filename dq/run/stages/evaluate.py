@@ -67,7 +67,6 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
     students = students_of(c.evaluate, ipcs, len(run.source.class_names), c.image_size)
     bench = load_real_data(
         run.source,
-        c.source,
         c.evaluate,
         list(students.values()),
         image_size=c.image_size,

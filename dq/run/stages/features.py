@@ -32,10 +32,10 @@ def prepare_features(run: Run) -> FeatureCache:
     began = time.perf_counter()
     c = run.config
     teacher = load_teacher(c.teachers[0], len(run.source.class_names), c.image_size, run.device)
-    cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
+    cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
     if cache.missing():
-        check_teacher(teacher, run.source, c.teachers[0], c.source, c.image_size)
-    extract_features(run.source, teacher, cache, c.source, c.image_size, mine=run.mine, main=run.main)
+        check_teacher(teacher, run.source, c.teachers[0], c.image_size)
+    extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
     run.finish("features", began, images=int(run.source.class_counts().sum()), cache=cache.key)
     if run.main:
         known = {"key": cache.key, "digest": teacher.digest, "teacher": _first_teacher(c)}

@@ -41,7 +41,7 @@ def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_diges
     m, _, generate_config = run.resolved(method)
     identity = image_identity(run, cache, ipc, method)
     if m.representative == "real":  # needs no generator
-        identity.append(["real", run.config.source.preprocess])
+        identity.append(["real", run.source.preprocess])
     else:
         identity.append([_deciding(generate_config), pipe_digest])
     return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
@@ -264,4 +264,4 @@ def nearest_images(run: Run, p: Prototypes, which: range | None = None) -> Tenso
     images."""
     rows = p.medoid_rows.tolist()
     rows = rows if which is None else rows[which.start : which.stop]
-    return read_images(run.source.train, rows, run.config.image_size, run.config.source.preprocess)[0]
+    return read_images(run.source.train, rows, run.config.image_size, run.source.preprocess)[0]

@@ -29,7 +29,7 @@ def label(run: Run) -> None:
     if not c.teachers:
         return
     began = time.perf_counter()
-    teachers = load_teachers(c.teachers, run.source, c.source, c.image_size, run.device)
+    teachers = load_teachers(c.teachers, run.source, c.image_size, run.device)
     digest = digest_of([t.digest for t in teachers])
     meta = {"teachers": [t.name for t in teachers], "digest": digest}
     folders = sorted(set(_image_folders(run).values()))

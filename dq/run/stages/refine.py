@@ -130,7 +130,7 @@ def _job(
     def load(configs: Sequence[TeacherConfig]) -> tuple[Teacher, ...]:
         key = digest_of([to_dict(t) for t in configs])
         if key not in loaded:
-            loaded[key] = load_teachers(configs, run.source, c.source, c.image_size, run.device)
+            loaded[key] = load_teachers(configs, run.source, c.image_size, run.device)
         return loaded[key]
 
     method = method_of(stage)
@@ -256,7 +256,6 @@ def _prepare(run: Run, job: Job) -> None:
                     number or job.counts[label],
                     teacher=job.matched[0],
                     image_size=c.image_size,
-                    source_config=c.source,
                     rank=getattr(job.stage, "anchor_rank", "easy"),
                     seed=c.seed,
                 )
@@ -266,8 +265,8 @@ def _prepare(run: Run, job: Job) -> None:
             write_tensors(class_file(job.folder / "file", label), {"images": images})
     if job.needs.class_features:
         for teacher in job.matched:
-            cache = open_features(c.cache_dir, run.source, c.source, c.image_size, teacher.digest)
-            extract_features(run.source, teacher, cache, c.source, c.image_size, mine=run.mine, main=run.main)
+            cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
+            extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
     run.accelerator.wait_for_everyone()
     manifest = job.folder / "manifest.json"
     if run.main and not is_done(manifest):
@@ -287,7 +286,7 @@ def _resources(run: Run, job: Job) -> Resources:
     c, needs = run.config, job.needs
     means = None
     if needs.class_features:
-        caches = [open_features(c.cache_dir, run.source, c.source, c.image_size, t.digest) for t in job.matched]
+        caches = [open_features(c.cache_dir, run.source, c.image_size, t.digest) for t in job.matched]
         means = tuple(torch.stack([f.load(i)[0].mean(0) for i in range(len(job.counts))]) for f in caches)
     candidates = None
     if needs.candidates:
