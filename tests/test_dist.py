@@ -39,10 +39,12 @@ def test_import_is_light() -> None:
 
 
 def test_public_names_resolve() -> None:
+    import importlib
+
     import dq
 
     for name in dq.__all__:
-        assert getattr(dq, name) is not None
+        assert getattr(dq, name) is getattr(importlib.import_module(dq._HOME[name]), name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = dq.nothing
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 
-from dq.config.schema import SourceConfig
 from dq.config.students import EvaluateConfig, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
@@ -580,7 +579,6 @@ def bench(toy_source, tmp_path) -> RealData:
     teachers = (make_teacher(classes=3),)
     return RealData(
         toy_source,
-        SourceConfig(),
         8,
         tmp_path / "cache",
         torch.device("cpu"),

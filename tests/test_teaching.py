@@ -13,7 +13,7 @@ from dq.config.teachers import TeacherConfig, TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data.splits import validation_rows
-from dq.evaluation import student as train
+from dq.networks import training as train
 from dq.networks.teacher_check import check_teacher
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.train_teachers import train_teachers

@@ -77,7 +77,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: Map
         ) from e
 
 
-def report(accelerator: Any, values: Mapping[str, Any], step: int | None = None) -> None:
+def report(accelerator: Accelerator, values: Mapping[str, Any], step: int | None = None) -> None:
     """Send numbers to the trackers of this process; what is not a finite number is left out."""
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
     for tracker in list(accelerator.trackers) if numbers else ():
@@ -87,7 +87,7 @@ def report(accelerator: Any, values: Mapping[str, Any], step: int | None = None)
             _drop(accelerator, tracker, e)
 
 
-def end_trackers(accelerator: Any) -> None:
+def end_trackers(accelerator: Accelerator) -> None:
     """Let the trackers finish."""
     for tracker in list(accelerator.trackers):
         try:
@@ -98,7 +98,7 @@ def end_trackers(accelerator: Any) -> None:
     accelerator.trackers = []
 
 
-def _drop(accelerator: Any, tracker: Any, error: Exception) -> None:
+def _drop(accelerator: Accelerator, tracker: Any, error: Exception) -> None:
     accelerator.trackers.remove(tracker)
     log.warning(
         "note: the tracker %s failed (%s) and is left out from here on; metrics.jsonl has all numbers",

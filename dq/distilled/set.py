@@ -96,7 +96,7 @@ class DistilledSet:
         return rows_as_dataset(self)
 
     def to_torch(self) -> TensorDataset:
-        """The set as a `torch.utils.data.TensorDataset` of images, labels, weights and, if there are any, label vectors.
+        """The set as a `torch.utils.data.TensorDataset` of images, labels, weights and, if any, label vectors.
 
         Images are (3, H, W) float32 and lie in [0, 1] unless the set is not `bounded`.
         """

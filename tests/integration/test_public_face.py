@@ -198,9 +198,9 @@ def test_results_are_a_table(toy_source) -> None:
     assert table["set"].tolist() == ["set", "random"]
     assert table["seeds"].tolist() == [1, 1]
     assert {"last_mean", "last_std", "protocol", "settings"} <= set(table.columns)
-    with pytest.raises(InputError, match="a DistilledSet or the path of one is evaluated, not list"):
+    with pytest.raises(InputError, match=r"a DistilledSet or the path of one is evaluated, not list"):
         evaluate([1], toy_source)
-    with pytest.raises(InputError, match="n_seeds is a whole number, not 1.5"):
+    with pytest.raises(InputError, match=r"n_seeds is a whole number, not 1\.5"):
         evaluate(small(), toy_source, n_seeds=1.5)
     with pytest.raises(InputError, match="a student is a network's name, a StudentConfig or a mapping, not int"):
         evaluate(small(), toy_source, students=[3])

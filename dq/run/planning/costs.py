@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
@@ -17,6 +17,9 @@ from dq.core.processes import cut
 from dq.core.seeds import digest_of
 from dq.data.image_cache import LEAST, MOST
 from dq.evaluation.baselines import BY_FEATURES
+
+if TYPE_CHECKING:
+    from dq.data.source import ImageSource
 
 CELL = 2  # bytes of a latent's number in the cache (float16)
 POINT_CELL = 8  # bytes of a prototype's number: centroid and medoid in float32
@@ -97,7 +100,7 @@ class Asked:
         return digest_of([self.points, self.how.representative, settings])
 
 
-def asked_sets(config: RunConfig, source: Any) -> list[Asked]:
+def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
     """The sets of a run, ipc by ipc."""
     from dq.run.folder import Run, copies_of
 
@@ -114,7 +117,7 @@ def asked_sets(config: RunConfig, source: Any) -> list[Asked]:
 
 def stage_plans(
     config: RunConfig,
-    source: Any,
+    source: ImageSource,
     *,
     latent: tuple[int, int, int] | None,
     walked: int | None,
@@ -230,7 +233,7 @@ def _label(config: RunConfig, sets: Sequence[Asked], processes: int) -> StagePla
     return plan
 
 
-def _evaluate(config: RunConfig, source: Any, sets: Sequence[Asked], processes: int) -> StagePlan:
+def _evaluate(config: RunConfig, source: ImageSource, sets: Sequence[Asked], processes: int) -> StagePlan:
     from dq.run.planning.plan import trainings
 
     e, counts = config.evaluate, source.class_counts()

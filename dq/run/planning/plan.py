@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from dq.data.source import ImageSource
 
 # Classes, train and test images of sets that one may plan for without having them. Real classes differ a little in
 # size; here all images are spread evenly. ImageNet-21K: the release of autumn 2011, which has no test split.
@@ -50,7 +53,7 @@ def like_source(text: str) -> Any:
     return ImageSource(splits, names, f"like {text}", f"like {text}", "train", "test" if test else None)
 
 
-def plan(config: RunConfig, source: Any) -> str:
+def plan(config: RunConfig, source: ImageSource) -> str:
     """What a run would do: classes, units, disk, model calls."""
     from dq.core.processes import cut
     from dq.data.image_cache import LEAST, MOST
@@ -194,7 +197,7 @@ def plan_evaluation(
     return lines + [f"labels      {format_bytes(total)} of soft labels of views"] * (total > 0)
 
 
-def plan_prior_report(config: RunConfig, source: Any) -> str:
+def plan_prior_report(config: RunConfig, source: ImageSource) -> str:
     """What `prior-report` would do."""
     from dq.diffusion.prior.metrics import sample_counts
 

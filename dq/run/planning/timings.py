@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,6 +37,12 @@ from dq.run.planning.costs import (
     seconds_of,
     stage_plans,
 )
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dq.data.source import ImageSource
+    from dq.diffusion.generator import LatentGenerator
 
 log = logging.getLogger("dq")
 
@@ -122,7 +128,9 @@ def timed(
     return Speed(statistics.median(each), each[0], each[-1], size)
 
 
-def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.device, why: Sequence[str] = ()) -> Speeds:
+def measure_speeds(
+    config: RunConfig, source: ImageSource, pipe: LatentGenerator | None, device: torch.device, why: Sequence[str] = ()
+) -> Speeds:
     """Time what a run is made of. What cannot be timed here is left out, and said.
 
     Args:
@@ -167,7 +175,7 @@ def measure_speeds(config: RunConfig, source: Any, pipe: Any, device: torch.devi
 # --- one operation each -------------------------------------------------------------------------------------------
 
 
-def _reading(config: RunConfig, source: Any, device: torch.device) -> Speed:
+def _reading(config: RunConfig, source: ImageSource, device: torch.device) -> Speed:
     from dq.data.images import read_images
 
     rows = torch.randperm(len(source.train), generator=generator("speeds")).tolist()  # far apart, not read lately
@@ -184,7 +192,7 @@ def _pixels(size: int, side: int) -> torch.Tensor:
     return torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator("speeds", size))
 
 
-def _codec(config: RunConfig, pipe: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
+def _codec(config: RunConfig, pipe: LatentGenerator, device: torch.device) -> Iterator[tuple[str, Speed]]:
     from dq.diffusion.codec import decode_latents, encode_latents, latent_shape, to_signed, to_unit
 
     shape = latent_shape(pipe.vae, config.codec.resolution)
@@ -203,16 +211,24 @@ def _codec(config: RunConfig, pipe: Any, device: torch.device) -> Iterator[tuple
 
 
 def _generator(
-    config: RunConfig, source: Any, pipe: Any, device: torch.device, decode: Speed, facts: dict[str, Any]
+    config: RunConfig,
+    source: ImageSource,
+    pipe: LatentGenerator,
+    device: torch.device,
+    decode: Speed,
+    facts: dict[str, Any],
 ) -> Iterator[tuple[str, Speed]]:
     """A step of the walk with all that the configuration adds to it, guidance too; decoding is taken off."""
     cfg = config.generate
-    if cfg.mode == "decode":
+    start = pipe.start(cfg)
+    if start is None:  # decode
         return
-    facts["walked"] = pipe.start(cfg).calls
+    facts["walked"] = start.calls
     facts["generate"] = _walk_settings(config)
     short = dataclasses.replace(cfg, snr=None, strength=min(1.0, (STEPS + 0.5) / cfg.num_inference_steps))
-    calls = pipe.start(short).calls
+    short_start = pipe.start(short)
+    assert short_start is not None
+    calls = short_start.calls
     ids = None
     if cfg.mode == "dit":
         ids = [0] * len(source.class_names)  # the class does not matter to the clock
@@ -241,7 +257,7 @@ def _walk_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _clustering(
-    config: RunConfig, source: Any, shape: Sequence[int], device: torch.device
+    config: RunConfig, source: ImageSource, shape: Sequence[int], device: torch.device
 ) -> Iterator[tuple[str, Speed]]:
     """One class of Gaussian points as large as the largest class, or as memory allows, for every ipc and engine."""
     from dq.cluster.kmeans import kmeans_many, quantization_stats
@@ -268,7 +284,7 @@ def _clustering(
         yield name, timed(work, n, least=n, device=device)
 
 
-def _teachers(config: RunConfig, source: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
+def _teachers(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
     """The forward pass of all teachers, and a step of every stage of refinement."""
     from dq.networks.teacher import pooled_logits
     from dq.networks.teacher_loading import load_teachers
@@ -314,7 +330,7 @@ def _refining(stage: RefineConfig, teachers: tuple[Teacher, ...], classes: int, 
     return Speed(found.seconds / steps, found.least / steps, found.most / steps, found.batch)
 
 
-def _students(config: RunConfig, source: Any, device: torch.device) -> Iterator[tuple[str, Speed]]:
+def _students(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
     """An image forward and backward, and an image tested, for every student."""
     from dq.evaluation.trainings import students_of
     from dq.networks.training import accuracy, fit, normalizer
@@ -343,7 +359,7 @@ def _students(config: RunConfig, source: Any, device: torch.device) -> Iterator[
 # --- for the command line -----------------------------------------------------------------------------------------
 
 
-def speeds_here(config: RunConfig, source: Any, device: torch.device) -> Speeds:
+def speeds_here(config: RunConfig, source: ImageSource, device: torch.device) -> Speeds:
     """Measure with the models that lie on this machine; nothing is fetched for a plan."""
     from dq.diffusion.generator import LatentGenerator
 
@@ -356,8 +372,8 @@ def speeds_here(config: RunConfig, source: Any, device: torch.device) -> Speeds:
 
 def plan_with_speeds(
     config: RunConfig,
-    source: Any,
-    accelerator: Any,
+    source: ImageSource,
+    accelerator: Accelerator,
     *,
     processes: int,
     speeds_file: str | None = None,
@@ -382,7 +398,7 @@ def plan_with_speeds(
     return "\n".join(lines)
 
 
-def expected_seconds(config: RunConfig, source: Any, processes: int, speeds: Speeds) -> dict[str, float]:
+def expected_seconds(config: RunConfig, source: ImageSource, processes: int, speeds: Speeds) -> dict[str, float]:
     """Seconds by stage, for a run that tells what is left; stages of unknown speed are left out."""
     plans = planned_stages(config, source, speeds, processes)
     overlap = bool(speeds.facts.get("overlap"))
@@ -392,7 +408,7 @@ def expected_seconds(config: RunConfig, source: Any, processes: int, speeds: Spe
     return {stage: seconds for stage, seconds in times.items() if seconds is not None}
 
 
-def planned_stages(config: RunConfig, source: Any, speeds: Speeds, processes: int) -> list[StagePlan]:
+def planned_stages(config: RunConfig, source: ImageSource, speeds: Speeds, processes: int) -> list[StagePlan]:
     """`stage_plans` with what the speeds know of the shape of latents and of the walk."""
     facts = speeds.facts
     latent, walked = facts.get("latent"), None

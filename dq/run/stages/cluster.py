@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from dq.core.trackers import report
 from dq.diffusion.latents import LatentCache
 from dq.run.folder import Run, class_file
 from dq.run.stages.features import features_of, prepare_features
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger("dq")
 
@@ -154,7 +157,7 @@ def load_prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) 
 DISTORTION = ("distortion", "w2_mass", "w2_uniform", "explained")  # per class, of the records of the cluster stage
 
 
-def report_distortion(accelerator: Any, metrics: Path) -> None:
+def report_distortion(accelerator: Accelerator, metrics: Path) -> None:
     """Send a summary over classes of what the cluster stage wrote to metrics.jsonl."""
     if accelerator.trackers:
         report(accelerator, distortion_numbers(read_jsonl(metrics)))
