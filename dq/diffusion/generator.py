@@ -249,7 +249,7 @@ class LatentGenerator(DiffusionPipeline):
 
     def __call__(
         self,
-        class_labels: Sequence[int | str] | int | str,
+        class_labels: Sequence[int | str] | np.ndarray | Tensor | int | str,
         guidance_scale: float = 4.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int = 50,
@@ -283,7 +283,8 @@ class LatentGenerator(DiffusionPipeline):
             )
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
-        labels = [self._class_index(c) for c in np.atleast_1d(np.asarray(class_labels)).tolist()]
+        plain = class_labels.tolist() if isinstance(class_labels, (np.ndarray, np.generic, Tensor)) else class_labels
+        labels = [self._class_index(c) for c in (plain if isinstance(plain, (list, tuple, range)) else [plain])]
         generators = _one_generator_each(generator, len(labels))
         parts = []
         with torch.no_grad():

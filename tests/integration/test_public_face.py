@@ -82,6 +82,8 @@ def test_a_call_generates_images_of_classes(pipe: DistillPipeline) -> None:
     both = pipe(np.array([1, 0]), generator=own, output_type="pt", **options).images
     alone = pipe(np.int64(0), generator=[torch.Generator().manual_seed(1)], output_type="pt", **options).images
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+    mixed = pipe(["green", 0], generator=own, output_type="pt", **options).images
+    assert mixed.shape == both.shape
     assert pipe([0], output_type="np", return_dict=False, **options)[0].shape == (1, 8, 8, 3)
     assert pipe([0], image_size=4, output_type="pt", **options).images.shape == (1, 3, 4, 4)
 
