@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from pathlib import Path
@@ -88,6 +89,16 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"blake2b": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
+@functools.cache
+def _log_assumed(what: str) -> None:
+    """Say it once of each set."""
+    log.warning(
+        "%s does not say what its label vectors are, as it was written before sets did; they are taken for logits. "
+        "`load_set` and `save` write it anew",
+        what,
+    )
+
+
 def recorded_kind(record: dict[str, Any], what: str) -> LabelKind:
     """What the label vectors of a set are, by its record.
 
@@ -100,11 +111,7 @@ def recorded_kind(record: dict[str, Any], what: str) -> LabelKind:
     kind = record.get("label_kind")
     if kind is None:
         if record.get("soft_labels"):
-            log.warning(
-                "%s does not say what its label vectors are, since it was written before sets did; they are taken for "
-                "logits. Write it anew with `dq label` or `DistilledSet.save`",
-                what,
-            )
+            _log_assumed(what)
         return "logits"
     if kind not in get_args(LabelKind):
         kinds = ", ".join(get_args(LabelKind))

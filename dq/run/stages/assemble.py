@@ -28,6 +28,7 @@ from dq.run.stages.cluster import load_prototypes, prototype_folder
 from dq.run.stages.encode import cache_of
 from dq.run.stages.features import known_features
 from dq.run.stages.label import _find_labels, _image_folders
+from dq.run.stages.refine import SOFT_LABELS
 
 
 def assemble(run: Run) -> None:
@@ -62,8 +63,8 @@ class Parts:
         m, cluster_config, _ = self.run.resolved(self.method)
         for p in load_prototypes(self.run, self.cache, self.ipc, cluster_config):
             tensors, meta = read_tensors(class_file(self.images, p.label))
-            # of the last stage of refinement; a version before wrote them as "logits", which they were
-            soft_labels = tensors.get("soft_labels", tensors.get("logits"))
+            # of the last stage of refinement
+            soft_labels = next((tensors[name] for name in SOFT_LABELS if name in tensors), None)
             if soft_labels is None and self.labels:
                 soft_labels = read_tensors(class_file(self.labels, p.label))[0]["logits"]
             copies = meta["copies"]
@@ -88,7 +89,7 @@ class Parts:
     def provenance(self) -> dict[str, Any]:
         m, cluster_config, generate_config = self.run.resolved(self.method)
         with open_tensors(class_file(self.images, 0)) as f:
-            labelled = bool({"soft_labels", "logits"} & set(f.keys()))
+            labelled = bool(set(SOFT_LABELS) & set(f.keys()))
         by = {"by": "the teachers of the last stage of refinement"} if labelled else None
         return {
             **{k: v for k, v in read_json(self.run.folder / "provenance.json").items() if k != "settings"},

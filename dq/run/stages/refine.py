@@ -50,6 +50,8 @@ from dq.run.stages.generate import drawn_folders
 
 log = logging.getLogger("dq")
 
+SOFT_LABELS = ("soft_labels", "logits")  # tensor of label vectors; the second in files of a version before
+
 
 @dataclass(frozen=True)
 class Job:
@@ -401,9 +403,10 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
     for rank in range(job.counts[label]):
         j, i = job.places[(label, rank)]
         with open_tensors(job.batch_file(j)) as f:
-            for name in ("images", "soft_labels"):
-                if name in f.keys():  # noqa: SIM118  (not a dict)
-                    parts.setdefault(name, []).append(f.get_slice(name)[i : i + 1])
+            for name in f.keys():  # noqa: SIM118  (not a dict)
+                if name in ("images", *SOFT_LABELS):
+                    column = "images" if name == "images" else "soft_labels"
+                    parts.setdefault(column, []).append(f.get_slice(name)[i : i + 1])
         measures = read_metadata(job.batch_file(j))
         meta |= {k: measures[k] for k in ("label_kind", "step_size") if k in measures}
     write_tensors(path, {name: torch.cat(rows) for name, rows in parts.items()}, meta)
@@ -417,6 +420,5 @@ def _read_state(path: Path) -> State | None:
     if not is_done(path):
         return None
     tensors, meta = read_tensors(path)
-    if "facts" not in meta:  # of a version before: a block or two are done again
-        return None
-    return State(tensors, meta["facts"], meta["steps"])
+    # a version before wrote the facts alone
+    return State(tensors, meta.get("facts", meta), meta.get("steps", len(tensors["trace"])))
