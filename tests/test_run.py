@@ -114,7 +114,7 @@ def launch(file: Path, verb: str = "run", *, processes: int = 1) -> subprocess.P
     command = [*(torchrun(processes) if processes > 1 else [sys.executable]), "-m"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*command, "dq.cli.main", verb, "--config", str(file), "--cpu"],
+        [*command, "dq.cli", verb, "--config", str(file), "--cpu"],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

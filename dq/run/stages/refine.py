@@ -420,5 +420,6 @@ def _read_state(path: Path) -> State | None:
     if not is_done(path):
         return None
     tensors, meta = read_tensors(path)
-    # a version before wrote the facts alone
-    return State(tensors, meta.get("facts", meta), meta.get("steps", len(tensors["trace"])))
+    if "facts" not in meta:  # a version before wrote the facts alone
+        return State(tensors, meta, len(tensors["trace"]))
+    return State(tensors, meta["facts"], meta["steps"])
