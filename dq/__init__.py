@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch as torch
 
-__version__ = "0.1.0"
+from dq.core.version import __version__ as __version__
 
 _HOME = {
     "LatentGenerator": "dq.diffusion.generator",

@@ -88,12 +88,12 @@ def version_of(name: str) -> str:
 
 
 def _versions(say: Any) -> dict[str, str]:
-    import dq
+    from dq.core.version import __version__
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     found = {
         "python": platform.python_version(),
-        "dq": dq.__version__,
+        "dq": __version__,
         "torch": f"{torch.__version__} (built for {build})",
         **{name: version_of(name) for name in PACKAGES},
         "faiss": _faiss(say),

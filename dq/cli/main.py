@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
-        import dq
+        from dq.core.version import __version__
 
-        print(f"dq {dq.__version__}")
+        print(f"dq {__version__}")
         return 0
     if args.verb is None:
         parser.print_help(sys.stderr)

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-import dq
 from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
 from dq.core.text import first_line
+from dq.core.version import __version__
 
 log = logging.getLogger("dq")
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
@@ -130,7 +130,7 @@ def template(package: str, name: str) -> Any:
 
     environment = Environment(loader=PackageLoader(package, ""), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"md": md, "json": plain_json, "zip": zip}
-    environment.globals["dq"] = dq.__version__
+    environment.globals["dq"] = __version__
     return environment.get_template(name)
 
 

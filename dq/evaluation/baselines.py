@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import dq
 from dq.cluster.kmeans import kmeans
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, digest_of
+from dq.core.version import __version__
 from dq.data.coresets import _centred_classes, herding_rows, k_center_rows, random_rows
 from dq.data.images import read_images
 from dq.data.source import ImageSource
@@ -200,7 +200,7 @@ def _assemble(
         counts=torch.ones(n, dtype=torch.int64) if counts is None else torch.from_numpy(counts),
         source_row=torch.from_numpy(rows),
         provenance={
-            "dq": dq.__version__,
+            "dq": __version__,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "source": {
                 "origin": source.origin,

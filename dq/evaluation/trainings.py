@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-import dq
 from dq.config.protocols import student_config
 from dq.config.reader import to_dict
 from dq.config.students import EvaluateConfig, StudentConfig
@@ -27,6 +26,7 @@ from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.text import format_bytes
 from dq.core.trackers import report
+from dq.core.version import __version__
 from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_FEATURES, select
@@ -186,7 +186,7 @@ def trainings_of(
             base = bench.cache_dir / "full" if entry.ipc == "full" else work.folder / "eval" / "units"
             settings = to_dict(config)
             settings["relabel"].pop("storage")
-            identity: list[Any] = [dq.__version__, settings, bench.world, entry.identity]
+            identity: list[Any] = [__version__, settings, bench.world, entry.identity]
             if config.labels != "hard":
                 identity.append([t.digest for t in bench.teachers])
             for seed in entry.seeds:
@@ -344,7 +344,7 @@ def train_one(
             "image_size": bench.image_size,
             "validation_images": len(bench.validation_rows),
         },
-        "software": {"dq": dq.__version__, "python": platform.python_version(), "torch": torch.__version__},
+        "software": {"dq": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"device": gpu or bench.device.type, "threads": torch.get_num_threads()},
     }
 

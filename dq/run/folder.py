@@ -176,11 +176,11 @@ def provenance(run: Run) -> dict[str, Any]:
     import datasets
     import diffusers
 
-    import dq
+    from dq.core.version import __version__
 
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     return {
-        "dq": dq.__version__,
+        "dq": __version__,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

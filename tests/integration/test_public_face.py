@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_dit, tiny_kl
 from diffusers import DDIMScheduler
+from models import tiny_dit, tiny_kl
 
 import dq
 from dq import (

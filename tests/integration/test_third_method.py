@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import tiny_kl
+from models import tiny_kl
 
 from dq.config.overrides import apply_settings
 from dq.config.reader import dump_config, from_dict

@@ -345,7 +345,7 @@ def _record(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
 def _facts(draw: Draw, bench: RealData, config: PriorReportConfig, train: Sequence[int]) -> dict[str, Any]:
     import diffusers
 
-    import dq
+    from dq.core.version import __version__
 
     return {
         "images": sum(draw.counts),
@@ -359,7 +359,7 @@ def _facts(draw: Draw, bench: RealData, config: PriorReportConfig, train: Sequen
         "steps": draw.num_inference_steps,
         "scheduler": type(draw.scheduler).__name__,
         "seed": draw.seed,
-        "dq": dq.__version__,
+        "dq": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }

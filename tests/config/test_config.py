@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dq.config.overrides import apply_settings
+from dq.config.protocols import list_protocols, student_config
+from dq.config.reader import dump_config, from_dict, to_dict
+from dq.config.schema import ClusterConfig, MethodConfig, RunConfig, load_config
+from dq.config.students import StudentConfig
+from dq.core.errors import InputError
+from dq.evaluation.trainings import students_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def resolved(config: RunConfig) -> StudentConfig:
+    """The first student; what a preset or the number of images decides is not known before."""
+    return student_config(
+        config.evaluate.students[0], ipc="10", classes=10, image_size=32, where="evaluate.students.0"
+    )
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        RunConfig(), ipc=(1, 5), methods={"x": MethodConfig(override={"cluster.engine": "clvq"})}, seed=3
+    )
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "dq/config/presets").glob("*.yaml"))
+)
+def test_shipped_configs_load(path: Path) -> None:
+    config = load_config(path)
+    assert from_dict(RunConfig, yaml.safe_load(dump_config(config))) == config
+    ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in config.evaluate.baselines)
+    found = students_of(config.evaluate, ipcs, 10, config.image_size)
+    assert len(found) == len(config.evaluate.students) * len(ipcs)
+    assert config.teachers or all(s.labels == "hard" for s in found.values())
+
+
+@pytest.mark.parametrize("name", list_protocols())
+def test_shipped_protocols_hold_for_every_size(name: str) -> None:
+    rules = yaml.safe_load((ROOT / f"dq/config/presets/protocols/{name}.yaml").read_text())["rules"]
+    named = [rule["when"].get("dataset", []) for rule in rules]
+    sets = {None, *(d for n in named for d in (n if isinstance(n, list) else [n]))}
+    for dataset in sets:
+        for ipc in ("1", "10", "50", "200", "1300", "full"):
+            for classes, size in ((10, 32), (100, 32), (200, 64), (10, 224), (1000, 224)):
+                spec = {"protocol": name, **({"dataset": dataset} if dataset else {})}
+                s = student_config(spec, ipc=ipc, classes=classes, image_size=size)
+                assert (s.protocol, from_dict(StudentConfig, to_dict(s))) == (name, s)
+                # what the user sets himself wins
+                assert student_config(
+                    {**spec, "lr": 0.123, "epochs": 7}, ipc=ipc, classes=classes, image_size=size
+                ) == (dataclasses.replace(s, lr=0.123, epochs=7))
+
+
+def test_settings_reach_nested_values_and_lists() -> None:
+    c = apply_settings(
+        RunConfig(),
+        [
+            "cluster.engine=torch",
+            "ipc=[1, 10]",
+            "evaluate.students.0.lr=1e-3",
+            "methods.ddoq.weights=mass",
+            "teachers=[{net: resnet20}, {}]",
+            "teachers.1.net=resnet110",
+        ],
+    )
+    assert c.cluster.engine == "torch"
+    assert c.ipc == (1, 10)
+    assert resolved(c).lr == 1e-3
+    assert c.methods["ddoq"].weights == "mass"
+    assert [t.net for t in c.teachers] == ["resnet20", "resnet110"]
+    assert RunConfig().cluster.engine == "auto"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cluster.enginee=torch", r"unknown setting 'cluster.enginee'; did you mean 'engine'\?"),
+        ("clutser.engine=torch", r"unknown setting 'clutser'; did you mean 'cluster'\?"),
+        ("cluster.engine=gpu", "cluster.engine must be one of 'auto'"),
+        ("cluster.n_iter=many", "cluster.n_iter must be a whole number, not 'many'"),
+        ("cluster.n_iter=true", "cluster.n_iter must be a whole number"),
+        ("evaluate.students.4.lr=1", "the list has 1 entries"),
+        ("seed.x=1", "its parent is the value 0"),
+        ("seed", "--set needs key=value"),
+        ("seed=[", "value of 'seed' is not readable"),
+        ("ipc=10", "ipc must be a list"),
+        ("source=here", "source must be a mapping"),
+        ("codec.batch_size=0", "codec.batch_size must be at least 1 and finite, not 0"),
+        ("codec.resolution=-8", "codec.resolution must be at least 1"),
+        ("cluster.tol=.nan", "cluster.tol must be at least 0 and finite"),
+        ("cluster.entropy=0", "cluster.entropy must be more than 0"),
+        ("cluster.space=pixels", "cluster.space must be one of 'latents', 'pca', 'whitened', 'features', 'joint'"),
+        ("cluster.dims=0", "cluster.dims must be at least 1 and finite, not 0"),
+        ("cluster.feature_weight=-1", "cluster.feature_weight must be at least 0 and finite"),
+        ("evaluate.seeds=0", "evaluate.seeds must be at least 1"),
+        ("generate.guidance_snr=[1]", r"generate.guidance_snr must be two rising ratios such as \[0.05, 5\]"),
+        ("generate.guidance_snr=[5, 1]", "generate.guidance_snr must be two rising ratios"),
+        ("generate.guidance_snr=[-1, 1]", "generate.guidance_snr must be two rising ratios"),
+        ("generate.guidance_snr=[.nan, 1]", "generate.guidance_snr must be two rising ratios"),
+        ("generate.mode_guidance=1.5", r"generate.mode_guidance is a share and must lie in \[0, 1\], not 1.5"),
+        ("generate.mode_stop=-0.1", "generate.mode_stop is a share"),
+        ("generate.noise=ddim", "generate.noise must be one of 'random', 'inversion'"),
+        ("generate.rescale=yes", "generate.rescale must be one of 'none', 'norm'"),
+        ("generate={noise: inversion, images_per_prototype: 2}", "set images_per_prototype=1"),
+    ],
+)
+def test_wrong_settings_name_the_key_and_the_way_out(setting: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        apply_settings(RunConfig(), [setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluate.students.0.lr=.inf", "evaluate.students.0.lr must be at least 0 and finite"),
+        ("evaluate.students.0.temperature=0", "temperature must be more than 0"),
+        ("evaluate.students.0.learning_rate=1", "unknown setting 'evaluate.students.0.learning_rate'; did you mean"),
+        ("evaluate.students.0.views.mixx=cutmix", "evaluate.students.0.views.mixx'; did you mean 'mix'"),
+        ("evaluate.students.0.views.crop_scale=[0.5]", r"evaluate.students.0.views.crop_scale must be two shares"),
+        ("evaluate.students.0.labels=hrad", "evaluate.students.0.labels must be one of 'hard', 'soft', 'fixed'"),
+        ("evaluate.students.0.protocol=clasic", "unknown protocol 'clasic'; did you mean 'classic'"),
+        ("evaluate.students.0.dataset=mnist", "protocol 'classic' has settings for .*, not for 'mnist'"),
+        ("evaluate.students.0={dataset: cifar10}", "name a protocol, or leave dataset out"),
+    ],
+)
+def test_wrong_settings_of_a_student_name_the_key_too(setting: str, message: str) -> None:
+    """They are read once the preset is known, before anything is computed."""
+    with pytest.raises(InputError, match=message):
+        resolved(apply_settings(RunConfig(), [setting]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClusterConfig(init="rndom"), "init must be one of 'race', 'k-means\\+\\+', 'random', not 'rndom'"),
+        (lambda: ClusterConfig(on_small="rais"), "on_small must be one of"),
+        (lambda: StudentConfig(optimizer="adma"), "optimizer must be one of"),
+        (lambda: StudentConfig(batch_size=0), "batch_size must be at least 1"),
+    ],
+)
+def test_values_are_checked_in_python_too(make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no configuration file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(InputError, match=r"bad.yaml is not valid YAML \(line"):
+        load_config(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("dq/config/presets/*.yaml")]), ids=lambda p: p.name
+)
+def test_every_shipped_configuration_loads(path):
+    config = load_config(path)
+    assert config.source.path
+    for method in config.methods:
+        apply_settings(config, dict(config.methods[method].override))

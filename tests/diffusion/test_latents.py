@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_kl
+
+from dq.config.schema import CodecConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import open_tensors
+from dq.core.processes import shard
+from dq.data.images import read_images
+from dq.data.load import load_source
+from dq.diffusion.codec import encode_latents, to_signed
+from dq.diffusion.latents import LatentCache, encode_source, open_cache
+
+CODEC = CodecConfig(path="x", resolution=8, batch_size=4)
+
+
+def cache_in(folder: Path, source, codec, **codec_settings) -> LatentCache:
+    return open_cache(folder, source, codec, dataclasses.replace(CODEC, **codec_settings), seed=0)
+
+
+@torch.no_grad()
+def test_shards_hold_the_latents_of_their_class(tmp_path: Path, toy_source) -> None:
+    codec = tiny_kl()
+    cache = cache_in(tmp_path, toy_source, codec)
+    encode_source(toy_source, codec, cache, CODEC, seed=0)
+    for c, n in enumerate((9, 8, 7)):
+        z, rows = cache.load(c)
+        assert z.shape == (n, 4, 4, 4)
+        assert z.dtype == torch.float16
+        assert (toy_source.train.labels[rows.numpy()] == c).all()
+        images, _, _ = read_images(toy_source.train, rows.tolist(), 8, "crop")
+        assert torch.allclose(z.float(), encode_latents(codec, to_signed(images)), atol=2e-3)
+    assert cache.missing() == []
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_batch_size_does_not_matter(tmp_path: Path, toy_source, posterior: str) -> None:
+    codec = tiny_kl()
+    results = []
+    for size in (2, 9):
+        cache = cache_in(tmp_path / str(size), toy_source, codec, posterior=posterior)
+        config = dataclasses.replace(CODEC, batch_size=size, posterior=posterior)
+        encode_source(toy_source, codec, cache, config, seed=0)
+        results.append(cache.load(0)[0].float())
+    assert torch.allclose(*results, atol=2e-3)
+
+
+def test_interrupted_equals_uninterrupted(tmp_path: Path, toy_source) -> None:
+    codec = tiny_kl()
+    whole, parts = (cache_in(tmp_path / n, toy_source, codec) for n in ("whole", "parts"))
+    encode_source(toy_source, codec, whole, CODEC, seed=0)
+    assert len(whole.parts) == 3
+    read, calls = toy_source.train.read, []
+
+    def stop(row: int):
+        calls.append(row)
+        if len(calls) == 14:  # in the middle of the second file
+            raise KeyboardInterrupt
+        return read(row)
+
+    broken = dataclasses.replace(
+        toy_source, splits={**toy_source.splits, "train": dataclasses.replace(toy_source.train, read=stop)}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        encode_source(broken, codec, parts, CODEC, seed=0)
+    assert parts.missing() == [1, 2]
+    stamp = parts.path(0).stat().st_mtime_ns
+    encode_source(toy_source, codec, parts, CODEC, seed=0)
+    assert parts.path(0).stat().st_mtime_ns == stamp
+    for c in range(3):
+        assert parts.path(c).read_bytes() == whole.path(c).read_bytes()
+    assert not [f for f in parts.folder.iterdir() if f.name.endswith(".tmp")]
+
+
+def test_rows_in_the_order_of_a_stream_give_the_same_classes(tmp_path: Path, toy_images) -> None:
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    images, labels = (t[order] for t in toy_images["train"])
+    source = load_source((images, labels))
+    stream = dataclasses.replace(source, sequential=True)
+    codec = tiny_kl()
+    one = cache_in(tmp_path / "one", source, codec)
+    two = cache_in(tmp_path / "two", stream, codec)
+    encode_source(source, codec, one, CODEC, seed=0)
+    encode_source(stream, codec, two, CODEC, seed=0)
+    # neighbours in the stream are neighbours in the files, class by class within each
+    with open_tensors(two.path(0)) as f:
+        assert sorted(f.get_tensor("rows").tolist()) == list(range(8))
+        assert f.get_tensor("labels").tolist() == sorted(labels[:8].tolist())
+    for c in range(3):
+        (a, rows_a), (b, rows_b) = one.load(c), two.load(c)
+        assert torch.equal(rows_a, rows_b)
+        assert rows_a.tolist() == (labels == c).nonzero().flatten().tolist()
+        assert torch.allclose(a.float(), b.float(), atol=2e-3)
+
+
+def test_files_are_divided_over_processes(tmp_path: Path, toy_source) -> None:
+    codec = tiny_kl()
+    alone, shared = (cache_in(tmp_path / n, toy_source, codec) for n in ("alone", "shared"))
+    encode_source(toy_source, codec, alone, CODEC, seed=0)
+    for rank in (1, 0):
+        mine = functools.partial(shard, rank=rank, world_size=2)
+        encode_source(toy_source, codec, shared, CODEC, seed=0, mine=mine)
+        assert shared.missing() == ([0, 2] if rank == 1 else [])
+    for c in range(3):
+        assert shared.path(c).read_bytes() == alone.path(c).read_bytes()
+
+
+def test_the_key_follows_what_decides_the_latents(tmp_path: Path, toy_source, toy_images) -> None:
+    codec = tiny_kl()
+    base = cache_in(tmp_path, toy_source, codec).key
+    assert cache_in(tmp_path, toy_source, codec, batch_size=99).key == base
+    assert cache_in(tmp_path, toy_source, tiny_kl(seed=1)).folder.name != f"latents-{base}"
+    assert cache_in(tmp_path, toy_source, codec, resolution=16).key != base
+    assert cache_in(tmp_path, toy_source, codec, posterior="sample").key != base
+    other = load_source({**toy_images, "train": (toy_images["train"][0].flip(0), toy_images["train"][1].flip(0))})
+    assert cache_in(tmp_path, other, codec).key != base
+    squash = load_source(toy_source, preprocess="squash")
+    assert open_cache(tmp_path, squash, codec, CODEC, seed=0).key != base
+    assert open_cache(tmp_path, toy_source, codec, CODEC, seed=5).key == base
+
+
+def test_bad_images_are_set_aside_and_listed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for c in "ab":
+        for i in range(3):
+            (tmp_path / "set" / c).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "set" / c / f"{i}.png")
+    (tmp_path / "set" / "b" / "1.png").write_bytes(b"broken")
+    source = load_source(tmp_path / "set")
+    codec = tiny_kl()
+    skip = load_source(source, on_bad_image="skip")
+    cache = open_cache(tmp_path / "cache", skip, codec, CODEC, seed=0)
+    encode_source(skip, codec, cache, CODEC, seed=0)
+    assert cache.load(1)[1].tolist() == [3, 5]
+    assert len(cache.bad_images()) == 1
+    assert "1.png" in cache.bad_images()[0]
+    strict = open_cache(tmp_path / "cache", source, codec, CODEC, seed=0)
+    with pytest.raises(InputError, match=r"1\.png cannot be read"):
+        encode_source(source, codec, strict, CODEC, seed=0)
+
+
+def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for c in "ab":
+        (tmp_path / "set" / c).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "a" / "0.png")
+    (tmp_path / "set" / "b" / "0.png").write_bytes(b"broken")
+    source = load_source(tmp_path / "set")
+    skip = load_source(source, on_bad_image="skip")
+    cache = open_cache(tmp_path / "cache", skip, tiny_kl(), CODEC, seed=0)
+    encode_source(skip, tiny_kl(), cache, CODEC, seed=0)
+    with pytest.raises(InputError, match="no image of class 1 'b' can be read; replace them or drop the class"):
+        cache.check()
+
+
+def test_missing_files_are_named_and_damaged_ones_made_anew(
+    tmp_path: Path, toy_source, caplog: pytest.LogCaptureFixture
+) -> None:
+    codec = tiny_kl()
+    cache = cache_in(tmp_path, toy_source, codec)
+    with pytest.raises(InputError, match=r"lacks 3 of 3 files, first part-000000.safetensors; run `dq encode` first"):
+        cache.load(1)
+    encode_source(toy_source, codec, cache, CODEC, seed=0)
+    whole = [cache.path(i).read_bytes() for i in range(3)]
+    cache.path(0).write_bytes(whole[0][:100])
+    flipped = bytearray(whole[2])
+    flipped[-3] ^= 4  # in the last tensor, where nothing but a checksum would show it
+    cache.path(2).write_bytes(flipped)
+    stamp = cache.path(1).stat().st_mtime_ns
+    with pytest.raises(RunError, match=r"part-00000[02].safetensors cannot be read"):
+        cache_in(tmp_path, toy_source, codec).load(0)
+    with pytest.raises(RunError, match=r"part-00000[02].safetensors cannot be read"):
+        cache_in(tmp_path, toy_source, codec).load(2)
+    encode_source(toy_source, codec, cache, CODEC, seed=0)
+    assert [cache.path(i).read_bytes() for i in range(3)] == whole
+    assert cache.path(1).stat().st_mtime_ns == stamp
+    assert [r.message for r in caplog.records if "part-000002" in r.message and "is made anew" in r.message]
+
+
+def test_latents_that_do_not_fit_are_named(tmp_path: Path, toy_source) -> None:
+    codec = tiny_kl(scaling_factor=1e9)
+    cache = cache_in(tmp_path, toy_source, codec)
+    with pytest.raises(InputError, match=r"the latent of row 0 of split 'train' exceeds the float16 range"):
+        encode_source(toy_source, codec, cache, CODEC, seed=0)
+    assert cache.missing() == [0, 1, 2]

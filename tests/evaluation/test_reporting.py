@@ -1,0 +1,435 @@
+"""Tables, grids and the README: what is shown is what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
+from dq.core.errors import InputError
+from dq.data.grid import GAP, image_grid
+from dq.distilled.set import DistilledSet
+from dq.evaluation.evaluate import evaluate
+from dq.evaluation.figures import results_figures
+from dq.evaluation.results import compare, markdown_table, settings_line, statements, summarize, tables_text, to_csv
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(
+    name: str, seed: int, last: float, *, ipc: str = "10", best: float = 0.9, student: str = "convnet3"
+) -> dict:
+    return {
+        "set": name,
+        "ipc": ipc,
+        "images": 100,
+        "student": student,
+        "labels": "hard",
+        "seed": seed,
+        "recipe": 0,
+        "test_images": 450,
+        "protocol": "p",
+        "settings": "all of them",
+        "selected_on": "validation",
+        "image_bytes": 3000,
+        "label_bytes": 10 * (seed + 1),
+        "last": last,
+        "best": best,
+        "train_seconds": 2.0 + seed,
+    }
+
+
+def test_seeds_are_grouped_and_last_and_best_kept_apart() -> None:
+    rows = summarize([record("b", 1, 0.5), record("a", 0, 0.2), record("b", 0, 0.3), record("b", 2, 0.4)])
+    assert [r.set for r in rows] == ["b", "a"]
+    assert rows[0].last == (0.3, 0.5, 0.4)
+    assert rows[0].best == (0.9, 0.9, 0.9)
+    r = rows[0].record()
+    assert (r["last_mean"], r["last_std"], r["best_mean"], r["seeds"]) == (0.4, 0.1, 0.9, 3)
+    assert rows[1].record()["last_std"] is None
+    assert to_csv([r.record() for r in rows]).splitlines()[1:] == [
+        "b,10,100,convnet3,hard,0,3,0.4,0.1,0.9,0.0,validation,3.0,3000,20,p,all of them",
+        "a,10,100,convnet3,hard,0,1,0.2,,0.9,,validation,2.0,3000,10,p,all of them",
+    ]
+
+
+def test_other_settings_are_another_row() -> None:
+    records = [record("a", 0, 0.2), {**record("a", 1, 0.4), "settings": "others"}]
+    assert [r.last for r in summarize(records)] == [(0.2,), (0.4,)]
+
+
+def test_every_set_is_compared_with_random_over_common_seeds() -> None:
+    records = [record("random", s, 0.1 * s) for s in (0, 1, 2, 4)]
+    records += [record("a", s, 0.1 * s + 0.2 + 0.01 * s) for s in (2, 1, 0, 3)]
+    records += [record("b", s, 0.1 * s, ipc="50") for s in range(3)]  # no random set of this size
+    records += [{**record("b", s, 0.1 * s), "recipe": 1} for s in range(3)]  # nor under this recipe
+    records += [record("c", 4, 0.9), record("d", 9, 0.9)]
+    found = compare(summarize(records))
+    assert [(c.a.set, c.b.set, c.difference.pairs) for c in found] == [("a", "random", 3), ("c", "random", 1)]
+    # differences 0.20, 0.21 and 0.22: std 0.01, and Student's t for 2 degrees of freedom at 97.5 % is 4.302653; one
+    # draw of 450 test images has a variance of (0.21 - 0.21^2) / 450 at least
+    d, half = found[0].difference, 4.302653 * (0.01**2 / 3 + (0.21 - 0.21**2) / 450) ** 0.5
+    assert (d.mean, d.low, d.high) == pytest.approx((0.21, 0.21 - half, 0.21 + half))
+    assert found[0].record()["verdict"] == "better"
+    assert str(found[0]) == "convnet3 #1, hard, IPC 10: a beats random (+21.0 points, 95% interval +12.4 to +29.6)"
+    assert found[1].record()["verdict"] == "undecided"
+    assert (found[1].record()["low"], found[1].record()["high"]) == (None, None)
+    assert str(found[1]).endswith("c and random cannot be compared with one seed")
+    (turned,) = compare(summarize([{**r, "last": 1 - r["last"]} for r in records[:8]]))
+    assert (turned.difference.mean, turned.difference.verdict) == (pytest.approx(-0.21), "worse")
+    assert "random beats a (-21.0 points" in str(turned)
+
+
+def test_sets_are_compared_with_one_another_once_and_baselines_with_random_alone() -> None:
+    level = {"theirs": 0.5, "random": 0.2, "ours": 0.7, "herding": 0.4, "nearest": 0.1}
+    rows = summarize([record(name, s, v) for name, v in level.items() for s in range(2)])
+    found = {(c.a.set, c.b.set): c for c in compare(rows)}
+    assert list(found) == [
+        ("theirs", "random"),
+        ("theirs", "ours"),
+        ("ours", "random"),
+        ("herding", "random"),
+        ("nearest", "random"),
+    ]
+    assert found["theirs", "ours"].difference.mean == pytest.approx(-0.2)
+    assert statements(rows).endswith("5 comparisons at 95 % each, not corrected for their number.")
+    # two sets need no random images between them, and one comparison no warning of many
+    rows = summarize([record(name, s, level[name]) for name in ("theirs", "ours") for s in range(3)])
+    assert statements(rows).startswith("convnet3 #1, hard, IPC 10: ours beats theirs (-20.0 points")
+    assert "corrected" not in statements(rows)
+    rows = summarize([record("full", s, 0.9, ipc="full") for s in range(2)])
+    assert (compare(rows), statements(rows)) == ([], "")
+
+
+def test_unequal_numbers_are_not_compared_and_that_is_said() -> None:
+    records = [record("random", s, 0.1) for s in range(2)]
+    records += [{**record("b", s, 0.9), "images": 99} for s in range(2)]
+    records += [{**record("a", s, 0.5), "images": 101} for s in range(2)]
+    rows = summarize(records)
+    assert compare(rows) == []
+    assert statements(rows).splitlines() == [
+        f"{name}, IPC 10: not compared with random images, which are not of equal number" for name in "ab"
+    ]
+    assert statements(rows) in tables_text(rows)
+    # the equal ones among them are
+    rows = summarize([*records, *(record("c", s, 0.9) for s in range(2))])
+    assert [(c.a.set, c.b.set) for c in compare(rows)] == [("c", "random")]
+    assert [line.split(":")[0] for line in statements(rows).splitlines()[1:]] == ["a, IPC 10", "b, IPC 10"]
+    # of one number of images are two sets of the wrong one
+    rows = summarize([*records, *({**record("d", s, 0.9), "images": 99} for s in range(2))])
+    assert [(c.a.set, c.b.set) for c in compare(rows)] == [("b", "d")]
+
+
+def test_an_interval_with_zero_decides_nothing() -> None:
+    records = [record("random", s, 0.5) for s in range(3)]
+    records += [record("a", s, 0.5 + d) for s, d in enumerate((0.3, 0.1, -0.1))]
+    (c,) = compare(summarize(records))
+    assert c.difference.low < 0 < c.difference.mean
+    assert c.record()["verdict"] == "undecided"
+    assert "3 seeds do not tell a from random" in str(c)
+
+
+def test_one_of_450_test_images_decides_nothing() -> None:
+    records = [record(name, s, right / 450) for name, right in (("a", 301), ("random", 300)) for s in range(3)]
+    (c,) = compare(summarize(records))
+    # no spread over seeds at all; McNemar's least variance of the mean 1/450 is (1/450 - 1/450^2) / 450
+    half = 4.302653 * ((1 / 450 - 1 / 450**2) / 450) ** 0.5
+    assert (c.difference.low, c.difference.high) == pytest.approx((1 / 450 - half, 1 / 450 + half), rel=1e-5)
+    assert c.record()["verdict"] == "undecided"
+    # the same share of so many images that chance would not move it so far
+    (c,) = compare(summarize([{**r, "test_images": 450_000} for r in records]))
+    assert c.record()["verdict"] == "better"
+
+
+def test_comparisons_tell_two_students_of_one_network_apart() -> None:
+    records = [
+        {**record(name, s, 0.1 * j + gap), "recipe": j, "protocol": "pq"[j], "settings": f"lr {j}"}
+        for name, gap in (("a", 0.5), ("random", 0.2))
+        for j in range(2)
+        for s in range(2)
+    ]
+    found = [c.record() for c in compare(summarize(records))]
+    assert [(r["student"], r["recipe"], r["protocol"], r["settings"]) for r in found] == [
+        ("convnet3", 0, "p", "lr 0"),
+        ("convnet3", 1, "q", "lr 1"),
+    ]
+    assert [str(c).split(",")[0] for c in compare(summarize(records))] == ["convnet3 #1", "convnet3 #2"]
+
+
+def test_table_orders_ipc_as_numbers() -> None:
+    records = [record("a", s, 0.1 * (s + 1), ipc=i) for i in ("50", "1", "10") for s in range(2)]
+    records += [record("full", 0, 0.8, ipc="full")]
+    lines = markdown_table(summarize(records)).splitlines()
+    assert (
+        lines[0]
+        == "| set | convnet3, hard, IPC 1 | convnet3, hard, IPC 10 | convnet3, hard, IPC 50 | convnet3, hard, full |"
+    )
+    assert lines[2] == "| a | 15.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1 |  |"
+    assert lines[3] == "| full |  |  |  | 80.0 |"
+    assert lines[-2:] == [
+        "Top-1 test accuracy in %, last epoch, mean ± std over 1/2 seeds.",
+        "Protocols: p, convnet3: all of them.",
+    ]
+    best = markdown_table(summarize(records), which="best").splitlines()
+    assert best[2] == "| a | 90.0 ± 0.0 | 90.0 ± 0.0 | 90.0 ± 0.0 |  |"
+    assert best[-2].startswith("Top-1 test accuracy in %, best epoch, chosen on validation, mean")
+
+
+def test_two_recipes_of_one_network_are_two_columns() -> None:
+    records = [record("a", 0, 0.2), {**record("a", 0, 0.4), "recipe": 1}]
+    lines = markdown_table(summarize(records)).splitlines()
+    assert lines[0] == "| set | convnet3 #1, hard, IPC 10 | convnet3 #2, hard, IPC 10 |"
+    assert lines[2] == "| a | 20.0 | 40.0 |"
+
+
+def test_recipes_of_one_network_are_drawn_apart() -> None:
+    from matplotlib.figure import Figure
+
+    records = [
+        {**record("a", s, 0.1 * (j + 1)), "ipc": ipc, "recipe": j}
+        for j, ipc in ((0, "1"), (0, "10"), (1, "1"), (1, "10"))
+        for s in range(2)
+    ]
+    rows = [{k: str(v) for k, v in r.record().items()} for r in summarize(records)]
+    drawn = dict(results_figures(rows, lambda w, h: Figure(figsize=(w, h))))
+    panels = drawn["accuracy"].axes
+    assert [ax.get_title() for ax in panels] == ["#1, p, convnet3, hard", "#2, p, convnet3, hard"]
+    for ax, height in zip(panels, (10, 20)):
+        assert ax.lines[0].get_ydata() == pytest.approx([height, height])
+
+
+def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_source) -> None:
+    from dq.cluster.kmeans import kmeans, quantization_stats
+    from dq.cluster.prototypes import make_prototypes
+    from dq.run.report import _plot_sizes
+
+    z = torch.rand(9, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    r = kmeans(z.flatten(1), 3)
+    stats = quantization_stats(z.flatten(1), r)
+    points = [make_prototypes(i, n, z, torch.arange(9), r, stats) for i, n in enumerate(("$5_vs_$10%", "$^$", "_x"))]
+    _plot_sizes(points, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").stat().st_size > 1000
+
+
+HARD = StudentConfig(epochs=7)
+FIXED = StudentConfig(epochs=7, labels="fixed")
+SOFT = StudentConfig(epochs=7, labels="soft", augment="none")
+# of every setting that changes results: where it does so, and another value
+CHANGES = {
+    "labels": [(HARD, "fixed")],
+    "norm": [(HARD, "batch")],
+    "epochs": [(HARD, 8)],
+    "batch_size": [(HARD, 255)],
+    "accumulate": [(HARD, 2)],
+    "optimizer": [(HARD, "adamw")],
+    "lr": [(HARD, 0.0101)],
+    "momentum": [(HARD, 0.91)],
+    "weight_decay": [(HARD, 0.00051)],
+    "schedule": [(HARD, s) for s in ("multistep", "cosine", "cos2", "constant")],
+    "zeta": [(dataclasses.replace(HARD, schedule="cosine"), 2.0)],
+    "augment": [(HARD, "crop_flip"), (HARD, "none")],
+    "whiten": [(HARD, True)],
+    "loss": [(FIXED, "mse_gt"), (SOFT, "mse_gt")],
+    "temperature": [(FIXED, 4.5), (SOFT, 20.0)],
+    "gt_weight": [(dataclasses.replace(SOFT, loss="mse_gt"), 0.026)],
+    "ema": [(HARD, 0.99)],
+    "test_scale": [(HARD, 8 / 7)],
+    "select": [(dataclasses.replace(HARD, tests=2), "test")],
+    "tests": [(HARD, 2), (dataclasses.replace(HARD, tests=2), 3)],
+    "dtype": [(HARD, "bfloat16")],
+    "views": [
+        (HARD, ViewConfig(**{name: value}))
+        for name, value in {
+            "shuffle": 2,
+            "crop_scale": (0.08, 1.0),
+            "crop_ratio": (0.5, 2.0),
+            "flip": 0.5,
+            "jitter": 0.4,
+            "lighting": 0.1,
+            "mix": "cutmix",
+            "mix_alpha": 0.8,
+        }.items()
+    ],
+    "relabel": [
+        (SOFT, RelabelConfig(**{name: value}))
+        for name, value in {
+            "statistics": "batch",
+            "average": "probabilities",
+            "dropout": True,
+            "bits": 8,
+            "top_k": 5,
+            "epochs": 3,
+            "views": "seed",
+            "seed": 43,
+        }.items()
+    ],
+}
+
+
+def test_settings_line_names_every_setting() -> None:
+    # network and protocol have columns of their own, and where labels are kept does not change results
+    fields = {f.name for f in dataclasses.fields(StudentConfig)}
+    assert set(CHANGES) == fields - {"net", "protocol"}
+    assert len(CHANGES["views"]) == len(dataclasses.fields(ViewConfig))
+    assert len(CHANGES["relabel"]) == len(dataclasses.fields(RelabelConfig)) - 1
+    lines = set()
+    count = 0
+    for name, cases in CHANGES.items():
+        for base, value in cases:
+            changed = settings_line(dataclasses.replace(base, **{name: value}))
+            assert changed != settings_line(base), (name, value)
+            lines |= {changed}
+            count += 1
+    assert len(lines) == count  # no two of them read alike
+    assert settings_line(HARD) not in lines
+
+
+def test_settings_line_can_be_read() -> None:
+    line = settings_line(StudentConfig(labels="fixed", temperature=4.0, epochs=7))
+    for part in (
+        "7 epochs",
+        "batch 256",
+        "sgd lr 0.01 wd 0.0005 momentum 0.9",
+        "step",
+        "augment dsa",
+        "fixed labels, KL T=4",
+        "float32",
+    ):
+        assert part in line
+    views = ViewConfig(crop_scale=(0.08, 1), mix="cutmix")
+    line = settings_line(StudentConfig(labels="soft", augment="none", views=views, accumulate=2, tests=3, ema=0.99))
+    for part in (
+        "batch 256 in 2 parts",
+        "crop_scale 0.08-1",
+        "mix cutmix",
+        "label statistics running",
+        "EMA 0.99",
+        "best of 3 looks at validation",
+    ):
+        assert part in line
+
+
+def test_grid_places_images_by_row_and_column() -> None:
+    images = [torch.full((3, 4, 4), v, dtype=torch.uint8) for v in (10, 60, 110)]
+    grid = image_grid([images[:2], images[2:]], scale=2)
+    assert grid.size == (2 * (2 * (4 + GAP) - GAP), 2 * (2 * (4 + GAP) - GAP))
+    step = 2 * (4 + GAP)
+    assert grid.getpixel((0, 0))[0] == 10
+    assert grid.getpixel((step, 0))[0] == 60
+    assert grid.getpixel((0, step))[0] == 110
+    assert grid.getpixel((step, step)) == (255, 255, 255)
+
+
+def small_set(toy_images) -> DistilledSet:
+    images, labels = toy_images["train"]
+    rows = [0, 1, 9, 10, 17, 18]
+    return DistilledSet(
+        images=(images[rows] * 255).to(torch.uint8),
+        labels=labels[rows],
+        weights=torch.ones(6),
+        class_names=("red", "green", "blue"),
+        prototype=torch.tensor([0, 1] * 3),
+        counts=torch.ones(6, dtype=torch.int64),
+        source_row=torch.tensor(rows),
+    )
+
+
+def test_evaluate_trains_on_the_set_and_on_its_baselines(toy_source, toy_images) -> None:
+    settings = {"epochs": {"default": 40}, "augment": "none", "tests": 1, "optimizer": "adamw", "lr": 1e-3}
+    results = evaluate(
+        small_set(toy_images), toy_source, n_seeds=2, baselines=("random", "nearest", "full"), **settings
+    )
+    assert [(r.set, r.ipc, r.images, len(r.last)) for r in results.rows] == [
+        ("set", "2", 6, 2),
+        ("random", "2", 6, 2),
+        ("nearest", "2", 6, 2),
+        ("full", "full", 24, 1),
+    ]
+    assert all(min(r.last) > 0.8 for r in results.rows)  # the classes differ in colour
+    assert {r.protocol for r in results.rows} == {"classic"}
+    assert all("40 epochs" in r.settings and "best" not in r.settings for r in results.rows)
+    assert [(c.a.set, c.b.set) for c in results.comparisons] == [("set", "random"), ("nearest", "random")]
+    assert "| set |" in str(results)
+    assert "2 seeds do not tell" in str(results) or "beats" in str(results)
+
+
+def test_validation_images_are_not_trained_on(toy_source, toy_images) -> None:
+    settings = {"epochs": 2, "augment": "none", "tests": 2}
+    results = evaluate(small_set(toy_images), toy_source, n_seeds=1, baselines=("full",), **settings)
+    # a fifth of each class at most: one of 9, 8 and 7
+    assert [(r.set, r.images, r.selected_on) for r in results.rows] == [
+        ("set", 6, "validation"),
+        ("full", 21, "validation"),
+    ]
+
+
+def test_evaluate_sees_wrong_labels(toy_source, toy_images) -> None:
+    good = small_set(toy_images)
+    wrong = dataclasses.replace(good, labels=good.labels.roll(2))
+    result = evaluate(wrong, toy_source, n_seeds=1, baselines=(), epochs={"default": 30}, augment="none", tests=1)
+    assert result.rows[0].last[0] < 0.2
+
+
+def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
+    small = small_set(toy_images)
+    with pytest.raises(InputError, match="labels=soft need a teacher"):
+        evaluate(small, toy_source, protocol="rded", students="convnet3")
+    with pytest.raises(InputError, match="'set' has no labels for labels=fixed; set teachers"):
+        evaluate(small, toy_source, labels="fixed", epochs=1)
+    with pytest.raises(InputError, match="'patches' is scored by a teacher"):
+        evaluate(small, toy_source, baselines=("patches",))
+    with pytest.raises(InputError, match=r"baselines.0 must be one of 'random'"):
+        evaluate(small, toy_source, baselines=("herd",))
+    with pytest.raises(InputError, match="the set 'set' has other classes than"):
+        evaluate(dataclasses.replace(small, class_names=("green", "red", "blue")), toy_source)
+    with pytest.raises(InputError, match="class 2 'blue' has no image in the set 'set'"):
+        evaluate(dataclasses.replace(small, labels=small.labels.clamp(max=1)), toy_source)
+
+
+@pytest.fixture
+def readme_tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "pipelines" / "readme_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_tables_say_what_the_result_files_say(readme_tables: ModuleType) -> None:
+    files = readme_tables.marked_files()
+    assert {ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "scale.md"} <= set(files)
+    texts = [f.read_text() for f in files]
+    for text in texts:
+        assert readme_tables.render(text) == text
+    names = [name for text in texts for name in readme_tables.names_in(text)]
+    assert sorted(names) == sorted(readme_tables.TABLES)
+    assert sum(text.count("<!-- table") for text in texts) == len(names)
+
+
+def test_readme_tables_are_written_in_the_given_files_alone(
+    readme_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text("before\n<!-- table student -->\nold\n<!-- end -->\nafter\n")
+    other.write_text(page.read_text())
+    monkeypatch.setattr("sys.argv", ["readme_tables.py", "--check", str(page)])
+    assert readme_tables.main() == 1
+    assert f"{page} differ from results/" in capsys.readouterr().err
+    assert page.read_text() == other.read_text()
+
+    monkeypatch.setattr("sys.argv", ["readme_tables.py", str(page)])
+    assert readme_tables.main() == 0
+    new = f"<!-- table student -->\n{readme_tables.student_speed()}\n<!-- end -->"
+    assert page.read_text() == f"before\n{new}\nafter\n"
+    assert "old" in other.read_text()
+
+    page.write_text("<!-- table nowhere -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="2"):
+        readme_tables.main()
+    assert "'nowhere', which is none of faults, scale" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Configurations of runs of seconds, their start in a process, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from launching import torchrun
+
+from dq.config.reader import from_dict
+from dq.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def config(world: Path, out: Path, **changes) -> Path:
+    """A complete configuration file for a run of seconds."""
+    data = {
+        "output_dir": str(out / "run"),
+        "cache_dir": str(out / "cache"),
+        "source": {"path": str(world / "images")},
+        "codec": {"path": str(world / "vae"), "resolution": 8, "batch_size": 4},
+        "ipc": [1, 3],
+        "methods": {
+            "ddoq": {"representative": "centroid", "weights": "sqrt"},
+            "d4m": {"representative": "centroid", "weights": "uniform", "override": {"cluster.engine": "minibatch"}},
+            "real": {"representative": "real", "weights": "mass"},
+        },
+        "evaluate": {
+            "seeds": 2,
+            "students": [
+                {"net": "convnet3", "epochs": {"default": 2}, "dtype": "float32", "tests": 2},
+            ],
+        },
+    }
+    for key, value in changes.items():
+        node = data
+        *path, last = key.split("__")
+        for p in path:
+            node = node.setdefault(p, {})
+        node[last] = value
+    from_dict(RunConfig, data)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "config.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Everything in a run folder that must not depend on kills, processes or time."""
+    run = out / "run"
+    files = [*run.glob("prototypes/*/*.safetensors"), *run.glob("images/*/*.safetensors")]
+    files += [*run.glob("labels/*.safetensors"), *run.glob("dataset/*/*.parquet"), *out.glob("cache/*/*.safetensors")]
+    return {str(f.relative_to(out)): f.read_bytes() for f in files}
+
+
+def full(world: Path, out: Path, teacher: Path | None = None, **more) -> Path:
+    return config(
+        world,
+        out,
+        generate__mode="dit",
+        generate__model=str(world / "dit"),
+        generate__num_inference_steps=4,
+        generate__batch_size=5,
+        teachers=[
+            {
+                "net": "convnet3",
+                "path": str(teacher or world / "teacher.safetensors"),
+                "mean": [0.5] * 3,
+                "std": [0.5] * 3,
+            }
+        ],
+        evaluate__students=[
+            {"net": "convnet3", "epochs": {"default": 2}, "tests": 2, "select": "test"},
+            {
+                "net": "resnet20",
+                "labels": "fixed",
+                "epochs": {"default": 1},
+                "optimizer": "adamw",
+                "lr": 1e-3,
+                "tests": 1,
+            },
+        ],
+        **more,
+    )
+
+
+def launch(file: Path, verb: str = "run", *, processes: int = 1) -> subprocess.Popen:
+    command = [*(torchrun(processes) if processes > 1 else [sys.executable]), "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "dq.cli", verb, "--config", str(file), "--cpu"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a test suite that runs in the background of a shell ignores Ctrl-C, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )

@@ -1,0 +1,185 @@
+"""The launch configurations: what each starts, and that a run divided by them leaves the bytes of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import free_port
+from runs import config, results
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "accelerate"
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+COUNT = """
+import sys
+from pathlib import Path
+
+from dq.core.processes import make_accelerator
+
+a = make_accelerator(cpu=True)
+Path(sys.argv[1], f"process-{a.process_index}").write_text(str(a.num_processes))  # a file each: a pipe mixes lines
+a.wait_for_everyone()
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def small(world: Path, out: Path) -> Path:
+    return config(world, out, ipc=[1], evaluate__students=[])
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run of one process."""
+    from dq.cli.main import main
+
+    out = tmp_path_factory.mktemp("alone")
+    assert main(["run", "--config", str(small(world, out)), "--cpu"]) == 0
+    return results(out)
+
+
+def launch(file: str, *flags: str) -> list[str]:
+    return [str(ACCELERATE), "launch", "--config_file", str(CONFIGS / file), *flags]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """What each wrote to standard error, after all of them have ended well."""
+    said = [p.communicate(timeout=240)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0] * len(processes), said
+    return said
+
+
+def start(command: list[str], **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, env=environment(**env), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "machines", "processes"),
+    [("cpu.yaml", 1, 2), ("gpu1.yaml", 1, 1), ("gpu8.yaml", 1, 8), ("nodes2x8.yaml", 2, 16)],
+)
+def test_accelerate_reads_every_file(file: str, machines: int, processes: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(CONFIGS / file))
+    assert (found.num_machines, found.num_processes) == (machines, processes)
+    assert found.mixed_precision == "no"
+    assert not found.use_cpu
+    assert {f.name for f in CONFIGS.glob("*.yaml")} == {"cpu.yaml", "gpu1.yaml", "gpu8.yaml", "nodes2x8.yaml"}
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize(("file", "processes"), [("cpu.yaml", 2), ("gpu1.yaml", 1)])
+def test_so_many_processes_start(file: str, processes: int, tmp_path: Path) -> None:
+    (tmp_path / "count.py").write_text(COUNT)
+    port = ["--main_process_port", free_port()] if processes > 1 else []
+    finish([start([*launch(file, *port), str(tmp_path / "count.py"), str(tmp_path)])])
+    found = {path.name: path.read_text() for path in tmp_path.glob("process-*")}
+    assert found == {f"process-{i}": str(processes) for i in range(processes)}
+
+
+@pytest.mark.multi_process
+def test_two_processes_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:
+    command = [*launch("cpu.yaml", "--main_process_port", free_port()), "-m", "dq.cli", "run"]
+    finish([start([*command, "--config", str(small(world, tmp_path)), "--cpu"])])
+    assert results(tmp_path) == alone
+    assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
+
+
+@pytest.mark.multi_process
+def test_two_machines_leave_the_bytes_of_one(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:
+    file = str(small(world, tmp_path))
+    flags = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+    run = ["-m", "dq.cli", "run", "--config", file, "--cpu"]
+    nodes = [launch("nodes2x8.yaml", *flags, "--machine_rank", str(rank)) for rank in (0, 1)]
+    finish([start([*node, *run]) for node in nodes])
+    assert results(tmp_path) == alone
+    assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
+
+
+@pytest.mark.multi_process
+def test_two_machines_of_torchrun(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:
+    file = str(small(world, tmp_path))
+    base = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    base += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    run = ["-m", "dq.cli", "run", "--config", file, "--cpu"]
+    finish([start([*base, "--node_rank", str(rank), *run]) for rank in (0, 1)])
+    assert results(tmp_path) == alone
+
+
+# --- SLURM --------------------------------------------------------------------------------------------------------
+
+SRUN = """#!/bin/bash
+# two nodes on one machine: every task gets the command and its own rank
+while [[ "$1" == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [[ "$1" == show ]]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> "$ASKED"; fi
+"""
+
+
+def slurm(tmp_path: Path, srun: str = SRUN) -> dict[str, str]:
+    """An environment in which `srun` and `scontrol` stand for a cluster of two nodes."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("srun", srun), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    return {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "ASKED": str(tmp_path / "asked"),
+        "ACCELERATE": str(ACCELERATE),
+        "GPUS_PER_NODE": "1",
+        "SLURM_JOB_ID": "9655",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+
+
+def test_the_batch_script_is_valid_bash() -> None:
+    subprocess.run(["bash", "-n", str(CONFIGS / "slurm_2x8.sh")], check=True, timeout=30)
+
+
+@pytest.mark.multi_process
+def test_the_batch_script_starts_one_run_on_two_nodes(world: Path, tmp_path: Path, alone) -> None:
+    command = ["bash", str(CONFIGS / "slurm_2x8.sh"), "run", "--config", str(small(world, tmp_path)), "--cpu"]
+    finish([start(command, **slurm(tmp_path))])
+    assert results(tmp_path) == alone
+    assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
+    # the exit status of a run that fails is that of the job
+    p = start([*command[:-3], "--config", str(tmp_path / "none.yaml")], **slurm_again(tmp_path))
+    p.communicate(timeout=120)
+    assert p.returncode != 0
+
+
+def slurm_again(tmp_path: Path) -> dict[str, str]:
+    (other := tmp_path / "other").mkdir()
+    return slurm(other) | {"SLURM_JOB_ID": "9656"}
+
+
+def test_the_batch_script_asks_to_be_queued_again(tmp_path: Path) -> None:
+    env = slurm(tmp_path, "#!/bin/bash\ntouch $ASKED.started; sleep 2; exit 143\n")
+    p = start(["bash", str(CONFIGS / "slurm_2x8.sh"), "run"], **env)
+    for _ in range(100):
+        if (tmp_path / "asked.started").exists():
+            break
+        time.sleep(0.1)
+    p.send_signal(signal.SIGUSR1)
+    said, _ = p.communicate(timeout=60)
+    assert (tmp_path / "asked").read_text() == "requeue 9655\n"
+    assert "back into the queue" in said
+    assert p.returncode == 143

@@ -1,0 +1,377 @@
+"""Trackers: what a run tells TensorBoard, that nothing is imported without one, and that a broken one ends no run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import torchrun
+from runs import config
+
+from dq.cli.main import main
+from dq.config.overrides import apply_settings
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig
+from dq.core.errors import InputError
+from dq.core.progress import StageTimer, duration, unit_done
+from dq.core.trackers import check_trackers, end_trackers, flat_settings, report, start_trackers
+from dq.run.stages.cluster import distortion_numbers
+
+ROOT = Path(__file__).parents[2]
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of all scalars in the event files below a folder, hyper-parameters aside."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for directory in sorted({f.parent for f in folder.rglob("events.*")}):
+        events = EventAccumulator(str(directory)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
+    return found
+
+
+@pytest.fixture(scope="module")
+def tracked(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tracked")
+    file = config(world, out, source__path=str(world / "images"))
+    assert main(["run", "--config", str(file), "--cpu", "--report_to", "tensorboard"]) == 0
+    return out
+
+
+def test_tensorboard_has_the_numbers_of_a_run(tracked: Path) -> None:
+    import csv
+
+    found = scalars(tracked / "run" / "logs")
+    lines = [json.loads(line) for line in (tracked / "run" / "metrics.jsonl").read_text().splitlines()]
+    stages = {r["stage"]: r for r in lines if "seconds" in r}
+    for stage in ("encode", "cluster", "generate", "evaluate"):
+        assert found[f"{stage}/seconds"][0][1] == pytest.approx(stages[stage]["seconds"])
+    assert found["encode/images"] == [(0, 24.0)]
+    assert found["encode/images_per_s"][0][1] == pytest.approx(24 / stages["encode"]["seconds"], rel=1e-5)
+    # distortion over classes
+    rows = [r for r in lines if r["stage"] == "quantization" and r["ipc"] == 3 and r["engine"] == "torch"]
+    assert len(rows) == 3
+    mean = sum(r["distortion"] for r in rows) / 3
+    assert found["cluster/ipc3-torch-latents/distortion_mean"][0][1] == pytest.approx(mean, rel=1e-5)
+    least = found["cluster/ipc3-torch-latents/w2_mass_min"][0][1]
+    assert least == pytest.approx(min(r["w2_mass"] for r in rows), rel=1e-5)
+    # every training
+    trainings = [json.loads(t) for t in (tracked / "run" / "eval" / "trainings.jsonl").read_text().splitlines()]
+    for t in trainings:
+        name = f"evaluate/{t['set']}-ipc{t['ipc']}-{t['student']}-{t['labels']}-recipe{t['recipe']}"
+        assert found[f"{name}-seed{t['seed']}/last"] == [(0, pytest.approx(t["last"]))]
+    assert sum(len(v) for k, v in found.items() if k.endswith("/last")) == len(trainings)
+    with open(tracked / "run" / "eval" / "summary.csv", newline="") as f:
+        assert len(list(csv.DictReader(f))) > 0
+
+
+def test_tensorboard_has_the_settings(tracked: Path) -> None:
+    import yaml
+
+    files = list((tracked / "run" / "logs").rglob("hparams.yml"))
+    assert len(files) == 1
+    settings = yaml.safe_load(files[0].read_text())
+    assert settings["codec.resolution"] == 8
+    assert settings["methods.d4m.override.cluster.engine"] == "minibatch"
+
+
+def test_trackers_write_nowhere_else(tracked: Path) -> None:
+    events = list(tracked.rglob("events.*"))
+    assert events
+    assert all((tracked / "run" / "logs") in e.parents for e in events)
+
+
+def test_a_run_continues_with_or_without_a_tracker(tracked: Path) -> None:
+    before = len(list(tracked.rglob("events.*")))
+    file = str(tracked / "config.yaml")
+    assert main(["evaluate", "--config", file, "--cpu"]) == 0
+    assert len(list(tracked.rglob("events.*"))) == before
+    assert main(["evaluate", "--config", file, "--cpu", "--set", "report_to=[tensorboard]"]) == 0
+    assert len(list(tracked.rglob("events.*"))) > before
+
+
+def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path, evaluate__students=[])
+    code = (
+        "import sys; from dq.cli.main import main; assert main(sys.argv[1:]) == 0; "
+        "print([m for m in ('tensorboard', 'wandb', 'trackio', 'torch.utils.tensorboard') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--config", str(file), "--cpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+@pytest.mark.multi_process
+def test_one_process_tells(world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path)
+    command = [*torchrun(), "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--report_to", "tensorboard"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = scalars(tmp_path / "run" / "logs")
+    assert len(found["encode/seconds"]) == 1
+    # trainings of both processes are told
+    assert sum(len(v) for k, v in found.items() if k.endswith("/last")) == 2 * 5 * 2 + 1
+
+
+def test_losses_of_a_prior_are_told(toy_source, accelerator, tmp_path: Path) -> None:
+    from small_prior import CODEC, prior_in
+
+    from dq.diffusion.prior.train_codec import train_codec
+
+    prior = prior_in(tmp_path / "prior")
+    settings = apply_settings(RunConfig(), {"report_to": ["tensorboard"]})
+    start_trackers(accelerator, settings.report_to, to_dict(settings), tmp_path / "prior")
+    try:
+        train_codec(toy_source, CODEC, prior, accelerator=accelerator)
+    finally:
+        end_trackers(accelerator)
+    found = scalars(tmp_path / "prior" / "logs")
+    lines = [json.loads(line) for line in (tmp_path / "prior" / "metrics.jsonl").read_text().splitlines()]
+    wanted = [(r["step"], pytest.approx(r["loss"], rel=1e-5)) for r in lines if r["stage"] == "codec"]
+    assert found["codec/loss"] == wanted
+    assert wanted
+
+
+def test_a_missing_tracker_is_one_sentence_before_any_work(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    file = config(world, tmp_path)
+    assert main(["run", "--config", str(file), "--cpu", "--report_to", "tensorboard,wandb"]) == 2
+    assert capsys.readouterr().err.strip().endswith("report_to names wandb, which is not installed; pip install wandb")
+    assert not (tmp_path / "run").exists()
+    assert main(["run", "--config", str(file), "--cpu", "--report_to", "tensorbored"]) == 2
+    assert "report_to.0 must be one of 'trackio', 'tensorboard', 'wandb'" in capsys.readouterr().err
+    with pytest.raises(InputError, match="pip install trackio"):
+        check_trackers(["tensorboard", "trackio"])
+    check_trackers(["tensorboard"])
+
+
+class Unreachable:
+    """A tracker whose service has gone."""
+
+    name = "far"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log(self, values, step=None) -> None:
+        self.calls += 1
+        raise ConnectionError("no route to host")
+
+
+class Diary:
+    name = "near"
+
+    def __init__(self) -> None:
+        self.said: list = []
+
+    def log(self, values, step=None) -> None:
+        self.said.append((values, step))
+
+    def finish(self) -> None:
+        print("thank you for tracking")
+        self.said.append("end")
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_warning(
+    accelerator, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    far, near = Unreachable(), Diary()
+    accelerator.trackers = [far, near]
+    with caplog.at_level(logging.WARNING, "dq"):
+        for step in range(3):
+            report(accelerator, {"loss": 0.5, "name": "x", "bad": float("nan")}, step)
+    assert far.calls == 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "note: the tracker far failed (ConnectionError: no route to host) and is left out from here on; "
+        "metrics.jsonl has all numbers"
+    ]
+    end_trackers(accelerator)
+    assert near.said == [({"loss": 0.5}, 0), ({"loss": 0.5}, 1), ({"loss": 0.5}, 2), "end"]
+    assert accelerator.trackers == []
+    assert capsys.readouterr() == ("", "thank you for tracking\n")  # standard output is for results
+
+
+def test_a_tracker_that_cannot_start_stops_before_work(accelerator, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "dq").write_text("a file where the folder of events should be")
+    settings = apply_settings(RunConfig(), {"report_to": ["tensorboard"]})
+    with pytest.raises(InputError, match=r"tensorboard cannot start .* leave out --report_to"):
+        start_trackers(accelerator, settings.report_to, to_dict(settings), tmp_path)
+    end_trackers(accelerator)
+
+
+def test_settings_are_flat_and_without_secrets() -> None:
+    changed = {
+        "source.path": "https://me:hunter2@example.org/set",
+        "generate.class_map": {"red": "1", "api_key": "hunter2"},
+        "evaluate.students": [{"net": "convnet3", "token": "hunter2"}],
+    }
+    flat = flat_settings(to_dict(apply_settings(RunConfig(), changed)))
+    assert "hunter2" not in repr(flat)
+    assert flat["source.path"] == "https://example.org/set"
+    assert flat["generate.class_map.red"] == "1"
+    assert flat["evaluate.students.0.net"] == "convnet3"
+    assert flat["cluster.n_iter"] == 100
+    assert flat["refine"] == "[]"
+    assert all(isinstance(v, str | int | float | bool) for v in flat.values())
+
+
+def test_distortion_is_summarised_over_classes() -> None:
+    def row(ipc, value):
+        return {
+            "stage": "quantization",
+            "ipc": ipc,
+            "engine": "torch",
+            "distortion": value,
+            "w2_uniform": float("nan"),
+        }
+
+    found = distortion_numbers([row(1, 2.0), row(1, 4.0), row(10, 1.0), {"stage": "encode", "seconds": 3}])
+    assert found == {
+        "cluster/ipc1-torch-latents/distortion_mean": 3.0,
+        "cluster/ipc1-torch-latents/distortion_min": 2.0,
+        "cluster/ipc1-torch-latents/distortion_max": 4.0,
+        "cluster/ipc10-torch-latents/distortion_mean": 1.0,
+        "cluster/ipc10-torch-latents/distortion_min": 1.0,
+        "cluster/ipc10-torch-latents/distortion_max": 1.0,
+    }
+
+
+# --- headway ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def walked(expected: dict[str, float], took: list[float], caplog: pytest.LogCaptureFixture) -> list[str]:
+    clock = Clock()
+    way = StageTimer(("encode", "cluster", "report"), expected, clock=clock)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "dq"):
+        for name, seconds in zip(way.stages, took):
+            with way.stage(name):
+                clock.now += seconds
+    return [r.getMessage() for r in caplog.records]
+
+
+def test_what_is_left_is_scaled_by_what_was_taken(caplog: pytest.LogCaptureFixture) -> None:
+    said = walked({"encode": 100, "cluster": 60, "report": 0}, [200, 60, 1], caplog)
+    assert said == [
+        "encode begins (1 of 3, about 100 s)",
+        "encode done in 3 min (1 of 3); about 2 min left in all",  # twice as slow as planned: 2 x 60 s
+        "cluster begins (2 of 3, about 2 min)",
+        "cluster done in 60 s (2 of 3)",
+        "report begins (3 of 3)",
+        "report done in 1.0 s (3 of 3)",
+    ]
+
+
+def test_nothing_is_said_that_nobody_knows(caplog: pytest.LogCaptureFixture) -> None:
+    assert "left" not in " ".join(walked({}, [2, 2, 2], caplog))
+    said = walked({"encode": 2, "report": 5}, [2, 2, 2], caplog)
+    assert "left" not in said[1]  # cluster is not known
+    assert said[3].endswith("; about 5.0 s left in all")
+
+
+def test_a_resumed_stage_tells_no_speed(caplog: pytest.LogCaptureFixture) -> None:
+    said = walked({"encode": 1000, "cluster": 60, "report": 0}, [0.5, 60, 1], caplog)
+    assert said[1] == "encode done in 0.5 s (1 of 3); about 60 s left in all"
+
+
+def test_durations_read_well() -> None:
+    said = [duration(s) for s in (0.04, 12.4, 119, 240, 12_000, 4 * 3600 + 59.9 * 60, 190_000)]
+    assert said == ["0.0 s", "12 s", "119 s", "4 min", "3 h 20 min", "5 h 0 min", "2 d 5 h"]
+
+
+def test_a_run_says_where_it_is(world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path, ipc=[1], evaluate__students=[])
+    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    plan = subprocess.run(
+        [*base, "--dry-run", "--save_speeds", str(tmp_path / "speeds.json")], env=env, capture_output=True, timeout=120
+    )
+    assert plan.returncode == 0, plan.stderr
+    done = subprocess.run(
+        [*base, "--speeds", str(tmp_path / "speeds.json")], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if " of 5" in line]
+    stages = ("encode", "cluster", "generate", "label", "report")
+    assert [line.split()[0] for line in lines] == [s for s in stages for _ in range(2)]
+    # now as if a step of encoding took minutes
+    speeds = json.loads((tmp_path / "speeds.json").read_text())
+    speeds["speeds"]["decode"]["seconds"] = 600.0
+    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
+    again = [*base, "--output_dir", str(tmp_path / "again"), "--speeds", str(tmp_path / "speeds.json")]
+    done = subprocess.run(again, env=env, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if " of 5" in line]
+    assert [line for line in lines if "left in all" in line] == lines[
+        1:4:2
+    ]  # encode and cluster; then generate is over
+
+
+def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path, ipc=[1])
+    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*base, "--quiet"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "summary.csv" in done.stdout
+    # a warning is heard all the same
+    (world_copy := tmp_path / "bad").mkdir()
+    again = config(world, world_copy, ipc=[9], source__on_bad_image="skip")
+    bad = world / "images" / "train" / "red" / "zzz.png"
+    bad.write_bytes(b"no image")
+    try:
+        base[base.index(str(file))] = str(again)
+        done = subprocess.run([*base, "--quiet"], env=env, capture_output=True, text=True, timeout=120)
+    finally:
+        bad.unlink()
+    assert "1 images were set aside" in done.stderr
+    assert "begins" not in done.stderr
+
+
+def test_verbose_names_every_training(world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path, ipc=[1])
+    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--verbose"]
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(base, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr.replace("Loading pipeline", "")  # lines take the place of bars
+    said = [line for line in done.stderr.splitlines() if line.startswith("evaluate: ")]
+    assert len([line for line in said if " seed " in line]) == 5 * 2 + 1
+    assert any(line.startswith("evaluate: ddoq ipc 1 convnet3 hard seed 0: last 0.") for line in said)
+    with pytest.raises(SystemExit):
+        main([*base[3:], "--quiet"])
+
+
+def test_a_unit_is_named_only_when_asked(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dq"):
+        unit_done("cluster", "class 3 'cat'", 1.234, distortion=0.51234567, n=10)
+    assert caplog.records == []
+    with caplog.at_level(logging.DEBUG, "dq"):
+        unit_done("cluster", "class 3 'cat'", 1.234, distortion=0.51234567, n=10)
+    assert caplog.records[0].getMessage() == "cluster: class 3 'cat': distortion 0.5123, n 10, 1.23 s"
