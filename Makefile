@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-vision faults fuzz lint bench clean
+# two processes with a thread each: tiny models gain nothing from a second thread
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-slow test-all test-gpu test-vision faults fuzz lint bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,30 +20,39 @@ demo: $(VENV)/.done
 	$(BIN)/dq demo
 
 test: $(VENV)/.done
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# faults, fuzzing, launches, kills, and other tests of many seconds
+test-slow: $(VENV)/.done
+	$(PYTEST) --dist worksteal -m "slow and not gpu"
+
+test-all: $(VENV)/.done
+	$(PYTEST) --dist worksteal -m "not gpu"
 
 test-gpu: $(VENV)/.done
 	$(BIN)/python -m pytest -m gpu
 
-# a hundred faults at random points of whole runs; the test suite has fourteen
+# a hundred faults at random points of whole runs; the slow tests have fourteen
 faults: $(VENV)/.done
-	$(BIN)/python tests/faults.py --faults 100
+	$(BIN)/python tests/robustness/faults.py --faults 100
 
-# 20,000 damaged and hostile inputs; the test suite has four thousand
+# 20,000 damaged and hostile inputs; the slow tests have four thousand
 fuzz: $(VENV)/.done
-	$(BIN)/python tests/fuzz.py --inputs 20000
+	$(BIN)/python tests/robustness/fuzz.py --inputs 20000
 
 # torchvision does not import beside the CPU build of torch that .venv pins, so networks and teachers of torchvision and
 # timm have an environment of their own
 test-vision:
 	$(PYTHON) -m venv .venv-vision
 	.venv-vision/bin/python -m pip install -q --disable-pip-version-check -e ".[dev,vision]"
-	.venv-vision/bin/python -m pytest tests/test_nets.py tests/test_teachers.py tests/test_refine_statistics.py
+	.venv-vision/bin/python -m pytest tests/networks tests/refine/test_refine_statistics.py
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/structure.py
 
 bench: $(VENV)/.done
 	for b in import cluster encode memory student sample refine; do $(BIN)/python benchmarks/$$b.py || exit 1; done

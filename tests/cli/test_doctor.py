@@ -25,6 +25,8 @@ from dq.config.schema import RunConfig
 ROOT = Path(__file__).parents[2]
 SITE = next(p for p in sys.path if (Path(p) / "torch").is_dir())
 
+pytestmark = pytest.mark.slow
+
 
 def asked(tmp_path: Path, *flags: str, **env: str) -> tuple[int, dict]:
     """Exit code and report of the command in a process of its own."""

@@ -38,6 +38,7 @@ def mean_loss(objective, **batch) -> float:
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_codec_learns(made, toy_source):
     images, _ = every_image(toy_source, "test")
     batch = {"images": images, "noise": torch.randn(len(images), 2, 4, 4, generator=generator("test"))}
@@ -341,6 +342,7 @@ def test_accumulated_denoiser_is_that_of_whole_batches(made, accelerator, tmp_pa
     assert_nearly_same_model(tmp_path / "split" / "transformer", tmp_path / "whole" / "transformer", 4 * SHORT["lr"])
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_processes_give_what_one_gives(made, toy_images, toy_source, accelerator, tmp_path):
     """A codec with shares of 2 and 3 rows, and a denoiser with four of 2, 2, 2 and 3."""

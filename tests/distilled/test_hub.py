@@ -142,6 +142,7 @@ except dq.InputError as e:
         assert info["download_size"] == sum(len(files[f]) for f in shards)
 
 
+@pytest.mark.slow
 def test_a_second_push_replaces_one_set_and_keeps_the_rest(hub: Hub, home: Path) -> None:
     code = (
         HEAD
@@ -265,6 +266,7 @@ except dq.RunError as e:
 )
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_off_leaves_the_repository_and_goes_on(hub: Hub, home: Path) -> None:
     hub.run(PUSH, home, "me/broken", "1")
     before = hub.files("me/broken")
@@ -285,6 +287,7 @@ def test_an_upload_that_breaks_off_leaves_the_repository_and_goes_on(hub: Hub, h
     assert hub.files("me/broken") != before
 
 
+@pytest.mark.slow
 def test_two_who_push_at_a_time_both_arrive(hub: Hub, home: Path) -> None:
     hub.run(HEAD + 'make().push_to_hub("me/both", "a")', home)
     theirs = hub.files("me/both")
@@ -318,6 +321,7 @@ def test_the_snippet_of_the_card_trains(hub: Hub, home: Path) -> None:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pipelines_go_there_and_come_back(hub: Hub, home: Path) -> None:
     code = """
 import torch
@@ -424,6 +428,7 @@ def finished_run(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_push_and_pull_on_the_command_line(hub: Hub, home: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
@@ -509,6 +514,7 @@ def test_no_network_and_no_token(hub: Hub, tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pushed")
 def test_a_token_is_nowhere_though_the_hub_says_it_back(hub: Hub, tmp_path: Path) -> None:
     secret = "hf_secretsecretsecret"

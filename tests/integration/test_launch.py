@@ -27,6 +27,8 @@ Path(sys.argv[1], f"process-{a.process_index}").write_text(str(a.num_processes))
 a.wait_for_everyone()
 """
 
+pytestmark = pytest.mark.slow
+
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}

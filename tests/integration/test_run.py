@@ -169,6 +169,7 @@ def test_more_ipc_and_students_may_be_added_later(world: Path, tmp_path: Path) -
 # --- kills and processes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_killed_and_restarted_equals_uninterrupted(world: Path, finished: Path, tmp_path: Path) -> None:
     file = full(world, tmp_path)
@@ -192,6 +193,7 @@ def test_killed_and_restarted_equals_uninterrupted(world: Path, finished: Path, 
     assert not list(tmp_path.rglob("*.checkpoint.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_give_the_bytes_of_one(world: Path, finished: Path, tmp_path: Path, processes: int) -> None:
@@ -202,6 +204,7 @@ def test_several_processes_give_the_bytes_of_one(world: Path, finished: Path, tm
     assert results(tmp_path) == results(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_processes_give_the_bytes_of_one_in_every_space(world: Path, tmp_path: Path) -> None:
     spaces = ("latents", "pca", "whitened", "features", "joint")

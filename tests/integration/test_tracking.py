@@ -97,6 +97,7 @@ def test_a_run_continues_with_or_without_a_tracker(tracked: Path) -> None:
     assert len(list(tracked.rglob("events.*"))) > before
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path, evaluate__students=[])
     code = (
@@ -115,6 +116,7 @@ def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run" / "logs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_one_process_tells(world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path)
@@ -305,6 +307,7 @@ def test_durations_read_well() -> None:
     assert said == ["0.0 s", "12 s", "119 s", "4 min", "3 h 20 min", "5 h 0 min", "2 d 5 h"]
 
 
+@pytest.mark.slow
 def test_a_run_says_where_it_is(world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path, ipc=[1], evaluate__students=[])
     base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
@@ -332,6 +335,7 @@ def test_a_run_says_where_it_is(world: Path, tmp_path: Path) -> None:
     ]  # encode and cluster; then generate is over
 
 
+@pytest.mark.slow
 def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path, ipc=[1])
     base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
@@ -354,6 +358,7 @@ def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:
     assert "begins" not in done.stderr
 
 
+@pytest.mark.slow
 def test_verbose_names_every_training(world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path, ipc=[1])
     base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--verbose"]

@@ -16,6 +16,8 @@ from dq.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.multi_process
 def test_hurt_runs_end_like_one_that_nobody_hurt(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from fuzz import Target
 
 from dq.core.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.multi_process
 def test_damaged_and_hostile_inputs_end_in_a_sentence(tmp_path: Path) -> None:

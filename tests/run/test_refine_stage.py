@@ -116,6 +116,7 @@ def test_the_order_of_stages_is_the_users(finished, world, teachers, tmp_path):
     assert not torch.equal(s.images, DistilledSet.load(finished / "run" / "dataset").images)
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_processes_give_the_same_bytes(finished, world, teachers, tmp_path):
     judged = {**SHORT, "judges": teachers[1:], "teachers": teachers}
@@ -126,6 +127,7 @@ def test_two_processes_give_the_same_bytes(finished, world, teachers, tmp_path):
     assert results(tmp_path) == results(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_refinement_goes_on_behind_its_last_block(world, teachers, tmp_path, sent):
@@ -210,6 +212,7 @@ def test_what_nothing_reads_changes_no_folder(world, teachers, tmp_path):
     assert len(list(tmp_path.glob("run/images/*fadrm*"))) == 1
 
 
+@pytest.mark.slow
 def test_settings_reach_the_stage(world, teachers, tmp_path, capsys):
     """Composition, complexity, rank of anchors, and each image's own weight."""
     still = {**SHORT, "lr": 0.0, "batch_size": 2}
