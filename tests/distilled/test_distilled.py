@@ -16,15 +16,6 @@ from dq.distilled.card import write_dataset_card
 from dq.distilled.parquet import write_set
 from dq.distilled.set import DistilledSet
 
-PROVENANCE = {
-    "ipc": 2,
-    "source": {"origin": "toy"},
-    "method": {"name": "ddoq", "representative": "centroid", "weights": "sqrt"},
-    "cluster": {"engine": "torch"},
-    "generate": {"mode": "decode"},
-    "labels": None,
-}
-
 
 @pytest.mark.parametrize("floats", [False, True])
 @pytest.mark.parametrize("soft", [False, True])

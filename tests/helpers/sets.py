@@ -7,8 +7,16 @@ from pathlib import Path
 
 import torch
 
-from dq.distilled.format import PROVENANCE
 from dq.distilled.set import DistilledSet
+
+PROVENANCE = {
+    "ipc": 2,
+    "source": {"origin": "toy"},
+    "method": {"name": "ddoq", "representative": "centroid", "weights": "sqrt"},
+    "cluster": {"engine": "torch"},
+    "generate": {"mode": "decode"},
+    "labels": None,
+}
 
 
 def make(*, floats: bool = False, soft: bool = False) -> DistilledSet:

@@ -106,7 +106,7 @@ def test_a_prior_pool_holds_early_checkpoints_with_their_accuracies(prior, sourc
 
 
 def test_a_killed_pool_goes_on_and_ends_the_same(prior, source, accelerator, tmp_path, monkeypatch):
-    import dq.evaluation.pooling as pooling
+    import dq.networks.train_pool as pooling
 
     class Killed(Exception):
         pass
