@@ -359,7 +359,7 @@ def test_two_processes_give_what_one_gives(made, toy_images, toy_source, acceler
     write_json(tmp_path / "prior.json", to_dict(prior))
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
     done = subprocess.run(
-        [*torchrun(), ROOT / "tests" / "scripts" / "train_prior.py", tmp_path],
+        [*torchrun(), ROOT / "tests" / "helpers" / "train_prior.py", tmp_path],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -52,7 +52,11 @@ def test_the_harness_sees_a_planted_bug(tmp_path: Path, bug: str, seen: str) -> 
     code = (
         f"import faults\n{bug}\nfaults.KINDS = ('flipped byte',)\nprint(*faults.bad(faults.campaign(5, 1)), sep='\\n')"
     )
-    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
+    env = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}:{ROOT / 'tests' / 'robustness'}",
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, env=env)
     assert seen in done.stdout, done.stdout + done.stderr[-3000:]
 
