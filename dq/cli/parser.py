@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from dq.cli.completion import SHELLS
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
+from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.run.planning.plan import LIKE
 
@@ -104,6 +105,12 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--baselines", metavar="NAME[,NAME]", help="random, herding, k-center, nearest, patches, full")
     p.add_argument("--seeds", type=int, help="students per set")
     _option(p, "--image_size", type=int, help="side in px at which students train")
+    _option(
+        p,
+        "--label_kind",
+        choices=get_args(LabelKind),
+        help="what the label vectors of the sets are, where they do not say it themselves",
+    )
 
 
 def _hub_options(p: argparse.ArgumentParser, verb: str) -> None:

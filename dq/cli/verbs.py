@@ -251,7 +251,9 @@ def _read_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource)
         name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
         if name in sets:
             raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
-        sets[name] = load_set(path, source.class_names, image_size=config.source.image_size)
+        sets[name] = load_set(
+            path, source.class_names, image_size=config.source.image_size, label_kind=args.label_kind
+        )
     return sets
 
 

@@ -128,7 +128,7 @@ def _stated_kind(soft_labels: Tensor | None, stated: LabelKind | None, origin: s
     if x.ndim == 2 and (x >= 0).all() and ((x.sum(1) - 1).abs() < 0.01).all():
         raise InputError(
             f"the soft labels of {origin} could be probabilities, since every row is positive and sums to 1, and "
-            "nothing says so; state label_kind: probabilities, logits or regression"
+            "nothing says so; state label_kind (--label_kind): probabilities, logits or regression"
         )
     log.info("note: the soft labels of %s are taken for logits; state label_kind if they are not", origin)
     return "logits"

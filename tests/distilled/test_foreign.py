@@ -810,3 +810,16 @@ def test_ddr_compares_sets_of_one_size(world, tmp_path):
     wide = dataclasses.replace(a, images=torch.zeros(6, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(InputError, match=r"images of \[8, 16\] px; say at which size to train"):
         score(a, wide)
+
+
+def test_label_kind_is_stated_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that sum to 1 are refused until somebody says what they are."""
+    images = np.zeros((10, 3, 8, 8), np.uint8)
+    soft = np.full((10, 10), 0.1, np.float32)
+    np.savez(tmp_path / "s.npz", images=images, labels=np.arange(10), soft_labels=soft)
+    command = ["evaluate", "--distilled", str(tmp_path / "s.npz"), "--data", "sklearn:digits", "--image_size", "8"]
+    command += ["--seeds", "1", "--student", "convnet3w32", "--output_dir", str(tmp_path / "out"), "--cpu"]
+    command += ["--baselines", "random", "--protocol", "classic", "--dry-run"]
+    assert main(command) == 2
+    assert "state label_kind (--label_kind): probabilities, logits or regression" in capsys.readouterr().err
+    assert main([*command, "--label_kind", "probabilities"]) == 0
