@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from refining import SHORT, TEDDY, refining
-from test_run import config, launch
+from runs import config, launch
 
 from dq.cli.main import main
 from dq.config.reader import from_dict
@@ -24,7 +24,7 @@ from dq.config.refinement import FADRM, Teddy
 from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import read_json, read_metadata, read_tensors
+from dq.core.files import read_json, read_metadata, read_tensors, write_tensors
 from dq.distilled.set import DistilledSet
 from dq.run.refinement import planned
 
@@ -458,3 +458,23 @@ def test_configs_round_trip_and_refuse_what_no_code_could_use():
         assert from_dict(RunConfig, to_dict(whole)) == whole
     with pytest.raises(InputError, match="norm must be one of 'l2', 'squared'"):
         FADRM(norm="l1")  # type: ignore[arg-type]
+
+
+def test_label_vectors_of_a_version_before_are_read(finished, tmp_path):
+    """They were called logits, in files that did not say what they are."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    folder = refined(tmp_path)["teddy"]
+    for path in folder.glob("batch-*.safetensors"):
+        tensors, meta = read_tensors(path)
+        tensors["logits"] = tensors.pop("soft_labels")
+        write_tensors(path, tensors, {k: v for k, v in meta.items() if k not in ("label_kind", "terms")})
+    for path in folder.glob("class-*.safetensors"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "run" / "dataset")
+    file, out = finished / "config.yaml", ["--output_dir", str(tmp_path / "run")]
+    assert run(file, "refine", *out) == 0
+    before, after = (DistilledSet.load(f / "run" / "dataset") for f in (finished, tmp_path))
+    assert torch.equal(before.soft_labels, after.soft_labels)
+    assert torch.equal(before.images, after.images)
+    assert after.label_kind == "logits"
+    assert run(file, "report", *out) == 0
