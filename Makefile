@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # two processes with a thread each: tiny models gain nothing from a second thread
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+RANDOM_PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(RANDOM_PYTEST) -p no:randomly
 
-.PHONY: demo test test-slow test-all test-gpu test-vision faults fuzz lint bench clean
+.PHONY: demo test test-random test-slow test-all test-gpu test-vision faults fuzz lint bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +22,10 @@ demo: $(VENV)/.done
 
 test: $(VENV)/.done
 	$(PYTEST)
+
+# the quick tests in random order; -p randomly prints the seed that repeats it
+test-random: $(VENV)/.done
+	$(RANDOM_PYTEST)
 
 # faults, fuzzing, launches, kills, and other tests of many seconds
 test-slow: $(VENV)/.done

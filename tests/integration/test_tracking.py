@@ -94,9 +94,9 @@ def test_a_run_continues_with_or_without_a_tracker(tracked: Path, tmp_path: Path
     out = ["--output_dir", str(tmp_path / "run")]
     before = len(list(tmp_path.rglob("events.*")))
     file = str(tracked / "config.yaml")
-    assert main(["evaluate", "--config", file, "--cpu"]) == 0
+    assert main(["evaluate", "--config", file, "--cpu", *out]) == 0
     assert len(list(tmp_path.rglob("events.*"))) == before
-    assert main(["evaluate", "--config", file, "--cpu", "--set", "report_to=[tensorboard]"]) == 0
+    assert main(["evaluate", "--config", file, "--cpu", *out, "--set", "report_to=[tensorboard]"]) == 0
     assert len(list(tmp_path.rglob("events.*"))) > before
 
 
