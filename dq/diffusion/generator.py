@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -283,6 +284,10 @@ class LatentGenerator(DiffusionPipeline):
             )
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
+        if not isinstance(num_inference_steps, (int, np.integer)) or num_inference_steps < 1:
+            raise InputError(f"num_inference_steps is a whole number of at least 1, not {num_inference_steps!r}")
+        if not isinstance(guidance_scale, (int, float, np.number)) or not math.isfinite(guidance_scale):
+            raise InputError(f"guidance_scale is a finite number, not {guidance_scale!r}")
         plain = class_labels.tolist() if isinstance(class_labels, (np.ndarray, np.generic, Tensor)) else class_labels
         labels = [self._class_index(c) for c in (plain if isinstance(plain, (list, tuple, range)) else [plain])]
         generators = _one_generator_each(generator, len(labels))
@@ -410,6 +415,8 @@ def _one_generator_each(
     generator: torch.Generator | Sequence[torch.Generator] | None, number: int
 ) -> list[torch.Generator]:
     """CPU generators, one per image; from a single one their seeds are drawn."""
+    if generator is not None and not isinstance(generator, (torch.Generator, list, tuple)):
+        raise InputError(f"generator is a torch.Generator or a list of them, not {type(generator).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):
         if len(generator) != number:
             raise InputError(f"there are {len(generator)} generators for {number} images; give one, or one for each")

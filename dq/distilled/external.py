@@ -67,7 +67,7 @@ def load_set(
         class_names: of the data set that it is a distillate of; None: those of the set itself. Class folders are
             either these names, or numbers that sort to these classes (00000, 00001, ...).
         name: of one set among several.
-        image_size: side in px at which images are read; None: that of the first image.
+        image_size: side in px at which a folder of images is read; None: that of the first image.
         label_kind: what the label vectors are; None: what the set says of itself.
         revision, token: of the Hub.
 
@@ -236,8 +236,12 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
             )
         images = images * found["std"].float().view(1, -1, 1, 1) + found["mean"].float().view(1, -1, 1, 1)
     labels = found["labels"]
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch hardly computes with
+        labels = labels.to(torch.int64)
     if class_names is None and (labels.is_floating_point() or not labels.numel() or labels.min() < 0):
         raise InputError(f"labels of {path} must be whole numbers from 0, which name its classes; give class_names")
+    if class_names is None and int(labels.max()) >= len(labels):
+        raise InputError(f"labels of {path} go up to {int(labels.max())}, more classes than images; give class_names")
     names = class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
     return bare_set(images, labels, names, **extras, origin=str(path), bounded=not normalized, label_kind=label_kind)
 

@@ -62,6 +62,10 @@ class DistilledSet:
         soft = self.soft_labels
         if soft is not None and tuple(soft.shape) != (n, len(self.class_names)):
             raise InputError(f"soft_labels must be {(n, len(self.class_names))}, not {tuple(soft.shape)}")
+        if soft is not None and not torch.isfinite(soft).all():
+            raise InputError("soft_labels of a distilled set must be finite and fit float16; leave broken rows out")
+        if soft is not None and self.label_kind == "probabilities" and (soft < 0).any():
+            raise InputError("soft_labels of a distilled set are called probabilities but some are negative")
         if self.label_kind not in get_args(LabelKind):
             kinds = ", ".join(get_args(LabelKind))
             raise InputError(f"label_kind of a distilled set is one of {kinds}, not {self.label_kind!r}")

@@ -169,13 +169,17 @@ def evaluate(
         distilled = load_set(distilled, source.class_names, image_size=image_size)
     if not isinstance(distilled, DistilledSet):
         raise InputError(f"a DistilledSet or the path of one is evaluated, not {type(distilled).__name__}")
-    one = students is None or isinstance(students, (str, StudentConfig, Mapping))
-    named = [students] if one else list(students)  # type: ignore[arg-type]
+    named = list(students) if isinstance(students, (list, tuple)) else [students]
     specs = [{"protocol": protocol, **settings, **_student_settings(s)} for s in named]
     try:
         seeds = operator.index(n_seeds)
     except TypeError:
         raise InputError(f"n_seeds is a whole number, not {n_seeds!r}") from None
+    if not isinstance(baselines, (str, list, tuple)):
+        raise InputError(f"baselines are names such as ('random',), not {type(baselines).__name__}")
+    several = teachers if isinstance(teachers, (list, tuple)) else (teachers,)
+    if not all(isinstance(t, TeacherConfig) for t in several):
+        raise InputError(f"teachers are TeacherConfig(...), one or several, not {teachers!r}")
     chosen = [baselines] if isinstance(baselines, str) else list(baselines)
     config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": chosen, "students": specs}, "evaluate")
     with tempfile.TemporaryDirectory() as scratch:
@@ -183,7 +187,7 @@ def evaluate(
             {"set": distilled},
             source,
             config=config,
-            teachers=(teachers,) if isinstance(teachers, TeacherConfig) else tuple(teachers),
+            teachers=tuple(several),
             image_size=image_size,
             folder=Path(output_dir or scratch),
             cache_dir=Path(cache_dir if output_dir else scratch),

@@ -7,7 +7,7 @@ import logging
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dq.config.refinement import RefineConfig
 from dq.config.schema import ClusterConfig, GenerateConfig, HubConfig, MethodConfig, RunConfig
@@ -31,8 +31,23 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger("dq")
+V = TypeVar("V")
 
 HUB_SETTINGS = tuple(f.name for f in dataclasses.fields(HubConfig) if f.name != "repo_id")
+
+
+def _listed(value: Any, kind: type[V], message: str) -> tuple[V, ...]:
+    """One value or several of a kind as a tuple.
+
+    Raises:
+        InputError: that begins with `message`, if one is of another type.
+    """
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    wrong = next((v for v in values if not isinstance(v, kind)), None)
+    if wrong is not None or not all(isinstance(v, kind) for v in values):
+        name = wrong.__name__ if isinstance(wrong, type) else type(wrong).__name__
+        raise InputError(f"{message}, not {name}")
+    return values
 
 
 class DistillPipeline(LatentGenerator):
@@ -106,13 +121,10 @@ class DistillPipeline(LatentGenerator):
         name = next(iter(base.methods))
         chosen = method or base.methods[name]
         if refine is not None:
-            stages = (refine,) if isinstance(refine, RefineConfig) else tuple(refine)
-            wrong = next((s for s in stages if not isinstance(s, RefineConfig)), None)
-            if wrong is not None:
-                raise InputError(f"refine must list stages such as FADRM(...), not {type(wrong).__name__}")
+            stages = _listed(refine, RefineConfig, "refine must list stages such as FADRM(...)")
             chosen = dataclasses.replace(chosen, refine=stages)
         if teachers is not None:
-            teachers = (teachers,) if isinstance(teachers, TeacherConfig) else tuple(teachers)
+            teachers = _listed(teachers, TeacherConfig, "teachers must list TeacherConfig(...)")
         drawing = generate or base.generate
         if drawing.mode != self.default_mode:
             log.info("note: generate.mode=%s, though this model can %s", drawing.mode, self.default_mode)

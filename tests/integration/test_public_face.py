@@ -15,6 +15,7 @@ from models import tiny_dit, tiny_kl
 
 import dq
 from dq import (
+    FADRM,
     DistilledSet,
     DistillPipeline,
     GenerateConfig,
@@ -95,12 +96,18 @@ def test_a_call_generates_images_of_classes(pipe: DistillPipeline) -> None:
         ({"class_labels": ["cat"]}, "lacks class 'cat'"),
         ({"class_labels": [0.5]}, "a class label is a whole number or a class name, not 0.5"),
         ({"class_labels": [0], "output_type": "jpg"}, "output_type must be 'pil', 'np' or 'pt', not 'jpg'"),
+        (
+            {"class_labels": [0], "num_inference_steps": 0},
+            "num_inference_steps is a whole number of at least 1, not 0",
+        ),
+        ({"class_labels": [0], "guidance_scale": None}, "guidance_scale is a finite number, not None"),
+        ({"class_labels": [0], "generator": 3}, "generator is a torch.Generator or a list of them, not int"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "there are 1 generators for 2 images"),
     ],
 )
 def test_a_call_that_is_none_ends_in_a_sentence(pipe: DistillPipeline, arguments: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        pipe(**arguments, num_inference_steps=2)
+        pipe(**{"num_inference_steps": 2, **arguments})
 
 
 def test_a_codec_alone_generates_no_classes() -> None:
@@ -117,6 +124,8 @@ def test_a_codec_alone_generates_no_classes() -> None:
         ),
         ({"method": "ddoq"}, "method must be a MethodConfig, not str"),
         ({"refine": ["fadrm"]}, r"refine must list stages such as FADRM\(...\), not str"),
+        ({"refine": FADRM}, r"refine must list stages such as FADRM\(...\), not FADRM"),
+        ({"teachers": "resnet18"}, r"teachers must list TeacherConfig\(...\), not str"),
         ({"ipc": 1.5}, "ipc and seed are whole numbers, not 1.5 and 0"),
     ],
 )
@@ -243,6 +252,18 @@ def test_probabilities_teach_what_their_logarithms_teach() -> None:
     soft = torch.softmax(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), 1)
     logits = training_data(small(soft=soft, kind="probabilities"), 8).soft_labels
     torch.testing.assert_close(torch.softmax(logits, 1), soft, atol=1e-3, rtol=1e-2)
+
+
+def test_label_vectors_that_teach_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must be finite and fit float16"):
+        small(soft=torch.full((6, 3), 1e6))
+    with pytest.raises(InputError, match="are called probabilities but some are negative"):
+        small(soft=-torch.ones(6, 3), kind="probabilities")
+    np.savez(tmp_path / "far.npz", images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 10**9]))
+    with pytest.raises(InputError, match="go up to 1000000000, more classes than images; give class_names"):
+        load_set(tmp_path / "far.npz")
+    np.savez(tmp_path / "short.npz", images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 1], np.uint16))
+    assert load_set(tmp_path / "short.npz").labels.tolist() == [0, 1]
 
 
 def test_paths_that_hold_no_set(tmp_path: Path) -> None:
