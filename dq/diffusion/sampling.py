@@ -25,7 +25,7 @@ LEARNT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     "prediction_type",
 )
-# Schedulers that transport a Gaussian rightly under a model that is exact (tests/diffusion/test_sampling.py). Other ones
+# Schedulers that transport a Gaussian rightly under a model that is exact (tests/diffusion/test_sampling.py). Others
 # expect other models (EDM, consistency, inverse, two-stage), and would draw noise without a word.
 BOTH_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
 NOISE_SCHEDULERS = (
