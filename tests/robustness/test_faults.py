@@ -40,18 +40,20 @@ def test_hurt_runs_end_like_one_that_nobody_hurt(tmp_path: Path) -> None:
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize(
-    ("bug", "seen"),
+    ("bug", "seen", "seed"),
     [
         # every start does all files of latents again
-        ("import dq.data.image_cache; dq.data.image_cache.is_done = lambda path: False", "recomputed: cache/latents-"),
+        (
+            "import dq.data.image_cache; dq.data.image_cache.is_done = lambda path: False",
+            "recomputed: cache/latents-",
+            1,
+        ),
         # nothing is compared with its checksum
-        ("import dq.core.files; dq.core.files._compared = lambda f: dq.core.files._record(f)['meta']", "silent: "),
+        ("import dq.core.files; dq.core.files._compared = lambda f: dq.core.files._record(f)['meta']", "silent: ", 2),
     ],
 )
-def test_the_harness_sees_a_planted_bug(tmp_path: Path, bug: str, seen: str) -> None:
-    code = (
-        f"import faults\n{bug}\nfaults.KINDS = ('flipped byte',)\nprint(*faults.bad(faults.campaign(5, 1)), sep='\\n')"
-    )
+def test_the_harness_sees_a_planted_bug(tmp_path: Path, bug: str, seen: str, seed: int) -> None:
+    code = f"import faults\n{bug}\nfaults.KINDS = ('flipped byte',)\nprint(*faults.bad(faults.campaign(5, {seed})), sep='\\n')"
     env = {
         **os.environ,
         "TMPDIR": str(tmp_path),
