@@ -53,7 +53,10 @@ def test_hurt_runs_end_like_one_that_nobody_hurt(tmp_path: Path) -> None:
     ],
 )
 def test_the_harness_sees_a_planted_bug(tmp_path: Path, bug: str, seen: str, seed: int) -> None:
-    code = f"import faults\n{bug}\nfaults.KINDS = ('flipped byte',)\nprint(*faults.bad(faults.campaign(5, {seed})), sep='\\n')"
+    code = (
+        f"import faults\n{bug}\nfaults.KINDS = ('flipped byte',)\n"
+        f"print(*faults.bad(faults.campaign(5, {seed})), sep='\\n')"
+    )
     env = {
         **os.environ,
         "TMPDIR": str(tmp_path),
