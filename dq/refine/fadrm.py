@@ -183,6 +183,7 @@ class FadrmMethod(Method):
             patches["candidates"] = stage.retrieve_pool
         return Needs(
             patches=patches,
+            rank=stage.anchor_rank,
             anchors={"init": None, "real_patch": "anchors", "file": "file"}[stage.anchors],
             file=stage.anchor_path,
             candidates={"none": None, "patches": "candidates", "prototypes": "set"}[stage.retrieve],

@@ -38,6 +38,7 @@ class Needs:
 
     teachers: bool = True  # those of the stage, else those of the run
     patches: Mapping[str, int | None] = field(default_factory=dict)  # real patches per class by name; None: as images
+    rank: str = "easy"  # which patches come first: "easy" or "medium"
     anchors: str | None = None  # which of `patches`, or "file", are the anchors of the images; None: the images
     file: str | None = None  # a set whose images, class by class, are the anchors
     candidates: str | None = None  # which of `patches`, or "set", are candidate anchors of a class

@@ -259,7 +259,7 @@ def _prepare(run: Run, job: Job) -> None:
                     number or job.counts[label],
                     teacher=job.matched[0],
                     image_size=c.image_size,
-                    rank=getattr(job.stage, "anchor_rank", "easy"),
+                    rank=job.needs.rank,
                     seed=c.seed,
                 )
                 write_tensors(path, {"images": images})
