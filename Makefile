@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RANDOM_PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST := $(RANDOM_PYTEST) -p no:randomly
 
-.PHONY: demo test test-random test-slow test-all test-gpu test-vision faults fuzz lint bench clean
+.PHONY: demo test test-random test-slow test-all test-gpu test-fake-gpu test-vision faults fuzz lint bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ test-all: $(VENV)/.done
 
 test-gpu: $(VENV)/.done
 	$(BIN)/python -m pytest -m gpu
+
+# the same tests on a device that is not there, and what that device counts; needs a C++ compiler
+test-fake-gpu: $(VENV)/.done
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -p no:randomly --fake-cuda -m gpu
 
 # a hundred faults at random points of whole runs; the slow tests have fourteen
 faults: $(VENV)/.done

@@ -16,6 +16,33 @@ import torch
 from models import toy_splits
 from toy_world import make_world
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fake-cuda", action="store_true", help="run on a CUDA device that is not there, see tests/fake_cuda"
+    )
+    parser.addoption("--device-report", type=int, metavar="N", help="with --fake-cuda: print the N lines that do most")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--fake-cuda"):
+        return
+    from fake_cuda.build import missing
+    from fake_cuda.install import install
+
+    if missing():
+        raise pytest.UsageError(missing())
+    install()  # before test modules are imported, which ask whether there is a device
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    top = config.getoption("--device-report")
+    if top and config.getoption("--fake-cuda"):
+        from fake_cuda.tensor import LOG
+
+        terminalreporter.write_line(LOG.report(top))
+
+
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives
 
 
