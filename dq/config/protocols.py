@@ -67,8 +67,11 @@ def student_config(
                 settings = _merged(settings, rule["set"])
     elif dataset is not None:
         raise InputError("dataset chooses the settings of a protocol; name a protocol, or leave dataset out")
-    if "-" in str(own.get("net", "")) or is_library_net(str(own.get("net", ""))):
-        settings.pop("norm", None)  # the name says it, or the library does
+    if is_library_net(str(own.get("net", ""))):
+        settings.pop("norm", None)  # the library says both
+        settings.pop("init", None)
+    elif "-" in str(own.get("net", "")):
+        settings.pop("norm", None)  # the name says it
     settings = _merged(settings, own)
     settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
     return from_dict(StudentConfig, settings, where)

@@ -69,6 +69,9 @@ class StudentConfig(Checked):
     protocol: str = "custom"  # where the settings come from
     net: str = "convnet3"
     norm: Literal["instance", "batch"] | None = None  # in place of the network's usual one
+    # of ResNet-18, -50 and -101 up to 64 px: He's law but for the stem (RDED, SRe2L), or everywhere (IDC, Minimax);
+    # None: PyTorch's default
+    init: Literal["torchvision", "fan_out"] | None = None
     labels: Literal["hard", "soft", "fixed"] = "hard"  # soft: a teacher's for every view; fixed: one per image
     epochs: int = 300
     batch_size: int = 256

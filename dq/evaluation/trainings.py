@@ -102,8 +102,9 @@ def students_of(
     for j, spec in enumerate(evaluate.students):
         for ipc in ipcs:
             where = f"evaluate.students.{j}"
-            found[(j, ipc)] = student_config(spec, ipc=ipc, classes=classes, image_size=image_size, where=where)
-            make_net(found[(j, ipc)].net, classes, image_size, norm=found[(j, ipc)].norm, seed=0)
+            student = student_config(spec, ipc=ipc, classes=classes, image_size=image_size, where=where)
+            make_net(student.net, classes, image_size, norm=student.norm, init=student.init, seed=0)
+            found[(j, ipc)] = student
     return found
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 Norm = Literal["instance", "batch"]
 MakeNorm = Callable[[int], nn.Module]
+Init = Literal["torchvision", "fan_out"]  # of the convolutions of ResNets for small images
+SMALL, MEDIUM = 64, 128  # px up to which stems keep the resolution, and those of ResNets have kernels of 3x3
 
 
 def instance_norm(channels: int) -> nn.Module:
@@ -168,9 +170,10 @@ class CifarResNet(nn.Module):
 class ResNet(nn.Module):
     """ResNets of four stages with torchvision's parameter names.
 
-    Images up to 64 px get a 3x3 stem of stride 1 and no pool behind it. With `PooledBlock` no convolution has a
-    stride, as in ResNet-AP: the stem of larger images is 3x3 with a 2x2 average pool up to 128 px, then 7x7 with a
-    4x4 one (IDC, Kim et al. 2022).
+    Images up to 64 px get a 3x3 stem of stride 1 and no pool behind it, those up to 128 px one with torchvision's max
+    pool (IDC, Kim et al. 2022, and MinimaxDiffusion 969fc6f), larger ones the 7x7 stem of torchvision. With
+    `PooledBlock` no convolution has a stride, as in ResNet-AP: the stem of larger images is 3x3 with a 2x2 average
+    pool up to 128 px, then 7x7 with a 4x4 one (IDC).
     """
 
     def __init__(
@@ -182,17 +185,23 @@ class ResNet(nn.Module):
         norm: MakeNorm,
         *,
         keep_map: bool = False,
+        init: Init | None = None,
     ) -> None:
-        """With `keep_map`, the classifier sees the last map itself and not its mean over the pixels."""
+        """With `keep_map`, the classifier sees the last map itself and not its mean over the pixels.
+
+        Above 64 px convolutions start from He's normal law over the outputs, as torchvision's and IDC's do. Up to
+        64 px `init` decides. None: PyTorch's default, as in FADRM's, DC's and MTT's networks. "torchvision": He's law
+        but for the stem, which RDED and SRe2L put into a finished network. "fan_out": He's law (IDC, Minimax).
+        """
         super().__init__()
         pooled = block is PooledBlock
         self.maxpool: nn.Module = nn.Identity()
-        kernel, stride, shrink = 3, 1, 1
-        if pooled and image_size > 64:
-            kernel, shrink = (3, 2) if image_size <= 128 else (7, 4)
+        kernel, stride, shrink = 3 if image_size <= MEDIUM else 7, 1, 1
+        if pooled and image_size > SMALL:
+            shrink = 2 if image_size <= MEDIUM else 4
             self.maxpool = nn.AvgPool2d(shrink)
-        elif image_size > 64:
-            kernel, stride = 7, 2
+        elif image_size > SMALL:
+            stride = 1 if image_size <= MEDIUM else 2
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.conv1 = nn.Conv2d(3, 64, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.bn1 = norm(64)
@@ -203,8 +212,11 @@ class ResNet(nn.Module):
         self.keep_map = keep_map
         pixels = (image_size // shrink // 8) ** 2 if keep_map else 1
         self.fc = nn.Linear(512 * block.expansion * pixels, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
+        if image_size <= SMALL and init is None:
+            return
+        for name, m in self.named_modules():
+            replaced = image_size <= SMALL and init == "torchvision" and name == "conv1"
+            if isinstance(m, nn.Conv2d) and not replaced:
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod

@@ -84,7 +84,7 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
         if pretrained:
             raise InputError(
                 f"the published weights of {name!r} cannot be had ({said}); "
-                "download them elsewhere and set teachers.N.path to a safetensors file"
+                "get them elsewhere, save them as safetensors and set teachers.N.path to that file"
             ) from e
         raise InputError(
             f"network {name!r} cannot be built for {image_size} px images ({said}); choose another"

@@ -17,7 +17,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.networks.teacher import Teacher, pooled_logits
-from dq.networks.zoo import fast_layout, make_net
+from dq.networks.zoo import fast_layout, net_of_weights
 
 MANIFEST = "pool.json"
 
@@ -76,7 +76,7 @@ def _member(
     folder: Path, record: dict[str, Any], facts: dict[str, Any], batch_size: int, device: torch.device | str
 ) -> Teacher:
     state, _ = read_tensors(folder / record["file"])
-    net = make_net(facts["net"], len(facts["classes"]), facts["image_size"], seed=0)
+    net = net_of_weights(facts["net"], len(facts["classes"]), facts["image_size"], state)
     resize_to(net, state)
     net = net.eval().requires_grad_(False)
     net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
@@ -95,7 +95,10 @@ def resize_to(net: nn.Module, state: dict[str, Tensor]) -> None:
     own = net.state_dict()
     if own.keys() != state.keys():
         strange = sorted(own.keys() ^ state.keys())
-        raise InputError(f"the weights are not of this network: {strange[0]!r} is in one of them only")
+        raise InputError(
+            f"the weights are not of this network: {strange[0]!r} is in one of them only; if an earlier version of dq "
+            "saved them, make them again (`dq train-pool`, `dq train-teachers`)"
+        )
     for name, module in net.named_modules():
         for key, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             new = state[f"{name}.{key}" if name else key]

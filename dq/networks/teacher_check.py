@@ -16,7 +16,12 @@ from dq.networks.teacher import Teacher
 def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> None:
     chosen = config.classes
     if chosen is None:
-        if outputs != num_classes:
+        if outputs < num_classes:
+            raise InputError(
+                f"the teacher {config.path} has {outputs} outputs but the data has {num_classes} classes; "
+                "take a teacher that was trained on all of them"
+            )
+        if outputs > num_classes:
             raise InputError(
                 f"the teacher {config.path} has {outputs} outputs but the data has {num_classes} classes; "
                 "set teachers.N.classes to the outputs that are these classes, in order"

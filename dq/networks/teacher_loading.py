@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dq.config.students import is_library_net
@@ -24,10 +23,12 @@ from dq.data.source import ImageSource
 from dq.networks.external import library_net, library_of
 from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, _head
 from dq.networks.teacher_check import _check_classes, check_teacher
-from dq.networks.zoo import fast_layout, make_net
+from dq.networks.teacher_weights import common_prefix, named_as, read_weights, weights_file
+from dq.networks.zoo import fast_layout, make_net, net_of_weights
 
 log = logging.getLogger("dq")
 POOL = "pool"  # as teacher.net: the teachers of the pool in teacher.path
+TIMM_FACTS = "config.json"  # beside weights that timm saved: `pretrained_cfg`
 PRETRAINED = "pretrained"  # as teacher.path: the weights that timm or torchvision publishes
 
 
@@ -147,37 +148,49 @@ def teacher_file(config: TeacherConfig) -> Path | None:
         if not (path / "pool.json").is_file():
             raise InputError(f"there is no pool in {path}; make one with `dq train-pool`, or correct teachers.N.path")
         return path / "pool.json"
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"there is no teacher at {file}; set teachers.N.path to a safetensors file or its folder")
-    return file
+    if not config.path:
+        raise InputError(
+            f"the teacher {config.net!r} has no path; set teachers.N.path to a safetensors file or its folder"
+        )
+    return weights_file(path)
 
 
 def _from_file(config: TeacherConfig, file: Path, num_classes: int, side: int) -> nn.Module:
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"the teacher {file} is not a readable safetensors file ({e}); get it again") from e
-    facts = file.parent / TEACHER_FACTS
-    if facts.is_file() and read_json(facts)["net"] != config.net:
-        raise InputError(f"{file} was trained as a {read_json(facts)['net']}; set teachers.N.net to that")
+    state = read_weights(file)
+    facts = _described(file.parent / TEACHER_FACTS)
+    trained_as = facts.get("net", config.net)
+    if trained_as != config.net:
+        raise InputError(f"{file} was trained as a {trained_as}; set teachers.N.net to that")
     net = make_net(config.net, num_classes, side, seed=0)
+    state = named_as(net, state, file)
     head = f"{_head(net)[0]}.weight"
     outputs = state[head].shape[0] if head in state else num_classes
     if outputs != num_classes:
         _check_classes(config, outputs, num_classes)
-        net = make_net(config.net, outputs, side, seed=0)
+    if any(k in state and state[k].shape != v.shape for k, v in net.state_dict().items()):
+        net = net_of_weights(config.net, outputs, side, state)
     # files without the counters of batch norm are common, and nothing in evaluation mode reads them
     counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
     try:
         net.load_state_dict(counters | state)  # copies into float32, whatever the file's type
     except RuntimeError as e:
+        if (facts.get("net"), facts.get("image_size")) == (config.net, side):
+            raise InputError(
+                f"{file} holds a {config.net} for {side} px images as an earlier version of dq built it "
+                f"({_first_difference(e)}); train it again with `dq train-teachers`"
+            ) from e
+        prefix = common_prefix(state)
+        way = f"save them without the prefix {prefix!r} of their names, if it is a wrapper's, or " if prefix else ""
         raise InputError(
             f"the weights in {file} are not a {config.net} for {outputs} classes and {side} px images "
-            f"({str(e).splitlines()[1].strip()[:150]}); set teachers.N.net to the right network or "
+            f"({_first_difference(e)}); {way}set teachers.N.net to the right network or "
             "teachers.N.image_size to the side it was trained at"
         ) from e
     return net
+
+
+def _first_difference(error: RuntimeError) -> str:
+    return str(error).splitlines()[1].strip()[:150]
 
 
 class _Logits(nn.Module):
@@ -231,11 +244,10 @@ def _normalization(config: TeacherConfig) -> Normalization:
     if mean is None or std is None:
         if config.net == "transformers":
             own = _described_normalization(config.path)
-        elif is_library_net(config.net):
-            own = _library_normalization(config.net)
         else:
-            path = Path(config.path)
-            own = _trained_normalization((path if path.is_dir() else path.parent) / TEACHER_FACTS)
+            own = _trained_normalization(config) or (
+                _library_normalization(config.net) if is_library_net(config.net) else IMAGENET
+            )
         mean, std = own[0] if mean is None else mean, own[1] if std is None else std
     fitting = len(mean) in (1, 3) and len(std) in (1, 3) and all(map(math.isfinite, (*mean, *std)))
     if not fitting or min(std) <= 0:
@@ -246,16 +258,41 @@ def _normalization(config: TeacherConfig) -> Normalization:
     return mean, std
 
 
-def _trained_normalization(facts: Path) -> Normalization:
-    if not facts.is_file():
-        return IMAGENET
-    record = read_json(facts)
-    try:
-        return tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
-    except (LookupError, TypeError, ValueError, OverflowError) as e:
-        raise InputError(
-            f"{facts} does not say how its teacher normalises images; set teachers.N.mean and teachers.N.std"
-        ) from e
+def _trained_normalization(config: TeacherConfig) -> Normalization | None:
+    """What lies beside the weights: the facts of `dq train-teachers`, or the `config.json` of timm.
+
+    timm's interpolation and crop are those of its test images. Here a teacher sees the views that a student sees,
+    which are not cut again.
+    """
+    if config.path == PRETRAINED:
+        return None
+    path = Path(config.path)
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / TEACHER_FACTS, folder / TIMM_FACTS):
+        record: Any = _described(file)
+        if file.name == TIMM_FACTS:
+            record = record.get("pretrained_cfg")
+            if not isinstance(record, dict) or not {"mean", "std"} <= record.keys():
+                continue  # of another library, or one that says nothing
+        if not record:
+            continue
+        try:
+            return tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
+        except (LookupError, TypeError, ValueError, OverflowError) as e:
+            raise InputError(
+                f"{file} does not say how its teacher normalises images; set teachers.N.mean and teachers.N.std"
+            ) from e
+    return None
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """A mapping in a JSON file; empty if there is none."""
+    if not file.is_file():
+        return {}
+    record = read_json(file)
+    if not isinstance(record, dict):
+        raise InputError(f"{file} holds no mapping of facts about its teacher; mend or remove it")
+    return record
 
 
 def _library_normalization(name: str) -> Normalization:

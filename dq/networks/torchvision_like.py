@@ -1,19 +1,17 @@
-"""More of torchvision's architectures under its parameter names, with a stem for small images.
+"""More of torchvision's architectures under its parameter names, and what FADRM makes of them for small images.
 
 torchvision cannot be imported beside every build of torch, and its own networks shrink a 32 px image to nothing.
-Images up to 64 px get a stem of stride 1 and no pool behind it, as FADRM's small-set teachers have.
+Images up to 64 px get the networks of FADRM's released code (f445e38): a stem of stride 1 and no pool behind it, and
+PyTorch's default initialisation.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MakeNorm = Callable[[int], nn.Module]
-SMALL = 64  # px up to which a stem keeps the resolution
+from dq.networks.classic import SMALL, MakeNorm
 
 
 def _conv_norm(
@@ -24,25 +22,39 @@ def _conv_norm(
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 projection without activation (Sandler et al. 2018, table 1)."""
+    """1x1 expansion, 3x3 depthwise, 1x1 projection without activation (Sandler et al. 2018, table 1).
 
-    def __init__(self, inputs: int, outputs: int, stride: int, expand: int, norm: MakeNorm) -> None:
+    The `small` one has ReLU in place of ReLU6, a 1x1 convolution before the depthwise one even without expansion, and
+    where stride 1 changes the channels a convolution in the shortcut.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, expand: int, norm: MakeNorm, *, small: bool = False
+    ) -> None:
         super().__init__()
         hidden = inputs * expand
+        activation = nn.ReLU if small else nn.ReLU6
         layers: list[nn.Module] = []
-        if expand != 1:
-            layers.append(nn.Sequential(*_conv_norm(inputs, hidden, 1, norm, act=nn.ReLU6())))
-        depthwise = _conv_norm(hidden, hidden, 3, norm, stride=stride, groups=hidden, act=nn.ReLU6())
+        if expand != 1 or small:
+            layers.append(nn.Sequential(*_conv_norm(inputs, hidden, 1, norm, act=activation())))
+        depthwise = _conv_norm(hidden, hidden, 3, norm, stride=stride, groups=hidden, act=activation())
         layers += [nn.Sequential(*depthwise), *_conv_norm(hidden, outputs, 1, norm, act=None)]
         self.conv = nn.Sequential(*layers)
-        self.shortcut = stride == 1 and inputs == outputs
+        self.shortcut: nn.Module | None = None
+        if stride == 1 and inputs == outputs:
+            self.shortcut = nn.Identity()
+        elif stride == 1 and small:
+            self.shortcut = nn.Sequential(*_conv_norm(inputs, outputs, 1, norm, act=None))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.shortcut else self.conv(x)
+        return self.conv(x) if self.shortcut is None else self.shortcut(x) + self.conv(x)
 
 
 class MobileNetV2(nn.Module):
-    """Sandler et al. 2018, table 2."""
+    """Sandler et al. 2018, table 2.
+
+    Up to 64 px FADRM's: stride 1 in the second stage, the small `InvertedResidual` and no dropout.
+    """
 
     # expansion, channels, blocks, stride of the first
     STAGES = (
@@ -57,17 +69,23 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, num_classes: int, image_size: int, norm: MakeNorm) -> None:
         super().__init__()
-        stride = 1 if image_size <= SMALL else 2
-        layers: list[nn.Module] = [nn.Sequential(*_conv_norm(3, 32, 3, norm, stride=stride, act=nn.ReLU6()))]
+        small = image_size <= SMALL
+        activation = nn.ReLU if small else nn.ReLU6
+        layers: list[nn.Module] = [
+            nn.Sequential(*_conv_norm(3, 32, 3, norm, stride=1 if small else 2, act=activation()))
+        ]
         inputs = 32
-        for expand, outputs, blocks, first in self.STAGES:
+        for stage, (expand, outputs, blocks, first) in enumerate(self.STAGES, 1):
             for i in range(blocks):
-                layers.append(InvertedResidual(inputs, outputs, first if i == 0 else 1, expand, norm))
+                stride = first if i == 0 and not (small and stage == 2) else 1
+                layers.append(InvertedResidual(inputs, outputs, stride, expand, norm, small=small))
                 inputs = outputs
-        layers.append(nn.Sequential(*_conv_norm(inputs, 1280, 1, norm, act=nn.ReLU6())))
+        layers.append(nn.Sequential(*_conv_norm(inputs, 1280, 1, norm, act=activation())))
         self.features = nn.Sequential(*layers)
         head = nn.Linear(1280, num_classes)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), head)
+        self.classifier = nn.Sequential(nn.Identity() if small else nn.Dropout(0.2), head)
+        if small:
+            return
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
@@ -141,7 +159,10 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet121(nn.Module):
-    """Huang et al. 2017, table 1: growth 32, blocks of 6, 12, 24 and 16 layers, transitions that halve channels."""
+    """Huang et al. 2017, table 1: growth 32, blocks of 6, 12, 24 and 16 layers, transitions that halve channels.
+
+    Up to 64 px FADRM's, without norm and ReLU behind the stem.
+    """
 
     def __init__(self, num_classes: int, image_size: int, norm: MakeNorm) -> None:
         super().__init__()
@@ -149,9 +170,9 @@ class DenseNet121(nn.Module):
         kernel, stride = (3, 1) if small else (7, 2)
         self.features = nn.Sequential()
         self.features.add_module("conv0", nn.Conv2d(3, 64, kernel, stride=stride, padding=kernel // 2, bias=False))
-        self.features.add_module("norm0", norm(64))
-        self.features.add_module("relu0", nn.ReLU())
         if not small:
+            self.features.add_module("norm0", norm(64))
+            self.features.add_module("relu0", nn.ReLU())
             self.features.add_module("pool0", nn.MaxPool2d(3, stride=2, padding=1))
         channels, growth = 64, 32
         for i, layers in enumerate((6, 12, 24, 16), 1):
@@ -170,6 +191,8 @@ class DenseNet121(nn.Module):
                 channels //= 2
         self.features.add_module("norm5", norm(channels))
         self.classifier = nn.Linear(channels, num_classes)
+        if small:
+            return
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,8 @@ def fit(
     device, epochs = x.device, config.epochs
     looks = set(looks_at(epochs, config.tests)) if look is not None else set()
     if net is None:
-        net = make_net(config.net, num_classes, x.shape[-1], norm=config.norm, seed=derive_seed(seed, "student init"))
+        choices: dict[str, Any] = {"norm": config.norm, "init": config.init}
+        net = make_net(config.net, num_classes, x.shape[-1], **choices, seed=derive_seed(seed, "student init"))
     net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
     w = (torch.ones(len(y)) if weights is None else weights).to(device, torch.float32)
     source = soft_labels if config.labels == "soft" and not isinstance(soft_labels, Tensor) else None

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dq.config.students import LIBRARIES, is_library_net
 from dq.core.errors import InputError
 from dq.core.seeds import seeded
 from dq.networks.classic import (
+    MEDIUM,
     VGG11,
     AlexNet,
     BasicBlock,
     Bottleneck,
     CifarResNet,
     ConvNet,
+    Init,
     MakeNorm,
     Norm,
     PooledBlock,
@@ -35,7 +37,8 @@ SUFFIXES: dict[str, Norm] = {"in": "instance", "bn": "batch"}
 class Recipe(NamedTuple):
     norm: Norm | None  # the usual one; None: the network has none
     smallest: int  # side in px; the last norm needs maps of 2x2, for over one pixel instance norm is constant
-    build: Callable[[int, int, MakeNorm], nn.Module]  # (classes, side in px, norm)
+    build: Callable[..., nn.Module]  # (classes, side in px, norm), and `init` where there is a choice
+    init: bool = False  # whether images of up to 64 px have a choice of initialisation
 
 
 RECIPES: dict[str, Recipe] = {
@@ -44,15 +47,15 @@ RECIPES: dict[str, Recipe] = {
     "convnet3w32": Recipe("instance", 8, partial(ConvNet, 3, width=32)),
     "resnet20": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(3, classes, norm)),
     "resnet56": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(9, classes, norm)),
-    "resnet18": Recipe("batch", 9, partial(ResNet, BasicBlock, (2, 2, 2, 2))),
-    "resnet50": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 6, 3))),
-    "resnet101": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 23, 3))),
+    "resnet18": Recipe("batch", 9, partial(ResNet, BasicBlock, (2, 2, 2, 2)), init=True),
+    "resnet50": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 6, 3)), init=True),
+    "resnet101": Recipe("batch", 9, partial(ResNet, Bottleneck, (3, 4, 23, 3)), init=True),
     # the ResNet18BN_AP of the dataset condensation code, whose classifier sees the whole last map
     "resnet18ap": Recipe("batch", 16, partial(ResNet, PooledBlock, (2, 2, 2, 2), keep_map=True)),
-    "resnetap10": Recipe("instance", 16, partial(ResNet, PooledBlock, (1, 1, 1, 1))),
+    "resnetap10": Recipe("instance", 16, partial(ResNet, PooledBlock, (1, 1, 1, 1), init="fan_out")),
     "alexnet": Recipe(None, 8, lambda classes, side, norm: AlexNet(classes, side)),
     "vgg11": Recipe("instance", 32, VGG11),
-    "mobilenetv2": Recipe("batch", 17, MobileNetV2),
+    "mobilenetv2": Recipe("batch", 9, MobileNetV2),
     "shufflenetv2": Recipe("batch", 9, partial(ShuffleNetV2, (116, 232, 464))),
     "shufflenetv2x05": Recipe("batch", 9, partial(ShuffleNetV2, (48, 96, 192))),
     "densenet121": Recipe("batch", 16, DenseNet121),
@@ -66,7 +69,9 @@ def fast_layout(net: nn.Module) -> torch.memory_format:
     return torch.contiguous_format if grouped else torch.channels_last
 
 
-def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None = None, seed: int) -> nn.Module:
+def make_net(
+    name: str, num_classes: int, image_size: int, *, norm: Norm | None = None, init: Init | None = None, seed: int
+) -> nn.Module:
     """Build a network for (B, 3, `image_size`, `image_size`) images with freshly drawn weights, on the CPU.
 
     Args:
@@ -76,6 +81,7 @@ def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None 
         num_classes: length of the output.
         image_size: side of the images in px; classifiers and stems depend on it.
         norm: the same choice as the ending of `name`, for callers that have it as a value.
+        init: of a ResNet-18, -50 or -101 for images up to 64 px, see `ResNet`; larger images have one alone.
         seed: of the weights. The global random state is neither read nor changed.
 
     Raises:
@@ -84,6 +90,8 @@ def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None 
     if is_library_net(name):
         if norm is not None:
             raise InputError(f"network {name!r} comes with its own norm; leave norm={norm!r} out")
+        if init is not None:
+            raise InputError(f"network {name!r} comes with its own initialisation; leave init={init!r} out")
         with seeded(seed):
             return library_net(name, num_classes, image_size)
     base, _, suffix = name.partition("-")
@@ -100,6 +108,11 @@ def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None 
         raise InputError(f"network {name!r} asks for {SUFFIXES[suffix]} norm but norm={norm!r}; give only one of them")
     if recipe.norm is None and (suffix or norm):
         raise InputError(f"network {base!r} has no norm that could be chosen; call it plain {base!r}")
+    if init is not None and not recipe.init:
+        having = ", ".join(n for n, r in RECIPES.items() if r.init)
+        raise InputError(f"network {base!r} has one initialisation, {having} have several; leave init={init!r} out")
+    if init not in (None, *get_args(Init)):
+        raise InputError(f"init must be one of {', '.join(map(repr, get_args(Init)))}, not {init!r}")
     if image_size < recipe.smallest:
         raise InputError(
             f"network {name!r} needs images of at least {recipe.smallest} px, not {image_size}; "
@@ -107,4 +120,17 @@ def make_net(name: str, num_classes: int, image_size: int, *, norm: Norm | None 
         )
     kind = norm or (SUFFIXES[suffix] if suffix else recipe.norm) or "batch"
     with seeded(seed):
-        return recipe.build(num_classes, image_size, NORMS[kind])
+        return recipe.build(num_classes, image_size, NORMS[kind], **({"init": init} if recipe.init else {}))
+
+
+def net_of_weights(name: str, num_classes: int, image_size: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """Build the network that saved weights belong to, with fresh weights.
+
+    ResNets take the stem that their weights have: a 7x7 one is torchvision's at any side. Published weights have it,
+    and so have those that this package saved for 65 to 128 px before such images got a 3x3 stem.
+    """
+    stem = state.get("conv1.weight")
+    base = RECIPES.get(name.partition("-")[0])
+    if base is not None and base.init and stem is not None and stem.shape[-1] == 7:
+        image_size = max(image_size, MEDIUM + 1)
+    return make_net(name, num_classes, image_size, seed=0)

@@ -35,7 +35,7 @@ def test_every_preset_is_complete_for_every_data_set(name):
             assert c.protocol == name
             assert c.epochs >= 1
         if side <= 64:  # larger networks take long to fill with random numbers
-            make_net(c.net, classes, side, norm=c.norm, seed=0)
+            make_net(c.net, classes, side, norm=c.norm, init=c.init, seed=0)
     assert list_protocols()[name].startswith((name, "soft"))
 
 
@@ -299,3 +299,23 @@ def test_an_unknown_network_is_answered_with_the_nearest_name():
     evaluate = EvaluateConfig(students=({"protocol": "classic", "net": "convnet33"},))
     with pytest.raises(InputError, match=r"no network is called 'convnet33'; nearest: convnet3"):
         students_of(evaluate, ["1"], 10, 32)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "small"),
+    [
+        ("fadrm", None),
+        ("edc", None),
+        ("classic", None),
+        ("rded", "torchvision"),
+        ("sre2l", "torchvision"),
+        ("hard", "fan_out"),
+    ],
+)
+def test_small_resnets_start_as_in_the_released_code(protocol, small):
+    for name in ("resnet18", "resnet18-bn", "resnet50", "resnet101"):
+        assert preset(protocol, "cifar100", named=False, net=name).init == small
+        assert preset(protocol, "imagenette", named=False, net=name).init is None
+    for name in ("convnet3", "torchvision:resnet18"):
+        assert preset(protocol, "cifar100", named=False, net=name).init is None
+    assert preset(protocol, "cifar100", named=False, net="resnet18", init=None).init is None

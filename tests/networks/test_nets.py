@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq.core.errors import InputError
-from dq.networks.zoo import fast_layout, make_net
+from dq.networks.zoo import fast_layout, make_net, net_of_weights
 
 
 def images(n: int, side: int) -> torch.Tensor:
@@ -102,14 +102,101 @@ def test_resnet18_has_the_names_of_torchvision():
     assert {k for k in keys if "downsample.0" in k} == {f"layer{i}.0.downsample.0.weight" for i in (2, 3, 4)}
 
 
-def test_resnet18_keeps_the_resolution_of_small_images():
-    sizes = {}
-    for side in (32, 64, 128):
-        net = make_net("resnet18", 10, side, seed=0).eval()
-        net.layer1.register_forward_hook(lambda m, x, y, side=side: sizes.__setitem__(side, y.shape[-1]))
-        with torch.no_grad():
-            net(images(1, side))
-    assert sizes == {32: 32, 64: 64, 128: 32}
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "pool", "map_side"),
+    # IDC and MinimaxDiffusion 969fc6f: a 3x3 stem of stride 1 up to 128 px, with torchvision's max pool from 65 px
+    [
+        (32, 3, 1, nn.Identity, 32),
+        (64, 3, 1, nn.Identity, 64),
+        (65, 3, 1, nn.MaxPool2d, 33),
+        (128, 3, 1, nn.MaxPool2d, 64),
+        (129, 7, 2, nn.MaxPool2d, 33),
+    ],
+)
+def test_the_stem_of_resnet18_follows_the_side(side, kernel, stride, pool, map_side):
+    net = make_net("resnet18", 10, side, seed=0).eval()
+    assert (net.conv1.kernel_size[0], net.conv1.stride[0], type(net.maxpool)) == (kernel, stride, pool)
+    sizes = []
+    net.layer1.register_forward_hook(lambda m, x, y: sizes.append(y.shape[-1]))
+    with torch.no_grad():
+        net(images(1, side))
+    assert sizes == [map_side]
+
+
+def deviation(name: str, layer: str, side: int = 32, **options) -> float:
+    return make_net(name, 100, side, seed=0, **options).get_submodule(layer).weight.std().item()
+
+
+def test_networks_for_small_images_start_from_the_default_of_pytorch():
+    """A 3x3 convolution of 64 channels: 1/sqrt(3 * 576) = 0.0241, and sqrt(2 / 576) = 0.0589 by He's law."""
+    for name in ("resnet18", "resnet18ap", "resnet18-in"):
+        assert deviation(name, "layer1.0.conv1") == pytest.approx(0.0241, rel=0.02)
+    # 3 channels: 1/sqrt(3 * 27)
+    assert deviation("resnet18", "conv1") == pytest.approx(0.111, rel=0.05)
+    # 128 channels: 1/sqrt(3 * 1152)
+    assert deviation("densenet121", "features.denseblock1.denselayer1.conv2") == pytest.approx(0.0170, rel=0.02)
+    # 96 channels: 1/sqrt(3 * 96)
+    assert deviation("mobilenetv2", "features.2.conv.0.0") == pytest.approx(1 / 48**0.5, rel=0.05)
+    # larger images: torchvision's initialisation
+    assert deviation("resnet18", "layer1.0.conv1", 65) == pytest.approx(0.0589, rel=0.02)
+    # IDC's, at any side
+    assert deviation("resnetap10", "layer1.0.conv1") == pytest.approx(0.0589, rel=0.02)
+
+
+def test_small_resnets_have_a_choice_of_initialisation():
+    """RDED and SRe2L replace the stem of torchvision's network; IDC draws all convolutions alike."""
+    for init, stem in (("torchvision", 0.111), ("fan_out", 0.0589)):
+        assert deviation("resnet18", "layer1.0.conv1", init=init) == pytest.approx(0.0589, rel=0.02)
+        assert deviation("resnet18", "conv1", init=init) == pytest.approx(stem, rel=0.05)
+    with pytest.raises(InputError, match=r"'resnet20' has one initialisation, resnet18, resnet50, resnet101 have"):
+        make_net("resnet20", 10, 32, init="fan_out", seed=0)
+    with pytest.raises(InputError, match="init must be one of 'torchvision', 'fan_out', not 'normal'"):
+        make_net("resnet18", 10, 32, init="normal", seed=0)
+    with pytest.raises(InputError, match="comes with its own initialisation"):
+        make_net("torchvision:resnet18", 10, 32, init="fan_out", seed=0)
+
+
+def test_small_mobilenetv2_is_that_of_fadrm():
+    """FADRM f445e38: 2,412,212 parameters for 100 classes."""
+    net = make_net("mobilenetv2", 100, 32, seed=0)
+    assert sum(p.numel() for p in net.parameters()) == 2412212
+    kinds = [type(m) for m in net.modules()]
+    assert nn.ReLU in kinds
+    assert nn.ReLU6 not in kinds
+    assert nn.Dropout not in kinds
+    blocks = net.features[1:-1]
+    # stages 1, 5 and 7 change the channels at stride 1, and so does stage 2 here
+    shortcuts = [i for i, b in enumerate(blocks) if isinstance(b.shortcut, nn.Sequential)]
+    assert [(blocks[i].shortcut[0].in_channels, blocks[i].shortcut[0].out_channels) for i in shortcuts] == [
+        (32, 16),
+        (16, 24),
+        (64, 96),
+        (160, 320),
+    ]
+    x = images(2, 32)
+    with torch.no_grad():
+        assert net.features(x).shape == (2, 1280, 4, 4)
+        y = net.features[0](x)
+        torch.testing.assert_close(blocks[0](y), blocks[0].conv(y) + blocks[0].shortcut(y))
+
+
+def test_small_densenet_has_no_norm_behind_the_stem():
+    """FADRM f445e38: 120 batch norms, the first that of the first dense layer."""
+    norms = [n for n, m in make_net("densenet121", 100, 32, seed=0).named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 120
+    assert norms[0] == "features.denseblock1.denselayer1.norm1"
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in make_net("densenet121", 100, 224, seed=0).modules()) == 121
+
+
+def test_saved_weights_bring_their_stem():
+    """Weights of 96 px images from before these got a 3x3 stem."""
+    old = make_net("resnet18", 10, 224, seed=1).eval()
+    net = net_of_weights("resnet18", 10, 96, old.state_dict()).eval()
+    net.load_state_dict(old.state_dict())
+    with torch.no_grad():
+        assert torch.equal(net(images(2, 96)), old(images(2, 96)))
+    new = make_net("resnet18", 10, 96, seed=1).state_dict()
+    assert net_of_weights("resnet18", 10, 96, new).conv1.kernel_size == (3, 3)
 
 
 def test_resnet50_has_the_names_and_strides_of_torchvision():
@@ -340,7 +427,7 @@ def test_networks_of_libraries_are_seeded_too(name, side):
         assert not torch.equal(net(x), other(x))
 
 
-@pytest.mark.parametrize(("name", "maps"), [("mobilenetv2", 2), ("shufflenetv2x05", 4), ("densenet121", 4)])
+@pytest.mark.parametrize(("name", "maps"), [("mobilenetv2", 4), ("shufflenetv2x05", 4), ("densenet121", 4)])
 def test_light_networks_keep_the_resolution_of_small_images_in_the_stem(name, maps):
     net = make_net(name, 10, 32, seed=0).eval()
     sides = []
@@ -376,11 +463,26 @@ def test_a_shuffle_unit_interleaves_its_halves():
 )
 def test_networks_are_those_of_torchvision(name, theirs):
     pytest.importorskip("torchvision")
-    other = make_net(f"torchvision:{theirs}", 10, 96, seed=0).eval()
-    own = make_net(name, 10, 96, seed=1).eval()
+    other = make_net(f"torchvision:{theirs}", 10, 224, seed=0).eval()
+    own = make_net(name, 10, 224, seed=1).eval()
     own.load_state_dict(other.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(own(images(2, 96)), other(images(2, 96)), rtol=1e-4, atol=1e-4)
+        assert torch.equal(own(images(2, 224)), other(images(2, 224)))
+
+
+def test_small_resnet18_is_that_of_torchvision_with_another_stem():
+    """As RDED 3f6453d and SRe2L 8d00cba build it."""
+    pytest.importorskip("torchvision")
+    other = make_net("torchvision:resnet18", 10, 32, seed=0)
+    other.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    other.maxpool = nn.Identity()
+    own = make_net("resnet18", 10, 32, init="torchvision", seed=1)
+    for name, value in other.state_dict().items():
+        if value.ndim == 4:
+            assert own.state_dict()[name].std().item() == pytest.approx(value.std().item(), rel=0.05), name
+    own.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(own.eval()(images(2, 32)), other.eval()(images(2, 32)))
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_a_teacher_of_more_classes_needs_to_be_told_which(convnet):
     _, config = convnet
     for changes, num_classes, said in (
         ({}, 3, "has 4 outputs but the data has 3 classes; set teachers.N.classes"),
+        ({}, 5, "has 4 outputs but the data has 5 classes; take a teacher that was trained on all of them"),
         ({"classes": (0, 1)}, 3, "lists 2 different outputs in 2 entries but the data has 3 classes"),
         ({"classes": (0, 1, 1)}, 3, "lists 2 different outputs in 3 entries"),
         ({"classes": (0, 4, 1)}, 3, r"lists output 4 but those of .*teacher\.safetensors are 0 to 3"),
@@ -148,12 +149,123 @@ def test_missing_and_corrupt_files_are_named(convnet, tmp_path):
         with pytest.raises(InputError, match=r"there is no teacher at .*; set teachers.N.path"):
             load_teacher(dataclasses.replace(config, path=str(path)), 4, 8)
     whole = (tmp_path / "teacher.safetensors").read_bytes()
-    for content in (whole[:-100], whole[:50], b"", b"\x80\x02pickle" * 20):
+    for content in (whole[:-100], whole[:50], b"", b"<html>" * 20):
         (tmp_path / "teacher.safetensors").write_bytes(content)
         with pytest.raises(
             InputError, match=r"teacher.safetensors is not a readable safetensors file .*; get it again"
         ):
             load_teacher(config, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("before", "between"),
+    [
+        ("module.", ""),
+        ("_orig_mod.", ""),
+        ("module._orig_mod.", ""),
+        ("_orig_mod.module.", ""),
+        ("", "_orig_mod."),
+        ("module.", "module."),
+        ("net.", ""),
+        ("model.module.", ""),
+    ],
+)
+def test_names_of_wrapped_networks_are_those_of_the_network(tmp_path, before, between):
+    """DataParallel, DistributedDataParallel, torch.compile of all or of parts, and a network kept as an attribute."""
+    net = trained_in_part(make_net("resnet20", 4, 16, seed=1))
+    state = {before + k.replace("layer1.", f"layer1.{between}"): v.contiguous() for k, v in net.state_dict().items()}
+    save_file(state | {"n_averaged": torch.tensor(3)}, tmp_path / "teacher.safetensors")
+    teacher = load_teacher(TeacherConfig(net="resnet20", path=str(tmp_path / "teacher.safetensors")), 4, 16)
+    x = images(side=16)
+    torch.testing.assert_close(teacher.logits(x), net(normalized(x, *IMAGENET)).detach())
+
+
+def test_prefixes_that_cannot_be_taken_off_are_named(convnet, tmp_path):
+    net, config = convnet
+    state = {k: v.contiguous() for k, v in net.state_dict().items()}
+    several = {f"{p}.{k}": v.clone() for k, v in state.items() for p in ("model", "ema")}
+    save_file(several, tmp_path / "teacher.safetensors")
+    with pytest.raises(InputError, match=r"several networks, with the prefixes 'ema\.', 'model\.'; save the one"):
+        load_teacher(config, 4, 8)
+    other = {f"encoder.{k}": v.contiguous() for k, v in make_net("resnet20", 4, 8, seed=1).state_dict().items()}
+    save_file(other, tmp_path / "teacher.safetensors")
+    with pytest.raises(InputError, match=r"not a convnet3 .* without the prefix 'encoder\.' .*set teachers.N.net"):
+        load_teacher(config, 4, 8)
+
+
+def test_a_file_that_is_no_safetensors_is_told_what_to_do(convnet, tmp_path):
+    net, config = convnet
+    torch.save(net.state_dict(), tmp_path / "teacher.pth")
+    torch.save(net.state_dict(), tmp_path / "renamed.safetensors")
+    torch.save(net.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("teacher.pth", "renamed.safetensors", "old.pt"):
+        with pytest.raises(
+            InputError, match=r"run code and is not opened: .*save_file\(torch.load\(FILE, weights_only="
+        ):
+            load_teacher(dataclasses.replace(config, path=str(tmp_path / name)), 4, 8)
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(InputError, match=r"pointer of Git LFS .*git lfs pull"):
+        load_teacher(dataclasses.replace(config, path=str(tmp_path / "lfs.safetensors")), 4, 8)
+
+
+def test_a_folder_without_model_safetensors_says_what_it_has(convnet, tmp_path):
+    net, config = convnet
+    with pytest.raises(InputError, match=r"no model.safetensors but teacher.safetensors; set teachers.N.path to the"):
+        load_teacher(dataclasses.replace(config, path=str(tmp_path)), 4, 8)
+    (tmp_path / "hub").mkdir()
+    torch.save(net.state_dict(), tmp_path / "hub" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no model.safetensors but pytorch_model.bin; .*save_file"):
+        load_teacher(dataclasses.replace(config, path=str(tmp_path / "hub")), 4, 8)
+    with pytest.raises(InputError, match=r"the teacher 'convnet3' has no path; set teachers.N.path"):
+        load_teacher(TeacherConfig(net="convnet3"), 4, 8)
+
+
+def test_the_converted_file_is_taken(convnet, tmp_path):
+    """What the message about files of torch.save tells the user to do."""
+    net, config = convnet
+    torch.save(net.state_dict(), tmp_path / "teacher.pth")
+    save_file(torch.load(tmp_path / "teacher.pth", weights_only=True), tmp_path / "model.safetensors")
+    torch.testing.assert_close(
+        load_teacher(dataclasses.replace(config, path=str(tmp_path)), 4, 8).logits(images()),
+        net(normalized(images(), *IMAGENET)).detach(),
+    )
+
+
+@pytest.mark.parametrize("net", ["convnet3", "timm:test_resnet"])
+def test_normalisation_of_a_folder_that_timm_saved(tmp_path, net):
+    """`pretrained_cfg` of its `config.json`, before what the library publishes for the network."""
+    if net.startswith("timm:"):
+        pytest.importorskip("timm")
+    saved(tmp_path, make_net(net, 4, 32, seed=1), "model.safetensors")
+    cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic", "crop_pct": 0.95}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": cfg}))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        teacher = load_teacher(TeacherConfig(net=net, path=str(path)), 4, 32)
+        assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    told = load_teacher(TeacherConfig(net=net, path=str(tmp_path), mean=(0.7,)), 4, 32)
+    assert (tuple(told.mean), told.std) == ((0.7,), (0.4, 0.5, 0.6))
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**cfg, "mean": "x"}}))
+    with pytest.raises(InputError, match=r"config.json does not say how .*set teachers.N.mean"):
+        load_teacher(TeacherConfig(net=net, path=str(tmp_path)), 4, 32)
+    # of another library
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    if net == "convnet3":
+        assert load_teacher(TeacherConfig(net=net, path=str(tmp_path)), 4, 32).mean == IMAGENET[0]
+
+
+def test_weights_of_networks_that_changed_load_or_are_refused(tmp_path):
+    """ResNets keep the stem that they were trained with; the small MobileNetV2 of earlier versions is another net."""
+    old = trained_in_part(make_net("resnet18", 4, 224, seed=1))
+    config = TeacherConfig(net="resnet18", path=saved(tmp_path, old))
+    x = images(2, 72)
+    torch.testing.assert_close(load_teacher(config, 4, 72).logits(x), old(normalized(x, *IMAGENET)).detach())
+    path = saved(tmp_path, make_net("mobilenetv2", 4, 224, seed=1), "model.safetensors")
+    config = TeacherConfig(net="mobilenetv2", path=path)
+    with pytest.raises(InputError, match=r"not a mobilenetv2 for 4 classes and 32 px"):
+        load_teacher(config, 4, 32)
+    (tmp_path / "teacher.json").write_text(json.dumps({"net": "mobilenetv2", "image_size": 32}))
+    with pytest.raises(InputError, match=r"as an earlier version of dq built it .*; train it again with"):
+        load_teacher(config, 4, 32)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +468,9 @@ def test_a_network_without_published_weights_is_named():
 def test_published_weights_without_a_connection_are_named(tmp_path, monkeypatch):
     pytest.importorskip("timm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"weights of 'timm:test_vit' cannot be had .*; download them elsewhere"):
+    with pytest.raises(
+        InputError, match=r"weights of 'timm:test_vit' cannot be had .*; get them elsewhere, save them as safetensors"
+    ):
         load_teacher(TeacherConfig(net="timm:test_vit", path="pretrained"), 10, 32)
 
 
