@@ -1,4 +1,4 @@
-"""The door to all engines: checks, centring, restarts, exact final assignment, and the numbers that describe it."""
+"""k-means by any engine: checks, centring, restarts, exact final assignment, and the numbers that describe it."""
 
 from __future__ import annotations
 
@@ -7,36 +7,52 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dq.cluster.faiss_engine import lloyd_faiss
-from dq.cluster.lloyd import assign, cell_sums, fill_empty, kmeans_plusplus, lloyd, race, squared_distances
-from dq.cluster.online import clvq, minibatch
+from dq.cluster.faiss_engine import faiss_assigner
+from dq.cluster.inputs import as_points, as_weights, as_whole
+from dq.cluster.lloyd import (
+    assign,
+    cell_sums,
+    cell_totals,
+    fill_empty,
+    fill_empty_alone,
+    kmeans_plusplus,
+    lloyd,
+    race,
+    squared_distances,
+)
+from dq.cluster.online import clvq, minibatch, systematic_sample
 from dq.cluster.transport import barycentre, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 
+RELOCATIONS = 3  # Lloyd iterations after the last one, while cells are empty
+
 
 @dataclass(frozen=True)
 class Clustering:
-    """k points of one class and the cells that they own. No cell is empty; `counts` sum to n."""
+    """k points of one class and the cells that they own, largest mass first. No cell is empty; `counts` sum to n."""
 
-    centroids: Tensor  # (k, d) float32
+    centroids: Tensor  # (k, d) float32; float64 where the data are
     labels: Tensor  # (n,) int64, nearest centroid (barycentre engine: the balanced cell)
     counts: Tensor  # (k,) int64, points per cell
+    masses: Tensor  # (k,) float64, weight of the points of each cell; without weights the counts
     sse: Tensor  # (k,) float64, sum of (weighted) squared distances per cell
     engine: str
     n_iter: int
-    converged: bool
+    converged: bool  # False also where a cell was empty at the end and had to be moved
     asked: int  # the k asked for; len(centroids) is smaller where the class has fewer distinct points
     companion: Tensor | None = None  # (k,) float64, masses as the stream saw them (clvq, minibatch)
 
     @property
     def inertia(self) -> float:
-        """Sum of squared distances; inertia / n is the distortion and equals W2^2 of the points with their masses."""
+        """Sum of weighted squared distances; over the sum of the masses it is the distortion, which equals W2^2
+        between the weighted data and the centroids with their masses."""
         return float(self.sse.sum())
 
 
@@ -46,20 +62,32 @@ def choose_engine(engine: str) -> str:
     return "torch" if engine == "auto" else engine
 
 
-def nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid, (n,) int64, for x (n, d) and centroids (k, d)."""
+def nearest(x: Any, centroids: Any) -> Tensor:
+    """Index of the nearest centroid, (n,) int64, for x (n, d) and centroids (k, d), tensors or arrays."""
+    x, centroids = _same_space(as_points(x, "x"), centroids)
     shift = x.mean(0)
-    return assign((x - shift)[None], (centroids - shift)[None])[0]
+    return assign((x - shift).float()[None], (centroids - shift).float()[None])[0]
+
+
+def _same_space(x: Tensor, centroids: Any) -> tuple[Tensor, Tensor]:
+    """Both in the more precise of their dtypes, on the device of x."""
+    c = as_points(centroids, "centroids")
+    if c.shape[1] != x.shape[1]:
+        raise InputError(
+            f"centroids have {c.shape[1]} coordinates and the points {x.shape[1]}; give those of one space"
+        )
+    dtype = torch.promote_types(x.dtype, c.dtype)
+    return x.to(dtype), c.to(x.device, dtype)
 
 
 def kmeans(
-    x: Tensor,
+    x: Any,
     k: int,
     *,
     config: ClusterConfig | None = None,
-    weights: Tensor | None = None,
+    weights: Any = None,
     seed: int = 0,
-    start: Tensor | None = None,
+    start: Any = None,
     name: str = "the data",
 ) -> Clustering:
     """Quantize x (n, d) with k points: minimise sum_i w_i min_k |x_i - c_k|^2.
@@ -68,38 +96,51 @@ def kmeans(
     `torch` and `barycentre` start from the same seeded points (or `start`), so that the choice among the first two
     changes speed, not results beyond rounding; the two streams start from their own first samples.
 
+    An empty cell is moved onto the point that is farthest from its own centroid. `torch` and `faiss` iterate on from
+    there; the cell of a stream moves alone, and the other centroids stay what the stream made them.
+
     Args:
+        x: (n, d) tensor, array or nested lists of real numbers.
         config: engine and its settings; see `ClusterConfig`.
         weights: (n,) non-negative weights of the points; not for `minibatch` and `barycentre`. They weigh the sum
-            above and the means; `counts` stay numbers of points.
+            above and the means, and sum to `masses` in the cells; `counts` stay numbers of points.
         seed: of the start points and, for streams, of the order.
-        start: (k, d) starting centroids instead of drawn ones.
+        start: (k, d) starting centroids instead of drawn ones; not for `minibatch`. For `clvq` and `barycentre` those
+            that own no point are first moved onto points.
         name: how messages name the data, e.g. "class 3 'cat'".
 
     Raises:
-        InputError: for non-finite data, k < 1, or fewer distinct points than k with `on_small="raise"`.
+        InputError: for arguments of other types, non-finite data, k < 1, or fewer distinct points than k with
+            `on_small="raise"`.
     """
     return kmeans_many([x], k, config=config, weights=[weights], seeds=[seed], starts=[start], names=[name])[0]
 
 
 def kmeans_many(
-    xs: Sequence[Tensor],
+    xs: Sequence[Any],
     k: int,
     *,
     config: ClusterConfig | None = None,
-    weights: Sequence[Tensor | None] | None = None,
+    weights: Sequence[Any] | None = None,
     seeds: Sequence[int] | None = None,
-    starts: Sequence[Tensor | None] | None = None,
+    starts: Sequence[Any] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Clustering]:
     """`kmeans` on several classes. With the torch engine they run together, padded to the largest, and give what the
-    loop over classes gives; the other engines loop."""
-    config = config or ClusterConfig()
-    B = len(xs)
-    weights, starts = weights or [None] * B, starts or [None] * B
-    seeds, names = seeds or list(range(B)), names or ["the data"] * B
-    if k < 1 or config.n_iter < 1 or config.n_init < 1:
-        raise InputError(f"k={k}, n_iter={config.n_iter} and n_init={config.n_init} must be at least 1")
+    loop over classes gives, up to the rounding of batched products; the other engines loop.
+
+    Args:
+        xs: points (n, d) of each class.
+        weights, seeds, starts, names: one for each class; see `kmeans`.
+    """
+    config = ClusterConfig() if config is None else config
+    if not isinstance(config, ClusterConfig):
+        raise InputError(f"config of k-means is a ClusterConfig(...), not {type(config).__name__}")
+    for setting in ("n_iter", "n_init", "batch_size", "passes", "expand"):
+        as_whole(getattr(config, setting), setting)
+    k, B = as_whole(k, "k"), len(xs)
+    weights, starts = _one_each(weights, [None] * B, "weights"), _one_each(starts, [None] * B, "starts")
+    seeds, names = _one_each(seeds, list(range(B)), "seeds"), _one_each(names, ["the data"] * B, "names")
     problems = [_Problem.check(*args, k, config) for args in zip(xs, weights, starts, seeds, names)]
     engine = choose_engine(config.engine)
     best: list[Clustering | None] = [None] * B
@@ -116,6 +157,13 @@ def kmeans_many(
     return [_report(p, r, config) for p, r in zip(problems, best) if r is not None]
 
 
+def _one_each(values: Sequence[Any] | None, default: list[Any], name: str) -> list[Any]:
+    """Values for each class, or the default where there are none."""
+    if values is not None and len(values) != len(default):
+        raise InputError(f"there are {len(values)} {name} for {len(default)} classes; give one for each")
+    return default if values is None else list(values)
+
+
 _Found = tuple[Tensor, int, bool, Tensor | None, Tensor | None]
 
 
@@ -126,7 +174,6 @@ class _Problem:
     x: Tensor  # (n, d) float32, mean zero
     mean: Tensor  # (d,)
     weights: Tensor  # (n,) float32
-    weighted: bool
     start: Tensor | None
     k: int
     asked: int
@@ -134,12 +181,8 @@ class _Problem:
     name: str
 
     @staticmethod
-    def check(
-        x: Tensor, weights: Tensor | None, start: Tensor | None, seed: int, name: str, k: int, config: ClusterConfig
-    ) -> _Problem:
-        if x.ndim != 2 or not len(x):
-            raise InputError(f"{name} must be a non-empty (n, d) array, not {tuple(x.shape)}")
-        x = x if x.dtype == torch.float64 else x.float()
+    def check(x: Any, weights: Any, start: Any, seed: int, name: str, k: int, config: ClusterConfig) -> _Problem:
+        x, seed = as_points(x, name), as_whole(seed, "seed", least=None)
         size = float(torch.linalg.vector_norm(x))
         if not size < 1e18:  # one pass; NaN, infinite, or too large to be squared
             bad = (~torch.isfinite(x)).any(1).nonzero()
@@ -153,19 +196,20 @@ class _Problem:
             raise InputError("cluster.engine=minibatch draws its own start, as D4M does; give no start points")
         if weights is not None and config.engine in ("minibatch", "barycentre"):
             raise InputError(f"cluster.engine={config.engine} takes no point weights; use faiss, torch or clvq")
-        w = torch.ones(len(x), device=x.device) if weights is None else weights.to(x)
-        if w.shape != (len(x),) or not (torch.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
-            raise InputError(f"weights of {name} must be ({len(x)},), finite, non-negative and not all zero")
+        w = torch.ones(len(x)) if weights is None else as_weights(weights, len(x), f"weights of {name}")
+        w = w.to(x.device)
         allowed = min(k, int((w > 0).sum()))
         if allowed < k and config.on_small == "raise":
             raise InputError(
                 f"{name} has {allowed} images but ipc={k}; lower ipc, drop the class, or set cluster.on_small=clamp"
             )
-        if start is not None and start.shape != (k, x.shape[1]):
-            raise InputError(f"start centroids of {name} must be ({k}, {x.shape[1]}), not {tuple(start.shape)}")
-        mean = x.mean(0)  # subtracted before float64 is rounded, so that large offsets cost no digits
-        centred = None if start is None else (start.to(x)[:allowed] - mean).float()
-        return _Problem((x - mean).float(), mean, w.float(), weights is not None, centred, allowed, k, seed, name)
+        centres = None if start is None else as_points(start, f"start centroids of {name}", finite=True)
+        if centres is not None and centres.shape != (k, x.shape[1]):
+            raise InputError(f"start centroids of {name} must be ({k}, {x.shape[1]}), not {tuple(centres.shape)}")
+        # Subtracted before float64 is rounded, so that large offsets cost no digits; equal weights are no weights.
+        mean = x.mean(0) if bool((w == w[0]).all()) else (w / w.sum()).to(x.dtype) @ x
+        centred = None if centres is None else (centres.to(x)[:allowed] - mean).float()
+        return _Problem((x - mean).float(), mean, w.float(), centred, allowed, k, seed, name)
 
 
 def _start_points(group: list[_Problem], x: Tensor, weights: Tensor, restart: int, config: ClusterConfig) -> Tensor:
@@ -203,17 +247,30 @@ def _padded(parts: list[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
+def _occupied(p: _Problem, start: Tensor) -> Tensor:
+    """Start points (k, d) of which those that own no point are moved onto points: equal ones would stay equal in an
+    entropic barycentre, and a stream would leave them where they are."""
+    labels = assign(p.x[None], start[None])[0]
+    return fill_empty(p.x, start, labels, p.weights, cell_totals(p.weights, labels, len(start)))
+
+
 def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _Found:
     if engine in ("faiss", "barycentre"):
-        start = _start_points([p], p.x[None], p.weights[None], restart, config)[0]
+        start = _start_points([p], p.x[None], p.weights[None], restart, config)
     if engine == "faiss":
-        w = p.weights if p.weighted else None
-        centroids, used, converged = lloyd_faiss(p.x, start, w, n_iter=config.n_iter, tol=config.tol)
-        return centroids, used, converged, None, None
+        centroids, iterations, stopped = lloyd(
+            p.x[None],
+            start,
+            p.weights[None],
+            n_iter=config.n_iter,
+            tol=config.tol,
+            nearest=faiss_assigner(p.x),
+        )
+        return centroids[0], int(iterations[0]), bool(stopped[0]), None, None
     if engine == "barycentre":
         points, labels, used, converged = barycentre(
             p.x,
-            start,
+            _occupied(p, start[0]),
             transport=config.transport,
             entropy=config.entropy,
             n_iter=config.n_iter,
@@ -229,20 +286,16 @@ def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _
     if engine == "clvq":
 
         def stream(i: int) -> Sequence[Tensor]:
-            probability = p.weights.cpu()
             g = generator(p.seed, "order", restart, i)
-            if p.weighted:  # a weighted law is sampled, n draws a pass
-                order = torch.multinomial(probability, len(p.x), replacement=True, generator=g)
-            else:
-                order = torch.randperm(len(p.x), generator=g)
-            return p.x.cpu()[order].split(config.batch_size)
+            order = torch.randperm(len(p.x), generator=g)
+            return p.x.cpu()[systematic_sample(p.weights.cpu(), g)[order]].split(config.batch_size)
 
         result = clvq(
             stream,
             p.k,
             generator=generator(p.seed, "kmeans", restart),
             passes=config.passes,
-            init=None if p.start is None else p.start.cpu(),  # else k-means++ on the head of the stream
+            init=None if p.start is None else _occupied(p, p.start).cpu(),  # None: k-means++ on the stream's head
         )
         return result.centroids.to(p.x), config.passes, True, None, result.companion
     raise InputError(
@@ -259,17 +312,24 @@ def _finish(
     own = torch.arange(len(c), device=c.device)
     if labels is None:
         labels = assign(x[None], c[None])[0]
-        for _ in range(3):
-            mass = torch.bincount(labels, weights=w, minlength=len(c))
+        # Neighbours settle by Lloyd iterations, but not those of a stream, whose centroids no Lloyd iteration makes:
+        # D4M leaves an empty one where it is, with no image, and here it moves alone. It moves once, since it then
+        # owns the point on which it lies.
+        settling = RELOCATIONS if engine in ("torch", "faiss") else 0
+        for step in range(settling + len(c)):
+            mass = cell_totals(w, labels, len(c))
             if (mass > 0).all():
                 break
-            # An iteration of Lloyd after each relocation lets the neighbours settle.
-            c = fill_empty(x, c, labels, w, mass)
+            moved = (fill_empty if step < settling else fill_empty_alone)(x, c, labels, w, mass)
+            if torch.equal(moved, c):
+                break  # fewer distinct points than centroids
+            c, converged = moved, False
             labels = assign(x[None], c[None])[0]
-            sums, mass = cell_sums(x[None], labels[None], w[None], len(c))
-            c = torch.where(mass[0, :, None] > 0, sums[0] / mass[0, :, None].clamp(min=1e-30), c)
-            labels = assign(x[None], c[None])[0]
-    mass = torch.bincount(labels, weights=w, minlength=len(c))
+            if step < settling:
+                sums, mass = cell_sums(x[None], labels[None], w[None], len(c))
+                c = torch.where(mass[0, :, None] > 0, sums[0] / mass[0, :, None].clamp(min=1e-30), c)
+                labels = assign(x[None], c[None])[0]
+    mass = cell_totals(w, labels, len(c))
     own = own[mass > 0]
     if len(own) < len(c):
         c, companion = c[own], companion[own.cpu()] if companion is not None else None
@@ -278,9 +338,18 @@ def _finish(
         labels = renumber[labels]
         labels = torch.where(labels < 0, assign(x[None], c[None])[0], labels)
     distance = squared_distances(x[None], c[None], labels[None])[0].double() * w.double()
-    counts = torch.bincount(labels, minlength=len(c))
-    sse = torch.bincount(labels, weights=distance, minlength=len(c))
-    return Clustering(c + p.mean, labels, counts, sse, engine, n_iter, converged, p.asked, companion=companion)
+    return Clustering(
+        centroids=c + p.mean,
+        labels=labels,
+        counts=torch.bincount(labels, minlength=len(c)),
+        masses=cell_totals(w, labels, len(c)),
+        sse=cell_totals(distance, labels, len(c)),
+        engine=engine,
+        n_iter=n_iter,
+        converged=converged,
+        asked=p.asked,
+        companion=companion,
+    )
 
 
 def _report(p: _Problem, result: Clustering, config: ClusterConfig) -> Clustering:
@@ -291,7 +360,7 @@ def _report(p: _Problem, result: Clustering, config: ClusterConfig) -> Clusterin
         if config.on_small == "raise":
             raise InputError(f"{sentence}; lower ipc, drop the class, or set cluster.on_small=clamp")
         warnings.warn(f"{sentence}; it gets {k} prototypes", stacklevel=3)
-    order = result.counts.argsort(descending=True, stable=True)
+    order = result.masses.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(k, device=order.device)
     return dataclasses.replace(
@@ -299,33 +368,53 @@ def _report(p: _Problem, result: Clustering, config: ClusterConfig) -> Clusterin
         centroids=result.centroids[order],
         labels=rank[result.labels],
         counts=result.counts[order],
+        masses=result.masses[order],
         sse=result.sse[order],
         companion=result.companion[order.cpu()] if result.companion is not None else None,
     )
 
 
-def quantization_stats(x: Tensor, result: Clustering, *, with_uniform: bool = True) -> dict[str, float]:
+def quantization_stats(
+    x: Any, result: Clustering, *, weights: Any = None, with_uniform: bool = True
+) -> dict[str, float]:
     """The numbers logged per class.
 
-    `distortion` is sse / n; `w2_mass` its root, the exact W2 between the class and the points with their Voronoi
-    masses; `w2_uniform` the exact W2 with weights 1/k (network simplex); `ess_mass` and `ess_sqrt` effective sample
-    sizes (sum w)^2 / sum w^2 of the masses and their roots; `explained` the share of the variance between cells.
+    `distortion` is the (weighted) mean squared distance to the centroid of the cell; `w2_mass` its root, the exact W2
+    between the class and the centroids with their Voronoi masses; `w2_uniform` the exact W2 with weights 1/k (network
+    simplex); `ess_mass` and `ess_sqrt` effective sample sizes (sum w)^2 / sum w^2 of the masses and their roots;
+    `explained` the share of the variance between cells.
+
+    Args:
+        x: (n, d) points, those of which `result` is a clustering.
+        weights: (n,) those of the clustering; None: there were none.
+
+    Raises:
+        InputError: if x, weights and result do not belong together.
     """
-    x = x.float()
-    c = result.centroids
-    labels = result.labels if result.engine != "barycentre" else nearest(x, c)
-    sse = float(squared_distances(x[None], c[None], labels[None]).double().sum())
-    total = float((x - x.mean(0)).double().square().sum())
-    counts = torch.bincount(labels, minlength=len(c)).double()
+    x, c = _same_space(as_points(x, "x"), result.centroids)
+    n = len(x)
+    if len(result.labels) != n:
+        raise InputError(f"the clustering is of {len(result.labels)} points, not of the {n} that are given")
+    w = torch.ones(n) if weights is None else as_weights(weights, n, "weights of x")
+    w = w.to(x.device, torch.float64)
+    shift = x.mean(0)  # before float64 is rounded
+    x, c = (x - shift).float(), (c - shift).float()
+    labels = result.labels if result.engine != "barycentre" else assign(x[None], c[None])[0]
+    total_weight = float(w.sum())
+    distortion = float((squared_distances(x[None], c[None], labels[None])[0].double() * w).sum()) / total_weight
+    mean = ((w / total_weight).float() @ x)[None]
+    spread = squared_distances(x[None], mean[None], torch.zeros_like(labels)[None])[0]
+    variance = float((spread.double() * w).sum()) / total_weight
+    masses = cell_totals(w, labels, len(c))
     return {
-        "n": len(x),
+        "n": n,
         "k": len(c),
-        "distortion": sse / len(x),
-        "w2_mass": math.sqrt(sse / len(x)),
-        "w2_uniform": uniform_w2(x, c) if with_uniform else math.nan,
-        "ess_mass": float(counts.sum() ** 2 / counts.square().sum()),
-        "ess_sqrt": float(counts.sqrt().sum() ** 2 / counts.sum()),
-        "explained": 1 - sse / total if total > 0 else 1.0,
+        "distortion": distortion,
+        "w2_mass": math.sqrt(distortion),
+        "w2_uniform": uniform_w2(x, c, None if weights is None else w) if with_uniform else math.nan,
+        "ess_mass": float(masses.sum() ** 2 / masses.square().sum()),
+        "ess_sqrt": float(masses.sqrt().sum() ** 2 / masses.sum()),
+        "explained": 1 - distortion / variance if variance > 0 else 1.0,
         "n_iter": result.n_iter,
         "converged": float(result.converged),
     }

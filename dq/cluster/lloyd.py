@@ -1,13 +1,15 @@
 """Seeding, exact assignment and Lloyd iterations in plain torch, for many classes at once.
 
 Shapes: x (B, n, d) float32, B classes padded to n points; weights (B, n), zero where a row is padding;
-centroids (B, k, d). Every function works on any device and gives the same bits on every call: centroid updates are
-matrix products with a one-hot assignment, never atomic scatter-adds. One class is the case B = 1.
+centroids (B, k, d). Every function works on any device. One class is the case B = 1. On a CPU the same call gives the
+same bits. On CUDA sums over cells are matrix products with a one-hot assignment, never atomic additions, and
+cumulative sums are products too, so that nothing depends on the timing of threads; but a batched product may round
+differently for another B, so classes in another group agree to rounding only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 24
 # Elements of a block of points that is worked on several times and should stay in a core's cache.
 CACHED_ELEMENTS = 1 << 18
+# Terms of a cumulative sum that one triangular product adds up.
+CUMULATIVE_BLOCK = 256
 # Size of the race in which the starting cells are found.
 RACE_STARTS = 4
 RACE_MANY = 20
@@ -43,15 +47,43 @@ def squared_norms(x: Tensor) -> Tensor:
 
 
 def cell_sums(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weighted sums of the points of each cell, (B, k, d), and the cells' weights, (B, k)."""
+    """Weighted sums of the points of each cell, (B, k, d), and the cells' weights, (B, k), in the dtype of x."""
+    weights = weights.to(x.dtype)
     sums = x.new_zeros(x.shape[0], k, x.shape[2])
     mass = x.new_zeros(x.shape[0], k)
     step = max(1, CHUNK_ELEMENTS // max(1, x.shape[0] * k))
     for part, label, weight in zip(x.split(step, 1), labels.split(step, 1), weights.split(step, 1)):
-        member = torch.zeros(*label.shape, k, device=x.device).scatter_(2, label.unsqueeze(2), weight.unsqueeze(2))
+        member = torch.zeros(*label.shape, k, dtype=x.dtype, device=x.device)
+        member.scatter_(2, label.unsqueeze(2), weight.unsqueeze(2))
         sums.baddbmm_(member.transpose(1, 2), part)
         mass += member.sum(1)
     return sums, mass
+
+
+def cell_totals(values: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Sum of values (n,) over each cell of one class, (k,) float64."""
+    column = values.double()[None, :, None]
+    return cell_sums(column, labels[None], column[:, :, 0].new_ones(1, len(values)), k)[0][0, :, 0]
+
+
+def cumulative_sums(values: Tensor) -> Tensor:
+    """Cumulative sums along the rows of values (B, n). torch's scan of a single row on CUDA adds in an order that
+    changes from call to call; products with triangular matrices do not."""
+    if values.device.type == "cpu":
+        return values.cumsum(1)
+    return _cumulative_products(values)
+
+
+def _cumulative_products(values: Tensor) -> Tensor:
+    B, n = values.shape
+    if not n:
+        return values
+    blocks = torch.nn.functional.pad(values, (0, -n % CUMULATIVE_BLOCK)).view(B, -1, CUMULATIVE_BLOCK)
+    upper = torch.ones(CUMULATIVE_BLOCK, CUMULATIVE_BLOCK, dtype=values.dtype, device=values.device).triu_()
+    within = blocks @ upper
+    if blocks.shape[1] > 1:
+        within[:, 1:] += _cumulative_products(within[:, :-1, -1]).unsqueeze(2)
+    return within.reshape(B, -1)[:, :n]
 
 
 def squared_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
@@ -83,7 +115,7 @@ def kmeans_plusplus(x: Tensor, weights: Tensor, k: int, generators: Sequence[tor
 
     def pick(mass: Tensor, u: Tensor) -> Tensor:
         """Inverse-transform sampling of `trials` points with probability ~ mass; without mass left, uniformly."""
-        cumulative = mass.double().cumsum(1)
+        cumulative = cumulative_sums(mass.double())
         total = cumulative[:, -1:]
         found = torch.searchsorted(cumulative, u * total, right=True)
         last = weights.gt(0).sum(1, keepdim=True) - 1
@@ -190,11 +222,51 @@ def fill_empty(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, ma
     return out
 
 
-def lloyd(x: Tensor, centroids: Tensor, weights: Tensor, *, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+def fill_empty_alone(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+    """Move every empty centroid of one class as `fill_empty` does, but so that no other cell runs empty.
+
+    Candidates are the farthest points of each cell, the farthest first; taken is the first that leaves every cell a
+    point, or else the first. x (n, d), centroids (k, d), labels (n,), weights (n,), mass (k,).
+    """
+    k = len(centroids)
+    distance = squared_distances(x[None], centroids[None], labels[None])[0] * (weights > 0)
+    out, labels, owns = centroids.clone(), labels.clone(), mass > 0
+    for e in (~owns).nonzero()[:, 0].tolist():
+        order = distance.argsort(descending=True, stable=True)
+        order = order[distance[order] > 0]
+        farthest = {c: i for i, c in reversed(list(zip(order.tolist(), labels[order].tolist())))}
+        moves = []
+        for far in sorted(farthest.values(), key=lambda i: -float(distance[i])):
+            to_far = (x - x[far]).square().sum(-1)
+            moves.append((far, to_far))
+            if (cell_totals(weights * (to_far > distance), labels, k)[owns] > 0).all():
+                moves = moves[-1:]
+                break
+        if not moves:
+            break  # fewer distinct points than centroids
+        far, to_far = moves[0]
+        out[e], owns[e] = x[far], True
+        labels[to_far <= distance] = e
+        distance = torch.minimum(distance, to_far)
+    return out
+
+
+def lloyd(
+    x: Tensor,
+    centroids: Tensor,
+    weights: Tensor,
+    *,
+    n_iter: int,
+    tol: float,
+    nearest: Callable[[Tensor, Tensor], Tensor] = assign,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Lloyd's algorithm on B classes at once.
 
-    A class stops when its labels no longer change, or when an iteration lowers its distortion by less than the share
-    `tol`; the others go on without it.
+    A class stops when its labels no longer change, or when an iteration lowers its weighted distortion by less than
+    the share `tol`; the others go on without it. An empty cell is moved by `fill_empty` and the iterations go on.
+
+    Args:
+        nearest: assigns points (B, n, d) to centroids (B, k, d), as `assign` does.
 
     Returns:
         centroids (B, k, d), iterations (B,), converged (B,) bool.
@@ -208,7 +280,7 @@ def lloyd(x: Tensor, centroids: Tensor, weights: Tensor, *, n_iter: int, tol: fl
     power = (squared_norms(x) * weights).sum(1)  # (B,)
     previous = torch.full((B,), torch.inf, device=x.device)
     for _ in range(n_iter):
-        new = assign(x, c)
+        new = nearest(x, c)
         sums, mass = cell_sums(x, new, weights, k)
         c = torch.where(mass.unsqueeze(2) > 0, sums / mass.unsqueeze(2).clamp(min=1e-30), c)
         for b in (mass <= 0).any(1).nonzero()[:, 0].tolist():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dq.cluster.inputs import as_points, as_tensor, as_whole
 from dq.cluster.lloyd import assign, kmeans_plusplus
 from dq.core.errors import InputError
 
@@ -25,7 +27,7 @@ def clvq(
     *,
     generator: torch.Generator,
     passes: int = 1,
-    init: Tensor | None = None,
+    init: Any = None,
     step: tuple[float, float] | None = None,
     init_size: int | None = None,
 ) -> StreamResult:
@@ -46,14 +48,20 @@ def clvq(
     Returns:
         Points and companion weights. Exact masses need one more pass that assigns without moving.
     """
-    centroids = init.double().clone() if init is not None else _start_points(stream, k, generator, init_size or 20 * k)
+    k = as_whole(k, "k")
+    centroids = _start_points(stream, k, generator, init_size or 20 * k) if init is None else as_points(init, "init")
+    if len(centroids) != k:
+        raise InputError(f"init has {len(centroids)} points but k={k}; give k of them")
+    centroids = centroids.double().clone()
     # Starting points are samples of the stream that come by again, so they count for nothing by themselves.
     won = torch.zeros(k, dtype=torch.float64)
     companion = torch.full((k,), 1 / k, dtype=torch.float64)
     seen = 0
     for p in range(passes):
         for batch in stream(p):
-            z = batch.double()
+            z = as_points(batch, "a batch of the stream").double()
+            if z.shape[1] != centroids.shape[1]:
+                raise InputError(f"a batch of the stream has {z.shape[1]} coordinates and init {centroids.shape[1]}")
             winner = assign(z[None].float(), centroids[None].float())[0]
             m = len(z)
             clock = torch.arange(seen + 1, seen + m + 1, dtype=torch.float64)
@@ -80,6 +88,18 @@ def clvq(
     return StreamResult(centroids.float(), companion / companion.sum(), seen)
 
 
+def systematic_sample(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """n indices (n,) int64 in rising order that sample the law of n weights (n,): index i comes floor or ceil of
+    n w_i / sum(w) times, with that number as its expectation (systematic resampling, Carpenter et al. 1999). Equal
+    weights give every index once."""
+    n = len(weights)
+    cumulative = weights.double().cumsum(0)
+    offset = torch.rand((), dtype=torch.float64, generator=generator)
+    ticks = (torch.arange(n, dtype=torch.float64) + offset) * (cumulative[-1] / n)
+    drawn = torch.searchsorted(cumulative, ticks, right=True)
+    return drawn.clamp(max=int(weights.gt(0).nonzero().max()))
+
+
 def _in_order(gains: Tensor) -> tuple[Tensor, Tensor]:
     """Closed form of x <- (1 - g_i) x + g_i z_i for i = 1..m, per column of gains (m, k), zero where not won.
 
@@ -104,7 +124,7 @@ def _start_points(stream: Callable[[int], Iterable[Tensor]], k: int, generator: 
     buffer: list[Tensor] = []
     have = 0
     for batch in stream(0):
-        buffer.append(batch[: size - have].float())
+        buffer.append(as_points(batch, "a batch of the stream")[: size - have].float())
         have += len(buffer[-1])
         if have >= size:
             break
@@ -115,7 +135,7 @@ def _start_points(stream: Callable[[int], Iterable[Tensor]], k: int, generator: 
     return x[0, chosen].double()
 
 
-def minibatch(x: Tensor, k: int, *, order: Tensor, expand: int, drop_tail: bool, seed: int) -> StreamResult:
+def minibatch(x: Any, k: int, *, order: Any, expand: int, drop_tail: bool, seed: int) -> StreamResult:
     """D4M's quantizer: scikit-learn's `MiniBatchKMeans.partial_fit` on batches of expand * k, one pass in `order`
     (Su et al., CVPR 2024; the released code).
 
@@ -124,8 +144,12 @@ def minibatch(x: Tensor, k: int, *, order: Tensor, expand: int, drop_tail: bool,
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    points = x[order].cpu().numpy()
+    k, expand = as_whole(k, "k"), as_whole(expand, "expand")
+    x = as_points(x, "x", finite=True)
+    points = x[as_tensor(order, "order").to(x.device, torch.int64)].cpu().numpy()
     size = expand * k
+    if len(points) < k:
+        raise InputError(f"x has {len(points)} points but k={k}; lower k")
     if len(points) < size and drop_tail:
         raise InputError(
             f"a class of {len(points)} images never fills one batch of expand*k = {size}, so D4M's code would not fit "

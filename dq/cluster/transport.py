@@ -4,40 +4,82 @@ free-support Wasserstein barycentre that such points should be."""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dq.cluster.inputs import as_points, as_tensor, as_weights, as_whole
 from dq.cluster.lloyd import cell_sums
+from dq.core.errors import InputError
 
 
-def squared_cost(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2 for x (..., n, d) and y (..., k, d): (..., n, k), never negative."""
+def squared_cost(x: Any, y: Any) -> Tensor:
+    """|x_i - y_j|^2 for x (..., n, d) and y (..., k, d): (..., n, k), never negative.
+
+    In float32 unless one of the two is float64. Both are shifted by the mean of x first, as the product loses digits
+    under large offsets.
+    """
+    x, y = _pair(x, y)
+    shift = x.mean(-2, keepdim=True)
+    x, y = x - shift, y - shift
     xx, yy = x.square().sum(-1, keepdim=True), y.square().sum(-1).unsqueeze(-2)
     return (xx + yy - 2 * x @ y.transpose(-1, -2)).clamp_(min=0)
 
 
-def exact_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """Optimal transport plan (n, k) float64 for a cost (n, k), by POT's network simplex. `None` is uniform."""
+def _pair(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Two clouds of points of one space in the more precise of their dtypes, on the device of x."""
+    x, y = as_tensor(x, "x"), as_tensor(y, "y")
+    if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1] or not (x.shape[-2] and y.shape[-2]):
+        raise InputError(
+            f"x and y must be (n, d) and (k, d) with one d and a point each, not {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    return x.to(dtype), y.to(x.device, dtype)
+
+
+def _costs(cost: Any, axes: int) -> Tensor:
+    """A cost matrix, or a batch of them, of finite floats."""
+    cost = as_tensor(cost, "cost")
+    if cost.ndim != axes or not cost.numel() or not torch.isfinite(cost).all():
+        shape = "(n, k)" if axes == 2 else "(B, n, k)"
+        raise InputError(f"cost must be {shape}, finite and not empty, not {cost.dtype} {tuple(cost.shape)}")
+    return cost if cost.is_floating_point() else cost.double()
+
+
+def exact_plan(cost: Any, a: Any = None, b: Any = None) -> Tensor:
+    """Optimal transport plan (n, k) float64 for a cost (n, k), by POT's network simplex.
+
+    Args:
+        a, b: (n,) and (k,) non-negative masses, scaled to sum to 1; None: uniform.
+    """
     import ot
 
+    cost = _costs(cost, 2)
     n, k = cost.shape
-    weight_a = np.full(n, 1 / n) if a is None else (a.double() / a.double().sum()).cpu().numpy()
-    weight_b = np.full(k, 1 / k) if b is None else (b.double() / b.double().sum()).cpu().numpy()
+    weight_a = np.full(n, 1 / n) if a is None else _shares(as_weights(a, n, "masses a"))
+    weight_b = np.full(k, 1 / k) if b is None else _shares(as_weights(b, k, "masses b"))
     plan, log = ot.emd(weight_a, weight_b, cost.double().cpu().numpy(), numItermax=10_000_000, log=True)
     if log["warning"]:
         raise RuntimeError(f"the transport solver did not finish on a {n} x {k} problem: {log['warning']}")
     return torch.from_numpy(plan)
 
 
-def sinkhorn_plan(cost: Tensor, *, entropy: float, n_iter: int = 1000, tol: float = 1e-6) -> Tensor:
+def _shares(weights: Tensor) -> np.ndarray:
+    return (weights.double() / weights.double().sum()).cpu().numpy()
+
+
+def sinkhorn_plan(cost: Any, *, entropy: float, n_iter: int = 1000, tol: float = 1e-6) -> Tensor:
     """Entropic transport plans between uniform weights, for a batch of costs (B, n, k), in the log domain.
 
     `entropy` is in units of the mean cost of each problem. The last update is on the points' side, so that every
     column sums to exactly 1/k; rows are off by `tol` at most unless `n_iter` ran out.
     """
+    cost = _costs(cost, 3)
+    n_iter = as_whole(n_iter, "n_iter")
+    if not entropy > 0:
+        raise InputError(f"entropy must be more than 0, not {entropy!r}; for no entropy use exact_plan")
     B, n, k = cost.shape
     scaled = -cost / (entropy * cost.mean((1, 2), keepdim=True).clamp(min=1e-30))
     log_a, log_b = -math.log(n), -math.log(k)
@@ -57,18 +99,21 @@ def balanced_labels(plan: Tensor) -> Tensor:
     return plan.argmax(-1)
 
 
-def uniform_w2(x: Tensor, centroids: Tensor) -> float:
-    """W2 between the uniform law on x (n, d) and the uniform law on centroids (k, d), exact."""
-    cost = squared_cost(x.double(), centroids.double())
-    if len(centroids) == 1:
-        return math.sqrt(float(cost.mean()))
-    plan = exact_plan(cost)
+def uniform_w2(x: Any, centroids: Any, weights: Any = None) -> float:
+    """W2 between the law of x (n, d) and the uniform law on centroids (k, d), exact.
+
+    Args:
+        weights: (n,) masses of x; None: uniform.
+    """
+    x = as_points(x, "x", finite=True)
+    cost = squared_cost(x.double(), as_points(centroids, "centroids", finite=True))
+    plan = exact_plan(cost, weights)
     return math.sqrt(max(0.0, float((plan * cost.cpu()).sum())))
 
 
 def barycentre(
-    x: Tensor,
-    start: Tensor,
+    x: Any,
+    start: Any,
     *,
     transport: Literal["exact", "entropic"] = "exact",
     entropy: float = 0.01,
@@ -79,12 +124,24 @@ def barycentre(
     (Cuturi & Doucet 2014, alg. 2 with one input measure and step 1). This is what D4M is said to compute.
 
     Alternates the balanced transport plan P (n x k, columns sum to 1/k) and x_k = k * sum_i P_ik z_i; the cost falls
-    with an exact plan.
+    with an exact plan. Works on centered points, in float64 where x or start are.
+
+    Args:
+        x: (n, d) points.
+        start: (k, d) first support points. With `entropic`, equal ones stay equal.
 
     Returns:
         points (k, d), balanced labels (n,), rounds, whether the relative change of the cost fell below `tol`.
+
+    Raises:
+        InputError: for points of two spaces, non-finite ones, another `transport`, or n_iter < 1.
     """
-    points = start.clone()
+    if transport not in ("exact", "entropic"):
+        raise InputError(f"transport must be 'exact' or 'entropic', not {transport!r}")
+    n_iter = as_whole(n_iter, "n_iter")
+    x, points = _pair(as_points(x, "x", finite=True), as_points(start, "start", finite=True))
+    mean = x.mean(0)
+    x, points = x - mean, points - mean
     k = len(points)
     previous = math.inf
     used, converged = 0, False
@@ -99,10 +156,10 @@ def barycentre(
             converged = True
             break
         previous = value
-    assert plan is not None  # n_iter >= 1 is checked at the door
+    assert plan is not None
     labels = balanced_labels(plan)
     if transport == "entropic":
         # entropy pulls the points together; the means of the balanced cells undo that
         sums, mass = cell_sums(x[None], labels[None], x.new_ones(1, len(x)), k)
         points = torch.where(mass[0, :, None] > 0, sums[0] / mass[0, :, None].clamp(min=1), points)
-    return points, labels, used, converged
+    return points + mean, labels, used, converged
