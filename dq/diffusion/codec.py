@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dq.core.errors import InputError, RunError
-from dq.core.files import read_json
+from dq.core.model_files import ModelFiles, open_model
 from dq.core.seeds import digest_of, digest_of_tensors
+from dq.diffusion.loading import DTYPES as DTYPES
+from dq.diffusion.loading import codec_folder, dtype_of, loading
 
 # AutoencoderKL | AutoencoderTiny | AutoencoderDC; Any, so that this module loads without diffusers
 Codec = Any
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_codec(
@@ -27,58 +28,45 @@ def load_codec(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
-    dtype: str = "float32",
-    device: torch.device | str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: torch.device | str | None = "cpu",
+    files: ModelFiles | None = None,
+    **weights: Any,
 ) -> Codec:
     """Load the autoencoder of a model folder or Hub repository.
 
     A pipeline repository may be given as it is: its `vae/` is taken.
+
+    Args:
+        device: where it goes; None: where `weights` says.
+        files: those of `path`, if they have been looked up.
+        **weights: further arguments of diffusers' from_pretrained, such as `variant`.
 
     Raises:
         InputError: if there is no such model, or it is of a class that `dq` does not know.
     """
     import diffusers
 
-    folder = Path(path)
-    local = folder.is_dir()
-    if not local and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
-        raise InputError(
-            f"there is no model folder {path}; give a folder with config.json and safetensors, or a Hub id"
-        )
-    if subfolder is None and local and not (folder / "config.json").is_file() and (folder / "vae").is_dir():
-        subfolder = "vae"
-    if local:
-        file = folder / (subfolder or "") / "config.json"
-        if not file.is_file():
-            raise InputError(f"{file.parent} has no config.json; give the folder of an autoencoder or of a pipeline")
-        name = read_json(file).get("_class_name")
-    else:
-        name, subfolder = _hub_class(str(path), subfolder, revision)
+    files = files or open_model(path, revision=revision)
+    subfolder = subfolder or codec_folder(files)
+    config = files.json(f"{subfolder}/config.json" if subfolder else "config.json")
+    if config is None:
+        where = f"{path}/{subfolder}" if subfolder else path
+        raise InputError(f"{where} has no config.json; give an autoencoder, or a pipeline that has one under vae/")
+    name = config.get("_class_name")
     if name not in SUPPORTED:
         raise InputError(f"{path} is a {name}, not one of the autoencoders {', '.join(SUPPORTED)}")
-    # torch_dtype at loading, not .to() afterwards: some modules stay in float32 on purpose.
+    # dtype at loading, not .to() afterwards: some modules stay in float32 on purpose.
+    options = {**weights, **files.options, "dtype": dtype_of(dtype), "use_safetensors": True}
     try:
-        codec = getattr(diffusers, name).from_pretrained(
-            str(path), subfolder=subfolder, revision=revision, dtype=DTYPES[dtype], use_safetensors=True
-        )
+        with loading():
+            codec = getattr(diffusers, name).from_pretrained(str(path), subfolder=subfolder, **options)
     except (OSError, ValueError, SafetensorError) as e:
         raise InputError(
-            f"the autoencoder {path} cannot be loaded ({str(e).splitlines()[0][:150]}); get it again"
+            f"the autoencoder {path} cannot be loaded ({' '.join(str(e).split())[:150]}); get it again"
         ) from e
-    return codec.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-
-def _hub_class(repo: str, subfolder: str | None, revision: str | None) -> tuple[str | None, str | None]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    for sub in (subfolder,) if subfolder else (None, "vae"):
-        try:
-            file = hf_hub_download(repo, "config.json", subfolder=sub, revision=revision)
-            return read_json(Path(file)).get("_class_name"), sub
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-            continue
-    raise InputError(f"there is no folder {repo}, and the Hub gave no autoencoder of that name; check the spelling")
+    codec = codec.eval().requires_grad_(False)
+    return codec if device is None else codec.to(device, memory_format=torch.channels_last)
 
 
 def codec_digest(codec: Codec) -> str:

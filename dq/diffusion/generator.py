@@ -27,11 +27,17 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dq.config.schema import CodecConfig, GenerateConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
+from dq.core.model_files import open_model
+from dq.core.numbers import whole_number
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, digest_of_tensors
+from dq.diffusion.class_names import class_indices
+from dq.diffusion.class_sampling import noise_of_images, sample_latents
 from dq.diffusion.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
+from dq.diffusion.loading import FILES, WEIGHTS, check_components, check_options, loading, take_dtype
 from dq.diffusion.sampling import (
     Start,
+    check_start,
     choose_scheduler,
     choose_start,
     denoise,
@@ -42,11 +48,14 @@ from dq.diffusion.sampling import (
     is_random,
     limited,
     null_class,
-    sample_latents,
     toward,
 )
 
 IMAGES_AT_ONCE = 32
+NEEDS = {
+    "dit": ("transformer", "scheduler"),
+    "img2img": ("unet", "text_encoder", "tokenizer", "scheduler"),
+}
 STOCK_CLASS = {"dit": "DiTPipeline", "img2img": "StableDiffusionImg2ImgPipeline"}
 
 
@@ -91,43 +100,39 @@ class LatentGenerator(DiffusionPipeline):
 
         Args:
             path: local folder or Hub id.
-            **kwargs: as for diffusers (`dtype`, `revision`, components such as `vae=` or `scheduler=`, ...). Weights
-                are read from safetensors alone, and no code of the repository is run.
+            **kwargs: as for diffusers: `dtype` (one, or a mapping by component), `revision`, `variant`, `device_map`,
+                components such as `vae=` or `scheduler=`, ...; `subfolder` is that of an autoencoder in a repository.
+                Others are refused. Weights are read from safetensors alone, and no code of the repository is run.
 
         Raises:
-            InputError: if there is no such model, it is damaged, or it needs other weights or code.
+            InputError: if there is no such model, it is damaged or incomplete, or it needs other weights or code.
         """
-        if isinstance(kwargs.get("dtype"), str):
-            if kwargs["dtype"] not in DTYPES:
-                raise InputError(f"dtype is one of {', '.join(DTYPES)}, not {kwargs['dtype']!r}")
-            kwargs["dtype"] = DTYPES[kwargs["dtype"]]
-        folder = Path(path)
-        if folder.is_dir():
-            alone = not (folder / "model_index.json").is_file()
-        else:
-            from huggingface_hub import file_exists, hf_hub_download
-            from huggingface_hub.errors import HfHubHTTPError
-
-            try:
-                alone = not file_exists(str(path), "model_index.json", revision=kwargs.get("revision"))
-            except (HfHubHTTPError, OSError, ValueError) as e:
-                raise InputError(
-                    f"there is no model folder {path}, and the Hub could not be asked for one ({type(e).__name__})"
-                ) from e
-        if alone:
-            dtype = kwargs.get("dtype", torch.float32)
-            name = next(n for n, d in DTYPES.items() if d == dtype)
-            return cls(vae=kwargs.get("vae") or load_codec(path, revision=kwargs.get("revision"), dtype=name))
-        if folder.is_dir():
-            index = folder / "model_index.json"
-        else:
-            index = Path(hf_hub_download(str(path), "model_index.json", revision=kwargs.get("revision")))
-        _check_components(read_json(index), str(path))
+        names, optional = cls._get_signature_keys(cls)
+        dtype = take_dtype(kwargs)
+        check_options(kwargs, {*names, *optional})
+        where = {k: kwargs.pop(k) for k in FILES if k in kwargs}
+        looked_up = {k: where[k] for k in ("revision", "token", "cache_dir") if k in where}
+        files = open_model(path, local_files_only=bool(where.get("local_files_only")), **looked_up)
+        weights = {k: kwargs[k] for k in WEIGHTS if k in kwargs}
+        components = {k: v for k, v in kwargs.items() if k in (*names, *optional)}
+        subfolder = kwargs.get("subfolder")
+        index = None if subfolder else files.json("model_index.json")
+        fetched = {**where, **files.options}
+        if index is None:
+            vae = components.pop("vae", None)
+            if vae is None:
+                own = dtype.get("vae", dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+                device = None if weights.get("device_map") is not None else "cpu"
+                options = {**where, **weights, "dtype": own, "device": device, "files": files}
+                vae = load_codec(path, subfolder=subfolder, **options)
+            return cls(vae=vae, **components)
+        check_components(index, str(path), components)
         try:
-            return super().from_pretrained(
-                str(path), **{**kwargs, "use_safetensors": True, "trust_remote_code": False}
-            )
-        except (AttributeError, OSError, ValueError, SafetensorError) as e:
+            with loading():
+                return super().from_pretrained(
+                    str(path), **{**fetched, **weights, **components, "dtype": dtype, "use_safetensors": True}
+                )
+        except (AttributeError, OSError, ValueError, NotImplementedError, SafetensorError) as e:
             said = " ".join(str(e).split())[:200]
             raise InputError(
                 f"the pipeline {path} cannot be loaded ({said}); give one whose weights are safetensors"
@@ -184,8 +189,8 @@ class LatentGenerator(DiffusionPipeline):
             InputError: for a missing component, a codec or a scheduler that does not fit the denoiser, a start that is
                 none, or a class it lacks.
         """
-        needs = {"decode": (), "dit": ("transformer",), "img2img": ("unet", "text_encoder", "tokenizer")}[config.mode]
-        for part in needs + (("scheduler",) if needs else ()):
+        needs: tuple[str, ...] = {"decode": (), **NEEDS}[config.mode]
+        for part in needs:
             if getattr(self, part) is None:
                 raise InputError(f"generate.mode={config.mode} needs a {part}, which this model does not have")
         self.start(config)
@@ -206,26 +211,9 @@ class LatentGenerator(DiffusionPipeline):
         return list(range(len(class_names)))
 
     def condition_ids(self, class_names: Sequence[str], class_map: dict[str, str] | None = None) -> list[int]:
-        """Class index of the DiT for every class of the source, by `class_map`, else by name, else (for a DiT without
-        names and with as many classes) by index."""
+        """Class index of the DiT for every class of the source; see `class_indices`."""
         total = int(self.transformer.config.num_embeds_ada_norm)
-        names = self.config.id2label or {}
-        # "tench, Tinca tinca" answers to either name
-        known = {part.strip(): int(i) for i, text in names.items() for part in (text, *text.split(","))}
-        if not names and not class_map and total == len(class_names):
-            return list(range(total))
-        ids = []
-        for name in class_names:
-            wanted = (class_map or {}).get(name, name)
-            by_index = int(wanted) if class_map and wanted.isdigit() and wanted not in known else None
-            found = known.get(wanted, by_index)
-            if found is None or not 0 <= found < total:
-                raise InputError(
-                    f"the generator ({total} classes) lacks class {name!r}; "
-                    "map it with generate.class_map: {name: the generator's name or index}"
-                )
-            ids.append(found)
-        return ids
+        return class_indices(class_names, self.config.id2label or {}, total, class_map)
 
     def start(self, config: GenerateConfig) -> Start | None:
         """Where the walk back begins under `config`; None for `decode`.
@@ -246,7 +234,9 @@ class LatentGenerator(DiffusionPipeline):
                 "set generate.scheduler=DDIMScheduler, or another without noise, or generate.noise=random"
             )
         scheduler = fresh_scheduler(chosen, config.num_inference_steps)
-        return scheduler, choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
+        start = choose_start(scheduler, config.num_inference_steps, snr=config.snr, strength=config.strength)
+        check_start(scheduler, start)
+        return scheduler, start
 
     def __call__(
         self,
@@ -259,20 +249,20 @@ class LatentGenerator(DiffusionPipeline):
         *,
         image_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate images of classes from pure noise, as `DiTPipeline` does.
+        """Generate images of classes from pure noise, the same as `DiTPipeline` does from the same generators.
 
         Args:
-            class_labels: class of each image, by the DiT's own index or its name in `config.id2label`.
-            guidance_scale: weight of classifier-free guidance; 1 is none.
-                generator: source of the noise, or one for each image, which then depends on nothing else of the batch.
-                None: fresh noise.
-            num_inference_steps: model calls of an image.
+            class_labels: class of each image, by the DiT's own index or its name in `config.id2label`; one or several.
+            guidance_scale: weight of classifier-free guidance; 1 or less is none.
+            generator: source of the noise of all images, or one for each image, which then depends on nothing else of
+                the batch. None: fresh noise.
+            num_inference_steps: steps of the scheduler.
             output_type: "pil" images, "np" (B, H, W, 3) or "pt" (B, 3, H, W) float32 in [0, 1].
             return_dict: False gives the tuple `(images,)`.
             image_size: side in px of the result; None keeps the codec's.
 
         Raises:
-            InputError: if the model has no transformer, or lacks a class.
+            InputError: if the model has no transformer or no scheduler, or lacks a class.
 
         Example:
             pipe(class_labels=[0, 1, 2], generator=torch.manual_seed(0)).images[0].save("airplane.png")
@@ -282,15 +272,18 @@ class LatentGenerator(DiffusionPipeline):
                 "generating by class needs a transformer, which this model does not have; open the folder of a "
                 "DiT, or distill a data set with `distill`"
             )
+        if self.scheduler is None:
+            raise InputError("generating needs a scheduler, which this model does not have; give scheduler=")
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
-        if not isinstance(num_inference_steps, (int, np.integer)) or num_inference_steps < 1:
-            raise InputError(f"num_inference_steps is a whole number of at least 1, not {num_inference_steps!r}")
+        steps = whole_number(num_inference_steps, "num_inference_steps")
         if not isinstance(guidance_scale, (int, float, np.number)) or not math.isfinite(guidance_scale):
             raise InputError(f"guidance_scale is a finite number, not {guidance_scale!r}")
+        size = None if image_size is None else whole_number(image_size, "image_size")
         plain = class_labels.tolist() if isinstance(class_labels, (np.ndarray, np.generic, Tensor)) else class_labels
         labels = [self._class_index(c) for c in (plain if isinstance(plain, (list, tuple, range)) else [plain])]
-        generators = _one_generator_each(generator, len(labels))
+        channels, side = int(self.transformer.config.in_channels), int(self.transformer.config.sample_size)
+        noise, generators = noise_of_images(generator, (len(labels), channels, side, side))
         parts = []
         with torch.no_grad():
             starts = range(0, len(labels), IMAGES_AT_ONCE)
@@ -301,11 +294,13 @@ class LatentGenerator(DiffusionPipeline):
                     self.scheduler,
                     labels[span],
                     generators[span],
-                    guidance_scale=guidance_scale,
-                    num_inference_steps=num_inference_steps,
+                    guidance_scale=float(guidance_scale),
+                    num_inference_steps=steps,
+                    noise=noise[span],
                 )
-                parts.append(to_unit(decode_latents(self.vae, z), image_size).cpu())
-        images: Any = torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1)
+                parts.append(to_unit(decode_latents(self.vae, z), size).cpu())
+        shown = size or side * downscale(self.vae)
+        images: Any = torch.cat(parts) if parts else torch.zeros(0, 3, shown, shown)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().numpy()
         if output_type == "pil":
@@ -406,40 +401,8 @@ class LatentGenerator(DiffusionPipeline):
 def _whole(value: Any) -> int:
     """A whole number of Python, NumPy, torch or text."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(int(value) if isinstance(value, str) else value)
     except (TypeError, ValueError) as e:
         raise InputError(f"a class label is a whole number or a class name, not {value!r}") from e
-
-
-def _one_generator_each(
-    generator: torch.Generator | Sequence[torch.Generator] | None, number: int
-) -> list[torch.Generator]:
-    """CPU generators, one per image; from a single one their seeds are drawn."""
-    if generator is not None and not isinstance(generator, (torch.Generator, list, tuple)):
-        raise InputError(f"generator is a torch.Generator or a list of them, not {type(generator).__name__}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != number:
-            raise InputError(f"there are {len(generator)} generators for {number} images; give one, or one for each")
-        return list(generator)
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    seeds = torch.randint(2**62, (number,), generator=generator, device=generator.device).tolist()
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def _check_components(index: Any, path: str) -> None:
-    """Refuse a pipeline that names modules of its own, before anything is imported: diffusers imports whatever library
-    a component names."""
-    from diffusers import pipelines
-
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise InputError(f"model_index.json of {path} names no pipeline of diffusers; give a stock pipeline")
-    for name, value in index.items():
-        if name[:1] == "_" or not isinstance(value, list) or not value or not isinstance(value[0], str):
-            continue
-        if value[0] not in ("diffusers", "transformers") and not hasattr(pipelines, value[0]):
-            raise InputError(
-                f"component {name!r} of {path} comes from {value[0]!r}, and only diffusers and transformers are "
-                "loaded, no code of a repository; give a stock pipeline"
-            )

@@ -107,14 +107,21 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
         changed["clip_sample"] = False  # the default of DDIM and DDPM is made for pixels
     if name == "PNDMScheduler":
         changed["skip_prk_steps"] = True  # its Runge-Kutta steps at the start are for walks from pure noise
-    if "variance_type" in known and str(given.config.get("variance_type")).startswith("learned"):
-        changed["variance_type"] = known["variance_type"].default  # only the prediction itself is handed over
+    if str(given.config.get("variance_type")).startswith("learned") and "variance_type" in known:
+        changed["variance_type"] = known["variance_type"].default  # see `fresh_scheduler`
     return cls.from_config(given.config, **changed)
 
 
 def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> Any:
-    """A new scheduler of the same settings with its time grid set."""
-    new = type(scheduler).from_config(scheduler.config)
+    """A new scheduler of the same settings with its time grid set.
+
+    A learned variance, which a model gives beside its prediction, is not handed over: steps use the scheduler's fixed
+    one.
+    """
+    known = inspect.signature(type(scheduler).__init__).parameters
+    learned = "variance_type" in known and str(scheduler.config.get("variance_type")).startswith("learned")
+    changed = {"variance_type": known["variance_type"].default} if learned else {}
+    new = type(scheduler).from_config(scheduler.config, **changed)
     new.set_timesteps(num_inference_steps, device=device)
     return new
 
@@ -227,6 +234,21 @@ def choose_start(
     )
 
 
+def check_start(scheduler: Any, start: Start) -> None:
+    """Whether the prediction of the model at `start` says anything of the image.
+
+    Raises:
+        InputError: at an SNR of zero with noise prediction: x_0 = (x - noise) / 0. Lin et al. (2024) train models of
+            v-prediction for schedules that end there.
+    """
+    if start.snr == 0 and prediction_type(scheduler) == "epsilon":
+        raise InputError(
+            f"{type(scheduler).__name__} starts at an SNR of zero (timestep {start.timestep:g}), where predicted "
+            "noise says nothing of the image, in any precision; start later (generate.snr, or a generate.strength "
+            "below 1), or give the model's scheduler rescale_betas_zero_snr=False or timestep_spacing='leading'"
+        )
+
+
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, start: Start) -> Tensor:
     """The noisy latents at `start`, in the scaling that the scheduler's own `step` expects."""
     if hasattr(scheduler, "set_begin_index"):  # not DDIM, DDPM, PNDM
@@ -264,7 +286,22 @@ def denoise(
     """
     if noise is None:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
-    x = add_noise(scheduler, latents, noise, start)
+    return denoise_noisy(predict, scheduler, add_noise(scheduler, latents, noise, start), start, generators)
+
+
+@torch.no_grad()
+def denoise_noisy(
+    predict: Predict | Sequence[Predict],
+    scheduler: Any,
+    noisy: Tensor,
+    start: Start,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Denoise latents (B, C, h, w) that are at the noise level of `start`, in the scaling of the scheduler's `step`.
+
+    Args, Returns, Raises: see `denoise`.
+    """
+    x = noisy
     random_step = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if random_step else {}
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
@@ -275,8 +312,8 @@ def denoise(
         x = scheduler.step(at(scale(x, t), times[i]), t, x, **extra).prev_sample
     if not torch.isfinite(x).all():
         raise RunError(
-            "the denoiser ended in NaN or infinite latents; use --set generate.dtype=float32, or bfloat16 in place of "
-            "float16"
+            "the denoiser ended in NaN or infinite latents; use --set generate.dtype=float32 (or bfloat16 in place of "
+            f"float16), or in float32 another generate.scheduler or a start later than SNR {start.snr:.3g}"
         )
     return x
 
@@ -396,42 +433,3 @@ def toward(
     levels = grid_levels(scheduler)
     end = start.index + round(stop * start.calls)
     return [pulled(p, levels[i]) if start.index <= i < end else p for i, p in enumerate(predicts)]
-
-
-@torch.no_grad()
-def sample_latents(
-    transformer: Any,
-    scheduler: Any,
-    classes: Sequence[int],
-    generators: Sequence[torch.Generator],
-    *,
-    guidance_scale: float,
-    num_inference_steps: int,
-) -> Tensor:
-    """Latents of classes, denoised over the whole time grid from noise of the scheduler's initial deviation.
-
-    Args:
-        transformer: a class-conditional DiT of diffusers.
-        scheduler: of diffusers, diffusion or flow matching.
-        classes: class of each latent, an index of the DiT's own.
-        generators: one CPU generator per latent, of which it draws all its randomness.
-
-    Returns:
-        (B, C, h, w) float32 in the denoiser's space, on its device.
-
-    Raises:
-        RunError: if the result is not finite.
-    """
-    walk = fresh_scheduler(scheduler, num_inference_steps)
-    cond = torch.tensor(list(classes), device=transformer.device)
-    channels, side = int(transformer.config.in_channels), int(transformer.config.sample_size)
-    # At the first step of the grid nothing is left of the clean latent.
-    nothing = torch.zeros(len(cond), channels, side, side, device=transformer.device)
-    start = choose_start(walk, num_inference_steps, strength=1.0)
-    return denoise(
-        guided(dit_prediction(transformer), cond, null_class(transformer, cond), guidance_scale),
-        walk,
-        nothing,
-        start,
-        generators,
-    )

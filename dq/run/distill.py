@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +13,7 @@ from dq.config.schema import ClusterConfig, GenerateConfig, HubConfig, MethodCon
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.locks import locked
+from dq.core.numbers import whole_number
 from dq.core.processes import make_accelerator
 from dq.data.load import Loadable, load_source
 from dq.diffusion.generator import LatentGenerator
@@ -112,10 +112,12 @@ class DistillPipeline(LatentGenerator):
             if value is not None and not isinstance(value, kind):
                 hint = f"{kind.__name__}(**{{...}})" if isinstance(value, dict) else kind.__name__
                 raise InputError(f"{name} must be a {kind.__name__}, not {type(value).__name__}; give {hint}")
-        try:
-            ipc, seed = operator.index(ipc), operator.index(seed)
-        except TypeError:
-            raise InputError(f"ipc and seed are whole numbers, not {ipc!r} and {seed!r}") from None
+        ipc, seed = whole_number(ipc, "ipc"), whole_number(seed, "seed", least=None)
+        sizes = {"resolution": resolution, "image_size": image_size}
+        resolution, image_size = (v if v is None else whole_number(v, k) for k, v in sizes.items())
+        for name, folder in (("output_dir", output_dir), ("cache_dir", cache_dir)):
+            if not (isinstance(folder, (str, Path)) and str(folder)) and (name, folder) != ("cache_dir", None):
+                raise InputError(f"{name} is the path of a folder such as 'runs/mine', not {folder!r}")
         data = load_source(source)
         base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))
         name = next(iter(base.methods))

@@ -21,6 +21,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import generator
 from dq.diffusion.card import MARKER, write_card
+from dq.diffusion.class_sampling import sample_latents
 from dq.diffusion.prior.curves import loss_figure, read_curves
 from dq.diffusion.prior.metrics import (
     density_coverage,
@@ -31,7 +32,6 @@ from dq.diffusion.prior.metrics import (
     nearest_ratio,
 )
 from dq.diffusion.prior.samples import Draw, sample_images, stored_samples
-from dq.diffusion.sampling import sample_latents
 from dq.networks.zoo import make_net
 from dq.run.distill import DistillPipeline
 

@@ -132,6 +132,8 @@ def test_a_pipeline_of_pickles_is_refused(tmp_path: Path) -> None:
         torch.save(Trace(tmp_path / "trace"), file.with_suffix(".bin"))
         file.unlink()
     with pytest.raises(InputError, match=r"the pipeline .* cannot be loaded .*safetensors"):
+        DistillPipeline.from_pretrained(folder)
+    with pytest.raises(InputError, match="use_safetensors=False would unpickle weights"):
         DistillPipeline.from_pretrained(folder, use_safetensors=False)
     assert not (tmp_path / "trace").exists()
 
@@ -149,7 +151,10 @@ def test_no_code_of_a_repository_runs(place: str, tmp_path: Path, monkeypatch: p
     (folder / "model_index.json").write_text(json.dumps(index))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"no code of a repository|names no pipeline of diffusers"):
-        DistillPipeline.from_pretrained(folder, trust_remote_code=True)
+        DistillPipeline.from_pretrained(folder)
+    for option in ({"trust_remote_code": True}, {"custom_pipeline": str(folder / "evil.py")}):
+        with pytest.raises(InputError, match="would run code of a repository"):
+            DistillPipeline.from_pretrained(folder, **option)
     assert not (tmp_path / "trace").exists()
 
 

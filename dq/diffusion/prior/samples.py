@@ -13,9 +13,9 @@ from torch import Tensor
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
+from dq.diffusion.class_sampling import sample_latents
 from dq.diffusion.codec import decode_latents, to_unit
 from dq.diffusion.generator import LatentGenerator
-from dq.diffusion.sampling import sample_latents
 
 
 @dataclass(frozen=True)

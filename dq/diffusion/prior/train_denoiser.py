@@ -15,6 +15,7 @@ from dq.config.prior import PriorConfig
 from dq.config.reader import to_dict
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, write_json
+from dq.core.model_files import open_model
 from dq.core.seeds import digest_of_tensors, generator
 from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
@@ -306,11 +307,13 @@ def _load_denoiser(
     from diffusers.models.embeddings import LabelEmbedding
 
     settings, path = prior.denoiser, str(prior.denoiser.init)
+    files = open_model(path)
     try:
-        steps = DDIMScheduler.load_config(path, subfolder="scheduler")  # of whatever class
+        # of whatever class
+        steps = DDIMScheduler.load_config(path, subfolder="scheduler", **files.options)
         # compared in the precision in which the caller holds it
         dtype = "float32" if codec is None else str(next(codec.parameters()).dtype).removeprefix("torch.")
-        theirs = load_codec(path, subfolder="vae", dtype=dtype)
+        theirs = load_codec(path, subfolder="vae", dtype=dtype, files=files)
     except (OSError, ValueError, InputError) as e:
         raise _no_pipeline(path, e) from e
     model = _open_denoiser(path)
@@ -350,8 +353,9 @@ def _load_denoiser(
 def _open_denoiser(path: str) -> DiTTransformer2DModel:
     from diffusers import DiTTransformer2DModel
 
+    options = open_model(path).options
     try:
-        return DiTTransformer2DModel.from_pretrained(path, subfolder="transformer", use_safetensors=True)
+        return DiTTransformer2DModel.from_pretrained(path, subfolder="transformer", use_safetensors=True, **options)
     except (OSError, ValueError) as e:
         raise _no_pipeline(path, e) from e
 

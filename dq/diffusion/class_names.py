@@ -1,0 +1,68 @@
+"""Classes of a generator by name or index."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from dq.core.errors import InputError
+
+
+def class_indices(
+    wanted: Sequence[str],
+    generator_names: Mapping[str, str],
+    total: int,
+    class_map: Mapping[str, str] | None = None,
+) -> list[int]:
+    """Index of the generator's class for every class of a source: by `class_map`, else by name, else (for a generator
+    without names and with as many classes) by place.
+
+    A name is the whole text of a class ("tench, Tinca tinca") or one of its synonyms; a whole text wins over a synonym
+    of another class.
+
+    Args:
+        wanted: names of the source's classes.
+        generator_names: text of the generator's classes, by index as text.
+        total: classes of the generator.
+        class_map: name of the source's class -> the generator's name or index.
+
+    Raises:
+        InputError: if the generator lacks a class, two of its classes have the name, or `class_map` names a class that
+            the source lacks.
+    """
+    mapping = class_map or {}
+    for name in mapping:
+        if name not in wanted:
+            near = difflib.get_close_matches(name, wanted, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, wanted[:5]))}"
+            raise InputError(f"generate.class_map names {name!r}, which is no class of the data; {hint}")
+    if not generator_names and not mapping and total == len(wanted):
+        return list(range(total))
+    exact: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
+    for index, text in generator_names.items():
+        exact.setdefault(text.strip(), []).append(int(index))
+        for part in dict.fromkeys(p.strip() for p in text.split(",")):
+            synonyms.setdefault(part, []).append(int(index))
+    return [_index(name, mapping.get(name), exact, synonyms, total) for name in wanted]
+
+
+def _index(
+    name: str, mapped: str | None, exact: dict[str, list[int]], synonyms: dict[str, list[int]], total: int
+) -> int:
+    wanted = name if mapped is None else str(mapped)
+    matches = exact.get(wanted.strip()) or synonyms.get(wanted.strip()) or []
+    if len(matches) > 1:
+        raise InputError(
+            f"{len(matches)} classes of the generator are called {wanted!r} ({', '.join(map(str, matches))}); say "
+            f"which one by its index: generate.class_map: {{{name}: {matches[0]}}}"
+        )
+    if not matches and mapped is not None and wanted.isdigit():
+        matches = [int(wanted)]
+    if not matches or not 0 <= matches[0] < total:
+        asked = f"class {name!r}" if mapped is None else f"class {name!r} (class_map: {wanted!r})"
+        raise InputError(
+            f"the generator ({total} classes) lacks {asked}; "
+            "map it with generate.class_map: {name: the generator's name or index}"
+        )
+    return matches[0]

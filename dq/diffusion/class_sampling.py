@@ -1,0 +1,110 @@
+"""Latents of classes from pure noise, as the stock `DiTPipeline` samples them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq.core.errors import InputError
+from dq.diffusion.sampling import (
+    check_start,
+    choose_start,
+    denoise_noisy,
+    dit_prediction,
+    fresh_scheduler,
+    guided,
+    null_class,
+)
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: Any,
+    scheduler: Any,
+    classes: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Latents of classes, denoised over the whole time grid from Gaussian noise times the scheduler's
+    `init_noise_sigma`.
+
+    That is how diffusers' pipelines start. It is not the forward process at the first timestep: a grid of few leading
+    steps begins where a part of the image is left, and Euler's deviation is sqrt(sigma^2 + 1) rather than sigma.
+
+    Args:
+        transformer: a class-conditional DiT of diffusers.
+        scheduler: of diffusers, diffusion or flow matching.
+        classes: class of each latent, an index of the DiT's own.
+        generators: one CPU generator per latent, of which it draws all its randomness.
+        noise: (B, C, h, w), in place of a draw from the generators.
+
+    Returns:
+        (B, C, h, w) float32 in the denoiser's space, on its device.
+
+    Raises:
+        InputError: if there is no scheduler, or it starts where the prediction says nothing of the image.
+        RunError: if the result is not finite.
+    """
+    if scheduler is None:
+        raise InputError("sampling needs a scheduler, which this model does not have; give one, e.g. DDIMScheduler()")
+    trajectory = fresh_scheduler(scheduler, num_inference_steps)
+    start = choose_start(trajectory, num_inference_steps, strength=1.0)
+    check_start(trajectory, start)
+    cond = torch.tensor(list(classes), dtype=torch.long, device=transformer.device)
+    channels, side = int(transformer.config.in_channels), int(transformer.config.sample_size)
+    if noise is None:
+        noise = torch.stack([torch.randn(channels, side, side, generator=g) for g in generators])
+    if hasattr(trajectory, "set_begin_index"):  # not DDIM, DDPM, PNDM
+        trajectory.set_begin_index(0)
+    # flow-matching schedulers have no initial deviation: their state is the noise itself
+    sigma = float(getattr(trajectory, "init_noise_sigma", 1.0))
+    return denoise_noisy(
+        guided(dit_prediction(transformer), cond, null_class(transformer, cond), guidance_scale),
+        trajectory,
+        sigma * noise.to(transformer.device),
+        start,
+        generators,
+    )
+
+
+def noise_of_images(
+    generator: torch.Generator | Sequence[torch.Generator] | None, shape: tuple[int, int, int, int]
+) -> tuple[Tensor, list[torch.Generator]]:
+    """Start noise (B, C, h, w) float32 as diffusers' `randn_tensor` draws it, and a CPU generator for each image.
+
+    The steps of schedulers that draw noise take it from the latter.
+
+    Args:
+        generator: one for all images, one for each, or None for fresh noise; on any device.
+        shape: (B, C, h, w).
+
+    Raises:
+        InputError: for another type, or another number of generators.
+    """
+    several = isinstance(generator, (list, tuple))
+    each: Sequence[Any] = generator if several else () if generator is None else (generator,)  # type: ignore[assignment]
+    if not all(isinstance(g, torch.Generator) for g in each):
+        raise InputError(f"generator is a torch.Generator or a list of them, not {type(generator).__name__}")
+    if several and len(each) != shape[0]:
+        raise InputError(f"there are {len(each)} generators for {shape[0]} images; give one, or one for each")
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        noise = torch.randn(shape, generator=generator, device=generator.device).cpu()
+        seeds = torch.randint(2**62, (shape[0],), generator=generator, device=generator.device).tolist()
+        return noise, [torch.Generator().manual_seed(seed) for seed in seeds]
+    rows = [torch.randn(shape[1:], generator=g, device=g.device).cpu() for g in each]
+    noise = torch.stack(rows) if rows else torch.zeros(shape)
+    return noise, [g if g.device.type == "cpu" else _on_cpu(g) for g in each]
+
+
+def _on_cpu(generator: torch.Generator) -> torch.Generator:
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    return torch.Generator().manual_seed(int(seed))

@@ -1,0 +1,153 @@
+"""What is read, honoured or refused when a model of diffusers is opened."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dq.core.errors import InputError
+from dq.core.model_files import ModelFiles
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# arguments of from_pretrained that say where files come from ...
+FILES = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+# ... and how weights are read, for a pipeline and for a model alone
+WEIGHTS = (
+    *("variant", "device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage"),
+    *("disable_mmap", "quantization_config"),
+)
+# what a stock pipeline cannot work without
+PARTS = {
+    "DiTPipeline": ("transformer", "vae", "scheduler"),
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "StableDiffusionImg2ImgPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+}
+# keys of a codec's config that its class ignores: latent statistics, which `dq.diffusion.codec` obeys, and what
+# AutoencoderTiny writes by itself
+HARMLESS = {"latents_mean", "latents_std"}
+OF_TINY = {"block_out_channels"}
+IGNORED = re.compile(r"The config attributes (\{.*?\}) were passed to (Autoencoder\w+), but are not expected")
+
+
+def dtype_of(value: Any) -> torch.dtype:
+    """A floating dtype of torch by name or itself; None is float32, as in diffusers.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if value is None:
+        return torch.float32
+    dtype = DTYPES.get(value) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(
+            f"dtype is one of {', '.join(DTYPES)}, a floating torch.dtype, or a mapping of these by component, not "
+            f"{value!r}"
+        )
+    return dtype
+
+
+def take_dtype(options: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype]:
+    """Remove `dtype`, or `torch_dtype` as diffusers once called it, from arguments of from_pretrained.
+
+    Returns:
+        A dtype, or dtypes by component and for the "default".
+
+    Raises:
+        InputError: for other values, or if both are given and differ.
+    """
+    old, new = options.pop("torch_dtype", None), options.pop("dtype", None)
+    if old is not None and new is not None and old != new:
+        raise InputError(f"dtype={new!r} and torch_dtype={old!r} are two names of one setting; give dtype alone")
+    value = old if new is None else new
+    if isinstance(value, Mapping):
+        return {name: dtype_of(v) for name, v in value.items()}
+    return dtype_of(value)
+
+
+def check_options(options: Mapping[str, Any], components: Collection[str]) -> None:
+    """Refuse arguments of from_pretrained that would be dropped, or would read pickles or run code.
+
+    Raises:
+        InputError: for an unknown argument, `use_safetensors=False`, or code of a repository.
+    """
+    if options.get("use_safetensors") is False:
+        raise InputError("use_safetensors=False would unpickle weights, which can run code; leave it out")
+    if options.get("trust_remote_code") or options.get("custom_pipeline") is not None:
+        raise InputError("trust_remote_code and custom_pipeline would run code of a repository; leave them out")
+    known = [*FILES, *WEIGHTS, *components, "subfolder", "use_safetensors", "trust_remote_code", "custom_pipeline"]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes dtype, {', '.join(known)}"
+            raise InputError(f"from_pretrained has no argument {name!r}; {hint}")
+
+
+def check_components(index: Any, path: str, components: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that lacks a part, or names modules of its own, before anything is imported: diffusers imports
+    whatever library a component names.
+
+    Args:
+        index: what `model_index.json` holds.
+        components: given by the caller in place of those of the model.
+    """
+    from diffusers import pipelines
+
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise InputError(f"model_index.json of {path} names no pipeline of diffusers; give a stock pipeline")
+    for name, value in index.items():
+        if name[:1] == "_" or not isinstance(value, list) or not value or not isinstance(value[0], str):
+            continue
+        if value[0] not in ("diffusers", "transformers") and not hasattr(pipelines, value[0]):
+            raise InputError(
+                f"component {name!r} of {path} comes from {value[0]!r}, and only diffusers and transformers are "
+                "loaded, no code of a repository; give a stock pipeline"
+            )
+    for part in PARTS.get(index["_class_name"], ()):
+        if part not in components and (index.get(part) or [None])[0] is None:
+            raise InputError(
+                f"{path} is a {index['_class_name']} without a {part}; get the model again, or give {part}="
+            )
+
+
+def codec_folder(files: ModelFiles) -> str | None:
+    """The subfolder in which a model has its autoencoder: None for the model's own folder, "vae" for a pipeline."""
+    return None if files.file("config.json") is not None or files.file("vae/config.json") is None else "vae"
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Within the block diffusers says nothing about latent statistics, which this package obeys, and shows no bars
+    where TQDM_DISABLE=1."""
+    from diffusers.utils import logging as diffusers_logging
+
+    bars = diffusers_logging.is_progress_bar_enabled()
+    logger = logging.getLogger("diffusers.configuration_utils")
+    if os.environ.get("TQDM_DISABLE") == "1":
+        diffusers_logging.disable_progress_bar()
+    logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_news)
+        if bars:
+            diffusers_logging.enable_progress_bar()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the message that an autoencoder's latent statistics, and nothing else, are ignored."""
+    match = IGNORED.search(record.getMessage())
+    if match is None:
+        return True
+    try:
+        keys = set(ast.literal_eval(match[1]))
+    except (ValueError, SyntaxError):
+        return True
+    return not keys <= HARMLESS | (OF_TINY if match[2] == "AutoencoderTiny" else set())
