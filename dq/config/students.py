@@ -23,12 +23,15 @@ def is_library_net(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ViewConfig(Checked):
-    """What a network sees of an image, in this order: patches shuffled, cropped, mirrored, colours changed, mixed with
-    another image of the batch."""
+    """What a network sees of an image, in this order: RandAugment, patches shuffled, cropped, mirrored, colours
+    changed, mixed with another image of the batch."""
 
-    shuffle: int = 1  # the image is cut into shuffle x shuffle patches, which change places (RDED, EDC)
+    rand_augment: int = 0  # operations of RandAugment per image (torchvision: 2), on 8-bit pixels
+    rand_magnitude: int = 9  # of these operations, 0 to 30
+    shuffle: int = 1  # the image is cut into so many strips of columns, then of rows, which change places (RDED)
     crop_scale: tuple[float, ...] = ()  # random resized crop: least and largest share of the area; none: no crop
     crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
+    crop_pad: float = 0.0  # random window of the image padded with black by this share of the side (CIFAR: 1/8)
     flip: float = 0.0  # probability of a mirror image
     jitter: float = 0.0  # brightness, contrast and saturation, each drawn in 1 +- this, in random order
     lighting: float = 0.0  # standard deviation of the noise along the principal colours of ImageNet
@@ -42,6 +45,12 @@ class ViewConfig(Checked):
             raise InputError(f"crop_scale must be two shares such as [0.08, 1], not {list(low_high)}")
         if not (len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]):
             raise InputError(f"crop_ratio must be two numbers such as [0.75, 1.33], not {list(self.crop_ratio)}")
+        if self.crop_pad and self.crop_scale:
+            raise InputError("crop_pad and crop_scale are two kinds of crops; set crop_pad=0, or crop_scale=[]")
+        if self.crop_pad > 1:
+            raise InputError(f"crop_pad is a share of the side and cannot be {self.crop_pad}")
+        if self.rand_magnitude > 30:
+            raise InputError(f"rand_magnitude lies between 0 and 30 and cannot be {self.rand_magnitude}")
         if self.flip > 1:
             raise InputError(f"flip is a probability and cannot be {self.flip}")
 
@@ -80,8 +89,12 @@ class StudentConfig(Checked):
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Literal["step", "multistep", "cosine", "cos2", "constant"] = "step"
-    zeta: float = 1.0  # cosine: ends at 0 for 1, at half of lr for 2
+    decay_vectors: bool | None = None  # also of biases and norms; None: with sgd they decay, with adamw they do not
+    schedule: Literal["step", "multistep", "cosine", "cos2", "linear", "constant"] = "step"
+    zeta: float = 1.0  # cosine and linear: end at 0 for 1, at half of lr for 2
+    milestones: tuple[float, ...] = (2 / 3, 5 / 6)  # multistep: shares of the epochs after which lr falls ...
+    step_factor: float = 0.2  # ... to this many times itself
+    warmup: int = 0  # epochs in which lr rises linearly from a hundredth; the schedule takes the others
     views: ViewConfig = ViewConfig()
     augment: Literal["dsa", "crop_flip", "none"] = "dsa"  # after normalisation; not with labels=soft
     whiten: bool = False  # ZCA, fitted on the train split, instead of mean and std
@@ -105,8 +118,19 @@ class StudentConfig(Checked):
             )
         if self.labels == "fixed" and v.mix != "none":
             raise InputError("labels=fixed describe one image and not a mix: set views.mix=none, or take labels=soft")
-        if self.whiten and (v.crop_scale or v.flip or v.shuffle > 1 or v.jitter or v.lighting or v.mix != "none"):
+        if self.whiten and (
+            v.rand_augment
+            or v.crop_scale
+            or v.crop_pad
+            or v.flip
+            or v.shuffle > 1
+            or v.jitter
+            or v.lighting
+            or v.mix != "none"
+        ):
             raise InputError("whiten works on whole images: leave views at its defaults and use augment")
+        if not all(0 < a < b <= 1 for a, b in zip((1e-9, *self.milestones), self.milestones)):
+            raise InputError(f"milestones must be ascending shares such as [0.5, 0.75], not {list(self.milestones)}")
         if self.relabel.top_k and self.loss == "mse_gt":
             raise InputError("relabel.top_k keeps logits up to a constant, which loss=mse_gt needs; set top_k=null")
         if self.dtype == "float16":

@@ -1,4 +1,5 @@
-"""What a network sees of an image in an epoch: patch shuffle, crop, mirror, colour, and the mixing of a batch.
+"""What a network sees of an image in an epoch: RandAugment, patch shuffle, crop, mirror, colour, and the mixing of a
+batch.
 
 Draws and arithmetic are apart. `draw_views` makes all numbers of an epoch from a seed; `apply_views` turns images into
 views by them. Labels stored for views and a student that replays them therefore meet the same pixels, bit for bit.
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from dq.config.students import ViewConfig
 from dq.core.seeds import derive_seed, generator
+from dq.data.augment import flip as mirrored
+from dq.data.augment import shift
+from dq.data.rand_augment import draw_operations, rand_augment
 
 # Principal components of the colours of ImageNet (Krizhevsky et al. 2012, section 4.1)
 LIGHT_VALUES = (0.2175, 0.0188, 0.0045)
@@ -31,7 +35,7 @@ class Views:
 
     order: Tensor  # (N,) int32, the image at each position
     shuffle: Tensor  # (N, P) uint8, which patch comes to each place; P = 0 if patches stay
-    box: Tensor  # (N, 4) int16, crop in px: top, left, height, width
+    box: Tensor  # (N, 4) int16, crop in px: top, left, height, width; of a padded image, top and left may be negative
     flip: Tensor  # (N,) uint8
     partner: Tensor  # (N,) int16, position inside the batch of the image that is mixed in
     kept: Tensor  # (B,) float32, share of the image itself in a mix: for CutMix the area outside the clipped box
@@ -39,6 +43,7 @@ class Views:
     colour: Tensor  # (N, 3) float32 jitter of brightness, saturation, contrast; (N, 0) if there is none
     colour_order: Tensor  # (N, 3) uint8, or (N, 0)
     light: Tensor  # (N, 3) float32, or (N, 0)
+    operations: Tensor  # (N, K) uint8, codes of RandAugment's operations; K = 0 if there are none
 
     def digest(self) -> int:
         """63 bits of all draws."""
@@ -70,7 +75,8 @@ def draw_views(
 
     Crops are drawn as torchvision's RandomResizedCrop draws them (ten attempts, then the largest central crop of an
     admissible ratio) and kept in whole pixels. CutMix: lambda ~ Beta(a, a), a box of side sqrt(1 - lambda), its centre
-    uniform, clipped to the image (Yun et al. 2019); `kept` is what remains after clipping.
+    uniform, clipped to the image (Yun et al. 2019); `kept` is what remains after clipping. Patches: strips of columns
+    change places, then strips of rows (RDED), so 2 x 2 patches have four arrangements and not 24.
     """
     order = torch.randperm(n, generator=generator(seed, "student order", epoch)).to(torch.int32)
     rng = np.random.default_rng(derive_seed(seed, "views", epoch))
@@ -78,9 +84,13 @@ def draw_views(
     box = np.tile(np.array([0, 0, side, side], np.int16), (n, 1))
     if config.crop_scale:
         box = draw_crops(rng, n, side, config.crop_scale, config.crop_ratio)
+    if config.crop_pad:
+        pad = padding(config.crop_pad, side)
+        box[:, :2] = rng.integers(-pad, pad + 1, (n, 2))
     flip = (rng.random(n) < config.flip).astype(np.uint8) if config.flip else np.zeros(n, np.uint8)
-    places = config.shuffle**2 if config.shuffle > 1 else 0
-    shuffle = rng.permuted(np.tile(np.arange(places, dtype=np.uint8), (n, 1)), axis=1)
+    strips = np.tile(np.arange(config.shuffle if config.shuffle > 1 else 0, dtype=np.uint8), (n, 1))
+    columns, rows = rng.permuted(strips, axis=1), rng.permuted(strips, axis=1)
+    shuffle = (config.shuffle * rows[:, :, None] + columns[:, None]).reshape(n, strips.shape[1] ** 2).astype(np.uint8)
     partner = np.concatenate([np.arange(s.stop - s.start) for s in spans]).astype(np.int16)
     kept, cut = np.ones(len(spans), np.float32), np.zeros((len(spans), 4), np.int16)
     if config.mix != "none":
@@ -95,8 +105,14 @@ def draw_views(
     colour = rng.uniform(1 - config.jitter, 1 + config.jitter, (n, colours)).astype(np.float32)
     colour_order = rng.permuted(np.tile(np.arange(colours, dtype=np.uint8), (n, 1)), axis=1)
     light = (rng.standard_normal((n, 3 if config.lighting else 0)) * config.lighting).astype(np.float32)
-    arrays = (shuffle, box, flip, partner, kept, cut, colour, colour_order, light)
+    operations = draw_operations(rng, n, config.rand_augment)
+    arrays = (shuffle, box, flip, partner, kept, cut, colour, colour_order, light, operations)
     return Views(order, *(torch.from_numpy(a) for a in arrays))
+
+
+def padding(share: float, side: int) -> int:
+    """Padding of a crop in px: `share` of the side, to the nearest."""
+    return int(side * share + 0.5)
 
 
 def draw_crops(
@@ -138,10 +154,16 @@ def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at
     """
     device = images.device
     x = images[views.order[at].long().to(device)]
+    if config.rand_augment:
+        x = rand_augment(x, views.operations[at], config.rand_magnitude)
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
     if config.shuffle > 1:
         x = shuffle_patches(x, views.shuffle[at].to(device), config.shuffle)
-    if config.crop_scale or config.flip:
+    if config.crop_pad:
+        box = views.box[at].long().to(device)
+        x = shift(x, box[:, 0], box[:, 1], padding(config.crop_pad, x.shape[-1]))
+        x = mirrored(x, views.flip[at].bool().to(device))
+    elif config.crop_scale or config.flip:
         x = crop_and_flip(x, views.box[at].to(device), views.flip[at].bool().to(device))
     if config.jitter:
         x = jitter(x, views.colour[at].to(device), views.colour_order[at].to(device))

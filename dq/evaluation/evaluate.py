@@ -23,7 +23,7 @@ from dq.data.source import ImageSource
 from dq.distilled.external import check_classes, load_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation.results import Results, Row
-from dq.evaluation.student import check_label_kind
+from dq.evaluation.student import check_bounded, check_label_kind
 from dq.evaluation.trainings import Entry, Work, baseline_entries, students_of, train_all, trainings_of, write_tables
 from dq.networks.real_data import load_real_data
 
@@ -77,7 +77,7 @@ def evaluate_records(
     side = image_size or sizes.pop()
     per_class = sorted({*ipcs, *(s.ipc for s in sets.values())})
     keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
-    students = students_of(config, keys, len(source.class_names), side)
+    students = students_of(config, keys, len(source.class_names), side, teachers)
     bench = load_real_data(
         source,
         config,
@@ -93,6 +93,7 @@ def evaluate_records(
             raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
     for name, s in sets.items():
         check_label_kind(s, name, students.values())
+        check_bounded(s.bounded, name, students.values())
     _ = source.test  # there must be one
     work = Work(folder, accelerator)
     seeds = tuple(range(config.seeds))

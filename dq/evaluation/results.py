@@ -66,8 +66,10 @@ def settings_line(c: StudentConfig) -> str:
         f"batch {c.batch_size}" + (f" in {c.accumulate} parts" if c.accumulate > 1 else ""),
         f"{c.optimizer} lr {c.lr:g} wd {c.weight_decay:g}" + (f" momentum {c.momentum:g}" * (c.optimizer == "sgd")),
         c.schedule + (f" zeta {c.zeta:g}" if c.zeta != 1 else ""),
+        *_changed_schedule(c),
         f"augment {c.augment}",
     ]
+    parts += [f"weight decay {'' if c.decay_vectors else 'not '}of biases and norms"] * (c.decay_vectors is not None)
     view, plain = to_dict(c.views), to_dict(ViewConfig())
     parts += [f"{k} {_short(v)}" for k, v in view.items() if v != plain[k]]
     if c.labels == "hard":
@@ -84,6 +86,12 @@ def settings_line(c: StudentConfig) -> str:
     parts += [f"test images resized to {c.test_scale:.4g} sides and cut"] if c.test_scale != 1 else []
     parts += [f"best of {min(c.tests, c.epochs)} looks at {c.select}"] if c.tests > 1 else []
     return ", ".join([*parts, c.dtype])
+
+
+def _changed_schedule(c: StudentConfig) -> list[str]:
+    changed = c.milestones != StudentConfig.milestones or c.step_factor != StudentConfig.step_factor
+    steps = "-".join(f"{m:.4g}" for m in c.milestones)
+    return [f"times {c.step_factor:g} at {steps}"] * changed + [f"{c.warmup} epochs of warm-up"] * (c.warmup > 0)
 
 
 def _short(value: Any) -> str:

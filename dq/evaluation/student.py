@@ -124,6 +124,7 @@ def _check(
     bounded: bool,
 ) -> None:
     _check_pair("training", images, labels, num_classes, bounded=bounded)
+    check_bounded(bounded, "training", [config])
     if weights is not None:
         if weights.shape != labels.shape:
             raise InputError(f"{len(labels)} images need weights ({len(labels)},), not {tuple(weights.shape)}")
@@ -148,6 +149,20 @@ def _check(
             f"fixed labels must be logits ({len(labels)}, {num_classes}), not {tuple(soft_labels.shape)}; "
             "the teacher has to know the same classes"
         )
+
+
+def check_bounded(bounded: bool, name: str, students: Iterable[StudentConfig]) -> None:
+    """Refuse RandAugment for pixels outside [0, 1], which it would clip.
+
+    Raises:
+        InputError: that names the set and the student.
+    """
+    for student in students:
+        if student.views.rand_augment and not bounded:
+            raise InputError(
+                f"the set {name!r} has pixels outside [0, 1], but views.rand_augment of student {student.net!r} works "
+                "on 8-bit pixels; set views.rand_augment=0"
+            )
 
 
 def _check_sides(images: Tensor, others: Tensor, what: str) -> None:

@@ -64,15 +64,8 @@ def write_shard(folder: Path, images: Tensor, teachers: Sequence[Teacher], plan:
         views, logits = label_epoch(images, teachers, plan, epoch)
         row = pack(logits, plan.relabel)
         if plan.relabel.views == "stored":
-            stored = (
-                "order",
-                "box",
-                "flip",
-                "partner",
-                "kept",
-                "cut",
-                *(["shuffle"] if views.shuffle.numel() else []),
-            )
+            stored = ["order", "box", "flip", "partner", "kept", "cut"]
+            stored += [name for name in ("shuffle", "operations") if getattr(views, name).numel()]
             row |= {name: getattr(views, name) for name in stored}
         else:
             row["views_digest"] = torch.tensor(views.digest())
@@ -132,6 +125,7 @@ def _views(path: Path, plan: LabelPlan, row: dict[str, Tensor], epoch: int) -> V
         "colour": torch.zeros(n, 0),
         "colour_order": torch.zeros(n, 0, dtype=torch.uint8),
         "light": torch.zeros(n, 0),
+        "operations": torch.zeros(n, 0, dtype=torch.uint8),
     }
     return Views(**{name: row.get(name, empty.get(name)) for name in names})  # type: ignore[arg-type]
 

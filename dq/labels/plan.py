@@ -74,6 +74,13 @@ class LabelPlan:
             settings["relabel"].pop("dropout")
         if self.relabel.average == "logits":
             settings["relabel"].pop("average")  # as before there was a choice
+        if self.views.shuffle > 1:
+            settings["arrangement"] = "strips"  # patches were once arranged in any order
+        for name in ("rand_augment", "crop_pad"):  # as before there was a choice
+            if not settings["views"][name]:
+                settings["views"].pop(name)
+        if not self.views.rand_augment:
+            settings["views"].pop("rand_magnitude")
         return digest_of(settings)
 
     def shards(self) -> list[range]:
@@ -167,8 +174,8 @@ def label_bytes(
     if r.views == "seed":
         drawn = 8 * epochs
     else:
-        patches = v.shuffle**2 if v.shuffle > 1 else 0
-        drawn = epochs * (images * (sum(VIEW_BYTES.values()) + patches) + -(-images // batch_size) * BATCH_BYTES)
+        codes = (v.shuffle**2 if v.shuffle > 1 else 0) + v.rand_augment
+        drawn = epochs * (images * (sum(VIEW_BYTES.values()) + codes) + -(-images // batch_size) * BATCH_BYTES)
     return LabelBytes(logits, drawn)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from dq.config.students import ViewConfig
 from dq.core.errors import InputError
+from dq.data.rand_augment import rand_augment
 from dq.data.views import (
     GREY,
     LIGHT_VALUES,
@@ -28,9 +29,9 @@ from dq.data.views import (
     shuffle_patches,
 )
 
-ALL = ViewConfig(
-    shuffle=2, crop_scale=(0.08, 1.0), flip=0.5, jitter=0.4, lighting=0.1, mix="cutmix"
-)  # every draw that there is
+# every draw that there is
+ALL = ViewConfig(rand_augment=2, shuffle=2, crop_scale=(0.08, 1.0), flip=0.5, jitter=0.4, lighting=0.1, mix="cutmix")
+DRAWN = ("order", "shuffle", "box", "flip", "partner", "kept", "cut", "colour", "colour_order", "light", "operations")
 
 
 def draw(config: ViewConfig = ALL, n: int = 21, side: int = 16, **changes) -> Views:
@@ -63,7 +64,7 @@ def test_draws_are_a_function_of_seed_and_epoch_alone():
     assert first.digest() == again.digest()
     for other in (draw(seed=4, epoch=5), draw(seed=3, epoch=6)):
         assert first.digest() != other.digest()
-        for name in ("order", "shuffle", "box", "flip", "partner", "kept", "cut", "colour", "colour_order", "light"):
+        for name in DRAWN:
             assert not torch.equal(getattr(first, name), getattr(other, name)), name
 
 
@@ -94,7 +95,8 @@ def test_nothing_is_drawn_that_was_not_asked_for():
     assert not views.flip.any()
     assert (views.kept == 1).all()
     assert not views.cut.any()
-    assert [len(getattr(views, n)[0]) for n in ("shuffle", "colour", "colour_order", "light")] == [0] * 4
+    for name in ("shuffle", "colour", "colour_order", "light", "operations"):
+        assert getattr(views, name).shape == (21, 0)
     assert views.partner.tolist() == [*range(8), *range(8), *range(5)]
     x = pictures(21)
     assert torch.equal(apply_views(ViewConfig(), x, views, 1, slice(8, 16)), x[views.order[8:16].long()])
@@ -174,8 +176,68 @@ def test_kept_is_the_share_of_pixels_that_cutmix_leaves(side):
     assert clipped > 20  # boxes over the edge, whose area is not 1 - lambda, were among them
 
 
+@pytest.mark.parametrize("grid", [2, 3])
+def test_patches_change_places_by_columns_and_then_by_rows(grid):
+    """RDED's ShufflePatches: 4 arrangements of 2 x 2 patches, each as often, and not 24; 36 of 3 x 3."""
+    n = 20_000
+    orders = draw(ViewConfig(shuffle=grid), n=n).shuffle
+    assert orders.dtype == torch.uint8
+    arrangements, counts = orders.unique(dim=0, return_counts=True)
+    number = math.factorial(grid) ** 2
+    assert len(arrangements) == number
+    assert (abs(counts - n / number) < 5 * math.sqrt(n / number)).all()
+    if grid == 2:
+        assert arrangements.tolist() == [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]]
+    # strips of columns, then of rows, change places
+    x = pictures(1, 6)
+    i = int(orders.ne(torch.arange(grid**2)).any(1).nonzero()[0])
+    order = orders[i].view(grid, grid)
+    columns, rows = order[0] % grid, order[:, 0] // grid
+    strips = torch.cat([x.chunk(grid, 3)[c] for c in columns], 3)
+    expected = torch.cat([strips.chunk(grid, 2)[r] for r in rows], 2)
+    assert torch.equal(shuffle_patches(x, orders[i : i + 1], grid), expected)
+
+
+@pytest.mark.parametrize(("side", "pad"), [(32, 4), (8, 1)])
+def test_a_padded_crop_is_a_window_of_the_image_with_a_black_border(side, pad):
+    """CIFAR's usual crop, as SRe2L's relabel_cifar.py takes it: 4 px of padding on every side of 32 px."""
+    config = ViewConfig(crop_pad=0.125, flip=0.5)
+    x = pictures(40, side)
+    views = draw(config, n=40, side=side, batch_size=40)
+    assert views.box[:, :2].min() == -pad
+    assert views.box[:, :2].max() == pad
+    assert (views.box[:, 2:] == side).all()
+    cropped = apply_views(config, x, views, 0, slice(0, 40))
+    padded = F.pad(x[views.order.long()], (pad,) * 4)
+    for i, (top, left, _, _) in enumerate(views.box.tolist()):
+        window = padded[i, :, top + pad : top + pad + side, left + pad : left + pad + side]
+        assert torch.equal(cropped[i], window.flip(2) if views.flip[i] else window)
+
+
+def test_rand_augment_comes_before_every_other_change():
+    config = ViewConfig(rand_augment=2, flip=1.0)
+    images = (pictures(21) * 255).round().to(torch.uint8)
+    views = draw(config)
+    first = rand_augment(images[views.order.long()], views.operations, 9)
+    assert not torch.equal(first, images[views.order.long()])
+    assert torch.equal(apply_views(config, images, views, 0, slice(0, 21)), (first.float() / 255).flip(3))
+    # a view more draws nothing else anew
+    assert same(
+        dataclasses.replace(views, operations=draw(ViewConfig(flip=1.0)).operations), draw(ViewConfig(flip=1.0))
+    )
+
+
 def test_nonsense_is_refused():
-    for bad in ({"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5,)}, {"crop_ratio": (2.0, 1.0)}, {"flip": 1.5}):
+    for bad in (
+        {"crop_scale": (0.0, 1.0)},
+        {"crop_scale": (0.5,)},
+        {"crop_ratio": (2.0, 1.0)},
+        {"flip": 1.5},
+        {"crop_pad": 1.5},
+        {"crop_pad": 0.125, "crop_scale": (0.5, 1.0)},
+        {"rand_magnitude": 31},
+        {"rand_augment": -1},
+    ):
         with pytest.raises(InputError, match=next(iter(bad))):
             ViewConfig(**bad)
 

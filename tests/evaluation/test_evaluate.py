@@ -34,6 +34,7 @@ from dq.networks.zoo import make_net
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 PIXELS = normalizer(MEAN, STD)
+WHOLE_STEP = StudentConfig(lr=0.2, schedule="step")
 PLAIN = StudentConfig(epochs=6, batch_size=16, augment="none", schedule="constant", tests=3)
 
 
@@ -171,17 +172,17 @@ def test_last_and_best_are_kept_apart():
 
 
 def test_training_is_the_written_out_loop():
-    """Full batches without augmentation: SGD with momentum, a tenth of the lr and fresh momentum at half time."""
-    config = dataclasses.replace(PLAIN, batch_size=100, schedule="step", weight_decay=0.01)
+    """Full batches without augmentation: SGD with momentum, a tenth of the lr and fresh momentum after half time."""
+    config = dataclasses.replace(PLAIN, epochs=7, batch_size=100, schedule="step", weight_decay=0.01)
     images, labels = stripes(12, 0)
     weights = torch.linspace(0.5, 1.5, 12)
     _, losses = train(config, data=(images, labels), weights=weights, seed=7)
     net = make_net("convnet3", 4, 8, seed=derive_seed(7, "student init")).train()
     x = (images.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     expected = []
-    for lr in (0.01, 0.001):
+    for lr, passes in ((0.01, 5), (0.001, 2)):
         optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=0.01)
-        for _ in range(3):
+        for _ in range(passes):
             loss = (weights * F.cross_entropy(net(x), labels, reduction="none")).sum() / 12
             optimizer.zero_grad()
             loss.backward()
@@ -654,12 +655,35 @@ def test_schedules():
         return [learning_rate(config, e, epochs) for e in range(1, epochs + 1)]
 
     assert rates("constant", 3) == [0.2, 0.2, 0.2]
-    assert rates("step", 4) == pytest.approx([0.2, 0.2, 0.02, 0.02])
-    assert rates("step", 3) == pytest.approx([0.2, 0.2, 0.02])
+    # DC's code for E epochs: E + 1 passes, lr falls after pass E // 2 + 2
+    assert rates("step", 1001) == pytest.approx([0.2] * 502 + [0.02] * 499)
+    assert rates("step", 301) == pytest.approx([0.2] * 152 + [0.02] * 149)
+    assert rates("step", 5) == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.02])
     assert rates("step", 1) == [0.2]
+    assert rates("linear", 4) == pytest.approx([0.2, 0.15, 0.1, 0.05])
     assert rates("cosine", 4) == pytest.approx([0.2, 0.2 * (0.5 + 8**-0.5), 0.1, 0.2 * (0.5 - 8**-0.5)])
     assert rates("multistep", 6) == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.04, 0.008])
     assert rates("multistep", 12) == pytest.approx([0.2] * 8 + [0.04] * 2 + [0.008] * 2)
+    for epochs in (100, 300, 1300, 1500, 2000, 3000):  # Minimax: MultiStepLR at 2 E // 3 and 5 E // 6
+        falls = [
+            e
+            for e, (a, b) in enumerate(zip(rates("multistep", epochs)[:-1], rates("multistep", epochs)[1:]), 1)
+            if b < a
+        ]
+        assert falls == [2 * epochs // 3, 5 * epochs // 6]
+    edc = StudentConfig(lr=0.2, schedule="multistep", milestones=(0.8, 0.9, 0.95), step_factor=0.5)
+    halves = [learning_rate(edc, e, 1000) for e in range(1, 1001)]  # MultiStepLR([800, 900, 950], 0.5)
+    assert halves == pytest.approx([0.2] * 800 + [0.1] * 100 + [0.05] * 50 + [0.025] * 50)
+
+
+def test_a_warm_up_rises_from_a_hundredth_and_the_schedule_takes_the_rest():
+    """LinearLR(start_factor=0.01, total_iters=5), then CosineAnnealingLR(T_max=95): SRe2L's for Tiny-ImageNet."""
+    config = StudentConfig(lr=0.2, schedule="cosine", warmup=5)
+    rates = [learning_rate(config, e, 100) for e in range(1, 101)]
+    assert rates[:5] == pytest.approx([0.002, 0.0416, 0.0812, 0.1208, 0.1604])
+    assert rates[5:] == pytest.approx([0.1 * (1 + math.cos(math.pi * s / 95)) for s in range(95)])
+    late = StudentConfig(lr=0.2, schedule="step", warmup=4)
+    assert [learning_rate(late, e, 9) for e in range(5, 10)] == [learning_rate(WHOLE_STEP, e, 5) for e in range(1, 6)]
 
 
 def test_half_a_cosine_ends_at_half():
@@ -675,15 +699,21 @@ def test_half_a_cosine_ends_at_half():
 def test_the_broken_cosine_falls_by_six(zeta):
     whole = StudentConfig(lr=0.2, schedule="cosine", zeta=zeta)
     broken = dataclasses.replace(whole, schedule="cos2")
-    for epochs in (6, 60):
-        switch = 5 * epochs // 6 + 1  # the first epoch of the last sixth
-        for e in range(1, switch):
+    for epochs in (6, 60, 300, 1000):
+        last = 5 * epochs // 6 + 1  # the last epoch of the cosine: the released code says step <= 5 E / 6
+        for e in range(1, last + 1):
             assert learning_rate(broken, e, epochs) == learning_rate(whole, e, epochs)
-        value = learning_rate(whole, switch, epochs)
-        assert value == pytest.approx(0.1 * (1 + math.cos(math.pi * 5 / 6 / zeta)))
-        for e in range(switch, epochs + 1):
+        value = 0.1 * (1 + math.cos(math.pi * 5 / 6 / zeta))
+        for e in range(last + 1, epochs + 1):
             assert learning_rate(broken, e, epochs) == pytest.approx(value * (epochs - e + 1) / epochs)
-        assert learning_rate(broken, switch, epochs) == pytest.approx(value / 6)
+        assert learning_rate(broken, last + 1, epochs) < value / 5.9
+
+
+def test_the_broken_cosine_of_edc_by_its_numbers():
+    """E = 300 and zeta = 2: the released lambda gives 0.6294 at step 250 and 0.1028 at step 251."""
+    config = StudentConfig(lr=1.0, schedule="cos2", zeta=2.0)
+    assert learning_rate(config, 251, 300) == pytest.approx(0.6294, abs=5e-5)
+    assert learning_rate(config, 252, 300) == pytest.approx(0.1028, abs=5e-5)
 
 
 def test_tests_are_evenly_spaced_and_end_with_the_last_epoch():
@@ -710,6 +740,18 @@ def test_epochs_by_images_per_class():
         epochs({"10": 0}, "10")
     assert len(train(dataclasses.replace(PLAIN, epochs=2))[1]) == 2
     assert len(train(dataclasses.replace(PLAIN, epochs=5))[1]) == 5
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_setting_chooses_whether_biases_and_norms_decay(optimizer, both):
+    net = make_net("resnet20", 4, 8, seed=0)
+    for p in net.parameters():
+        p.data.fill_(1.0)
+        p.grad = torch.zeros_like(p)
+    make_optimizer(net, StudentConfig(optimizer=optimizer, lr=0.1, weight_decay=0.5, decay_vectors=both)).step()
+    means = {p.ndim > 1: round(p.mean().item(), 5) for p in net.parameters()}
+    assert means == {True: 0.95, False: 0.95 if both else 1.0}
 
 
 def test_adamw_decays_matrices_alone():

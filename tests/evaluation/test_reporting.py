@@ -230,7 +230,11 @@ CHANGES = {
     "lr": [(HARD, 0.0101)],
     "momentum": [(HARD, 0.91)],
     "weight_decay": [(HARD, 0.00051)],
-    "schedule": [(HARD, s) for s in ("multistep", "cosine", "cos2", "constant")],
+    "decay_vectors": [(HARD, False), (HARD, True)],
+    "schedule": [(HARD, s) for s in ("multistep", "cosine", "cos2", "linear", "constant")],
+    "milestones": [(dataclasses.replace(HARD, schedule="multistep"), (0.8, 0.9, 0.95))],
+    "step_factor": [(dataclasses.replace(HARD, schedule="multistep"), 0.5)],
+    "warmup": [(HARD, 5)],
     "zeta": [(dataclasses.replace(HARD, schedule="cosine"), 2.0)],
     "augment": [(HARD, "crop_flip"), (HARD, "none")],
     "whiten": [(HARD, True)],
@@ -245,9 +249,12 @@ CHANGES = {
     "views": [
         (HARD, ViewConfig(**{name: value}))
         for name, value in {
+            "rand_augment": 2,
+            "rand_magnitude": 8,
             "shuffle": 2,
             "crop_scale": (0.08, 1.0),
             "crop_ratio": (0.5, 2.0),
+            "crop_pad": 0.125,
             "flip": 0.5,
             "jitter": 0.4,
             "lighting": 0.1,

@@ -119,8 +119,8 @@ def on_disk(folder: Path) -> int:
 @pytest.mark.parametrize("count", [1, 2])
 def test_replay_is_online_bit_for_bit(tmp_path, settings, count):
     images, teachers = pictures(), [make_teacher(seed=i) for i in range(count)]
-    # shuffled patches too, so that every kind of draw that labels can have is stored
-    config = student(RelabelConfig(**settings), views=dataclasses.replace(VIEWS, shuffle=2))
+    # shuffled patches and RandAugment too, so that every kind of draw that labels can have is stored
+    config = student(RelabelConfig(**settings), views=dataclasses.replace(VIEWS, shuffle=2, rand_augment=2))
     plan = plan_for(images, teachers, config)
     online, replayed = (
         online_labels(images, teachers, plan),
@@ -140,10 +140,18 @@ def test_replay_is_online_bit_for_bit(tmp_path, settings, count):
     assert_same_views(again.views, seen[1].views)
 
 
+CHANGED_VIEWS = [
+    VIEWS,
+    dataclasses.replace(VIEWS, shuffle=2, rand_augment=2),
+    ViewConfig(crop_pad=0.125, flip=0.5, mix="mixup", mix_alpha=0.8),
+]
+
+
 @pytest.mark.parametrize("settings", [{"statistics": "batch"}, {"statistics": "running", "epochs": 2, "bits": 8}])
-def test_a_student_of_replayed_labels_is_the_student_of_an_online_teacher(tmp_path, settings):
+@pytest.mark.parametrize("views", CHANGED_VIEWS)
+def test_a_student_of_replayed_labels_is_the_student_of_an_online_teacher(tmp_path, settings, views):
     images, teachers = pictures(), [make_teacher()]
-    config = student(RelabelConfig(**settings), epochs=3)
+    config = student(RelabelConfig(**settings), epochs=3, views=views)
     plan = plan_for(images, teachers, config)
     write(tmp_path, images, teachers, plan)
 
@@ -173,9 +181,10 @@ def test_a_student_of_replayed_labels_is_the_student_of_an_online_teacher(tmp_pa
 @pytest.mark.parametrize(
     ("n", "expected"), [(7, [3, 4]), (16, [4, 4, 4, 4]), (19, [4, 4, 5, 6]), (20, [4, 4, 4, 4, 2, 2])]
 )
-def test_teacher_and_student_normalise_over_the_same_images(n, expected):
+@pytest.mark.parametrize("views", CHANGED_VIEWS)
+def test_teacher_and_student_see_the_same_images_in_the_same_parts(n, expected, views):
     images, teachers = pictures(n), [make_teacher()]
-    config = student(epochs=1)
+    config = student(epochs=1, views=views)
     plan = plan_for(images, teachers, config)
     seen: list[torch.Tensor] = []
 
