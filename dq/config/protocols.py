@@ -1,7 +1,9 @@
 """Evaluation protocols by name: presets of student settings, kept as data in `presets/protocols/*.yaml`.
 
 A preset is a mapping of `StudentConfig` settings, a list of the data sets whose published settings it has, and a list
-of rules `when: {...}, set: {...}`, applied in order. What the user sets himself wins over both.
+of rules `when: {...}, set: {...}`, applied in order. What the user sets himself wins over both. A condition names a
+fact (`FACTS`) and one or several values of it, or `FACT_from` and `FACT_to` a bound. `test_scale: sevenths` stands for
+side // 7 * 8 px (RDED's resize of test images). Data sets under `without` are refused with the reason given there.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dq.core.errors import InputError
 
 FOLDER = Path(__file__).parent / "presets" / "protocols"
 ALIASES = {"soft": "fadrm"}  # the usual preset of a family
-FACTS = ("dataset", "net", "ipc", "classes", "image_size")
+FACTS = ("dataset", "net", "teacher", "ipc", "classes", "image_size")
 
 
 def list_protocols() -> dict[str, str]:
@@ -28,7 +30,13 @@ def list_protocols() -> dict[str, str]:
 
 
 def student_config(
-    spec: dict[str, Any], *, ipc: str, classes: int, image_size: int, where: str = "student"
+    spec: dict[str, Any],
+    *,
+    ipc: str,
+    classes: int,
+    image_size: int,
+    teacher: str | None = None,
+    where: str = "student",
 ) -> StudentConfig:
     """Settings of a student for one set.
 
@@ -39,6 +47,7 @@ def student_config(
         ipc: images per class, or "full".
         classes: number of classes.
         image_size: side of the images in px.
+        teacher: network of the only teacher; None if there is none, or there are several.
         where: what messages call the student.
 
     Raises:
@@ -53,18 +62,30 @@ def student_config(
     if name != "custom":
         preset = _preset(name)
         settings = _merged({}, preset["settings"])
+        if dataset in preset.get("without", {}):
+            raise InputError(
+                f"protocol {name!r} has no settings for {dataset!r}: {preset['without'][dataset]}; "
+                "leave dataset out to take the general ones"
+            )
         if dataset is not None and dataset not in preset["datasets"]:
             about = ", ".join(preset["datasets"]) or "no data set in particular"
             raise InputError(
                 f"protocol {name!r} has settings for {about}, not for {dataset!r}; "
                 "leave dataset out to take the general ones"
             )
-        net = str(own.get("net", settings["net"])).rpartition(":")[2].partition("-")[0]
-        number = math.inf if ipc == "full" else int(ipc)
-        facts = {"dataset": dataset, "net": net, "ipc": number, "classes": classes, "image_size": image_size}
+        facts = {
+            "dataset": dataset,
+            "net": _plain_name(str(own.get("net", settings["net"]))),
+            "teacher": None if teacher is None else _plain_name(teacher),
+            "ipc": math.inf if ipc == "full" else int(ipc),
+            "classes": classes,
+            "image_size": image_size,
+        }
         for rule in preset["rules"]:
             if all(_holds(key, wanted, facts) for key, wanted in rule["when"].items()):
                 settings = _merged(settings, rule["set"])
+        if settings.get("test_scale") == "sevenths":
+            settings["test_scale"] = image_size // 7 * 8 / image_size
     elif dataset is not None:
         raise InputError("dataset chooses the settings of a protocol; name a protocol, or leave dataset out")
     if is_library_net(str(own.get("net", ""))):
@@ -75,6 +96,11 @@ def student_config(
     settings = _merged(settings, own)
     settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
     return from_dict(StudentConfig, settings, where)
+
+
+def _plain_name(net: str) -> str:
+    """A network's name without its library and its norm."""
+    return net.rpartition(":")[2].partition("-")[0]
 
 
 def _epochs(epochs: Any, ipc: str, net: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,11 @@ class TeacherConfig(Checked):
     batch_size: int = 256
     check_images: int = 500  # real train images on which the teacher is checked before it labels anything
     weight: float = 1.0  # of its logits in the mean of several teachers
+
+
+def only_teacher(teachers: Sequence[TeacherConfig]) -> str | None:
+    """Network of the only teacher; None if there is none, or there are several."""
+    return teachers[0].net if len(teachers) == 1 else None
 
 
 @dataclass(frozen=True)

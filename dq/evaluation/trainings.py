@@ -19,6 +19,7 @@ import torch
 from dq.config.protocols import student_config
 from dq.config.reader import to_dict
 from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.teachers import TeacherConfig, only_teacher
 from dq.core.errors import InputError, RunError
 from dq.core.files import Damaged, is_done, read_json, write_json, write_text
 from dq.core.processes import shard
@@ -91,9 +92,13 @@ class Work:
 
 
 def students_of(
-    evaluate: EvaluateConfig, ipcs: Sequence[str], classes: int, image_size: int
+    evaluate: EvaluateConfig,
+    ipcs: Sequence[str],
+    classes: int,
+    image_size: int,
+    teachers: Sequence[TeacherConfig] = (),
 ) -> dict[tuple[int, str], StudentConfig]:
-    """Settings of every student for every ipc.
+    """Settings of every student for every ipc; a protocol may have others for a certain teacher.
 
     Raises:
         InputError: for an unknown network, protocol or setting.
@@ -102,7 +107,14 @@ def students_of(
     for j, spec in enumerate(evaluate.students):
         for ipc in ipcs:
             where = f"evaluate.students.{j}"
-            student = student_config(spec, ipc=ipc, classes=classes, image_size=image_size, where=where)
+            student = student_config(
+                spec,
+                ipc=ipc,
+                classes=classes,
+                image_size=image_size,
+                teacher=only_teacher(teachers),
+                where=where,
+            )
             make_net(student.net, classes, image_size, norm=student.norm, init=student.init, seed=0)
             found[(j, ipc)] = student
     return found

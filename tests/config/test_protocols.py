@@ -17,7 +17,9 @@ DATA = {
     "imagenette": (10, 224),
     "imagewoof": (10, 224),
     "imagenet1k": (1000, 224),
+    "imagenet10": (10, 224),  # EDC's alone
 }
+COMMON = sorted(set(DATA) - {"imagenet10"})
 
 
 def preset(name: str, dataset: str, ipc: int | str = 10, *, named: bool = True, **own) -> StudentConfig:
@@ -41,10 +43,10 @@ def test_every_preset_is_complete_for_every_data_set(name):
 
 def test_every_published_data_set_of_a_protocol_may_be_named():
     known = {
-        "sre2l": ("cifar10", "cifar100", "tinyimagenet", "imagenet1k"),
+        "sre2l": ("cifar100", "tinyimagenet", "imagenet1k"),
         "rded": ("cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k"),
-        "edc": ("cifar10", "cifar100", "tinyimagenet", "imagenet1k"),
-        "fadrm": tuple(DATA),
+        "edc": ("cifar10", "cifar100", "tinyimagenet", "imagenet10", "imagenet1k"),
+        "fadrm": tuple(COMMON),
     }
     for name, datasets in known.items():
         for dataset in datasets:
@@ -54,6 +56,8 @@ def test_every_published_data_set_of_a_protocol_may_be_named():
         student_config({"protocol": "edc", "dataset": "cifar1000"}, ipc="1", classes=10, image_size=32)
     with pytest.raises(InputError, match="'classic' has settings for no data set"):
         preset("classic", "cifar10")
+    with pytest.raises(InputError, match=r"'sre2l' has no settings for 'cifar10': SRe2L released no recipe .*; leave"):
+        preset("sre2l", "cifar10")
 
 
 def test_the_files_are_what_the_names_say():
@@ -97,7 +101,7 @@ def test_fadrm_learning_rates(dataset, net, one, ten, fifty):
 
 
 def test_fadrm_recipe():
-    for dataset in DATA:
+    for dataset in COMMON:
         c = preset("fadrm", dataset)
         small = dataset in ("imagenette", "imagewoof")
         assert (c.batch_size, c.accumulate) == (10 if small else 16, 2)
@@ -111,10 +115,18 @@ def test_fadrm_recipe():
         assert round(c.test_scale * DATA[dataset][1]) == (256 if DATA[dataset][1] == 224 else DATA[dataset][1])
 
 
+def test_fadrm_epochs_of_tiny_imagenet():
+    for ipc, epochs in ((1, 1000), (10, 300), (50, 300), ("full", 300)):
+        for net in ("resnet18", "resnet50", "resnet101"):
+            c = preset("fadrm", "tinyimagenet", ipc, net=net)
+            assert (c.epochs, c.epochs // c.tests) == (epochs, 10)
+    assert preset("fadrm", "tinyimagenet", 1, named=False).epochs == 300
+
+
 # --- other soft ones ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", sorted(DATA))
+@pytest.mark.parametrize("dataset", COMMON)
 def test_rded_batches(dataset):
     doubled = 2 if DATA[dataset][0] in (100, 1000) else 1
     for ipc, batch in ((1, 10), (10, 50), (50, 100)):
@@ -143,7 +155,8 @@ def test_rded_learning_rates(net, lr):
 
 
 def test_rded_recipe():
-    for dataset, (_, side) in DATA.items():
+    for dataset in COMMON:
+        side = DATA[dataset][1]
         for ipc in (1, 10):
             c = preset("rded", dataset, ipc)
             mosaic = side == 224 and ipc == 10
@@ -151,34 +164,95 @@ def test_rded_recipe():
             assert c.views.shuffle == (2 if mosaic else 1)
             assert (c.relabel.storage, c.relabel.statistics) == ("online", "running")
             assert (c.epochs, c.schedule, c.zeta, c.temperature, c.accumulate) == (300, "cosine", 2.0, 20.0, 1)
-            assert c.test_scale == pytest.approx(8 / 7 if side == 224 else 1)
+            assert round(c.test_scale * side) == {32: 32, 64: 72, 224: 256}[side]
+    for side, resized in ((28, 28), (32, 32), (64, 72), (96, 104), (128, 144), (224, 256), (256, 288)):
+        c = student_config({"protocol": "rded"}, ipc="10", classes=10, image_size=side)
+        assert round(c.test_scale * side) == resized, side
+
+
+def test_rded_convnet_of_cifar100():
+    def cell(teacher: str | None, dataset: str = "cifar100", net: str = "convnet3", ipc: str = "10"):
+        spec = {"protocol": "rded", "dataset": dataset, "net": net}
+        c = student_config(spec, ipc=ipc, classes=DATA[dataset][0], image_size=32, teacher=teacher)
+        return c.lr, c.batch_size
+
+    for ipc in ("1", "10", "50"):
+        assert cell("convnet3", ipc=ipc) == (2e-3, 25)
+    assert cell("convnet3-bn", net="convnet3-bn") == (2e-3, 25)
+    assert cell("resnet18") == cell(None) == (1e-3, 100)
+    assert cell("convnet3", net="resnet18") == (1e-3, 100)
+    assert cell("convnet3", dataset="cifar10") == (1e-3, 50)
+
+
+def test_the_only_teacher_of_a_run_is_a_fact_of_its_students():
+    from dq.config.students import EvaluateConfig
+    from dq.config.teachers import TeacherConfig
+    from dq.evaluation.trainings import students_of
+
+    evaluate = EvaluateConfig(students=({"protocol": "rded", "dataset": "cifar100", "net": "convnet3"},))
+    teacher, other = TeacherConfig(net="convnet3", path="a"), TeacherConfig(net="resnet18", path="b")
+    for teachers, lr in (((teacher,), 2e-3), ((other,), 1e-3), ((teacher, other), 1e-3), ((), 1e-3)):
+        assert students_of(evaluate, ["10"], 100, 32, teachers)[(0, "10")].lr == lr
 
 
 def test_sre2l_recipe():
-    for dataset in ("cifar10", "tinyimagenet", "imagenet1k"):
-        c = preset("sre2l", dataset)
-        assert (c.batch_size, c.accumulate, c.epochs) == (1024, 1, 400 if dataset == "cifar10" else 300)
-        assert (c.optimizer, c.lr, c.weight_decay, c.schedule, c.zeta) == ("adamw", 1e-3, 0.01, "cosine", 1.0)
+    for c in (preset("sre2l", "imagenet1k"), preset("sre2l", "cifar10", named=False)):
+        assert (c.batch_size, c.accumulate, c.epochs) == (1024, 2, 300)  # batch norm sees 512 images
+        assert (c.optimizer, c.lr, c.weight_decay, c.decay_vectors) == ("adamw", 1e-3, 0.01, None)
+        assert (c.schedule, c.zeta, c.warmup) == ("cosine", 1.0, 0)
         assert (c.loss, c.temperature, c.relabel.statistics) == ("kl", 20.0, "running")
-        assert (c.views.crop_scale, c.views.mix) == ((0.08, 1.0), "cutmix")
+        assert (c.views.crop_scale, c.views.crop_pad, c.views.mix) == ((0.08, 1.0), 0.0, "cutmix")
+
+
+def test_sre2l_recipe_of_cifar100():
+    """relabel_cifar.py and relabel_cifar.sh"""
+    c = preset("sre2l", "cifar100")
+    assert (c.batch_size, c.accumulate, c.epochs) == (128, 1, 400)
+    assert (c.optimizer, c.lr, c.weight_decay, c.decay_vectors) == ("adamw", 1e-3, 0.01, True)
+    assert (c.schedule, c.zeta, c.loss, c.temperature) == ("cosine", 1.0, "kl", 30.0)
+    assert (c.views.mix, c.views.mix_alpha) == ("mixup", 0.8)
+    assert (c.views.crop_pad * 32, c.views.crop_scale, c.views.flip) == (4, (), 0.5)
+    assert c.relabel.statistics == "batch"  # the teacher is never put in evaluation mode
+
+
+def test_sre2l_recipe_of_tiny_imagenet():
+    """zeyuanyin/tiny-imagenet, train_kd.py and train_kd.sh"""
+    c = preset("sre2l", "tinyimagenet")
+    assert (c.batch_size, c.accumulate, c.epochs, c.warmup) == (256, 1, 100, 5)
+    assert (c.optimizer, c.lr, c.momentum, c.weight_decay, c.decay_vectors) == ("sgd", 0.2, 0.9, 1e-4, None)
+    assert (c.schedule, c.zeta, c.loss, c.temperature) == ("cosine", 1.0, "kl", 20.0)  # with SGD times T^2
+    assert (c.views.mix, c.views.crop_scale, c.views.flip) == ("none", (0.08, 1.0), 0.5)
+    assert c.relabel.statistics == "running"
 
 
 def test_edc_recipe():
-    cells = {  # (epochs, batch, optimizer, lr) by data set and ipc
-        ("imagenet1k", 10): (300, 100, "adamw", 1e-3),
-        ("tinyimagenet", 1): (1000, 100, "sgd", 0.1),
-        ("tinyimagenet", 10): (300, 100, "sgd", 0.1),
-        ("cifar100", 10): (1000, 50, "sgd", 0.1),
-        ("cifar10", 1): (1000, 10, "adamw", 1e-3),
-        ("cifar10", 10): (1000, 50, "adamw", 1e-3),
+    cells = {  # (epochs, batch, optimizer, lr, schedule) by data set and ipc
+        ("imagenet1k", 10): (300, 100, "adamw", 1e-3, "linear"),
+        ("imagenet10", 10): (1000, 50, "adamw", 1e-3, "cos2"),
+        ("tinyimagenet", 1): (1000, 100, "sgd", 0.1, "cosine"),
+        ("tinyimagenet", 10): (300, 100, "sgd", 0.1, "cosine"),
+        ("cifar100", 10): (1000, 50, "sgd", 0.1, "cos2"),
+        ("cifar10", 1): (1000, 10, "adamw", 1e-3, "multistep"),
+        ("cifar10", 10): (1000, 50, "adamw", 1e-3, "multistep"),
     }
     for (dataset, ipc), expected in cells.items():
         c = preset("edc", dataset, ipc)
-        assert (c.epochs, c.batch_size, c.optimizer, c.lr) == expected, (dataset, ipc)
-        assert (c.momentum, c.weight_decay) == ((0.875, 5e-4) if c.optimizer == "sgd" else (0.9, 0.01))
-        assert (c.loss, c.gt_weight, c.ema, c.schedule, c.zeta) == ("mse_gt", 0.025, 0.99, "cosine", 2.0)
-        assert (c.views.crop_scale, c.views.mix) == ((0.5, 1.0), "cutmix")
-        assert c.views.shuffle == (2 if dataset == "imagenet1k" else 1)
+        assert (c.epochs, c.batch_size, c.optimizer, c.lr, c.schedule) == expected, (dataset, ipc)
+        sgd = c.optimizer == "sgd"
+        assert (c.momentum, c.weight_decay) == ((0.875, 5e-4) if sgd else (0.9, 0.01))
+        assert c.decay_vectors is (False if sgd else None)  # neither decays biases and norms
+        assert (c.loss, c.gt_weight, c.ema, c.zeta) == ("mse_gt", 0.025, 0.99, 2.0)
+        assert (c.views.crop_scale, c.views.mix) == ((0.08 if dataset == "cifar10" else 0.5, 1.0), "cutmix")
+        assert c.views.shuffle == 1  # the released shuffle leaves images as they are
+        assert (c.views.rand_augment, c.views.rand_magnitude) == (0 if dataset == "imagenet1k" else 2, 9)
+    steps = preset("edc", "cifar10", 1)
+    assert [m * steps.epochs for m in steps.milestones] == [800, 900, 950]
+    assert steps.step_factor == 0.5
+
+
+@pytest.mark.parametrize("name", ["classic", "hard", "rded", "fadrm"])
+def test_decay_of_the_others_is_the_usual_one_of_their_optimiser(name):
+    assert preset(name, "cifar100", named=False).decay_vectors is None
 
 
 # --- hard labels --------------------------------------------------------------------------------------------------
@@ -201,6 +275,9 @@ def test_hard_epochs(ipcs, ten, hundred):
             c = student_config({"protocol": "hard"}, ipc=str(ipc), classes=classes, image_size=224)
             assert c.epochs == expected
             assert hundred == ten * 2 // 3 // 100 * 100
+        for classes in (99, 101, 200, 1000):  # released: `if nclass == 100`
+            c = student_config({"protocol": "hard"}, ipc=str(ipc), classes=classes, image_size=224)
+            assert c.epochs == ten
 
 
 def test_hard_recipe():
@@ -233,11 +310,12 @@ def test_classic_recipe():
     for dataset, net in (("cifar10", "convnet3"), ("cifar100", "convnet3"), ("tinyimagenet", "convnet4")):
         for ipc in (1, 10, 50):
             c = preset("classic", dataset, ipc, named=False)
-            assert (c.net, c.norm, c.labels, c.epochs, c.tests) == (net, None, "hard", 1000, 1)
+            assert (c.net, c.norm, c.labels, c.epochs, c.tests) == (net, None, "hard", 1001, 1)
             assert (c.optimizer, c.lr, c.momentum, c.weight_decay, c.batch_size) == ("sgd", 0.01, 0.9, 5e-4, 256)
             assert (c.schedule, c.augment, c.whiten, c.accumulate) == ("step", "dsa", False, 1)
             assert c.views.mix == "none"
             assert not c.views.crop_scale
+    assert preset("classic", "cifar10", "full", named=False).epochs == 200  # dq's own, not DC's
     for classes, parameters, image_size in ((10, 320_010, 32), (100, 504_420, 32), (200, 857_160, 64)):
         name = student_config({"protocol": "classic"}, ipc="1", classes=classes, image_size=image_size).net
         net = make_net(name, classes, image_size, seed=0)

@@ -157,7 +157,7 @@ def trainings(
     e = config.evaluate
     ipcs = sorted({*more, *(int(i) for _, i in sets)})
     keys = [str(i) for i in ipcs] + ["full"] * ("full" in e.baselines)
-    students = students_of(e, keys, len(counts), config.image_size)
+    students = students_of(e, keys, len(counts), config.image_size, config.teachers)
     entries = [(ipc, n, 1) for (_, ipc), n in sets.items()]
     for largest in ipcs:
         for name in e.baselines:

@@ -337,7 +337,7 @@ def _students(config: RunConfig, source: ImageSource, device: torch.device) -> I
     from dq.networks.zoo import make_net
 
     side, classes = config.image_size, len(source.class_names)
-    students = students_of(config.evaluate, [str(max(config.ipc))], classes, side)
+    students = students_of(config.evaluate, [str(max(config.ipc))], classes, side, config.teachers)
     pixels = normalizer((0.5,) * 3, (0.25,) * 3)
     for (j, _), s in students.items():
         # views, augmentation and optimiser as they are; where the labels come from is counted apart

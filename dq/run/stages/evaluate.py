@@ -17,7 +17,7 @@ from dq.data.source import ImageSource
 from dq.distilled.card import EVALUATION, write_dataset_card
 from dq.distilled.format import PROVENANCE
 from dq.evaluation.results import Row
-from dq.evaluation.student import check_label_kind
+from dq.evaluation.student import check_bounded, check_label_kind
 from dq.evaluation.trainings import (
     Entry,
     Training,
@@ -51,7 +51,7 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     e = config.evaluate
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in e.baselines)
     size = config.image_size
-    students = students_of(e, ipcs, len(source.class_names), size)
+    students = students_of(e, ipcs, len(source.class_names), size, config.teachers)
     check_taught(e, students.values(), config.teachers)
     alone = not config.teachers and (e.baselines or not all(labelled(config, m) for m in config.methods))
     if any(s.labels == "fixed" for s in students.values()) and alone:
@@ -64,7 +64,7 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
     """The trainings of a run: all its sets and, with `baselines`, what they are compared with."""
     c = run.config
     ipcs = [str(i) for i in c.ipc] + ["full"] * ("full" in c.evaluate.baselines)
-    students = students_of(c.evaluate, ipcs, len(run.source.class_names), c.image_size)
+    students = students_of(c.evaluate, ipcs, len(run.source.class_names), c.image_size, c.teachers)
     bench = load_real_data(
         run.source,
         c.evaluate,
@@ -81,6 +81,7 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
         for method in c.methods:
             s = load_set_of_run(run, ipc, method)
             check_label_kind(s, method, students.values())
+            check_bounded(s.bounded, method, students.values())
             # several images of a prototype: baselines in equal number
             largest[ipc] = max(largest.get(ipc, 0), s.ipc)
             load = functools.partial(load_set_of_run, run, ipc, method)
