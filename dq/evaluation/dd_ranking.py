@@ -135,7 +135,10 @@ class DDRanking:
 
 log = logging.getLogger("dq")
 LEARNING_RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # as in the ddranking package
-PLAIN_VIEWS = {"shuffle": 1, "crop_scale": [], "flip": 0.0, "jitter": 0.0, "lighting": 0.0, "mix": "none"}
+PLAIN_VIEWS = {
+    **{"rand_augment": 0, "shuffle": 1, "crop_scale": [], "crop_pad": 0.0},
+    **{"flip": 0.0, "jitter": 0.0, "lighting": 0.0, "mix": "none"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +167,26 @@ def count_trainings(sets: int, students: int, seeds: int) -> int:
     return students * (seeds * (rates * (sets + 1) + rates * sets + 2 * (sets + 1)) + 1)
 
 
+def ddr_groups(
+    recipes: list[dict[str, Any]], *, hard_augmented: bool = False
+) -> dict[str, tuple[list[dict[str, Any]], tuple[Baseline, ...]]]:
+    """Students and baselines of every part of `evaluate_ddr`, by name, from the recipes' settings."""
+    # looks at half time and at the end, so that the last one can choose an lr
+    base = [{**s, "tests": 2, "select": "validation"} for s in recipes]
+    hard = [{**s, "labels": "hard", "loss": "kl"} for s in base]
+    if not hard_augmented:
+        hard = [{**s, "augment": "none", "views": {**s.get("views", {}), "mix": "none"}} for s in hard]
+    plain = [{**s, "views": PLAIN_VIEWS, "augment": "none"} for s in base]
+    tuned = lambda specs: [{**s, "lr": lr} for s in specs for lr in LEARNING_RATES]  # noqa: E731
+    return {
+        "own": (tuned(base), ("random",)),
+        "augmented": (base, ("random",)),
+        "hard": (tuned(hard), ()),
+        "full": (hard, ("full",)),
+        "plain": (plain, ("random",)),
+    }
+
+
 def evaluate_ddr(
     sets: dict[str, DistilledSet],
     source: ImageSource,
@@ -172,17 +195,19 @@ def evaluate_ddr(
     image_size: int | None = None,
     folder: Path,
     accelerator: Accelerator,
+    hard_augmented: bool = False,
     **options: Any,
 ) -> DDRScores:
     """HLR, IOR, LRS and ARS of sets, per seed, then averaged; `options` are those of `evaluate_records`.
 
     Every student of `config` is the sets' own recipe: its labels, optimiser and augmentation. From it follow
     - own: the recipe on the set and on a random subset of equal size, lr tuned for each;
-    - hard: the same on the set with hard labels, lr tuned;
+    - hard: the same on the set with hard labels, lr tuned, without mixes and augmentation as in the package, where the
+      crops and mirrors of its image transforms stay; `hard_augmented` keeps all of the recipe;
     - plain: the recipe without crops, mixes and augmentation, on both, with the recipe's own lr, as the recipe itself
       is compared for ARS.
     lr is tuned per seed over `LEARNING_RATES` on the validation part of train, not on test images as in the package.
-    The full data is trained with hard labels for the epochs that the recipe names for "full".
+    The full data is trained as the set is with hard labels, for the epochs that the recipe names for "full".
 
     Raises:
         InputError: if the sets differ in size, since a random subset has to equal each.
@@ -194,22 +219,12 @@ def evaluate_ddr(
         raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
     config = dataclasses.replace(config, full_seeds=1)
     own = [dict(s) for s in config.students]
-    # looks at half time and at the end, so that the last one can choose an lr
-    base = [{**s, "tests": 2, "select": "validation"} for s in own]
-    hard = [{**s, "labels": "hard", "loss": "kl"} for s in base]
-    plain = [{**s, "views": PLAIN_VIEWS, "augment": "none"} for s in base]
-    tuned = lambda specs: [{**s, "lr": lr} for s in specs for lr in LEARNING_RATES]  # noqa: E731
-    groups: dict[str, tuple[list[dict[str, Any]], tuple[Baseline, ...]]] = {
-        "own": (tuned(base), ("random",)),
-        "augmented": (base, ("random",)),
-        "hard": (tuned(hard), ()),
-        "full": (hard, ("full",)),
-        "plain": (plain, ("random",)),
-    }
+    groups = ddr_groups(own, hard_augmented=hard_augmented)
     side, ipc = image_size or max(sizes), next(iter(sets.values())).ipc
+    teachers = options.get("teachers", ())
     for students, baselines in groups.values():  # what is wrong with the last should not come out after the first
         wanted = dataclasses.replace(config, students=tuple(students))
-        students_of(wanted, ["full"] if "full" in baselines else [str(ipc)], len(source.class_names), side)
+        students_of(wanted, ["full"] if "full" in baselines else [str(ipc)], len(source.class_names), side, teachers)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, (students, baselines) in groups.items():
         log.info("ddr: %s", name)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import dq
 from dq.cli.main import main
 from dq.cli.parser import build_parser, resolve
+from dq.config.protocols import student_config
 from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
@@ -29,7 +30,7 @@ from dq.data.load import load_source
 from dq.data.splits import resized
 from dq.distilled.external import bare_set, load_set
 from dq.distilled.set import DistilledSet
-from dq.evaluation.dd_ranking import LEARNING_RATES, _best_rates, _last, evaluate_ddr
+from dq.evaluation.dd_ranking import LEARNING_RATES, _best_rates, _last, ddr_groups, evaluate_ddr
 from dq.evaluation.student import train_student
 from dq.networks.training import normalizer
 from dq.networks.zoo import make_net
@@ -744,11 +745,13 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
             (chosen,) = [t for t in own if t["config"]["lr"] == value[f"lr_{column}"]]
             assert chosen["last"] == value[f"accuracy_{column}"]
             assert chosen["looks"][-1][1] == max(t["looks"][-1][1] for t in own)
-    # random, the set by its recipe (which is that with hard labels) over all rates, of which the recipe's own lr is
-    # one, and both without augmentation: for two seeds
+    # for two seeds: random and the set by its recipe over all rates, of which the recipe's own lr is one; the set
+    # without augmentation over all rates, since this recipe has hard labels; random without augmentation
     own = 0.01
     assert own in LEARNING_RATES
-    assert len(list((tmp_path / "run").rglob("units/*.json"))) == 2 * (2 * len(LEARNING_RATES) + 2)
+    assert len(list((tmp_path / "run").rglob("units/*.json"))) == 2 * (3 * len(LEARNING_RATES) + 1)
+    assert {r["config"]["augment"] for r in trained if r["part"] in ("hard", "full", "plain")} == {"none"}
+    assert {r["config"]["augment"] for r in trained if r["part"] in ("own", "augmented")} == {"crop_flip"}
     assert len(list(tmp_path.glob("cache/full/*.json"))) == 1
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("units/*.json")}
     before |= {f: f.stat().st_mtime_ns for f in tmp_path.glob("cache/full/*.json")}
@@ -758,6 +761,27 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "DD-Ranking" in page
     assert "lr_random" in page
+
+
+def test_ddr_trains_on_hard_labels_without_mixes_and_augmentation():
+    """DD-Ranking's hard-label trainings take neither its CutMix nor its DSA; image transforms stay."""
+
+    def students(part: str, **options: bool) -> list[StudentConfig]:
+        recipes = [{"protocol": "fadrm", "views": {"flip": 0.25}}, {"protocol": "classic"}]
+        specs = ddr_groups(recipes, **options)[part][0]
+        return [student_config(s, ipc="10", classes=10, image_size=32) for s in specs]
+
+    for part, count in (("hard", len(LEARNING_RATES)), ("full", 1)):
+        soft, dsa = students(part)[0], students(part)[count]
+        assert (soft.labels, soft.augment, soft.views.mix) == ("hard", "none", "none")
+        assert (soft.views.crop_scale, soft.views.flip) == ((0.08, 1.0), 0.25)
+        assert (dsa.labels, dsa.augment, dsa.views.mix) == ("hard", "none", "none")
+        soft, dsa = (students(part, hard_augmented=True)[i] for i in (0, count))
+        assert (soft.labels, soft.views.mix, dsa.augment) == ("hard", "cutmix", "dsa")
+    soft, dsa = students("augmented")
+    assert (soft.labels, soft.views.mix, dsa.augment) == ("soft", "cutmix", "dsa")
+    plain = students("plain")[0]
+    assert plain.views == dataclasses.replace(ViewConfig(), mix_alpha=plain.views.mix_alpha)
 
 
 def test_ddr_takes_the_rate_that_is_best_on_validation_images():
