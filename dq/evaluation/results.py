@@ -81,6 +81,7 @@ def settings_line(c: StudentConfig) -> str:
         relabel, usual = to_dict(c.relabel), to_dict(RelabelConfig())
         parts += [f"label {k} {_short(v)}" for k, v in relabel.items() if v != usual[k] or k == "statistics"]
     parts += [f"{c.norm} norm"] if c.norm else []
+    parts += [f"{c.init} init"] if c.init else []
     parts += ["ZCA"] if c.whiten else []
     parts += [f"EMA {c.ema:g}"] if c.ema else []
     parts += [f"test images resized to {c.test_scale:.4g} sides and cut"] if c.test_scale != 1 else []

@@ -223,6 +223,7 @@ SOFT = StudentConfig(epochs=7, labels="soft", augment="none")
 CHANGES = {
     "labels": [(HARD, "fixed")],
     "norm": [(HARD, "batch")],
+    "init": [(HARD, "torchvision"), (HARD, "fan_out")],
     "epochs": [(HARD, 8)],
     "batch_size": [(HARD, 255)],
     "accumulate": [(HARD, 2)],
