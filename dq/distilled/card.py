@@ -24,7 +24,7 @@ from dq.core.cards import (
     template,
 )
 from dq.core.files import is_done, read_json, write_text
-from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, set_features
+from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, checked_provenance, set_features, set_names
 
 EVALUATION = "evaluation.json"  # beside the provenance of a set: what students learnt from it
 SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
@@ -37,7 +37,7 @@ def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
         old: the card of a repository that they were pulled from; None: the one in the folder.
     """
     card = folder / "README.md"
-    records = [read_json(p) for p in folder.glob(f"*/{PROVENANCE}")]
+    records = [read_json(folder / name / PROVENANCE) for name in set_names(folder)]
     found = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}") if is_done(p)}
     if old is None:
         old, alone = own_text(card), False
@@ -67,7 +67,7 @@ def dataset_card(
         license, pretty_name: None keeps those of `old`.
     """
     kept, _ = split_card(old)
-    records = sorted((public(r) for r in records), key=lambda r: _natural(r["config_name"]))
+    records = sorted((public(checked_provenance(r)) for r in records), key=lambda r: _natural(r["config_name"]))
     default = default_config(kept, [r["config_name"] for r in records])
     first = next(r for r in records if r["config_name"] == default)
     sources = list(dict.fromkeys(str((r.get("source") or {}).get("origin", UNKNOWN)) for r in records))

@@ -23,7 +23,7 @@ from dq.core.errors import InputError
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.load import load_source
 from dq.data.source import Split
-from dq.distilled.format import PROVENANCE, parquet_kind
+from dq.distilled.format import PROVENANCE, RUN_CONFIG, is_set, parquet_kind, set_names
 from dq.distilled.set import DistilledSet
 
 log = logging.getLogger("dq")
@@ -77,15 +77,10 @@ def load_set(
     """
     names = None if class_names is None else tuple(map(str, class_names))
     path, text = Path(path), str(path)
-    dataset = path / "dataset"
     if path.suffix in TENSORS:
         s = _from_tensor_file(path, names, label_kind)
-    elif (path / PROVENANCE).is_file() and not dataset.is_dir():
-        s = DistilledSet.load(path.parent, path.name)
-    elif any(path.glob(f"*/{PROVENANCE}")):
+    elif is_set(path) or set_names(path) or set_names(path / "dataset") or _is_run(path):
         s = DistilledSet.load(path, name)
-    elif any(dataset.glob(f"*/{PROVENANCE}")):
-        s = DistilledSet.load(dataset, name)
     elif path.is_dir():
         s = _from_folder(path, names, image_size, label_kind)
     elif path.exists() or path.suffix in (".pt", ".pth") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
@@ -114,6 +109,12 @@ def load_set(
     if label_kind is not None:
         s = dataclasses.replace(s, label_kind=label_kind)
     return dataclasses.replace(s, provenance={**s.provenance, "origin": text})
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, or of its sets, which may not be there yet."""
+    run = path.parent if path.name == "dataset" else path
+    return (run / RUN_CONFIG).is_file() and (run / PROVENANCE).is_file()
 
 
 def _stated_kind(soft_labels: Tensor | None, stated: LabelKind | None, origin: str) -> LabelKind:

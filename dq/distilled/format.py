@@ -4,34 +4,117 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, get_args
 
 from dq.config.students import LabelKind
+from dq.core.bounded_yaml import MAX_DEPTH
 from dq.core.errors import InputError
 from dq.core.files import Damaged, is_done, read_json
+from dq.core.text import short
 
 log = logging.getLogger("dq")
 PROVENANCE = "provenance.json"  # makes a set whole
+RUN_CONFIG = "config.yaml"  # of a run folder
 GRID = "grid.png"
 SHARDS = "train-*-of-*.parquet"
 DIGEST_BYTES = 16
 GRID_CLASSES, GRID_COLUMNS = 20, 10
+SECTIONS = ("source", "method", "cluster", "generate", "codec", "labels", "licences", "selection")  # of a record
+# those that a card reads entries of, and the entry that text in their place stands for
+NAMED = {"source": "origin", "method": "name", "generate": "mode", "codec": "path", "labels": "by", "licences": None}
 
 
-def find_set(folder: Path, config_name: str | None) -> str:
-    """The name of a set in the folder; None stands for the only one.
+def checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a set with text in place of a section as the entry that it stands for.
+
+    `source: "CIFAR-10"` becomes `source: {origin: "CIFAR-10"}`.
 
     Raises:
-        InputError: if there is no such set.
+        InputError: if it could not be written and read again.
     """
-    known = sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}"))
-    if config_name is None and len(known) == 1:
-        config_name = known[0]
-    if config_name not in known:
-        raise InputError(f"{folder} has no set {config_name!r}; it has {', '.join(known) or 'none'}")
-    return config_name
+    if not isinstance(provenance, dict):
+        raise InputError(f"the provenance of a set is a mapping, not {type(provenance).__name__}; give a dict")
+    checked = dict(provenance)
+    for section, entry in NAMED.items():
+        value = checked.get(section)
+        if isinstance(value, str) and entry is not None:
+            checked[section] = {entry: value}
+        elif not isinstance(value, dict | None):
+            raise InputError(
+                f"{section} in the provenance of a set is a mapping, not {short(value)}; "
+                f"give a dict{f' such as {{{entry!r}: ...}}' if entry else ''}, or leave it out"
+            )
+    ipc = checked.get("ipc")
+    if ipc is not None and not (type(ipc) is int and ipc > 0):
+        raise InputError(f"ipc in the provenance of a set is a whole number above 0, not {short(ipc)}; leave it out")
+    try:
+        plain = json.loads(json.dumps(checked, default=str))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InputError(f"the provenance of a set cannot be written as JSON ({e}); give plain values") from e
+    if depth(plain) > MAX_DEPTH:
+        raise InputError(
+            f"the provenance of a set has {depth(plain)} mappings or lists in each other; at most {MAX_DEPTH} can be "
+            "read again"
+        )
+    return checked
+
+
+def depth(value: Any) -> int:
+    """How many lists and mappings of plain data lie in each other."""
+    levels, level = 0, [value]
+    while level := [x for x in level if isinstance(x, dict | list)]:
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+        levels += 1
+    return levels
+
+
+def is_set(folder: Path) -> bool:
+    """Whether a folder is that of one set. A run folder has a record of the same name, and a configuration."""
+    return (folder / PROVENANCE).is_file() and not (folder / RUN_CONFIG).is_file()
+
+
+def set_names(folder: Path) -> list[str]:
+    """The names of the sets in a folder."""
+    return sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}") if is_set(p.parent))
+
+
+def find_set(path: Path, config_name: str | None) -> tuple[Path, str]:
+    """The folder in which a set lies, and its name there.
+
+    Args:
+        path: the set's own folder, a folder of sets, or a run folder, whose sets are in `dataset/`.
+        config_name: of one set among several; None stands for the only one.
+
+    Raises:
+        InputError: if there is no such set; lists those that are there.
+    """
+    own = Path(os.path.abspath(path))  # "." has no name
+    if is_set(own) and config_name in (None, own.name):
+        return own.parent, own.name
+    folder = next((f for f in (path, path / "dataset") if set_names(f)), path)
+    names = set_names(folder)
+    if config_name is not None:
+        if config_name not in names:
+            raise InputError(f"{folder} has no set {config_name!r}; it has {', '.join(names) or 'none'}")
+        return folder, config_name
+    if len(names) == 1:
+        return folder, names[0]
+    if names:
+        raise InputError(
+            f"{folder} has several sets, and none is named; it has {', '.join(names)}: give the path of one, such as "
+            f"{folder / names[0]}"
+        )
+    beside = set_names(own.parent)
+    if not own.exists() and beside:
+        raise InputError(f"there is no set {path}; {path.parent} has {', '.join(beside)}")
+    raise InputError(
+        f"{path} has no distilled set; give the folder of a set, one of several sets, or that of a run "
+        "after `dq label`"
+    )
 
 
 def has_set(folder: Path, config_name: str, recipe: str) -> bool:

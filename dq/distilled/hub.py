@@ -22,7 +22,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, check_name, read_json
 from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
 from dq.distilled.card import dataset_card, default_config, write_dataset_card
-from dq.distilled.format import PROVENANCE, all_files, file_facts, find_set, shard_files
+from dq.distilled.format import PROVENANCE, SECTIONS, all_files, depth, file_facts, find_set, set_names, shard_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -59,10 +59,10 @@ def push_folder(
         RunError: if a set is damaged, or the upload broke off.
     """
     folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
-    found = sorted(p.parent.name for p in folder.glob(f"*/{PROVENANCE}"))
+    found = set_names(folder)
     if not found:
         raise InputError(f"{folder} holds no distilled set; give the dataset/ folder of a run, or that of `save`")
-    names = found if only is None else [find_set(folder, n) for n in only]
+    names = found if only is None else [find_set(folder, n)[1] for n in only]
     for name in names:
         record = read_json(folder / name / PROVENANCE)
         if "files" not in record:
@@ -220,8 +220,8 @@ def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any
         and isinstance(classes, list)
         and all(isinstance(c, str) for c in classes)
         and len(set(classes)) == len(classes)
-        and all(isinstance(whole(k, {}), (dict, type(None))) for k in _SECTIONS)
-        and _depth(record) <= MAX_DEPTH
+        and all(isinstance(whole(k, {}), (dict, type(None))) for k in SECTIONS)
+        and depth(record) <= MAX_DEPTH
         and (whole("pixels") is None or _whole_numbers(whole("pixels")))
         and _whole_numbers(whole("image_size"))
         and isinstance(files, dict)
@@ -238,18 +238,6 @@ def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any
             f"the record {name}/provenance.json of {where} is damaged or not of dq; make or push the set again"
         )
     return record
-
-
-_SECTIONS = ("source", "method", "cluster", "generate", "codec", "labels", "licences", "selection")
-
-
-def _depth(value: Any) -> int:
-    """How many lists and mappings of plain data lie in each other."""
-    depth, level = 0, [value]
-    while level := [x for x in level if isinstance(x, dict | list)]:
-        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
-        depth += 1
-    return depth
 
 
 def _is_count(value: Any) -> bool:

@@ -23,7 +23,16 @@ from dq.core.seeds import digest_of
 from dq.core.text import first_line
 from dq.data.grid import image_grid
 from dq.data.images import open_image
-from dq.distilled.format import GRID, GRID_CLASSES, GRID_COLUMNS, PROVENANCE, SHARDS, file_facts, set_features
+from dq.distilled.format import (
+    GRID,
+    GRID_CLASSES,
+    GRID_COLUMNS,
+    PROVENANCE,
+    SHARDS,
+    checked_provenance,
+    file_facts,
+    set_features,
+)
 
 
 class SetRows(Protocol):
@@ -129,10 +138,12 @@ def write_set(
         The first of the Parquet files.
 
     Raises:
-        InputError: if there is no part, or one has other classes or columns than the first.
+        InputError: if there is no part, one has other classes or columns than the first, or the provenance cannot be
+            read again.
     """
     folder, target = Path(folder), Path(folder) / config_name
     check_name(config_name, "the set's name")
+    provenance = checked_provenance(provenance)
     for left in target.glob(".*.part*"):  # of a call that was killed
         left.unlink()
     rest = iter(parts)
@@ -159,7 +170,7 @@ def write_set(
                 group = next(groups, None)
         written.append((path, {**file_facts(path), "rows": rows}))
         record["rows"] += rows
-        record["num_bytes"] += size
+        record["num_bytes"] += loaded_bytes(path, columns)
     record["ipc"] = provenance.get("ipc") or int(counts.max())
     names = [f"train-{i:05d}-of-{len(written):05d}.parquet" for i in range(len(written))]
     record["files"] = {name: facts for name, (_, facts) in zip(names, written)}
@@ -175,6 +186,25 @@ def write_set(
     record["grid"] = file_facts(target / GRID)
     write_json(target / PROVENANCE, record)
     return target / names[0]
+
+
+def loaded_bytes(path: Path, features: Any) -> int:
+    """Bytes of a Parquet file's rows in memory, as `load_dataset` counts them for `num_bytes` of a split.
+
+    It reads batches as large as the first row group. Columns that are read may have a validity bitmap, which the same
+    rows lack before they are written.
+    """
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+    from datasets.table import table_cast
+    from pyarrow.fs import LocalFileSystem
+
+    fragment = ds.ParquetFileFormat().make_fragment(str(path), filesystem=LocalFileSystem())
+    batches = fragment.to_batches(
+        batch_size=fragment.row_groups[0].num_rows, batch_readahead=0, fragment_readahead=0, use_threads=False
+    )
+    tables = (pa.Table.from_batches([batch]).combine_chunks() for batch in batches)
+    return sum(table_cast(table, features.arrow_schema).nbytes for table in tables)
 
 
 def rows_as_dataset(s: SetRows) -> Any:

@@ -127,14 +127,17 @@ class DistilledSet:
 
     @staticmethod
     def load(folder: str | Path, config_name: str | None = None) -> DistilledSet:
-        """Read a set written by `save`; `config_name` may be left out if the folder holds one set.
+        """Read a set written by `save`.
+
+        Args:
+            folder: of the set itself, of several sets, or of a run.
+            config_name: of one set among several; None stands for the only one.
 
         Raises:
-            InputError: if there is no such set.
+            InputError: if there is no such set; lists those that are there.
             Damaged: if one of its files is.
         """
-        folder = Path(folder)
-        config_name = find_set(folder, config_name)
+        folder, config_name = find_set(Path(folder), config_name)
         record = read_json(folder / config_name / PROVENANCE)
         tables = []
         for path, known in shard_files(folder / config_name, record):

@@ -13,6 +13,7 @@ from sets import files_of, make, same
 from dq.core.errors import InputError, RunError
 from dq.distilled import parquet
 from dq.distilled.card import write_dataset_card
+from dq.distilled.external import load_set
 from dq.distilled.parquet import write_set
 from dq.distilled.set import DistilledSet
 
@@ -83,10 +84,90 @@ def test_faults(tmp_path: Path) -> None:
     make().save(tmp_path, "b")
     with pytest.raises(InputError, match=r"has no set 'c'; it has a, b"):
         DistilledSet.load(tmp_path, "c")
-    with pytest.raises(InputError, match=r"has no set None; it has a, b"):
+    with pytest.raises(InputError, match=r"several sets, and none is named; it has a, b: give the path .*/a$"):
         DistilledSet.load(tmp_path)
     with pytest.raises(InputError, match="a distilled set of 6 images has 5 weights"):
         dataclasses.replace(make(), weights=torch.ones(5))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """What a run folder has beside its sets."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "provenance.json").write_text("{}")
+    return folder
+
+
+def test_any_path_to_a_set_opens_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = make()
+    s.save(run / "dataset", "ipc2-ddoq")
+    own = run / "dataset" / "ipc2-ddoq"
+    for path in (own, run / "dataset", run, f"{own}/", own / ".." / "ipc2-ddoq"):
+        assert same(DistilledSet.load(path), s)
+        assert same(DistilledSet.load(path, "ipc2-ddoq"), s)
+        assert same(load_set(path), s)
+    monkeypatch.chdir(own)
+    assert same(DistilledSet.load("."), s)
+
+
+def test_paths_without_one_set_name_those_that_are_there(run: Path) -> None:
+    for load in (DistilledSet.load, load_set):
+        for path in (run, run / "dataset"):
+            with pytest.raises(InputError, match=r"has no distilled set; give the folder of a set.*`dq label`"):
+                load(path)
+            (run / "dataset").mkdir(exist_ok=True)
+    for name in ("ipc2-ddoq", "ipc2-d4m"):
+        make().save(run / "dataset", name)
+    for load in (DistilledSet.load, load_set):
+        for path in (run, run / "dataset"):
+            with pytest.raises(
+                InputError, match=r"dataset has several sets.*has ipc2-d4m, ipc2-ddoq: .*/dataset/ipc2-d4m"
+            ):
+                load(path)
+    with pytest.raises(InputError, match=r"no set .*/ipc3; .*dataset has ipc2-d4m, ipc2-ddoq$"):
+        DistilledSet.load(run / "dataset" / "ipc3")
+    with pytest.raises(InputError, match=r"dataset has no set 'ipc3'; it has ipc2-d4m, ipc2-ddoq$"):
+        DistilledSet.load(run, "ipc3")
+    # a folder of runs is none of sets
+    with pytest.raises(InputError, match=r"has no distilled set"):
+        DistilledSet.load(run.parent)
+
+
+def test_texts_in_a_provenance_stand_for_their_names(tmp_path: Path) -> None:
+    texts = {"source": "CIFAR-10", "method": "mine", "generate": "decode", "labels": "resnet18"}
+    dataclasses.replace(make(soft=True), provenance=texts).save(tmp_path, "x")
+    record = DistilledSet.load(tmp_path).provenance
+    assert {k: record[k] for k in texts} == {
+        "source": {"origin": "CIFAR-10"},
+        "method": {"name": "mine"},
+        "generate": {"mode": "decode"},
+        "labels": {"by": "resnet18"},
+    }
+    card = (tmp_path / "README.md").read_text()
+    assert "distilled from CIFAR-10 by `dq`" in card
+    assert "logits of resnet18" in card
+
+
+@pytest.mark.parametrize(
+    ("provenance", "message"),
+    [
+        (
+            {"source": ["CIFAR-10"]},
+            "source in the provenance .* is a mapping, not \\['CIFAR-10'\\]; give a dict such as",
+        ),
+        ({"method": 3}, "method in the provenance"),
+        ({"licences": "MIT"}, "licences in the provenance .*; give a dict, or leave it out"),
+        ({"ipc": "ten"}, "ipc in the provenance of a set is a whole number above 0, not 'ten'"),
+        ({"notes": {(1, 2): 3}}, "cannot be written as JSON"),
+        ("mine", "is a mapping, not str"),
+    ],
+)
+def test_a_provenance_is_refused_before_anything_is_written(tmp_path: Path, provenance: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(make(), provenance=provenance).save(tmp_path, "x")
+    assert not list(tmp_path.iterdir())
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -155,6 +236,25 @@ def test_files_and_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.Monk
     s.save(tmp_path, "bytes")
     first = next((tmp_path / "bytes").glob("*.parquet"))
     assert pq.ParquetFile(first).metadata.row_group(0).num_rows == 1
+
+
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_declared_bytes_are_those_that_the_library_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floats: bool, soft: bool, rows: int
+) -> None:
+    from datasets import load_dataset_builder
+
+    monkeypatch.setattr(parquet, "GROUP_ROWS", rows)
+    make(floats=floats, soft=soft).save(tmp_path / "sets", "x")
+    builder = load_dataset_builder(str(tmp_path / "sets"), "x", cache_dir=str(tmp_path / "cache"))
+    declared = builder.info.splits["train"].num_bytes
+    files = {"train": str(tmp_path / "sets" / "x" / "*.parquet")}
+    counted = load_dataset_builder("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    counted.download_and_prepare()
+    assert declared == counted.info.splits["train"].num_bytes
+    assert builder.info.dataset_size == declared
 
 
 def test_a_schema_is_what_the_library_writes(tmp_path: Path) -> None:
