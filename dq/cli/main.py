@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(redact(said, token), file=sys.stderr)
         return 1
     except RuntimeError as e:
-        if not _is_out_of_memory(e):
+        from dq.core.memory import is_out_of_memory
+
+        if not is_out_of_memory(e):
             raise
         way_out = "set a smaller batch_size of the stage that was at work, or use a device with more"
         print(f"dq {args.verb}: out of memory ({str(e).splitlines()[0]}); {way_out}", file=sys.stderr)
@@ -64,12 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dq {args.verb}: interrupted; give the same command again to continue", file=sys.stderr)
         return 130
-
-
-def _is_out_of_memory(e: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(e, torch.OutOfMemoryError)
 
 
 def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
@@ -105,7 +101,7 @@ def execute(args: argparse.Namespace) -> None:
         print(write_results_report(Path(config.output_dir)))
         return
     from dq.core.locks import locked
-    from dq.core.processes import make_accelerator
+    from dq.core.processes import check_launch, hardware_line, make_accelerator
     from dq.core.trackers import check_trackers, end_trackers
     from dq.data.load import load_source
     from dq.run.planning.plan import like_source
@@ -119,6 +115,9 @@ def execute(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(cpu=args.cpu)
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
+    log.info("%s", hardware_line(accelerator))
+    if note := check_launch(accelerator):
+        log.warning("note: %s", note)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
         source = like_source(args.like) if args.like else load_source(config.source)
     if args.verb in ("run", "demo") and not args.like:

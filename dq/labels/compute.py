@@ -53,7 +53,8 @@ def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, ep
 
 
 def _mean_in_pieces(teachers: Sequence[Teacher], x: Tensor, average: str) -> Tensor:
-    return in_pieces("label", len(x), lambda s: mean_logits(teachers, x[s], average).cpu())
+    like = (*(t.digest for t in teachers), *x.shape[1:])
+    return in_pieces("label", len(x), lambda s: mean_logits(teachers, x[s], average).cpu(), like=like)
 
 
 def mean_logits(teachers: Sequence[Teacher], x: Tensor, average: str = "logits") -> Tensor:

@@ -72,7 +72,7 @@ class Teacher:
         """What `look` gives for all images, in batches that fit."""
 
         def one(x: Tensor) -> Tensor:
-            return in_pieces("teacher", len(x), lambda s: look(x[s]))
+            return in_pieces("teacher", len(x), lambda s: look(x[s]), like=(self.digest, *x.shape[1:]))
 
         return torch.cat([one(x) for x in self._batches(images)])
 

@@ -11,7 +11,8 @@ from dq.diffusion.codec import encode_latents, to_signed
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_fitting", {})
+    monkeypatch.setattr(memory, "_limits", {})
+    monkeypatch.setattr(memory, "_fitted", {})
 
 
 def limited(call, at_most: int, sizes: list[int]):
@@ -57,6 +58,82 @@ def test_a_row_that_does_not_fit_and_other_errors_are_passed_on() -> None:
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         in_pieces("x", 4, broken)
+
+
+def test_a_short_last_piece_that_fails_does_not_shorten_later_batches() -> None:
+    sizes: list[int] = []
+    failing = 0
+
+    def call(s: slice) -> torch.Tensor:
+        sizes.append(s.stop - s.start)
+        if sizes[-1] == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.arange(s.start, s.stop)
+
+    in_pieces("x", 8, call)
+    failing = 3
+    assert in_pieces("x", 3, call).tolist() == [0, 1, 2]
+    in_pieces("x", 8, call)
+    assert sizes == [8, 3, 1, 1, 1, 8]
+
+
+def test_a_full_piece_that_once_fitted_is_shortened_for_good() -> None:
+    sizes: list[int] = []
+    in_pieces("x", 8, limited(lambda s: torch.zeros(s.stop - s.start), 8, []))
+    for _ in range(2):
+        in_pieces("x", 8, limited(lambda s: torch.zeros(s.stop - s.start), 4, sizes))
+    assert sizes == [8, 4, 4, 4, 4]
+
+
+def test_what_fits_is_remembered_by_network_and_size() -> None:
+    """A large network that needs small batches does not slow a small one down."""
+    sizes: list[int] = []
+
+    def look(at_most: int, like: tuple[object, ...]) -> None:
+        in_pieces("teacher", 8, limited(lambda s: torch.zeros(s.stop - s.start), at_most, sizes), like=like)
+
+    look(2, ("large", 3, 224, 224))
+    sizes.clear()
+    look(8, ("large", 3, 32, 32))
+    look(8, ("small", 3, 224, 224))
+    look(2, ("large", 3, 224, 224))
+    assert sizes == [8, 8, 2, 2, 2, 2]
+
+
+def test_teachers_of_other_weights_and_sizes_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_teachers import TinyNet, drawn, teacher_of
+
+    from dq.networks import teacher as module
+
+    kinds = []
+    real = module.in_pieces
+    monkeypatch.setattr(module, "in_pieces", lambda *a, like, **k: kinds.append(like) or real(*a, like=like, **k))
+    for name, side in (("a", 8), ("a", 8), ("a", 16), ("b", 8)):
+        teacher_of(drawn(TinyNet()), name).logits(torch.zeros(2, 3, side, side))
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 3
+
+
+@pytest.mark.parametrize("status", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"])
+def test_libraries_without_memory_are_out_of_memory(status: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dq.cli import main as module
+
+    error = RuntimeError(f"CUDA error: {status} when calling `cublasCreate(handle)`")
+    failures = iter([error])
+
+    def call(s: slice) -> torch.Tensor:
+        for e in failures:
+            raise e
+        return torch.zeros(s.stop - s.start)
+
+    assert in_pieces("x", 4, call).shape == (4,)
+
+    def fail(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "execute", fail)
+    assert module.main(["run", "--config", "demo"]) == 1
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_images_are_drawn_alike_when_memory_is_short(toy_source, tmp_path, monkeypatch) -> None:

@@ -221,7 +221,7 @@ def _generated(
                 image_size=run.config.image_size,
             )
 
-        images = in_pieces("generate", len(batch), synthesize)
+        images = in_pieces("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
         if cfg.image_dtype == "uint8":
             images = (images * 255).round().to(torch.uint8)
         for (unit, k, i), image in zip(batch, images):
