@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# threads that wait do not spin, also where torch is imported before dq
+export OMP_WAIT_POLICY := passive
 # two processes with a thread each: tiny models gain nothing from a second thread
-RANDOM_PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+RANDOM_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST := $(RANDOM_PYTEST) -p no:randomly
 
 .PHONY: demo test test-random test-slow test-all test-gpu test-fake-gpu test-vision faults fuzz lint bench clean

@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if "torch" not in sys.modules:
+    # OpenMP reads it when torch is imported. Its threads would else spin while they wait, which takes the cores from
+    # any other process and, once the machine is busy, from one another.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch as torch
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dq.config.schema import RunConfig
+from dq.core.devices import available_cores, has_native_bfloat16, read_text, set_threads
 from dq.core.files import existing
 from dq.core.text import format_bytes
 from dq.core.trackers import TRACKERS, is_installed
@@ -153,8 +154,8 @@ def _first_line(e: BaseException) -> str:
 
 def _devices() -> dict[str, str]:
     found = {
-        "cpu": f"{_cores()} of {os.cpu_count()} cores, {format_bytes(_memory())} RAM for this process; "
-        f"float32, bfloat16 ({'native' if _native_bfloat16() else 'slow'})"
+        "cpu": f"{available_cores()} of {os.cpu_count()} cores, {format_bytes(_memory())} RAM for this process; "
+        f"float32, bfloat16 ({'native' if has_native_bfloat16('cpu') else 'slow'})"
     }
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
@@ -169,34 +170,13 @@ def _devices() -> dict[str, str]:
     return found
 
 
-def _cores() -> int:
-    """Cores that this process may use: the least of affinity and the quota of its control group."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _read("/sys/fs/cgroup/cpu.max").split()
-    if len(quota) == 2 and quota[0] != "max":
-        allowed = min(allowed, max(1, int(quota[0]) // int(quota[1])))
-    return allowed
-
-
 def _memory() -> int:
     """Bytes of memory that this process may use: the least of the machine's and the limits of its control group."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _read(file).strip()
+        text = read_text(file).strip()
         limits += [int(text)] if text.isdigit() else []
     return min(limits)
-
-
-def _native_bfloat16() -> bool:
-    flags = _read("/proc/cpuinfo")
-    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def _launch(say: Any) -> dict[str, str]:
@@ -282,8 +262,7 @@ def _hub(say: Any) -> dict[str, str]:
 def _used(config: RunConfig, say: Any, *, cpu: bool) -> dict[str, str]:
     from dq.cluster.kmeans import choose_engine
 
-    accelerated = not cpu and torch.accelerator.is_available()
-    device = str(torch.accelerator.current_accelerator()) if accelerated else "cpu"
+    device = "cuda" if not cpu and torch.cuda.is_available() else "cpu"
     engine = choose_engine(config.cluster.engine)
     dtype = config.generate.dtype
     if engine == "faiss" and version_of_module("faiss") is None:
@@ -299,7 +278,7 @@ def _used(config: RunConfig, say: Any, *, cpu: bool) -> dict[str, str]:
         "device": device,
         "engine": f"{engine} (cluster.engine={config.cluster.engine})",
         "dtypes": f"codec {config.codec.dtype}, generate {dtype}",
-        "threads": str(torch.get_num_threads()),
+        "threads": str(set_threads()),
         "trackers": ", ".join(config.report_to) or "none",
     }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dq.core.devices import launcher_arguments, set_threads
 from dq.core.errors import RunError
 
 if TYPE_CHECKING:
@@ -19,13 +20,25 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
     """Build the one `Accelerator` of this process and check that it sees every launched process.
 
     Without a GPU, each launched process believes it is alone unless the accelerator is told to use the CPU; the
-    result would be as many complete runs writing over one another. Hence the CPU is chosen here when no accelerator
-    device exists, and the world size is compared with the launcher's.
+    result would be as many complete runs writing over one another. Hence the CPU is chosen here when there is no CUDA
+    device, and the world size is compared with the launcher's. Other devices are taken only if the variable
+    ACCELERATE_TORCH_DEVICE names one: Apple's `mps` has no float64, which k-means and the denoiser's schedule use.
+
+    Torch's threads are bounded by the share of the cores that this process has.
+
+    Raises:
+        RunError: if the processes on this machine are more than its GPUs, or do not see one another.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    cpu = cpu or not torch.accelerator.is_available()
+    cpu = cpu or not (torch.cuda.is_available() or os.environ.get("ACCELERATE_TORCH_DEVICE"))
+    here, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
+    if not cpu and gpus and here.isdigit() and int(here) > gpus:
+        # NCCL refuses two processes on a card, and accelerate's barrier names a device for each of them
+        raise RunError(
+            f"{here} processes on this machine would share {gpus} GPU(s); start at most {gpus}, or give --cpu"
+        )
     # Stages are embarrassingly parallel, so a fast rank may wait for hours at the end of one.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
@@ -35,7 +48,60 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
             f"the launcher started {expected} processes but this one sees {accelerator.num_processes}; "
             "launch with `accelerate launch --multi_gpu --num_processes N -m dq.cli ...` or torchrun"
         )
+    set_threads()
     return accelerator
+
+
+def hardware_line(accelerator: Accelerator) -> str:
+    """How many processes run, on which device, with how many threads."""
+    device, number = accelerator.device, accelerator.num_processes
+    name = f"{torch.cuda.get_device_name(device)} ({device.type})" if device.type == "cuda" else device.type
+    threads = torch.get_num_threads()
+    processes = "1 process" if number == 1 else f"{number} processes"
+    return f"{processes} on {name}, {threads} thread{'s' * (threads > 1)}{' each' * (number > 1)}"
+
+
+def check_launch(accelerator: Accelerator) -> str | None:
+    """What to tell a user whose launcher was asked for several processes and started one; None if all is well.
+
+    On a machine without several GPUs, `accelerate launch --num_processes 2` starts one process, with or without --cpu.
+    """
+    asked = _launcher_processes(launcher_arguments())
+    if accelerator.num_processes > 1 or asked < 2:
+        return None
+    if accelerator.device.type == "cuda":
+        return (
+            f"accelerate launch was asked for {asked} processes but started 1; this machine has too few GPUs for more"
+        )
+    return (
+        f"accelerate launch was asked for {asked} processes but started 1, since without GPUs it needs --multi_gpu; "
+        f"launch with `accelerate launch --multi_gpu --num_processes {asked} -m dq.cli ...` or "
+        f"`torchrun --nproc_per_node {asked} -m dq.cli ...`"
+    )
+
+
+def _launcher_processes(arguments: Sequence[str]) -> int:
+    """The number of processes in a command line of `accelerate launch` or in the file that it reads; 0: not said."""
+    names = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+    first = next((i + 1 for i, a in enumerate(arguments) if a in names or os.path.basename(a) in names), None)
+    if first is None:
+        return 0
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    options: dict[str, str] = {}
+    for option, following in zip(arguments[first:], [*arguments[first + 1 :], ""]):
+        name, separator, value = option.partition("=")
+        options.setdefault(name.replace("-", "_"), value if separator else following)
+        if option == "-m":  # what follows belongs to the program
+            break
+    number = options.get("__num_processes", "")
+    if number.isdigit():
+        return int(number)
+    file = options.get("__config_file", default_config_file)
+    try:
+        return int(load_config_from_file(file).num_processes) if os.path.isfile(file) else 0
+    except (OSError, ValueError, TypeError, KeyError):  # the launcher has read it, so that it says nothing here
+        return 0
 
 
 def shard(costs: Sequence[float], rank: int, world_size: int) -> list[int]:

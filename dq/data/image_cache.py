@@ -128,7 +128,7 @@ def fill(
     side: int,
     batch_size: int,
     mine: Callable[[list[float]], list[int]] | None = None,
-    threads: int = 4,
+    threads: int | None = None,
     main: bool = True,
 ) -> float:
     """Write the files that the cache lacks; returns seconds spent. Reading runs one batch ahead of `compute`.
@@ -136,6 +136,7 @@ def fill(
     Args:
         compute: values (n, ...) of images (n, 3, side, side) uint8 that are the given rows.
         mine: picks from the costs of all files those that this process works on; None: all.
+        threads: that read and decode; None: one for each core of this process.
     """
     began = time.perf_counter()
     costs = [float(len(p)) for p in cache.parts]

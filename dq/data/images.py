@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.data.source import Preprocess, Split
 
@@ -53,9 +54,13 @@ def read_images(
     preprocess: Preprocess,
     *,
     on_bad: Literal["raise", "skip"] = "raise",
-    threads: int = 2,
+    threads: int | None = None,
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Read many rows: images (n, 3, size, size) uint8, the rows that were read, and one sentence per bad image."""
+    """Read many rows: images (n, 3, size, size) uint8, the rows that were read, and one sentence per bad image.
+
+    Args:
+        threads: that read and decode; None: one for each core of this process.
+    """
 
     def one(row: int) -> np.ndarray | InputError:
         try:
@@ -63,7 +68,7 @@ def read_images(
         except InputError as e:
             return e
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads or reader_threads()) as pool:
         results = list(pool.map(one, rows))
     problems = [r for r in results if isinstance(r, InputError)]
     if problems and on_bad == "raise":

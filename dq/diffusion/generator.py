@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq.config.schema import CodecConfig, GenerateConfig
+from dq.core.devices import tf32_products
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.model_files import open_model
@@ -378,7 +379,8 @@ class LatentGenerator(DiffusionPipeline):
         dtype = self.unet.dtype
 
         def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            return self.unet(x.to(dtype), t, encoder_hidden_states=text).sample.float()
+            with tf32_products():
+                return self.unet(x.to(dtype), t, encoder_hidden_states=text).sample.float()
 
         return predict, cond, null
 
@@ -390,7 +392,7 @@ class LatentGenerator(DiffusionPipeline):
             truncation=True,
             return_tensors="pt",
         )
-        with torch.no_grad():
+        with torch.no_grad(), tf32_products():
             return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].to(self.unet.dtype)
 
     def _native_resolution(self) -> int | None:

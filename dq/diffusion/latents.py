@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dq.config.schema import CodecConfig
+from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.core.memory import in_pieces
 from dq.core.seeds import digest_of, generator
@@ -81,7 +82,7 @@ def encode_source(
             return z.half().cpu()
 
         with torch.inference_mode():
-            z = in_pieces("encode", len(images), encode)
+            z = in_pieces("encode", len(images), encode, like=(cache.key,))
         if not torch.isfinite(z).all():
             row = rows[int((~torch.isfinite(z).flatten(1).all(1)).nonzero()[0])]
             raise InputError(
@@ -90,7 +91,6 @@ def encode_source(
             )
         return z
 
-    cpu = next(codec.parameters()).device.type == "cpu"
     return fill(
         cache,
         source,
@@ -98,6 +98,6 @@ def encode_source(
         side=config.resolution,
         batch_size=config.batch_size,
         mine=mine,
-        threads=1 if cpu else 4,  # the codec has the other cores
+        threads=reader_threads(next(codec.parameters()).device),
         main=main,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq.core.devices import tf32_products
 from dq.core.errors import InputError, RunError
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, h, w), t) -> model output (B, C, h, w)
@@ -349,7 +350,8 @@ def dit_prediction(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     channels, dtype = int(model.config.in_channels), model.dtype
 
     def predict(x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-        out = model(x.to(dtype), timestep=t.expand(len(x)), class_labels=classes).sample
+        with tf32_products():
+            out = model(x.to(dtype), timestep=t.expand(len(x)), class_labels=classes).sample
         return out[:, :channels].float()
 
     return predict

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dq.core.devices import reader_threads
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
 from dq.core.seeds import digest_of
@@ -86,4 +87,6 @@ def extract_features(
             )
         return features
 
-    fill(cache, source, compute, side=image_size, batch_size=teacher.batch_size, mine=mine, main=main)
+    threads = reader_threads(next(teacher.net.parameters()).device)
+    size = teacher.batch_size
+    fill(cache, source, compute, side=image_size, batch_size=size, mine=mine, threads=threads, main=main)

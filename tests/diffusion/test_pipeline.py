@@ -260,6 +260,22 @@ def test_half_precision_is_the_models_alone() -> None:
     assert seen == {torch.bfloat16}
 
 
+def test_products_are_rounded_to_tf32_in_denoiser_and_text_encoder_only(tmp_path: Path) -> None:
+    """k-means, views and the codec keep their bits, also in the process that draws."""
+    for pipe, config in ((dit_pipe(), DIT), (sd_pipe(tmp_path), dataclasses.replace(DIT, mode="img2img"))):
+        seen: dict[str, set[bool]] = {}
+
+        def look(module: torch.nn.Module, args: object, seen: dict[str, set[bool]] = seen) -> None:
+            seen.setdefault(type(module).__name__, set()).add(torch.backends.cuda.matmul.allow_tf32)
+
+        networks = [m for m in (pipe.transformer, pipe.unet, pipe.text_encoder) if m is not None]
+        for module in (*networks, pipe.vae.decoder):
+            module.register_forward_pre_hook(look)
+        draw(pipe, config, [0, 1])
+        assert seen == {**{type(m).__name__: {True} for m in networks}, "Decoder": {False}}
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+
 # --- loading and saving -------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import free_port
+from launching import free_port, torchrun
 from runs import config, results
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +116,40 @@ def test_two_machines_of_torchrun(world: Path, tmp_path: Path, alone: dict[str, 
     run = ["-m", "dq.cli", "run", "--config", file, "--cpu"]
     finish([start([*base, "--node_rank", str(rank), *run]) for rank in (0, 1)])
     assert results(tmp_path) == alone
+
+
+ONE = ["launch", "--num_processes", "2"]
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        ([*ONE, "-m"], 1),
+        ([*ONE, "--cpu", "-m"], 1),
+        ([*ONE, "--multi_gpu", "--main_process_port", "0", "-m"], 2),
+        (["torchrun"], 2),
+    ],
+)
+def test_a_launch_without_gpus_says_how_many_processes_run(
+    launcher: list[str], processes: int, world: Path, tmp_path: Path
+) -> None:
+    """What a user types, and what the note tells to type instead."""
+    file = str(small(world, tmp_path))
+    program = [str(ACCELERATE), *launcher]
+    if launcher == ["torchrun"]:
+        program = [*torchrun(2), "-m"]
+    (said,) = finish([start([*program, "dq.cli", "encode", "--config", file], HF_HOME=str(tmp_path))])
+    ours = [line for line in said.splitlines() if "process" in line and (" on cpu, " in line or "note:" in line)]
+    note = "note: accelerate launch was asked for 2 processes but started 1"
+    if processes == 1:
+        assert ours[0] == "1 process on cpu, 1 thread"
+        assert ours[1].startswith(note)
+        assert "`accelerate launch --multi_gpu --num_processes 2 -m dq.cli ...`" in ours[1]
+        assert "`torchrun --nproc_per_node 2 -m dq.cli ...`" in ours[1]
+    else:
+        assert ours == ["2 processes on cpu, 1 thread each"]
+    assert f'"processes": {processes}' in (tmp_path / "run" / "provenance.json").read_text()
 
 
 # --- SLURM --------------------------------------------------------------------------------------------------------

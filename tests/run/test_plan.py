@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,19 @@ def test_the_file_decides_the_seconds(world: Path, tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert "parts: time not known" in said
     assert "  all       at least" in said
+
+
+def test_inputs_are_made_outside_of_the_clock() -> None:
+    made = []
+
+    def prepare(size: int) -> int:
+        time.sleep(0.05)
+        made.append(size)
+        return size
+
+    found = timed(lambda n: None, 2, device=torch.device("cpu"), budget_s=0.01, prepare=prepare)
+    assert len(made) > 3
+    assert found.most < 0.02
 
 
 def test_a_step_of_refinement_is_timed(

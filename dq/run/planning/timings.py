@@ -22,6 +22,7 @@ import torch
 from dq.config.refinement import RefineConfig
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
+from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.seeds import derive_seed, generator
@@ -97,25 +98,32 @@ class Speeds:
 
 
 def timed(
-    work: Callable[[int], float | None],
+    work: Callable[[Any], float | None],
     largest: int,
     *,
     device: torch.device,
     least: int = 1,
     budget_s: float = BUDGET_S,
+    prepare: Callable[[int], Any] = int,
 ) -> Speed:
     """Seconds of one call of what `work` does so many times at once: batches double up to `largest` while the budget
     lasts, then the middle of some repeats counts.
 
     Args:
-        work: does so many calls; returns the seconds that count, or None for all of them.
+        work: does what `prepare` gave; returns the seconds that count, or None for all of them.
+        prepare: makes the input of so many calls, outside of the clock; by default their number.
     """
 
-    def once(size: int) -> float:
-        began = time.perf_counter()
-        told = work(size)
+    def wait() -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize()
+
+    def once(size: int) -> float:
+        ready = prepare(size)
+        wait()
+        began = time.perf_counter()
+        told = work(ready)
+        wait()
         return time.perf_counter() - began if told is None else told
 
     size = min(least, largest)
@@ -179,7 +187,7 @@ def _reading(config: RunConfig, source: ImageSource, device: torch.device) -> Sp
     from dq.data.images import read_images
 
     rows = torch.randperm(len(source.train), generator=generator("speeds")).tolist()  # far apart, not read lately
-    threads = 1 if device.type == "cpu" else 4  # as while encoding
+    threads = reader_threads(device)  # as while encoding
 
     def work(size: int) -> None:
         mine = [rows.pop() if len(rows) > size else rows[0] for _ in range(size)]
@@ -192,22 +200,27 @@ def _pixels(size: int, side: int) -> torch.Tensor:
     return torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator("speeds", size))
 
 
+def _points(size: int, shape: Sequence[int]) -> torch.Tensor:
+    return torch.randn(size, *shape, generator=generator("speeds", size))
+
+
 def _codec(config: RunConfig, pipe: LatentGenerator, device: torch.device) -> Iterator[tuple[str, Speed]]:
     from dq.diffusion.codec import decode_latents, encode_latents, latent_shape, to_signed, to_unit
 
     shape = latent_shape(pipe.vae, config.codec.resolution)
 
     @torch.inference_mode()
-    def encode(size: int) -> None:
-        encode_latents(pipe.vae, to_signed(_pixels(size, config.codec.resolution))).half().cpu()
+    def encode(images: torch.Tensor) -> None:
+        encode_latents(pipe.vae, to_signed(images)).half().cpu()
 
     @torch.inference_mode()
-    def decode(size: int) -> None:
-        z = torch.randn(size, *shape, generator=generator("speeds", size))
+    def decode(z: torch.Tensor) -> None:
         to_unit(decode_latents(pipe.vae, z), config.image_size).cpu()
 
-    yield "encode", timed(encode, config.codec.batch_size, device=device)
-    yield "decode", timed(decode, config.generate.batch_size, device=device)
+    pixels = functools.partial(_pixels, side=config.codec.resolution)
+    yield "encode", timed(encode, config.codec.batch_size, device=device, prepare=pixels)
+    points = functools.partial(_points, shape=shape)
+    yield "decode", timed(decode, config.generate.batch_size, device=device, prepare=points)
 
 
 def _generator(
@@ -234,18 +247,18 @@ def _generator(
         ids = [0] * len(source.class_names)  # the class does not matter to the clock
     shape = facts["latent"]
 
-    def work(size: int) -> None:
+    def work(z: torch.Tensor) -> None:
         pipe.synthesize(
-            torch.randn(size, *shape, generator=generator("speeds", size)),
-            [0] * size,
-            [generator("speeds", i) for i in range(size)],
+            z,
+            [0] * len(z),
+            [generator("speeds", i) for i in range(len(z))],
             short,
             class_names=source.class_names,
             condition_ids=ids,
             image_size=config.image_size,
         )
 
-    found = timed(work, cfg.batch_size, device=device)
+    found = timed(work, cfg.batch_size, device=device, prepare=functools.partial(_points, shape=shape))
     middle, least, most = (max(0.0, s - decode.seconds) / calls for s in (found.seconds, found.least, found.most))
     yield "denoise", Speed(middle, least, most, found.batch)
 
@@ -296,7 +309,11 @@ def _teachers(config: RunConfig, source: ImageSource, device: torch.device) -> I
     if config.teachers and real:
         teachers = checked(config.teachers, source)
         batch = max(t.batch_size for t in teachers)
-        yield "teacher", timed(lambda size: _drop(pooled_logits(teachers, _pixels(size, side))), batch, device=device)
+
+        def look(images: torch.Tensor) -> None:
+            pooled_logits(teachers, images)
+
+        yield "teacher", timed(look, batch, device=device, prepare=functools.partial(_pixels, side=side))
     done = set()
     for method in config.methods if real else ():
         settings = asked_settings(config, method)
@@ -309,10 +326,6 @@ def _teachers(config: RunConfig, source: ImageSource, device: torch.device) -> I
             yield name, _refining(stage, own, len(source.class_names), side, device)
 
 
-def _drop(value: Any) -> None:
-    """Nothing of a value."""
-
-
 def _refining(stage: RefineConfig, teachers: tuple[Teacher, ...], classes: int, side: int, device: Any) -> Speed:
     """A step forward and backward of a stage, over a few steps of every kind."""
     method = method_of(stage)
@@ -322,11 +335,13 @@ def _refining(stage: RefineConfig, teachers: tuple[Teacher, ...], classes: int, 
     steps = max(1, cost.steps)
     resources = Resources(side, classes, teachers)
 
-    def work(size: int) -> None:
-        batch = Batch(_pixels(size, side).float() / 255, torch.arange(size) % 2)
+    def prepare(size: int) -> Batch:
+        return Batch(_pixels(size, side).float() / 255, torch.arange(size) % 2)
+
+    def work(batch: Batch) -> None:
         method.run(batch, short, resources, seed=0)
 
-    found = timed(work, cost.batch_size, device=device)
+    found = timed(work, cost.batch_size, device=device, prepare=prepare)
     return Speed(found.seconds / steps, found.least / steps, found.most / steps, found.batch)
 
 
@@ -344,16 +359,16 @@ def _students(config: RunConfig, source: ImageSource, device: torch.device) -> I
         short: StudentConfig = dataclasses.replace(s, labels="hard", epochs=1, tests=1, whiten=False)
         net = make_net(s.net, classes, side, norm=s.norm, seed=0).to(device)
 
-        def train(size: int, short: StudentConfig = short) -> float:
-            y = (torch.arange(size) % classes).to(device)
-            x = _pixels(size, side).to(device)
-            return fit(x, y, num_classes=classes, config=short, pixels=pixels, seed=0).seconds
+        def train(x: torch.Tensor, short: StudentConfig = short) -> float:
+            y = (torch.arange(len(x)) % classes).to(device)
+            return fit(x.to(device), y, num_classes=classes, config=short, pixels=pixels, seed=0).seconds
 
-        def test(size: int, net: Any = net, dtype: Any = s.dtype) -> None:
-            accuracy(net, _pixels(size, side), torch.zeros(size, dtype=torch.int64), pixels=pixels, dtype=dtype)
+        def test(x: torch.Tensor, net: Any = net, dtype: Any = s.dtype) -> None:
+            accuracy(net, x, torch.zeros(len(x), dtype=torch.int64), pixels=pixels, dtype=dtype)
 
-        yield f"student {j}", timed(train, s.batch_size, least=2 * s.accumulate, device=device)
-        yield f"test {j}", timed(test, 200, device=device)
+        images = functools.partial(_pixels, side=side)
+        yield f"student {j}", timed(train, s.batch_size, least=2 * s.accumulate, device=device, prepare=images)
+        yield f"test {j}", timed(test, 200, device=device, prepare=images)
 
 
 # --- for the command line -----------------------------------------------------------------------------------------
