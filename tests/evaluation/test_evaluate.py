@@ -686,6 +686,39 @@ def test_a_warm_up_rises_from_a_hundredth_and_the_schedule_takes_the_rest():
     assert [learning_rate(late, e, 9) for e in range(5, 10)] == [learning_rate(WHOLE_STEP, e, 5) for e in range(1, 6)]
 
 
+def test_schedules_are_those_of_torch():
+    """Against the schedulers that the released code of Minimax, EDC and SRe2L makes."""
+    schedulers = torch.optim.lr_scheduler
+
+    def torch_rates(make, epochs: int) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
+        scheduler = make(optimizer)
+        rates = []
+        for _ in range(epochs):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    def warm(optimizer):
+        parts = [
+            schedulers.LinearLR(optimizer, start_factor=0.01, total_iters=5),
+            schedulers.CosineAnnealingLR(optimizer, T_max=95),
+        ]
+        return schedulers.SequentialLR(optimizer, parts, milestones=[5])
+
+    steps = {"milestones": (0.8, 0.9, 0.95), "step_factor": 0.5}
+    for settings, epochs, make in (
+        ({"schedule": "multistep"}, 300, lambda o: schedulers.MultiStepLR(o, [200, 250], 0.2)),
+        ({"schedule": "multistep", **steps}, 1000, lambda o: schedulers.MultiStepLR(o, [800, 900, 950], 0.5)),
+        ({"schedule": "cosine"}, 400, lambda o: schedulers.CosineAnnealingLR(o, T_max=400)),
+        ({"schedule": "cosine", "warmup": 5}, 100, warm),
+    ):
+        config = StudentConfig(lr=0.2, **settings)
+        rates = [learning_rate(config, e, epochs) for e in range(1, epochs + 1)]
+        assert rates == pytest.approx(torch_rates(make, epochs), rel=1e-9, abs=1e-13)
+
+
 def test_half_a_cosine_ends_at_half():
     config = StudentConfig(lr=0.2, schedule="cosine", zeta=2.0)
     assert [learning_rate(config, e, 2) for e in (1, 2)] == pytest.approx([0.2, 0.1 * (1 + 2**-0.5)])
