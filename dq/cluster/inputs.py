@@ -61,6 +61,18 @@ def as_points(value: Any, name: str, *, finite: bool = False) -> Tensor:
     return x
 
 
+def as_rows(value: Any, name: str) -> Tensor:
+    """One row per image, (n, ...), as points (n, d); see `as_points`.
+
+    Raises:
+        InputError: for fewer than two axes, no rows, or what holds no real numbers.
+    """
+    x = as_tensor(value, name)
+    if x.ndim < 2:
+        raise InputError(f"{name} must be one row per image, (n, ...), not {tuple(x.shape)}")
+    return as_points(x.flatten(1), name)
+
+
 def as_weights(value: Any, n: int, name: str) -> Tensor:
     """Weights (n,) as a float tensor: finite, none negative, not all zero; checked.
 

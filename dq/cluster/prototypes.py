@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dq.cluster.inputs import as_points, as_rows, as_tensor
 from dq.cluster.kmeans import Clustering
 from dq.cluster.lloyd import cell_sums, squared_distances
 from dq.core.errors import InputError
@@ -19,20 +20,25 @@ WeightKind = Literal["uniform", "mass", "sqrt"]
 Normalization = Literal["none", "class", "sqrt_k"]
 
 
-def image_weights(counts: Tensor, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
+def image_weights(counts: Any, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
     """Training weights of the prototypes of one class from their counts n_k, (K,) float32.
 
     With masses m_k = n_k / sum n:  `uniform` 1;  `mass` K m_k (Algorithm 1 of DDOQ);  `sqrt` sqrt(K m_k), the reading
     of the paper's variance-reducing heuristic that gives 1 for equal clusters. The literal equation is not known.
 
     Args:
+        counts: (K,) positive numbers, as a tensor, an array or a list.
         normalize: "none" leaves them; "class" scales to mean 1 in the class; "sqrt_k" scales to sum sqrt(K), the
             form of the only public port (its mean is 1 / sqrt(K)).
+
+    Raises:
+        InputError: for counts that are not positive and finite, and other kinds.
     """
-    if counts.ndim != 1 or not len(counts) or (counts <= 0).any():
+    counts = as_tensor(counts, "counts").double()
+    if counts.ndim != 1 or not len(counts) or not (torch.isfinite(counts).all() and (counts > 0).all()):
         raise InputError(f"weights need a vector of positive counts, not {counts.tolist()}")
     k = len(counts)
-    mass = counts.double() / counts.sum()
+    mass = counts / counts.sum()
     if kind == "uniform":
         w = torch.ones(k, dtype=torch.float64)
     elif kind == "mass":
@@ -88,6 +94,8 @@ class Prototypes:
             InputError: if the stats have no `median_norm`.
         """
         points = self.centroids if representative == "centroid" else self.medoids
+        if representative not in ("centroid", "medoid", "real"):
+            raise InputError(f"representative must be 'centroid', 'medoid' or 'real', not {representative!r}")
         if rescale == "none":
             return points
         if rescale != "norm":
@@ -119,12 +127,12 @@ class Prototypes:
 def make_prototypes(
     label: int,
     name: str,
-    latents: Tensor,
-    rows: Tensor,
+    latents: Any,
+    rows: Any,
     result: Clustering,
     stats: dict[str, Any],
     *,
-    points: Tensor | None = None,
+    points: Any = None,
 ) -> Prototypes:
     """Prototypes from a clustering of latents (n, C, h, w) that are the images `rows` of the source.
 
@@ -134,10 +142,18 @@ def make_prototypes(
     Args:
         points: (n, d), the same images in the space in which `result` is; None: the latents. Given, the centroids of
             `result` are no latents, and the means of the cells' latents stand in for them.
+
+    Raises:
+        InputError: if latents, rows, points and the clustering are not of one number of images.
     """
-    z = latents.flatten(1).float()
-    x = z if points is None else points
-    k = len(result.counts)
+    latents, rows = as_tensor(latents, "latents"), as_tensor(rows, "rows")
+    z = as_rows(latents, "latents")
+    x = z if points is None else as_points(points, "points")
+    k, n = len(result.counts), len(result.labels)
+    if (len(z), len(rows), len(x)) != (n, n, n):
+        raise InputError(
+            f"the clustering is of {n} images, but there are {len(z)} latents, {len(rows)} rows and {len(x)} points"
+        )
     distance = (x - result.centroids[result.labels]).square().sum(1)
     order = distance.argsort(stable=True)
     by_cell = order[result.labels[order].argsort(stable=True)]  # cell after cell, nearest first
@@ -146,7 +162,7 @@ def make_prototypes(
     return Prototypes(
         label=label,
         name=name,
-        centroids=centroids.reshape(k, *latents.shape[1:]).cpu(),
+        centroids=centroids.reshape(k, *latents.shape[1:]).float().cpu(),
         counts=result.counts.cpu(),
         sse=result.sse.cpu(),
         medoids=latents[first].float().cpu(),
@@ -155,14 +171,31 @@ def make_prototypes(
     )
 
 
-def cell_means(x: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Mean (k, d) of the points x (n, d) of each of k cells, none of which is empty."""
+def cell_means(x: Any, labels: Any, k: int) -> Tensor:
+    """Mean (k, d) of the points x (n, d) of each of k cells, none of which is empty.
+
+    Raises:
+        InputError: if a cell is empty, or labels are not (n,) whole numbers below k.
+    """
+    x, labels = as_points(x, "x"), as_tensor(labels, "labels")
+    labels = _checked_labels(labels.to(x.device), len(x), k)
+    if int(labels.unique().numel()) != k:
+        raise InputError(f"only {labels.unique().numel()} of {k} cells have points; number the cells without gaps")
     shift = x.mean(0)
     sums, mass = cell_sums((x - shift)[None], labels[None], x.new_ones(1, len(x)), k)
     return sums[0] / mass[0, :, None] + shift
 
 
-def latent_stats(latents: Tensor, labels: Tensor, centroids: Tensor) -> dict[str, float]:
+def _checked_labels(labels: Tensor, n: int, k: int) -> Tensor:
+    whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if labels.shape != (n,) or not whole or int(labels.min()) < 0 or int(labels.max()) >= k:
+        raise InputError(
+            f"labels must be ({n},) whole numbers from 0 to {k - 1}, not {labels.dtype} {tuple(labels.shape)}"
+        )
+    return labels.long()
+
+
+def latent_stats(latents: Any, labels: Any, centroids: Any) -> dict[str, float]:
     """What cells of any space are worth as cells of latents.
 
     `explained_latents` is the share of the variance of the latents that lies between the means of the cells;
@@ -175,18 +208,24 @@ def latent_stats(latents: Tensor, labels: Tensor, centroids: Tensor) -> dict[str
         labels: (n,) cell of each.
         centroids: (K, C, h, w) or (K, d), of the prototypes.
     """
-    z = latents.flatten(1).float()
-    c = centroids.flatten(1).to(z)
+    z, c = as_rows(latents, "latents"), as_rows(centroids, "centroids")
+    if z.shape[1] != c.shape[1]:
+        raise InputError(f"latents have {z.shape[1]} numbers each and centroids {c.shape[1]}; give those of one space")
+    labels = _checked_labels(as_tensor(labels, "labels").to(z.device), len(z), len(c))
+    c = c.to(z)
+    norms = torch.linalg.vector_norm(z, dim=1).double()
+    centroid_norms = torch.linalg.vector_norm(c, dim=1).double()
+    shift = z.mean(0)  # before float64 is rounded
+    z, c = (z - shift).float(), (c - shift).float()
 
     def spread(points: Tensor, own: Tensor) -> float:
         return float(squared_distances(z[None], points[None], own[None]).double().sum())
 
     total = spread(z.mean(0, keepdim=True), torch.zeros_like(labels))
     within = spread(cell_means(z, labels, len(c)), labels)
-    norms = torch.linalg.vector_norm(z, dim=1).double()
     return {
         "explained_latents": 1 - within / total if total > 0 else 1.0,
         "w2_latents": math.sqrt(spread(c, labels) / len(z)),
         "median_norm": float(norms.quantile(0.5)),
-        "centroid_norm": float(torch.linalg.vector_norm(c, dim=1).double().mean()),
+        "centroid_norm": float(centroid_norms.mean()),
     }

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dq.cluster.inputs import as_points, as_rows, as_whole
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 
@@ -19,8 +21,9 @@ DIMS = 64  # principal directions where `dims` is None
 RIDGE = 1e-6  # added to every variance before whitening, in units of the largest
 
 
-def embed(latents: Tensor, features: Tensor | None, config: ClusterConfig) -> Tensor:
-    """The images of one class as points (n, d) float32 of the space in which k-means compares them.
+def embed(latents: Any, features: Any, config: ClusterConfig) -> Tensor:
+    """The images of one class as points (n, d) of the space in which k-means compares them: float32, but float64
+    where latents or features that are not rescaled are float64.
 
     With rows z_i of the latents and f_i of the features, s_z^2 and s_f^2 their total variances (the mean squared
     distance to the mean), `config.space` is
@@ -37,7 +40,7 @@ def embed(latents: Tensor, features: Tensor | None, config: ClusterConfig) -> Te
     Raises:
         InputError: if the space needs features and there are none, or not as many as latents.
     """
-    z = latents.flatten(1).float()
+    z = as_rows(latents, "latents")
     if config.space == "latents":
         return z
     if config.space in ("pca", "whitened"):
@@ -48,13 +51,13 @@ def embed(latents: Tensor, features: Tensor | None, config: ClusterConfig) -> Te
             f"cluster.space={config.space} compares {len(z)} images by their features, of which there are {count}; "
             "give those of a teacher, a row for each image"
         )
-    f = features.flatten(1).float()
+    f = as_rows(features, "features").to(z.device)
     if config.space == "features":
         return f
     return torch.cat([_unit_variance(z), math.sqrt(config.feature_weight) * _unit_variance(f)], 1)
 
 
-def principal_coordinates(x: Tensor, dims: int | None = None, *, whiten: bool = False) -> Tensor:
+def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = False) -> Tensor:
     """Coordinates (n, r) float32 of x (n, d) along its principal directions, largest variance first.
 
     Exact: an eigendecomposition in float64 of the d x d or the n x n products, whichever is smaller. Every direction
@@ -66,13 +69,15 @@ def principal_coordinates(x: Tensor, dims: int | None = None, *, whiten: bool = 
         whiten: divide each coordinate by its standard deviation. With as many directions as points less one that
             puts all points at one distance, and a warning says so.
     """
+    x = as_points(x, "x", finite=True)
+    dims = DIMS if dims is None else as_whole(dims, "dims")
     n, d = x.shape
     shifted = x.double() - x[0].double()  # equal points become exact zeros
     centred = shifted - shifted.mean(0)
     values, vectors = torch.linalg.eigh(centred @ centred.T if n < d else centred.T @ centred)
     values, vectors = values.flip(0), vectors.flip(1)
     rank = int((values > max(n, d) * torch.finfo(torch.float64).eps * values[0]).sum())
-    r = min(rank, dims or DIMS)
+    r = min(rank, dims)
     if not r:
         return x.new_zeros(n, 1, dtype=torch.float32)
     values, vectors = values[:r], vectors[:, :r]
@@ -96,4 +101,4 @@ def _unit_variance(x: Tensor) -> Tensor:
     """x (n, d) centred and scaled to a total variance of 1; zeros where all points are equal."""
     centred = x - x.mean(0)
     variance = centred.double().square().sum() / len(x)
-    return centred / variance.sqrt().clamp(min=1e-30).float()
+    return (centred / variance.sqrt().clamp(min=1e-30)).float()
