@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from dq.config.students import ViewConfig
 from dq.data.rand_augment import OPERATIONS, apply_operation, draw_operations, rand_augment
+from dq.data.views import apply_views, draw_views
 
 SIGNED = OPERATIONS[1:10]
 
@@ -107,3 +109,25 @@ def test_draws_are_uniform_over_operations_and_signs() -> None:
     assert len(counts) == 28
     assert (abs(counts - 1000) < 5 * np.sqrt(1000)).all()
     assert draw_operations(np.random.default_rng(2), 3, 0).shape == (3, 0)
+
+
+@pytest.mark.gpu
+def test_an_accelerator_makes_the_same_pixels() -> None:
+    x = pictures(32)
+    for operation in OPERATIONS:
+        on_device = apply_operation(x.to("cuda"), operation, 9, negative=True).cpu()
+        assert torch.equal(on_device, apply_operation(x, operation, 9, negative=True)), operation
+    codes = torch.from_numpy(draw_operations(np.random.default_rng(3), len(x), 2))
+    assert torch.equal(rand_augment(x.to("cuda"), codes, 9).cpu(), rand_augment(x, codes, 9))
+
+
+@pytest.mark.gpu
+def test_views_with_every_draw_on_an_accelerator() -> None:
+    images = pictures(16).repeat(3, 1, 1, 1)
+    for config in (
+        ViewConfig(rand_augment=2, shuffle=2, flip=0.5, mix="cutmix"),
+        ViewConfig(rand_augment=1, crop_pad=0.125, flip=0.5, mix="mixup"),
+    ):
+        views = draw_views(config, 12, 16, batch_size=12, accumulate=1, seed=0, epoch=0)
+        on_device = apply_views(config, images.to("cuda"), views, 0, slice(0, 12)).cpu()
+        torch.testing.assert_close(on_device, apply_views(config, images, views, 0, slice(0, 12)), rtol=0, atol=1e-6)
