@@ -66,8 +66,11 @@ For ddranking {version}, class {evaluator}, made by dq. From this folder, in one
     from ddranking.metrics import {evaluator}
     {evaluator}(Config.from_file("ddranking.yaml")).compute_metrics(image_path="images")
 
-Keep the standard output. The scores (LRS) of {version} are wrong: it computes them from percentages, which saturates
-them. Take the accuracies that it prints, divide them by 100, and give them to dq.evaluation.scores.DDRanking.
+AugmentationRobustScore of the same module reads the same file.
+
+Keep the standard output. The scores (LRS, ARS) of {version} are wrong: it computes them from percentages, which
+saturates them. Take the accuracies that it prints, divide them by 100, and give them to
+dq.evaluation.dd_ranking.DDRanking.
 
 Also in {version}:
 {caveats}"""
@@ -79,11 +82,14 @@ CAVEATS = [
 ]
 SOFT_CAVEATS = [
     "Stored soft labels cannot be used: the teachers label every batch anew (mode M).",
+    "AugmentationRobustScore prints four accuracies a repetition: the set and random images, both with augmentation "
+    "(the second is called 'Without'), then both without.",
     "A teacher is TEACHER_DIR/{dataset}/MODEL/ckpt_best.pt, with its classes in the order of the folders.",
 ]
 HARD_CAVEATS = [
     "After the last training, writing the table of scores fails (it has twice as many LRS as repetitions); by then "
     "all accuracies are printed.",
+    "AugmentationRobustScore fails for hard labels, in the first training: it looks for teachers.",
 ]
 
 
@@ -94,6 +100,7 @@ def export_ddranking(
 
     A set with soft labels is for `LabelRobustScoreSoft`, with teachers that label each batch (mode M, the one that
     works for images); a set without is for `LabelRobustScoreHard`. Training weights have no place in either.
+    `AugmentationRobustScore` reads the same file.
 
     Args:
         folder: must not hold `images` yet.
@@ -135,7 +142,10 @@ def export_ddranking(
 
 
 def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings that `export_ddranking` writes: every key that the package reads, no other."""
+    """The settings that `export_ddranking` writes: every key that the package reads, no other.
+
+    They serve `LabelRobustScoreSoft` or `LabelRobustScoreHard`, and `AugmentationRobustScore`.
+    """
     if dataset not in DATASETS:
         raise InputError(f"ddranking {VERSION} cannot evaluate on {dataset!r}; choose {', '.join(DATASETS)}")
     classes, side, (mean, std) = DATASETS[dataset]
@@ -163,6 +173,7 @@ def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe:
         # would whiten the test images but not a folder of images
         "use_zca": False,
         "dist": False,
+        "label_type": "soft" if soft else "hard",  # of AugmentationRobustScore, as is `batch_size`
     }
     if soft:
         fixed["soft_label_mode"] = "M"
@@ -174,7 +185,7 @@ def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe:
     required = (*REQUIRED, *(SOFT_REQUIRED if soft else ()))
     defaults = {**DEFAULTS, **(SOFT_DEFAULTS if soft else HARD_DEFAULTS), "custom_train_trans": transform}
     _check_recipe(recipe, required, defaults, fixed, soft)
-    return {**fixed, **defaults, **recipe}
+    return {**fixed, **defaults, **recipe, "batch_size": recipe["syn_batch_size"]}
 
 
 def _check_recipe(
@@ -185,7 +196,11 @@ def _check_recipe(
         raise InputError(f"the recipe lacks {', '.join(missing)}; add what the method was trained with")
     strange = [k for k in recipe if k not in required and k not in defaults]
     if strange:
-        reason = "is set by the export" if strange[0] in fixed else "is not read by this class of ddranking"
+        reason = (
+            "is set by the export"
+            if strange[0] in (*fixed, "batch_size")
+            else "is not read by this class of ddranking"
+        )
         raise InputError(f"the recipe's {strange[0]!r} {reason}; leave it out")
     interval = 20 if soft else 10
     if recipe["num_epochs"] < interval:

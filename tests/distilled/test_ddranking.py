@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ HARD_KEYS = {
     *("syn_batch_size", "save_path", "use_zca", "use_torchvision", "custom_train_trans", "custom_val_trans"),
     *("num_workers", "device", "dist", "random_data_format", "random_data_path", "eval_full_data"),
 }
+AUGMENTATION_KEYS = {"batch_size", "label_type"}  # read by AugmentationRobustScore beside those of the other classes
 SOFT_KEYS = HARD_KEYS - {"use_torchvision"} | {
     *("soft_label_criterion", "soft_label_mode", "loss_fn_kwargs", "use_aug_for_hard", "stu_use_torchvision"),
     *("tea_use_torchvision", "teacher_dir", "teacher_model_names"),
@@ -73,7 +76,9 @@ def test_layout_pixels_and_settings(tmp_path: Path, soft: bool) -> None:
             assert np.array_equal(pixels.transpose(2, 0, 1), s.images[2 * c + i].numpy())
 
     config = yaml.safe_load(path.read_text())
-    assert set(config) == (SOFT_KEYS if soft else HARD_KEYS)
+    assert set(config) == (SOFT_KEYS if soft else HARD_KEYS) | AUGMENTATION_KEYS
+    # without these two the package ends in its constructor
+    assert (config["batch_size"], config["label_type"]) == (100, "soft" if soft else "hard")
     assert {k: config[k] for k in recipe} == recipe
     assert config["model_name"] == "ConvNet-3"
     assert config["ipc"] == 2
@@ -89,6 +94,8 @@ def test_layout_pixels_and_settings(tmp_path: Path, soft: bool) -> None:
     assert ("LabelRobustScoreSoft" if soft else "LabelRobustScoreHard") in comment[0]
     assert "0.2.0" in comment[0]
     assert any("percentages" in line for line in comment)
+    module, _, name = re.search(r"dq[.]\w+[.]\w+[.]\w+", path.read_text())[0].rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
     assert any("weights" in line for line in comment) is False
 
 
@@ -124,6 +131,7 @@ def test_a_recipe_may_bring_its_own_transform(tmp_path: Path) -> None:
         ({"dataset": "CIFAR100"}, "CIFAR100 has 100 classes but the set has 10"),
         ({"recipe": {"num_epochs": 300}}, "the recipe lacks optimizer, lr_scheduler"),
         ({"recipe": RECIPE | {"dist": True}}, "the recipe's 'dist' is set by the export"),
+        ({"recipe": RECIPE | {"batch_size": 50}}, "the recipe's 'batch_size' is set by the export"),
         ({"recipe": RECIPE | {"teacher_dir": "."}}, "'teacher_dir' is not read by this class"),
         ({"recipe": RECIPE | {"num_epochs": 9}}, "num_epochs=9 is too few, since ddranking tests every 10 epochs"),
         ({"recipe": RECIPE | {"lr_scheduler": "step"}}, "lr_scheduler=step needs step_size"),
