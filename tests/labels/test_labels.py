@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from dq.config.protocols import student_config
 from dq.config.students import EvaluateConfig, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
@@ -213,6 +214,46 @@ def test_teacher_and_student_see_the_same_images_in_the_same_parts(n, expected, 
     assert [len(x) for x in by_teacher] == expected
     assert len(seen) == len(expected) + 1  # the last is the test
     assert all(torch.equal(a, b) for a, b in zip(by_teacher, seen))
+
+
+RECIPES = [
+    ("edc", "cifar10"),
+    ("edc", "cifar100"),
+    ("edc", "imagenet10"),
+    ("edc", "imagenet1k"),
+    ("edc", "tinyimagenet"),
+    ("fadrm", "cifar100"),
+    ("rded", "imagenette"),
+    ("sre2l", "cifar100"),
+    ("sre2l", "tinyimagenet"),
+    ("sre2l", "imagenet1k"),
+]
+
+
+@pytest.mark.parametrize(("protocol", "dataset"), RECIPES)
+def test_every_published_recipe_trains_on_labels_of_its_own_views(tmp_path, protocol, dataset):
+    spec = {"protocol": protocol, "dataset": dataset, "net": "convnet3-bn", "epochs": 3, "batch_size": 8, "tests": 1}
+    config = student_config(spec, ipc="10", classes=5, image_size=224)
+    images, teachers = pictures(), [make_teacher()]
+    plan = plan_for(images, teachers, config)
+    sources = online_labels(images, teachers, plan), read_labels(write(tmp_path, images, teachers, plan), images)
+    losses: list[list[float]] = []
+    for source in sources:
+        losses.append([])
+        train_student(
+            images,
+            torch.arange(22) % 5,
+            num_classes=5,
+            config=config,
+            test=(pictures(10, seed=1), torch.arange(10) % 5),
+            soft_labels=source,
+            pixels=normalizer(MEAN, STD),
+            seed=0,
+            device="cpu",
+            on_epoch=lambda epoch, loss: losses[-1].append(loss),
+        )
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
 
 
 # --- what teachers say --------------------------------------------------------------------------------------------
@@ -416,7 +457,8 @@ def test_bytes_of_logits_are_those_of_the_literature(classes, epochs, expected):
 )
 def test_bytes_are_known_before_anything_is_written(tmp_path, classes, settings):
     images, teachers = pictures(100), [linear_teacher(classes)]
-    config = student(RelabelConfig(**settings), epochs=40, batch_size=16)
+    views = dataclasses.replace(VIEWS, shuffle=2, rand_augment=2)
+    config = student(RelabelConfig(**settings), epochs=40, batch_size=16, views=views)
     plan = plan_for(images, teachers, config, classes)
     write(tmp_path, images, teachers, plan)
     expected = plan_bytes(plan)
@@ -424,6 +466,19 @@ def test_bytes_are_known_before_anything_is_written(tmp_path, classes, settings)
     headers = 1000 * len(plan.shards())  # some hundred bytes of a header per file, which only small sets notice
     tolerance = 0.05 * expected.total if expected.total > 20 * headers else headers
     assert expected.total <= on_disk(tmp_path) <= expected.total + tolerance
+
+
+def test_labels_of_other_views_lie_in_another_folder():
+    images, teachers = pictures(), [make_teacher()]
+
+    def digest(**changes) -> str:
+        views = dataclasses.replace(VIEWS, crop_scale=(), **changes)
+        return plan_for(images, teachers, student(views=views)).digest
+
+    digests = [digest(**c) for c in ({}, {"rand_augment": 1}, {"rand_augment": 1, "rand_magnitude": 8})]
+    digests += [digest(crop_pad=0.125), digest(shuffle=2)]
+    assert len(set(digests)) == 5
+    assert digest(rand_magnitude=8) == digest()  # which no view depends on
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
