@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger("dq")
+T = TypeVar("T")
 
 # what libraries say when the device has no memory left for their work space
 ALLOCATION = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -25,6 +27,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_pieces(what: str, size: int, call: Callable[[slice], Tensor], *, like: tuple[object, ...] = ()) -> Tensor:
+    """The rows of a batch as one tensor; see `list_in_pieces`."""
+    return torch.cat(list_in_pieces(what, size, call, like=like))
+
+
+def list_in_pieces(what: str, size: int, call: Callable[[slice], T], *, like: tuple[object, ...] = ()) -> list[T]:
     """`call` on a batch of `size` rows, at once if memory allows, else in halves, and those in halves.
 
     Only for work whose rows do not depend on one another: the result is then the same, up to the rounding with which
@@ -37,13 +44,16 @@ def in_pieces(what: str, size: int, call: Callable[[slice], Tensor], *, like: tu
             anything, a generator's state for instance.
         like: what decides the memory of a row beside `what`, such as the network and the shape of an image.
 
+    Returns:
+        What `call` gave, piece by piece.
+
     Raises:
         torch.OutOfMemoryError, RuntimeError: if a single row does not fit.
     """
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     kind = (what, *like)
-    done: list[Tensor] = []
+    done: list[T] = []
     start = 0
     most = _limits.get(kind, size)
     while start < size:
@@ -63,4 +73,4 @@ def in_pieces(what: str, size: int, call: Callable[[slice], Tensor], *, like: tu
             _fitted.pop(kind, None)
         log.warning("%s: a batch of %d does not fit in memory; going on with %d", what, length, most)
         clear_device_cache(garbage_collection=True)
-    return torch.cat(done)
+    return done

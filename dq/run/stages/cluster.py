@@ -6,22 +6,25 @@ A class is a unit of work; classes are dealt out largest first.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dq.cluster.kmeans import choose_engine, kmeans_many, quantization_stats
+from dq.cluster.lloyd import peak_bytes
 from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes
 from dq.cluster.spaces import embed
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, is_done, read_jsonl, write_json
+from dq.core.memory import list_in_pieces
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.trackers import report
@@ -90,25 +93,69 @@ def cluster(run: Run, cache: LatentCache) -> None:
 def _batches(
     run: Run, cache: LatentCache, units: list[tuple[int, ClusterConfig, int]]
 ) -> Iterator[tuple[int, ClusterConfig, list[int]]]:
-    """Group units for one call each: many classes at once on an accelerator, as memory allows, else one by one."""
-    counts = run.source.class_counts()
-    latent_width = 4 * cache.shape[0] * cache.shape[1] * cache.shape[2]
-    budget = torch.cuda.mem_get_info(run.device)[0] // 6 if run.device.type == "cuda" else 0
-    group: list[int] = []
-    for i, (ipc, cfg, label) in enumerate(units):
-        group.append(label)
-        following = units[i + 1] if i + 1 < len(units) else None
-        largest = max(int(counts[c]) for c in (*group, following[2] if following else label))
-        width = latent_width + (4 * features_of(run).width() if budget and cfg.uses_features else 0)
-        full = (len(group) + 1) * largest * width > budget or choose_engine(cfg.engine) != "torch"
-        if following is None or following[:2] != (ipc, cfg) or full:
+    """Group units for one call each: many classes at once on an accelerator, as its memory allows, else one by one."""
+    counts = [int(n) for n in run.source.class_counts()]
+    budget = group_budget(run.device)
+    for (ipc, cfg), members in itertools.groupby(units, key=lambda u: (u[0], u[1])):
+        together = budget if choose_engine(cfg.engine) == "torch" else 0
+        width = _width(run, cache, cfg) if together else 0
+        for group in groups([(label, counts[label]) for _, _, label in members], width, together):
             yield ipc, cfg, group
-            group = []
+
+
+def _width(run: Run, cache: LatentCache, cfg: ClusterConfig) -> int:
+    """Numbers of an image that are on the device while its class is clustered."""
+    latent = math.prod(cache.shape)
+    return latent + (features_of(run).width() if cfg.uses_features else 0)
+
+
+def group_budget(device: torch.device) -> int:
+    """Bytes that k-means may take for the classes that it clusters at once; 0: one class at a time.
+
+    Half of all memory of the device, not of what is free at the moment, so that the same classes go together every
+    time: batched products round differently for other numbers of classes.
+    """
+    return torch.cuda.mem_get_info(device)[1] // 2 if device.type == "cuda" else 0
+
+
+def groups(classes: Iterable[tuple[int, int]], width: int, budget: int) -> Iterator[list[int]]:
+    """Labels of consecutive classes that k-means clusters at once within `budget` bytes, at least one.
+
+    Args:
+        classes: (label, number of images) of each.
+        width: numbers of an image.
+    """
+    group: list[int] = []
+    largest = 0
+    for label, count in classes:
+        if group and (len(group) + 1) * peak_bytes(max(largest, count), width) > budget:
+            yield group
+            group, largest = [], 0
+        group.append(label)
+        largest = max(largest, count)
+    if group:
+        yield group
 
 
 def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> None:
+    """Cluster classes and save their prototypes; where memory is short, in halves, which give the same."""
     folder = prototype_folder(run, cache, ipc, cfg)
     began = time.perf_counter()
+    largest = max(int(run.source.class_counts()[c]) for c in labels)
+    pieces = list_in_pieces(
+        "cluster",
+        len(labels),
+        lambda piece: _prototypes(run, cache, ipc, cfg, labels[piece]),
+        like=(choose_engine(cfg.engine), cfg.space, largest, *cache.shape),
+    )
+    for p in itertools.chain(*pieces):
+        p.save(class_file(folder, p.label))
+        numbers = {"images": p.stats["n"], "prototypes": len(p.counts), "w2": p.stats["w2_mass"]}
+        unit_done("cluster", p.name, (time.perf_counter() - began) / len(labels), **numbers)
+
+
+def _prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> list[Prototypes]:
+    """Prototypes of classes that are clustered at once."""
     names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
     data = [cache.load(c) for c in labels]
     features = features_of(run) if cfg.uses_features else None
@@ -118,15 +165,15 @@ def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig,
         xs.append(embed(z.to(run.device), f, cfg))
     seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
     results = kmeans_many(xs, ipc, config=cfg, seeds=seeds, names=names)
+    made = []
     for c, x, (z, rows), result in zip(labels, xs, data, results):
         stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
         z = z.to(run.device)
         points = None if cfg.space == "latents" else x
         p = make_prototypes(c, run.source.class_names[c], z, rows, result, stats, points=points)
         stats |= {"space": cfg.space, **latent_stats(z, result.labels, p.centroids)}
-        dataclasses.replace(p, stats=stats).save(class_file(folder, c))
-        numbers: dict[str, Any] = {"images": len(rows), "prototypes": len(p.counts), "w2": stats["w2_mass"]}
-        unit_done("cluster", p.name, (time.perf_counter() - began) / len(labels), **numbers)
+        made.append(dataclasses.replace(p, stats=stats))
+    return made
 
 
 def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:
