@@ -96,7 +96,7 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]PATH",
-        help="a set of any origin: folder of images by class, Parquet folder, .safetensors or .npz; may be repeated",
+        help="a set of any origin: a set's or run's folder, images by class, Parquet, .safetensors, .npz; repeatable",
     )
     p.add_argument("--protocol", help="preset: classic, hard, sre2l, rded, edc, fadrm; or ddr for DD-Ranking's scores")
     p.add_argument("--student", action="append", metavar="NET", help="a network by name; may be repeated")

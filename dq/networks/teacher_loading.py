@@ -23,7 +23,7 @@ from dq.data.source import ImageSource
 from dq.networks.external import library_net, library_of
 from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, _head
 from dq.networks.teacher_check import _check_classes, check_teacher
-from dq.networks.teacher_weights import common_prefix, named_as, read_weights, weights_file
+from dq.networks.teacher_weights import WRAPPERS, common_prefix, named_as, read_weights, weights_file
 from dq.networks.zoo import fast_layout, make_net, net_of_weights
 
 log = logging.getLogger("dq")
@@ -181,9 +181,11 @@ def _from_file(config: TeacherConfig, file: Path, num_classes: int, side: int) -
             ) from e
         prefix = common_prefix(state)
         way = f"save them without the prefix {prefix!r} of their names, if it is a wrapper's, or " if prefix else ""
+        saved_by_timm = _described(file.parent / TIMM_FACTS).get("architecture")
+        net_of_file = f"timm:{saved_by_timm}, as timm saved it," if saved_by_timm else "the right network"
         raise InputError(
             f"the weights in {file} are not a {config.net} for {outputs} classes and {side} px images "
-            f"({_first_difference(e)}); {way}set teachers.N.net to the right network or "
+            f"({_first_difference(e)}); {way}set teachers.N.net to {net_of_file} or "
             "teachers.N.image_size to the side it was trained at"
         ) from e
     return net
@@ -230,9 +232,15 @@ def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("num_batches_tracked"))
     if missing:
         # transformers draws such weights at random and only warns
+        others = sorted(info["unexpected_keys"])
+        wrapped = next((p for p in WRAPPERS if others and all(p in k.split(".") for k in others)), None)
         raise InputError(
             f"the teacher {config.path} lacks the weights {', '.join(missing[:3])}; "
-            "set teachers.N.path to a model that was trained as a classifier"
+            + (
+                f"its names have the prefix {wrapped!r} of a wrapped network, so save the network inside"
+                if wrapped
+                else "set teachers.N.path to a model that was trained as a classifier"
+            )
         )
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     return _Logits(model), {k: v for k, v in model.config.to_diff_dict().items() if k not in ignored}

@@ -523,6 +523,17 @@ def test_names_of_sets(world, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_folder_of_sets_is_opened_or_lists_them(world, tmp_path, capsys):
+    own_set().save(tmp_path / "run" / "dataset", "ipc2-a")
+    call = arguments(world, tmp_path / "out", *HARD, "--distilled", f"ours={tmp_path / 'run' / 'dataset'}")
+    fast = {"protocol": "custom", "students": "convnet3", "n_seeds": 1, "epochs": 1, "augment": "none"}
+    rows = dq.evaluate(tmp_path / "run", str(world / "images"), baselines=(), **fast)
+    assert [row.images for row in rows.rows] == [6]
+    own_set().save(tmp_path / "run" / "dataset", "ipc2-b")
+    assert main(call) == 2
+    assert "it has ipc2-a, ipc2-b: give the path of one, such as" in capsys.readouterr().err
+
+
 def test_a_record_names_its_set_and_its_software(evaluated, world):
     for r in records(evaluated):
         assert r["data"]["set"] == (str(world / "set") if r["set"] == "mine" else "selected from train")

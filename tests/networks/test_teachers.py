@@ -247,6 +247,9 @@ def test_normalisation_of_a_folder_that_timm_saved(tmp_path, net):
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**cfg, "mean": "x"}}))
     with pytest.raises(InputError, match=r"config.json does not say how .*set teachers.N.mean"):
         load_teacher(TeacherConfig(net=net, path=str(tmp_path)), 4, 32)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": cfg}))
+    with pytest.raises(InputError, match=r"not a resnet20 for .*; set teachers.N.net to timm:test_resnet, as timm"):
+        load_teacher(TeacherConfig(net="resnet20", path=str(tmp_path)), 4, 32)
     # of another library
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     if net == "convnet3":
@@ -380,6 +383,10 @@ def test_transformers_folder_that_is_not_whole_is_named(resnet_folder):
     headless = {k: v for k, v in state.items() if not k.startswith("classifier")}
     save_file(headless, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks the weights classifier.*trained as a classifier"):
+        load_teacher(config, 4, 32)
+    wrapped = {f"module.{k}": v for k, v in state.items()}
+    save_file(wrapped, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks the weights .*have the prefix 'module' of a wrapped network"):
         load_teacher(config, 4, 32)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
