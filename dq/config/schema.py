@@ -28,7 +28,9 @@ class SourceConfig(Checked):
     name: str | None = None  # configuration name of a Hub data set
     revision: str | None = None
     train_split: str = "train"
-    test_split: str | None = None  # None: test, validation, valid or val, whichever is there
+    # None: the first that is there, in any case, of test, testing, validation, valid, val, eval, evaluation, dev;
+    # "none": there is no test split
+    test_split: str | None = None
     image_column: str | None = None
     label_column: str | None = None
     # rows are read where they lie, on disk or on the Hub; nothing is copied. For Parquet files and WebDataset tars

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from typing import Any
 
@@ -9,6 +10,11 @@ from typing import Any
 def first_line(e: BaseException) -> str:
     """What an error says, shortened."""
     return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+
+
+def printable(name: object) -> str:
+    """A file name or other text as UTF-8 can hold it: bytes of a name that are no UTF-8 become \\xNN."""
+    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
 
 
 SHORT = reprlib.Repr()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,21 @@ import yaml
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.text import first_line
-from dq.data.source import ImageSource, Split, _hash_files, checked_source, name_test_split, number_labels
+from dq.data.image_folder import walk
+from dq.data.left_out import LeftOut
+from dq.data.source import (
+    ImageSource,
+    Split,
+    _hash_files,
+    checked_source,
+    choose_splits,
+    is_unlabelled,
+    match_split,
+    number_labels,
+    test_candidates,
+)
+
+log = logging.getLogger("dq")
 
 # what damaged metadata make libraries raise while they open a data set
 UNOPENED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -23,7 +39,7 @@ UNOPENED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, Value
 def _from_datasets(config: SourceConfig) -> ImageSource:
     import datasets
     import pyarrow as pa
-    from datasets import ClassLabel, load_dataset_builder
+    from datasets import ClassLabel
 
     local = Path(config.path).is_dir()
     h = hashlib.blake2b(digest_size=8)
@@ -31,22 +47,37 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     if local:
         root = Path(config.path)
         # everything: a folder with tables may hold its images beside them
-        _hash_files(h, root, sorted(f for f in root.rglob("*") if f.is_file() and f.name[0] != "."))
+        _hash_files(h, root, sorted(f for f in walk(root, LeftOut()) if f.is_file()))
         # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
         own_cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{h.hexdigest()}")
     with opening(config.path):
-        builder = load_dataset_builder(
-            config.path, config.name, revision=None if local else config.revision, cache_dir=own_cache
-        )
-        check_files(builder, config.path)
+        builder = open_builder(config, cache_dir=own_cache)
+        left_out = tables_outside(builder, config)
+        if (
+            left_out
+            and config.train_split == "train"
+            and not match_split("train", [str(s) for s in builder.config.data_files or {}])
+        ):
+            raise InputError(
+                f"{config.path} has no split 'train': {left_out}; call the files train-*.parquet and test-*.parquet, "
+                "or name the train split with --set source.train_split=NAME"
+            )
+        left_out.warn(config.path)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-    test = check_splits(list(loaded), config)
-    features = loaded[config.train_split].features
+    train, _ = choose_splits(list(loaded), config)
+    features = loaded[train].features
     image_column = choose_column("image", config.image_column, features, config.path)
     label_column = choose_column("label", config.label_column, features, config.path)
-    keep = [s for s in (config.train_split, test) if s]
-    raw_labels = {s: loaded[s].with_format("arrow")[label_column].to_pylist() for s in keep}
+
+    def labels_of(split: str) -> list[Any]:
+        if label_column not in loaded[split].column_names:
+            return []
+        return loaded[split].with_format("arrow")[label_column].to_pylist()
+
+    test, _ = labelled_split(list(loaded), train, config, lambda s: np.asarray(labels_of(s), object))
+    keep = [s for s in (train, test) if s]
+    raw_labels = {s: labels_of(s) for s in keep}
     feature = features[label_column]
     missing = next((s for s in keep if None in raw_labels[s]), None)
     if missing:
@@ -54,9 +85,7 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     if isinstance(feature, ClassLabel):
         names: tuple[str, ...] | None = tuple(feature.names)
         if test and getattr(loaded[test].features[label_column], "names", None) != feature.names:
-            raise InputError(
-                f"splits {config.train_split!r} and {test!r} of {config.path} name their classes differently"
-            )
+            raise InputError(f"splits {train!r} and {test!r} of {config.path} name their classes differently")
     else:
         names = None
     names, numbers = number_labels({s: np.asarray(raw_labels[s]) for s in keep}, names, config.path)
@@ -73,12 +102,12 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         read = _row_reader(rows, image_column, folder)
         splits[s] = Split(numbers[s], read, s, _column_reader(loaded[s]))
     if not local:
-        info = loaded[config.train_split].info
+        info = loaded[train].info
         h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
         for split in splits.values():
             h.update(split.labels.tobytes())
     h.update(f"{image_column}|{label_column}".encode())
-    return checked_source(splits, names, h, config.path, config.train_split, test)
+    return checked_source(splits, names, h, config.path, train, test)
 
 
 @contextlib.contextmanager
@@ -95,14 +124,64 @@ def opening(path: str) -> Iterator[None]:
         raise InputError(f"{path} cannot be opened as a {kind}: {first_line(e)}") from e
 
 
-def check_splits(splits: list[str], config: SourceConfig) -> str | None:
-    """The name of the test split, if there is one; the train split must be there."""
-    if config.train_split not in splits:
+def open_builder(config: SourceConfig, cache_dir: str | None = None) -> Any:
+    """The builder of `datasets` for a Hub id or a folder, without files in sets of dq and in hidden folders inside
+    the folder."""
+    from datasets import load_dataset_builder
+
+    if not Path(config.path).is_dir():
+        builder = load_dataset_builder(config.path, config.name, revision=config.revision, cache_dir=cache_dir)
+        check_files(builder, config.path)
+        return builder
+    root = Path(os.path.abspath(config.path))  # `datasets` takes "." and "../x" for Hub ids
+    builder = load_dataset_builder(str(root), config.name, cache_dir=cache_dir)
+    check_files(builder, str(root))
+    own = {str(f) for f in walk(root, LeftOut())}
+    files = {s: list(map(str, names)) for s, names in (builder.config.data_files or {}).items()}
+    kept = {s: [f for f in names if f in own] for s, names in files.items()}
+    if kept == files or not any(kept.values()):
+        return builder
+    kept = {s: names for s, names in kept.items() if names}
+    kind = type(builder).__module__.rpartition(".")[2]
+    return load_dataset_builder(kind, data_files=kept, cache_dir=cache_dir)
+
+
+def tables_outside(builder: Any, config: SourceConfig) -> LeftOut:
+    """Tables and tars of a local folder that belong to no split by their names, and are not read."""
+    left_out = LeftOut()
+    several = len(getattr(builder, "builder_configs", {})) > 1  # then the others belong to other configurations
+    if Path(config.path).is_dir() and not several:
+        root = Path(os.path.abspath(config.path))
+        used = {str(f) for names in (builder.config.data_files or {}).values() for f in names}
+        for f in walk(root, left_out):
+            if f.suffix in (".parquet", ".arrow", ".tar") and str(f) not in used:
+                left_out.add("tables that their names put in no split", f.relative_to(root))
+    return left_out
+
+
+def labelled_split(
+    splits: list[str], train: str, config: SourceConfig, labels_of: Callable[[str], np.ndarray]
+) -> tuple[str | None, np.ndarray | None]:
+    """The test split, and its labels: the best candidate that has labels.
+
+    Raises:
+        InputError: if there are candidates, but none has labels.
+    """
+    candidates = test_candidates(splits, train, config)
+    for split in candidates:
+        labels = labels_of(split)
+        if len(labels) and not is_unlabelled(labels):
+            for other in candidates[: candidates.index(split)]:
+                log.warning(
+                    "%s: split %r has no labels and is left out; %r is the test split", config.path, other, split
+                )
+            return split, labels
+    if candidates:
         raise InputError(
-            f"{config.path} has no split {config.train_split!r}; it has {', '.join(splits)}: "
-            "name one with --set source.train_split=NAME"
+            f"split {candidates[0]!r} of {config.path} has no labels; name another with --set source.test_split=NAME, "
+            "or leave it out with --set source.test_split=none"
         )
-    return name_test_split(splits, config.test_split, config.path)
+    return None, None
 
 
 def check_files(builder: Any, path: str) -> None:
@@ -135,7 +214,7 @@ def _row_reader(rows: Any, column: str, folder: Path | None) -> Callable[[int], 
             raise ValueError("the cell is empty")
         if cell["bytes"] is not None:
             return cell["bytes"]
-        path = Path(cell["path"]).resolve()
+        path = (folder / cell["path"] if folder else Path(cell["path"])).resolve()
         if not any(path.is_relative_to(room) for room in rooms):
             raise ValueError(f"the cell names {cell['path']}, outside the data set")
         return path

@@ -2,56 +2,328 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import hashlib
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
+from dq.core.text import first_line, printable
 from dq.data.images import IMAGE_SUFFIXES
-from dq.data.source import TEST_SPLITS, ImageSource, Split, _class_order, _hash_files, checked_source, name_test_split
+from dq.data.left_out import LeftOut
+from dq.data.source import (
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    ImageSource,
+    Split,
+    _class_order,
+    _hash_files,
+    checked_source,
+    choose_splits,
+    match_split,
+    normalize_name,
+    test_candidates,
+)
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # tables of `datasets`' image folders
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".xlsx")
+RECORD = "provenance.json"  # of a run or a set of dq
+MODELS = ("model_index.json", "diffusion_pytorch_model.safetensors", "model.safetensors")
+LITTER = (".ds_store", "thumbs.db", "desktop.ini")  # of file managers; never data
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted; hidden files (editors, file managers) are not images."""
-    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
-    lost = next((f for f in found if not f.exists()), None)
-    if lost:
-        raise InputError(f"{lost} points to a file that is not there; restore the file or remove the link")
-    return [f for f in found if f.is_file()]
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder by name.
+
+    Raises:
+        InputError: if it may not be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda e: e.name)
+    except OSError as e:
+        raise InputError(
+            f"folder {printable(folder)} cannot be read ({e.strerror}); change its rights or move it elsewhere"
+        ) from e
+
+
+def made_by_dq(folder: Path) -> bool:
+    """Whether a folder is a run or a set of dq or a model, or holds nothing but such folders."""
+    if any(os.path.isfile(folder / f) for f in MODELS):
+        return True
+    if os.path.isfile(folder / RECORD):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            record = json.loads((folder / RECORD).read_text())
+            return isinstance(record, dict) and "checksum" in record and bool({"dq", "config_name"} & set(record))
+    inside = [e for e in list_folder(folder) if e.name[0] != "."]
+    folders = [e for e in inside if e.is_dir(follow_symlinks=False)]
+    others = [e for e in inside if e not in folders and e.name != "README.md"]
+    return bool(folders) and not others and all(made_by_dq(Path(e.path)) for e in folders)
+
+
+def walk(folder: Path, left_out: LeftOut, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Files below a folder, links to folders followed, without hidden ones and without runs, sets and models."""
+    here = os.path.realpath(folder)
+    for entry in list_folder(folder):
+        path = Path(entry.path)
+        if entry.name.lower() in LITTER:
+            continue
+        if entry.name[0] == ".":
+            left_out.add("hidden", path)
+        elif not entry.is_dir():
+            yield path
+        elif os.path.realpath(path) in (above | {here}):
+            left_out.add("links to a folder above", path)
+        elif made_by_dq(path):
+            left_out.add("runs, sets or models", path)
+        else:
+            yield from walk(path, left_out, above | {here})
+
+
+def has_tables(root: Path) -> bool:
+    """Whether Parquet or Arrow files lie in a folder, other than in hidden folders and sets of dq inside it."""
+    return any(f.suffix in (".parquet", ".arrow") for f in walk(root, LeftOut()))
+
+
+def has_label_table(root: Path, config: SourceConfig) -> bool:
+    """Whether an image folder has a metadata table with a column of labels, which `datasets` reads."""
+    places = [root, *(Path(e.path) for e in list_folder(root) if e.is_dir() and e.name[0] != ".")]
+    tables = [place / name for place in places for name in METADATA if (place / name).is_file()]
+    usual = {config.label_column} if config.label_column else {"label", "labels", "fine_label", "class"}
+    return any(usual & set(_columns(table)) for table in tables)
+
+
+def _columns(table: Path) -> list[str]:
+    try:
+        if table.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return list(pq.read_schema(table).names)
+        with open(table, encoding="utf-8-sig") as f:
+            first = f.readline()
+        return list(json.loads(first)) if table.suffix == ".jsonl" else next(csv.reader([first]), [])
+    except (OSError, TypeError, ValueError) as e:
+        raise InputError(f"the table {table} cannot be read ({first_line(e)}); mend it or move it elsewhere") from e
+
+
+def images_below(folder: Path, left_out: LeftOut, on_bad_image: Literal["raise", "skip"] = "raise") -> list[Path]:
+    """Image files below a folder, sorted. Counts what it leaves out: other suffixes, hidden files, empty folders, and
+    under `skip` links to nothing."""
+    files = []
+    for f in walk(folder, left_out):
+        if f.suffix.lower() not in IMAGE_SUFFIXES:
+            left_out.add("without the suffix of an image that is read", f)
+        elif not f.exists():
+            if on_bad_image == "raise":
+                raise InputError(
+                    f"{printable(f)} points to a file that is not there; restore the file or remove the link, or set "
+                    "it aside with --set source.on_bad_image=skip"
+                )
+            left_out.add("links to nothing", f)
+        elif f.is_file():
+            files.append(f)
+        else:
+            left_out.add("neither files nor folders", f)
+    return sorted(files)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Folders in a folder, by name, without hidden ones and without runs, sets and models."""
+    inside = (Path(e.path) for e in list_folder(folder) if e.is_dir() and e.name[0] != ".")
+    return [d for d in inside if not made_by_dq(d)]
+
+
+def _split_folders(root: Path, config: SourceConfig) -> dict[str, Path]:
+    """Folders of splits by name; empty if `root` holds class folders.
+
+    A folder `train` with images and without folders is a class. So is one with a single folder inside, as long as
+    other folders that are no splits stand beside it.
+    """
+    folders = {d.name: d for d in _subfolders(root)}
+    words = {*TRAIN_SPLITS, *TEST_SPLITS, config.train_split.casefold(), (config.test_split or "test").casefold()}
+    splits = {name: d for name, d in folders.items() if name.casefold() in words}
+    train = match_split(config.train_split, list(splits))
+    if train is None:
+        if config.train_split != "train":
+            raise InputError(
+                f"{printable(root)} has no folder {config.train_split!r}; name the train split that is there with "
+                "--set source.train_split=NAME"
+            )
+        with_classes = [name for name, d in splits.items() if _subfolders(d)]
+        if with_classes and len(splits) == len(folders):
+            raise InputError(
+                f"{printable(root)} has {', '.join(splits)} but no folder 'train'; name it with "
+                "--set source.train_split=NAME"
+            )
+        return {}
+    classes = _subfolders(splits[train])
+    if not classes and len(splits) == len(folders) > 1:
+        raise InputError(
+            f"the folders {', '.join(map(printable, splits))} of {printable(root)} hold no class folders; sort their "
+            "images into folders by class, or put a metadata.csv with the columns file_name and label beside them"
+        )
+    if not classes or (len(classes) == 1 and len(splits) < len(folders)):
+        return {}
+    return splits
+
+
+def _check_class_folders(folder: Path, classes: list[Path], root: Path) -> None:
+    """Refuse folders that stand for something else than classes."""
+    inside = [{d.name for d in _subfolders(c)} for c in classes]
+    splits = [c for c, names in zip(classes, inside) if match_split("train", sorted(names))]
+    if splits:
+        raise InputError(
+            f"{printable(folder)} holds no class folders but {printable(splits[0].name)} with splits inside; "
+            f"give {printable(splits[0])}, or put the splits above the classes"
+        )
+    if len(classes) == 1 and len(inside[0]) > 1:
+        raise InputError(
+            f"{printable(folder)} holds one folder, {printable(classes[0].name)}, with {len(inside[0])} folders "
+            f"inside; if these are the classes, give {printable(classes[0])}"
+        )
+    if len(classes) > 1 and len(inside[0]) > 1 and all(names == inside[0] for names in inside):
+        names = ", ".join(map(printable, sorted(inside[0])[:4]))
+        raise InputError(
+            f"the folders {', '.join(printable(c.name) for c in classes[:4])} of {printable(folder)} all hold the "
+            f"same folders {names}, which look like the classes; give one of the first as the data, or name the train "
+            "split with --set source.train_split=NAME"
+        )
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name of class folder {printable(folder)} is not UTF-8; rename the folder") from None
+    return normalize_name(folder.name)
+
+
+def _read_split(
+    folder: Path, root: Path, config: SourceConfig, left_out: LeftOut, *, train: bool
+) -> dict[str, list[Path]]:
+    """Images of every class of a split."""
+    for entry in list_folder(folder):
+        path = Path(entry.path)
+        if entry.is_dir():
+            if entry.name[0] == ".":
+                left_out.add("hidden", path)
+            elif made_by_dq(path):
+                left_out.add("runs, sets or models", path)
+        elif path.suffix.lower() in IMAGE_SUFFIXES and entry.name[0] != ".":
+            left_out.add("images outside class folders", path)
+        elif path.suffix.lower() in TABLES and (folder != root or path.name in METADATA):
+            left_out.add("tables beside class folders", path)
+    classes = _subfolders(folder)
+    if train:
+        _check_class_folders(folder, classes, root)
+    images: dict[str, list[Path]] = {}
+    for c in classes:
+        name = _class_name(c)
+        if name in images:
+            raise InputError(
+                f"two folders of {printable(folder)} are called {name!r} and differ only in Unicode form; rename one"
+            )
+        lost = LeftOut()
+        images[name] = images_below(c, lost, config.on_bad_image)
+        if not images[name] and (train or lost):
+            why = f"only {lost}; the suffixes read are {', '.join(sorted(IMAGE_SUFFIXES))}" if lost else "it is empty"
+            raise InputError(
+                f"class folder {printable(c)} holds no images: {why}; add images or move the folder elsewhere"
+            )
+        if not images[name]:
+            left_out.add("empty class folders", c)
+        left_out.merge(lost)
+    return images
 
 
 def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
-    known = {config.train_split, config.test_split, *TEST_SPLITS}
-    split_dirs = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and d.name in known}
-    if config.train_split not in split_dirs:
-        if config.train_split != "train":
-            raise InputError(f"{root} has no folder {config.train_split!r}; name the train split that is there")
-        if split_dirs:
-            raise InputError(
-                f"{root} has {', '.join(split_dirs)} but no folder 'train'; name it with --set source.train_split=NAME"
-            )
-        split_dirs = {"train": root}
-    test = name_test_split(list(split_dirs), config.test_split, str(root))
-    files: dict[str, list[tuple[Path, str]]] = {}
-    for s in (config.train_split, test):
-        if s:
-            classes = sorted(d for d in split_dirs[s].iterdir() if d.is_dir() and d.name[0] != ".")
-            files[s] = [(f, d.name) for d in classes for f in _images_below(d)]
-    if not files[config.train_split]:
-        raise InputError(
-            f"{root} holds no images in class folders; expected {root}/train/CLASS/*.png or {root}/CLASS/*.png"
-        )
-    names = tuple(_class_order({c for _, c in files[config.train_split]}))
+    left_out = LeftOut()
+    split_folders = _split_folders(root, config)
+    if split_folders:
+        for other in _subfolders(root):
+            if other.name not in split_folders:
+                left_out.add("folders beside the splits", other)
+        usable = [s for s, d in split_folders.items() if any(walk(d, LeftOut()))]
+        for s in split_folders:
+            if s not in usable:
+                left_out.add("empty folders of a split", split_folders[s])
+        train, test = choose_splits(usable, config)
+        test = _with_train_classes(usable, train, test, split_folders, config, left_out)
+    else:
+        split_folders = {config.train_split: root}
+        train, test = choose_splits([config.train_split], config)
+    wanted = [train, test] if test else [train]
+    files = {s: _read_split(split_folders[s], root, config, left_out, train=s == train) for s in wanted}
+    if not files[train]:
+        _refuse_without_classes(root, split_folders[train])
+    names = tuple(_class_order(set(files[train])))
     index = {n: i for i, n in enumerate(names)}
-    strange = next((c for pairs in files.values() for _, c in pairs if c not in index), None)
-    if strange:
-        raise InputError(f"class folder {strange!r} of split {test!r} in {root} has no images in the train split")
+    if test:
+        _check_test_classes(files[test], index, test, root, left_out)
+    left_out.warn(str(root))
     splits = {}
     h = hashlib.blake2b(digest_size=8)
-    for s, pairs in files.items():
+    for s, classes in files.items():
+        pairs = [(f, index[c]) for c in sorted(classes) for f in classes[c]]
         paths = [f for f, _ in pairs]
-        splits[s] = Split(np.asarray([index[c] for _, c in pairs], np.int64), paths.__getitem__, s)
-        _hash_files(h, root, paths)
-    return checked_source(splits, names, h, str(root), config.train_split, test)
+        splits[s] = Split(np.asarray([c for _, c in pairs], np.int64), paths.__getitem__, s)
+        _hash_files(h, root, paths, config.on_bad_image)
+    return checked_source(splits, names, h, str(root), train, test)
+
+
+def _with_train_classes(
+    splits: list[str], train: str, test: str | None, folders: dict[str, Path], config: SourceConfig, left_out: LeftOut
+) -> str | None:
+    """The first candidate for the test split that has a class folder of the train split, else `test`: the test splits
+    of benchmarks and competitions often have no classes."""
+    classes = {normalize_name(d.name) for d in _subfolders(folders[train])}
+    candidates = test_candidates(splits, train, config)
+    for split in candidates:
+        if classes & {normalize_name(d.name) for d in _subfolders(folders[split])}:
+            for other in candidates[: candidates.index(split)]:
+                left_out.add("splits without class folders", folders[other])
+            return split
+    return test
+
+
+def _refuse_without_classes(root: Path, folder: Path) -> None:
+    table = next((e.name for e in list_folder(folder) if Path(e.name).suffix.lower() in TABLES), None)
+    hint = (
+        f"; labels in the table {printable(table)} are read if it is called metadata.csv and has the columns "
+        "file_name and label"
+        if table
+        else ""
+    )
+    raise InputError(
+        f"{printable(root)} holds no images in class folders; expected {printable(root)}/train/CLASS/*.png or "
+        f"{printable(root)}/CLASS/*.png{hint}"
+    )
+
+
+def _check_test_classes(
+    classes: dict[str, list[Path]], index: dict[str, int], test: str, root: Path, left_out: LeftOut
+) -> None:
+    """Every class of the test split is one of the train split."""
+    leave = "give another with --set source.test_split=NAME, or leave it out with --set source.test_split=none"
+    if not any(classes.values()):
+        raise InputError(f"split {test!r} of {printable(root)} has no class folders with images; {leave}")
+    strange = next((c for c in classes if c not in index and classes[c]), None)
+    if strange is not None:
+        alike = next((c for c in index if c.casefold() == strange.casefold()), None)
+        hint = f" (there is {alike!r}: make their names alike)" if alike else ""
+        raise InputError(
+            f"class folder {strange!r} of split {test!r} in {printable(root)} has no images in the train split{hint}; "
+            f"{leave}"
+        )
+    for c in index:
+        if c not in classes:
+            left_out.add("classes without a folder in the test split", c)
+    for c in [c for c in classes if not classes[c]]:
+        del classes[c]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError
+from dq.core.text import printable
 from dq.data.source import Preprocess, Split
 
 
@@ -32,9 +33,9 @@ def _opened(split: Split, row: int) -> Iterator[Image.Image]:
     except UNDECODABLE as e:
         if isinstance(e, InputError):
             raise
-        where = str(raw) if isinstance(raw, Path) else split.where(row)
+        where = printable(raw) if isinstance(raw, Path) else split.where(row)
         raise InputError(
-            f"the image in {where} cannot be read ({type(e).__name__}: {str(e)[:120]}); "
+            f"the image in {where} cannot be read ({type(e).__name__}: {printable(e)[:120]}); "
             "replace it, or set it aside with --set source.on_bad_image=skip"
         ) from e
 
@@ -78,7 +79,10 @@ def read_images(
     return torch.from_numpy(stack), [row for row, _ in good], [str(p) for p in problems]
 
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+}  # fmt: skip
 # Pillow knows many more, some through parsers that hardly anybody tests, and EPS through Ghostscript
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000  # of one image; decoding takes four bytes for each
@@ -101,7 +105,8 @@ _HEADERS = threading.Lock()  # the filter of warnings belongs to the whole proce
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any PIL image: EXIF orientation applied, 16-bit scaled to 8, transparency laid on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+    transparent = "transparency" in image.info
+    if image.mode == "RGB" and not transparent:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
@@ -112,7 +117,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             # only 32-bit files may hold 8-bit values
             array = array / (1.0 if image.mode == "I" and array.max(initial=0) <= 255 else 257.0)
         return Image.fromarray(np.clip(np.rint(array), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or transparent:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")

@@ -12,7 +12,7 @@ from dq.config.reader import from_dict, to_dict
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.hf_datasets import _from_datasets
-from dq.data.image_folder import _from_image_folder
+from dq.data.image_folder import _from_image_folder, has_label_table, has_tables
 from dq.data.source import ImageSource, Preprocess
 from dq.data.streaming import open_shards
 from dq.data.tensors import Arrays, _digits, from_tensors
@@ -71,12 +71,14 @@ def _open(config: SourceConfig) -> ImageSource:
         raise InputError("no data set is named; give one with --data or source.path")
     if config.path == "sklearn:digits":
         return _digits()
-    if config.streaming:
-        return open_shards(config)
+    if config.path.startswith("~/"):
+        config = dataclasses.replace(config, path=os.path.expanduser(config.path))
     folder = Path(config.path)
     if folder.is_dir():
-        has_tables = next(folder.rglob("*.parquet"), None) or next(folder.rglob("*.arrow"), None)
-        return _from_datasets(config) if has_tables else _from_image_folder(folder, config)
+        if config.streaming:
+            return open_shards(config)
+        tables = has_tables(folder) or has_label_table(folder, config)
+        return _from_datasets(config) if tables else _from_image_folder(folder, config)
     if folder.exists() or config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1:
         raise InputError(f"{config.path} is not a folder; give a folder of images or Parquet files, or a Hub id")
-    return _from_datasets(config)
+    return open_shards(config) if config.streaming else _from_datasets(config)

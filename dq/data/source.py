@@ -7,6 +7,7 @@ memory, or scikit-learn's digits. Class identity is an index with a name list; n
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
+from dq.core.text import printable
 
-TEST_SPLITS = ("test", "validation", "valid", "val")
+# names of splits, in any case; of several the first is taken
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("test", "testing", "validation", "valid", "val", "eval", "evaluation", "dev")
+NO_SPLIT = "none"  # source.test_split for no test split at all
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,56 @@ class ImageSource:
         return np.flatnonzero(self.train.labels == label)
 
 
-def name_test_split(splits: dict[str, Split] | list[str], wanted: str | None, origin: str) -> str | None:
-    if wanted is not None:
-        if wanted not in splits:
-            raise InputError(f"{origin} has no split {wanted!r}; it has {', '.join(splits)}")
+def match_split(wanted: str, splits: Sequence[str]) -> str | None:
+    """The split called `wanted`, else the only one whose name differs in case; `train` also stands for `training`."""
+    if wanted in splits:
         return wanted
-    return next((s for s in TEST_SPLITS if s in splits), None)
+    words = TRAIN_SPLITS if wanted == "train" else (wanted.casefold(),)
+    alike = [s for word in words for s in splits if s.casefold() == word]
+    return alike[0] if len(alike) == 1 else None
+
+
+def choose_splits(splits: Sequence[str], config: SourceConfig) -> tuple[str, str | None]:
+    """Names of the train and the test split among those that are there; the test split may be absent.
+
+    Without a name in the settings it is the first of `TEST_SPLITS`, whatever its case.
+
+    Raises:
+        InputError: if a split that the settings name, or the train split, is not there.
+    """
+    has = f"{printable(config.path)} has no split {{!r}}; it has {', '.join(splits) or 'none'}: "
+    train = match_split(config.train_split, splits)
+    if train is None:
+        raise InputError(f"{has.format(config.train_split)}name one with --set source.train_split=NAME")
+    return train, next(iter(test_candidates(splits, train, config)), None)
+
+
+def test_candidates(splits: Sequence[str], train: str, config: SourceConfig) -> list[str]:
+    """Splits that may be the test split, the best first: the one that the settings name, else all of `TEST_SPLITS`
+    that are there, else none.
+
+    Raises:
+        InputError: if the split that the settings name is not there.
+    """
+    if config.test_split is None:
+        return [s for word in TEST_SPLITS for s in splits if s.casefold() == word and s != train]
+    test = match_split(config.test_split, splits)
+    if test is None and config.test_split.casefold() == NO_SPLIT:
+        return []
+    if test is None:
+        raise InputError(
+            f"{printable(config.path)} has no split {config.test_split!r}; it has {', '.join(splits)}: name one with "
+            "--set source.test_split=NAME, or none with --set source.test_split=none"
+        )
+    return [test]
+
+
+def is_unlabelled(labels: np.ndarray) -> bool:
+    """Whether a split has no label at all: every one is missing or negative, as in the test splits of benchmarks."""
+    kind = labels.dtype.kind
+    if kind == "O":
+        return all(x is None or x == "" or (isinstance(x, int | float) and not x >= 0) for x in labels.tolist())
+    return bool(kind in "if" and len(labels) and (~(labels >= 0)).all())
 
 
 def checked_source(
@@ -98,6 +148,7 @@ def checked_source(
             raise InputError(
                 f"split {s.name!r} of {origin} has label {wrong} but there are {len(names)} classes; "
                 "drop unlabelled rows or name every class"
+                + ("" if s.name == train else ", or name another split with --set source.test_split=NAME or none")
             )
     counts = np.bincount(splits[train].labels, minlength=len(names))
     if not len(names) or counts.min(initial=1) == 0:
@@ -107,33 +158,86 @@ def checked_source(
     return ImageSource(splits, names, content.hexdigest(), origin, train, test)
 
 
-def _hash_files(h: Any, root: Path, files: Sequence[Path]) -> None:
-    """Relative names and full contents: copying a folder keeps its fingerprint, changing one byte does not."""
+def _hash_files(h: Any, root: Path, files: Sequence[Path], on_bad_image: Literal["raise", "skip"] = "raise") -> None:
+    """Relative names and full contents: copying a folder keeps its fingerprint, changing one byte does not. Under
+    `skip` a file that may not be read counts as one without content.
+
+    Raises:
+        InputError: if a file may not be read.
+    """
     for f in files:
-        h.update(f"{f.relative_to(root).as_posix()}|{f.stat().st_size}|".encode())
-        with open(f, "rb") as handle:
-            while block := handle.read(1 << 20):
-                h.update(block)
+        name = f.relative_to(root).as_posix()
+        try:
+            h.update(f"{name}|{f.stat().st_size}|".encode("utf-8", "surrogateescape"))
+            with open(f, "rb") as handle:
+                while block := handle.read(1 << 20):
+                    h.update(block)
+        except OSError as e:
+            if on_bad_image == "raise":
+                raise InputError(
+                    f"{printable(f)} cannot be read ({e.strerror}); change its rights, or set it aside with "
+                    "--set source.on_bad_image=skip"
+                ) from e
+            h.update(b"unreadable")
+
+
+def normalize_name(name: str) -> str:
+    """A class name in Unicode's composed form (NFC), as which names from any system compare equal."""
+    return unicodedata.normalize("NFC", name)
+
+
+NUMBER = re.compile(r"[0-9]+")
 
 
 def number_labels(
     raw: dict[str, np.ndarray], names: tuple[str, ...] | None, origin: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     """Class names and the labels (n,) int64 of every split. Without `names` the labels themselves, numbers or text,
-    are the names, in their order."""
+    are the names, in their order; text that is numbers in all rows is in the order of these numbers."""
     if names is not None:
-        return names, {s: labels.astype(np.int64) for s, labels in raw.items()}
-    kinds = {"text" if x.dtype.kind in "US" else "number" if x.dtype.kind in "iub" else "" for x in raw.values()}
-    kinds |= {"" for x in raw.values() if x.ndim != 1}
-    if len(kinds) > 1 or "" in kinds:
+        return tuple(normalize_name(n) if isinstance(n, str) else n for n in names), {
+            s: labels.astype(np.int64) for s, labels in raw.items()
+        }
+    values = {s: _plain_labels(labels, origin) for s, labels in raw.items()}
+    text = [x for x in values.values() if x.dtype.kind == "U"]
+    if 0 < len(text) < len(values):  # numbers in one split and text in another: a number is a number
+        if not all(NUMBER.fullmatch(v) for x in text for v in np.unique(x).tolist()):
+            raise InputError(f"labels of {origin} must be whole numbers or text, and alike in all rows and splits")
+        values = {s: x.astype(np.int64) for s, x in values.items()}
+    unique, places = np.unique(np.concatenate(list(values.values())), return_inverse=True)
+    texts = tuple(map(str, unique.tolist()))
+    _check_numbers(texts, origin)
+    names = tuple(_class_order(set(texts))) if unique.dtype.kind == "U" else texts
+    rank = {n: i for i, n in enumerate(names)}
+    numbers = np.asarray([rank[t] for t in texts], np.int64)[places]
+    ends = np.cumsum([len(x) for x in values.values()])[:-1]
+    return names, dict(zip(values, np.split(numbers, ends)))
+
+
+def _plain_labels(labels: np.ndarray, origin: str) -> np.ndarray:
+    """Whole numbers, also those kept as floats, or text in composed form."""
+    kind = labels.dtype.kind if labels.ndim == 1 else ""
+    if kind == "f" and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
+        return labels.astype(np.int64)
+    if kind == "U":
+        return np.asarray([normalize_name(v) for v in labels.tolist()], labels.dtype)
+    if not kind or kind not in "iub":
         raise InputError(f"labels of {origin} must be whole numbers or text, and alike in all rows and splits")
-    values = np.unique(np.concatenate(list(raw.values())))
-    return tuple(map(str, values.tolist())), {s: np.searchsorted(values, x).astype(np.int64) for s, x in raw.items()}
+    return labels
+
+
+def _check_numbers(names: Sequence[str], origin: str) -> None:
+    """No two names are the same number, such as 1 and 01."""
+    if all(NUMBER.fullmatch(n) for n in names) and len({int(n) for n in names}) < len(names):
+        twice = next(n for n in names if sum(int(n) == int(m) for m in names) > 1)
+        raise InputError(
+            f"{origin} has two classes whose names are the number {int(twice)}; write the numbers in one way"
+        )
 
 
 def _class_order(names: set[str]) -> list[str]:
-    """Numeric order for folders that are numbers (0, 1, ..., 10), else plain sorted order, as torchvision has it."""
-    if all(re.fullmatch(r"\d+", n) for n in names):
+    """Numeric order for names that are numbers (0, 1, ..., 10), else plain sorted order, as torchvision has it."""
+    if all(NUMBER.fullmatch(n) for n in names):
         return sorted(names, key=lambda n: (int(n), n))
     return sorted(names)
 

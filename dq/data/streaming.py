@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import posixpath
@@ -29,9 +30,10 @@ from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of
 from dq.core.text import first_line
-from dq.data.hf_datasets import UNOPENED, check_files, check_splits, choose_column, opening
+from dq.data.hf_datasets import UNOPENED, choose_column, labelled_split, open_builder, opening, tables_outside
 from dq.data.images import IMAGE_SUFFIXES
-from dq.data.source import ImageSource, Split, checked_source, number_labels
+from dq.data.left_out import LeftOut
+from dq.data.source import ImageSource, Split, checked_source, choose_splits, number_labels
 
 TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once
 LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused
@@ -68,9 +70,11 @@ def open_shards(config: SourceConfig) -> ImageSource:
             compressed or has members with paths out of it.
     """
     kind, files, features = _find(config)
-    test = check_splits(list(files), config)
-    open_split = _open_parquet if kind == "parquet" else _open_tars
-    opened = {s: open_split(files[s], s, config, features) for s in (config.train_split, test) if s}
+    readers = {"parquet": _open_parquet, "webdataset": _open_tars}
+    train, _ = choose_splits(list(files), config)
+    open_split = functools.cache(lambda s: readers[kind](files[s], s, config, features))
+    test, _ = labelled_split(list(files), train, config, lambda s: open_split(s).labels)
+    opened = {s: open_split(s) for s in (train, test) if s}
     names, numbers = number_labels({s: o.labels for s, o in opened.items()}, _names(opened), config.path)
     splits = {s: Split(numbers[s], Blocks(o.starts, o.load), s) for s, o in opened.items()}
     h = hashlib.blake2b(digest_size=8)
@@ -78,7 +82,7 @@ def open_shards(config: SourceConfig) -> ImageSource:
         for shard in files[s]:
             _identify(h, shard, config)
         h.update(splits[s].labels.tobytes())
-    source = checked_source(splits, names, h, config.path, config.train_split, test)
+    source = checked_source(splits, names, h, config.path, train, test)
     return dataclasses.replace(source, sequential=True)
 
 
@@ -101,13 +105,12 @@ def _names(opened: dict[str, Opened]) -> tuple[str, ...] | None:
 
 def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
     """Kind of the files, the files of every split, and the features that a card declares."""
-    import datasets
     from fsspec.core import url_to_fs
 
     local = Path(config.path).is_dir()
     with opening(config.path):
-        builder = datasets.load_dataset_builder(config.path, config.name, revision=None if local else config.revision)
-        check_files(builder, config.path)
+        builder = open_builder(config)
+        tables_outside(builder, config).warn(config.path)
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in ("parquet", "webdataset") or not builder.config.data_files:
         raise InputError(
@@ -264,7 +267,9 @@ def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: 
         path = Path(datasets.config.HF_DATASETS_CACHE) / f"dq-index-{key}.safetensors"
         if not is_done(path):
             with _naming(shard), _open(shard) as f:
-                rows = list(_members(f, shard))
+                left_out = LeftOut()
+                rows = list(_members(f, shard, left_out))
+                left_out.warn(shard.url)
             if len({type(r[2]) for r in rows}) > 1:
                 raise InputError(f"labels of {shard.url} are numbers in some rows and text in others; make them alike")
             places = torch.tensor([r[:2] for r in rows], dtype=torch.int64).reshape(-1, 2)
@@ -299,8 +304,9 @@ def _tar_blocks(places: np.ndarray) -> Iterator[tuple[int, int]]:
             first = last
 
 
-def _members(f: Any, shard: Shard) -> Iterator[tuple[int, int, int | str]]:
-    """Offset, size and label of every image of a tar, in its order. Members of one key are neighbours."""
+def _members(f: Any, shard: Shard, left_out: LeftOut) -> Iterator[tuple[int, int, int | str]]:
+    """Offset, size and label of every image of a tar, in its order. Members of one key are neighbours. Counts labels
+    without an image that is read."""
     try:
         tar = tarfile.open(fileobj=f, mode="r:")  # noqa: SIM115  (it holds nothing but f)
     except tarfile.ReadError as e:
@@ -323,6 +329,8 @@ def _members(f: Any, shard: Shard) -> Iterator[tuple[int, int, int | str]]:
         if (folder, stem) != key:
             if image is not None:
                 yield (*image, _need_label(label, key, shard))
+            elif key and label is not None:
+                left_out.add("labels without an image of a suffix that is read", f"{key[1]} in {shard.name}")
             key, image, label = (folder, stem), None, None
         suffix = suffix.lower()
         if f".{suffix}" in IMAGE_SUFFIXES:
@@ -334,6 +342,8 @@ def _members(f: Any, shard: Shard) -> Iterator[tuple[int, int, int | str]]:
             label = _label(data, suffix, name, shard) if label is None or suffix == "cls" else label
     if image is not None:
         yield (*image, _need_label(label, key, shard))
+    elif key and label is not None:
+        left_out.add("labels without an image of a suffix that is read", f"{key[1]} in {shard.name}")
 
 
 def _label(data: bytes, suffix: str, name: str, shard: Shard) -> int | str | None:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
-from dq.data.source import ImageSource, Split, checked_source, name_test_split
+from dq.data.left_out import LeftOut
+from dq.data.source import TEST_SPLITS, ImageSource, Split, checked_source, choose_splits, normalize_name
 
 
 def _digits() -> ImageSource:
@@ -38,7 +40,13 @@ def from_tensors(
     """A source over tensors in memory; see `load_source`."""
     pairs = source if isinstance(source, Mapping) else {"train": source}
     if "train" not in pairs:
-        raise InputError(f"tensors need a 'train' split, not only {', '.join(pairs)}")
+        raise InputError(f"tensors need a 'train' split, not only {', '.join(map(str, pairs))}")
+    _, test = choose_splits(list(map(str, pairs)), SourceConfig(path=origin))
+    left_out = LeftOut()
+    for name in pairs:
+        if name != "train" and str(name).casefold() not in TEST_SPLITS:
+            left_out.add("splits that are neither train nor test", name)
+    left_out.warn(origin)
     h = hashlib.blake2b(digest_size=8)
     splits = {}
     for name, pair in pairs.items():
@@ -70,5 +78,9 @@ def from_tensors(
         h.update(np.ascontiguousarray(array).tobytes())
         h.update(splits[name].labels.tobytes())
     highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
-    names = tuple(map(str, class_names)) if class_names is not None else tuple(str(i) for i in range(highest))
-    return checked_source(splits, names, h, origin, "train", name_test_split(splits, None, origin))
+    names = (
+        tuple(normalize_name(str(n)) for n in class_names)
+        if class_names is not None
+        else tuple(str(i) for i in range(highest))
+    )
+    return checked_source(splits, names, h, origin, "train", test)

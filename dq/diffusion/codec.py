@@ -4,6 +4,7 @@ the denoiser sees on the other."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 from dq.core.errors import InputError, RunError
 from dq.core.model_files import ModelFiles, open_model
 from dq.core.seeds import digest_of, digest_of_tensors
+from dq.core.text import short
 from dq.diffusion.loading import DTYPES as DTYPES
 from dq.diffusion.loading import codec_folder, dtype_of, loading
 
@@ -153,9 +155,14 @@ def _affine(codec: Codec, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
     config = codec.config
     # AutoencoderTiny's factor is 1 by design; its scale_latents() only maps to [0, 1] for display
     tiny = type(codec).__name__ == "AutoencoderTiny"
-    scale = 1.0 if tiny else float(config.get("scaling_factor") or 1.0)
+    factor = config.get("scaling_factor")
+    scale = 1.0 if tiny or factor is None else float(factor)
+    if not (math.isfinite(scale) and scale != 0):
+        raise InputError(f"the codec's scaling_factor is {factor}; correct it in its config.json")
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
+        if not all(math.isfinite(v) and v > 0 for v in std):
+            raise InputError(f"the codec's latents_std is {short(std)}, and must be positive; correct its config.json")
         view = (1, -1, 1, 1)
         return torch.tensor(mean, device=z.device).view(view), scale / torch.tensor(std, device=z.device).view(view)
     return 0.0 if tiny else float(config.get("shift_factor") or 0.0), scale

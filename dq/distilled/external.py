@@ -21,14 +21,16 @@ from dq.config.schema import SourceConfig
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.data.images import UNDECODABLE, open_image, read_images
+from dq.data.left_out import warn_of_keys
 from dq.data.load import load_source
-from dq.data.source import Split
+from dq.data.source import NUMBER, Split, normalize_name
 from dq.distilled.format import PROVENANCE, RUN_CONFIG, is_set, parquet_kind, set_names
 from dq.distilled.set import DistilledSet
 
 log = logging.getLogger("dq")
 
 TENSORS = (".safetensors", ".npz")
+TENSOR_KEYS = ("images", "labels", "weights", "soft_labels", "mean", "std")
 MAX_BYTES = 16 << 30  # of the arrays in an .npz file, which may be packed a thousandfold
 # what numpy and zipfile raise on damaged files
 UNREADABLE = (
@@ -75,7 +77,7 @@ def load_set(
         InputError: if it cannot be read, its classes are not `class_names`, or its label vectors could be
             probabilities and nothing says what they are.
     """
-    names = None if class_names is None else tuple(map(str, class_names))
+    names = None if class_names is None else tuple(normalize_name(str(n)) for n in class_names)
     path, text = Path(path), str(path)
     if path.suffix in TENSORS:
         s = _from_tensor_file(path, names, label_kind)
@@ -126,10 +128,12 @@ def _stated_kind(soft_labels: Tensor | None, stated: LabelKind | None, origin: s
     if stated is not None or soft_labels is None:
         return stated or "logits"
     x = soft_labels.float()
-    if x.ndim == 2 and (x >= 0).all() and ((x.sum(1) - 1).abs() < 0.01).all():
+    total = x.sum(1) if x.ndim == 2 else x.new_zeros(1)
+    if (x >= 0).all() and (total > 0).all() and bool((total - total[0]).abs().max() < 0.01 * total[0]):
         raise InputError(
-            f"the soft labels of {origin} could be probabilities, since every row is positive and sums to 1, and "
-            "nothing says so; state label_kind (--label_kind): probabilities, logits or regression"
+            f"the soft labels of {origin} could be probabilities, since every row is positive and sums to "
+            f"{float(total[0]):.3g}, and nothing says so; state label_kind (--label_kind): probabilities (rows sum to "
+            "1), logits or regression"
         )
     log.info("note: the soft labels of %s are taken for logits; state label_kind if they are not", origin)
     return "logits"
@@ -225,10 +229,22 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
         raise InputError(f"{path} cannot be read ({e}); get it again, or save its tensors as safetensors") from e
     if not {"images", "labels"} <= set(found):
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(found)) or 'none'}")
+    warn_of_keys(sorted(found), TENSOR_KEYS, str(path), "tensors")
     extras = {k: found.get(k) for k in ("weights", "soft_labels")}
+    if extras["soft_labels"] is not None and not extras["soft_labels"].is_floating_point():
+        raise InputError(
+            f"soft_labels of {path} are {extras['soft_labels'].dtype}; give them as floats, such as probabilities or "
+            "logits"
+        )
     images = found["images"] if found["images"].dtype == torch.uint8 else found["images"].float()
     normalized = {"mean", "std"} <= set(found)
+    if normalized != bool({"mean", "std"} & set(found)):
+        raise InputError(f"{path} has one of mean and std; images that are normalised need both")
     if normalized:
+        if images.dtype == torch.uint8:
+            raise InputError(f"images of {path} are uint8, which no mean and std were taken from; leave these out")
+        if not (torch.isfinite(found["std"].float()).all() and (found["std"] > 0).all()):
+            raise InputError(f"std of {path} must be positive, not {found['std'].tolist()}")
         shapes = [tuple(found[k].shape) for k in ("mean", "std")]
         if images.ndim != 4 or shapes != [(images.shape[1],)] * 2:
             raise InputError(
@@ -251,14 +267,7 @@ def _from_folder(
     path: Path, class_names: tuple[str, ...] | None, image_size: int | None, label_kind: LabelKind | None
 ) -> DistilledSet:
     source = load_source(SourceConfig(path=str(path)))
-    names = source.class_names
-    if (
-        class_names
-        and set(names) != set(class_names)
-        and len(names) == len(class_names)
-        and all(n.isdigit() for n in names)
-    ):
-        names = class_names  # numbered folders stand in class order
+    names = source.class_names if class_names is None else _by_number(source.class_names, class_names, path)
     size = image_size or _first_side(source.train)
     images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
     extras = {name: _column(source.train, name, rows, path) for name in ("weight", "soft_label")}
@@ -266,6 +275,26 @@ def _from_folder(
     if extras["soft_label"] is not None:
         label_kind = label_kind or parquet_kind(path)
     return bare_set(images, labels, names, extras["weight"], extras["soft_label"], str(path), label_kind=label_kind)
+
+
+def _by_number(names: tuple[str, ...], class_names: tuple[str, ...], path: Path) -> tuple[str, ...]:
+    """Names of `class_names` for classes that are called by numbers. Numbers of numbered classes are these classes;
+    others count the classes in their order."""
+    if set(names) == set(class_names) or len(names) != len(class_names) or not _are_numbers(names):
+        return names
+    if _are_numbers(class_names):
+        known = {int(n): n for n in class_names}
+        if len(known) < len(class_names) or {int(n) for n in names} != set(known):
+            return names
+        return tuple(known[int(n)] for n in names)
+    order = sorted(int(n) for n in names)
+    if len(set(order)) < len(order):
+        raise InputError(f"{path} has two classes of one number; write the numbers in one way")
+    return tuple(class_names[order.index(int(n))] for n in names)
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(NUMBER.fullmatch(n) for n in names)
 
 
 def _column(split: Split, name: str, rows: list[int], path: Path) -> Tensor | None:
