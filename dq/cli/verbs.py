@@ -206,10 +206,11 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: ImageSou
     from dq.evaluation.dd_ranking import evaluate_ddr
     from dq.evaluation.evaluate import evaluate_sets
     from dq.evaluation.results import tables_text
+    from dq.run.folder import holds_work
 
     if args.protocol == "ddr" and (args.ipc or not args.distilled):
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
-    if (Path(config.output_dir) / "config.yaml").is_file():
+    if (Path(config.output_dir) / "config.yaml").is_file() and holds_work(Path(config.output_dir)):
         raise InputError(f"{config.output_dir} is a run, whose results would be replaced; choose another --output_dir")
     if not args.distilled and not args.ipc:
         raise InputError(

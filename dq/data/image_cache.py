@@ -137,6 +137,10 @@ def fill(
         compute: values (n, ...) of images (n, 3, side, side) uint8 that are the given rows.
         mine: picks from the costs of all files those that this process works on; None: all.
         threads: that read and decode; None: one for each core of this process.
+
+    Raises:
+        InputError: if an image cannot be read and `source.on_bad_image` is not `skip`, even if it was skipped when the
+            cache was begun.
     """
     began = time.perf_counter()
     costs = [float(len(p)) for p in cache.parts]
@@ -170,6 +174,8 @@ def fill(
                 unit_done(cache.verb, cache.path(part).name, time.perf_counter() - started, **numbers)
                 values, kept, bad = [], [], []
                 started = time.perf_counter()
+    if source.on_bad_image == "raise" and (skipped := cache.bad_images()):
+        raise InputError(f"{skipped[0]} (and {len(skipped) - 1} others)" if len(skipped) > 1 else skipped[0])
     return time.perf_counter() - began
 
 

@@ -47,7 +47,7 @@ def open_cache(
         "codec": codec_digest(codec),
         "resolution": config.resolution,
         "preprocess": source.preprocess,
-        "on_bad_image": source.on_bad_image,
+        "on_bad_image": "raise",  # decides whether there is a result, never which
         "posterior": config.posterior,
         "dtype": config.dtype,
         "seed": seed if config.posterior == "sample" else None,

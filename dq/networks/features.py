@@ -54,7 +54,7 @@ def open_features(cache_dir: str | Path, source: ImageSource, image_size: int, t
         "teacher": teacher_digest,
         "image_size": image_size,
         "preprocess": source.preprocess,
-        "on_bad_image": source.on_bad_image,
+        "on_bad_image": "raise",  # decides whether there is a result, never which
     }
     key = digest_of(identity)
     cache = FeatureCache(Path(cache_dir) / f"features-{key}", source.class_names, key, len(source.train))

@@ -57,7 +57,7 @@ class RealData:
     def world(self) -> list[object]:
         """What decides real images, for digests."""
         s = self.source
-        return [s.fingerprint, self.image_size, s.preprocess, s.on_bad_image, len(self.validation_rows)]
+        return [s.fingerprint, self.image_size, s.preprocess, "raise", len(self.validation_rows)]
 
     @property
     def candidates(self) -> np.ndarray:

@@ -31,8 +31,8 @@ log = logging.getLogger("dq")
 # Settings that decide what a run folder holds. The others (more ipc, more methods, another student) may change
 # between calls: their units are named by digests of their own.
 IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teachers")
-# ... of which these change speed only
-SPEED = ("batch_size", "path", "model")
+# ... of which these change speed, or whether there is a result, and never which
+SPEED = ("batch_size", "path", "model", "on_bad_image")
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,8 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
     settings = {key: to_dict(config)[key] for key in IDENTITY}
     made = read_json(record) if is_done(record) else {}
     old = made.get("settings") or (to_dict(load_config(known)) if known.is_file() else None)
+    if old is not None and not holds_work(folder):  # of an attempt that made nothing
+        old, made = settings, {}
     if old is None and _holds_something(folder):
         raise InputError(f"{folder} is not empty and not a run of dq; choose another --output_dir")
     if old is not None and (changed := sorted(_changed(old, settings))):
@@ -149,6 +151,12 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
         write_text(known, dump_config(config))
     accelerator.wait_for_everyone()
     return run
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether anything was made in a run folder, apart from its settings and logs."""
+    bare = ("config.yaml", "provenance.json", "logs", "bad_images.txt")
+    return folder.is_dir() and any(f.name not in bare and f.name[0] != "." for f in folder.iterdir())
 
 
 def _holds_something(folder: Path) -> bool:

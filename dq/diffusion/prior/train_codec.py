@@ -78,7 +78,7 @@ def train_codec(
             "data": source.fingerprint,
             "resolution": size,
             "preprocess": source.preprocess,
-            "on_bad_image": source.on_bad_image,
+            "on_bad_image": "raise",  # decides whether there is a result, never which
             "seed": prior.seed,
             **{k: v for k, v in to_dict(settings).items() if k not in ("save_every", "perceptual")},
             "perceptual": judge.digest if judge else None,
