@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+from dq.evaluation.results import recipe_names
 
 COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#8d6a9f", "#b8860b", "#444444", "#2a9d8f", "#a23b72")
 MARKERS = "osD^vPX*"
@@ -17,9 +18,10 @@ def results_figures(records: list[dict[str, str]], figure: Any) -> Iterable[tupl
         records: rows as read from the file; accuracies are fractions.
         figure: makes an empty figure from its width and height in inches.
     """
-    by_recipe: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    names = recipe_names(records)
+    by_recipe: dict[str, list[dict[str, str]]] = {}
     for r in records:
-        by_recipe.setdefault((f"#{int(r['recipe']) + 1}", r["protocol"], r["student"], r["labels"]), []).append(r)
+        by_recipe.setdefault(names[int(r["recipe"])], []).append(r)
     if len({r["ipc"] for r in records} - {"full"}) > 1:
         yield "accuracy", against_ipc(by_recipe, figure)
     if len(by_recipe) > 1 and len({r["student"] for r in records}) > 1:
@@ -28,7 +30,7 @@ def results_figures(records: list[dict[str, str]], figure: Any) -> Iterable[tupl
         yield "label-bytes", against_label_bytes(records, figure)
 
 
-def against_ipc(by_recipe: dict[tuple[str, ...], list[dict[str, str]]], figure: Any) -> Any:
+def against_ipc(by_recipe: dict[str, list[dict[str, str]]], figure: Any) -> Any:
     """Accuracy over images per class, one panel per recipe; full data as a line across."""
     drawn = figure(5.2 * len(by_recipe), 4)
     for ax, (recipe, rows) in zip(drawn.subplots(1, len(by_recipe), squeeze=False)[0], by_recipe.items()):
@@ -40,7 +42,7 @@ def against_ipc(by_recipe: dict[tuple[str, ...], list[dict[str, str]]], figure: 
             if r["ipc"] == "full":
                 ax.axhline(100 * float(r["last_mean"]), color="#222", lw=1, ls=":", label="all of train")
         ticks = sorted({int(r["ipc"]) for r in rows if r["ipc"] != "full"})
-        ax.set(xscale="log", xlabel="images per class", ylabel="test accuracy, %", title=", ".join(recipe))
+        ax.set(xscale="log", xlabel="images per class", ylabel="test accuracy, %", title=recipe)
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.minorticks_off()
         ax.legend(fontsize=7)
@@ -50,20 +52,20 @@ def against_ipc(by_recipe: dict[tuple[str, ...], list[dict[str, str]]], figure: 
 def across_networks(records: list[dict[str, str]], figure: Any) -> Any:
     """Bars per network at each number of images per class, sets side by side."""
     ipcs = sorted({int(r["ipc"]) for r in records if r["ipc"] != "full"})
+    names = recipe_names(records)
     drawn = figure(max(7, 1.6 * len({r["student"] for r in records}) * len(ipcs)), 3.6)
     for ax, ipc in zip(drawn.subplots(1, len(ipcs), squeeze=False)[0], ipcs):
         rows = [r for r in records if r["ipc"] == str(ipc)]
-        nets = list(dict.fromkeys((f"#{int(r['recipe']) + 1} {r['student']}", r["labels"]) for r in rows))
+        recipes = list(dict.fromkeys(int(r["recipe"]) for r in rows))
         sets = _sets(records)
         width = 0.8 / len(sets)
-        first = min(int(r["recipe"]) for r in rows)
         for i, name in enumerate(sets):
             own = [r for r in rows if r["set"] == name]
-            x = [int(r["recipe"]) - first + (i - (len(sets) - 1) / 2) * width for r in own]
+            x = [recipes.index(int(r["recipe"])) + (i - (len(sets) - 1) / 2) * width for r in own]
             height, error = _accuracies(own)
             ax.bar(x, height, width, yerr=error, label=name, color=COLOURS[i % len(COLOURS)], capsize=2)
         ax.set(ylabel="test accuracy, %", title=f"{ipc} images per class")
-        ax.set_xticks(range(len(nets)), [", ".join(n) for n in nets], fontsize=8)
+        ax.set_xticks(range(len(recipes)), [names[n] for n in recipes], fontsize=8)
         ax.legend(fontsize=7)
     return drawn
 
@@ -93,11 +95,3 @@ def _accuracies(rows: list[dict[str, str]]) -> tuple[list[float], list[float]]:
 
 def _style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2}
-
-
-def read_records(summary: Path) -> list[dict[str, str]]:
-    """The rows of a `summary.csv`."""
-    import csv
-
-    with open(summary, newline="") as f:
-        return list(csv.DictReader(f))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dq.config.reader import to_dict
@@ -136,18 +138,48 @@ def to_csv(records: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
+def read_records(summary: Path) -> list[dict[str, str]]:
+    """The rows of a `summary.csv`."""
+    with open(summary, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """A name for every recipe (student of the configuration) among rows of results: network and labels, and what else
+    tells it from others of the same: the protocol, settings, else its number.
+
+    Args:
+        records: `Row.record()`s, or the rows of a `summary.csv`.
+    """
+    pieces: dict[int, set[str]] = {}
+    base: dict[int, str] = {}
+    for r in records:
+        n, own = int(r["recipe"]), {f"protocol {r['protocol']}", *str(r["settings"]).split(", ")}
+        base[n] = f"{r['student']}, {r['labels']}"
+        pieces[n] = pieces[n] & own if n in pieces else own  # epochs differ between numbers of images
+    names = {}
+    for n in sorted(base):
+        twins = [m for m in base if base[m] == base[n]]
+        shared = set.intersection(*(pieces[m] for m in twins))
+        differ = sorted(pieces[n] - shared, key=lambda piece: (not piece.startswith("protocol "), piece))
+        told = {tuple(sorted(pieces[m] - shared)) for m in twins}
+        if len(twins) == 1:
+            names[n] = base[n]
+        elif differ and len(differ) <= 2 and len(told) == len(twins):
+            names[n] = ", ".join([base[n], *(piece.removeprefix("protocol ") for piece in differ)])
+        else:
+            names[n] = f"{base[n]} #{n + 1}"
+    return names
+
+
 def markdown_table(rows: list[Row], *, which: str = "last") -> str:
-    """Accuracy in percent, mean ± std over seeds: one line per set, one column per student and ipc."""
+    """Accuracy in percent, mean ± std over seeds: one line per set, one column per recipe and ipc."""
     columns = list(dict.fromkeys((r.recipe, r.student, r.labels, r.ipc) for r in rows))
     columns.sort(key=lambda c: (c[0], _order(c[3])))
     names = list(dict.fromkeys(r.set for r in rows))
     cells = {(r.set, r.recipe, r.student, r.labels, r.ipc): r for r in rows}
-    # two recipes of one network are told apart by their number
-    twins = {(s, k) for _, s, k, i in columns if sum((s, k, i) == c[1:] for c in columns) > 1}
-    head = [
-        f"{net}{f' #{n + 1}' if (net, kind) in twins else ''}, {kind}, {'full' if i == 'full' else f'IPC {i}'}"
-        for n, net, kind, i in columns
-    ]
+    recipes = recipe_names([r.record() for r in rows])
+    head = [f"{recipes[n]}, {'full' if i == 'full' else f'IPC {i}'}" for n, _, _, i in columns]
     lines = ["| set | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
     for name in names:
         found = [cells.get((name, *c)) for c in columns]
@@ -172,6 +204,7 @@ class Comparison:
     a: Row
     b: Row
     difference: Difference  # of last-epoch accuracies, a - b
+    name: str  # of the recipe among those of the table
 
     def record(self) -> dict[str, Any]:
         d = self.difference
@@ -194,7 +227,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        d, where = self.difference, f"{self.a.student} #{self.a.recipe + 1}, {self.a.labels}, IPC {self.a.ipc}"
+        d, where = self.difference, f"{self.name}, IPC {self.a.ipc}"
         if d.pairs == 1:
             return f"{where}: {self.a.set} and {self.b.set} cannot be compared with one seed"
         gap = f"{100 * d.mean:+.1f} points, {d.confidence:.0%} interval {100 * d.low:+.1f} to {100 * d.high:+.1f}"
@@ -210,6 +243,7 @@ def compare(rows: list[Row]) -> list[Comparison]:
     """What may be said of pairs of rows at equal ipc and recipe, over the seeds that both have: every set and baseline
     against random images, and sets against one another. Rows of unequal numbers of images are not compared."""
     found = []
+    names = recipe_names([r.record() for r in rows])
     for i, a in enumerate(rows):
         for b in [*rows[:i], *rows[i + 1 :]]:
             same = (a.recipe, a.ipc, a.images) == (b.recipe, b.ipc, b.images)
@@ -217,7 +251,8 @@ def compare(rows: list[Row]) -> list[Comparison]:
             both = sorted(set(a.seeds) & set(b.seeds))
             if same and both and (sets or b.set == "random"):
                 x, y = ([dict(zip(r.seeds, r.last))[s] for s in both] for r in (a, b))
-                found.append(Comparison(a, b, paired_difference(x, y, test_images=a.test_images)))
+                difference = paired_difference(x, y, test_images=a.test_images)
+                found.append(Comparison(a, b, difference, names[a.recipe]))
     return found
 
 

@@ -20,7 +20,8 @@ from dq.core.files import read_json, write_text
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.distilled.set import DistilledSet
-from dq.evaluation.figures import read_records, results_figures
+from dq.evaluation.figures import results_figures
+from dq.evaluation.results import read_records, recipe_names
 from dq.run.folder import Run
 from dq.run.refinement import Trace, read_trace, refined_folders
 from dq.run.stages.assemble import load_set_of_run
@@ -156,10 +157,11 @@ def _accuracy(folder: Path) -> list[str]:
         std = f" ± {100 * float(r[f'{which}_std']):.1f}" if r[f"{which}_std"] else ""
         return f"{100 * float(r[f'{which}_mean']):.1f}{std}"
 
-    head = ["set", "IPC", "images", "student", "labels", "seeds", "last %", "best %", "best chosen on", "label bytes"]
+    names = recipe_names(records)
+    head = ["set", "IPC", "images", "student and labels", "seeds", "last %", "best %", "best chosen on", "label bytes"]
     rows = []
     for r in records:
-        row = [r[k] for k in ("set", "ipc", "images", "student", "labels", "seeds")]
+        row = [r["set"], r["ipc"], r["images"], names[int(r["recipe"])], r["seeds"]]
         row += [percent(r, "last"), percent(r, "best"), r["selected_on"], r["label_bytes"]]
         rows.append([*row, f"{r['protocol']}: {r['settings']}"])
     body = ["<h2>Accuracy</h2>", html_table([*head, "protocol"], rows)]
@@ -169,11 +171,11 @@ def _accuracy(folder: Path) -> list[str]:
         body.append(embed(path))
     compared = read_records(comparisons) if comparisons.is_file() else []
     if compared:
-        head = ["set", "against", "IPC", "student", "pairs", "difference, points", "interval", "verdict"]
+        head = ["set", "against", "IPC", "student and labels", "pairs", "difference, points", "interval", "verdict"]
         rows = []
         for r in compared:
             interval = f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else ""
-            row = [r[k] for k in ("set", "against", "ipc", "student", "pairs")]
+            row = [r["set"], r["against"], r["ipc"], names[int(r["recipe"])], r["pairs"]]
             rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
         body += ["<h2>Differences of pairs of seeds, 95 % intervals</h2>", html_table(head, rows)]
     return body

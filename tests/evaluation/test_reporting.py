@@ -12,11 +12,22 @@ import torch
 
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
+from dq.core.files import write_text
 from dq.data.grid import GAP, image_grid
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate
 from dq.evaluation.figures import results_figures
-from dq.evaluation.results import compare, markdown_table, settings_line, statements, summarize, tables_text, to_csv
+from dq.evaluation.results import (
+    compare,
+    markdown_table,
+    recipe_names,
+    settings_line,
+    statements,
+    summarize,
+    tables_text,
+    to_csv,
+)
+from dq.evaluation.trainings import Work, write_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +87,7 @@ def test_every_set_is_compared_with_random_over_common_seeds() -> None:
     d, half = found[0].difference, 4.302653 * (0.01**2 / 3 + (0.21 - 0.21**2) / 450) ** 0.5
     assert (d.mean, d.low, d.high) == pytest.approx((0.21, 0.21 - half, 0.21 + half))
     assert found[0].record()["verdict"] == "better"
-    assert str(found[0]) == "convnet3 #1, hard, IPC 10: a beats random (+21.0 points, 95% interval +12.4 to +29.6)"
+    assert str(found[0]) == "convnet3, hard #1, IPC 10: a beats random (+21.0 points, 95% interval +12.4 to +29.6)"
     assert found[1].record()["verdict"] == "undecided"
     assert (found[1].record()["low"], found[1].record()["high"]) == (None, None)
     assert str(found[1]).endswith("c and random cannot be compared with one seed")
@@ -100,7 +111,7 @@ def test_sets_are_compared_with_one_another_once_and_baselines_with_random_alone
     assert statements(rows).endswith("5 comparisons at 95 % each, not corrected for their number.")
     # two sets need no random images between them, and one comparison no warning of many
     rows = summarize([record(name, s, level[name]) for name in ("theirs", "ours") for s in range(3)])
-    assert statements(rows).startswith("convnet3 #1, hard, IPC 10: ours beats theirs (-20.0 points")
+    assert statements(rows).startswith("convnet3, hard, IPC 10: ours beats theirs (-20.0 points")
     assert "corrected" not in statements(rows)
     rows = summarize([record("full", s, 0.9, ipc="full") for s in range(2)])
     assert (compare(rows), statements(rows)) == ([], "")
@@ -158,7 +169,10 @@ def test_comparisons_tell_two_students_of_one_network_apart() -> None:
         ("convnet3", 0, "p", "lr 0"),
         ("convnet3", 1, "q", "lr 1"),
     ]
-    assert [str(c).split(",")[0] for c in compare(summarize(records))] == ["convnet3 #1", "convnet3 #2"]
+    assert [str(c).split(", IPC")[0] for c in compare(summarize(records))] == [
+        "convnet3, hard, p, lr 0",
+        "convnet3, hard, q, lr 1",
+    ]
 
 
 def test_table_orders_ipc_as_numbers() -> None:
@@ -183,8 +197,57 @@ def test_table_orders_ipc_as_numbers() -> None:
 def test_two_recipes_of_one_network_are_two_columns() -> None:
     records = [record("a", 0, 0.2), {**record("a", 0, 0.4), "recipe": 1}]
     lines = markdown_table(summarize(records)).splitlines()
-    assert lines[0] == "| set | convnet3 #1, hard, IPC 10 | convnet3 #2, hard, IPC 10 |"
+    assert lines[0] == "| set | convnet3, hard #1, IPC 10 | convnet3, hard #2, IPC 10 |"
     assert lines[2] == "| a | 20.0 | 40.0 |"
+
+
+def test_recipes_are_named_by_what_differs() -> None:
+    settings = ("300 epochs, batch 25, sgd lr 0.1", "300 epochs, batch 50, sgd lr 0.1")
+    rows = [
+        {"recipe": str(n), "student": "resnet18", "labels": "soft", "protocol": "fadrm", "settings": s}
+        for n, s in enumerate(settings)
+    ]
+    assert recipe_names(rows) == {0: "resnet18, soft, batch 25", 1: "resnet18, soft, batch 50"}
+    hard = {**rows[0], "recipe": "1", "labels": "hard"}
+    assert recipe_names([rows[0], hard]) == {0: "resnet18, soft", 1: "resnet18, hard"}
+    other = {**rows[0], "recipe": "1", "protocol": "rded"}
+    assert recipe_names([rows[0], other]) == {0: "resnet18, soft, fadrm", 1: "resnet18, soft, rded"}
+    # what all rows of a recipe share tells it apart, not what changes with the number of images
+    many = [*rows, {**rows[0], "settings": settings[0].replace("300", "100")}]
+    assert recipe_names(many)[0] == "resnet18, soft, batch 25"
+    # too much differs, or it is not enough
+    far = {**rows[0], "recipe": "2", "settings": "100 epochs, batch 9, adamw lr 2"}
+    assert recipe_names([rows[0], far]) == {0: "resnet18, soft #1", 2: "resnet18, soft #3"}
+
+
+def test_report_tells_students_of_other_labels_apart(tmp_path: Path) -> None:
+    from dq.run.report import write_results_report
+
+    records = [
+        {**record(name, s, 0.1 * j + gap + 0.01 * s), "labels": labels, "recipe": j}
+        for name, gap in (("a", 0.5), ("random", 0.2))
+        for j, labels in enumerate(("hard", "soft"))
+        for s in range(2)
+    ]
+    rows = summarize(records)
+    write_text(tmp_path / "eval" / "summary.csv", to_csv([r.record() for r in rows]))
+    write_text(tmp_path / "eval" / "comparisons.csv", to_csv([c.record() for c in compare(rows)]))
+    page = write_results_report(tmp_path).read_text()
+    differences = page[page.index("Differences of pairs") :]
+    assert [differences.count(f"<td>convnet3, {kind}</td>") for kind in ("hard", "soft")] == [1, 1]
+
+
+def test_rows_that_leave_the_table_are_named(tmp_path: Path, accelerator, caplog: pytest.LogCaptureFixture) -> None:
+    work = Work(tmp_path, accelerator)
+    first = [{**record("a", 0, 0.5), "data": {}}, {**record("a", 0, 0.6, ipc="1"), "data": {}}]
+    write_tables(first, work)
+    assert not caplog.records
+    write_tables([*first, {**record("b", 0, 0.5), "data": {}}], work)
+    assert not caplog.records
+    write_tables([{**first[0], "settings": "200 epochs"}], work)
+    (warning,) = caplog.records
+    assert "3 of 3 rows leave" in warning.getMessage()
+    assert "the first is a, IPC 10, convnet3, hard labels, all of them" in warning.getMessage()
 
 
 def test_recipes_of_one_network_are_drawn_apart() -> None:
@@ -198,7 +261,7 @@ def test_recipes_of_one_network_are_drawn_apart() -> None:
     rows = [{k: str(v) for k, v in r.record().items()} for r in summarize(records)]
     drawn = dict(results_figures(rows, lambda w, h: Figure(figsize=(w, h))))
     panels = drawn["accuracy"].axes
-    assert [ax.get_title() for ax in panels] == ["#1, p, convnet3, hard", "#2, p, convnet3, hard"]
+    assert [ax.get_title() for ax in panels] == ["convnet3, hard #1", "convnet3, hard #2"]
     for ax, height in zip(panels, (10, 20)):
         assert ax.lines[0].get_ydata() == pytest.approx([height, height])
 
