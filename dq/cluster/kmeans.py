@@ -251,7 +251,7 @@ def _occupied(p: _Problem, start: Tensor) -> Tensor:
     """Start points (k, d) of which those that own no point are moved onto points: equal ones would stay equal in an
     entropic barycentre, and a stream would leave them where they are."""
     labels = assign(p.x[None], start[None])[0]
-    return fill_empty(p.x, start, labels, p.weights, cell_totals(p.weights, labels, len(start)))
+    return fill_empty(p.x, start, labels, p.weights, cell_totals(p.weights, labels, len(start)))[0]
 
 
 def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _Found:
@@ -320,7 +320,10 @@ def _finish(
             mass = cell_totals(w, labels, len(c))
             if (mass > 0).all():
                 break
-            moved = (fill_empty if step < settling else fill_empty_alone)(x, c, labels, w, mass)
+            if step < settling:
+                moved = fill_empty(x, c, labels, w, mass)[0]
+            else:
+                moved = fill_empty_alone(x, c, labels, w, mass)
             if torch.equal(moved, c):
                 break  # fewer distinct points than centroids
             c, converged = moved, False

@@ -83,7 +83,7 @@ def _cumulative_products(values: Tensor) -> Tensor:
     within = blocks @ upper
     if blocks.shape[1] > 1:
         within[:, 1:] += _cumulative_products(within[:, :-1, -1]).unsqueeze(2)
-    return within.reshape(B, -1)[:, :n]
+    return within.reshape(B, -1)[:, :n].contiguous()
 
 
 def squared_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def race(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generato
     sums, mass = cell_sums(x, labels, weights, k)
     centroids = sums / mass.unsqueeze(2).clamp(min=1e-30)
     for b in (mass <= 0).any(1).nonzero()[:, 0].tolist():
-        centroids[b] = fill_empty(x[b], centroids[b], labels[b], weights[b], mass[b])
+        centroids[b] = fill_empty(x[b], centroids[b], labels[b], weights[b], mass[b])[0]
     return centroids
 
 
@@ -213,20 +213,25 @@ def peak_bytes(n: int, d: int) -> int:
     return 4 * n * (7 * d + 12 * min(d, 2 * RACE_DIMENSIONS))
 
 
-def fill_empty(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-    """Move every empty centroid of one class onto a distinct point, the farthest from its own centroid first
-    (scikit-learn's rule). x (n, d), centroids (k, d), labels (n,), weights (n,), mass (k,).
+def fill_empty(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Move every empty centroid of one class onto a distinct point, the farthest from its own centroid first.
+
+    scikit-learn's rule, but that a point next to one that was just taken is not far any more, so that two cells never
+    move onto equal points. x (n, d), centroids (k, d), labels (n,), weights (n,), mass (k,).
+
+    Returns:
+        centroids (k, d), and labels (n,) where the points that were taken belong to the moved ones.
     """
     empty = (mass <= 0).nonzero()[:, 0]
     distance = squared_distances(x[None], centroids[None], labels[None])[0] * (weights > 0)
-    out = centroids.clone()
+    out, labels = centroids.clone(), labels.clone()
     for e in empty.tolist():
         far = int(distance.argmax())
         if distance[far] <= 0:
             break  # fewer distinct points than centroids
-        out[e] = x[far]
+        out[e], labels[far] = x[far], e
         distance = torch.minimum(distance, (x - x[far]).square().sum(-1))
-    return out
+    return out, labels
 
 
 def fill_empty_alone(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
@@ -290,12 +295,17 @@ def lloyd(
         new = nearest(x, c)
         sums, mass = cell_sums(x, new, weights, k)
         c = torch.where(mass.unsqueeze(2) > 0, sums / mass.unsqueeze(2).clamp(min=1e-30), c)
-        for b in (mass <= 0).any(1).nonzero()[:, 0].tolist():
-            c[b] = fill_empty(x[b], c[b], new[b], weights[b], mass[b])
+        full = (mass > 0).all(1)
+        for b in (~full).nonzero()[:, 0].tolist():
+            moved, taken = fill_empty(x[b], c[b], new[b], weights[b], mass[b])
+            # The cells that lost a point go on without it, as scikit-learn has it.
+            own, own_mass = cell_sums(x[b : b + 1], taken[None], weights[b : b + 1], k)
+            c[b] = torch.where(own_mass[0, :, None] > 0, own[0] / own_mass[0, :, None].clamp(min=1e-30), moved)
+            mass[b] = own_mass[0]
         # Distortion after the update: sum w |x|^2 - sum_k mass_k |c_k|^2 (cells and means belong together).
         sse = power - (mass * c.square().sum(-1)).sum(1)
         same = ((new == labels) | (weights <= 0)).all(1)
-        done = same | ((previous - sse).abs() <= tol * sse) & (mass > 0).all(1) & (tol > 0)
+        done = same | ((previous - sse).abs() <= tol * sse) & full & (tol > 0)
         iterations[active.cpu()] += 1
         result[active] = c
         converged[active[done].cpu()] = True

@@ -39,6 +39,7 @@ def test_relocated_clusters_of_scikit_learn(engine: str, tol: float) -> None:
     r = kmeans(x, 2, config=config(engine, tol=tol), start=start)
     assert r.inertia == pytest.approx(0.25)
     assert r.converged
+    assert r.n_iter == 3
     assert sorted(r.centroids.tolist()) == [[0.25, 0.0], [0.75, 1.0]]
 
 
