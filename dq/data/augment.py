@@ -44,15 +44,17 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
     """
     x, n, side = images, len(images), images.shape[-1]
 
-    def uniform(low: float, high: float) -> Tensor:
-        return (low + (high - low) * torch.rand(n, generator=generator)).to(x.device)
+    def uniform(*ranges: tuple[float, float]) -> Tensor:
+        """Draws (ranges, B), which go to the device in one copy."""
+        return torch.stack([low + (high - low) * torch.rand(n, generator=generator) for low, high in ranges]).to(
+            x.device
+        )
 
     if operation is None:
         operation = OPERATIONS[int(torch.randint(len(OPERATIONS), (), generator=generator))]
     if operation == "color":
-        x = brightness(x, uniform(-BRIGHTNESS / 2, BRIGHTNESS / 2))
-        x = saturation(x, uniform(0, SATURATION))
-        return contrast(x, uniform(CONTRAST, 1 + CONTRAST))
+        amounts = uniform((-BRIGHTNESS / 2, BRIGHTNESS / 2), (0, SATURATION), (CONTRAST, 1 + CONTRAST))
+        return contrast(saturation(brightness(x, amounts[0]), amounts[1]), amounts[2])
     if operation == "crop":
         return _random_crop(x, generator)
     if operation == "cutout":
@@ -63,11 +65,11 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
     if operation == "flip":
         return _random_flip(x, generator)
     if operation == "scale":
-        sx, sy = uniform(1 / SCALE, SCALE), uniform(1 / SCALE, SCALE)
+        sx, sy = uniform((1 / SCALE, SCALE), (1 / SCALE, SCALE))
         zero = torch.zeros_like(sx)
         return affine(x, torch.stack([sx, zero, zero, sy], 1).view(n, 2, 2))
     if operation == "rotate":
-        angle = uniform(-ROTATE_DEGREES, ROTATE_DEGREES) * (math.pi / 180)
+        angle = uniform((-ROTATE_DEGREES, ROTATE_DEGREES))[0] * (math.pi / 180)
         cos, sin = angle.cos(), angle.sin()
         return affine(x, torch.stack([cos, -sin, sin, cos], 1).view(n, 2, 2))
     raise InputError(f"DSA has no operation {operation!r}; it has {', '.join(OPERATIONS)}")

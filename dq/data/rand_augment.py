@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dq.core.constants import constant
+
 # The code of an operation is its place here
 OPERATIONS = (
     "identity",
@@ -123,7 +125,7 @@ def _flat(x: Tensor, operation: str) -> Tensor:
         return torch.zeros_like(x[:, :1], dtype=torch.float32)
     if operation == "sharpness":
         return _smooth(x)
-    weights = torch.tensor(LUMA, device=x.device).view(1, 3, 1, 1)
+    weights = constant(LUMA, x.device, torch.int64).view(1, 3, 1, 1)
     grey = ((x.long() * weights).sum(1, keepdim=True) + 0x8000) >> 16
     if operation == "contrast":
         pixels = grey[0].numel()

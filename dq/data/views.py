@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dq.config.students import ViewConfig
+from dq.core.constants import constant
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import flip as mirrored
 from dq.data.augment import shift
@@ -220,7 +221,7 @@ def shuffle_patches(x: Tensor, order: Tensor, grid: int) -> Tensor:
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, saturation and contrast times `factors` (B, 3), each image in its own `order` (B, 3): distance from
     black, from the grey of each pixel, from the mean grey of the image (Minimax's and IDC's code)."""
-    grey = torch.tensor(GREY, device=x.device).view(1, 3, 1, 1)
+    grey = constant(GREY, x.device, torch.float32).view(1, 3, 1, 1)
     for step in order.long().unbind(1):
         factor = factors.gather(1, step[:, None]).view(-1, 1, 1, 1)
         luma = (x * grey).sum(1, keepdim=True)
@@ -232,8 +233,8 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 def lighting(amounts: Tensor) -> Tensor:
     """(B, 3, 1, 1) shift of the colours along ImageNet's principal ones by `amounts` (B, 3)."""
-    vectors = torch.tensor(LIGHT_VECTORS, device=amounts.device)
-    values = torch.tensor(LIGHT_VALUES, device=amounts.device)
+    vectors = constant(LIGHT_VECTORS, amounts.device, torch.float32)
+    values = constant(LIGHT_VALUES, amounts.device, torch.float32)
     return ((amounts * values) @ vectors.T)[..., None, None]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dq.core.constants import constant
 from dq.core.errors import InputError
 from dq.core.memory import in_pieces
 
@@ -47,9 +48,10 @@ class Teacher:
         if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        x = (x - x.new_tensor(self.mean).view(1, -1, 1, 1)) / x.new_tensor(self.std).view(1, -1, 1, 1)
+        mean, std = (constant(v, x.device, x.dtype).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        x = (x - mean) / std
         logits = self.net(x).float()
-        return logits if self.classes is None else logits[:, torch.tensor(self.classes, device=logits.device)]
+        return logits if self.classes is None else logits[:, constant(self.classes, logits.device, torch.int64)]
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, C) float32 on the CPU of images (N, 3, H, W), uint8 or float in [0, 1], in evaluation mode."""

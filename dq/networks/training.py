@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dq.config.reader import to_dict
 from dq.config.students import Dtype, StudentConfig, ViewConfig
+from dq.core.constants import constant
 from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
@@ -121,12 +122,12 @@ def fit(
             labelled.check(len(y), config)
         views = labelled.views if labelled is not None else _own_views(config, x, seed, epoch)
         logits_now = labelled.logits.to(device) if labelled is not None else None
-        order = views.order.long().to(device)
+        order, partners = views.order.long().to(device), views.partner.long().to(device)
         for i, span in enumerate(batches(len(y), config.batch_size, config.accumulate)):
             rows = order[span]
             batch = given[rows] if given is not None else pixels(apply_views(config.views, x, views, i, span))
             batch = augment(config.augment, batch, draws)
-            partner = rows[views.partner[span].long().to(device)]
+            partner = rows[partners[span]]
             kept = float(views.kept[i])
             batch_weights = w[rows] if kept == 1 else kept * w[rows] + (1 - kept) * w[partner]
             teacher = logits_now[span] if logits_now is not None else fixed[rows] if fixed is not None else None
@@ -228,7 +229,7 @@ def normalizer(mean: Sequence[float], std: Sequence[float]) -> Pixels:
 
     def normalize(images: Tensor) -> Tensor:
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        m, s = (torch.tensor(v, dtype=torch.float32, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
+        m, s = (constant(v, x.device, torch.float32).view(1, -1, 1, 1) for v in (mean, std))
         return (x - m) / s
 
     return normalize

@@ -278,8 +278,9 @@ class StatMatcher:
 
     def distance(self) -> Tensor:
         """S of the last forward pass, a scalar; 0 for a network without batch norm. Lets go of what was read."""
-        total = torch.zeros(())
-        for weight, term in zip(self.weights, self.terms()):
-            total = total.to(term.device) + weight * term
+        terms = self.terms()
+        total = torch.zeros((), device=terms[0].device if terms else None)
+        for weight, term in zip(self.weights, terms):
+            total = total + weight * term
         self._seen.clear()
         return total

@@ -201,17 +201,17 @@ def _block(
     # which process did what before
     scaler = torch.amp.GradScaler(x.device.type, init_scale=scale or SCALE, enabled=scale is not None)
     trace = torch.zeros(len(steps), len(TERMS), device=x.device)  # read at the end: no wait within a step
-    skipped = 0
+    skipped, scale_now = 0, scale or SCALE
     for i, step in enumerate(steps):
         optimizer.param_groups[0]["lr"] = schedule.rate(step)
         terms = step_loss(x, step)
         optimizer.zero_grad()
         scaler.scale(terms.sum()).backward()
         scaler.step(optimizer)
-        before = scaler.get_scale() if scale is not None else 0.0
         scaler.update()
         if scale is not None:
-            skipped += scaler.get_scale() < before
+            before, scale_now = scale_now, scaler.get_scale()  # read once in a step, since the host waits for it
+            skipped += scale_now < before
         with torch.no_grad():
             x.clamp_(*bounds)
             trace[i] = terms.detach()
@@ -219,7 +219,7 @@ def _block(
     return (
         x.detach(),
         trace.cpu(),
-        scaler.get_scale() if scale is not None else SCALE,
+        scale_now,
         skipped > BAD_SHARE * len(steps),
     )
 

@@ -47,10 +47,9 @@ def look(x: Tensor, view: View) -> Tensor:
     if (height, width) == (side, side):
         x = x.flip(3) if view.flip else x
         return torch.roll(x, (down, right), (2, 3)) if down or right else x
-    start, length, mirror = (
-        torch.tensor(v, device=x.device) for v in ((top, left), (height, width), (False, view.flip))
-    )
-    matrices = resize_matrix(start, length, side, mirror)  # (2, S, S)
+    # in one copy, for which the device must stop
+    start, length, mirror = torch.tensor([[top, left], [height, width], [0, view.flip]], device=x.device)
+    matrices = resize_matrix(start, length, side, mirror.bool())  # (2, S, S)
     rows, columns = matrices[0].roll(down, 0), matrices[1].roll(right, 0)
     return rows @ x @ columns.T
 

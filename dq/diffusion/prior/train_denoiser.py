@@ -202,12 +202,15 @@ class DenoiserLoss(nn.Module):
     flow: x = (1 - s) z + s noise, target noise - z; time handed to the model is 1000 s, as diffusers does it.
     """
 
+    alphas: Tensor  # (1000,) float64, share of the signal
+
     def __init__(self, model: DiTTransformer2DModel, objective: str = "noise", weighting: str = "uniform"):
         super().__init__()
         self.model = model
         self.objective = objective
         self.weighting = weighting
-        self.alphas = torch.cumprod(1 - torch.linspace(BETAS[0], BETAS[1], TIMESTEPS, dtype=torch.float64), 0)
+        alphas = torch.cumprod(1 - torch.linspace(BETAS[0], BETAS[1], TIMESTEPS, dtype=torch.float64), 0)
+        self.register_buffer("alphas", alphas, persistent=False)  # goes to the device with the model
 
     def forward(self, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Terms (b,) for latents and noise (b, C, h, w), noise levels (b,) in [0, 1), and class ids (b,); `error` is
@@ -220,7 +223,7 @@ class DenoiserLoss(nn.Module):
             target = noise - z
         else:
             t = (level * TIMESTEPS).long()
-            a = self.alphas.to(t.device)[t]
+            a = self.alphas[t]
             noisy = a.sqrt().float().view(view) * z + (1 - a).sqrt().float().view(view) * noise
             target = noise
             if self.weighting == "min_snr":
