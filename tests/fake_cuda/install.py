@@ -32,9 +32,8 @@ def install() -> None:
     _library = torch.library.Library("aten", "IMPL", "CUDA")
     for name in FACTORIES:
         _library.impl(name, _factory(name))
-    torch._C._set_only_lift_cpu_tensors(
-        True
-    )  # torch.tensor(data, device="cuda") reads its data on the CPU, then copies
+    # torch.tensor(data, device="cuda") reads its data on the CPU, then copies
+    torch._C._set_only_lift_cpu_tensors(True)
     # a parameter cannot become a subclass in place, so that `module.to` makes new ones
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     for name, value in _answers().items():

@@ -38,7 +38,8 @@ def name_of(operation: OpOverload) -> str:
 
 def launches(operation: OpOverload) -> bool:
     """Whether the operation starts a kernel: not if it only looks at memory differently, or allocates."""
-    return not operation.is_view and name_of(operation) not in NO_KERNEL
+    looks = operation.is_view or torch.Tag.inplace_view in operation.tags
+    return not looks and name_of(operation) not in NO_KERNEL
 
 
 def waits(operation: OpOverload, indices: list[Tensor | None]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fake_cuda.device_log import LAUNCH, TO_DEVICE, TO_HOST, WAIT, DeviceLog, lines_of_dq
@@ -99,6 +100,9 @@ def run(operation: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if launches(operation):
             LOG.add(LAUNCH, name)
     result = _on_host(operation, args, kwargs)
+    if torch.Tag.inplace_view in operation.tags and name != "resize_":
+        with no_dispatch():
+            operation(*args, **kwargs)  # the shape of the tensor itself, which has no memory
     if to_host or (name == "copy_" and not isinstance(args[0], FakeCudaTensor)):
         return args[0] if name == "copy_" else result
     return _to_device(operation, args, kwargs, result)
@@ -165,6 +169,9 @@ def _value(x: Any) -> Any:
 def _to_device(operation: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """Results as tensors of the device; an argument that was changed in place is its own result."""
     returns = operation._schema.returns
+    if operation.is_view:  # an inference tensor where its base is one, whatever the mode is now
+        with torch.inference_mode(args[0].is_inference()):
+            return tree_map(lambda x: FakeCudaTensor(x) if isinstance(x, Tensor) else x, result)
     if not any(r.alias_info is not None and r.alias_info.is_write for r in returns):
         return tree_map(lambda x: FakeCudaTensor(x) if isinstance(x, Tensor) else x, result)
     values = []

@@ -221,6 +221,20 @@ def test_the_autograd_of_cuda_accumulates_and_copies() -> None:
     assert twin.data_ptr() != x.data_ptr()
 
 
+def test_inference_mode_is_that_of_torch() -> None:
+    x = ramp(4).to(DEVICE)
+    with torch.inference_mode():
+        y = x.view(2, 2)
+        z = y * 2
+        w = z.view(4)
+    assert [t.is_inference() for t in (x, y, z, w, w.view(2, 2))] == [False, False, True, True, True]
+    weight = nn.Parameter(y[0])
+    (weight * y[1]).sum().backward()
+    torch.testing.assert_close(weight.grad.cpu(), torch.tensor([3.0, 4.0]))
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        weight * z[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_cuda_casts(dtype: torch.dtype) -> None:
     net, x, y = net_and_data()
@@ -274,9 +288,18 @@ def test_draws_of_the_device_leave_the_generator_of_the_cpu_alone() -> None:
     assert len(torch.unique(first[0])) == 4
 
 
-def test_changing_a_shape_in_place_is_refused() -> None:
+def test_growing_in_place_is_refused() -> None:
+    x = torch.empty(0, device=DEVICE)
     with pytest.raises(NotImplementedError, match="changes a shape in place"):
-        ramp(2, 3).to(DEVICE).t_()
+        torch.add(ramp(2).to(DEVICE), 1, out=x)
+
+
+def test_views_in_place_are_followed(device_log: DeviceLog) -> None:
+    x = ramp(1, 2, 3).to(DEVICE)
+    assert x.squeeze_(0).t_().unsqueeze_(1).shape == (3, 1, 2)
+    assert x.stride() == x.host.stride()
+    assert device_log.counts().launches == 0
+    torch.testing.assert_close(x.quantile(0.5).cpu(), torch.tensor(3.5))
 
 
 def test_the_report_names_the_lines(device_log: DeviceLog) -> None:

@@ -1,0 +1,142 @@
+"""What one step of each loop costs on a device: launches, waits of the host, and copies.
+
+A budget is the number that was measured when it was written; a change that lowers it may lower the budget. Counts are
+of tiny networks, so that the part around the network, which is dq's own, is most of them. Every copy from pageable
+memory makes the host wait as well; it is counted as a copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_dit, tiny_kl, toy_splits
+from small_prior import NAMES, encoded, prior_in
+from tiny_teachers import images_of, teacher_of, trained
+
+from dq.config.refinement import FADRM
+from dq.config.students import StudentConfig
+from dq.core.processes import make_accelerator
+from dq.data.load import load_source
+from dq.diffusion.class_sampling import sample_latents
+from dq.diffusion.prior.train_denoiser import train_denoiser
+from dq.networks.training import fit, normalizer
+from dq.refine import fadrm
+from fake_cuda.device_log import LAUNCH, TO_DEVICE, TO_HOST, WAIT, Counts, DeviceLog
+
+DEVICE = torch.device("cuda")
+
+
+def assert_within(log: DeviceLog, work: Callable[[int], Any], few: int, many: int, budget: Counts) -> None:
+    """Compare what each further step of `work(steps)` costs with a budget."""
+    totals = []
+    for steps in (few, many):
+        log.clear()
+        work(steps)
+        totals.append(log.counts())
+    more, n = totals[1] - totals[0], many - few
+    step = Counts(*(-(-getattr(more, f.name) // n) for f in dataclasses.fields(Counts)))  # a broken step counts
+    over = [f.name for f in dataclasses.fields(Counts) if getattr(step, f.name) > getattr(budget, f.name)]
+    kinds = {"launches": LAUNCH, "waits": WAIT, "to_device": TO_DEVICE, "to_host": TO_HOST}
+    lines = [f"  {n:5d} {text}" for name in over for text, n in log.operations(kinds[name]).most_common(12)]
+    assert not over, "\n".join([f"a step costs {step}, over {budget} in {', '.join(over)}; {many} steps do:", *lines])
+
+
+# --- students -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({}, Counts(launches=54, waits=0, to_device=0, to_host=0)),
+        ({"augment": "dsa"}, Counts(launches=61, waits=0, to_device=1, to_host=0)),
+        ({"augment": "crop_flip", "dtype": "bfloat16"}, Counts(launches=97, waits=0, to_device=2, to_host=0)),
+        (
+            {"labels": "fixed", "optimizer": "adamw", "lr": 0.001, "ema": 0.9},
+            Counts(launches=71, waits=0, to_device=0, to_host=0),
+        ),
+        ({"accumulate": 2, "optimizer": "adamw", "lr": 0.001}, Counts(launches=118, waits=0, to_device=0, to_host=0)),
+    ],
+    ids=["hard", "dsa", "bfloat16", "fixed", "accumulate"],
+)
+def test_a_step_of_a_student(device_log: DeviceLog, changes: dict[str, Any], budget: Counts) -> None:
+    base = {"net": "convnet3w32", "epochs": 1, "batch_size": 4, "augment": "none", "schedule": "constant", "tests": 1}
+    config = StudentConfig(**{**base, **changes})
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 4
+
+    def work(steps: int) -> None:
+        n = 4 * steps
+        soft = torch.eye(4)[labels[:n]] if config.labels == "fixed" else None
+        pixels = normalizer([0.5] * 3, [0.25] * 3)
+        x, y = images[:n].to(DEVICE), labels[:n].to(DEVICE)
+        fit(x, y, num_classes=4, config=config, soft_labels=soft, pixels=pixels, seed=0)
+
+    assert_within(device_log, work, 2, 6, budget)
+
+
+# --- refinement ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({}, Counts(launches=176, waits=0, to_device=1, to_host=0)),
+        ({"dtype": "bfloat16"}, Counts(launches=194, waits=0, to_device=1, to_host=0)),
+        ({"dtype": "float16"}, Counts(launches=204, waits=2, to_device=1, to_host=0)),
+    ],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_a_step_of_fadrm(device_log: DeviceLog, changes: dict[str, Any], budget: Counts) -> None:
+    labels = torch.arange(4)
+    teacher = teacher_of(trained().net.to(DEVICE))
+    images = images_of(labels, seed=5)
+
+    def work(steps: int) -> None:
+        settings = {"sizes": (16,), "lr": 0.01, "batch_size": 4, "jitter": 2, **changes}
+        fadrm.refine(images, labels, None, FADRM(steps=(steps,), **settings), [teacher])
+
+    assert_within(device_log, work, 2, 6, budget)
+
+
+# --- prior --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_the_denoiser(device_log: DeviceLog, tmp_path: Path) -> None:
+    source = load_source(toy_splits(), class_names=list(NAMES))
+    codec = tiny_kl().to(DEVICE)
+    cache = encoded(source, tmp_path / "cache", codec)
+    accelerator = make_accelerator()
+
+    def work(steps: int) -> None:
+        changes = {"steps": steps, "save_every": 100, "batch_size": 8, "ema": (0.9,)}
+        prior = prior_in(tmp_path / f"prior{steps}", denoiser=changes)
+        train_denoiser(cache, codec, prior, class_names=NAMES, accelerator=accelerator)
+
+    assert_within(device_log, work, 2, 6, Counts(launches=234, waits=0, to_device=4, to_host=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("DDIMScheduler", Counts(launches=131, waits=0, to_device=0, to_host=0)),
+        ("DPMSolverMultistepScheduler", Counts(launches=134, waits=0, to_device=0, to_host=0)),
+        ("EulerDiscreteScheduler", Counts(launches=128, waits=0, to_device=0, to_host=0)),
+    ],
+)
+def test_a_step_of_sampling(device_log: DeviceLog, name: str, budget: Counts) -> None:
+    import diffusers
+
+    model = tiny_dit().to(DEVICE)
+    scheduler = getattr(diffusers, name)()
+
+    def work(steps: int) -> None:
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        with torch.no_grad():
+            sample_latents(model, scheduler, [0, 1], generators, guidance_scale=2.0, num_inference_steps=steps)
+
+    assert_within(device_log, work, 4, 12, budget)
