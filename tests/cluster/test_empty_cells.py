@@ -11,6 +11,7 @@ from dq.cluster.lloyd import _cumulative_products as cumulative_products
 from dq.cluster.lloyd import cell_totals, cumulative_sums
 from dq.cluster.online import minibatch, systematic_sample
 from dq.config.schema import ClusterConfig
+from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 
 LLOYD = ["faiss", "torch"]
@@ -86,7 +87,7 @@ def test_faiss_is_torch_under_weights(seed: int) -> None:
     x = mixture(300, 4, 12, seed, spread=0.8)
     g = torch.Generator().manual_seed(seed)
     w = torch.rand(300, generator=g).pow(8) + 1e-3
-    a, b = (kmeans(x, 10, config=config(e), weights=w, seed=seed) for e in LLOYD)
+    a, b = (kmeans(x, 10, config=config(e, init="random"), weights=w, seed=seed) for e in LLOYD)
     assert a.inertia == pytest.approx(b.inertia, rel=1e-5)
     assert a.n_iter == b.n_iter
 
@@ -174,6 +175,12 @@ def test_equal_weights_are_no_weights(engine: str, start: bool) -> None:
     doubled = kmeans(x, 5, config=config(engine), weights=torch.full((130,), 2.0), start=first, seed=3)
     assert torch.equal(plain.centroids, doubled.centroids)
     assert torch.equal(2 * plain.masses, doubled.masses)
+
+
+@pytest.mark.parametrize("engine", ["minibatch", "barycentre"])
+def test_engines_without_weights_refuse_them(engine: str) -> None:
+    with pytest.raises(InputError, match=f"cluster.engine={engine} takes no point weights; use faiss, torch or clvq"):
+        kmeans(mixture(), 3, config=config(engine), weights=torch.ones(240))
 
 
 @pytest.mark.parametrize("engine", ["faiss", "torch", "clvq"])
