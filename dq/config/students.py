@@ -147,3 +147,8 @@ class EvaluateConfig(Checked):
     validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
     # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate
     students: tuple[dict[str, Any], ...] = ({"protocol": "classic"},)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.baselines)) < len(self.baselines):
+            raise InputError(f"baselines={list(self.baselines)} names one twice; give every baseline once")

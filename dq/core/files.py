@@ -27,6 +27,18 @@ class Damaged(RunError):
     """A file that is there but does not hold what was written to it."""
 
 
+def as_path(value: Any, name: str) -> Path:
+    """A path that a caller gives, with its ~ expanded.
+
+    Raises:
+        InputError: if it is neither text nor a path, or empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise InputError(f"{name} is a path, not {value!r}")
+    path = Path(value)
+    return path.expanduser() if str(path).startswith("~/") else path
+
+
 def temporary_beside(path: Path) -> Path:
     """The hidden name under which this process writes `path`. Another host may have a process of the same number."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -217,7 +229,7 @@ def is_done(path: Path) -> bool:
 
 def check_name(name: str, what: str) -> None:
     """Refuse names that could not be a folder or would leave it."""
-    if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name):
         raise InputError(f"{what} {name!r} must be letters, digits and _ . + - (it names a folder); choose another")
 
 

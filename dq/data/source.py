@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -184,6 +184,17 @@ def _hash_files(h: Any, root: Path, files: Sequence[Path], on_bad_image: Literal
 def normalize_name(name: str) -> str:
     """A class name in Unicode's composed form (NFC), as which names from any system compare equal."""
     return unicodedata.normalize("NFC", name)
+
+
+def as_names(names: object) -> tuple[str, ...]:
+    """Class names that a caller gives, in composed form; numbers become text.
+
+    Raises:
+        InputError: if they are not a sequence.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InputError(f"class_names is a list of names in the order of the classes, not {names!r}")
+    return tuple(normalize_name(str(n)) for n in names)
 
 
 NUMBER = re.compile(r"[0-9]+")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.left_out import LeftOut
-from dq.data.source import TEST_SPLITS, ImageSource, Split, checked_source, choose_splits, normalize_name
+from dq.data.source import TEST_SPLITS, ImageSource, Split, as_names, checked_source, choose_splits
 
 
 def _digits() -> ImageSource:
@@ -78,9 +78,5 @@ def from_tensors(
         h.update(np.ascontiguousarray(array).tobytes())
         h.update(splits[name].labels.tobytes())
     highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
-    names = (
-        tuple(normalize_name(str(n)) for n in class_names)
-        if class_names is not None
-        else tuple(str(i) for i in range(highest))
-    )
+    names = tuple(map(str, range(highest))) if class_names is None else as_names(class_names)
     return checked_source(splits, names, h, origin, "train", test)

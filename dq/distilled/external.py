@@ -20,10 +20,11 @@ from torch import Tensor
 from dq.config.schema import SourceConfig
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
+from dq.core.files import as_path
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.left_out import warn_of_keys
 from dq.data.load import load_source
-from dq.data.source import NUMBER, Split, normalize_name
+from dq.data.source import NUMBER, Split, as_names
 from dq.distilled.format import PROVENANCE, RUN_CONFIG, is_set, parquet_kind, set_names
 from dq.distilled.set import DistilledSet
 
@@ -77,8 +78,9 @@ def load_set(
         InputError: if it cannot be read, its classes are not `class_names`, or its label vectors could be
             probabilities and nothing says what they are.
     """
-    names = None if class_names is None else tuple(normalize_name(str(n)) for n in class_names)
-    path, text = Path(path), str(path)
+    names = None if class_names is None else as_names(class_names)
+    text = str(path)
+    path = as_path(path, "the path of a set")
     if path.suffix in TENSORS:
         s = _from_tensor_file(path, names, label_kind)
     elif is_set(path) or set_names(path) or set_names(path / "dataset") or _is_run(path):

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
-from dq.core.files import read_json
+from dq.core.files import as_path, check_name, read_json
 from dq.distilled.card import write_dataset_card
 from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
 from dq.distilled.hub import download_set, push_folder
@@ -86,8 +86,16 @@ class DistilledSet:
         size = "x".join(map(str, self.images.shape[2:]))
         return f"DistilledSet({len(self)} images of {size} px, {len(self.class_names)} classes)"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row: `image` (3, H, W), `label`, `weight`, and `soft_label` (C,) where there are some."""
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """One row, or a list of them: `image` (3, H, W), `label`, `weight`, and `soft_label` (C,) if there is one."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         i = operator.index(index)
         row = {"image": self.images[i], "label": int(self.labels[i]), "weight": float(self.weights[i])}
         return row if self.soft_labels is None else {**row, "soft_label": self.soft_labels[i]}
@@ -121,6 +129,8 @@ class DistilledSet:
         Returns:
             The first of the Parquet files.
         """
+        folder = as_path(folder, "the folder of a set")
+        check_name(config_name, "the name of a set")
         path = write_set(folder, config_name, [self], self.provenance)
         write_dataset_card(Path(folder))
         return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from dq.config.reader import from_dict, to_dict
 from dq.config.students import Baseline, EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import check_name
+from dq.core.files import as_path, check_name
+from dq.core.numbers import whole_number
 from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of_tensors
 from dq.data.load import Loadable, load_source
@@ -172,10 +172,14 @@ def evaluate(
         raise InputError(f"a DistilledSet or the path of one is evaluated, not {type(distilled).__name__}")
     named = list(students) if isinstance(students, (list, tuple)) else [students]
     specs = [{"protocol": protocol, **settings, **_student_settings(s)} for s in named]
-    try:
-        seeds = operator.index(n_seeds)
-    except TypeError:
-        raise InputError(f"n_seeds is a whole number, not {n_seeds!r}") from None
+    seeds = whole_number(n_seeds, "n_seeds")
+    image_size = None if image_size is None else whole_number(image_size, "image_size")
+    if not isinstance(protocol, str):
+        raise InputError(f"protocol is a name of list_protocols(), not {protocol!r}")
+    if accelerator is not None and not hasattr(accelerator, "device"):
+        raise InputError(f"accelerator is an accelerate.Accelerator, not {accelerator!r}")
+    folder = None if output_dir is None else as_path(output_dir, "output_dir")
+    cache = as_path(cache_dir, "cache_dir")
     if not isinstance(baselines, (str, list, tuple)):
         raise InputError(f"baselines are names such as ('random',), not {type(baselines).__name__}")
     several = teachers if isinstance(teachers, (list, tuple)) else (teachers,)
@@ -190,8 +194,8 @@ def evaluate(
             config=config,
             teachers=tuple(several),
             image_size=image_size,
-            folder=Path(output_dir or scratch),
-            cache_dir=Path(cache_dir if output_dir else scratch),
+            folder=folder or Path(scratch),
+            cache_dir=cache if folder else Path(scratch),
             accelerator=accelerator or make_accelerator(),
         )
     return Results(tuple(rows))
