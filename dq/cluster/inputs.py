@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
@@ -87,23 +86,6 @@ def as_weights(value: Any, n: int, name: str) -> Tensor:
     if w.shape != (n,) or not (torch.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
         raise InputError(f"{name} must be ({n},), finite, non-negative and not all zero")
     return w
-
-
-def as_whole(value: Any, name: str, *, least: int | None = 1) -> int:
-    """A whole number, of Python, NumPy or a tensor of one element.
-
-    Raises:
-        InputError: for floats, booleans and text, or a number below `least`.
-    """
-    try:
-        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
-            raise TypeError
-        number = operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name} is a whole number, not {value!r}") from None
-    if least is not None and number < least:
-        raise InputError(f"{name}={number} must be at least {least}")
-    return number
 
 
 def _described(value: Any) -> str:

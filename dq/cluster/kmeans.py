@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dq.cluster.faiss_engine import faiss_assigner
-from dq.cluster.inputs import as_points, as_weights, as_whole
+from dq.cluster.inputs import as_points, as_weights
 from dq.cluster.lloyd import (
     assign,
     cell_sums,
@@ -29,6 +29,7 @@ from dq.cluster.online import clvq, minibatch, systematic_sample
 from dq.cluster.transport import barycentre, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
+from dq.core.numbers import whole_number
 from dq.core.seeds import derive_seed, generator
 
 RELOCATIONS = 3  # Lloyd iterations after the last one, while cells are empty
@@ -137,8 +138,8 @@ def kmeans_many(
     if not isinstance(config, ClusterConfig):
         raise InputError(f"config of k-means is a ClusterConfig(...), not {type(config).__name__}")
     for setting in ("n_iter", "n_init", "batch_size", "passes", "expand"):
-        as_whole(getattr(config, setting), setting)
-    k, B = as_whole(k, "k"), len(xs)
+        whole_number(getattr(config, setting), setting)
+    k, B = whole_number(k, "k"), len(xs)
     weights, starts = _one_each(weights, [None] * B, "weights"), _one_each(starts, [None] * B, "starts")
     seeds, names = _one_each(seeds, list(range(B)), "seeds"), _one_each(names, ["the data"] * B, "names")
     problems = [_Problem.check(*args, k, config) for args in zip(xs, weights, starts, seeds, names)]
@@ -182,7 +183,7 @@ class _Problem:
 
     @staticmethod
     def check(x: Any, weights: Any, start: Any, seed: int, name: str, k: int, config: ClusterConfig) -> _Problem:
-        x, seed = as_points(x, name), as_whole(seed, "seed", least=None)
+        x, seed = as_points(x, name), whole_number(seed, "seed", least=None)
         size = float(torch.linalg.vector_norm(x))
         if not size < 1e18:  # one pass; NaN, infinite, or too large to be squared
             bad = (~torch.isfinite(x)).any(1).nonzero()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.cluster.inputs import as_points, as_tensor, as_whole
+from dq.cluster.inputs import as_points, as_tensor
 from dq.cluster.lloyd import assign, kmeans_plusplus
 from dq.core.errors import InputError
+from dq.core.numbers import whole_number
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def clvq(
     Returns:
         Points and companion weights. Exact masses need one more pass that assigns without moving.
     """
-    k = as_whole(k, "k")
+    k = whole_number(k, "k")
     centroids = _start_points(stream, k, generator, init_size or 20 * k) if init is None else as_points(init, "init")
     if len(centroids) != k:
         raise InputError(f"init has {len(centroids)} points but k={k}; give k of them")
@@ -144,7 +145,7 @@ def minibatch(x: Any, k: int, *, order: Any, expand: int, drop_tail: bool, seed:
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    k, expand = as_whole(k, "k"), as_whole(expand, "expand")
+    k, expand = whole_number(k, "k"), whole_number(expand, "expand")
     x = as_points(x, "x", finite=True)
     points = x[as_tensor(order, "order").to(x.device, torch.int64)].cpu().numpy()
     size = expand * k

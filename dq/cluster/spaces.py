@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.cluster.inputs import as_points, as_rows, as_whole
+from dq.cluster.inputs import as_points, as_rows
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
+from dq.core.numbers import whole_number
 
 DIMS = 64  # principal directions where `dims` is None
 RIDGE = 1e-6  # added to every variance before whitening, in units of the largest
@@ -70,7 +71,7 @@ def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = Fal
             puts all points at one distance, and a warning says so.
     """
     x = as_points(x, "x", finite=True)
-    dims = DIMS if dims is None else as_whole(dims, "dims")
+    dims = DIMS if dims is None else whole_number(dims, "dims")
     n, d = x.shape
     shifted = x.double() - x[0].double()  # equal points become exact zeros
     centred = shifted - shifted.mean(0)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq.cluster.inputs import as_points, as_tensor, as_weights, as_whole
+from dq.cluster.inputs import as_points, as_tensor, as_weights
 from dq.cluster.lloyd import cell_sums
 from dq.core.errors import InputError
+from dq.core.numbers import whole_number
 
 
 def squared_cost(x: Any, y: Any) -> Tensor:
@@ -77,7 +78,7 @@ def sinkhorn_plan(cost: Any, *, entropy: float, n_iter: int = 1000, tol: float =
     column sums to exactly 1/k; rows are off by `tol` at most unless `n_iter` ran out.
     """
     cost = _costs(cost, 3)
-    n_iter = as_whole(n_iter, "n_iter")
+    n_iter = whole_number(n_iter, "n_iter")
     if not entropy > 0:
         raise InputError(f"entropy must be more than 0, not {entropy!r}; for no entropy use exact_plan")
     B, n, k = cost.shape
@@ -138,7 +139,7 @@ def barycentre(
     """
     if transport not in ("exact", "entropic"):
         raise InputError(f"transport must be 'exact' or 'entropic', not {transport!r}")
-    n_iter = as_whole(n_iter, "n_iter")
+    n_iter = whole_number(n_iter, "n_iter")
     x, points = _pair(as_points(x, "x", finite=True), as_points(start, "start", finite=True))
     mean = x.mean(0)
     x, points = x - mean, points - mean

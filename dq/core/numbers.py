@@ -9,14 +9,15 @@ from dq.core.errors import InputError
 
 
 def whole_number(value: Any, name: str, *, least: int | None = 1) -> int:
-    """A whole number of Python, NumPy or torch.
+    """A whole number of Python, NumPy or a tensor of one element.
 
     Raises:
         InputError: for another type, a truth value, or a number below `least`.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+        truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+        number = None if truth else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # of tensors with several elements
         number = None
     if number is None or (least is not None and number < least):
         bound = "" if least is None else f" of at least {least}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dq.cluster.inputs import as_points, as_weights, as_whole
+from dq.cluster.inputs import as_points, as_weights
 from dq.cluster.kmeans import kmeans, kmeans_many, nearest, quantization_stats
 from dq.cluster.online import clvq, minibatch
 from dq.cluster.prototypes import cell_means, image_weights, latent_stats, make_prototypes
@@ -16,6 +16,7 @@ from dq.cluster.spaces import embed, principal_coordinates
 from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
+from dq.core.numbers import whole_number
 
 POINTS = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
 ENGINES = ["faiss", "torch", "clvq", "minibatch", "barycentre"]
@@ -116,11 +117,11 @@ def test_classes_of_an_array() -> None:
 
 
 def test_whole_numbers_and_weights_of_any_kind() -> None:
-    assert [as_whole(v, "n") for v in (3, np.int8(3), torch.tensor(3), torch.tensor([3]), np.uint64(3))] == [3] * 5
+    assert [whole_number(v, "n") for v in (3, np.int8(3), torch.tensor(3), torch.tensor([3]), np.uint64(3))] == [3] * 5
     with pytest.raises(InputError, match="n is a whole number"):
-        as_whole(np.bool_(True), "n")
+        whole_number(np.bool_(True), "n")
     with pytest.raises(InputError, match="n is a whole number"):
-        as_whole(torch.tensor(True), "n")
+        whole_number(torch.tensor(True), "n")
     assert as_weights([1, 2], 2, "weights").tolist() == [1.0, 2.0]
     assert as_points(np.float64([[1.0, 2.0]]), "x").dtype == torch.float64
 
