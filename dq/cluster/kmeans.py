@@ -139,7 +139,8 @@ def kmeans_many(
         raise InputError(f"config of k-means is a ClusterConfig(...), not {type(config).__name__}")
     for setting in ("n_iter", "n_init", "batch_size", "passes", "expand"):
         whole_number(getattr(config, setting), setting)
-    k, B = whole_number(k, "k"), len(xs)
+    k, xs = whole_number(k, "k"), _listed(xs, "xs")
+    B = len(xs)
     weights, starts = _one_each(weights, [None] * B, "weights"), _one_each(starts, [None] * B, "starts")
     seeds, names = _one_each(seeds, list(range(B)), "seeds"), _one_each(names, ["the data"] * B, "names")
     problems = [_Problem.check(*args, k, config) for args in zip(xs, weights, starts, seeds, names)]
@@ -158,11 +159,21 @@ def kmeans_many(
     return [_report(p, r, config) for p, r in zip(problems, best) if r is not None]
 
 
+def _listed(values: Any, name: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(f"{name} must list one for each class, not be of type {type(values).__name__}") from None
+
+
 def _one_each(values: Sequence[Any] | None, default: list[Any], name: str) -> list[Any]:
     """Values for each class, or the default where there are none."""
-    if values is not None and len(values) != len(default):
-        raise InputError(f"there are {len(values)} {name} for {len(default)} classes; give one for each")
-    return default if values is None else list(values)
+    if values is None:
+        return default
+    listed = _listed(values, name)
+    if len(listed) != len(default):
+        raise InputError(f"there are {len(listed)} {name} for {len(default)} classes; give one for each")
+    return listed
 
 
 _Found = tuple[Tensor, int, bool, Tensor | None, Tensor | None]

@@ -111,6 +111,12 @@ def test_there_is_one_of_each_for_every_class(name: str) -> None:
         kmeans_many([POINTS, POINTS], 3, **{name: np.ones(3)})
 
 
+@pytest.mark.parametrize("name", ["xs", "weights", "seeds", "starts", "names"])
+def test_one_value_is_not_one_for_each_class(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must list one for each class, not be of type int"):
+        kmeans_many(**{"xs": [POINTS, POINTS], "k": 3, name: 5})
+
+
 def test_classes_of_an_array() -> None:
     both = kmeans_many(np.stack([POINTS, POINTS]), 3, weights=np.ones((2, 30)), seeds=np.arange(2))
     assert torch.equal(both[1].labels, kmeans(POINTS, 3, seed=1).labels)
