@@ -67,12 +67,12 @@ def test_weights_and_starts_of_any_type(weights: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 3.0}, r"k is a whole number, not 3\.0"),
-        ({"k": True}, "k is a whole number, not True"),
-        ({"k": "3"}, "k is a whole number, not '3'"),
-        ({"k": None}, "k is a whole number, not None"),
+        ({"k": 3.0}, r"k is a whole number of at least 1, not 3\.0"),
+        ({"k": True}, "k is a whole number of at least 1, not True"),
+        ({"k": "3"}, "k is a whole number of at least 1, not '3'"),
+        ({"k": None}, "k is a whole number of at least 1, not None"),
         ({"k": torch.tensor([3, 3])}, "k is a whole number"),
-        ({"k": 0}, "k=0 must be at least 1"),
+        ({"k": 0}, "k is a whole number of at least 1, not 0"),
         ({"seed": 0.5}, r"seed is a whole number, not 0\.5"),
         ({"x": "points"}, "the data must be a tensor or an array of numbers, not str"),
         ({"x": None}, "the data must be a tensor or an array of numbers, not NoneType"),
@@ -95,7 +95,7 @@ def test_weights_and_starts_of_any_type(weights: Any) -> None:
         ({"start": "random"}, "start centroids of the data must be a tensor or an array of numbers, not str"),
         ({"start": POINTS[:3] / 0}, "start centroids of the data has NaN or infinite values"),
         ({"config": {"engine": "torch"}}, r"config of k-means is a ClusterConfig\(\.\.\.\), not dict"),
-        ({"config": ClusterConfig(n_iter=2.5)}, r"n_iter is a whole number, not 2\.5"),
+        ({"config": ClusterConfig(n_iter=2.5)}, r"n_iter is a whole number of at least 1, not 2\.5"),
     ],
 )
 def test_other_types_are_refused_in_a_sentence(arguments: dict, message: str) -> None:
