@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dq.cli.checks import check_verb
 from dq.cli.completion import completion_script
 from dq.cli.parser import build_parser, check_flags, resolve
 from dq.cli.verbs import check_push, output_folder, plan_verb, pull_verb, push_verb, work
@@ -105,10 +106,9 @@ def execute(args: argparse.Namespace) -> None:
     from dq.core.trackers import check_trackers, end_trackers
     from dq.data.load import load_source
     from dq.run.planning.plan import like_source
-    from dq.run.stages.evaluate import check_evaluation
 
     check_trackers(config.report_to)
-    if args.verb == "prior-report":
+    if args.verb == "prior-report":  # before the images are looked up
         from dq.run.prior_report import check_prior_report
 
         check_prior_report(config)
@@ -120,14 +120,13 @@ def execute(args: argparse.Namespace) -> None:
         log.warning("note: %s", note)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
         source = like_source(args.like) if args.like else load_source(config.source)
-    if args.verb in ("run", "demo") and not args.like:
-        check_evaluation(config, source)
+    checked = check_verb(args, config, source)
     if args.dry_run:
         if accelerator.is_main_process:
-            print(plan_verb(args, config, source, accelerator))
+            print(plan_verb(args, config, source, accelerator, checked))
         return
     with locked(output_folder(args.verb, config), accelerator):
         try:
-            work(args, config, source, accelerator)
+            work(args, config, source, accelerator, checked)
         finally:
             end_trackers(accelerator)

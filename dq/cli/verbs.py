@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dq.config.overrides import apply_settings
+from dq.cli.checks import Checked, check_prior_training, scores_sets, with_codec_of_model
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dq.data.source import ImageSource
+    from dq.diffusion.generator import LatentGenerator
 
 log = logging.getLogger("dq")
 
@@ -31,13 +32,15 @@ def output_folder(verb: str, config: RunConfig) -> Path:
     return Path(folders.get(verb, config.output_dir))
 
 
-def plan_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> str:
+def plan_verb(
+    args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator, checked: Checked
+) -> str:
     """What a dry run prints."""
-    from dq.run.planning.plan import plan, plan_evaluation, plan_prior_report
+    from dq.run.planning.plan import plan_evaluation, plan_prior_report, plan_training
     from dq.run.planning.timings import plan_with_speeds
 
-    if args.verb == "evaluate" and not args.config:
-        sets = {(name, str(s.ipc)): len(s) for name, s in _read_sets(args, config, source).items()}
+    if scores_sets(args):
+        sets = {(name, str(s.ipc)): len(s) for name, s in checked.sets.items()}
         if args.protocol == "ddr":
             from dq.evaluation.dd_ranking import count_trainings
 
@@ -47,7 +50,7 @@ def plan_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource, 
     if args.verb == "prior-report":
         return plan_prior_report(config, source)
     if args.verb.startswith("train-"):
-        return plan(config, source)
+        return plan_training(args.verb, config, source)
     return plan_with_speeds(
         config,
         source,
@@ -55,10 +58,14 @@ def plan_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource, 
         processes=args.processes or accelerator.num_processes,
         speeds_file=args.speeds,
         save_to=args.save_speeds,
+        pipe=checked.pipe,
+        unknown=checked.unknown,
     )
 
 
-def work(args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> None:
+def work(
+    args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator, checked: Checked
+) -> None:
     """What a verb writes."""
     if args.verb == "demo":
         _demo(config, source, accelerator, args.speeds)
@@ -68,7 +75,7 @@ def work(args: argparse.Namespace, config: RunConfig, source: ImageSource, accel
         print(_train(args.verb, config, source, accelerator))
         return
     if args.verb == "prior-report":
-        _report_prior(config, source, accelerator)
+        _report_prior(config, source, accelerator, checked.pipe)
         return
     if args.verb == "train-teachers":
         from dq.networks.train_teachers import train_teachers
@@ -81,10 +88,10 @@ def work(args: argparse.Namespace, config: RunConfig, source: ImageSource, accel
 
         print(train_pool(config, source, accelerator=accelerator))
         return
-    if args.verb == "evaluate" and (args.distilled or not args.config or args.protocol == "ddr"):
-        _evaluate_sets(args, config, source, accelerator)
+    if scores_sets(args):
+        _evaluate_sets(args, config, source, accelerator, checked.sets)
         return
-    run_verb(args.verb, config, source, accelerator, args.speeds)
+    run_verb(args.verb, config, source, accelerator, args.speeds, pipe=checked.pipe)
     _push_run(args, config, accelerator)
 
 
@@ -131,17 +138,24 @@ def pull_verb(args: argparse.Namespace) -> None:
 
 
 def run_verb(
-    verb: str, config: RunConfig, source: ImageSource, accelerator: Accelerator, speeds: str | None = None
+    verb: str,
+    config: RunConfig,
+    source: ImageSource,
+    accelerator: Accelerator,
+    speeds: str | None = None,
+    *,
+    pipe: LatentGenerator | None = None,
 ) -> None:
     """One stage of a run, or all of them.
 
     Args:
         speeds: file of `--save_speeds`, from which it is said how much is left.
+        pipe: the generator of `check_run`; None: the settings are checked here.
     """
     from dq.core.progress import StageTimer
     from dq.core.trackers import start_trackers
-    from dq.diffusion.generator import LatentGenerator
     from dq.evaluation.results import tables_text
+    from dq.run.checks import ENCODES, check_run
     from dq.run.folder import open_run
     from dq.run.planning.timings import Speeds, expected_seconds
     from dq.run.refinement import stages_of
@@ -154,6 +168,8 @@ def run_verb(
     from dq.run.stages.label import label
     from dq.run.stages.refine import refine
 
+    if pipe is None and verb in ENCODES:
+        pipe, _ = check_run(config, source, verb)
     run = open_run(config, source, accelerator)
     start_trackers(accelerator, config.report_to, to_dict(config), run.folder)
     do = lambda *names: verb in (*names, "run")  # noqa: E731
@@ -164,16 +180,14 @@ def run_verb(
     known = expected_seconds(config, source, accelerator.num_processes, Speeds.load(speeds)) if speeds else {}
     way = StageTimer(names, known)
     rows: list[Any] = []
-    if do("encode", "generate"):
-        pipe = LatentGenerator.from_settings(config.codec, config.generate)
-    if do("encode"):
+    if do("encode") and pipe is not None:
         with way.stage("encode"):
             encode(run, pipe.vae)
     if do("cluster"):
         with way.stage("cluster"):
             cluster(run, cache_of(run))
         report_distortion(accelerator, run.folder / "metrics.jsonl")
-    if do("generate"):
+    if do("generate") and pipe is not None:
         with way.stage("generate"):
             generate(run, pipe, cache_of(run))
     if do("generate", "refine"):
@@ -198,7 +212,9 @@ def run_verb(
         _print_paths(verb, run.folder)
 
 
-def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> None:
+def _evaluate_sets(
+    args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator, sets: dict[str, Any]
+) -> None:
     """Evaluate sets of any origin."""
     from dq.config.reader import dump_config
     from dq.core.files import write_text
@@ -206,18 +222,7 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: ImageSou
     from dq.evaluation.dd_ranking import evaluate_ddr
     from dq.evaluation.evaluate import evaluate_sets
     from dq.evaluation.results import tables_text
-    from dq.run.folder import holds_work
 
-    if args.protocol == "ddr" and (args.ipc or not args.distilled):
-        raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
-    if (Path(config.output_dir) / "config.yaml").is_file() and holds_work(Path(config.output_dir)):
-        raise InputError(f"{config.output_dir} is a run, whose results would be replaced; choose another --output_dir")
-    if not args.distilled and not args.ipc:
-        raise InputError(
-            "name the sets to score with --distilled PATH, or a run with --config FILE, or say by --ipc for how many "
-            "images per class baselines are to be measured"
-        )
-    sets = _read_sets(args, config, source)
     start_trackers(accelerator, config.report_to, to_dict(config), Path(config.output_dir))
     options: dict[str, Any] = {
         "config": config.evaluate,
@@ -239,23 +244,6 @@ def _evaluate_sets(args: argparse.Namespace, config: RunConfig, source: ImageSou
         write_text(Path(config.output_dir) / "eval" / "config.yaml", dump_config(config))
         print(said)
         print(Path(config.output_dir) / "eval" / file)
-
-
-def _read_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource) -> dict[str, Any]:
-    """The sets named with --distilled, by name."""
-    from dq.distilled.external import load_set
-
-    sets = {}
-    for text in args.distilled:
-        name, sep, path = text.partition("=")
-        path = path if sep else text
-        name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
-        if name in sets:
-            raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
-        sets[name] = load_set(
-            path, source.class_names, image_size=config.source.image_size, label_kind=args.label_kind
-        )
-    return sets
 
 
 def _print_paths(verb: str, folder: Path) -> None:
@@ -283,6 +271,7 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
     start_trackers(accelerator, config.report_to, to_dict(config), Path(config.prior.output_dir))
     if verb == "train-codec":
         return train_codec(source, config.codec, config.prior, accelerator=accelerator)
+    check_prior_training(verb, config, source)
     c = config.codec
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
     cache = open_cache(config.cache_dir, source, codec, c, config.seed)
@@ -293,16 +282,15 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
     return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
 
 
-def _report_prior(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> None:
+def _report_prior(
+    config: RunConfig, source: ImageSource, accelerator: Accelerator, pipe: LatentGenerator | None
+) -> None:
     """Measure a prior; without `codec.path`, with the codec that lies in its folder."""
     from dq.diffusion.card import markdown_text, quality_table
-    from dq.diffusion.generator import LatentGenerator
     from dq.run.prior_report import report_prior
 
-    if not config.codec.path:
-        config = apply_settings(config, {"codec.path": config.generate.model})
-    pipe = LatentGenerator.from_settings(config.codec, config.generate)
-    records = report_prior(config, source, pipe, accelerator=accelerator)
+    assert pipe is not None, "opened by check_verb"
+    records = report_prior(with_codec_of_model(config), source, pipe, accelerator=accelerator)
     if records:
         print(markdown_text(*quality_table(records)))
         for name in ("prior_quality.csv", "prior_report.html"):

@@ -153,9 +153,39 @@ class LatentGenerator(DiffusionPipeline):
             return cls(vae=vae)
         return cls.from_pretrained(generate.model, vae=vae, revision=generate.revision, dtype=DTYPES[generate.dtype])
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class."""
-        super().save_pretrained(save_directory, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class.
+
+        An autoencoder without other components is saved as it is, since diffusers has no pipeline of it alone:
+        `AutoModel` and `AutoencoderKL` open the folder.
+
+        Args:
+            safe_serialization: True; weights are not pickled.
+            variant: as for diffusers, such as "fp16": a part of the names of the weights.
+            max_shard_size: as for diffusers.
+
+        Raises:
+            InputError: if weights were to be pickled, or the path is a file.
+        """
+        if not safe_serialization:
+            raise InputError("safe_serialization=False would pickle weights, which dq does not read; leave it out")
+        if kwargs:
+            raise InputError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
+        if Path(save_directory).is_file():
+            raise InputError(f"{save_directory} is a file; give the path of a folder")
+        parts = [name for name, part in self.components.items() if part is not None]
+        if parts == ["vae"] and not self.config.id2label:
+            shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            self.vae.save_pretrained(save_directory, variant=variant, **shards)
+            return
+        super().save_pretrained(str(save_directory), True, variant, max_shard_size)
         index = Path(save_directory) / "model_index.json"
         stock = STOCK_CLASS.get(self.default_mode)
         if stock:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config.students import Baseline, EvaluateConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import write_text
 from dq.data.source import ImageSource
 from dq.distilled.set import DistilledSet
-from dq.evaluation.evaluate import evaluate_records
+from dq.evaluation.evaluate import check_sets, evaluate_records
 from dq.evaluation.results import to_csv
 from dq.evaluation.statistics import format_mean_std, mean_std
-from dq.evaluation.trainings import students_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -187,6 +187,37 @@ def ddr_groups(
     }
 
 
+def check_ddr(
+    sets: dict[str, DistilledSet],
+    source: ImageSource,
+    *,
+    config: EvaluateConfig,
+    teachers: Sequence[TeacherConfig] = (),
+    image_size: int | None = None,
+    hard_augmented: bool = False,
+) -> int:
+    """What can be known of `evaluate_ddr` before its first training.
+
+    Returns:
+        Side in px at which students train.
+
+    Raises:
+        InputError: see `evaluate_ddr` and `check_sets`.
+    """
+    if len({s.ipc for s in sets.values()}) != 1:
+        raise InputError("ddr compares sets of equal size; score sets of different ipc one by one")
+    sizes = {s.images.shape[-1] for s in sets.values()}
+    if image_size is None and len(sizes) > 1:
+        raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
+    side, ipc = image_size or max(sizes), next(iter(sets.values())).ipc
+    groups = ddr_groups([dict(s) for s in config.students], hard_augmented=hard_augmented)
+    for name, (students, baselines) in groups.items():
+        part = dataclasses.replace(config, students=tuple(students), baselines=baselines, full_seeds=1)
+        scored = {} if name == "full" else sets
+        check_sets(scored, source, config=part, teachers=teachers, image_size=side, ipcs=[ipc])
+    return side
+
+
 def evaluate_ddr(
     sets: dict[str, DistilledSet],
     source: ImageSource,
@@ -212,19 +243,13 @@ def evaluate_ddr(
     Raises:
         InputError: if the sets differ in size, since a random subset has to equal each.
     """
-    if len({s.ipc for s in sets.values()}) != 1:
-        raise InputError("ddr compares sets of equal size; score sets of different ipc one by one")
-    sizes = {s.images.shape[-1] for s in sets.values()}
-    if image_size is None and len(sizes) > 1:
-        raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
-    config = dataclasses.replace(config, full_seeds=1)
-    own = [dict(s) for s in config.students]
-    groups = ddr_groups(own, hard_augmented=hard_augmented)
-    side, ipc = image_size or max(sizes), next(iter(sets.values())).ipc
     teachers = options.get("teachers", ())
-    for students, baselines in groups.values():  # what is wrong with the last should not come out after the first
-        wanted = dataclasses.replace(config, students=tuple(students))
-        students_of(wanted, ["full"] if "full" in baselines else [str(ipc)], len(source.class_names), side, teachers)
+    side = check_ddr(
+        sets, source, config=config, teachers=teachers, image_size=image_size, hard_augmented=hard_augmented
+    )
+    config = dataclasses.replace(config, full_seeds=1)
+    own, ipc = [dict(s) for s in config.students], next(iter(sets.values())).ipc
+    groups = ddr_groups(own, hard_augmented=hard_augmented)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, (students, baselines) in groups.items():
         log.info("ddr: %s", name)

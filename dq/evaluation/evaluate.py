@@ -25,7 +25,7 @@ from dq.distilled.set import DistilledSet
 from dq.evaluation.results import Results, Row
 from dq.evaluation.student import check_bounded, check_label_kind
 from dq.evaluation.trainings import Entry, Work, baseline_entries, students_of, train_all, trainings_of, write_tables
-from dq.networks.real_data import load_real_data
+from dq.networks.real_data import check_taught, load_real_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,22 +34,24 @@ if TYPE_CHECKING:
 Student = str | StudentConfig | Mapping[str, Any]
 
 
-def evaluate_records(
+def check_sets(
     sets: dict[str, DistilledSet],
     source: ImageSource,
     *,
     config: EvaluateConfig,
     teachers: Sequence[TeacherConfig] = (),
     image_size: int | None = None,
-    folder: Path,
-    cache_dir: Path,
-    accelerator: Accelerator,
     ipcs: Sequence[int] = (),
-) -> list[dict[str, Any]]:
-    """Train on sets of any origin and on baselines of equal size (and of `ipcs`); files and resume as in a run.
+) -> tuple[int, list[int], dict[tuple[int, str], StudentConfig]]:
+    """What can be known of an evaluation before its first training.
+
+    Returns:
+        Side in px at which students train, images per class of the table, and settings of every student by its number
+        and the images per class.
 
     Raises:
-        InputError: if a set has other classes than the source, or an empty one.
+        InputError: if a set has other classes than the source, or an empty one, or somebody has to label and nobody
+            can.
     """
     if min(ipcs, default=1) < 1:
         raise InputError(f"ipc must be at least 1, not {min(ipcs)}")
@@ -78,6 +80,37 @@ def evaluate_records(
     per_class = sorted({*ipcs, *(s.ipc for s in sets.values())})
     keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
     students = students_of(config, keys, len(source.class_names), side, teachers)
+    check_taught(config, students.values(), teachers)
+    if any(s.labels == "fixed" for s in students.values()) and not teachers:
+        bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
+        if bare:
+            raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
+    for name, s in sets.items():
+        check_label_kind(s, name, students.values())
+        check_bounded(s.bounded, name, students.values())
+    _ = source.test  # there must be one
+    return side, per_class, students
+
+
+def evaluate_records(
+    sets: dict[str, DistilledSet],
+    source: ImageSource,
+    *,
+    config: EvaluateConfig,
+    teachers: Sequence[TeacherConfig] = (),
+    image_size: int | None = None,
+    folder: Path,
+    cache_dir: Path,
+    accelerator: Accelerator,
+    ipcs: Sequence[int] = (),
+) -> list[dict[str, Any]]:
+    """Train on sets of any origin and on baselines of equal size (and of `ipcs`); files and resume as in a run.
+
+    Raises:
+        InputError: if a set has other classes than the source, or an empty one.
+    """
+    checked = check_sets(sets, source, config=config, teachers=teachers, image_size=image_size, ipcs=ipcs)
+    side, per_class, students = checked
     bench = load_real_data(
         source,
         config,
@@ -87,14 +120,6 @@ def evaluate_records(
         teachers=teachers,
         device=accelerator.device,
     )
-    if any(s.labels == "fixed" for s in students.values()) and not teachers:
-        bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
-        if bare:
-            raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
-    for name, s in sets.items():
-        check_label_kind(s, name, students.values())
-        check_bounded(s.bounded, name, students.values())
-    _ = source.test  # there must be one
     work = Work(folder, accelerator)
     seeds = tuple(range(config.seeds))
     entries = [

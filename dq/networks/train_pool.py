@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
         RunError: if the folder holds a pool of other settings, or no member falls within the window.
     """
     p, t = config.train_pool, config.train_teachers
+    check_pool(config, source)
     folder = Path(p.output_dir)
     recipe = teacher_recipe(t)
     bench = teacher_bench(config, source, recipe, accelerator.device)
@@ -108,6 +110,42 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
     return folder
 
 
+def check_pool(config: RunConfig, source: ImageSource) -> None:
+    """Whether a pool of these settings can be made.
+
+    Raises:
+        InputError: for epochs that the training does not have, an unknown network, a missing package or base.
+    """
+    p, t = config.train_pool, config.train_teachers
+    classes, size = len(source.class_names), config.image_size
+    if p.generation == "prior":
+        make_net(p.net, classes, size, seed=0)
+        if max(p.epochs) >= t.epochs:
+            raise InputError(
+                f"train_pool.epochs={list(p.epochs)} must end before the training does, at train_teachers.epochs="
+                f"{t.epochs}; the last epoch is the base"
+            )
+        return
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise InputError("pruning needs torch-pruning, which is not installed; pip install 'dq-distill[pruning]'")
+    assert p.base is not None
+    base = load_teacher(p.base, classes, size)
+    if base.classes is not None or base.image_size not in (None, size):
+        raise InputError("a pool is pruned from a network that sees the images as they are and has just their classes")
+
+
+def pool_text(config: RunConfig) -> str:
+    """What a pool is made by, in a sentence."""
+    p, t = config.train_pool, config.train_teachers
+    if p.generation == "prior":
+        kept = ", ".join(map(str, sorted(p.epochs)))
+        return (
+            f"{p.net} is trained for train_teachers.epochs={t.epochs} epochs: its state after {kept} are the members, "
+            "and its last is the base that they are measured by"
+        )
+    return f"{p.size} copies of the base are pruned and trained for {p.recovery_epochs} epochs each"
+
+
 def _checkpoints(
     config: RunConfig, bench: RealData, folder: Path, recipe: StudentConfig, accelerator: Accelerator
 ) -> list[str]:
@@ -116,12 +154,7 @@ def _checkpoints(
     fresh = make_net(p.net, bench.classes, bench.image_size, seed=0)
     if not any(isinstance(m, nn.BatchNorm2d) for m in fresh.modules()):
         log.warning("note: %s has no batch norm, so that this pool can label but has no statistics to match", p.net)
-    late = [e for e in p.epochs if e >= t.epochs]
-    if late:
-        raise InputError(
-            f"train_pool.epochs={list(p.epochs)} must end before the training does, at train_teachers.epochs="
-            f"{t.epochs}; the last epoch is the base"
-        )
+    log.info("%s", pool_text(config))
     names = [f"epoch-{e:04d}" for e in sorted(p.epochs)]
     if not accelerator.is_main_process or all(_is_kept(folder, n) for n in (*names, "base")):
         return names
@@ -168,8 +201,6 @@ def _pruned(
     p, t = config.train_pool, config.train_teachers
     assert p.base is not None
     base = load_teacher(p.base, bench.classes, bench.image_size, bench.device)
-    if base.classes is not None or base.image_size not in (None, bench.image_size):
-        raise InputError("a pool is pruned from a network that sees the images as they are and has just their classes")
     recipe = dataclasses.replace(recipe, net=p.base.net, epochs=max(1, p.recovery_epochs), lr=p.recovery_lr, tests=1)
     pixels = normalizer(base.mean, base.std)
     names = [f"pruned-{i:04d}" for i in range(p.size)]

@@ -13,7 +13,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig, StudentConfig
 from dq.config.teachers import TrainTeachersConfig
-from dq.core.errors import RunError
+from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_json, write_json, write_tensors
 from dq.core.processes import shard
 from dq.core.progress import progress
@@ -60,6 +60,19 @@ def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig,
     )
 
 
+def check_teacher_training(config: RunConfig, source: ImageSource) -> None:
+    """Whether the networks of `config.train_teachers` can be trained on these images.
+
+    Raises:
+        InputError: for no network, or one that is unknown, named twice or not for this size.
+    """
+    nets = config.train_teachers.nets
+    if not nets or len(set(nets)) < len(nets):
+        raise InputError(f"train_teachers.nets must name networks, each once, not {list(nets)}")
+    for net in nets:
+        make_net(net, len(source.class_names), config.image_size, seed=0)
+
+
 def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accelerator) -> list[Path]:
     """Train `config.train_teachers.nets` on the train split, one network per process at a time.
 
@@ -76,6 +89,7 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
         RunError: if a folder holds a teacher of other settings or data.
     """
     t = config.train_teachers
+    check_teacher_training(config, source)
     student = teacher_recipe(t)
     bench = teacher_bench(config, source, student, accelerator.device)
     folders = [Path(t.output_dir) / net.replace(":", "_") for net in t.nets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from dq.core.processes import make_accelerator
 from dq.data.load import Loadable, load_source
 from dq.diffusion.generator import LatentGenerator
 from dq.distilled.set import DistilledSet
+from dq.run.checks import check_generation, check_settings
 from dq.run.folder import open_run
 from dq.run.share import push_model
 from dq.run.stages.assemble import assemble, load_set_of_run
@@ -150,6 +152,8 @@ class DistillPipeline(LatentGenerator):
             cache_dir=str(cache_dir or base.cache_dir),
         )
         accelerator = accelerator or make_accelerator()
+        check_settings(settings, data, "generate")
+        check_generation(settings, data, self)
         with locked(settings.output_dir, accelerator):
             run = open_run(settings, data, accelerator)
             cache = encode(run, self.vae)
@@ -160,24 +164,59 @@ class DistillPipeline(LatentGenerator):
             assemble(run)
             return load_set_of_run(run, ipc, name)
 
-    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save as a stock folder; see `LatentGenerator.save_pretrained`.
 
         Args:
             push_to_hub: also push it; the arguments of `push_to_hub` may stand beside.
         """
         hub = {k: kwargs.pop(k) for k in ("repo_id", "token", *HUB_SETTINGS) if k in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
+        if hub and not push_to_hub:
+            raise InputError(f"{next(iter(hub))} is for a push; add push_to_hub=True")
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         if push_to_hub:
-            push_model(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
+            push_model(save_directory, hub.pop("repo_id", Path(save_directory).name), variant=variant, **hub)
 
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, **settings: Any) -> Any:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        **settings: Any,
+    ) -> Any:
         """Push as a stock folder with a model card to the repository "name" or "owner/name" of the Hugging Face Hub.
 
         Args:
-            **settings: `private`, `revision`, `commit_message`, `create_pr`, `license`; see `HubConfig`.
+            safe_serialization: True; weights are not pickled.
+            variant: as for diffusers; the weights of other variants stay in the repository.
+            subfolder: refused, since diffusers opens a pipeline from the root of a repository alone.
+            **settings: `revision`, `license` and others of `HubConfig`.
 
         Returns:
             The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
+
+        Raises:
+            InputError: for an argument that cannot be honoured.
         """
-        return push_model(self, repo_id, token=token, **settings)
+        if subfolder:
+            raise InputError(
+                f"a pipeline in the subfolder {subfolder!r} of a repository cannot be opened by diffusers; push it to "
+                "a repository of its own, or to a branch with revision="
+            )
+        options = {"commit_message": commit_message, "private": private, "create_pr": create_pr, **settings}
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(scratch, safe_serialization, variant)
+            return push_model(scratch, repo_id, token=token, variant=variant, **options)

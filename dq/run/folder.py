@@ -58,17 +58,7 @@ class Run:
 
     def resolved(self, method: str) -> tuple[MethodConfig, ClusterConfig, GenerateConfig]:
         """A method with the clustering and generation settings that hold for it."""
-        m = self.config.methods[method]
-        override = dict(_flat(m.override))
-        for key in override:
-            if key.split(".")[0] not in ("cluster", "generate"):
-                raise InputError(f"methods.{method}.override may set cluster.* and generate.*, not {key!r}")
-            if key in ("generate.model", "generate.revision", "generate.dtype"):
-                raise InputError(
-                    f"methods.{method}.override cannot change {key}: one model draws all methods of a run"
-                )
-        config = apply_settings(self.config, override)
-        return m, config.cluster, config.generate
+        return resolved_method(self.config, method)
 
     def finish(self, stage: str, began: float, **numbers: Any) -> None:
         """Meet the other processes; the main one logs the stage, and tells the trackers."""
@@ -78,6 +68,23 @@ class Run:
             append_jsonl(self.folder / "metrics.jsonl", record)
             report(self.accelerator, stage_numbers(stage, record["seconds"], numbers))
             log.debug("%s: %.1f s", stage, record["seconds"])
+
+
+def resolved_method(config: RunConfig, method: str) -> tuple[MethodConfig, ClusterConfig, GenerateConfig]:
+    """A method with the clustering and generation settings that hold for it.
+
+    Raises:
+        InputError: for an override of something else.
+    """
+    m = config.methods[method]
+    override = dict(_flat(m.override))
+    for key in override:
+        if key.split(".")[0] not in ("cluster", "generate"):
+            raise InputError(f"methods.{method}.override may set cluster.* and generate.*, not {key!r}")
+        if key in ("generate.model", "generate.revision", "generate.dtype"):
+            raise InputError(f"methods.{method}.override cannot change {key}: one model draws all methods of a run")
+    changed = apply_settings(config, override)
+    return m, changed.cluster, changed.generate
 
 
 def copies_of(method: MethodConfig, generate: GenerateConfig) -> int:
@@ -100,11 +107,11 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Run:
-    """Open or continue the run in `config.output_dir`.
+def check_methods(config: RunConfig) -> None:
+    """Whether the methods and the numbers of images of a run can be.
 
     Raises:
-        InputError: if the folder belongs to a run with other settings or data, or holds something else.
+        InputError: for a name or a number that is none or comes twice, or an override or a space that cannot be.
     """
     if not config.methods or not config.ipc or min(config.ipc) < 1:
         raise InputError("a run needs at least one method and ipc values of at least 1")
@@ -114,17 +121,26 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
         check_name(name, "the method name")
         if name in (*get_args(Baseline), "set"):
             raise InputError(f"the method name {name!r} is that of a baseline; choose another")
-    folder = Path(config.output_dir)
-    known = folder / "config.yaml"
-    reading = {"preprocess": config.source.preprocess, "on_bad_image": config.source.on_bad_image}
-    run = Run(config, dataclasses.replace(source, **reading), accelerator, folder)  # type: ignore[arg-type]
     for method in config.methods:
-        space = run.resolved(method)[1]
+        space = resolved_method(config, method)[1]
         if space.uses_features and not config.teachers:
             raise InputError(
                 f"method {method!r} has cluster.space={space.space}, which needs a teacher; "
                 "set teachers.0.net and teachers.0.path, or cluster.space=latents"
             )
+
+
+def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
+    """Whether `config.output_dir` may hold this run.
+
+    Returns:
+        The record of what made it; empty for a new folder.
+
+    Raises:
+        InputError: if the folder belongs to a run with other settings or data, or holds something else.
+    """
+    folder = Path(config.output_dir)
+    known = folder / "config.yaml"
     record = folder / "provenance.json"
     settings = {key: to_dict(config)[key] for key in IDENTITY}
     made = read_json(record) if is_done(record) else {}
@@ -144,6 +160,22 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
             f"{folder} was made from other data (fingerprint {fingerprint}, now {source.fingerprint}); "
             "choose another --output_dir"
         )
+    return made
+
+
+def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Run:
+    """Open or continue the run in `config.output_dir`.
+
+    Raises:
+        InputError: if the folder belongs to a run with other settings or data, or holds something else.
+    """
+    check_methods(config)
+    folder = Path(config.output_dir)
+    known = folder / "config.yaml"
+    reading = {"preprocess": config.source.preprocess, "on_bad_image": config.source.on_bad_image}
+    run = Run(config, dataclasses.replace(source, **reading), accelerator, folder)  # type: ignore[arg-type]
+    record, settings = folder / "provenance.json", {key: to_dict(config)[key] for key in IDENTITY}
+    made = check_folder(config, source)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if made.get("settings") != settings:  # the record, and not config.yaml, says whose folder it is

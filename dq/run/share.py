@@ -6,6 +6,7 @@ checks every name and type before anything is written. Tokens appear in no messa
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,18 +67,26 @@ def push(
 
 
 def push_model(
-    model: str | Path | LatentGenerator, repo_id: str, *, token: str | None = None, **settings: Any
+    model: str | Path | LatentGenerator,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    variant: str | None = None,
+    **settings: Any,
 ) -> CommitInfo:
     """Push a pipeline (or its folder), a codec's folder or a teacher's folder (`dq train-teachers`) with its card, in
     one commit. Files that are no weights and no settings are left out.
 
-    Args, Returns, Raises: see `push_folder`.
+    Args:
+        variant: of the weights, such as "fp16": those of other variants stay in the repository.
+
+    Other arguments, returns, raises: see `push_folder`.
     """
     options = from_dict(HubConfig, settings, "hub")
     if not isinstance(model, (str, Path)):
         with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch)
-            return push_model(scratch, repo_id, token=token, **settings)
+            model.save_pretrained(scratch, variant=variant)
+            return push_model(scratch, repo_id, token=token, variant=variant, **settings)
     folder = Path(model)
     kind = model_kind(folder)
     if kind is None:
@@ -105,6 +114,8 @@ def push_model(
             card = pipeline_card(folder, repo_id=repo.name, old=old, license=options.license)
         # weights under another name or in another number of files would stay beside the new ones
         stale = [f for f in repo.files if f.endswith((".safetensors", ".safetensors.index.json")) and f not in sent]
+        if variant is not None:  # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+            stale = [f for f in stale if re.search(rf"\.{re.escape(variant)}[.-]", Path(f).name)]
         return {**sent, **dict.fromkeys(stale), "README.md": card.encode()}
 
     return commit_to(

@@ -272,3 +272,46 @@ def test_fine_tuning_improves_the_codec(made, toy_source, accelerator, tmp_path)
     better, before = (read_json(v / "training.json")["psnr"] for v in (vae, made.vae))
     assert math.isfinite(better)
     assert better > before
+
+
+def test_only_normalising_says_what_it_did(toy_source, accelerator, tmp_path, capsys, monkeypatch):
+    """steps=0 from an AutoencoderTiny: no bar of steps, one of the statistics; the time is measured, and the record
+    has the architecture of the model and not that of settings which were not used."""
+    from diffusers import AutoencoderTiny
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr("dq.diffusion.prior.train_codec.STATISTICS", 10)
+    read = []
+    monkeypatch.setattr("dq.diffusion.prior.train_codec.read_images", counted(read))
+    ticks = iter(range(0, 10_000, 7))
+    monkeypatch.setattr("dq.diffusion.prior.train_codec.time.perf_counter", lambda: float(next(ticks)))
+    prior = prior_in(tmp_path / "prior", codec={"init": str(tmp_path / "tiny"), "steps": 0})
+    vae = train_codec(toy_source, CODEC, prior, accelerator=accelerator)
+    shown = capsys.readouterr().err
+    assert "train codec" not in shown
+    assert "statistics of latents" in shown
+    assert read == [10, 12]  # not all 24 train images
+    record = read_json(vae / "training.json")
+    assert record["seconds"] >= 7
+    assert record["settings"]["architecture"] == "AutoencoderTiny"
+    assert record["settings"]["latent_channels"] == 4
+    assert not {"block_out_channels", "layers_per_block", "attention"} & set(record["settings"])
+    with pytest.raises(InputError, match="steps=0 without init would save weights that nobody trained"):
+        prior_in(tmp_path, codec={"steps": 0, "init": None})
+
+
+def counted(seen: list[int]):
+    """`read_images` that notes how many rows it was asked for."""
+    from dq.data.images import read_images
+
+    def read(split, rows, *args, **kwargs):
+        seen.append(len(rows))
+        return read_images(split, rows, *args, **kwargs)
+
+    return read

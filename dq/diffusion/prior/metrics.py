@@ -213,6 +213,21 @@ def sample_counts(source: ImageSource, per_class: int) -> np.ndarray:
     return np.minimum(source.class_counts(), tested).clip(max=per_class)
 
 
+def checked_counts(source: ImageSource, config: PriorReportConfig) -> np.ndarray:
+    """`sample_counts` of a source.
+
+    Raises:
+        InputError: if these are too few for density and coverage.
+    """
+    wanted = sample_counts(source, config.per_class)
+    if wanted.sum() <= config.neighbours:
+        raise InputError(
+            f"{source.origin} has test and train images for {wanted.sum()} samples only; name a larger split with "
+            "--set source.test_split=NAME, or lower prior_report.neighbours"
+        )
+    return wanted
+
+
 def plan_draw(
     pipe: LatentGenerator,
     bench: RealData,
@@ -228,12 +243,7 @@ def plan_draw(
         InputError: if the model is no DiT for these classes at this resolution, or the test split is too small.
     """
     source = bench.source
-    wanted = sample_counts(source, config.per_class)
-    if wanted.sum() <= config.neighbours:
-        raise InputError(
-            f"{source.origin} has test and train images for {wanted.sum()} samples only; name a larger split with "
-            "--set source.test_split=NAME, or lower prior_report.neighbours"
-        )
+    wanted = checked_counts(source, config)
     if wanted.min() < config.per_class:
         name = source.class_names[int(wanted.argmin())]
         log.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import CodecConfig
 from dq.core.errors import InputError
 from dq.core.files import atomic_path
+from dq.core.progress import progress
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.data.images import read_images
@@ -65,11 +67,68 @@ def train_codec(
         RunError: if the folder holds another training, or the loss is not finite.
     """
     settings, size, folder = prior.codec, codec_config.resolution, Path(prior.output_dir)
+    recipe, model, judge = prepare_codec(source, codec_config, prior, accelerator.device)
+    if finished(recipe):
+        return recipe.product
+    began = time.perf_counter()
+    images, held_out = _images(source, size, prior.seed, at_most=None if settings.steps else STATISTICS)
+    objective = CodecLoss(model, settings.kl_weight, judge, settings.perceptual_weight)
+    side = size // downscale(model)
+    latent = (settings.batch_size, int(model.config.latent_channels), side, side)
+
+    def batch(step: int) -> dict[str, Tensor]:
+        g = generator(prior.seed, "codec", step)
+        rows = torch.randint(len(images), (settings.batch_size,), generator=g)
+        return {"images": images[rows], "noise": torch.randn(latent, generator=g)}
+
+    def on_save(step: int) -> dict[str, float]:
+        back = reconstruct(model, held_out)
+        path = folder / "samples" / f"codec-{step:06d}.png"
+        shown = ((back[:SHOWN] * 0.5 + 0.5) * 255).round().to(torch.uint8)
+        with atomic_path(path) as temporary:
+            image_grid([list(held_out[:SHOWN]), list(shown)], scale=max(1, 64 // size)).save(temporary, "png")
+        return similarity(back, to_signed(held_out))
+
+    fitted = fit(recipe, objective, batch, accelerator=accelerator, on_save=on_save, save=model.save_pretrained)
+    if accelerator.is_main_process:
+        rows = torch.randperm(len(images), generator=generator(prior.seed, "statistics"))[:STATISTICS]
+        mean, std = latent_statistics(model, images[rows], bar=True)
+        numbers: dict[str, Any] = similarity(reconstruct(model, held_out), to_signed(held_out))
+        numbers["settings"] = _recorded(recipe, model, settings.init is not None)
+        if not settings.steps:  # nothing was trained: the time is that of the statistics
+            numbers["seconds"] = round(time.perf_counter() - began, 1)
+        numbers |= {"held_out_images": len(held_out), "channel_mean": mean.tolist(), "channel_std": std.tolist()}
+        saved = normalized(model, mean, std).to(DTYPES[settings.save_dtype])
+        publish(recipe, saved.save_pretrained, numbers, fitted, accelerator)
+    accelerator.wait_for_everyone()
+    return recipe.product
+
+
+def prepare_codec(
+    source: ImageSource, codec_config: CodecConfig, prior: PriorConfig, device: torch.device | str = "cpu"
+) -> tuple[Recipe, Codec, Teacher | None]:
+    """The training that these settings ask for: its recipe, the autoencoder that it starts from, and the classifier in
+    whose features reconstructions are compared.
+
+    Raises:
+        InputError: if the images exceed 8 GiB, or a setting does not fit the resolution or the classes.
+    """
+    settings, size, folder = prior.codec, codec_config.resolution, Path(prior.output_dir)
     judge = None
     if settings.perceptual is not None:
         # the data's own size, which is what the classifier was trained on
-        judge = load_teacher(settings.perceptual, len(source.class_names), size, accelerator.device)
+        judge = load_teacher(settings.perceptual, len(source.class_names), size, device)
     model = new_codec(prior, size)
+    if size % downscale(model):
+        raise InputError(
+            f"codec.resolution={size} is not a multiple of {downscale(model)}, the codec's downscaling factor"
+        )
+    n = len(source.train) if settings.steps else min(STATISTICS, len(source.train))
+    if n * 3 * size * size > MAX_BYTES:
+        raise InputError(
+            f"{n} train images of {size} px take {n * 3 * size * size / 2**30:.0f} GiB and training holds at most "
+            f"{MAX_BYTES >> 30} GiB in memory; lower codec.resolution, or train on a part of {source.origin}"
+        )
     recipe = Recipe(
         name="codec",
         folder=folder,
@@ -94,40 +153,15 @@ def train_codec(
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
     )
-    if finished(recipe):
-        return recipe.product
-    if size % downscale(model):
-        raise InputError(
-            f"codec.resolution={size} is not a multiple of {downscale(model)}, the codec's downscaling factor"
-        )
-    images, held_out = _images(source, size, prior.seed)
-    objective = CodecLoss(model, settings.kl_weight, judge, settings.perceptual_weight)
-    side = size // downscale(model)
-    latent = (settings.batch_size, int(model.config.latent_channels), side, side)
+    return recipe, model, judge
 
-    def batch(step: int) -> dict[str, Tensor]:
-        g = generator(prior.seed, "codec", step)
-        rows = torch.randint(len(images), (settings.batch_size,), generator=g)
-        return {"images": images[rows], "noise": torch.randn(latent, generator=g)}
 
-    def on_save(step: int) -> dict[str, float]:
-        back = reconstruct(model, held_out)
-        path = folder / "samples" / f"codec-{step:06d}.png"
-        shown = ((back[:SHOWN] * 0.5 + 0.5) * 255).round().to(torch.uint8)
-        with atomic_path(path) as temporary:
-            image_grid([list(held_out[:SHOWN]), list(shown)], scale=max(1, 64 // size)).save(temporary, "png")
-        return similarity(back, to_signed(held_out))
-
-    fitted = fit(recipe, objective, batch, accelerator=accelerator, on_save=on_save, save=model.save_pretrained)
-    if accelerator.is_main_process:
-        rows = torch.randperm(len(images), generator=generator(prior.seed, "statistics"))[:STATISTICS]
-        mean, std = latent_statistics(model, images[rows])
-        numbers: dict[str, Any] = similarity(reconstruct(model, held_out), to_signed(held_out))
-        numbers |= {"held_out_images": len(held_out), "channel_mean": mean.tolist(), "channel_std": std.tolist()}
-        saved = normalized(model, mean, std).to(DTYPES[settings.save_dtype])
-        publish(recipe, saved.save_pretrained, numbers, fitted, accelerator)
-    accelerator.wait_for_everyone()
-    return recipe.product
+def _recorded(recipe: Recipe, model: Codec, fine_tuned: bool) -> dict[str, Any]:
+    """The settings as a record of what was made: the architecture is that of the model itself, and what the model to
+    start from decides is left out."""
+    decided = ("architecture", "latent_channels", "block_out_channels", "layers_per_block", "attention")
+    settings = {k: v for k, v in recipe.identity.items() if not (fine_tuned and k in decided)}
+    return settings | {"architecture": type(model).__name__, "latent_channels": int(model.config.latent_channels)}
 
 
 class CodecLoss(nn.Module):
@@ -272,25 +306,25 @@ def new_codec(prior: PriorConfig, size: int) -> Codec:
         )
 
 
-def _images(source: ImageSource, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images to train on and images held out, (n, 3, size, size) uint8: of the test split, else of train."""
+def _images(source: ImageSource, size: int, seed: int, at_most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images to train on and images held out, (n, 3, size, size) uint8: of the test split, else of train.
+
+    Args:
+        at_most: images to train on, drawn at random; None: all.
+    """
     n = len(source.train)
-    if n * 3 * size * size > MAX_BYTES:
-        raise InputError(
-            f"{n} train images of {size} px take {n * 3 * size * size / 2**30:.0f} GiB and training holds at most "
-            f"{MAX_BYTES >> 30} GiB in memory; lower codec.resolution, or train on a part of {source.origin}"
-        )
 
     def read(split: Split, rows: np.ndarray) -> Tensor:
         return read_images(split, rows, size, source.preprocess, on_bad=source.on_bad_image)[0]
 
     other = source.splits[source.test_name] if source.test_name is not None else source.train
     order = torch.randperm(len(other), generator=generator(seed, "held out")).numpy()
-    if other is not source.train:
-        images, held_out = read(source.train, np.arange(n)), read(other, order[:HELD_OUT])
-    else:
-        k = min(HELD_OUT, max(1, n // 10))
-        images, held_out = read(source.train, np.sort(order[k:])), read(source.train, order[:k])
+    k = HELD_OUT if other is not source.train else min(HELD_OUT, max(1, n // 10))
+    rows = np.arange(n) if other is not source.train else np.sort(order[k:])
+    if at_most is not None and len(rows) > at_most:
+        chosen = torch.randperm(len(rows), generator=generator(seed, "statistics"))[:at_most].numpy()
+        rows = rows[np.sort(chosen)]
+    images, held_out = read(source.train, rows), read(other, order[:k])
     if not len(images) or not len(held_out):
         raise InputError(
             f"{source.origin} has too few readable images to train on some and test on others; add images"
@@ -299,10 +333,14 @@ def _images(source: ImageSource, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def latent_statistics(model: Codec, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) float32 of every channel of the latents of images (n, 3, H, W) uint8."""
+def latent_statistics(model: Codec, images: Tensor, *, bar: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) float32 of every channel of the latents of images (n, 3, H, W) uint8.
+
+    Args:
+        bar: whether to show progress.
+    """
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for b in images.split(64):
+    for b in progress(images.split(64), desc="statistics of latents", unit="batch", main=bar):
         z = encode_latents(model, to_signed(b)).double().cpu()
         count += z.numel() // z.shape[1]
         total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))

@@ -270,10 +270,7 @@ def new_denoiser(
         layers, heads, width = settings.num_layers, settings.num_attention_heads, settings.attention_head_dim
         if settings.size is not None:
             layers, heads, width = SIZES[settings.size]
-        if shape[1] % settings.patch_size:
-            raise InputError(
-                f"prior.denoiser.patch_size={settings.patch_size} does not divide the latents' side {shape[1]}"
-            )
+        check_denoiser(prior, shape, classes, codec)
         with seeded(prior.seed, "denoiser", "init"):
             model = DiTTransformer2DModel(
                 num_attention_heads=heads,
@@ -298,6 +295,20 @@ def new_denoiser(
     return model
 
 
+def check_denoiser(prior: PriorConfig, shape: tuple[int, int, int], classes: int, codec: Codec | None = None) -> None:
+    """Whether a denoiser of these settings fits latents of `shape` (C, h, w) of the codec.
+
+    Raises:
+        InputError: for a patch that does not divide the latents, or a checkpoint that does not fit.
+    """
+    if prior.denoiser.init is not None:
+        _load_denoiser(prior, shape, classes, codec)
+    elif shape[1] % prior.denoiser.patch_size:
+        raise InputError(
+            f"prior.denoiser.patch_size={prior.denoiser.patch_size} does not divide the latents' side {shape[1]}"
+        )
+
+
 def _load_denoiser(
     prior: PriorConfig, shape: tuple[int, int, int], classes: int, codec: Codec | None
 ) -> DiTTransformer2DModel:
@@ -310,8 +321,8 @@ def _load_denoiser(
     from diffusers.models.embeddings import LabelEmbedding
 
     settings, path = prior.denoiser, str(prior.denoiser.init)
-    files = open_model(path)
     try:
+        files = open_model(path)
         # of whatever class
         steps = DDIMScheduler.load_config(path, subfolder="scheduler", **files.options)
         # compared in the precision in which the caller holds it
@@ -356,10 +367,10 @@ def _load_denoiser(
 def _open_denoiser(path: str) -> DiTTransformer2DModel:
     from diffusers import DiTTransformer2DModel
 
-    options = open_model(path).options
     try:
+        options = open_model(path).options
         return DiTTransformer2DModel.from_pretrained(path, subfolder="transformer", use_safetensors=True, **options)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, InputError) as e:
         raise _no_pipeline(path, e) from e
 
 

@@ -151,7 +151,9 @@ def fit(
     sums: dict[str, Tensor] = {}  # of the terms since the last save
     since = first
     began = time.perf_counter()
-    with progress([], desc=f"train {recipe.name}", total=recipe.steps, unit="step", main=main) as bar:
+    with progress(
+        [], desc=f"train {recipe.name}", total=recipe.steps, unit="step", main=main and recipe.steps > 0
+    ) as bar:
         bar.initial = bar.n = first
         for step in range(first, recipe.steps):
             for group in optimizer.param_groups:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config.reader import to_dict
@@ -102,14 +101,13 @@ class Asked:
 
 def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
     """The sets of a run, ipc by ipc."""
-    from dq.run.folder import Run, copies_of
+    from dq.run.folder import copies_of, resolved_method
 
-    resolve: Any = Run(config, source, None, Path(config.output_dir)).resolved
     counts = source.class_counts()
     found = []
     for ipc in config.ipc:
         for method in config.methods:
-            how, cluster, generate = resolve(method)
+            how, cluster, generate = resolved_method(config, method)
             images = int(counts.clip(max=ipc).sum()) * copies_of(how, generate)
             found.append(Asked(ipc, method, how, cluster, generate, images))
     return found

@@ -14,6 +14,7 @@ from dq.core.errors import InputError
 if TYPE_CHECKING:
     from dq.data.source import ImageSource
 
+STATISTICS = 2048  # images at most over which `train-codec` normalises latents
 # Classes, train and test images of sets that one may plan for without having them. Real classes differ a little in
 # size; here all images are spread evenly. ImageNet-21K: the release of autumn 2011, which has no test split.
 LIKE = {
@@ -208,3 +209,29 @@ def plan_prior_report(config: RunConfig, source: ImageSource) -> str:
         f"samples     {images} from pure noise at each of {len(r.guidance)} guidance scales, {r.num_inference_steps} "
         f"steps, {calls} denoiser calls\nwrites to   {config.output_dir}, features in {config.cache_dir}"
     )
+
+
+def plan_training(verb: str, config: RunConfig, source: ImageSource) -> str:
+    """What a verb that trains a prior, teachers or a pool would do."""
+    n, classes, prior = len(source.train), len(source.class_names), config.prior
+    lines = [f"source      {source.origin}: {n} train images, {classes} classes"]
+    if verb in ("train-codec", "train-denoiser"):
+        c, d = prior.codec, prior.denoiser
+        side, folder = config.codec.resolution, prior.output_dir
+        if verb == "train-denoiser":
+            lines.append(f"encode      {n} images at {side} px, into {config.cache_dir}")
+            lines.append(f"train       a DiT, {d.steps} steps of {d.batch_size} latents, from {d.init or 'scratch'}")
+        elif c.steps:
+            lines.append(f"train       an autoencoder at {side} px, {c.steps} steps of {c.batch_size} images")
+        else:
+            lines.append(
+                f"normalise   the latents of {c.init} by channel, over {min(n, STATISTICS)} images at {side} px"
+            )
+        return "\n".join([*lines, f"writes to   {folder}"])
+    t = config.train_teachers
+    if verb == "train-pool":
+        from dq.networks.train_pool import pool_text
+
+        return "\n".join([*lines, f"train       {pool_text(config)}", f"writes to   {config.train_pool.output_dir}"])
+    lines.append(f"train       {', '.join(t.nets)}, {t.epochs} epochs each, at {config.image_size} px")
+    return "\n".join([*lines, f"writes to   {t.output_dir}"])

@@ -374,17 +374,6 @@ def _students(config: RunConfig, source: ImageSource, device: torch.device) -> I
 # --- for the command line -----------------------------------------------------------------------------------------
 
 
-def speeds_here(config: RunConfig, source: ImageSource, device: torch.device) -> Speeds:
-    """Measure with the models that lie on this machine; nothing is fetched for a plan."""
-    from dq.diffusion.generator import LatentGenerator
-
-    wanted = [p for p in (config.codec.path, config.generate.model) if p is not None]
-    missing = next((p for p in wanted if not Path(p).is_dir()), None)
-    if missing is not None:
-        return measure_speeds(config, source, None, device, [f"{missing or 'codec.path'} is not a folder here"])
-    return measure_speeds(config, source, LatentGenerator.from_settings(config.codec, config.generate), device)
-
-
 def plan_with_speeds(
     config: RunConfig,
     source: ImageSource,
@@ -393,12 +382,22 @@ def plan_with_speeds(
     processes: int,
     speeds_file: str | None = None,
     save_to: str | None = None,
+    pipe: LatentGenerator | None = None,
+    unknown: Sequence[str] = (),
 ) -> str:
-    """The plan of a run with seconds and bytes for every stage."""
+    """The plan of a run with seconds and bytes for every stage.
+
+    Args:
+        pipe: the run's generator, or None if it is not on this machine.
+        unknown: why it is not.
+    """
     from dq.core.text import format_bytes
     from dq.run.planning.plan import plan
 
-    speeds = Speeds.load(speeds_file) if speeds_file else speeds_here(config, source, accelerator.device)
+    if speeds_file:
+        speeds = Speeds.load(speeds_file)
+    else:
+        speeds = measure_speeds(config, source, pipe, accelerator.device, unknown)
     if save_to:
         speeds.save(Path(save_to))
     plans = planned_stages(config, source, speeds, processes)

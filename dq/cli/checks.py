@@ -1,0 +1,170 @@
+"""What a verb would refuse, before it does anything: the verb itself and its dry run go through the same checks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dq.config.overrides import apply_settings
+from dq.config.schema import RunConfig
+from dq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from dq.data.source import ImageSource
+    from dq.diffusion.generator import LatentGenerator
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of a verb have opened, so that it is not opened twice."""
+
+    pipe: LatentGenerator | None = None
+    unknown: list[str] = field(default_factory=list)  # why a plan has no generator
+    sets: dict[str, Any] = field(default_factory=dict)  # of --distilled, by name
+
+
+def scores_sets(args: argparse.Namespace) -> bool:
+    """Whether the verb scores sets of any origin, rather than those of a run."""
+    return args.verb == "evaluate" and bool(args.distilled or not args.config or args.protocol == "ddr")
+
+
+def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource) -> Checked:
+    """Check all that can be known before the first unit of work.
+
+    Raises:
+        InputError, RunError: what the verb itself would end in.
+    """
+    from dq.run.checks import check_plan, check_run
+
+    if args.like:  # counts without images: a plan for another machine
+        training = args.verb.startswith("train-") or args.verb == "prior-report" or scores_sets(args)
+        return Checked() if training else Checked(*check_plan(config))
+    if args.verb in ("train-codec", "train-denoiser"):
+        check_prior_training(args.verb, config, source, fetch=not args.dry_run)
+        return Checked()
+    if args.verb == "train-teachers":
+        from dq.networks.train_teachers import check_teacher_training
+
+        check_teacher_training(config, source)
+        return Checked()
+    if args.verb == "train-pool":
+        from dq.networks.train_pool import check_pool
+
+        check_pool(config, source)
+        return Checked()
+    if args.verb == "prior-report":
+        return Checked(pipe=_check_report(config, source, fetch=not args.dry_run))
+    if scores_sets(args):
+        return Checked(sets=_check_sets(args, config, source))
+    if args.verb == "demo":  # it trains its own prior
+        check_prior_training("train-codec", config, source)
+        if not (Path(config.codec.path) / "config.json").is_file():
+            from dq.run.folder import check_folder, check_methods
+            from dq.run.stages.evaluate import check_evaluation
+
+            check_methods(config)
+            check_folder(config, source)
+            check_evaluation(config, source)
+            return Checked(unknown=["the prior is not trained yet"])
+    verb = "run" if args.verb == "demo" else args.verb
+    pipe, unknown = check_run(config, source, verb, fetch=not args.dry_run)
+    if pipe is None and not unknown and args.dry_run:  # a stage that needs no generator; the plan is of the whole run
+        pipe, unknown = check_plan(config)
+    return Checked(pipe, unknown)
+
+
+def check_prior_training(verb: str, config: RunConfig, source: ImageSource, *, fetch: bool = True) -> None:
+    """Whether `train-codec` or `train-denoiser` can train on these images.
+
+    Args:
+        fetch: whether models of the Hub that are not in its cache may be downloaded; if not they are only looked up.
+    """
+    from dq.core.model_files import open_model
+
+    init = config.prior.codec.init if verb == "train-codec" else config.codec.path
+    files = open_model(init) if init else None
+    if files is not None and not fetch and not (files.local or files.cached):
+        return
+    if verb == "train-codec":
+        from dq.diffusion.prior.train_codec import prepare_codec
+        from dq.diffusion.prior.training import finished
+
+        finished(prepare_codec(source, config.codec, config.prior)[0])
+        return
+    from dq.diffusion.codec import latent_shape, load_codec
+    from dq.diffusion.prior.train_denoiser import check_denoiser
+
+    c = config.codec
+    if files is None:
+        raise InputError("no codec is named; set codec.path to an autoencoder, e.g. one made by `dq train-codec`")
+    codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, files=files)
+    check_denoiser(config.prior, latent_shape(codec, c.resolution), len(source.class_names), codec)
+
+
+def with_codec_of_model(config: RunConfig) -> RunConfig:
+    """Without `codec.path`, the codec is the one that lies in the folder of `generate.model`."""
+    return config if config.codec.path else apply_settings(config, {"codec.path": config.generate.model})
+
+
+def _check_report(config: RunConfig, source: ImageSource, *, fetch: bool) -> LatentGenerator | None:
+    from dq.diffusion.prior.metrics import checked_counts
+    from dq.run.checks import check_teachers, open_generator
+    from dq.run.folder import check_folder, check_methods
+    from dq.run.prior_report import check_prior_report
+
+    check_prior_report(config)
+    config = with_codec_of_model(config)
+    check_methods(config)
+    check_folder(config, source)
+    checked_counts(source, config.prior_report)
+    check_teachers(config.teachers, len(source.class_names), config.image_size)
+    pipe, _ = open_generator(config, fetch=fetch)
+    if pipe is not None:
+        generate = dataclasses.replace(config.generate, mode="dit")
+        pipe.check_inputs(generate, config.codec.resolution, source.class_names)
+    return pipe
+
+
+def _check_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource) -> dict[str, Any]:
+    """The sets named with --distilled, by name."""
+    from dq.evaluation.dd_ranking import check_ddr
+    from dq.evaluation.evaluate import check_sets
+    from dq.run.checks import check_teachers
+    from dq.run.folder import holds_work
+
+    if args.protocol == "ddr" and (args.ipc or not args.distilled):
+        raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
+    if (Path(config.output_dir) / "config.yaml").is_file() and holds_work(Path(config.output_dir)):
+        raise InputError(f"{config.output_dir} is a run, whose results would be replaced; choose another --output_dir")
+    if not args.distilled and not args.ipc:
+        raise InputError(
+            "name the sets to score with --distilled PATH, or a run with --config FILE, or say by --ipc for how many "
+            "images per class baselines are to be measured"
+        )
+    sets = _read_sets(args, config, source)
+    options: Any = {"config": config.evaluate, "teachers": config.teachers, "image_size": config.source.image_size}
+    if args.protocol == "ddr":
+        side = check_ddr(sets, source, **options)
+    else:
+        side = check_sets(sets, source, **options, ipcs=config.ipc if args.ipc else ())[0]
+    check_teachers(config.teachers, len(source.class_names), side)
+    return sets
+
+
+def _read_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource) -> dict[str, Any]:
+    from dq.distilled.external import load_set
+
+    sets = {}
+    for text in args.distilled:
+        name, sep, path = text.partition("=")
+        path = path if sep else text
+        name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
+        if name in sets:
+            raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
+        sets[name] = load_set(
+            path, source.class_names, image_size=config.source.image_size, label_kind=args.label_kind
+        )
+    return sets

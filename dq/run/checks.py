@@ -1,0 +1,134 @@
+"""What a run would refuse, known before its first unit of work. A dry run goes through the same checks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dq.config.schema import RunConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.model_files import open_model
+from dq.data.source import ImageSource
+from dq.networks.teacher_loading import POOL, PRETRAINED, load_teacher, teacher_file
+from dq.run.folder import check_folder, check_methods, resolved_method
+from dq.run.refinement import planned, stages_of
+from dq.run.stages.evaluate import check_evaluation
+
+if TYPE_CHECKING:
+    from dq.diffusion.generator import LatentGenerator
+
+log = logging.getLogger("dq")
+
+ENCODES = ("run", "encode", "generate")  # verbs that load the generator
+LABELS = ("run", "label", "evaluate")
+REFINES = ("run", "generate", "refine")
+
+
+def check_run(
+    config: RunConfig, source: ImageSource, verb: str = "run", *, fetch: bool = True
+) -> tuple[LatentGenerator | None, list[str]]:
+    """Check all that can be known of a run, or of one of its stages, before its first image is encoded.
+
+    Args:
+        verb: the stage, or "run" for all.
+        fetch: whether models of the Hub that are not in its cache may be downloaded; if not they are only looked up,
+            and what their files would say is not checked.
+
+    Returns:
+        The generator, if the verb needs one and it is here; and why it is not.
+
+    Raises:
+        InputError: for whatever would stop the run at one of its stages.
+        RunError: see `dq.core.errors`.
+    """
+    check_settings(config, source, verb)
+    if verb in LABELS:
+        check_evaluation(config, source)
+    if verb not in ENCODES:
+        return None, []
+    pipe, reasons = open_generator(config, fetch=fetch)
+    if pipe is not None:
+        check_generation(config, source, pipe)
+    return pipe, reasons
+
+
+def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
+    """Whether methods, run folder, stages of refinement and teachers of a run, or of one of its stages, can be.
+
+    Raises:
+        InputError: see `check_run`.
+    """
+    check_methods(config)
+    check_folder(config, source)
+    if verb in REFINES:
+        for method in config.methods:
+            planned(config, method, source.class_counts().tolist())
+    check_teachers(_teachers_of(config, verb), len(source.class_names), config.image_size)
+
+
+def check_generation(config: RunConfig, source: ImageSource, pipe: LatentGenerator) -> None:
+    """Whether this generator can encode and draw the classes of the source for every method.
+
+    Raises:
+        InputError: for a codec, a scheduler, a start, a size of latents or a class that does not fit.
+    """
+    from dq.diffusion.codec import latent_shape
+
+    latent_shape(pipe.vae, config.codec.resolution)
+    for method in config.methods:
+        how, _, generate = resolved_method(config, method)
+        if how.representative != "real":  # these need no generator
+            pipe.check_inputs(generate, config.codec.resolution, source.class_names)
+
+
+def open_generator(config: RunConfig, *, fetch: bool) -> tuple[LatentGenerator | None, list[str]]:
+    """The generator that settings name; or None, and why, if it would have to be fetched and may not be.
+
+    Raises:
+        InputError: if no codec is named, or there is no such model.
+    """
+    from dq.diffusion.generator import LatentGenerator
+
+    if not fetch and config.codec.path:
+        named = [(config.codec.path, config.codec.revision), (config.generate.model, config.generate.revision)]
+        opened = [open_model(path, revision=revision) for path, revision in named if path is not None]
+        absent = [f.path for f in opened if not (f.local or f.cached)]
+        if absent:
+            return None, [f"{path} is not a folder here, and nothing is fetched for a plan" for path in absent]
+    return LatentGenerator.from_settings(config.codec, config.generate), []
+
+
+def check_teachers(teachers: Iterable[TeacherConfig], classes: int, image_size: int) -> None:
+    """Whether teachers can be loaded and name as many classes as the data. Published ones are not fetched for that.
+
+    Raises:
+        InputError: for a file that is not there, weights of another network, or other classes.
+    """
+    for t in dict.fromkeys(teachers):
+        teacher_file(t)
+        if t.net == "transformers":
+            here = open_model(t.path)
+            if not (here.local or here.cached):
+                continue
+        if t.net != POOL and t.path != PRETRAINED:
+            load_teacher(t, classes, image_size)
+
+
+def _teachers_of(config: RunConfig, verb: str) -> list[TeacherConfig]:
+    used: list[TeacherConfig] = list(config.teachers)
+    for stage in (s for m in config.methods for s in stages_of(config, m)) if verb in REFINES else ():
+        used += [*stage.teachers, *stage.judges]
+    return used
+
+
+def check_plan(config: RunConfig) -> tuple[LatentGenerator | None, list[str]]:
+    """The generator for the plan of a run on images that are not here (`--like`): settings are checked, and models
+    that are not on this machine are left out of the plan."""
+    check_methods(config)
+    wanted: Sequence[Any] = [p for p in (config.codec.path, config.generate.model) if p is not None]
+    missing = next((p for p in wanted if not Path(p).is_dir()), None)
+    if missing is not None:
+        return None, [f"{missing or 'codec.path'} is not a folder here"]
+    return open_generator(config, fetch=False)
