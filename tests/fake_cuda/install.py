@@ -20,6 +20,8 @@ FACTORIES = (
     "empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "linspace", "logspace",
     "range", "range.step", "randperm", "randperm.generator", "eye", "eye.m", "tril_indices", "triu_indices",
 )  # fmt: skip
+# one kernel on CUDA, though torch takes them apart for a device without kernels
+FUSED = ("silu_backward", "mish_backward")
 _library: torch.library.Library | None = None
 
 
@@ -32,6 +34,8 @@ def install() -> None:
     _library = torch.library.Library("aten", "IMPL", "CUDA")
     for name in FACTORIES:
         _library.impl(name, _factory(name))
+    for name in FUSED:
+        _library.impl(name, _never)
     # torch.tensor(data, device="cuda") reads its data on the CPU, then copies
     torch._C._set_only_lift_cpu_tensors(True)
     # a parameter cannot become a subclass in place, so that `module.to` makes new ones
@@ -59,6 +63,10 @@ def _factory(name: str) -> Any:
         return FakeCudaTensor(operation(*args, **{**kwargs, "device": torch.device("cpu"), "pin_memory": False}))
 
     return make
+
+
+def _never(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("tensors of the device take care of this operation before")
 
 
 def _synchronize(device: Any = None) -> None:

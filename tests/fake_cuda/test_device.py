@@ -210,6 +210,18 @@ def test_the_backward_pass_is_counted_at_its_call(device_log: DeviceLog) -> None
     assert "in test_the_backward_pass_is_counted_at_its_call" in line
 
 
+def test_the_gradient_of_silu_is_one_kernel(device_log: DeviceLog) -> None:
+    x = ramp(3).to(DEVICE).requires_grad_()
+    y = nn.functional.silu(x)
+    grad = torch.ones_like(y)
+    device_log.clear()
+    y.backward(grad)
+    assert [line.split()[0] for line in device_log.operations(LAUNCH)] == ["silu_backward"]
+    host = ramp(3).requires_grad_()
+    nn.functional.silu(host).sum().backward()
+    torch.testing.assert_close(x.grad.cpu(), host.grad)
+
+
 def test_the_autograd_of_cuda_accumulates_and_copies() -> None:
     x = ramp(2, 2).to(DEVICE).requires_grad_()
     (grad,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)

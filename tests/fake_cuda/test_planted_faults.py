@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_teachers import images_of, teacher_of, trained
+from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 from torch import Tensor
 
 from dq.config.refinement import FADRM
@@ -19,7 +19,7 @@ SETTINGS = FADRM(sizes=(16, 16), steps=(2, 2), lr=0.01, batch_size=4, jitter=2)
 
 
 def refine() -> Any:
-    teacher = teacher_of(trained().net.to("cuda"))
+    teacher = teacher_of(drawn(TinyNet()).to("cuda"))
     return fadrm.refine(images_of(LABELS, seed=5), LABELS, None, SETTINGS, [teacher])
 
 

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_dit, tiny_kl, toy_splits
-from small_prior import NAMES, encoded, prior_in
-from tiny_teachers import images_of, teacher_of, trained
+from small_prior import CODEC, NAMES, encoded, prior_in
+from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 
 from dq.config.refinement import FADRM
 from dq.config.students import StudentConfig
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.diffusion.class_sampling import sample_latents
+from dq.diffusion.prior.train_codec import train_codec
 from dq.diffusion.prior.train_denoiser import train_denoiser
 from dq.networks.training import fit, normalizer
 from dq.refine import fadrm
@@ -93,7 +94,7 @@ def test_a_step_of_a_student(device_log: DeviceLog, changes: dict[str, Any], bud
 )
 def test_a_step_of_fadrm(device_log: DeviceLog, changes: dict[str, Any], budget: Counts) -> None:
     labels = torch.arange(4)
-    teacher = teacher_of(trained().net.to(DEVICE))
+    teacher = teacher_of(drawn(TinyNet()).to(DEVICE))
     images = images_of(labels, seed=5)
 
     def work(steps: int) -> None:
@@ -106,6 +107,7 @@ def test_a_step_of_fadrm(device_log: DeviceLog, changes: dict[str, Any], budget:
 # --- prior --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # samples are drawn at its end
 def test_a_step_of_the_denoiser(device_log: DeviceLog, tmp_path: Path) -> None:
     source = load_source(toy_splits(), class_names=list(NAMES))
     codec = tiny_kl().to(DEVICE)
@@ -117,7 +119,19 @@ def test_a_step_of_the_denoiser(device_log: DeviceLog, tmp_path: Path) -> None:
         prior = prior_in(tmp_path / f"prior{steps}", denoiser=changes)
         train_denoiser(cache, codec, prior, class_names=NAMES, accelerator=accelerator)
 
-    assert_within(device_log, work, 2, 6, Counts(launches=234, waits=0, to_device=4, to_host=0))
+    assert_within(device_log, work, 2, 6, Counts(launches=210, waits=0, to_device=4, to_host=0))
+
+
+@pytest.mark.slow  # images are decoded at its end
+def test_a_step_of_the_codec(device_log: DeviceLog, tmp_path: Path) -> None:
+    source = load_source(toy_splits(), class_names=list(NAMES))
+    accelerator = make_accelerator()
+
+    def work(steps: int) -> None:
+        changes = {"steps": steps, "save_every": 100, "batch_size": 8}
+        train_codec(source, CODEC, prior_in(tmp_path / f"prior{steps}", codec=changes), accelerator=accelerator)
+
+    assert_within(device_log, work, 2, 6, Counts(launches=371, waits=0, to_device=2, to_host=0))
 
 
 @pytest.mark.parametrize(
