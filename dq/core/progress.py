@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -86,6 +87,21 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
+
+
+@contextlib.contextmanager
+def library_bars() -> Iterator[None]:
+    """Within the block diffusers and transformers show no bars of loading where TQDM_DISABLE=1: they read it at their
+    import at most."""
+    modules = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    hidden = [m for m in modules if os.environ.get("TQDM_DISABLE") == "1" and m.is_progress_bar_enabled()]
+    for module in hidden:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in hidden:
+            module.enable_progress_bar()
 
 
 def unit_done(stage: str, name: str, seconds: float, **numbers: float | int | str) -> None:

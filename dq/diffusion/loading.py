@@ -6,7 +6,6 @@ import ast
 import contextlib
 import difflib
 import logging
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from dq.core.errors import InputError
 from dq.core.model_files import ModelFiles
+from dq.core.progress import library_bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # arguments of from_pretrained that say where files come from ...
@@ -124,21 +124,15 @@ def codec_folder(files: ModelFiles) -> str | None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Within the block diffusers says nothing about latent statistics, which this package obeys, and shows no bars
-    where TQDM_DISABLE=1."""
-    from diffusers.utils import logging as diffusers_logging
-
-    bars = diffusers_logging.is_progress_bar_enabled()
+    """Within the block diffusers says nothing about latent statistics, which this package obeys; see also
+    `library_bars`."""
     logger = logging.getLogger("diffusers.configuration_utils")
-    if os.environ.get("TQDM_DISABLE") == "1":
-        diffusers_logging.disable_progress_bar()
     logger.addFilter(_is_news)
     try:
-        yield
+        with library_bars():
+            yield
     finally:
         logger.removeFilter(_is_news)
-        if bars:
-            diffusers_logging.enable_progress_bar()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -18,6 +18,8 @@ from dq.config.students import is_library_net
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json
+from dq.core.model_files import open_model
+from dq.core.progress import library_bars
 from dq.core.seeds import digest_of, digest_of_tensors, seeded
 from dq.data.source import ImageSource
 from dq.networks.external import library_net, library_of
@@ -215,13 +217,15 @@ def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]
             f"the teacher {config.path} needs transformers, which is not installed; pip install 'dq-distill[vision]'"
         ) from e
     try:
-        with seeded(0):
+        options = open_model(config.path).options  # one look-up, where transformers would try for a minute
+        with seeded(0), library_bars():
             model, info = AutoModelForImageClassification.from_pretrained(
                 config.path,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **options,
             )
     except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as e:
         said = " ".join(str(e).split())[:200]

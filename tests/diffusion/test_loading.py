@@ -116,12 +116,15 @@ from dq.config.prior import PriorConfig, TrainCodecConfig, TrainDenoiserConfig
 from dq.diffusion.codec import load_codec
 from dq.diffusion.prior.train_codec import new_codec
 from dq.diffusion.prior.train_denoiser import new_denoiser
+from dq.config.teachers import TeacherConfig
+from dq.networks.teacher_loading import load_teacher
 from dq.run.distill import DistillPipeline
 for open_it in (
     lambda: load_codec("checkpoints/cifr10"),
     lambda: DistillPipeline.from_pretrained("checkpoints/cifr10"),
     lambda: new_codec(PriorConfig(codec=TrainCodecConfig(init="checkpoints/cifr10")), 8),
     lambda: new_denoiser(PriorConfig(denoiser=TrainDenoiserConfig(init="checkpoints/cifr10")), (4, 4, 4), 3),
+    lambda: load_teacher(TeacherConfig(net="transformers", path="checkpoints/cifr10"), 3, 8),
 ):
     began = time.perf_counter()
     try:
@@ -137,7 +140,7 @@ def test_a_name_without_network_is_refused_within_seconds(tmp_path: Path) -> Non
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", NO_NETWORK], env=env, capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
-    assert len(lines) == 4, done.stderr[-2000:]
+    assert len(lines) == 5, done.stderr[-2000:]
     for line in lines:
         seconds, message = line.split(" ", 1)
         assert float(seconds) < 10
@@ -204,12 +207,23 @@ def test_latent_statistics_are_no_news_and_other_keys_are(tmp_path: Path, diffus
     assert "latents_mean" in diffusers_log.text
 
 
-def test_quiet_shows_no_bar_of_loading(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_shows_no_bar_of_loading(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers.utils import logging as diffusers_logging
+    from test_pipeline import sd_pipe
+    from transformers.utils import logging as transformers_logging
+
+    sd_pipe(tmp_path / "tokens").save_pretrained(tmp_path / "sd")  # whose text encoder transformers loads
+    capsys.readouterr()
 
     DistillPipeline.from_pretrained(folder / "dit")
     assert "Loading pipeline components" in capsys.readouterr().err
     monkeypatch.setenv("TQDM_DISABLE", "1")
     DistillPipeline.from_pretrained(folder / "dit")
-    assert capsys.readouterr().err == ""
+    DistillPipeline.from_pretrained(tmp_path / "sd")
+    shown = capsys.readouterr().err
+    assert "Loading" not in shown
+    assert "%|" not in shown
     assert diffusers_logging.is_progress_bar_enabled()
+    assert transformers_logging.is_progress_bar_enabled()
