@@ -314,16 +314,36 @@ def test_unreadable_image(world: Path, tmp_path: Path, capsys: pytest.CaptureFix
     said = fails(["encode", "--config", str(file), "--data", str(tmp_path / "set")], capsys)
     assert "a/1.png cannot be read" in said
     assert "source.on_bad_image=skip" in said
-    skip = [
-        "--data",
-        str(tmp_path / "set"),
-        "--set",
-        "source.on_bad_image=skip",
-        "--output_dir",
-        str(tmp_path / "again"),
-    ]
+    # as advised, in the same folder, with the same cache
+    skip = ["--data", str(tmp_path / "set"), "--set", "source.on_bad_image=skip"]
     assert main(["encode", "--config", str(file), "--cpu", *skip]) == 0
-    assert "1.png" in (tmp_path / "again" / "bad_images.txt").read_text()
+    assert "1.png" in (tmp_path / "run" / "bad_images.txt").read_text()
+    assert len(list((tmp_path / "cache").glob("latents-*"))) == 1
+    # images that were left out are not passed by under the other setting
+    assert "a/1.png cannot be read" in fails(
+        ["encode", "--config", str(file), "--data", str(tmp_path / "set")], capsys
+    )
+
+
+def test_a_refused_attempt_does_not_bind_its_folder(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = config(world, tmp_path, evaluate__students=[], ipc=[1])
+    assert "9" in fails(["encode", "--config", str(file), "--set", "codec.resolution=9"], capsys)
+    assert main(["encode", "--config", str(file), "--cpu"]) == 0
+    # now something was made
+    assert "other settings (codec.resolution: 8 -> 16)" in fails(
+        ["encode", "--config", str(file), "--set", "codec.resolution=16"], capsys
+    )
+
+
+def test_sets_are_scored_where_a_run_was_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = ["--data", str(world / "images"), "--output_dir", str(tmp_path / "run"), "--cpu"]
+    broken = ["--set", f"codec.path={world / 'vae'}", "codec.resolution=9", "source.image_size=8"]
+    assert main(["encode", *data, *broken]) == 2
+    student = ["--set", "evaluate.students=[{net: convnet3, epochs: 1, augment: none}]", "source.image_size=8"]
+    given = ["--distilled", str(world / "images" / "test"), "--seeds", "1", "--baselines", "random"]
+    assert main(["evaluate", *data, *given, *student]) == 0, capsys.readouterr().err
 
 
 def test_nan_latents(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -560,8 +580,9 @@ def test_unreadable_test_images_are_not_dropped_in_silence(
     broken.write_bytes(b"garbage")
     args = ["--config", str(config(world, tmp_path, evaluate__seeds=1)), "--data", str(tmp_path / "set"), "--ipc", "1"]
     assert f"test/red/{broken.name} cannot be read" in fails(["run", *args], capsys)
-    skip = ["--set", "source.on_bad_image=skip", "--output_dir", str(tmp_path / "skipped")]
-    assert main(["run", *args, *skip, "--cpu"]) == 0
+    made = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/*/*.safetensors")}
+    assert main(["run", *args, "--set", "source.on_bad_image=skip", "--cpu"]) == 0
+    assert {f: f.stat().st_mtime_ns for f in made} == made
     assert "1 of 12 images of split 'test' are left out" in caplog.text
 
 
