@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from dq.evaluation.statistics import Difference, format_mean_std, mean_std, pair
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+log = logging.getLogger("dq")
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,22 @@ def read_records(summary: Path) -> list[dict[str, str]]:
     """The rows of a `summary.csv`."""
     with open(summary, newline="") as f:
         return list(csv.DictReader(f))
+
+
+def warn_of_lost_rows(summary: Path, rows: list[Row]) -> None:
+    """Warn of which rows of the table that is there are not in the new one, because settings have changed."""
+    known = ("set", "ipc", "student", "labels", "protocol", "settings")
+    new = {tuple(str(r.record()[k]) for k in known) for r in rows}
+    old = read_records(summary) if summary.is_file() else []
+    lost = [r for r in old if tuple(r.get(k, "") for k in known) not in new]
+    if lost:
+        first = lost[0]
+        log.warning(
+            "%d of %d rows leave %s, since these settings do not ask for them; the first is %s, IPC %s, %s, %s "
+            "labels, %s. Their trainings are kept: the earlier settings bring them back at once",
+            *(len(lost), len(old), summary, first["set"], first["ipc"], first["student"], first["labels"]),
+            first["settings"],
+        )
 
 
 def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:

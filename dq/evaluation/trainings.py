@@ -31,7 +31,7 @@ from dq.core.version import __version__
 from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_FEATURES, select
-from dq.evaluation.results import Row, compare, read_records, settings_line, summarize, to_csv
+from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv, warn_of_lost_rows
 from dq.evaluation.student import Data, train_student, training_data
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
@@ -419,28 +419,12 @@ def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
     """Summarise trainings; the main process writes `eval/summary.csv`, `comparisons.csv` and `trainings.jsonl`."""
     rows = summarize(records)
     if work.main:
-        _warn_of_lost_rows(work.folder / "eval" / "summary.csv", rows)
+        warn_of_lost_rows(work.folder / "eval" / "summary.csv", rows)
         write_text(work.folder / "eval" / "summary.csv", to_csv([r.record() for r in rows]))
         write_text(work.folder / "eval" / "comparisons.csv", to_csv([c.record() for c in compare(rows)]))
         write_text(work.folder / "eval" / "trainings.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     work.accelerator.wait_for_everyone()
     return rows
-
-
-def _warn_of_lost_rows(summary: Path, rows: list[Row]) -> None:
-    """Say which rows of the table that is there are not in the new one, because settings have changed."""
-    known = ("set", "ipc", "student", "labels", "protocol", "settings")
-    new = {tuple(str(r.record()[k]) for k in known) for r in rows}
-    old = read_records(summary) if summary.is_file() else []
-    lost = [r for r in old if tuple(r.get(k, "") for k in known) not in new]
-    if lost:
-        first = lost[0]
-        log.warning(
-            "%d of %d rows leave %s, since these settings do not ask for them; the first is %s, IPC %s, %s, %s "
-            "labels, %s. Their trainings are kept: the earlier settings bring them back at once",
-            *(len(lost), len(old), summary, first["set"], first["ipc"], first["student"], first["labels"]),
-            first["settings"],
-        )
 
 
 def training_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
