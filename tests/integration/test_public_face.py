@@ -183,7 +183,7 @@ def test_sources_that_are_nearly_right(toy_images) -> None:
 
 def test_a_set_is_a_sequence_a_dataset_and_tensors() -> None:
     soft = torch.eye(3).repeat_interleave(2, 0) * 4
-    s = small(soft=soft)
+    s = small(soft=soft, kind="logits")
     row = s[3]
     assert torch.equal(row["image"], s.images[3])
     assert (row["label"], row["weight"]) == (1, 1.0)
@@ -211,7 +211,7 @@ def test_results_are_a_table(toy_source) -> None:
     assert {"last_mean", "last_std", "protocol", "settings"} <= set(table.columns)
     with pytest.raises(InputError, match=r"a DistilledSet or the path of one is evaluated, not list"):
         evaluate([1], toy_source)
-    with pytest.raises(InputError, match=r"n_seeds is a whole number, not 1\.5"):
+    with pytest.raises(InputError, match=r"n_seeds is a whole number of at least 1, not 1\.5"):
         evaluate(small(), toy_source, n_seeds=1.5)
     with pytest.raises(InputError, match="a student is a network's name, a StudentConfig or a mapping, not int"):
         evaluate(small(), toy_source, students=[3])
@@ -256,7 +256,7 @@ def test_probabilities_teach_what_their_logarithms_teach() -> None:
 
 def test_label_vectors_that_teach_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must be finite and fit float16"):
-        small(soft=torch.full((6, 3), 1e6))
+        small(soft=torch.full((6, 3), 1e6), kind="logits")
     with pytest.raises(InputError, match="are called probabilities but some are negative"):
         small(soft=-torch.ones(6, 3), kind="probabilities")
     np.savez(tmp_path / "far.npz", images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 10**9]))
