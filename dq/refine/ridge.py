@@ -1,0 +1,244 @@
+"""Kernel ridge regression on last-layer features, its loss on real images, and its gradient in chunks of images.
+
+The inner problem of FRePo (Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS
+2022, arXiv 2206.00719; constants of the released code). Gram matrix, factorization and solve are in float64 whatever
+the networks compute in: post-ReLU features share one large direction, so that a relative ridge of 1e-6 is close to
+float32's rounding, and copies of an image make float32's factorization fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dq.core.errors import InputError, RunError
+
+log = logging.getLogger("dq")
+
+RIDGE = 1e-6  # of the mean diagonal of the Gram matrix
+SMALLEST_RETRY = 1e-9  # first ridge that is tried after a ridge of 0
+LARGEST_RIDGE = 1e-3  # at which retries end; then eigenvalues are clipped
+DUPLICATE_COSINE = 0.9999  # of centered features, from which two images count as copies
+DUPLICATE_ROWS = 1024  # rows of the matrix of cosines at once
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A ridge regression in the space of its samples."""
+
+    dual: Tensor  # (n, C) float64: A^-1 Y
+    ridge: float  # that was used: the one asked for, or a larger one where the factorization failed
+    condition: Tensor  # () float64: (largest / smallest pivot)^2 of the Cholesky factor, at most the condition of A
+
+
+def solve_ridge(features: Tensor, targets: Tensor, *, ridge: float = RIDGE, weights: Tensor | None = None) -> Solution:
+    """Solve A a = Y with A = F F^T + ridge s diag(1 / w), where s is the weighted mean of the diagonal of F F^T.
+
+    The same predictor as min_W sum_i w_i |f_i W - y_i|^2 + ridge s |W|^2 (W = F^T a), for n < d and n > d. Without
+    weights s is the trace over n, as in the released code; the weighted mean makes an image of weight 2 the same as
+    the image given twice. Gradients flow through s as well. If the factorization fails, the ridge grows tenfold up to
+    1e-3, and then the eigenvalues are clipped from below; both are logged.
+
+    Args:
+        features: (n, d) float.
+        targets: (n, C) float.
+        ridge: relative to s; 0 gives the least-norm interpolation where it exists.
+        weights: (n,) positive; None: all 1.
+
+    Raises:
+        RunError: if features or targets are not finite.
+    """
+    if not bool(torch.isfinite(features.detach()).all() & torch.isfinite(targets.detach()).all()):
+        raise RunError(
+            "the features or the labels of a ridge regression are not finite numbers; lower the learning rate of the "
+            "networks or of the images"
+        )
+    f, y = features.double(), targets.double()
+    gram = f @ f.T
+    diagonal = gram.diagonal()
+    if weights is None:
+        scale, inverse = diagonal.mean(), torch.ones_like(diagonal)
+    else:
+        w = weights.to(diagonal)
+        scale, inverse = (w * diagonal).sum() / w.sum(), 1 / w
+    used = ridge
+    while used <= LARGEST_RIDGE * (1 + 1e-9) or used == ridge:
+        a = gram + torch.diag(used * scale * inverse)
+        factor, info = torch.linalg.cholesky_ex(a)
+        if int(info) == 0:
+            if used != ridge:
+                log.warning("note: a ridge of %g leaves a singular kernel; %g is used", ridge, used)
+            pivots = factor.detach().diagonal()
+            return Solution(torch.cholesky_solve(y, factor), used, (pivots.max() / pivots.min()).square())
+        used = max(10 * used, SMALLEST_RETRY)
+    log.warning("note: the kernel stays singular with a ridge of %g; its eigenvalues are clipped", LARGEST_RIDGE)
+    return _clipped(gram + torch.diag(LARGEST_RIDGE * scale * inverse), y)
+
+
+def _clipped(a: Tensor, y: Tensor) -> Solution:
+    """Solve with the eigenvalues of A raised to a share of the largest. What is added counts as a constant, since the
+    gradient of eigenvectors does not exist where eigenvalues coincide."""
+    values, vectors = torch.linalg.eigh(a.detach())
+    top = float(values[-1])
+    floor = LARGEST_RIDGE * top if top > 0 else 1.0  # all features zero: any number gives the prediction 0
+    raised = values.clamp(min=floor)
+    a = a + (vectors * (raised - values)) @ vectors.T
+    factor = torch.linalg.cholesky(a)
+    pivots = factor.detach().diagonal()
+    return Solution(torch.cholesky_solve(y, factor), LARGEST_RIDGE, (pivots.max() / pivots.min()).square())
+
+
+def predict(solution: Solution, support: Tensor, queries: Tensor) -> Tensor:
+    """Predictions (B, C) float64 for the features `queries` (B, d), from the features `support` (n, d) solved for."""
+    # K_ts a as F_t (F_s^T a): (B + n) d C products, not B n d
+    return queries.double() @ (support.double().T @ solution.dual)
+
+
+def krr_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean over images of half the squared error, summed over classes; (B, C) each."""
+    return 0.5 * (predictions - targets).square().sum(1).mean()
+
+
+def label_margin(labels: Tensor) -> Tensor:
+    """Mean of min(largest - second largest entry, 1/C) of label vectors (n, C), which the released code maximizes."""
+    first, second = labels.topk(2, 1).values.unbind(1)
+    return (first - second).clamp(max=1 / labels.shape[1]).mean()
+
+
+def centered_targets(labels: Tensor, classes: int) -> Tensor:
+    """One-hot vectors (N, C) minus 1/C: what FRePo's regressions aim at on real images.
+
+    Raises:
+        InputError: for one class, whose targets would all be zero.
+    """
+    if classes < 2:
+        raise InputError("a regression on labels needs at least two classes to tell apart, but there is one")
+    return F.one_hot(labels, classes).float() - 1 / classes
+
+
+def first_labels(targets: Tensor) -> Tensor:
+    """Where learned labels (n, C) start: targets / sqrt(C/10), which keeps their norm moderate beside a relative step
+    (the released code)."""
+    return targets / (targets.shape[1] / 10) ** 0.5
+
+
+def probabilities_to_labels(probabilities: Tensor) -> Tensor:
+    """Regression labels (n, C) of a teacher's probabilities (n, C): (p - 1/C) / sqrt(C/10)."""
+    return first_labels(probabilities - 1 / probabilities.shape[1])
+
+
+def labels_to_probabilities(labels: Tensor, temperature: float) -> Tensor:
+    """Probabilities (n, C) of regression labels (n, C): softmax(y / temperature).
+
+    Raises:
+        InputError: unless the temperature is positive.
+    """
+    if not temperature > 0:
+        raise InputError(f"the temperature of soft labels must be more than 0, not {temperature:g}")
+    return (labels / temperature).softmax(1)
+
+
+def duplicates(features: Tensor) -> Tensor:
+    """Which rows are nearly copies of an earlier one: (n,) bool, by the cosine of centered features (n, d)."""
+    x = features.double().flatten(1)
+    x = F.normalize(x - x.mean(0), dim=1)
+    copied = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for start in range(0, len(x), DUPLICATE_ROWS):
+        cosines = (x[start : start + DUPLICATE_ROWS] @ x.T).tril(start - 1)  # with earlier rows alone
+        copied[start : start + DUPLICATE_ROWS] = (cosines > DUPLICATE_COSINE).any(1)
+    # rows that equal the mean have no direction; the second and later of them are copies of the first
+    still = (x.abs().sum(1) == 0).nonzero()[1:, 0]
+    copied[still] = True
+    return copied
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """Loss and gradients of one step on the distilled set."""
+
+    images: Tensor | None  # (n, ...) gradient; None if images are not learned
+    labels: Tensor  # (n, C) gradient
+    krr: Tensor  # () half squared error on the real batch
+    margin: Tensor  # () mean label margin, at most 1/C
+    condition: Tensor  # () see `Solution`
+    ridge: float  # that was used
+
+
+def meta_gradient(
+    features_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    real_features: Tensor,
+    real_targets: Tensor,
+    *,
+    chunk: int | None = None,
+    flip: bool = False,
+    margin_weight: float = 1.0,
+    ridge: float = RIDGE,
+    weights: Tensor | None = None,
+    learn_images: bool = True,
+) -> MetaGradient:
+    """Gradients of L = krr_loss - margin_weight label_margin with respect to distilled images and labels.
+
+    With chunks, features are computed without a graph, the regression gives their gradient, and every chunk is
+    computed once more with a graph to carry its rows back: the same gradient up to rounding, with the activations of
+    one chunk in memory. That is exact since `features_of` treats every image by itself.
+
+    Args:
+        features_of: images (m, ...) to features (m, d), each row from its image alone, such as a network in evaluation
+            mode.
+        images: (n, ...) distilled images as the network sees them.
+        labels: (n, C) learned labels.
+        real_features: (B, d) of the real batch, without a graph.
+        real_targets: (B, C), see `centered_targets`.
+        chunk: images whose activations are held at once; None: all.
+        flip: regress on the images and their mirror images, with the same labels.
+        weights: (n,) of the images in the regression; None: all alike.
+        learn_images: False leaves out the gradient of the images, and with it the second pass.
+
+    Raises:
+        RunError: if features or labels are not finite.
+    """
+
+    def look(x: Tensor) -> Tensor:  # (m, ...) -> (1 or 2, m, d)
+        return features_of(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)) if flip else features_of(x)[None]
+
+    spans = _spans(len(images), chunk)
+    whole = learn_images and len(spans) == 1
+    leaf = images.detach().requires_grad_(True)
+    with torch.set_grad_enabled(whole):
+        parts = [look(leaf[a:b]) for a, b in spans]
+        seen = parts[0] if whole else torch.cat(parts, 1).detach().requires_grad_(learn_images)
+    y = labels.detach().requires_grad_(True)
+    copies = 2 if flip else 1
+    with torch.enable_grad():
+        support = seen.flatten(0, 1)  # (copies n, d)
+        repeated = None if weights is None else weights.repeat(copies)
+        solution = solve_ridge(support, y.repeat(copies, 1), ridge=ridge, weights=repeated)
+        krr = krr_loss(predict(solution, support, real_features.detach()), real_targets.double())
+        margin = label_margin(y)
+        loss = krr - margin_weight * margin.double()
+    gradient = None
+    if not learn_images:
+        (dy,) = torch.autograd.grad(loss, [y])
+    elif whole:
+        gradient, dy = torch.autograd.grad(loss, [leaf, y])
+    else:
+        rows, dy = torch.autograd.grad(loss, [seen, y])  # rows: (copies, n, d)
+        gradient = torch.empty_like(images)
+        for a, b in spans:
+            part = images[a:b].detach().requires_grad_(True)
+            with torch.enable_grad():
+                again = look(part)
+            (gradient[a:b],) = torch.autograd.grad(again, [part], rows[:, a:b])
+    return MetaGradient(gradient, dy, krr.detach(), margin.detach(), solution.condition, solution.ridge)
+
+
+def _spans(n: int, chunk: int | None) -> Sequence[tuple[int, int]]:
+    step = chunk or n
+    return [(a, min(a + step, n)) for a in range(0, n, step)]
