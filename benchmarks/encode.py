@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from dq.config.schema import CodecConfig, SourceConfig
+from dq.core.devices import default_device, resolve_dtype
 from dq.data.images import read_images
 from dq.data.load import load_source
 from dq.data.source import ImageSource, Split
@@ -32,26 +33,28 @@ def main() -> None:
     parser.add_argument("--data", default="sklearn:digits")
     parser.add_argument("--codec")
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--images", type=int, default=1280)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    source_config, config = SourceConfig(path=args.data), CodecConfig(resolution=args.resolution, dtype=args.dtype)
+    dtype = resolve_dtype(args.dtype, args.device, "inference")
+    source_config, config = SourceConfig(path=args.data), CodecConfig(resolution=args.resolution, dtype=dtype)
     whole = load_source(source_config)
     # two classes of equal size, so that the stage does what it does on a real set
     rows = [int(r) for c in (0, 1) for r in whole.rows_of_class(c)[: args.images // 2]]
     part = Split(whole.train.labels[rows], lambda i: whole.train.read(rows[i]), "train")
     source = ImageSource({"train": part}, whole.class_names[:2], whole.fingerprint, args.data)
     with tempfile.TemporaryDirectory() as folder:
-        codec = load_codec(args.codec or random_codec(Path(folder)), dtype=args.dtype)
+        codec = load_codec(args.codec or random_codec(Path(folder)), dtype=dtype, device=args.device)
         images, _, _ = read_images(part, range(len(part)), args.resolution, "crop")
         bare, stage = [], []
         for r in range(args.rounds + 1):  # in turn; the first round warms up
             began = time.perf_counter()
             with torch.inference_mode():
                 for batch in images.split(config.batch_size):
-                    encode_latents(codec, to_signed(batch))
+                    encode_latents(codec, to_signed(batch)).cpu()  # which waits for the device
             bare.append(time.perf_counter() - began)
             cache = open_cache(f"{folder}/{r}", source, codec, config, 0)
             stage.append(encode_source(source, codec, cache, config, seed=0))
@@ -60,7 +63,8 @@ def main() -> None:
         "data": args.data.rsplit("/", 1)[-1],
         "codec": (args.codec or "random AutoencoderKL").rsplit("/", 1)[-1],
         "resolution": args.resolution,
-        "dtype": args.dtype,
+        "device": next(codec.parameters()).device.type,
+        "dtype": dtype,
         "images": len(rows),
         "bare_images_per_s": round(len(rows) / a, 1),
         "stage_images_per_s": round(len(rows) / b, 1),

@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
+from dq.core.devices import default_device, resolve_dtype
 from dq.data.images import read_images
 from dq.data.load import load_source
 from dq.labels.files import read_labels, write_manifest, write_shard
@@ -74,13 +75,15 @@ class Files(Dataset):
         return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), int(self.labels[i])
 
 
-def usual(net: torch.nn.Module, loader: DataLoader, epochs: int) -> float:
+def usual(net: torch.nn.Module, loader: DataLoader, epochs: int, device: torch.device) -> float:
     """Seconds per epoch of the loop that most scripts have."""
+    net = net.to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     began = time.perf_counter()
     for _ in range(epochs):
         net.train()
         for x, y in loader:
+            x, y = x.to(device), y.to(device)
             optimizer.zero_grad()
             loss = F.cross_entropy(net(x), y)
             loss.backward()
@@ -98,6 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     source = load_source(args.data)
@@ -106,10 +110,11 @@ def main() -> None:
     classes = len(source.class_names)
     pixels = normalizer(MEAN, STD)
     loader = DataLoader(Files(images, labels), args.batch_size, shuffle=True, num_workers=args.workers)
+    device, fast = args.device, resolve_dtype("auto", args.device, "training")
     rows = []
     for net in args.net or ["resnet20", "convnet3"]:
         with tempfile.TemporaryDirectory() as folder:
-            teacher = Teacher(make_net(net, classes, 32, seed=1).eval(), MEAN, STD, 256, "benchmark", net)
+            teacher = Teacher(make_net(net, classes, 32, seed=1).eval().to(device), MEAN, STD, 256, "benchmark", net)
             soft = StudentConfig(
                 net=net,
                 epochs=args.epochs,
@@ -122,7 +127,7 @@ def main() -> None:
             plan = make_plan(images, [teacher], classes, soft)
             write_manifest(Path(folder), images, plan, [teacher])
             for epochs in plan.shards():
-                write_shard(Path(folder), images, [teacher], plan, epochs)
+                write_shard(Path(folder), images.to(device), [teacher], plan, epochs)
 
             def ours(dtype: str, labels_are: str, views: ViewConfig = VIEWS, net=net, folder=folder) -> float:
                 config = StudentConfig(
@@ -137,17 +142,16 @@ def main() -> None:
                 given = {"hard": None, "fixed": torch.zeros(len(labels), classes)}.get(labels_are)
                 if labels_are == "soft":
                     given = read_labels(folder, images)
-                fitted = fit(
-                    images, labels, num_classes=classes, config=config, soft_labels=given, pixels=pixels, seed=0
-                )
+                x, y = images.to(device), labels.to(device)
+                fitted = fit(x, y, num_classes=classes, config=config, soft_labels=given, pixels=pixels, seed=0)
                 return fitted.seconds / args.epochs
 
             found: dict[str, list[float]] = {}
             for _ in range(args.rounds + 1):  # in turn; the first round warms up
                 measured = {
-                    "usual loop, float32": usual(make_net(net, classes, 32, seed=0), loader, args.epochs),
+                    "usual loop, float32": usual(make_net(net, classes, 32, seed=0), loader, args.epochs, device),
                     "dq, float32": ours("float32", "hard"),
-                    "dq, bfloat16": ours("bfloat16", "hard"),
+                    **({f"dq, {fast}": ours(fast, "hard")} if fast != "float32" else {}),  # what auto stands for
                     "dq, float32, fixed labels": ours("float32", "fixed"),
                     "dq, float32, replayed labels": ours("float32", "soft", MIXED),
                 }
@@ -173,7 +177,8 @@ def main() -> None:
         with open(args.csv, "w", newline="") as f:
             said = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
             print("# python benchmarks/student.py", *said, file=f)
-            print(f"# {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", file=f)
+            threads = torch.get_num_threads()
+            print(f"# {device.type}, {platform.machine()}, {threads} threads, torch {torch.__version__}", file=f)
             writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

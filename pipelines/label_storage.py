@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--protocol", default="fadrm")
     parser.add_argument("--dataset")
     parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/label-storage"))
     parser.add_argument("--csv", type=Path)

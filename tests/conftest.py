@@ -16,6 +16,8 @@ import torch
 from models import toy_splits
 from toy_world import make_world
 
+from dq.core import devices
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -44,6 +46,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives
+# the same numbers on every CPU: `dtype: auto` is float32 in the tests, also where bfloat16 is native
+devices.CPU_BFLOAT16 = ()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from dq.config.schema import RunConfig
 from dq.core.errors import InputError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from dq.data.source import ImageSource
     from dq.diffusion.generator import LatentGenerator
 
@@ -31,7 +33,7 @@ def scores_sets(args: argparse.Namespace) -> bool:
     return args.verb == "evaluate" and bool(args.distilled or not args.config or args.protocol == "ddr")
 
 
-def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource) -> Checked:
+def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Checked:
     """Check all that can be known before the first unit of work.
 
     Raises:
@@ -41,7 +43,7 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource)
 
     if args.like:  # counts without images: a plan for another machine
         training = args.verb.startswith("train-") or args.verb == "prior-report" or scores_sets(args)
-        return Checked() if training else Checked(*check_plan(config))
+        return Checked() if training else Checked(*check_plan(config, accelerator))
     if args.verb in ("train-codec", "train-denoiser"):
         check_prior_training(args.verb, config, source, fetch=not args.dry_run)
         return Checked()
@@ -56,23 +58,23 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource)
         check_pool(config, source)
         return Checked()
     if args.verb == "prior-report":
-        return Checked(pipe=_check_report(config, source, fetch=not args.dry_run))
+        return Checked(pipe=_check_report(config, source, accelerator, fetch=not args.dry_run))
     if scores_sets(args):
         return Checked(sets=_check_sets(args, config, source))
     if args.verb == "demo":  # it trains its own prior
         check_prior_training("train-codec", config, source)
         if not (Path(config.codec.path) / "config.json").is_file():
-            from dq.run.folder import check_folder, check_methods
+            from dq.run.folder import check_folder, check_methods, settle_dtypes
             from dq.run.stages.evaluate import check_evaluation
 
             check_methods(config)
-            check_folder(config, source)
+            check_folder(settle_dtypes(config, source, accelerator)[0], source)
             check_evaluation(config, source)
             return Checked(unknown=["the prior is not trained yet"])
     verb = "run" if args.verb == "demo" else args.verb
-    pipe, unknown = check_run(config, source, verb, fetch=not args.dry_run)
+    pipe, unknown = check_run(config, source, verb, accelerator=accelerator, fetch=not args.dry_run)
     if pipe is None and not unknown and args.dry_run:  # a stage that needs no generator; the plan is of the whole run
-        pipe, unknown = check_plan(config)
+        pipe, unknown = check_plan(config, accelerator)
     return Checked(pipe, unknown)
 
 
@@ -109,14 +111,16 @@ def with_codec_of_model(config: RunConfig) -> RunConfig:
     return config if config.codec.path else apply_settings(config, {"codec.path": config.generate.model})
 
 
-def _check_report(config: RunConfig, source: ImageSource, *, fetch: bool) -> LatentGenerator | None:
+def _check_report(
+    config: RunConfig, source: ImageSource, accelerator: Accelerator, *, fetch: bool
+) -> LatentGenerator | None:
     from dq.diffusion.prior.metrics import checked_counts
     from dq.run.checks import check_teachers, open_generator
-    from dq.run.folder import check_folder, check_methods
+    from dq.run.folder import check_folder, check_methods, settle_dtypes
     from dq.run.prior_report import check_prior_report
 
     check_prior_report(config)
-    config = with_codec_of_model(config)
+    config = settle_dtypes(with_codec_of_model(config), source, accelerator)[0]
     check_methods(config)
     check_folder(config, source)
     checked_counts(source, config.prior_report)

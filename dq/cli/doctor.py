@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from dq.config.dtypes import slow_dtypes
 from dq.config.schema import RunConfig
-from dq.core.devices import available_cores, has_native_bfloat16, read_text, set_threads
+from dq.core.devices import available_cores, has_native_bfloat16, read_text, resolve_dtype, set_threads
 from dq.core.files import existing
 from dq.core.text import format_bytes
 from dq.core.trackers import TRACKERS, is_installed
@@ -264,20 +265,18 @@ def _used(config: RunConfig, say: Any, *, cpu: bool) -> dict[str, str]:
 
     device = "cuda" if not cpu and torch.cuda.is_available() else "cpu"
     engine = choose_engine(config.cluster.engine)
-    dtype = config.generate.dtype
+    codec, dtype = (resolve_dtype(c.dtype, device, "inference") for c in (config.codec, config.generate))
     if engine == "faiss" and version_of_module("faiss") is None:
         say("cluster.engine=faiss but faiss does not import; pip install faiss-cpu, or set cluster.engine=torch")
-    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        say("generate.dtype=bfloat16 but this GPU has no bfloat16; set generate.dtype=float16")
-    if dtype == "float16" and device == "cpu":
-        say("generate.dtype=float16 on the CPU is slow or fails; set generate.dtype=float32")
+    if slow := slow_dtypes(config, device, without=("train_teachers", "prior")):
+        say(slow)
     for tracker in config.report_to:
         if not is_installed(tracker):
             say(f"report_to names {tracker}, which is not installed; pip install {tracker}")
     return {
         "device": device,
         "engine": f"{engine} (cluster.engine={config.cluster.engine})",
-        "dtypes": f"codec {config.codec.dtype}, generate {dtype}",
+        "dtypes": f"codec {codec}, generate {dtype}",
         "threads": str(set_threads()),
         "trackers": ", ".join(config.report_to) or "none",
     }

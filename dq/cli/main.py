@@ -69,6 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _warn_of_slow_dtypes(verb: str, config: Any, accelerator: Any) -> None:
+    """One note on dtypes that the user named and this device is slow in, of the sections that the verb reads."""
+    from dq.config.dtypes import slow_dtypes
+
+    trained = ("train_teachers", "prior") if verb.startswith("train-") or verb == "demo" else ()
+    others = tuple(name for name in ("train_teachers", "prior") if name not in trained)
+    if note := slow_dtypes(config, accelerator.device, without=others):
+        log.warning("note: %s", note)
+
+
 def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -120,7 +130,8 @@ def execute(args: argparse.Namespace) -> None:
         log.warning("note: %s", note)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
         source = like_source(args.like) if args.like else load_source(config.source)
-    checked = check_verb(args, config, source)
+    _warn_of_slow_dtypes(args.verb, config, accelerator)
+    checked = check_verb(args, config, source, accelerator)
     if args.dry_run:
         if accelerator.is_main_process:
             print(plan_verb(args, config, source, accelerator, checked))

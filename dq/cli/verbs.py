@@ -19,6 +19,7 @@ from dq.core.errors import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dq.config.schema import CodecConfig
     from dq.data.source import ImageSource
     from dq.diffusion.generator import LatentGenerator
 
@@ -169,8 +170,9 @@ def run_verb(
     from dq.run.stages.refine import refine
 
     if pipe is None and verb in ENCODES:
-        pipe, _ = check_run(config, source, verb)
+        pipe, _ = check_run(config, source, verb, accelerator=accelerator)
     run = open_run(config, source, accelerator)
+    config = run.config
     start_trackers(accelerator, config.report_to, to_dict(config), run.folder)
     do = lambda *names: verb in (*names, "run")  # noqa: E731
     whole = ("encode", "cluster", "generate", "refine", "label", "evaluate", "report")
@@ -272,7 +274,7 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
     if verb == "train-codec":
         return train_codec(source, config.codec, config.prior, accelerator=accelerator)
     check_prior_training(verb, config, source)
-    c = config.codec
+    c = _prior_codec(config, source, accelerator)
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
     cache = open_cache(config.cache_dir, source, codec, c, config.seed)
     mine = functools.partial(shard, rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -280,6 +282,24 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
     encode_source(source, codec, cache, c, seed=config.seed, mine=mine, main=main)
     accelerator.wait_for_everyone()
     return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
+
+
+def _prior_codec(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> CodecConfig:
+    """The codec whose latents a denoiser is trained on, without `dtype: auto`, which is kept in the prior's folder, or
+    else that of latents in the cache."""
+    from dq.config.dtypes import RECORD, folder_dtypes, record_dtypes, resolve_dtypes
+    from dq.diffusion.latents import cached_dtype
+
+    c, folder = config.codec, Path(config.prior.output_dir)
+    begun = any((folder / name).exists() for name in (RECORD, "transformer", ".training-denoiser"))
+    dtypes = folder_dtypes(folder, accelerator, begun="float32" if begun else None)
+    if c.dtype != "auto":
+        return c
+    if not begun:
+        dtypes["inference"] = cached_dtype(config.cache_dir, source, c, config.seed, dtypes["inference"])
+    accelerator.wait_for_everyone()
+    record_dtypes(folder, dtypes, main=accelerator.is_main_process)
+    return resolve_dtypes(c, dtypes)
 
 
 def _report_prior(

@@ -9,7 +9,8 @@ from dq.config.reader import Checked
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 
-TrainDtype = Literal["float32", "bfloat16"]  # gradients in float16 would need loss scaling
+SaveDtype = Literal["float32", "bfloat16"]
+TrainDtype = Literal["auto", "float32", "bfloat16"]  # gradients in float16 would need loss scaling
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class TrainCodecConfig(Checked):
     kl_weight: float = 1e-5
     ema: float = 0.995
     save_every: int = 200
-    save_dtype: TrainDtype = "float32"  # of the saved weights
-    dtype: TrainDtype = "float32"  # autocast
+    save_dtype: SaveDtype = "float32"  # of the saved weights
+    dtype: TrainDtype = "auto"  # autocast
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +71,9 @@ class TrainDenoiserConfig(Checked):
     held_out: int = 512  # latents at most that are not trained on
     dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
     save_every: int = 500
-    save_dtype: TrainDtype = "float32"  # of the saved weights
+    save_dtype: SaveDtype = "float32"  # of the saved weights
     compile: bool = False  # torch.compile
-    dtype: TrainDtype = "float32"  # autocast
+    dtype: TrainDtype = "auto"  # autocast
 
     def __post_init__(self) -> None:
         super().__post_init__()

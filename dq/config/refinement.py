@@ -43,7 +43,7 @@ class RefineConfig(Checked):
     teachers: tuple[TeacherConfig, ...] = ()  # none: those of the run
     judges: tuple[TeacherConfig, ...] = ()  # teachers that only measure the images, before and after
     weighted: bool = False  # a batch counts its images by their weights in the set
-    dtype: Dtype = "float32"  # of the teachers; statistics and pixels are in float32
+    dtype: Dtype = "auto"  # of the teachers; statistics and pixels are in float32
     # index: the first image of every class, then the second, ...; dealt: every batch takes from all classes alike;
     # whole: the whole set is one batch
     compose: Literal["index", "dealt", "whole"] = "index"

@@ -47,7 +47,7 @@ class CodecConfig(Checked):
     revision: str | None = None
     resolution: int = 64  # side in px of the images that the codec sees
     posterior: Literal["mean", "sample"] = "mean"
-    dtype: Dtype = "float32"
+    dtype: Dtype = "auto"
     batch_size: int = 64
 
 
@@ -103,7 +103,7 @@ class GenerateConfig(Checked):
     class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
     images_per_prototype: int = 1
     image_dtype: Literal["uint8", "float32"] = "uint8"
-    dtype: Dtype = "float32"
+    dtype: Dtype = "auto"
     batch_size: int = 32
 
     def __post_init__(self) -> None:

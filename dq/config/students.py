@@ -8,7 +8,8 @@ from typing import Any, Literal
 from dq.config.reader import Checked
 from dq.core.errors import InputError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+# auto: what the device is fast in, or what the folder was begun with (`dq.config.dtypes`)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LabelKind = Literal["logits", "probabilities", "regression"]  # what the label vectors of a set are
 Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"]
 
@@ -106,7 +107,7 @@ class StudentConfig(Checked):
     test_scale: float = 1.0  # test images are resized to this many times the side, then the centre is cut out
     select: Literal["validation", "test"] = "validation"  # where the best epoch is chosen; test is what papers print
     tests: int = 1  # looks during a training, the last epoch included; 1: no choice of an epoch
-    dtype: Dtype = "float32"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

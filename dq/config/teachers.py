@@ -42,7 +42,7 @@ class TrainTeachersConfig(Checked):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     checkpoint_s: float = 60.0  # seconds between checkpoints
-    dtype: Dtype = "float32"
+    dtype: Dtype = "auto"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 Use = Literal["inference", "training"]
 
 CGROUPS = Path("/sys/fs/cgroup")
+CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of CPUs that compute in bfloat16: x86 and ARM
 
 
 # --- cores and threads --------------------------------------------------------------------------------------------
@@ -92,6 +93,12 @@ def read_text(path: str | Path) -> str:
         return ""
 
 
+def default_device() -> torch.device:
+    """Where work goes unless told otherwise: a CUDA device if there is one, else the CPU. Not Apple's MPS, which lacks
+    float64."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 # --- number formats -----------------------------------------------------------------------------------------------
 
 
@@ -102,7 +109,7 @@ def has_native_bfloat16(device: torch.device | str) -> bool:
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     flags = set(read_text("/proc/cpuinfo").split()) if kind == "cpu" else set()
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return not flags.isdisjoint(CPU_BFLOAT16)
 
 
 def resolve_dtype(asked: str, device: torch.device | str, use: Use) -> str:

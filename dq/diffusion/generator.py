@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq.config.schema import CodecConfig, GenerateConfig
-from dq.core.devices import tf32_products
+from dq.core.devices import default_device, resolve_dtype, tf32_products
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.model_files import open_model
@@ -34,7 +34,7 @@ from dq.core.progress import progress
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.diffusion.class_names import class_indices
 from dq.diffusion.class_sampling import noise_of_images, sample_latents
-from dq.diffusion.codec import DTYPES, codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
+from dq.diffusion.codec import codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.diffusion.loading import FILES, WEIGHTS, check_components, check_options, loading, take_dtype
 from dq.diffusion.sampling import (
     Start,
@@ -143,15 +143,18 @@ class LatentGenerator(DiffusionPipeline):
     def from_settings(cls, codec: CodecConfig, generate: GenerateConfig) -> Self:
         """The generator that settings name, with its codec; for `generate.mode=decode`, the codec alone.
 
+        `dtype: auto` is that of the device of `default_device`; a run resolves it beforehand.
+
         Raises:
             InputError: if no codec is named, or one of the models cannot be loaded.
         """
         if not codec.path:
             raise InputError("no codec is named; set codec.path to an autoencoder, e.g. one made by `dq train-codec`")
-        vae = load_codec(codec.path, subfolder=codec.subfolder, revision=codec.revision, dtype=codec.dtype)
+        own, drawing = (resolve_dtype(c.dtype, default_device(), "inference") for c in (codec, generate))
+        vae = load_codec(codec.path, subfolder=codec.subfolder, revision=codec.revision, dtype=own)
         if generate.model is None:
             return cls(vae=vae)
-        return cls.from_pretrained(generate.model, vae=vae, revision=generate.revision, dtype=DTYPES[generate.dtype])
+        return cls.from_pretrained(generate.model, vae=vae, revision=generate.revision, dtype=drawing)
 
     def save_pretrained(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from dq.config.schema import CodecConfig
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError
+from dq.core.files import is_done, read_json
 from dq.core.memory import in_pieces
 from dq.core.seeds import digest_of, generator
 from dq.data.image_cache import ImageCache, fill, write_manifest
 from dq.data.source import ImageSource
-from dq.diffusion.codec import Codec, codec_digest, encode_latents, latent_shape, to_signed
+from dq.diffusion.codec import Codec, codec_digest, encode_latents, latent_shape, load_codec, to_signed
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,47 @@ def open_cache(
     seed: int,
 ) -> LatentCache:
     """The cache folder of this combination of data, codec and settings, with its manifest written."""
-    # The seed matters only where latents are drawn; batch size and process count never do.
-    identity = {
-        "data": source.fingerprint,
-        "codec": codec_digest(codec),
-        "resolution": config.resolution,
-        "preprocess": source.preprocess,
-        "on_bad_image": "raise",  # decides whether there is a result, never which
-        "posterior": config.posterior,
-        "dtype": config.dtype,
-        "seed": seed if config.posterior == "sample" else None,
-    }
+    own = str(next(codec.parameters()).dtype).removeprefix("torch.")
+    dtype = own if config.dtype == "auto" else config.dtype
+    identity = {**_identity(source, config, seed), "codec": codec_digest(codec), "dtype": dtype}
     key = digest_of(identity)
     folder = Path(cache_dir) / f"latents-{key}"
     write_manifest(folder, {**identity, "origin": source.origin, "classes": list(source.class_names)})
     return LatentCache(folder, source.class_names, key, len(source.train), latent_shape(codec, config.resolution))
+
+
+def _identity(source: ImageSource, config: CodecConfig, seed: int) -> dict[str, Any]:
+    """What decides latents beside the codec. The seed matters only where latents are drawn; batch size and process
+    count never do."""
+    return {
+        "data": source.fingerprint,
+        "resolution": config.resolution,
+        "preprocess": source.preprocess,
+        "on_bad_image": "raise",  # decides whether there is a result, never which
+        "posterior": config.posterior,
+        "seed": seed if config.posterior == "sample" else None,
+    }
+
+
+def cached_dtype(cache_dir: str | Path, source: ImageSource, config: CodecConfig, seed: int, dtype: str) -> str:
+    """The dtype of latents of these images that are in the cache folder already, else `dtype`.
+
+    `dtype` is preferred, and nothing is loaded unless latents were made in another.
+    """
+    wanted = _identity(source, config, seed)
+    made: dict[str, set[str]] = {}  # dtype -> digests of codecs
+    for manifest in sorted(Path(cache_dir).glob("latents-*/manifest.json")):
+        if is_done(manifest):
+            facts = read_json(manifest)
+            if {k: facts.get(k) for k in wanted} == wanted:
+                made.setdefault(facts["dtype"], set()).add(facts["codec"])
+    if not set(made) - {dtype}:
+        return dtype
+    for candidate in (dtype, *(d for d in made if d != dtype)):
+        codec = load_codec(config.path, subfolder=config.subfolder, revision=config.revision, dtype=candidate)
+        if codec_digest(codec) in made.get(candidate, ()):
+            return candidate
+    return dtype
 
 
 def encode_source(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from dq.config.dtypes import folder_dtypes, record_dtypes, resolve_dtypes
 from dq.config.reader import from_dict, to_dict
 from dq.config.students import Baseline, EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
@@ -109,6 +110,9 @@ def evaluate_records(
     Raises:
         InputError: if a set has other classes than the source, or an empty one.
     """
+    begun = "float32" if (folder / "eval").is_dir() else None  # before such a record was kept
+    dtypes = folder_dtypes(folder, accelerator, begun=begun)
+    config = resolve_dtypes(config, dtypes)
     checked = check_sets(sets, source, config=config, teachers=teachers, image_size=image_size, ipcs=ipcs)
     side, per_class, students = checked
     bench = load_real_data(
@@ -121,6 +125,8 @@ def evaluate_records(
         device=accelerator.device,
     )
     work = Work(folder, accelerator)
+    accelerator.wait_for_everyone()
+    record_dtypes(folder, dtypes, main=accelerator.is_main_process)
     seeds = tuple(range(config.seeds))
     entries = [
         Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds, _origin(s))

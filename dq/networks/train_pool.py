@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dq.config.dtypes import folder_dtypes, record_dtypes, resolve_dtypes
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
@@ -50,9 +51,13 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
         InputError: if torch-pruning is needed and not installed, or the settings do not fit.
         RunError: if the folder holds a pool of other settings, or no member falls within the window.
     """
-    p, t = config.train_pool, config.train_teachers
     check_pool(config, source)
-    folder = Path(p.output_dir)
+    p, folder = config.train_pool, Path(config.train_pool.output_dir)
+    known = folder / "settings.json"
+    begun = str(read_json(known)["recipe"].get("dtype", "float32")) if is_done(known) else None
+    dtypes = folder_dtypes(folder, accelerator, begun=begun)
+    config = resolve_dtypes(config, dtypes)
+    t = config.train_teachers
     recipe = teacher_recipe(t)
     bench = teacher_bench(config, source, recipe, accelerator.device)
     net = p.base.net if p.generation == "post" and p.base else p.net
@@ -64,10 +69,10 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
         settings["pool"]["base"].pop("path")
         settings["base"] = load_teacher(p.base, bench.classes, bench.image_size).digest
     digest = digest_of(settings)
-    known = folder / "settings.json"
     if is_done(known) and read_json(known)["digest"] != digest:
         raise RunError(f"{folder} holds a pool of other settings or data; choose another train_pool.output_dir")
     accelerator.wait_for_everyone()
+    record_dtypes(folder, dtypes, main=accelerator.is_main_process)
     if accelerator.is_main_process:
         write_json(known, {"digest": digest, **settings})
     if p.generation == "prior":

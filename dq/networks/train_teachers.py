@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dq.config.dtypes import RECORD, Dtypes, folder_dtypes, record_dtypes, resolve_dtypes
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig, StudentConfig
@@ -73,6 +74,15 @@ def check_teacher_training(config: RunConfig, source: ImageSource) -> None:
         make_net(net, len(source.class_names), config.image_size, seed=0)
 
 
+def _dtypes(folder: Path, accelerator: Accelerator) -> Dtypes:
+    """What `dtype: auto` stands for in the folder of a network, which is trained, in training or not there."""
+    record = folder / TEACHER_FACTS
+    begun = "float32" if (folder / "checkpoint.safetensors").is_file() else None
+    if record.is_file():
+        begun = str(read_json(record).get("recipe", {}).get("dtype", "float32"))
+    return folder_dtypes(folder, accelerator, begun=begun)
+
+
 def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accelerator) -> list[Path]:
     """Train `config.train_teachers.nets` on the train split, one network per process at a time.
 
@@ -90,24 +100,26 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
     """
     t = config.train_teachers
     check_teacher_training(config, source)
-    student = teacher_recipe(t)
-    bench = teacher_bench(config, source, student, accelerator.device)
     folders = [Path(t.output_dir) / net.replace(":", "_") for net in t.nets]
+    dtypes = [_dtypes(folder, accelerator) for folder in folders]
+    recipes = [resolve_dtypes(teacher_recipe(t), d) for d in dtypes]
+    bench = teacher_bench(config, source, recipes[0], accelerator.device)
     mine = shard([1.0] * len(folders), accelerator.process_index, accelerator.num_processes)
     todo = []
     for i in mine:
         make_net(t.nets[i], bench.classes, bench.image_size, seed=0)
-        settings = {"net": t.nets[i], "world": bench.world, "student": to_dict(student), "seed": t.seed}
+        settings = {"net": t.nets[i], "world": bench.world, "student": to_dict(recipes[i]), "seed": t.seed}
         record = folders[i] / TEACHER_FACTS
         if not (is_done(record) and is_done(folders[i] / "model.safetensors")):
-            todo.append((t.nets[i], folders[i], digest_of(settings)))
+            todo.append((dataclasses.replace(recipes[i], net=t.nets[i]), dtypes[i], folders[i], digest_of(settings)))
         elif read_json(record)["digest"] != digest_of(settings):
             raise RunError(f"{folders[i]} holds a teacher of other settings or data; choose another output_dir")
     if todo:
         images, labels = bench.read(source.train, bench.candidates)
         images, labels = images.to(bench.device), labels.to(bench.device)
-    for net, folder, digest in todo:
-        recipe = dataclasses.replace(student, net=net)
+    for recipe, auto, folder, digest in todo:
+        net = recipe.net
+        record_dtypes(folder, auto)  # until the network is trained, and its record says it
         pixels = bench.pixels(recipe)
         with progress([], desc=f"train {net}", total=t.epochs, unit="epoch", main=accelerator.is_main_process) as bar:
 
@@ -127,7 +139,7 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
                 checkpoint_s=t.checkpoint_s,
             )
         held_out = bench.validation(1.0)
-        found = accuracy(fitted.net, *held_out, pixels=pixels, dtype=t.dtype) if held_out else None
+        found = accuracy(fitted.net, *held_out, pixels=pixels, dtype=recipe.dtype) if held_out else None
         write_tensors(folder / "model.safetensors", fitted.net.state_dict())
         facts = {
             "net": net,
@@ -144,7 +156,8 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
             "digest": digest,
         }
         write_json(folder / TEACHER_FACTS, facts)  # the teacher is whole once this file is there
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        for name in ("checkpoint.safetensors", RECORD):
+            (folder / name).unlink(missing_ok=True)
         log.info("teacher %s: %.1f %% of %d validation images", net, 100 * (found or 0), len(bench.validation_rows))
     accelerator.wait_for_everyone()
     return folders

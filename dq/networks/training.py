@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dq.config.dtypes import device_dtypes, resolve_dtypes
 from dq.config.reader import to_dict
 from dq.config.students import Dtype, StudentConfig, ViewConfig
 from dq.core.constants import constant
+from dq.core.devices import resolve_dtype
 from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
@@ -90,6 +92,7 @@ def fit(
         look: measures the network after some epochs (`looks_at`), whose number it is given; the best is kept.
     """
     device, epochs = x.device, config.epochs
+    config = resolve_dtypes(config, device_dtypes(device))
     looks = set(looks_at(epochs, config.tests)) if look is not None else set()
     if net is None:
         choices: dict[str, Any] = {"norm": config.norm, "init": config.init}
@@ -216,9 +219,10 @@ def accuracy(
     """Fraction of images (N, 3, S, S) whose highest logit is their label; leaves `net` in evaluation mode."""
     net.eval()
     device = next(net.parameters()).device
+    half = resolve_dtype(dtype, device, "training") == "bfloat16"
     hits = torch.zeros((), dtype=torch.int64, device=device)
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             logits = net(pixels(x.to(device)))
         hits += (logits.argmax(1) == y.to(device)).sum()
     return int(hits) / len(labels)

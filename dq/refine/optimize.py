@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dq.config.refinement import MatchingConfig
+from dq.core.devices import resolve_dtype
 from dq.core.errors import InputError, RunError
 from dq.diffusion.codec import DTYPES
 from dq.networks.teacher import head_inputs
@@ -110,7 +111,9 @@ def optimize(
     weights = image_weights.to(device) if config.weighted and image_weights is not None else None
     callback = callback or Callback()
     start_at = Progress.of(resume) if resume else None
-    precision, scale = (start_at.precision, start_at.scale) if start_at else (config.dtype, SCALE)
+    precision, scale = (
+        (start_at.precision, start_at.scale) if start_at else (resolve_dtype(config.dtype, device, "training"), SCALE)
+    )
     with evaluating([c.teacher for c in critics]):
         ratios = [1.0] * len(critics)
         if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):

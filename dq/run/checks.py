@@ -7,16 +7,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dq.config.dtypes import device_dtypes, resolve_dtypes
 from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.model_files import open_model
 from dq.data.source import ImageSource
 from dq.networks.teacher_loading import POOL, PRETRAINED, load_teacher, teacher_file
-from dq.run.folder import check_folder, check_methods, resolved_method
+from dq.run.folder import check_folder, check_methods, resolved_method, settle_dtypes
 from dq.run.refinement import planned, stages_of
 from dq.run.stages.evaluate import check_evaluation
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from dq.diffusion.generator import LatentGenerator
 
 log = logging.getLogger("dq")
@@ -27,7 +30,7 @@ REFINES = ("run", "generate", "refine")
 
 
 def check_run(
-    config: RunConfig, source: ImageSource, verb: str = "run", *, fetch: bool = True
+    config: RunConfig, source: ImageSource, verb: str = "run", *, accelerator: Accelerator, fetch: bool = True
 ) -> tuple[LatentGenerator | None, list[str]]:
     """Check all that can be known of a run, or of one of its stages, before its first image is encoded.
 
@@ -43,6 +46,8 @@ def check_run(
         InputError: for whatever would stop the run at one of its stages.
         RunError: see `dq.core.errors`.
     """
+    check_methods(config)
+    config = settle_dtypes(config, source, accelerator)[0]
     check_settings(config, source, verb)
     if verb in LABELS:
         check_evaluation(config, source)
@@ -123,7 +128,7 @@ def _teachers_of(config: RunConfig, verb: str) -> list[TeacherConfig]:
     return used
 
 
-def check_plan(config: RunConfig) -> tuple[LatentGenerator | None, list[str]]:
+def check_plan(config: RunConfig, accelerator: Accelerator) -> tuple[LatentGenerator | None, list[str]]:
     """The generator for the plan of a run on images that are not here (`--like`): settings are checked, and models
     that are not on this machine are left out of the plan."""
     check_methods(config)
@@ -131,4 +136,4 @@ def check_plan(config: RunConfig) -> tuple[LatentGenerator | None, list[str]]:
     missing = next((p for p in wanted if not Path(p).is_dir()), None)
     if missing is not None:
         return None, [f"{missing or 'codec.path'} is not a folder here"]
-    return open_generator(config, fetch=False)
+    return open_generator(resolve_dtypes(config, device_dtypes(accelerator.device)), fetch=False)

@@ -20,7 +20,7 @@ from dq.data.load import Loadable, load_source
 from dq.diffusion.generator import LatentGenerator
 from dq.distilled.set import DistilledSet
 from dq.run.checks import check_generation, check_settings
-from dq.run.folder import open_run
+from dq.run.folder import open_run, settle_dtypes
 from dq.run.share import push_model
 from dq.run.stages.assemble import assemble, load_set_of_run
 from dq.run.stages.cluster import cluster as cluster_classes
@@ -152,10 +152,13 @@ class DistillPipeline(LatentGenerator):
             cache_dir=str(cache_dir or base.cache_dir),
         )
         accelerator = accelerator or make_accelerator()
-        check_settings(settings, data, "generate")
+        drawer = self.transformer or self.unet or self.vae
+        models = {"codec": self.vae, "generate": drawer}
+        loaded = {k: str(next(m.parameters()).dtype).removeprefix("torch.") for k, m in models.items()}
+        check_settings(settle_dtypes(settings, data, accelerator, loaded)[0], data, "generate")
         check_generation(settings, data, self)
         with locked(settings.output_dir, accelerator):
-            run = open_run(settings, data, accelerator)
+            run = open_run(settings, data, accelerator, loaded)
             cache = encode(run, self.vae)
             cluster_classes(run, cache)
             generate_images(run, self, cache)

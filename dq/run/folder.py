@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from dq.config.dtypes import Dtypes, folder_dtypes, note_slow, record_dtypes, resolve_dtypes
 from dq.config.overrides import apply_settings
 from dq.config.reader import dump_config, to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
@@ -22,6 +23,7 @@ from dq.core.files import append_jsonl, check_name, is_done, read_json, write_js
 from dq.core.processes import shard
 from dq.core.trackers import report, stage_numbers
 from dq.data.source import ImageSource
+from dq.diffusion.latents import cached_dtype
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,6 +109,40 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+def settle_dtypes(
+    config: RunConfig, source: ImageSource, accelerator: Accelerator, loaded: Mapping[str, str] | None = None
+) -> tuple[RunConfig, Dtypes]:
+    """The configuration of a run without `dtype: auto`, and what auto stands for in its folder. Nothing is written.
+
+    A run that was begun keeps its dtypes, and latents in the cache keep theirs.
+
+    Args:
+        loaded: dtypes of models that are loaded already, by section: "codec", "generate".
+    """
+    folder = Path(config.output_dir)
+    begun = holds_work(folder)
+    old = _recorded(folder)[1] if begun else None
+    dtypes = folder_dtypes(folder, accelerator, begun=None if old is None else "float32", forget=not begun)
+    for section in ("codec", "generate"):
+        if getattr(config, section).dtype == "auto":
+            recorded = ((old or {}).get(section) or {}).get("dtype", "auto")
+            dtype = (loaded or {}).get(section, "auto") if recorded == "auto" else recorded
+            if dtype == "auto" and section == "codec" and config.codec.path:
+                read = dataclasses.replace(source, preprocess=config.source.preprocess)
+                dtype = cached_dtype(config.cache_dir, read, config.codec, config.seed, dtypes["inference"])
+            if dtype not in ("auto", dtypes["inference"]):
+                note_slow(dtype, accelerator.device, f"{section}.dtype=auto stays {dtype} in {folder}, as before")
+            config = apply_settings(config, {f"{section}.dtype": dtype})
+    return resolve_dtypes(config, dtypes), dtypes
+
+
+def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The provenance of a run folder, and the settings that it was begun with; None if it is none."""
+    record, known = folder / "provenance.json", folder / "config.yaml"
+    made = read_json(record) if is_done(record) else {}
+    return made, made.get("settings") or (to_dict(load_config(known)) if known.is_file() else None)
+
+
 def check_methods(config: RunConfig) -> None:
     """Whether the methods and the numbers of images of a run can be.
 
@@ -140,11 +176,8 @@ def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
         InputError: if the folder belongs to a run with other settings or data, or holds something else.
     """
     folder = Path(config.output_dir)
-    known = folder / "config.yaml"
-    record = folder / "provenance.json"
     settings = {key: to_dict(config)[key] for key in IDENTITY}
-    made = read_json(record) if is_done(record) else {}
-    old = made.get("settings") or (to_dict(load_config(known)) if known.is_file() else None)
+    made, old = _recorded(folder)
     if old is not None and not holds_work(folder):  # of an attempt that made nothing
         old, made = settings, {}
     if old is None and _holds_something(folder):
@@ -163,8 +196,13 @@ def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
     return made
 
 
-def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Run:
-    """Open or continue the run in `config.output_dir`.
+def open_run(
+    config: RunConfig, source: ImageSource, accelerator: Accelerator, loaded: Mapping[str, str] | None = None
+) -> Run:
+    """Open or continue the run in `config.output_dir`; what `dtype: auto` stands for is settled here.
+
+    Args:
+        loaded: dtypes of models that are loaded already, by section: "codec", "generate".
 
     Raises:
         InputError: if the folder belongs to a run with other settings or data, or holds something else.
@@ -172,6 +210,8 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
     check_methods(config)
     folder = Path(config.output_dir)
     known = folder / "config.yaml"
+    asked = config
+    config, dtypes = settle_dtypes(config, source, accelerator, loaded)
     reading = {"preprocess": config.source.preprocess, "on_bad_image": config.source.on_bad_image}
     run = Run(config, dataclasses.replace(source, **reading), accelerator, folder)  # type: ignore[arg-type]
     record, settings = folder / "provenance.json", {key: to_dict(config)[key] for key in IDENTITY}
@@ -180,7 +220,8 @@ def open_run(config: RunConfig, source: ImageSource, accelerator: Accelerator) -
     if accelerator.is_main_process:
         if made.get("settings") != settings:  # the record, and not config.yaml, says whose folder it is
             write_json(record, {**(made or provenance(run)), "settings": settings})
-        write_text(known, dump_config(config))
+        write_text(known, dump_config(asked))
+    record_dtypes(folder, dtypes, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     return run
 

@@ -136,7 +136,7 @@ def test_grids_are_drawn_at_every_save(made):
 
 def test_nothing_unfinished_is_left(made):
     assert sorted(p.name for p in made.folder.iterdir()) == [
-        "metrics.jsonl", "model_index.json", "samples", "scheduler", "transformer", "vae",
+        ".dtypes.json", "metrics.jsonl", "model_index.json", "samples", "scheduler", "transformer", "vae",
     ]  # fmt: skip
 
 

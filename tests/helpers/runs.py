@@ -23,7 +23,7 @@ def config(world: Path, out: Path, **changes) -> Path:
         "output_dir": str(out / "run"),
         "cache_dir": str(out / "cache"),
         "source": {"path": str(world / "images")},
-        "codec": {"path": str(world / "vae"), "resolution": 8, "batch_size": 4},
+        "codec": {"path": str(world / "vae"), "resolution": 8, "batch_size": 4, "dtype": "float32"},
         "ipc": [1, 3],
         "methods": {
             "ddoq": {"representative": "centroid", "weights": "sqrt"},
@@ -66,6 +66,7 @@ def full(world: Path, out: Path, teacher: Path | None = None, **more) -> Path:
         generate__model=str(world / "dit"),
         generate__num_inference_steps=4,
         generate__batch_size=5,
+        generate__dtype="float32",
         teachers=[
             {
                 "net": "convnet3",

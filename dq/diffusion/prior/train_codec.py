@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dq.config.dtypes import resolve_dtypes
 from dq.config.prior import PriorConfig
 from dq.config.reader import to_dict
 from dq.config.schema import CodecConfig
@@ -33,7 +35,7 @@ from dq.diffusion.codec import (
     normalized,
     to_signed,
 )
-from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
+from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded, training_dtypes
 from dq.networks.teacher import Teacher
 from dq.networks.teacher_loading import load_teacher
 
@@ -66,8 +68,11 @@ def train_codec(
         InputError: if the images exceed 8 GiB, or a setting does not fit the resolution.
         RunError: if the folder holds another training, or the loss is not finite.
     """
+    auto = training_dtypes(Path(prior.output_dir), "codec", Path(prior.output_dir) / "vae", accelerator)
+    prior = dataclasses.replace(prior, codec=resolve_dtypes(prior.codec, auto))
     settings, size, folder = prior.codec, codec_config.resolution, Path(prior.output_dir)
     recipe, model, judge = prepare_codec(source, codec_config, prior, accelerator.device)
+    recipe = dataclasses.replace(recipe, auto=auto)
     if finished(recipe):
         return recipe.product
     began = time.perf_counter()
@@ -113,7 +118,8 @@ def prepare_codec(
     Raises:
         InputError: if the images exceed 8 GiB, or a setting does not fit the resolution or the classes.
     """
-    settings, size, folder = prior.codec, codec_config.resolution, Path(prior.output_dir)
+    folder, size = Path(prior.output_dir), codec_config.resolution
+    settings = resolve_dtypes(prior.codec, training_dtypes(folder, "codec", folder / "vae", device))
     judge = None
     if settings.perceptual is not None:
         # the data's own size, which is what the classifier was trained on

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dq.config.dtypes import resolve_dtypes
 from dq.config.prior import PriorConfig
 from dq.config.reader import to_dict
 from dq.core.errors import InputError, RunError
@@ -20,7 +21,7 @@ from dq.core.seeds import digest_of_tensors, generator
 from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.diffusion.latents import LatentCache
-from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
+from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded, training_dtypes
 from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def train_denoiser(
     """
     import diffusers
 
-    settings, folder = prior.denoiser, Path(prior.output_dir)
+    folder = Path(prior.output_dir)
+    auto = training_dtypes(folder, "denoiser", folder / "transformer", accelerator)
+    settings = resolve_dtypes(prior.denoiser, auto)
     identity = {k: v for k, v in to_dict(settings).items() if k not in ("save_every", "compile")}
     if settings.init is not None:
         identity["init"] = digest_of_tensors(_open_denoiser(settings.init).state_dict())
@@ -92,6 +95,7 @@ def train_denoiser(
         emas=settings.ema,
         save_every=settings.save_every,
         dtype=settings.dtype,
+        auto=auto,
         schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,

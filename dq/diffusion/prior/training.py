@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from dq.config.dtypes import USES, Dtypes, folder_dtypes, record_dtypes
 from dq.core.errors import InputError, RunError
 from dq.core.files import append_jsonl, is_done, read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.progress import progress
@@ -54,6 +55,7 @@ class Recipe:
     weight_decay: float = 0.0
     accumulate: int = 1
     compile: bool = False
+    auto: Dtypes | None = None  # what `dtype: auto` stands for in the folder
 
     @property
     def digest(self) -> str:
@@ -75,6 +77,16 @@ class Fitted:
     seconds: float  # over all interruptions, without the time between them
     ema: float
     held_out: float | None  # loss of that average on held-out data, None where nothing was held out
+
+
+def training_dtypes(folder: Path, name: str, product: Path, where: Accelerator | torch.device | str) -> Dtypes:
+    """What `dtype: auto` stands for in a training of the prior: the dtype of the model that is there, else that of the
+    folder, in which `fit` keeps it."""
+    dtypes = folder_dtypes(folder, where, begun="float32" if (folder / f".training-{name}").exists() else None)
+    made = product / "training.json"
+    if made.is_file():
+        return dict.fromkeys(USES, str(read_json(made)["settings"].get("dtype", "float32")))
+    return dtypes
 
 
 def finished(recipe: Recipe) -> bool:
@@ -142,6 +154,8 @@ def fit(
     _check_disk(recipe, sum(p.numel() * 4 for p in parameters))
     # no process may write before all have read
     accelerator.wait_for_everyone()
+    if recipe.auto is not None:
+        record_dtypes(recipe.folder, recipe.auto, main=accelerator.is_main_process)
     forward: Any = torch.compile(objective, dynamic=False) if recipe.compile else objective
     forward = accelerator.prepare(forward) if world > 1 else forward
     autocast = torch.autocast(device.type, DTYPES[recipe.dtype], enabled=recipe.dtype != "float32")

@@ -392,8 +392,10 @@ def plan_with_speeds(
         unknown: why it is not.
     """
     from dq.core.text import format_bytes
+    from dq.run.folder import settle_dtypes
     from dq.run.planning.plan import plan
 
+    config = settle_dtypes(config, source, accelerator)[0]
     if speeds_file:
         speeds = Speeds.load(speeds_file)
     else:
