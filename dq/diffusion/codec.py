@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dq.core.devices import default_device, resolve_dtype
 from dq.core.errors import InputError, RunError
 from dq.core.model_files import ModelFiles, open_model
 from dq.core.seeds import digest_of, digest_of_tensors
@@ -30,7 +31,7 @@ def load_codec(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: Any = "float32",
     device: torch.device | str | None = "cpu",
     files: ModelFiles | None = None,
     **weights: Any,
@@ -40,6 +41,7 @@ def load_codec(
     A pipeline repository may be given as it is: its `vae/` is taken.
 
     Args:
+        dtype: by name or torch's; "auto" is what the device is fast in.
         device: where it goes; None: where `weights` says.
         files: those of `path`, if they have been looked up.
         **weights: further arguments of diffusers' from_pretrained, such as `variant`.
@@ -59,6 +61,8 @@ def load_codec(
     if name not in SUPPORTED:
         raise InputError(f"{path} is a {name}, not one of the autoencoders {', '.join(SUPPORTED)}")
     # dtype at loading, not .to() afterwards: some modules stay in float32 on purpose.
+    if dtype == "auto":
+        dtype = resolve_dtype(dtype, device or default_device(), "inference")
     options = {**weights, **files.options, "dtype": dtype_of(dtype), "use_safetensors": True}
     try:
         with loading():
@@ -145,7 +149,7 @@ def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
     if not torch.isfinite(images).all():
         raise RunError(
             f"the codec decoded to NaN or infinite pixels in {str(parameter.dtype).removeprefix('torch.')}; "
-            "use --set generate.dtype=float32"
+            "use --set codec.dtype=float32 and another --output_dir"
         )
     return images.clamp(-1, 1)
 
