@@ -140,7 +140,11 @@ def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The provenance of a run folder, and the settings that it was begun with; None if it is none."""
     record, known = folder / "provenance.json", folder / "config.yaml"
     made = read_json(record) if is_done(record) else {}
-    return made, made.get("settings") or (to_dict(load_config(known)) if known.is_file() else None)
+    if made.get("settings") or not known.is_file():
+        return made, made.get("settings")
+    # the configuration says what was asked for, and the record of dtypes what auto stood for
+    dtypes = folder_dtypes(folder, "cpu", begun="float32")
+    return made, to_dict(resolve_dtypes(load_config(known), dtypes))
 
 
 def check_methods(config: RunConfig) -> None:
