@@ -78,7 +78,7 @@ class StudentConfig(Checked):
 
     protocol: str = "custom"  # where the settings come from
     net: str = "convnet3"
-    norm: Literal["instance", "batch"] | None = None  # in place of the network's usual one
+    norm: Literal["instance", "batch", "none"] | None = None  # in place of the network's usual one
     # of ResNet-18, -50 and -101 up to 64 px: He's law but for the stem (RDED, SRe2L), or everywhere (IDC, Minimax);
     # None: PyTorch's default
     init: Literal["torchvision", "fan_out"] | None = None

@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Literal["instance", "batch"]
+Norm = Literal["instance", "batch", "none"]
 MakeNorm = Callable[[int], nn.Module]
 Init = Literal["torchvision", "fan_out"]  # of the convolutions of ResNets for small images
 SMALL, MEDIUM = 64, 128  # px up to which stems keep the resolution, and those of ResNets have kernels of 3x3

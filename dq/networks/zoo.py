@@ -28,10 +28,15 @@ from dq.networks.classic import (
     instance_norm,
 )
 from dq.networks.external import _nearest, library_net
+from dq.networks.frepo_conv import FrepoConv
 from dq.networks.torchvision_like import DenseNet121, MobileNetV2, ShuffleNetV2
 
-NORMS: dict[Norm, MakeNorm] = {"instance": instance_norm, "batch": nn.BatchNorm2d}
-SUFFIXES: dict[str, Norm] = {"in": "instance", "bn": "batch"}
+NORMS: dict[Norm, MakeNorm] = {
+    "instance": instance_norm,
+    "batch": nn.BatchNorm2d,
+    "none": lambda channels: nn.Identity(),
+}
+SUFFIXES: dict[str, Norm] = {"in": "instance", "bn": "batch", "none": "none"}
 
 
 class Recipe(NamedTuple):
@@ -45,6 +50,8 @@ RECIPES: dict[str, Recipe] = {
     **{f"convnet{depth}": Recipe("instance", 2**depth, partial(ConvNet, depth)) for depth in (3, 4, 5, 6)},
     # a quarter of the width and about five times the speed, for comparisons of many sets on a CPU
     "convnet3w32": Recipe("instance", 8, partial(ConvNet, 3, width=32)),
+    **{f"frepoconv{depth}": Recipe("batch", 2**depth, partial(FrepoConv, depth)) for depth in (3, 4, 5)},
+    "frepoconv3w32": Recipe("batch", 8, partial(FrepoConv, 3, width=32)),  # a quarter of the width, for CPUs
     "resnet20": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(3, classes, norm)),
     "resnet56": Recipe("batch", 5, lambda classes, side, norm: CifarResNet(9, classes, norm)),
     "resnet18": Recipe("batch", 9, partial(ResNet, BasicBlock, (2, 2, 2, 2)), init=True),
@@ -75,9 +82,9 @@ def make_net(
     """Build a network for (B, 3, `image_size`, `image_size`) images with freshly drawn weights, on the CPU.
 
     Args:
-        name: one of `RECIPES`, or timm:NAME or torchvision:NAME for a classifier of those libraries. With "-bn" or
-            "-in" behind a name of `RECIPES`, batch norm or instance norm takes the place of the usual one (instance
-            norm for ConvNets, VGG-11 and ResNetAP-10, batch norm for the other ResNets; AlexNet has no norm).
+        name: one of `RECIPES`, or timm:NAME or torchvision:NAME for a classifier of those libraries. With "-bn",
+            "-in" or "-none" behind a name of `RECIPES`, batch norm, instance norm or none takes the place of the usual
+            one (instance norm for ConvNets, VGG-11 and ResNetAP-10, batch norm for the others; AlexNet has no norm).
         num_classes: length of the output.
         image_size: side of the images in px; classifiers and stems depend on it.
         norm: the same choice as the ending of `name`, for callers that have it as a value.
@@ -99,11 +106,11 @@ def make_net(
         known = ", ".join([*RECIPES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
         raise InputError(
             f"no network is called {name!r}{_nearest(name, RECIPES)}; choose among {known}, "
-            "the ones without a colon also with -bn or -in for another norm"
+            "the ones without a colon also with -bn, -in or -none for another norm"
         )
     recipe = RECIPES[base]
     if norm is not None and norm not in NORMS:
-        raise InputError(f"norm must be 'instance' or 'batch', not {norm!r}")
+        raise InputError(f"norm must be 'instance', 'batch' or 'none', not {norm!r}")
     if suffix and norm not in (None, SUFFIXES[suffix]):
         raise InputError(f"network {name!r} asks for {SUFFIXES[suffix]} norm but norm={norm!r}; give only one of them")
     if recipe.norm is None and (suffix or norm):

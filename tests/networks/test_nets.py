@@ -379,7 +379,7 @@ def test_unknown_names_list_the_known_ones():
             make_net(name, 10, 32, norm=norm, seed=0)
     with pytest.raises(InputError, match="only one"):
         make_net("convnet3-bn", 10, 32, norm="instance", seed=0)
-    with pytest.raises(InputError, match="'instance' or 'batch'"):
+    with pytest.raises(InputError, match="'instance', 'batch' or 'none'"):
         make_net("convnet3", 10, 32, norm="layer", seed=0)
 
 

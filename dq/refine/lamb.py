@@ -1,0 +1,49 @@
+"""LAMB on one tensor, with the cosine schedule of FRePo's outer loop (You et al. 2020, arXiv 1904.00962)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BETAS = (0.9, 0.999)
+EPS = 1e-6
+
+
+@dataclass
+class Lamb:
+    """A tensor with its moments. All images of a set are one tensor, and all its labels another: with a tensor for
+    each image the ratio of norms, and so every step, would be another one."""
+
+    value: Tensor
+    first: Tensor  # mean of gradients
+    second: Tensor  # mean of squared gradients
+    steps: int = 0  # that are done
+
+    @staticmethod
+    def of(value: Tensor) -> Lamb:
+        """The start of an optimization, with a copy of the tensor."""
+        value = value.detach().clone()
+        return Lamb(value, torch.zeros_like(value), torch.zeros_like(value))
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """u = m / (sqrt(v) + eps) with bias-corrected moments; p <- p - lr |p| / |u| u, with norms over the tensor.
+
+        A norm of 0 makes the ratio 1. No weight decay and no clipping, as in FRePo's released code.
+        """
+        self.steps += 1
+        self.first.lerp_(gradient, 1 - BETAS[0])
+        self.second.lerp_(gradient.square(), 1 - BETAS[1])
+        m, v = self.first / (1 - BETAS[0] ** self.steps), self.second / (1 - BETAS[1] ** self.steps)
+        u = m / (v.sqrt() + EPS)
+        length, update = self.value.norm(), u.norm()
+        ratio = torch.where((length > 0) & (update > 0), length / update, torch.ones_like(length))
+        self.value -= lr * ratio * u
+
+
+def cosine_lr(step: int, steps: int, lr: float, floor: float) -> float:
+    """Learning rate of a step from 0: a cosine over all steps from `lr` down to `floor` times it."""
+    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
