@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from models import tiny_dit, tiny_kl
+from models import sd_pipe, tiny_dit, tiny_kl
 
 from dq.core.errors import InputError
 from dq.core.model_files import open_model
@@ -211,7 +211,6 @@ def test_quiet_shows_no_bar_of_loading(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers.utils import logging as diffusers_logging
-    from test_pipeline import sd_pipe
     from transformers.utils import logging as transformers_logging
 
     sd_pipe(tmp_path / "tokens").save_pretrained(tmp_path / "sd")  # whose text encoder transformers loads

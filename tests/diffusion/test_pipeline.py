@@ -6,8 +6,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
-from models import tiny_dit, tiny_kl
+from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
+from models import sd_pipe, tiny_dit, tiny_kl
 
 from dq.config.schema import GenerateConfig, MethodConfig, RunConfig
 from dq.core.errors import InputError
@@ -23,58 +23,6 @@ DIT = GenerateConfig(mode="dit", num_inference_steps=6, guidance_scale=3.0)
 def dit_pipe(**kwargs) -> DistillPipeline:
     scheduler = DDIMScheduler(clip_sample=False)
     pipe = DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(**kwargs), scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def sd_pipe(folder: Path) -> DistillPipeline:
-    import json
-
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    ).eval()
-    words = (
-        ["<|startoftext|>", "<|endoftext|>"]
-        + [chr(c) for c in range(97, 123)]
-        + [f"{chr(c)}</w>" for c in range(97, 123)]
-    )
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    ).eval()
-    pipe = DistillPipeline(
-        vae=tiny_kl(),
-        unet=unet,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        # stock Stable Diffusion insists on this offset and would change any other on loading
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
