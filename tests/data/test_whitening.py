@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dq.data.zca import CHUNK, fit_zca
+from dq.data.zca import CHUNK, fit_whitening, fit_zca, same_whitening
 
 
 def correlated(n: int, side: int = 4, seed: int = 0) -> torch.Tensor:
@@ -69,3 +69,45 @@ def test_chunks_types_and_constant_pixels_do_not_matter() -> None:
     )
     assert torch.isfinite(a(bytes_)).all()
     assert a(bytes_)[:, 1].abs().max() < 1e-3  # a constant channel stays empty
+
+
+def test_frepo_whitening_inverts_and_has_the_released_spectrum() -> None:
+    x = correlated(400)
+    w = fit_whitening(x)
+    torch.testing.assert_close(w.invert(w(x)), x, atol=1e-5, rtol=0)
+    outside = 3 * torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(w(w.invert(outside)), outside, atol=1e-4, rtol=1e-4)
+    standard = (x - x.mean((0, 2, 3)).view(-1, 1, 1)) / x.std((0, 2, 3), correction=0).view(-1, 1, 1)
+    values = torch.linalg.eigvalsh(covariance(standard))
+    expected = values / (values + 0.1 * values.mean())
+    torch.testing.assert_close(torch.linalg.eigvalsh(covariance(w(x))), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_frepo_whitening_of_fewer_images_than_pixels_leaves_the_other_directions_alone() -> None:
+    x = correlated(10)
+    w = fit_whitening(x)
+    values = torch.linalg.eigvalsh(w.matrix.double())
+    assert int((values - 1).abs().lt(1e-4).sum()) >= 48 - 10
+    torch.testing.assert_close(w.invert(w(x)), x, atol=1e-5, rtol=0)
+
+
+def test_grey_images_are_standardized_alone() -> None:
+    x = correlated(50)
+    grey = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    w = fit_whitening(grey)
+    assert w.matrix is None
+    assert float(w(grey).mean()) == pytest.approx(0, abs=1e-4)
+    assert float(w(grey).std(correction=0)) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(w.invert(w(grey)), grey, atol=1e-6, rtol=0)
+    assert fit_whitening(grey, zca=True).matrix is not None
+    white = torch.full((3, 3, 4, 4), 255, dtype=torch.uint8)
+    assert torch.isfinite(fit_whitening(white)(white)).all()
+
+
+def test_a_whitening_fitted_on_other_images_is_told_apart() -> None:
+    x = correlated(400)
+    own = fit_whitening(x).summary()
+    assert same_whitening(own, fit_whitening(x[:390]).summary())
+    assert not same_whitening(own, fit_whitening(x * 0.5).summary())
+    assert not same_whitening(own, fit_whitening(x, zca=False).summary())
+    assert not same_whitening(own, fit_whitening(correlated(400, side=5)).summary())
