@@ -25,6 +25,7 @@ _HOME = {
     "GenerateConfig": "dq.config.schema",
     "ClusterConfig": "dq.config.schema",
     "FADRM": "dq.config.refinement",
+    "FRePo": "dq.config.refinement",
     "Teddy": "dq.config.refinement",
     "DistillPipeline": "dq.run.distill",
     "DistilledSet": "dq.distilled.set",
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from dq.cluster.kmeans import kmeans
     from dq.cluster.prototypes import Prototypes, image_weights
     from dq.config.protocols import list_protocols, student_config
-    from dq.config.refinement import FADRM, Teddy
+    from dq.config.refinement import FADRM, FRePo, Teddy
     from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
     from dq.config.students import StudentConfig
     from dq.config.teachers import TeacherConfig
@@ -75,6 +76,7 @@ __all__ = [
     "ClusterConfig",
     "DistillPipeline",
     "DistilledSet",
+    "FRePo",
     "GenerateConfig",
     "ImageSource",
     "InputError",

@@ -180,3 +180,66 @@ class Teddy(MatchingConfig):
     @property
     def labels_images(self) -> bool:
         return self.ensemble_labels
+
+
+# steps, and lr of images and labels: the paper's 3e-4 is for its 500 000 steps, and the path of LAMB has at most the
+# length lr times steps, so that shorter runs take longer steps
+BUDGETS: dict[str, tuple[int, float]] = {"quick": (2_000, 3e-3), "standard": (20_000, 1e-3), "paper": (500_000, 3e-4)}
+
+
+@dataclass(frozen=True)
+class FRePo(RefineConfig):
+    """Neural feature regression with pooling (arXiv 2206.00719): images and labels are learned together by the
+    gradient of a kernel ridge regression on the features of a pool of networks. The whole set is one batch."""
+
+    stage: Literal["frepo"] = "frepo"
+    mode: Literal["pixel", "labels_only"] = "pixel"  # labels_only: images stay as they come in
+    budget: Literal["quick", "standard", "paper"] = "standard"  # steps and lr, where these are not set
+    steps: int | None = None
+    lr: float | None = None  # of LAMB, for images and for labels: each step moves them by this share of their norm
+    lr_floor: float = 0.1  # share of lr at which the cosine ends
+    # drawn: the images that come in; real: as many random train images of each class (the paper); noise
+    start: Literal["drawn", "real", "noise"] = "drawn"
+    first_labels: Literal["classes", "teachers"] = "classes"  # where labels start; teachers: their probabilities
+    learn_labels: bool = True
+    label_margin: float = 1.0  # weight of the gap between the two largest entries of a label, up to 1 / classes
+    # architectures of the pool, in turn; none: frepoconv3, from 64 px frepoconv4
+    nets: tuple[str, ...] = ()
+    norm: Literal["instance", "batch", "none"] | None = "batch"  # of the pool's networks
+    pool_size: int = 10
+    max_online: int = 100  # training steps after which a network is replaced
+    online_lr: float = 3e-4  # Adam
+    online_batch: int = 1000  # images of a training step, at most
+    real_batch: int = 1024  # real images whose labels are predicted in a step
+    ridge: float = 1e-6  # of the mean diagonal of the kernel
+    flip: bool | None = None  # mirror images beside; None: for color images, if the set has fewer than 1000
+    whiten: bool | None = None  # None: color images; grey ones are standardized alone
+    chunk: int | None = None  # images whose activations are held at once; None: all
+    compose: Literal["index", "dealt", "whole"] = "whole"
+    dtype: Dtype = "float32"  # of all networks; nothing else is allowed
+
+    @property
+    def labels_images(self) -> bool:
+        return True
+
+    def unread(self) -> tuple[str, ...]:
+        return ("start",) if self.mode == "labels_only" else ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compose != "whole":
+            raise InputError(f"frepo refines the whole set at once: set compose=whole, not {self.compose}")
+        if self.mode == "labels_only" and not self.learn_labels:
+            raise InputError("mode=labels_only with learn_labels=false leaves nothing to learn; change one of them")
+        if self.dtype != "float32":
+            raise InputError(
+                f"frepo needs features in float32, since its kernels are nearly singular: leave out dtype={self.dtype}"
+            )
+        for name in ("steps", "pool_size", "max_online", "online_batch", "real_batch", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} of frepo must be at least 1, not {value}")
+        if not 0 < self.ridge <= 1:
+            raise InputError(f"ridge is a share of the kernel's diagonal in (0, 1], not {self.ridge:g}")
+        if not 0 <= self.lr_floor <= 1:
+            raise InputError(f"lr_floor is a share of lr in [0, 1], not {self.lr_floor:g}")

@@ -74,12 +74,12 @@ class Whitening:
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         w = self.to(x.device)
         x = (x - w.mean.view(-1, 1, 1)) / w.std.view(-1, 1, 1)
-        return x if w.matrix is None else ((x.flatten(1) - w.center) @ w.matrix).view_as(x)
+        return x if w.center is None or w.matrix is None else ((x.flatten(1) - w.center) @ w.matrix).view_as(x)
 
     def invert(self, x: Tensor) -> Tensor:
         """Images (B, 3, S, S) of whitened ones; pixels may leave [0, 1]."""
         w = self.to(x.device)
-        if w.inverse is not None:
+        if w.center is not None and w.inverse is not None:
             x = (x.flatten(1) @ w.inverse + w.center).view_as(x)
         return x * w.std.view(-1, 1, 1) + w.mean.view(-1, 1, 1)
 

@@ -101,13 +101,16 @@ class OnlinePool:
 
             yield features
 
-    def advance(self, i: int, images: Tensor, labels: Tensor, step: int) -> Tensor | None:
+    def advance(
+        self, i: int, images: Tensor, labels: Tensor, step: int, weights: Tensor | None = None
+    ) -> Tensor | None:
         """Train network i by a step on the set, or replace it: by half the squared error summed over classes, with
         Adam and without augmentation, on at most `batch_size` images.
 
         Args:
             images: (n, 3, S, S) as networks see them.
             labels: (n, C) regression targets.
+            weights: (n,) of the images, mean 1; None: all alike.
 
         Returns:
             The loss, (); None if the network was replaced.
@@ -119,11 +122,12 @@ class OnlinePool:
         if len(images) > self.batch_size:
             rows = torch.randperm(len(images), generator=generator(self.seed, "online batch", step))
             rows = rows[: self.batch_size].to(images.device)
-            images, labels = images[rows], labels[rows]
+            images, labels, weights = images[rows], labels[rows], None if weights is None else weights[rows]
         member.net.train()
         member.optimizer.zero_grad()
         with torch.enable_grad():
-            loss = 0.5 * (member.net(images.detach()) - labels.detach()).square().sum(1).mean()
+            losses = 0.5 * (member.net(images.detach()) - labels.detach()).square().sum(1)
+            loss = (losses if weights is None else weights * losses).mean()
             loss.backward()
         member.optimizer.step()
         member.counter += 1

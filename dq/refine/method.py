@@ -29,6 +29,7 @@ class Context:
     side: int  # of an image, px
     matched: int  # networks that the stage matches
     ipc: int | None = None  # images per class; None: not one number
+    classes: int | None = None
     class_size: int | None = None  # mean number of train images of a class
 
 
@@ -43,6 +44,7 @@ class Needs:
     file: str | None = None  # a set whose images, class by class, are the anchors
     candidates: str | None = None  # which of `patches`, or "set", are candidate anchors of a class
     class_features: bool = False  # mean features of the real images of each class
+    real_images: bool = False  # all train images, in memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,15 @@ class Cost:
     """What a stage costs, for plans and estimates."""
 
     steps: int  # forward and backward passes over every image
-    batch_size: int  # images of a batch
+    batch_size: int | None  # images of a batch; None: the whole set
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The train images of a run, at the size of its images."""
+
+    images: Tensor  # (N, 3, S, S) uint8
+    labels: Tensor  # (N,) int64
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class State:
 class Refined:
     """What a method makes of a batch."""
 
-    images: Tensor  # (B, 3, S, S) float32 in [0, 1]
+    images: Tensor  # (B, 3, S, S) float32 in [0, 1], unless not `bounded`
     trace: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (steps, terms) float32 terms of the loss
     terms: tuple[str, ...] = ()  # names of the columns of the trace
     blocks: Tensor | None = None  # (k, n, 3, S, S) in [0, 1]: the first images of the batch, start to end
@@ -84,6 +94,10 @@ class Refined:
     label_kind: LabelKind = "logits"  # what these are
     step_size: float | None = None  # learned learning rate of a student, where the batch is the whole set
     precision: str = "float32"  # of the teachers
+    bounded: bool = True  # False: pixels may leave [0, 1] and are stored as floats
+    uniform_weights: bool = False  # the images weigh alike from now on, whatever the weights of their prototypes
+    facts: Mapping[str, Any] = field(default_factory=dict)  # plain data for the record of the stage
+    preprocessing: Mapping[str, Tensor] = field(default_factory=dict)  # by which networks see the images, for a file
 
 
 def _nothing(_: Any) -> None:
@@ -108,6 +122,8 @@ class Resources:
     candidates: tuple[Tensor, ...] | None = None  # (P_c, 3, S, S) uint8 by class
     class_means: tuple[Tensor, ...] | None = None  # (C, d) mean features of real images, by matched teacher
     facts: Mapping[str, Any] = field(default_factory=dict)  # what `Method.prepare` gave
+    real: RealImages | None = None  # of `Needs.real_images`
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # for methods without teachers
     _memory: dict[str, Any] = field(default_factory=dict)
 
     @property

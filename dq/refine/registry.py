@@ -5,10 +5,11 @@ from __future__ import annotations
 from dq.config.refinement import RefineConfig
 from dq.core.errors import InputError
 from dq.refine.fadrm import FadrmMethod
+from dq.refine.frepo import FrepoMethod
 from dq.refine.method import Method
 from dq.refine.teddy import TeddyMethod
 
-METHODS: dict[str, Method] = {"fadrm": FadrmMethod(), "teddy": TeddyMethod()}
+METHODS: dict[str, Method] = {"fadrm": FadrmMethod(), "teddy": TeddyMethod(), "frepo": FrepoMethod()}
 
 
 def method_of(stage: RefineConfig) -> Method:

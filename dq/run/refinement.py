@@ -20,8 +20,9 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_json, read_tensors
 from dq.core.seeds import digest_of
+from dq.data.images import read_images
 from dq.networks.teacher_loading import POOL, PRETRAINED, teacher_file
-from dq.refine.method import Context
+from dq.refine.method import Context, RealImages
 from dq.refine.optimize import TERMS
 from dq.refine.registry import method_of
 from dq.run.folder import Run
@@ -80,7 +81,11 @@ class Planned(NamedTuple):
 
     name: str
     steps: int  # forward and backward passes over every image
-    batch_size: int
+    batch_size: int | None  # None: the whole set is one batch
+
+    def batches(self, images: int) -> int:
+        """Batches of a set of so many images."""
+        return 1 if self.batch_size is None else -(-images // self.batch_size)
 
 
 def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) -> list[Planned]:
@@ -108,7 +113,7 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
                     f"{name} of the stage {stage.stage!r} names {path}, which does not exist; correct "
                     f"refine.{level}.{name}"
                 )
-        context = Context(config.image_size, sum(map(_matched, teachers)))
+        context = Context(config.image_size, sum(map(_matched, teachers)), classes=len(class_counts) or None)
         resolved = refinement.resolve(stage, context)
         if stage.labels_images and level + 1 < len(stages):
             log.warning(
@@ -119,6 +124,16 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
         cost = refinement.cost(resolved, context)
         plans.append(Planned(stage.stage, cost.steps, cost.batch_size))
     return plans
+
+
+def real_images(run: Run) -> RealImages:
+    """All train images of a run that can be read, at its size."""
+    s, split = run.source, run.source.train
+    rows = range(len(split))
+    images, kept, bad = read_images(split, rows, run.config.image_size, s.preprocess, on_bad=s.on_bad_image)
+    if bad:
+        log.warning("%d of %d train images are left out, first: %s", len(bad), len(split), bad[0])
+    return RealImages(images, torch.from_numpy(split.labels[kept]).long())
 
 
 def _matched(teacher: TeacherConfig) -> int:

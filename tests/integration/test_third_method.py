@@ -169,13 +169,15 @@ def test_it_runs_through_plan_resume_provenance_report_and_evaluation(
 
 
 def test_an_unknown_stage_is_an_error_everywhere(method: DarkenMethod, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "must be a mapping whose stage is one of 'fadrm', 'teddy'"
+    said = "must be a mapping whose stage is one of 'fadrm', 'teddy', 'frepo'"
     for data in ({"stage": "frepos"}, {}, {"stage": ["fadrm"]}, "fadrm"):
         with pytest.raises(InputError, match=said):
             from_dict(RunConfig, {"refine": [data]})
     assert STAGES["darken"] is Darken
     monkeypatch.delitem(METHODS, "darken")
-    with pytest.raises(InputError, match="there is no method of refinement 'darken'; choose one of fadrm, teddy"):
+    with pytest.raises(
+        InputError, match="there is no method of refinement 'darken'; choose one of fadrm, teddy, frepo"
+    ):
         method_of(Darken())
     with pytest.raises(InputError, match="no method of refinement 'darken'"):
         planned(apply_settings(RunConfig(), {"refine": [{"stage": "darken"}]}), "ddoq")

@@ -17,9 +17,10 @@ from dq.cli.parser import build_parser
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
+from dq.run.planning.clock import timed
 from dq.run.planning.costs import StagePlan, busiest, seconds_of, stage_plans
 from dq.run.planning.plan import LIKE, like_source
-from dq.run.planning.timings import Speeds, timed
+from dq.run.planning.timings import Speeds
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = {

@@ -204,7 +204,7 @@ def _refine(config: RunConfig, sets: Sequence[Asked], counts: list[int], process
             if key in seen:
                 continue
             seen.add(key)
-            steps, batches = stage.steps, -(-s.images // stage.batch_size)
+            steps, batches = stage.steps, stage.batches(s.images)
             plan.call(refine_operation(chain[level]), s.images * steps)
             costs += [float(s.images * steps) / batches] * batches
             # every image lies in the file of its batch and in that of its class

@@ -101,7 +101,7 @@ def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], count
         chain = asked_settings(config, method)
         for level, stage in enumerate(planned(config, method, counts)):
             key = repr((ipc, config.methods[method].representative, chain[: level + 1]))
-            steps, batches = stage.steps, -(-images // stage.batch_size)
+            steps, batches = stage.steps, stage.batches(images)
             found.setdefault(
                 key,
                 f"refine      {method} ipc {ipc}: {stage.name}, {images} images in {batches} batches, {steps} steps, "

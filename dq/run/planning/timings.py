@@ -10,25 +10,20 @@ import functools
 import logging
 import platform
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dq.config.refinement import RefineConfig
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.seeds import derive_seed, generator
-from dq.networks.teacher import Teacher
-from dq.refine.method import Batch, Context, Resources
-from dq.refine.registry import method_of
+from dq.run.planning.clock import Speed, random_pixels, timed
 from dq.run.planning.costs import (
     StagePlan,
     asked_sets,
@@ -38,6 +33,7 @@ from dq.run.planning.costs import (
     seconds_of,
     stage_plans,
 )
+from dq.run.planning.refining import refining_speed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,20 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dq")
 
-BUDGET_S = 6.0  # for the repeats of one operation
-REPEATS = 3
 STEPS = 2  # of the denoiser, in one walk
 CLUSTER_NUMBERS = 8 << 20  # of a class's latents at most
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of one call: the middle of some repeats and the extremes."""
-
-    seconds: float
-    least: float
-    most: float
-    batch: int  # calls at once
 
 
 @dataclass(frozen=True)
@@ -95,45 +79,6 @@ class Speeds:
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{path} is not a file of speeds; write one with --dry-run --save_speeds") from None
         return Speeds(found, facts)
-
-
-def timed(
-    work: Callable[[Any], float | None],
-    largest: int,
-    *,
-    device: torch.device,
-    least: int = 1,
-    budget_s: float = BUDGET_S,
-    prepare: Callable[[int], Any] = int,
-) -> Speed:
-    """Seconds of one call of what `work` does so many times at once: batches double up to `largest` while the budget
-    lasts, then the middle of some repeats counts.
-
-    Args:
-        work: does what `prepare` gave; returns the seconds that count, or None for all of them.
-        prepare: makes the input of so many calls, outside of the clock; by default their number.
-    """
-
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    def once(size: int) -> float:
-        ready = prepare(size)
-        wait()
-        began = time.perf_counter()
-        told = work(ready)
-        wait()
-        return time.perf_counter() - began if told is None else told
-
-    size = min(least, largest)
-    once(size)
-    taken = once(size)
-    while size < largest and 2 * taken * REPEATS <= budget_s:  # a batch twice as large takes at most twice as long
-        size = min(2 * size, largest)
-        taken = once(size)
-    each = sorted(once(size) / size for _ in range(REPEATS))
-    return Speed(statistics.median(each), each[0], each[-1], size)
 
 
 def measure_speeds(
@@ -196,10 +141,6 @@ def _reading(config: RunConfig, source: ImageSource, device: torch.device) -> Sp
     return timed(work, 256, device=device)
 
 
-def _pixels(size: int, side: int) -> torch.Tensor:
-    return torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator("speeds", size))
-
-
 def _points(size: int, shape: Sequence[int]) -> torch.Tensor:
     return torch.randn(size, *shape, generator=generator("speeds", size))
 
@@ -217,7 +158,7 @@ def _codec(config: RunConfig, pipe: LatentGenerator, device: torch.device) -> It
     def decode(z: torch.Tensor) -> None:
         to_unit(decode_latents(pipe.vae, z), config.image_size).cpu()
 
-    pixels = functools.partial(_pixels, side=config.codec.resolution)
+    pixels = functools.partial(random_pixels, side=config.codec.resolution)
     yield "encode", timed(encode, config.codec.batch_size, device=device, prepare=pixels)
     points = functools.partial(_points, shape=shape)
     yield "decode", timed(decode, config.generate.batch_size, device=device, prepare=points)
@@ -313,7 +254,7 @@ def _teachers(config: RunConfig, source: ImageSource, device: torch.device) -> I
         def look(images: torch.Tensor) -> None:
             pooled_logits(teachers, images)
 
-        yield "teacher", timed(look, batch, device=device, prepare=functools.partial(_pixels, side=side))
+        yield "teacher", timed(look, batch, device=device, prepare=functools.partial(random_pixels, side=side))
     done = set()
     for method in config.methods if real else ():
         settings = asked_settings(config, method)
@@ -323,26 +264,8 @@ def _teachers(config: RunConfig, source: ImageSource, device: torch.device) -> I
                 continue
             done.add(name)
             own = checked(stage.teachers or config.teachers, source)
-            yield name, _refining(stage, own, len(source.class_names), side, device)
-
-
-def _refining(stage: RefineConfig, teachers: tuple[Teacher, ...], classes: int, side: int, device: Any) -> Speed:
-    """A step forward and backward of a stage, over a few steps of every kind."""
-    method = method_of(stage)
-    context = Context(side, sum(t.matched for t in teachers))
-    short = method.brief(method.resolve(stage, context))
-    cost = method.cost(short, context)
-    steps = max(1, cost.steps)
-    resources = Resources(side, classes, teachers)
-
-    def prepare(size: int) -> Batch:
-        return Batch(_pixels(size, side).float() / 255, torch.arange(size) % 2)
-
-    def work(batch: Batch) -> None:
-        method.run(batch, short, resources, seed=0)
-
-    found = timed(work, cost.batch_size, device=device, prepare=prepare)
-    return Speed(found.seconds / steps, found.least / steps, found.most / steps, found.batch)
+            classes = len(source.class_names)
+            yield name, refining_speed(stage, own, classes, side, device, images=classes * max(config.ipc))
 
 
 def _students(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
@@ -366,7 +289,7 @@ def _students(config: RunConfig, source: ImageSource, device: torch.device) -> I
         def test(x: torch.Tensor, net: Any = net, dtype: Any = s.dtype) -> None:
             accuracy(net, x, torch.zeros(len(x), dtype=torch.int64), pixels=pixels, dtype=dtype)
 
-        images = functools.partial(_pixels, side=side)
+        images = functools.partial(random_pixels, side=side)
         yield f"student {j}", timed(train, s.batch_size, least=2 * s.accumulate, device=device, prepare=images)
         yield f"test {j}", timed(test, 200, device=device, prepare=images)
 

@@ -68,15 +68,17 @@ class Parts:
             if soft_labels is None and self.labels:
                 soft_labels = read_tensors(class_file(self.labels, p.label))[0]["logits"]
             copies = meta["copies"]
+            weights = p.weights(m.weights, m.normalize).repeat_interleave(copies)
             yield DistilledSet(
                 images=tensors["images"],
                 labels=torch.full_like(p.counts, p.label).repeat_interleave(copies),
-                weights=p.weights(m.weights, m.normalize).repeat_interleave(copies),
+                weights=torch.ones_like(weights) if meta.get("uniform_weights") else weights,
                 class_names=self.run.source.class_names,
                 prototype=torch.arange(len(p.counts)).repeat_interleave(copies),
                 counts=p.counts.repeat_interleave(copies),
                 source_row=p.medoid_rows.repeat_interleave(copies),
                 soft_labels=soft_labels,
+                bounded=meta.get("bounded", True),
                 label_kind=meta.get("label_kind", "logits"),
                 step_size=meta.get("step_size"),
             )

@@ -6,6 +6,7 @@ file per batch. Folders are named by a digest of all that decides their content.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -43,13 +44,14 @@ from dq.refine.measure import measure, sentence, summarize
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
 from dq.refine.registry import method_of
 from dq.run.folder import Run, class_file, copies_of
-from dq.run.refinement import INDEX, asked, batch_file, files_of, planned, stage_settings, stages_of
+from dq.run.refinement import INDEX, asked, batch_file, files_of, planned, real_images, stage_settings, stages_of
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import drawn_folders
 
 log = logging.getLogger("dq")
 
+CARRIED = ("label_kind", "step_size", "bounded", "uniform_weights")  # from a batch to the files of its classes
 SOFT_LABELS = ("soft_labels", "logits")  # tensor of label vectors; the second in files of a version before
 
 
@@ -139,7 +141,8 @@ def _job(
     named = stage.teachers or (c.teachers if method.needs(stage).teachers else ())
     teachers, judges = load(named) if named else (), load(stage.judges) if stage.judges else ()
     classes = run.source.class_counts()
-    context = Context(c.image_size, sum(t.matched for t in teachers), ipc, round(classes.sum() / len(classes)))
+    size = round(classes.sum() / len(classes))
+    context = Context(c.image_size, sum(t.matched for t in teachers), ipc, len(classes), size)
     stage = method.resolve(stage, context)
     needs = method.needs(stage)
     counts = tuple(_count(class_file(source, i)) for i in range(len(classes)))
@@ -195,7 +198,8 @@ def _run_level(run: Run, jobs: list[Job]) -> None:
     total = sum(len(job.batches[j]) * job.cost.steps for job, j in todo)
     with progress([], desc="refine", total=total, unit="img step", main=run.main and bool(todo)) as bar:
         for job, group in _by_job(todo):
-            worker = Worker(run, job, _resources(run, job))
+            real = real_images(run) if job.needs.real_images else None
+            worker = Worker(run, job, dataclasses.replace(_resources(run, job), real=real))
             for j in group:
                 worker.refine_batch(j, on_step=functools.partial(_advance, bar, len(job.batches[j])))
     run.accelerator.wait_for_everyone()
@@ -236,7 +240,7 @@ def _summary(job: Job) -> dict[str, Any]:
     kinds = {r["label_kind"] for r in records if r.get("label_kind")}
     if kinds:
         facts["label_kind"] = kinds.pop()
-    return {**facts, **summarize(records)}
+    return {**facts, **records[0].get("facts", {}), **summarize(records)}
 
 
 def _by_job(todo: list[tuple[Job, int]]) -> Iterator[tuple[Job, list[int]]]:
@@ -298,7 +302,7 @@ def _resources(run: Run, job: Job) -> Resources:
         candidates = tuple(_bytes(read_tensors(f)[0]["images"]) for f in files)
     manifest = job.folder / "manifest.json"
     facts = read_json(manifest) if manifest.is_file() else {}
-    return Resources(c.image_size, len(job.counts), job.teachers, candidates, means, facts)
+    return Resources(c.image_size, len(job.counts), job.teachers, candidates, means, facts, device=run.device)
 
 
 def _read_batch(job: Job, number: int) -> Batch:
@@ -344,7 +348,7 @@ class Worker:
                 "set has one; set compose=whole"
             )
         anchors = batch.images if batch.anchors is None else batch.anchors
-        float_images = _is_float(class_file(job.source, job.batches[number][0][0]))
+        float_images = not refined.bounded or _is_float(class_file(job.source, job.batches[number][0][0]))
         result = refined.images if float_images else _bytes(refined.images)
         tensors = {"images": result, "trace": refined.trace}
         if number == 0 and refined.blocks is not None:
@@ -363,6 +367,10 @@ class Worker:
             measures["label_kind"] = refined.label_kind
         if refined.step_size is not None:
             measures["step_size"] = refined.step_size
+        flags = {"bounded": refined.bounded, "uniform_weights": refined.uniform_weights, "facts": dict(refined.facts)}
+        measures |= {k: v for k, v in flags.items() if v != getattr(Refined, k, {})}
+        if refined.preprocessing:
+            write_tensors(job.folder / "preprocessing.safetensors", dict(refined.preprocessing))
         write_tensors(job.batch_file(number), tensors, measures)
 
 
@@ -409,7 +417,7 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
                     column = "images" if name == "images" else "soft_labels"
                     parts.setdefault(column, []).append(f.get_slice(name)[i : i + 1])
         measures = read_metadata(job.batch_file(j))
-        meta |= {k: measures[k] for k in ("label_kind", "step_size") if k in measures}
+        meta |= {k: measures[k] for k in CARRIED if k in measures}
     write_tensors(path, {name: torch.cat(rows) for name, rows in parts.items()}, meta)
 
 

@@ -1,0 +1,320 @@
+"""FRePo: images and labels learned by the gradient of a ridge regression on the features of a pool of networks.
+
+Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022, arXiv 2206.00719; with
+the settings of the released code. Its loss is in `dq.refine.ridge`, its optimizer in `dq.refine.lamb`, its networks in
+`dq.networks.online_pool`, its preprocessing in `dq.data.zca`. Departures: regressions are in float64, images may start
+from drawn ones, channel statistics are measured, every random number is seeded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq.config.refinement import BUDGETS, FRePo
+from dq.core.errors import InputError
+from dq.core.seeds import derive_seed, generator
+from dq.data.zca import Whitening, fit_whitening, is_grey
+from dq.networks.online_pool import OnlinePool
+from dq.networks.teacher import Teacher, pooled_logits
+from dq.refine.lamb import Lamb, cosine_lr
+from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
+from dq.refine.optimize import SHOWN
+from dq.refine.ridge import centered_targets, duplicates, first_labels, meta_gradient, probabilities_to_labels
+
+TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
+LARGEST_SIDE = 64  # px; whitening needs a matrix of all pairs of pixels, and features grow with the side
+FLIP_BELOW = 1000  # images of the set; the released code leaves mirror images out of larger ones for their cost
+JITTER = 0.01  # of whitened pixels, of images that are copies of others
+NOISE_STD = 0.44  # of whitened pixels of real images (CIFAR-10)
+HELD_NUMBERS = 1 << 28  # of whitened real images that are held in memory
+SAVE_SECONDS = 60.0  # between two states to go on from
+STRIPS = 4  # pictures of the first images, spread over the steps
+
+
+def resolve(config: FRePo, context: Context) -> FRePo:
+    """The settings with steps, lr and architectures filled in.
+
+    Raises:
+        InputError: for images that are too large, or a single class.
+    """
+    if context.side > LARGEST_SIDE:
+        raise InputError(
+            f"frepo takes images of at most {LARGEST_SIDE} px, not {context.side}: it whitens by a matrix of all "
+            "pairs of pixels and regresses on unpooled features; lower codec.resolution, or refine with fadrm or teddy"
+        )
+    if context.classes is not None and context.classes < 2:
+        raise InputError("frepo regresses on labels and needs at least two classes, but there is one")
+    steps, lr = BUDGETS[config.budget]
+    nets = config.nets or ("frepoconv4" if context.side >= 64 else "frepoconv3",)
+    return dataclasses.replace(config, steps=config.steps or steps, lr=config.lr or lr, nets=nets)
+
+
+@dataclass(frozen=True)
+class RealBatches:
+    """Batches of real images as networks see them: all of them in a new order every epoch."""
+
+    real: RealImages
+    whitening: Whitening
+    targets: Tensor  # (N, C)
+    size: int
+    seed: int
+    held: Tensor | None  # (N, 3, S, S) whitened on the device, if they fit
+
+    @staticmethod
+    def of(real: RealImages, whitening: Whitening, classes: int, size: int, seed: int) -> RealBatches:
+        device = whitening.mean.device
+        held = None
+        if real.images.numel() <= HELD_NUMBERS:
+            held = torch.cat([whitening(part.to(device)) for part in real.images.split(1000)])
+        targets = centered_targets(real.labels, classes).to(device)
+        return RealBatches(real, whitening, targets, min(size, len(targets)), seed, held)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) and targets (B, C) of a step; the rest of an epoch that fills no batch is left out."""
+        per_epoch = len(self.targets) // self.size
+        epoch, i = divmod(step, per_epoch)
+        order = torch.randperm(len(self.targets), generator=generator(self.seed, "real batch", epoch))
+        rows = order[i * self.size : (i + 1) * self.size]
+        device = self.targets.device
+        x = self.held[rows.to(device)] if self.held is not None else self.whitening(self.real.images[rows].to(device))
+        return x, self.targets[rows.to(device)]
+
+
+def start_images(
+    config: FRePo, images: Tensor, labels: Tensor, real: RealImages, whitening: Whitening, seed: int
+) -> Tensor:
+    """Where the optimization begins, whitened (n, 3, S, S): the images that came in, real ones, or noise.
+
+    Raises:
+        InputError: if real images of a class are asked for and there are none.
+    """
+    if config.start == "drawn" or config.mode == "labels_only":
+        return whitening(images)
+    if config.start == "noise":
+        return NOISE_STD * torch.randn(images.shape, generator=generator(seed, "noise"))
+    rows = torch.empty_like(labels)
+    for c in labels.unique().tolist():
+        candidates, places = (real.labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]
+        if not len(candidates):
+            raise InputError(f"start=real needs train images of class {c}, but there are none; set start=drawn")
+        order = torch.randperm(len(candidates), generator=generator(seed, "start", c))
+        rows[places] = candidates[order[torch.arange(len(places)) % len(candidates)]]
+    return whitening(real.images[rows])
+
+
+def start_labels(config: FRePo, images: Tensor, labels: Tensor, classes: int, teachers: Sequence[Teacher]) -> Tensor:
+    """Where the labels (n, C) begin: centered classes, or the teachers' probabilities, scaled as released."""
+    if config.first_labels == "teachers":
+        return probabilities_to_labels(pooled_logits(teachers, images).softmax(1))
+    return first_labels(centered_targets(labels, classes))
+
+
+def refine(
+    images: Tensor,
+    labels: Tensor,
+    config: FRePo,
+    real: RealImages,
+    *,
+    classes: int,
+    weights: Tensor | None = None,
+    teachers: Sequence[Teacher] = (),
+    whitening: Whitening | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    resume: State | None = None,
+    callback: Callback | None = None,
+) -> Refined:
+    """Learn a set's images and labels; a pure function of its arguments. In every step, with a network f of the pool:
+
+        A = f(X) f(X)^T + ridge s I,  P = f(X_real) f(X)^T A^-1 Y,  L = mean 1/2 |P - Y_real|^2 - label margin
+
+    LAMB moves X and Y along the gradient of L, each as one tensor; then f is trained by a step on them, or replaced.
+
+    Args:
+        images: (n, 3, S, S) float32 in [0, 1], the whole set.
+        labels: (n,) classes.
+        config: settings that `resolve` has filled in.
+        real: the train images.
+        weights: (n,) of the images in the regression and in the networks' training, for `config.weighted`.
+        teachers: whose probabilities the labels start from, with `first_labels=teachers`.
+        whitening: fitted on the train images; None: it is fitted here.
+        device: where all of it happens.
+
+    Returns:
+        Images of the same shape whose pixels may leave [0, 1], and regression labels.
+
+    Raises:
+        InputError: for settings or images that do not fit.
+        RunError: if features, images or labels stop being finite numbers.
+    """
+    device, side = torch.device(device), images.shape[-1]
+    config = resolve(config, Context(side, len(teachers), classes=classes))
+    steps, top_lr = config.steps or 0, config.lr or 0.0  # which `resolve` has set
+    callback = callback or Callback()
+    if len(real.images) == 0:
+        raise InputError("frepo predicts real train images, but there are none; check the train split")
+    whitening = (whitening or fit_whitening(real.images, zca=config.whiten)).to(device)
+    batches = RealBatches.of(real, whitening, classes, config.real_batch, seed)
+    flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not is_grey(real.images)
+    w = None
+    if config.weighted and weights is not None:
+        w = (weights / weights.mean()).to(device)
+    pool = OnlinePool(
+        config.nets,
+        classes,
+        side,
+        size=config.pool_size,
+        max_online=config.max_online,
+        lr=config.online_lr,
+        batch_size=config.online_batch,
+        norm=config.norm,
+        seed=seed,
+        device=device,
+    )
+    facts: dict[str, Any] = {"whitening": whitening.summary(), "flip": flip, "nets": list(config.nets)}
+    if resume:
+        x, y, trace, strips, facts = _restored(resume, pool, device)
+    else:
+        first = start_images(config, images, labels, real, whitening.to("cpu"), seed).to(device)
+        facts |= {"start_std": round(float(first.std()), 4), "copies": 0}  # 0.44 for real images of CIFAR-10
+        if config.mode == "pixel":
+            first, facts["copies"] = _apart(first, pool, seed)
+        x, y = Lamb.of(first), Lamb.of(start_labels(config, images, labels, classes, teachers).to(device))
+        trace = torch.zeros(steps, len(TERMS), device=device)
+        strips = [whitening.invert(first[:SHOWN]).cpu()]
+    saved = time.perf_counter()
+    for step in range(resume.steps if resume else 0, steps):
+        lr = cosine_lr(step, steps, top_lr, config.lr_floor)
+        i = pool.pick(step)
+        x_real, y_real = batches(step)
+        with pool.features(i) as features:
+            with torch.no_grad():
+                parts = x_real.split(config.chunk or len(x_real))
+                f_real = torch.cat([features(part) for part in parts])
+            g = meta_gradient(
+                features,
+                x.value,
+                y.value,
+                f_real,
+                y_real,
+                chunk=config.chunk,
+                flip=flip,
+                margin_weight=config.label_margin if config.learn_labels else 0.0,
+                ridge=config.ridge,
+                weights=w,
+                learn_images=config.mode == "pixel",
+            )
+        trace[step] = torch.stack([g.krr, g.margin, g.condition, g.krr.new_tensor(g.ridge)])
+        if g.images is not None:
+            x.step(g.images, lr)
+        if config.learn_labels:
+            y.step(g.labels, lr)
+        pool.advance(i, x.value, y.value, step, w)  # on the updated set, as released
+        if (step + 1) % max(1, steps // STRIPS) == 0:
+            strips.append(whitening.invert(x.value[:SHOWN]).cpu())
+        callback.step(step)
+        if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < steps:
+            callback.save(_state(x, y, trace, strips, facts, pool, step + 1))
+            saved = time.perf_counter()
+    facts["networks_replaced"] = sum(m.generation for m in pool.members)
+    facts["end_std"] = round(float(x.value.std()), 4)
+    learned = config.mode == "pixel"
+    return Refined(
+        whitening.invert(x.value).cpu() if learned else images,
+        trace.float().cpu(),
+        TERMS,
+        torch.stack(strips).clamp(0, 1),
+        soft_labels=y.value.cpu(),
+        label_kind="regression",
+        bounded=not learned,
+        uniform_weights=not config.weighted,  # learned labels absorb importance
+        facts=facts,
+        preprocessing=whitening.to("cpu").tensors(),
+    )
+
+
+def _apart(images: Tensor, pool: OnlinePool, seed: int) -> tuple[Tensor, int]:
+    """Images with a little noise on those that are nearly copies of others, and their number."""
+    with pool.features(0) as features, torch.no_grad():
+        copied = duplicates(torch.cat([features(part) for part in images.split(1000)]))
+    noise = JITTER * torch.randn(images.shape, generator=generator(seed, "jitter")).to(images.device)
+    return torch.where(copied.view(-1, 1, 1, 1), images + noise, images), int(copied.sum())
+
+
+def _state(
+    x: Lamb, y: Lamb, trace: Tensor, strips: list[Tensor], facts: dict[str, Any], pool: OnlinePool, steps: int
+) -> State:
+    tensors, pool_facts = pool.state()
+    tensors = {f"pool.{k}": v for k, v in tensors.items()}
+    for name, lamb in (("x", x), ("y", y)):
+        tensors |= {f"{name}.{k}": getattr(lamb, k).detach().cpu().clone() for k in ("value", "first", "second")}
+    tensors |= {"trace": trace.cpu().clone(), "strips": torch.stack(strips)}
+    return State(tensors, {"pool": pool_facts, "facts": dict(facts), "lamb": [x.steps, y.steps]}, steps)
+
+
+def _restored(
+    state: State, pool: OnlinePool, device: torch.device
+) -> tuple[Lamb, Lamb, Tensor, list[Tensor], dict[str, Any]]:
+    t = state.tensors
+    pool.restore({k.removeprefix("pool."): v for k, v in t.items() if k.startswith("pool.")}, state.facts["pool"])
+
+    def lamb(name: str, steps: int) -> Lamb:
+        value, first, second = (t[f"{name}.{k}"].to(device, copy=True) for k in ("value", "first", "second"))
+        return Lamb(value, first, second, steps)
+
+    x, y = (lamb(name, steps) for name, steps in zip("xy", state.facts["lamb"]))
+    return x, y, t["trace"].to(device, copy=True), list(t["strips"]), dict(state.facts["facts"])
+
+
+class FrepoMethod(Method):
+    """FRePo as a stage of a run."""
+
+    config = FRePo
+
+    def resolve(self, stage: FRePo, context: Context) -> FRePo:
+        return resolve(stage, context)
+
+    def needs(self, stage: FRePo) -> Needs:
+        return Needs(teachers=stage.first_labels == "teachers", real_images=True)
+
+    def run(
+        self,
+        batch: Batch,
+        stage: FRePo,
+        resources: Resources,
+        *,
+        seed: int,
+        resume: State | None = None,
+        callback: Callback | None = None,
+    ) -> Refined:
+        real = resources.real
+        if real is None:
+            raise InputError("frepo predicts real train images; give them as `Resources.real`")
+        return refine(
+            batch.images,
+            batch.labels,
+            stage,
+            real,
+            classes=resources.classes,
+            weights=batch.weights,
+            teachers=resources.teachers,
+            whitening=resources.once("whitening", lambda: fit_whitening(real.images, zca=stage.whiten)),
+            seed=derive_seed(seed, "frepo"),
+            device=resources.device,
+            resume=resume,
+            callback=callback,
+        )
+
+    def brief(self, stage: FRePo) -> FRePo:
+        # whitening is fitted once and costs no step
+        return dataclasses.replace(stage, steps=min(stage.steps or 4, 4), whiten=False, first_labels="classes")
+
+    def cost(self, stage: FRePo, context: Context) -> Cost:
+        return Cost(stage.steps or 0, None)

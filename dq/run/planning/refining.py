@@ -1,0 +1,43 @@
+"""What a step of a stage of refinement costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dq.config.refinement import RefineConfig
+from dq.networks.teacher import Teacher
+from dq.refine.method import Batch, Context, RealImages, Resources
+from dq.refine.registry import method_of
+from dq.run.planning.clock import Speed, random_pixels, timed
+
+REAL_IMAGES = 1024  # train images that stand in for all
+WHOLE_SET = 500  # images at most of a set that is refined as a whole
+
+
+def refining_speed(
+    stage: RefineConfig, teachers: tuple[Teacher, ...], classes: int, side: int, device: Any, *, images: int
+) -> Speed:
+    """A step forward and backward of a stage, over a few steps of every kind, with at most `images` together."""
+    method = method_of(stage)
+    context = Context(side, sum(t.matched for t in teachers), classes=classes)
+    short = method.brief(method.resolve(stage, context))
+    cost = method.cost(short, context)
+    steps = max(1, cost.steps)
+    real = None
+    if method.needs(short).real_images:
+        real = RealImages(random_pixels(REAL_IMAGES, side), torch.arange(REAL_IMAGES) % classes)
+    resources = Resources(side, classes, teachers, real=real, device=torch.device(device))
+    whole = min(images, WHOLE_SET)
+
+    def prepare(size: int) -> Batch:
+        return Batch(random_pixels(size, side).float() / 255, torch.arange(size) % 2)
+
+    def work(batch: Batch) -> None:
+        method.run(batch, short, resources, seed=0)
+
+    # what a step of a whole set costs does not grow with its images alone, so that a part would not tell
+    largest, least = (whole, whole) if cost.batch_size is None else (cost.batch_size, 1)
+    found = timed(work, largest, least=least, device=device, prepare=prepare)
+    return Speed(found.seconds / steps, found.least / steps, found.most / steps, found.batch)

@@ -1,0 +1,283 @@
+"""FRePo: what it learns, resuming, start and labels, bad input; alone and as a stage of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_kl
+from torch import Tensor
+
+from dq.config.overrides import apply_settings
+from dq.config.refinement import BUDGETS, FRePo
+from dq.config.schema import RunConfig
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, read_tensors
+from dq.data.zca import fit_whitening
+from dq.refine import frepo
+from dq.refine.frepo import FrepoMethod, RealBatches, refine, resolve, start_images
+from dq.refine.method import Callback, Context, RealImages, Refined, State
+
+SMALL = FRePo(steps=8, lr=0.02, nets=("frepoconv3w32",), pool_size=2, max_online=3, real_batch=16)
+
+
+def toy(n: int = 40, classes: int = 2, seed: int = 0) -> RealImages:
+    """Images of 8 px: class c is a bright bar in column c, in noise."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    x = 0.4 + 0.1 * torch.randn(n, 3, 8, 8, generator=g)
+    for c in range(classes):
+        x[labels == c, :, :, 2 * c : 2 * c + 2] += 0.3
+    return RealImages((x.clamp(0, 1) * 255).to(torch.uint8), labels)
+
+
+def drawn(classes: int = 2, ipc: int = 1) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(classes).repeat_interleave(ipc)
+    g = torch.Generator().manual_seed(1)
+    return 0.5 + 0.1 * torch.rand(len(labels), 3, 8, 8, generator=g), labels
+
+
+def learn(config: FRePo = SMALL, **more: Any) -> Refined:
+    images, labels = drawn()
+    return refine(images, labels, config, toy(), classes=2, **more)
+
+
+def test_the_loss_falls_on_a_toy() -> None:
+    r = learn(dataclasses.replace(SMALL, steps=60, start="noise"))
+    assert r.terms == ("krr_loss", "label_margin", "condition", "ridge")
+    losses = r.trace[:, 0]
+    assert float(losses[-10:].mean()) < 0.5 * float(losses[:5].mean())
+    assert r.label_kind == "regression"
+    assert r.soft_labels.argmax(1).tolist() == [0, 1]
+    assert not r.bounded
+    assert r.blocks.shape == (5, 2, 3, 8, 8)
+    assert r.facts["networks_replaced"] > 5
+
+
+def test_labels_alone_leave_the_images_as_they_came() -> None:
+    images, _ = drawn()
+    r = learn(dataclasses.replace(SMALL, mode="labels_only"))
+    assert torch.equal(r.images, images)
+    assert r.bounded
+    fixed = learn(dataclasses.replace(SMALL, learn_labels=False))
+    start = torch.tensor([[0.5, -0.5], [-0.5, 0.5]]) / (2 / 10) ** 0.5
+    torch.testing.assert_close(fixed.soft_labels, start)
+    assert not torch.equal(r.soft_labels, start)
+    assert not torch.allclose(fixed.images, images, atol=0.01)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "labels_only"])
+def test_it_goes_on_bit_for_bit_from_any_saved_state(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(SMALL, mode=mode, steps=12)
+    whole = learn(config, seed=3)
+    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    states: list[State] = []
+    learn(config, seed=3, callback=Callback(save=states.append))
+    assert [s.steps for s in states] == list(range(1, 12))
+    steps: list[int] = []
+    again = learn(config, seed=3, resume=states[5], callback=Callback(step=steps.append))
+    assert steps == list(range(6, 12))
+    for name in ("images", "soft_labels", "trace", "blocks"):
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+    assert again.facts == whole.facts
+
+
+def test_chunks_change_nothing_but_memory() -> None:
+    images, labels = drawn(ipc=3)
+    results = [
+        refine(images, labels, dataclasses.replace(SMALL, chunk=chunk, steps=3), toy(), classes=2)
+        for chunk in (None, 2)
+    ]
+    torch.testing.assert_close(results[1].images, results[0].images, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(results[1].soft_labels, results[0].soft_labels, atol=1e-4, rtol=1e-4)
+
+
+def test_another_seed_is_another_result_and_the_same_seed_the_same() -> None:
+    one, same, other = learn(seed=1), learn(seed=1), learn(seed=2)
+    assert torch.equal(one.images, same.images)
+    assert not torch.equal(one.images, other.images)
+
+
+def test_budgets_fill_in_steps_and_lr_and_settings_win() -> None:
+    context = Context(32, 0, classes=10)
+    for name, (steps, lr) in BUDGETS.items():
+        r = resolve(FRePo(budget=name), context)
+        assert (r.steps, r.lr, r.nets) == (steps, lr, ("frepoconv3",))
+    assert BUDGETS["paper"] == (500_000, 3e-4)
+    assert resolve(FRePo(steps=7), context).steps == 7
+    assert resolve(FRePo(), Context(64, 0)).nets == ("frepoconv4",)
+
+
+def test_images_start_from_what_is_asked_for() -> None:
+    real = toy()
+    images, labels = drawn(ipc=2)
+    whitening = fit_whitening(real.images)
+
+    def make(start: str) -> Tensor:
+        return start_images(FRePo(start=start), images, labels, real, whitening, 0)
+
+    torch.testing.assert_close(make("drawn"), whitening(images))
+    whitened = whitening(real.images)
+    for x, c in zip(make("real"), labels.tolist()):
+        rows = (whitened - x).abs().amax((1, 2, 3)).lt(1e-6).nonzero()[:, 0]
+        assert real.labels[rows].tolist() == [c]
+    assert float(make("noise").std()) == pytest.approx(0.44, rel=0.1)
+    with pytest.raises(InputError, match="needs train images of class 4, but there are none; set start=drawn"):
+        start_images(FRePo(start="real"), images, labels + 4, real, whitening, 0)
+
+
+def test_real_batches_pass_through_all_images_before_any_comes_again() -> None:
+    real = toy(20)
+    batches = RealBatches.of(real, fit_whitening(real.images), 2, 8, 0)
+    first, second, third = (batches(i)[0] for i in range(3))
+    two = torch.cat([first, second]).flatten(1)
+    assert len(two.unique(dim=0)) == 16
+    assert third.shape == (8, 3, 8, 8)  # of the next epoch: four images fill no batch
+    assert torch.equal(batches(1)[0], second)
+    streamed = dataclasses.replace(batches, held=None)
+    torch.testing.assert_close(streamed(1)[0], second)
+    assert batches(0)[1].abs().eq(0.5).all()
+
+
+def test_copies_are_moved_apart() -> None:
+    images, labels = drawn(ipc=2)
+    images[1] = images[0]
+    images[3] = images[2]
+    r = refine(images, labels, SMALL, toy(), classes=2)
+    assert r.facts["copies"] == 2
+    assert torch.isfinite(r.images).all()
+    assert not torch.equal(r.images[0], r.images[1])
+
+
+def test_more_images_than_features_are_fitted() -> None:
+    images, labels = drawn(ipc=80)  # 160, doubled by mirror images, for 128 features
+    r = refine(images, labels, dataclasses.replace(SMALL, steps=2), toy(), classes=2)
+    assert torch.isfinite(r.images).all()
+    assert float(r.trace[:, 3].max()) == pytest.approx(1e-6)
+
+
+def test_mirror_images_are_for_small_sets_of_color_images() -> None:
+    assert learn().facts["flip"]
+    grey = toy()
+    grey = RealImages(grey.images[:, :1].expand(-1, 3, -1, -1).contiguous(), grey.labels)
+    images, labels = drawn()
+    assert not refine(images, labels, SMALL, grey, classes=2).facts["flip"]
+    assert not learn(dataclasses.replace(SMALL, flip=False)).facts["flip"]
+
+
+def test_architectures_are_mixed() -> None:
+    r = learn(dataclasses.replace(SMALL, nets=("frepoconv3w32", "convnet3w32")))
+    assert torch.isfinite(r.images).all()
+
+
+def test_weights_count_where_they_are_asked_for() -> None:
+    w = torch.tensor([1.9, 0.1])
+    plain, weighted = learn(weights=w), learn(dataclasses.replace(SMALL, weighted=True), weights=w)
+    assert plain.uniform_weights
+    assert torch.equal(plain.images, learn().images)
+    assert not weighted.uniform_weights
+    assert not torch.equal(weighted.images, plain.images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compose": "index"}, "refines the whole set at once: set compose=whole, not index"),
+        ({"mode": "labels_only", "learn_labels": False}, "leaves nothing to learn"),
+        ({"dtype": "bfloat16"}, "needs features in float32"),
+        ({"steps": 0}, "steps of frepo must be at least 1, not 0"),
+        ({"ridge": 0.0}, r"ridge is a share of the kernel's diagonal in \(0, 1\], not 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FRePo(**settings)
+
+
+def test_large_images_and_one_class_are_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match="at most 64 px, not 224: it whitens by a matrix of all pairs of pixels"):
+        resolve(FRePo(), Context(224, 0))
+    with pytest.raises(InputError, match="needs at least two classes, but there is one"):
+        resolve(FRePo(), Context(32, 0, classes=1))
+
+
+def test_numbers_that_are_not_finite_stop_it() -> None:
+    images, labels = drawn()
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(RunError, match="not finite numbers"):
+        refine(images, labels, SMALL, toy(), classes=2)
+
+
+def settings_of(out: Path, **stage: Any) -> RunConfig:
+    small = {"steps": 4, "lr": 0.02, "nets": ["frepoconv3w32"], "pool_size": 2, "real_batch": 8}
+    return apply_settings(
+        RunConfig(output_dir=str(out / "run"), cache_dir=str(out / "cache")),
+        {"codec.resolution": 8, "ipc": [2], "refine": [{"stage": "frepo", **small, **stage}]},
+    )
+
+
+def distill(config: RunConfig, source: Any, accelerator: Any) -> Any:
+    from dq.run.distill import DistillPipeline
+
+    pipe = DistillPipeline(vae=tiny_kl())
+    return pipe.distill(source, ipc=2, config=config, output_dir=config.output_dir, accelerator=accelerator)
+
+
+def test_it_is_a_stage_of_a_run(
+    toy_source: Any, accelerator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dq.distilled.external import load_set
+    from dq.run.planning.plan import plan
+    from dq.run.planning.refining import refining_speed
+
+    config = settings_of(tmp_path, weighted=False)
+    assert "frepo, 6 images in 1 batches, 4 steps, 24 image steps" in plan(config, toy_source)
+    assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
+    # killed behind its second step, it goes on there to the same set
+    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    whole = distill(settings_of(tmp_path / "whole"), toy_source, accelerator)
+    advance = frepo.OnlinePool.advance
+
+    def killed(pool: Any, i: int, x: Tensor, y: Tensor, step: int, w: Tensor | None = None) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return advance(pool, i, x, y, step, w)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frepo.OnlinePool, "advance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, toy_source, accelerator)
+    s = distill(config, toy_source, accelerator)
+    assert torch.equal(s.images, whole.images)
+    assert torch.equal(s.soft_labels, whole.soft_labels)
+    # float pixels that may leave [0, 1], regression labels and uniform weights survive the Parquet file
+    assert s.images.dtype == torch.float32
+    assert s.label_kind == "regression"
+    assert torch.equal(s.weights, torch.ones(6))
+    again = load_set(tmp_path / "run" / "dataset")
+    assert torch.equal(again.images, s.images)
+    assert again.label_kind == "regression"
+    # provenance: what was fitted on which images, and the matrices beside
+    stage = s.provenance["refine"][0]
+    assert stage["resolved"]["steps"] == 4
+    assert stage["summary"]["whitening"]["recipe"] == "frepo"
+    assert stage["summary"]["copies"] == 0
+    tensors, _ = read_tensors(tmp_path / "run" / "images" / stage["folder"] / "preprocessing.safetensors")
+    assert set(tensors) == {"mean", "std", "center", "matrix", "inverse"}
+    assert read_json(tmp_path / "run" / "dataset" / "ipc2-ddoq" / "provenance.json")["label_kind"] == "regression"
+
+
+def test_labels_may_start_from_teachers(toy_images: Any) -> None:
+    from tiny_teachers import trained
+
+    images, labels = drawn()
+    teacher = trained(classes=2, side=8)
+    config = dataclasses.replace(SMALL, first_labels="teachers", learn_labels=False)
+    r = refine(images, labels, config, toy(), classes=2, teachers=[teacher])
+    p = teacher.logits(images).softmax(1)
+    torch.testing.assert_close(r.soft_labels, (p - 1 / p.shape[1]) / (p.shape[1] / 10) ** 0.5)
+    assert FrepoMethod().needs(config).teachers
+    assert not FrepoMethod().needs(SMALL).teachers
