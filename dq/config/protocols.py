@@ -21,7 +21,7 @@ from dq.core.errors import InputError
 
 FOLDER = Path(__file__).parent / "presets" / "protocols"
 ALIASES = {"soft": "fadrm"}  # the usual preset of a family
-FACTS = ("dataset", "net", "teacher", "ipc", "classes", "image_size")
+FACTS = ("dataset", "net", "teacher", "ipc", "classes", "images", "image_size")
 
 
 def list_protocols() -> dict[str, str]:
@@ -79,6 +79,7 @@ def student_config(
             "teacher": None if teacher is None else _plain_name(teacher),
             "ipc": math.inf if ipc == "full" else int(ipc),
             "classes": classes,
+            "images": math.inf if ipc == "full" else int(ipc) * classes,
             "image_size": image_size,
         }
         for rule in preset["rules"]:

@@ -92,14 +92,18 @@ class StudentConfig(Checked):
     weight_decay: float = 5e-4
     decay_vectors: bool | None = None  # also of biases and norms; None: with sgd they decay, with adamw they do not
     schedule: Literal["step", "multistep", "cosine", "cos2", "linear", "constant"] = "step"
+    lr_floor: float = 0.0  # cosine: the share of lr at which it ends
     zeta: float = 1.0  # cosine and linear: end at 0 for 1, at half of lr for 2
     milestones: tuple[float, ...] = (2 / 3, 5 / 6)  # multistep: shares of the epochs after which lr falls ...
     step_factor: float = 0.2  # ... to this many times itself
     warmup: int = 0  # epochs in which lr rises linearly from a hundredth; the schedule takes the others
     views: ViewConfig = ViewConfig()
-    augment: Literal["dsa", "crop_flip", "none"] = "dsa"  # after normalisation; not with labels=soft
+    augment: Literal["dsa", "crop_flip", "frepo", "frepo_noflip", "none"] = "dsa"  # normalised; not with labels=soft
     whiten: bool = False  # ZCA, fitted on the train split, instead of mean and std
-    loss: Literal["kl", "mse_gt"] = "kl"  # soft and fixed labels; mse_gt: between logits, plus a share of the class
+    zca: Literal["mtt", "frepo"] = "mtt"  # whose; frepo: behind mean and std, which are all for grey images
+    # soft and fixed labels; mse_gt: between logits, plus a share of the class; mse (fixed): half the squared error to
+    # regression labels, which classes give where a set has no label vectors
+    loss: Literal["kl", "mse_gt", "mse"] = "kl"
     temperature: float = 4.0
     gt_weight: float = 0.025  # of the cross-entropy with the class in mse_gt
     ema: float = 0.0  # decay of the averaged parameters that are tested; 0: the parameters themselves
@@ -134,8 +138,17 @@ class StudentConfig(Checked):
             raise InputError(f"milestones must be ascending shares such as [0.5, 0.75], not {list(self.milestones)}")
         if self.relabel.top_k and self.loss == "mse_gt":
             raise InputError("relabel.top_k keeps logits up to a constant, which loss=mse_gt needs; set top_k=null")
+        if self.loss == "mse" and self.labels == "soft":
+            raise InputError("loss=mse is for one label vector per image: set labels=fixed, or loss=kl or mse_gt")
+        if not 0 <= self.lr_floor <= 1:
+            raise InputError(f"lr_floor is a share of lr in [0, 1], not {self.lr_floor:g}")
         if self.dtype == "float16":
             raise InputError(f"student {self.net!r} cannot train in float16, which needs loss scaling; use bfloat16")
+
+    @property
+    def asks_teachers(self) -> bool:
+        """Whether images without label vectors need a teacher."""
+        return self.labels == "soft" or (self.labels == "fixed" and self.loss != "mse")
 
 
 @dataclass(frozen=True)

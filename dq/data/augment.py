@@ -1,4 +1,4 @@
-"""Training augmentations on batches of normalised float images: DSA's six operations, and crop with flip.
+"""Training augmentations on batches of normalised float images: DSA's operations, FRePo's, and crop with flip.
 
 The operations are functions of images (B, 3, S, S) and of one parameter per image, (B,). Parameters are drawn on the
 CPU from the generator that is passed in, so that they do not depend on the device.
@@ -21,17 +21,24 @@ CROP_PAD, CUTOUT = 0.125, 0.5  # shares of the side
 FLIP = 0.5
 SCALE = 1.2
 ROTATE_DEGREES = 15.0
+# Settings of FRePo (Zhou et al. 2022) as released: one of these operations for a batch
+FREPO_OPERATIONS = ("color", "zoom", "translate", "cutout", "rotate", "flip")
+FREPO_COLOR = 0.25  # added brightness; exponents of contrast and saturation
+FREPO_ZOOM = 1.25
+FREPO_CUTOUT = 0.25  # of the side
 
 
 def augment(kind: str, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Augment a batch (B, 3, S, S) as `StudentConfig.augment` says: "dsa", "crop_flip" or "none"."""
+    """Augment a batch (B, 3, S, S) as `StudentConfig.augment` says."""
     if kind == "dsa":
         return dsa(images, generator)
     if kind == "crop_flip":
         return crop_flip(images, generator)
+    if kind in ("frepo", "frepo_noflip"):
+        return frepo(images, generator, mirror=kind == "frepo")
     if kind == "none":
         return images
-    raise InputError(f"augment must be 'dsa', 'crop_flip' or 'none', not {kind!r}")
+    raise InputError(f"augment must be 'dsa', 'crop_flip', 'frepo', 'frepo_noflip' or 'none', not {kind!r}")
 
 
 def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = None) -> Tensor:
@@ -69,10 +76,49 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
         zero = torch.zeros_like(sx)
         return affine(x, torch.stack([sx, zero, zero, sy], 1).view(n, 2, 2))
     if operation == "rotate":
-        angle = uniform((-ROTATE_DEGREES, ROTATE_DEGREES))[0] * (math.pi / 180)
-        cos, sin = angle.cos(), angle.sin()
-        return affine(x, torch.stack([cos, -sin, sin, cos], 1).view(n, 2, 2))
+        return affine(x, _rotations(uniform((-ROTATE_DEGREES, ROTATE_DEGREES))[0]))
     raise InputError(f"DSA has no operation {operation!r}; it has {', '.join(OPERATIONS)}")
+
+
+def frepo(images: Tensor, generator: torch.Generator, *, mirror: bool = True, operation: str | None = None) -> Tensor:
+    """FRePo's augmentation: one operation per batch, parameters per image.
+
+    Args:
+        images: (B, 3, S, S), normalised or whitened.
+        mirror: whether mirror images are among the operations; not for digits and clothes.
+        operation: one of `FREPO_OPERATIONS`; None draws it.
+    """
+    x, n, side = images, len(images), images.shape[-1]
+    names = FREPO_OPERATIONS if mirror else FREPO_OPERATIONS[:-1]
+
+    def uniform(limit: float) -> Tensor:
+        return (limit * (2 * torch.rand(n, generator=generator) - 1)).to(x.device)
+
+    if operation is None:
+        operation = names[int(torch.randint(len(names), (), generator=generator))]
+    if operation == "color":
+        x = saturation(brightness(x, uniform(FREPO_COLOR)), uniform(FREPO_COLOR).exp())
+        return contrast(x, uniform(FREPO_COLOR).exp())
+    if operation == "zoom":
+        factor = uniform(math.log(FREPO_ZOOM)).exp()
+        return affine(x, factor[:, None, None] * torch.eye(2, device=x.device))
+    if operation == "translate":
+        return _random_crop(x, generator)
+    if operation == "cutout":
+        centres = torch.randint(0, side, (2, n), generator=generator).to(x.device)
+        return cutout(x, centres[0], centres[1], max(1, int(side * FREPO_CUTOUT + 0.5)))
+    if operation == "rotate":
+        return affine(x, _rotations(uniform(ROTATE_DEGREES)))
+    if operation == "flip":
+        return _random_flip(x, generator)
+    raise InputError(f"FRePo's augmentation has no operation {operation!r}; it has {', '.join(names)}")
+
+
+def _rotations(degrees: Tensor) -> Tensor:
+    """Matrices (B, 2, 2) of angles (B,)."""
+    angle = degrees * (math.pi / 180)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
 
 
 def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -82,7 +82,7 @@ def check_sets(
     keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
     students = students_of(config, keys, len(source.class_names), side, teachers)
     check_taught(config, students.values(), teachers)
-    if any(s.labels == "fixed" for s in students.values()) and not teachers:
+    if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and not teachers:
         bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
         if bare:
             raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")

@@ -71,7 +71,7 @@ def settings_line(c: StudentConfig) -> str:
         f"{c.epochs} epochs",
         f"batch {c.batch_size}" + (f" in {c.accumulate} parts" if c.accumulate > 1 else ""),
         f"{c.optimizer} lr {c.lr:g} wd {c.weight_decay:g}" + (f" momentum {c.momentum:g}" * (c.optimizer == "sgd")),
-        c.schedule + (f" zeta {c.zeta:g}" if c.zeta != 1 else ""),
+        c.schedule + (f" zeta {c.zeta:g}" if c.zeta != 1 else "") + (f" to {c.lr_floor:g} lr" if c.lr_floor else ""),
         *_changed_schedule(c),
         f"augment {c.augment}",
     ]
@@ -81,14 +81,15 @@ def settings_line(c: StudentConfig) -> str:
     if c.labels == "hard":
         parts.append("hard labels")
     else:
-        kind = f"KL T={c.temperature:g}" if c.loss == "kl" else f"MSE + {c.gt_weight:g} CE"
+        kinds = {"kl": f"KL T={c.temperature:g}", "mse_gt": f"MSE + {c.gt_weight:g} CE", "mse": "squared error"}
+        kind = kinds[c.loss]
         parts.append(f"{c.labels} labels, {kind}")
     if c.labels == "soft":
         relabel, usual = to_dict(c.relabel), to_dict(RelabelConfig())
         parts += [f"label {k} {_short(v)}" for k, v in relabel.items() if v != usual[k] or k == "statistics"]
     parts += [f"{c.norm} norm"] if c.norm else []
     parts += [f"{c.init} init"] if c.init else []
-    parts += ["ZCA"] if c.whiten else []
+    parts += ["ZCA" if c.zca == "mtt" else "ZCA of FRePo"] if c.whiten else []
     parts += [f"EMA {c.ema:g}"] if c.ema else []
     parts += [f"test images resized to {c.test_scale:.4g} sides and cut"] if c.test_scale != 1 else []
     parts += [f"best of {min(c.tests, c.epochs)} looks at {c.select}"] if c.tests > 1 else []

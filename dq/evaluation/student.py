@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
+from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
 from dq.data.splits import resized
+from dq.data.zca import same_whitening
 from dq.distilled.set import DistilledSet
+from dq.networks.real_data import RealData
 from dq.networks.training import Pixels, TargetSource, accuracy, fit
 
 
@@ -213,6 +216,34 @@ def training_data(s: DistilledSet, image_size: int) -> Data:
     return Data(images, s.labels, s.weights, soft, s.bounded)
 
 
+def regression_labels(s: DistilledSet) -> Tensor:
+    """What a student with loss=mse learns from, (N, C): a set's regression labels, else its probabilities or logits
+    turned into such, else its classes (FRePo's scaling)."""
+    if s.soft_labels is None:
+        return first_labels(centered_targets(s.labels, len(s.class_names)))
+    soft = s.soft_labels.float()
+    if s.label_kind == "regression":
+        return soft
+    return probabilities_to_labels(soft if s.label_kind == "probabilities" else soft.softmax(1))
+
+
+def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real: RealData) -> None:
+    """Refuse a set whose images were learned behind FRePo's whitening of other images than the student's.
+
+    Raises:
+        InputError: that names the set.
+    """
+    stages = s.provenance.get("refine") or []
+    learned = [w for r in stages if (w := r.get("summary", {}).get("whitening"))]
+    if not (student.whiten and student.zca == "frepo" and learned):
+        return
+    if not same_whitening(learned[-1], real.frepo_whitening().summary()):
+        raise InputError(
+            f"the set {name!r} was learned behind the whitening of other images than those of {real.source.origin}; "
+            "score it on the data and at the side it was made from, or set whiten=false"
+        )
+
+
 def check_label_kind(s: DistilledSet, name: str, students: Iterable[StudentConfig]) -> None:
     """Refuse label vectors that a student with labels=fixed cannot learn from.
 
@@ -221,11 +252,15 @@ def check_label_kind(s: DistilledSet, name: str, students: Iterable[StudentConfi
     """
     if s.soft_labels is None:
         return
-    fits = {"kl": ("logits", "probabilities"), "mse_gt": ("logits", "regression")}
+    fits = {
+        "kl": ("logits", "probabilities"),
+        "mse": ("regression", "probabilities", "logits"),
+        "mse_gt": ("logits", "regression"),
+    }
     for student in students:
         if student.labels == "fixed" and s.label_kind not in fits[student.loss]:
-            other = next(loss for loss, kinds in fits.items() if s.label_kind in kinds)
+            others = " or ".join(loss for loss, kinds in fits.items() if s.label_kind in kinds)
             raise InputError(
                 f"the set {name!r} has label_kind={s.label_kind}, which the student {student.net!r} cannot learn from "
-                f"with loss={student.loss}; set loss={other}, or labels=hard"
+                f"with loss={student.loss}; set loss={others}, or labels=hard"
             )

@@ -32,7 +32,7 @@ from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_FEATURES, select
 from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv, warn_of_lost_rows
-from dq.evaluation.student import Data, train_student, training_data
+from dq.evaluation.student import Data, check_whitening, regression_labels, train_student, training_data
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
@@ -305,9 +305,11 @@ def train_one(
     s = t.entry.load()
     check_classes(s, f"the set {t.entry.name!r}")
     data = training_data(s, bench.image_size)
+    check_whitening(s, t.entry.name, t.config, bench)
     size = 0
     if t.config.labels == "fixed":
-        soft = data.soft_labels if data.soft_labels is not None else bench.soften(data.images)
+        own = regression_labels(s) if t.config.loss == "mse" else data.soft_labels
+        soft = bench.soften(data.images) if own is None else own
         data = dataclasses.replace(data, soft_labels=soft)
         size = len(data.images) * bench.classes * 2
     elif t.config.labels == "soft":

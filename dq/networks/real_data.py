@@ -22,7 +22,7 @@ from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
 from dq.data.splits import validation_rows
-from dq.data.zca import Zca, fit_zca
+from dq.data.zca import Whitening, Zca, fit_whitening, fit_zca
 from dq.networks.features import extract_features, open_features
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.networks.teacher_loading import load_teachers
@@ -97,18 +97,35 @@ class RealData:
 
     def pixels(self, config: StudentConfig) -> Pixels:
         """What a student's images go through before the network."""
+        if config.whiten and config.zca == "frepo":
+            return self.frepo_whitening()
         return self._once("zca", self._zca) if config.whiten else normalizer(self.mean, self.std)
+
+    def frepo_whitening(self) -> Whitening:
+        """FRePo's preprocessing, fitted on the train images that baselines may use."""
+        return self._once("whitening", self._whitening)
+
+    def _whitening(self) -> Whitening:
+        self._check_side()
+        path = self.cache_dir / f"whitening-{digest_of(self.world)}.safetensors"
+        if not is_done(path):
+            log.info("fitting whitening on %d train images", len(self.candidates))
+            write_tensors(path, fit_whitening(self.read(self.source.train, self.candidates)[0]).tensors())
+        return Whitening(**read_tensors(path)[0]).to(self.device)
 
     def _once(self, key: str, make: Callable):
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
 
-    def _zca(self) -> Zca:
+    def _check_side(self) -> None:
         if self.image_size > 64:
             raise InputError(
                 f"whiten needs a matrix of all pixel pairs, too large at {self.image_size} px; leave it out"
             )
+
+    def _zca(self) -> Zca:
+        self._check_side()
         path = self.cache_dir / f"zca-{digest_of(self.world)}.safetensors"
         if not is_done(path):
             log.info("fitting ZCA on %d train images", len(self.candidates))

@@ -186,18 +186,21 @@ def image_losses(
 
     hard: CE with the class; in a mix, k CE(class) + (1 - k) CE(class of the partner).
     kl: KL(softmax(t/T) || softmax(s/T)), times T^2 with SGD.
+    mse (FRePo): 1/2 sum over classes of (s - t)^2.
     mse_gt (EDC): mean over classes of (s - t)^2, plus `gt_weight` CE with the class of the image itself.
 
     Args:
         logits: (B, C) of the student.
         y, other: (B,) classes of the images and of their partners.
         kept: share of the image itself, 1 if the batch is not mixed.
-        teacher: (B, C) logits, or None for hard labels.
+        teacher: (B, C) logits, or regression labels for mse; None for hard labels.
     """
     logits = logits.float()
     if teacher is None:
         own = F.cross_entropy(logits, y, reduction="none")
         return own if kept == 1 else kept * own + (1 - kept) * F.cross_entropy(logits, other, reduction="none")
+    if config.loss == "mse":
+        return 0.5 * (logits - teacher).square().sum(1)
     if config.loss == "mse_gt":
         return (logits - teacher).square().mean(1) + config.gt_weight * F.cross_entropy(logits, y, reduction="none")
     t = config.temperature
@@ -328,7 +331,8 @@ def learning_rate(config: StudentConfig, epoch: int, epochs: int) -> float:
 
     constant: lr. step: lr / 10 in the second half, see `second_half`. multistep: times `step_factor` at each of the
     `milestones`, which are shares of E: 0.2 at 2/3 and 5/6 is Minimax's, 0.5 at 0.8, 0.9 and 0.95 EDC's for CIFAR-10.
-    cosine: lr (1 + cos(pi s / (zeta E))) / 2, which ends at 0 for zeta = 1 and at lr / 2 for zeta = 2.
+    cosine: lr (1 + cos(pi s / (zeta E))) / 2, which ends at 0 for zeta = 1 and at lr / 2 for zeta = 2;
+    with `lr_floor` f it is f lr + (1 - f) times that.
     linear: lr (1 - s / (zeta E)).
     cos2 (EDC): the cosine for s <= 5 E / 6, then its value there times the share of epochs that is left. As released,
     so lr falls by a factor of six at the switch.
@@ -351,7 +355,8 @@ def learning_rate(config: StudentConfig, epoch: int, epochs: int) -> float:
         return config.lr * (1 - step / (config.zeta * epochs))
     if config.schedule == "cos2" and 6 * step > 5 * epochs:
         return config.lr * 0.5 * (1 + math.cos(math.pi * 5 / (6 * config.zeta))) * (1 - step / epochs)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * step / (config.zeta * epochs)))
+    cosine = config.lr * 0.5 * (1 + math.cos(math.pi * step / (config.zeta * epochs)))
+    return config.lr_floor * config.lr + (1 - config.lr_floor) * cosine
 
 
 def make_optimizer(net: nn.Module, config: StudentConfig) -> torch.optim.Optimizer:

@@ -20,13 +20,14 @@ from torch import Tensor
 from dq.config.refinement import BUDGETS, FRePo
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
+from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
 from dq.data.zca import Whitening, fit_whitening, is_grey
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.optimize import SHOWN
-from dq.refine.ridge import centered_targets, duplicates, first_labels, meta_gradient, probabilities_to_labels
+from dq.refine.ridge import duplicates, meta_gradient
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
 LARGEST_SIDE = 64  # px; whitening needs a matrix of all pairs of pixels, and features grow with the side

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.core.errors import InputError, RunError
+from dq.core.errors import RunError
 
 log = logging.getLogger("dq")
 
@@ -108,39 +108,6 @@ def label_margin(labels: Tensor) -> Tensor:
     """Mean of min(largest - second largest entry, 1/C) of label vectors (n, C), which the released code maximizes."""
     first, second = labels.topk(2, 1).values.unbind(1)
     return (first - second).clamp(max=1 / labels.shape[1]).mean()
-
-
-def centered_targets(labels: Tensor, classes: int) -> Tensor:
-    """One-hot vectors (N, C) minus 1/C: what FRePo's regressions aim at on real images.
-
-    Raises:
-        InputError: for one class, whose targets would all be zero.
-    """
-    if classes < 2:
-        raise InputError("a regression on labels needs at least two classes to tell apart, but there is one")
-    return F.one_hot(labels, classes).float() - 1 / classes
-
-
-def first_labels(targets: Tensor) -> Tensor:
-    """Where learned labels (n, C) start: targets / sqrt(C/10), which keeps their norm moderate beside a relative step
-    (the released code)."""
-    return targets / (targets.shape[1] / 10) ** 0.5
-
-
-def probabilities_to_labels(probabilities: Tensor) -> Tensor:
-    """Regression labels (n, C) of a teacher's probabilities (n, C): (p - 1/C) / sqrt(C/10)."""
-    return first_labels(probabilities - 1 / probabilities.shape[1])
-
-
-def labels_to_probabilities(labels: Tensor, temperature: float) -> Tensor:
-    """Probabilities (n, C) of regression labels (n, C): softmax(y / temperature).
-
-    Raises:
-        InputError: unless the temperature is positive.
-    """
-    if not temperature > 0:
-        raise InputError(f"the temperature of soft labels must be more than 0, not {temperature:g}")
-    return (labels / temperature).softmax(1)
 
 
 def duplicates(features: Tensor) -> Tensor:

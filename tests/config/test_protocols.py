@@ -62,7 +62,7 @@ def test_every_published_data_set_of_a_protocol_may_be_named():
 
 def test_the_files_are_what_the_names_say():
     assert sorted(list_protocols()) == sorted(p.stem for p in FOLDER.glob("*.yaml"))
-    assert set(list_protocols()) == {"classic", "edc", "fadrm", "hard", "rded", "sre2l"}
+    assert set(list_protocols()) == {"classic", "edc", "fadrm", "frepo", "hard", "rded", "sre2l"}
 
 
 # --- fadrm --------------------------------------------------------------------------------------------------------

@@ -8,16 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dq.core.errors import InputError, RunError
+from dq.core.errors import RunError
 from dq.refine.ridge import (
-    centered_targets,
     duplicates,
-    first_labels,
     label_margin,
-    labels_to_probabilities,
     meta_gradient,
     predict,
-    probabilities_to_labels,
     solve_ridge,
 )
 
@@ -86,26 +82,6 @@ def test_numbers_that_are_not_finite_are_refused(what: str) -> None:
     (f if what == "features" else y)[1, 0] = float("nan")
     with pytest.raises(RunError, match="not finite numbers; lower the learning rate"):
         solve_ridge(f, y)
-
-
-def test_labels_start_centered_and_scaled_by_the_number_of_classes() -> None:
-    targets = centered_targets(torch.tensor([1, 0]), 40)
-    assert targets[0, 1] == pytest.approx(1 - 1 / 40)
-    assert targets[0, 0] == pytest.approx(-1 / 40)
-    torch.testing.assert_close(first_labels(targets), targets / 2)
-    with pytest.raises(InputError, match="at least two classes"):
-        centered_targets(torch.tensor([0, 0]), 1)
-
-
-def test_soft_labels_are_converted_both_ways() -> None:
-    p = drawn(6, 4).softmax(1)
-    y = probabilities_to_labels(p)
-    torch.testing.assert_close(y.sum(1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
-    q = labels_to_probabilities(y, 0.1)
-    torch.testing.assert_close(q.sum(1), torch.ones(6, dtype=torch.float64))
-    assert torch.equal(q.argmax(1), p.argmax(1))
-    with pytest.raises(InputError, match="temperature of soft labels must be more than 0, not 0"):
-        labels_to_probabilities(y, 0.0)
 
 
 def test_the_label_margin_is_flat_beyond_one_over_the_classes() -> None:

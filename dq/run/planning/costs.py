@@ -250,7 +250,7 @@ def _evaluate(config: RunConfig, source: ImageSource, sets: Sequence[Asked], pro
         costs += [float(t.images * c.epochs)] * t.seeds
         number += t.seeds
         kept = t.stored_labels(len(counts))
-        if c.labels == "fixed":
+        if c.labels == "fixed" and c.asks_teachers:
             plan.call("teacher", t.images * t.seeds)
         elif c.labels == "soft" and kept is None:
             plan.call("teacher", t.images * c.epochs * t.seeds)

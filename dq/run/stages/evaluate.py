@@ -54,7 +54,7 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     students = students_of(e, ipcs, len(source.class_names), size, config.teachers)
     check_taught(e, students.values(), config.teachers)
     alone = not config.teachers and (e.baselines or not all(labelled(config, m) for m in config.methods))
-    if any(s.labels == "fixed" for s in students.values()) and alone:
+    if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and alone:
         raise InputError("students with labels=fixed need a teacher; set teachers, or use labels=hard")
     if e.students or config.teachers:
         _ = source.test
