@@ -41,9 +41,11 @@ class Row:
     label_bytes: int  # of the soft labels on disk
     protocol: str  # name of the preset
     settings: str  # all settings of the training
+    krr: tuple[float, ...] = ()  # by kernel ridge regression on the students' features, per seed, with loss=mse
 
     def record(self) -> dict[str, Any]:
         last, best = mean_std(self.last), mean_std(self.best)
+        krr = dict(zip(("krr_mean", "krr_std"), mean_std(self.krr))) if self.krr else {}
         return {
             "set": self.set,
             "ipc": self.ipc,
@@ -62,6 +64,7 @@ class Row:
             "label_bytes": self.label_bytes,
             "protocol": self.protocol,
             "settings": self.settings,
+            **{k: None if v is None else round(v, 5) for k, v in krr.items()},
         }
 
 
@@ -129,6 +132,7 @@ def summarize(records: list[dict[str, Any]]) -> list[Row]:
                 last=tuple(r["last"] for r in group),
                 best=tuple(r["best"] for r in group),
                 seconds=sum(r["train_seconds"] for r in group) / len(group),
+                krr=tuple(r["krr"] for r in group if r.get("krr") is not None),
             )
         )
     return rows
@@ -137,7 +141,9 @@ def summarize(records: list[dict[str, Any]]) -> list[Row]:
 def to_csv(records: list[dict[str, Any]]) -> str:
     """Plain records as CSV text with a header."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(records[0]) if records else ["set"], lineterminator="\n")
+    writer = csv.DictWriter(
+        out, fieldnames=list(dict.fromkeys(k for r in records for k in r)) or ["set"], lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(records)
     return out.getvalue()
@@ -204,14 +210,21 @@ def markdown_table(rows: list[Row], *, which: str = "last") -> str:
     lines = ["| set | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
     for name in names:
         found = [cells.get((name, *c)) for c in columns]
-        text = [format_mean_std([100 * a for a in getattr(r, which)]) if r else "" for r in found]
+        text = [_cell(r, which) if r else "" for r in found]
         lines.append(f"| {name} | " + " | ".join(text) + " |")
     seeds = "/".join(str(n) for n in sorted({len(r.last) for r in rows}))
     chosen = sorted({r.selected_on for r in rows} - {"none"})
     what = "last epoch" if which == "last" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
     used = "; ".join(dict.fromkeys(f"{r.protocol}, {r.student}: {r.settings}" for r in rows))
     note = f"Top-1 test accuracy in %, {what}, mean ± std over {seeds} seed{'s' * (seeds != '1')}."
+    if which == "last" and any(r.krr for r in rows):
+        note += " In parentheses: kernel ridge regression on the students' features."
     return "\n".join([*lines, "", note, f"Protocols: {used}."])
+
+
+def _cell(row: Row, which: str) -> str:
+    text = format_mean_std([100 * a for a in getattr(row, which)])
+    return f"{text} ({100 * mean_std(row.krr)[0]:.1f})" if row.krr and which == "last" else text
 
 
 def _order(ipc: str) -> tuple[int, int]:

@@ -16,7 +16,11 @@ from dq.data.splits import resized
 from dq.data.zca import same_whitening
 from dq.distilled.set import DistilledSet
 from dq.networks.real_data import RealData
+from dq.networks.teacher import evaluation_mode, head_inputs
 from dq.networks.training import Pixels, TargetSource, accuracy, fit
+from dq.refine.ridge import predict, solve_ridge
+
+KRR_BATCH = 500  # images at once
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class StudentResult:
     selected_on: str  # validation; test: chosen on the test images, so optimistic (most papers); none: the last epoch
     looks: tuple[tuple[int, float], ...]  # (epochs trained, accuracy there), ascending, the last epoch included
     train_seconds: float  # without the looks
+    krr: float | None = None  # of a ridge regression on the last features and the label vectors, with loss=mse
 
 
 def train_student(
@@ -105,13 +110,41 @@ def train_student(
         checkpoint=checkpoint,
     )
     last = score(fitted.net, test)
+    krr = None
+    if config.loss == "mse" and isinstance(soft_labels, Tensor):
+        krr = krr_accuracy(fitted.net, images.to(device), soft_labels.to(device), test, pixels=pixels)
     if watch is None:
-        return StudentResult(last, last, config.epochs, "none", (), fitted.seconds)
+        return StudentResult(last, last, config.epochs, "none", (), fitted.seconds, krr)
     best_epoch, best = max(fitted.looks, key=lambda t: t[1])
     if config.select == "validation":
         fitted.net.load_state_dict(fitted.best_state)
         best = last if best_epoch == config.epochs else score(fitted.net, test)
-    return StudentResult(last, best, best_epoch, config.select, fitted.looks, fitted.seconds)
+    return StudentResult(last, best, best_epoch, config.select, fitted.looks, fitted.seconds, krr)
+
+
+@torch.no_grad()
+def krr_accuracy(
+    net: nn.Module, images: Tensor, targets: Tensor, test: tuple[Tensor, Tensor], *, pixels: Pixels
+) -> float:
+    """FRePo's second predictor: kernel ridge regression on a network's last features, with the distilled set as
+    support; the share of test images whose largest prediction is their class.
+
+    Args:
+        images: (N, 3, S, S) on the network's device, uint8 or float.
+        targets: (N, C) regression labels.
+        test: images and labels.
+    """
+    with evaluation_mode(net), head_inputs(net) as seen:
+
+        def features(x: Tensor) -> Tensor:
+            seen.clear()
+            net(pixels(x.to(images.device)))
+            return seen.pop().flatten(1).float()
+
+        support = torch.cat([features(x) for x in images.split(KRR_BATCH)])
+        solution = solve_ridge(support, targets)
+        classes = [predict(solution, support, features(x)).argmax(1).cpu() for x in test[0].split(KRR_BATCH)]
+    return float((torch.cat(classes) == test[1].cpu()).double().mean())
 
 
 # --- the door -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_kl
+from torch import nn
 
 from dq.config.overrides import apply_settings
 from dq.config.protocols import student_config
@@ -19,8 +20,9 @@ from dq.core.errors import InputError
 from dq.data import augment as aug
 from dq.distilled.external import bare_set
 from dq.evaluation.evaluate import evaluate
-from dq.evaluation.student import check_label_kind, regression_labels
-from dq.networks.training import image_losses, learning_rate
+from dq.evaluation.results import tables_text, to_csv
+from dq.evaluation.student import check_label_kind, krr_accuracy, regression_labels
+from dq.networks.training import Pixels, image_losses, learning_rate
 
 
 def protocol(ipc: int | str, classes: int = 10, side: int = 32, **own: Any) -> StudentConfig:
@@ -123,6 +125,23 @@ def test_regression_labels_are_refused_by_a_cross_entropy_student() -> None:
         dataclasses.replace(labelled("regression"), soft_labels=broken)
 
 
+def test_ridge_regression_on_features_predicts_what_the_formula_does() -> None:
+    g = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 3))
+    x, y = torch.rand(5, 3, 4, 4, generator=g), torch.randn(5, 3, generator=g)
+    queries = torch.rand(40, 3, 4, 4, generator=g)
+    pixels: Pixels = lambda v: v.float()  # noqa: E731
+    f, q = (net[:3](v).double().detach() for v in (x, queries))
+    a = f @ f.T + 1e-6 * f.square().sum() / 5 * torch.eye(5, dtype=torch.float64)
+    expected = (q @ f.T @ torch.linalg.solve(a, y.double())).argmax(1)
+    assert krr_accuracy(net, x, y, (queries, expected), pixels=pixels) == 1
+    assert krr_accuracy(net, x, y, (queries, (expected + 1) % 3), pixels=pixels) == 0
+
+
+def test_a_table_of_rows_with_and_without_a_second_predictor_is_whole() -> None:
+    assert to_csv([{"set": "a"}, {"set": "b", "krr_mean": 0.5}]) == "set,krr_mean\na,\nb,0.5\n"
+
+
 def distilled(toy_source: Any, accelerator: Any, out: Path) -> Any:
     from dq.run.distill import DistillPipeline
 
@@ -149,8 +168,11 @@ def test_a_learned_set_and_random_images_are_scored_without_a_teacher(
     rows = evaluate(s, toy_source, **settings, output_dir=tmp_path / "scores").rows
     assert {r.set for r in rows} == {"set", "random"}
     assert all("squared error" in r.settings and "ZCA of FRePo" in r.settings for r in rows)
+    assert all(len(r.krr) == 1 and 0 <= r.krr[0] <= 1 and "krr_mean" in r.record() for r in rows)
+    assert "In parentheses: kernel ridge regression" in tables_text(list(rows))
     rows = evaluate(s, toy_source, **{**settings, "protocol": "classic"}, output_dir=tmp_path / "classic").rows
     assert {r.labels for r in rows} == {"hard"}
+    assert all(r.krr == () and "krr_mean" not in r.record() for r in rows)
     # the same set on images of another brightness
     from dq.data.load import load_source
 
