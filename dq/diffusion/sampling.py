@@ -118,12 +118,28 @@ def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.devi
 
     A learned variance, which a model gives beside its prediction, is not handed over: steps use the scheduler's fixed
     one.
+
+    Raises:
+        InputError: for more steps than the model was trained for, or a number that this scheduler has no grid of.
     """
+    trained = scheduler.config.get("num_train_timesteps")
+    if trained is not None and num_inference_steps > trained and not is_flow(scheduler):  # steps would come twice
+        raise InputError(
+            f"num_inference_steps={num_inference_steps} is more than the {trained} steps that the model was trained "
+            f"for; set generate.num_inference_steps to at most {trained}"
+        )
     known = inspect.signature(type(scheduler).__init__).parameters
     learned = "variance_type" in known and str(scheduler.config.get("variance_type")).startswith("learned")
     changed = {"variance_type": known["variance_type"].default} if learned else {}
     new = type(scheduler).from_config(scheduler.config, **changed)
-    new.set_timesteps(num_inference_steps, device=device)
+    try:
+        new.set_timesteps(num_inference_steps, device=device)
+    except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(
+            f"{type(new).__name__} has no grid of {num_inference_steps} steps ({reason}); set another "
+            "generate.num_inference_steps or generate.scheduler"
+        ) from e
     return new
 
 

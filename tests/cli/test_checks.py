@@ -80,6 +80,17 @@ CASES = {
     "two starts": ("run", wrong("generate.strength=0.5"), "give exactly one of generate.snr and generate.strength"),
     "no start": ("run", wrong("generate.snr=null"), "give exactly one of generate.snr and generate.strength"),
     "no step": ("run", (*DIT, "generate.snr=null", "generate.strength=0.1"), "is no step at all"),
+    "more steps than trained": ("run", wrong("generate.num_inference_steps=2000"), "more than the 1000 steps that"),
+    "more steps, Euler": (
+        "run",
+        (*DIT[:2], "generate.scheduler=EulerDiscreteScheduler", "generate.num_inference_steps=1001"),
+        "more than the 1000 steps that",
+    ),
+    "steps in a report": (
+        "prior-report",
+        ("generate.model=WORLD/dit", "teachers=[TEACHER]", "generate.num_inference_steps=2000"),
+        "more than the 1000 steps that",
+    ),
     "inversion": (
         "run",
         (*DIT, "generate.noise=inversion", "generate.scheduler=DDPMScheduler"),

@@ -456,3 +456,22 @@ def test_no_mode_guidance_is_the_same_functions() -> None:
     moved = toward(steps, scheduler, start, torch.ones(1), share=0.1, stop=0.5)
     changed = [i for i, (a, b) in enumerate(zip(steps, moved)) if a is not b]
     assert changed == list(range(start.index, start.index + round(0.5 * start.calls)))
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "message"),
+    [
+        ("DDIMScheduler", 1001, "more than the 1000 steps that the model was trained for"),
+        ("EulerDiscreteScheduler", 1001, "more than the 1000 steps that the model was trained for"),
+        ("LCMScheduler", 60, "LCMScheduler has no grid of 60 steps"),  # 50 by its own settings
+        ("DDIMScheduler", 1000, None),
+        ("FlowMatchEulerDiscreteScheduler", 1001, None),  # its time is continuous
+    ],
+)
+def test_numbers_of_steps_without_a_grid_are_refused(name: str, steps: int, message: str | None) -> None:
+    scheduler = getattr(diffusers, name)()
+    if message is None:
+        assert len(fresh_scheduler(scheduler, steps).timesteps) == steps
+        return
+    with pytest.raises(InputError, match=message):
+        fresh_scheduler(scheduler, steps)
