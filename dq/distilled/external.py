@@ -243,16 +243,16 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
     if normalized != bool({"mean", "std"} & set(found)):
         raise InputError(f"{path} has one of mean and std; images that are normalised need both")
     if normalized:
-        if images.dtype == torch.uint8:
-            raise InputError(f"images of {path} are uint8, which no mean and std were taken from; leave these out")
-        if not (torch.isfinite(found["std"].float()).all() and (found["std"] > 0).all()):
-            raise InputError(f"std of {path} must be positive, not {found['std'].tolist()}")
         shapes = [tuple(found[k].shape) for k in ("mean", "std")]
         if images.ndim != 4 or shapes != [(images.shape[1],)] * 2:
             raise InputError(
                 f"mean and std of {path} must be (3,) beside images (N, 3, H, W), not {shapes[0]} and {shapes[1]} "
                 f"beside {tuple(images.shape)}"
             )
+        if images.dtype == torch.uint8:
+            raise InputError(f"images of {path} are uint8, which no mean and std were taken from; leave these out")
+        if not (torch.isfinite(found["std"].float()).all() and (found["std"] > 0).all()):
+            raise InputError(f"std of {path} must be positive, not {found['std'].tolist()}")
         images = images * found["std"].float().view(1, -1, 1, 1) + found["mean"].float().view(1, -1, 1, 1)
     labels = found["labels"]
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch hardly computes with

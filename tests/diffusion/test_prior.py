@@ -635,8 +635,14 @@ def test_impossible_settings_are_named(made, toy_source, accelerator, tmp_path, 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainCodecConfig(dtype="float16"), "dtype must be one of 'float32', 'bfloat16', not 'float16'"),
-        (lambda: TrainDenoiserConfig(dtype="float16"), "dtype must be one of 'float32', 'bfloat16', not 'float16'"),
+        (
+            lambda: TrainCodecConfig(dtype="float16"),
+            "must be one of 'auto', 'float32', 'bfloat16', not 'float16'",
+        ),
+        (
+            lambda: TrainDenoiserConfig(dtype="float16"),
+            "must be one of 'auto', 'float32', 'bfloat16', not 'float16'",
+        ),
         (lambda: TrainCodecConfig(ema=1.0), r"ema must be a decay in \[0, 1\), not 1.0"),
         (lambda: TrainCodecConfig(ema=-0.1), "ema must be at least 0"),
         (lambda: TrainDenoiserConfig(ema=(0.9, 1.0)), r"ema must list decays in \[0, 1\), not \[0.9, 1.0\]"),

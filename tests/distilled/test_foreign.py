@@ -856,5 +856,6 @@ def test_label_kind_is_stated_on_the_command_line(tmp_path: Path, capsys: pytest
     command += ["--seeds", "1", "--student", "convnet3w32", "--output_dir", str(tmp_path / "out"), "--cpu"]
     command += ["--baselines", "random", "--protocol", "classic", "--dry-run"]
     assert main(command) == 2
-    assert "state label_kind (--label_kind): probabilities, logits or regression" in capsys.readouterr().err
+    way_out = "state label_kind (--label_kind): probabilities (rows sum to 1), logits or regression"
+    assert way_out in capsys.readouterr().err
     assert main([*command, "--label_kind", "probabilities"]) == 0
