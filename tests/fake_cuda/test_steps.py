@@ -66,7 +66,7 @@ def assert_within(log: DeviceLog, work: Callable[[int], Any], few: int, many: in
 )
 def test_a_step_of_a_student(device_log: DeviceLog, changes: dict[str, Any], budget: Counts) -> None:
     base = {"net": "convnet3w32", "epochs": 1, "batch_size": 4, "augment": "none", "schedule": "constant", "tests": 1}
-    config = StudentConfig(**{**base, **changes})
+    config = StudentConfig(**{**base, "dtype": "float32", **changes})
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(40) % 4
 
@@ -86,7 +86,7 @@ def test_a_step_of_a_student(device_log: DeviceLog, changes: dict[str, Any], bud
 @pytest.mark.parametrize(
     ("changes", "budget"),
     [
-        ({}, Counts(launches=176, waits=0, to_device=1, to_host=0)),
+        ({"dtype": "float32"}, Counts(launches=176, waits=0, to_device=1, to_host=0)),
         ({"dtype": "bfloat16"}, Counts(launches=194, waits=0, to_device=1, to_host=0)),
         ({"dtype": "float16"}, Counts(launches=204, waits=2, to_device=1, to_host=0)),
     ],
@@ -108,30 +108,44 @@ def test_a_step_of_fadrm(device_log: DeviceLog, changes: dict[str, Any], budget:
 
 
 @pytest.mark.slow  # samples are drawn at its end
-def test_a_step_of_the_denoiser(device_log: DeviceLog, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "budget"),
+    [
+        ("float32", Counts(launches=210, waits=0, to_device=4, to_host=0)),
+        ("bfloat16", Counts(launches=303, waits=0, to_device=4, to_host=0)),
+    ],
+)
+def test_a_step_of_the_denoiser(device_log: DeviceLog, dtype: str, budget: Counts, tmp_path: Path) -> None:
     source = load_source(toy_splits(), class_names=list(NAMES))
     codec = tiny_kl().to(DEVICE)
     cache = encoded(source, tmp_path / "cache", codec)
     accelerator = make_accelerator()
 
     def work(steps: int) -> None:
-        changes = {"steps": steps, "save_every": 100, "batch_size": 8, "ema": (0.9,)}
+        changes = {"steps": steps, "save_every": 100, "batch_size": 8, "ema": (0.9,), "dtype": dtype}
         prior = prior_in(tmp_path / f"prior{steps}", denoiser=changes)
         train_denoiser(cache, codec, prior, class_names=NAMES, accelerator=accelerator)
 
-    assert_within(device_log, work, 2, 6, Counts(launches=210, waits=0, to_device=4, to_host=0))
+    assert_within(device_log, work, 2, 6, budget)
 
 
 @pytest.mark.slow  # images are decoded at its end
-def test_a_step_of_the_codec(device_log: DeviceLog, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "budget"),
+    [
+        ("float32", Counts(launches=371, waits=0, to_device=2, to_host=0)),
+        ("bfloat16", Counts(launches=662, waits=0, to_device=2, to_host=0)),
+    ],
+)
+def test_a_step_of_the_codec(device_log: DeviceLog, dtype: str, budget: Counts, tmp_path: Path) -> None:
     source = load_source(toy_splits(), class_names=list(NAMES))
     accelerator = make_accelerator()
 
     def work(steps: int) -> None:
-        changes = {"steps": steps, "save_every": 100, "batch_size": 8}
+        changes = {"steps": steps, "save_every": 100, "batch_size": 8, "dtype": dtype}
         train_codec(source, CODEC, prior_in(tmp_path / f"prior{steps}", codec=changes), accelerator=accelerator)
 
-    assert_within(device_log, work, 2, 6, Counts(launches=371, waits=0, to_device=2, to_host=0))
+    assert_within(device_log, work, 2, 6, budget)
 
 
 @pytest.mark.parametrize(
