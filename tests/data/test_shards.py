@@ -129,7 +129,9 @@ def test_nothing_is_copied_and_a_tar_is_scanned_once(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "datasets").rglob("*.arrow"))
     scanned: list[str] = []
     real = shards._members
-    monkeypatch.setattr(shards, "_members", lambda f, shard: scanned.append(shard.name) or real(f, shard))
+    monkeypatch.setattr(
+        shards, "_members", lambda f, shard, *rest: scanned.append(shard.name) or real(f, shard, *rest)
+    )
     folder = tars(tmp_path / "tars")
     first, second = streamed(folder), streamed(folder)
     assert sorted(scanned) == ["test-0000.tar", "test-0001.tar", "train-0000.tar", "train-0001.tar"]

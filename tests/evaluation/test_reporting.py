@@ -363,7 +363,7 @@ def test_settings_line_names_every_setting() -> None:
 
 
 def test_settings_line_can_be_read() -> None:
-    line = settings_line(StudentConfig(labels="fixed", temperature=4.0, epochs=7))
+    line = settings_line(StudentConfig(labels="fixed", temperature=4.0, epochs=7, dtype="float32"))
     for part in (
         "7 epochs",
         "batch 256",

@@ -34,14 +34,9 @@ MIN_SNR = 5.0  # gamma
 SHOWN_CLASSES, SHOWN_COLUMNS, SHOWN_STEPS, SHOWN_GUIDANCE = 20, 8, 20, 2.0
 # layers, heads, width of a head. S to XL are those of Peebles & Xie (2023, table 1).
 SIZES: dict[str, tuple[int, int, int]] = {
-    "3M": (4, 3, 64),
-    "8M": (6, 4, 64),
-    "18M": (6, 6, 64),
-    "S": (12, 6, 64),
-    "B": (12, 12, 64),
-    "L": (24, 16, 64),
-    "XL": (28, 16, 72),
-}
+    "3M": (4, 3, 64), "8M": (6, 4, 64), "18M": (6, 6, 64),
+    "S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72),
+}  # fmt: skip
 
 
 def train_denoiser(
