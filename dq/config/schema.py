@@ -36,6 +36,8 @@ class SourceConfig(Checked):
     # rows are read where they lie, on disk or on the Hub; nothing is copied. For Parquet files and WebDataset tars
     streaming: bool = False
     on_bad_image: Literal["raise", "skip"] = "raise"
+    # class folders that all hold the same folders: raise, or join the images of each (class/front, class/back)
+    nested: Literal["raise", "join"] = "raise"
     preprocess: Literal["squash", "crop", "pad"] = "crop"  # how an image becomes a square
     image_size: int | None = None  # side in px of distilled and test images; None: codec.resolution
 

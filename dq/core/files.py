@@ -36,6 +36,8 @@ def as_path(value: Any, name: str) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise InputError(f"{name} is a path, not {value!r}")
     path = Path(value)
+    if "\0" in str(path) or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise InputError(f"{name} is no possible path: {str(path)[:60]!r}...; shorten it")
     return path.expanduser() if str(path).startswith("~/") else path
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,11 @@ from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.text import first_line
 from dq.data.image_folder import walk
+from dq.data.images import IMAGE_SUFFIXES
 from dq.data.left_out import LeftOut
 from dq.data.source import (
+    TEST_SPLITS,
+    TRAIN_SPLITS,
     ImageSource,
     Split,
     _hash_files,
@@ -53,18 +57,19 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     with opening(config.path):
         builder = open_builder(config, cache_dir=own_cache)
         left_out = tables_outside(builder, config)
-        if (
-            left_out
-            and config.train_split == "train"
-            and not match_split("train", [str(s) for s in builder.config.data_files or {}])
-        ):
+        if left_out and match_split(config.train_split, [str(s) for s in builder.config.data_files or {}]) is None:
             raise InputError(
-                f"{config.path} has no split 'train': {left_out}; call the files train-*.parquet and test-*.parquet, "
-                "or name the train split with --set source.train_split=NAME"
+                f"{config.path} has no split {config.train_split!r}: {left_out}; call the files train-*.parquet and "
+                "test-*.parquet, or name the train split with --set source.train_split=NAME"
             )
-        left_out.warn(config.path)
         builder.download_and_prepare()
-        loaded = builder.as_dataset()
+        loaded = {}
+        for split, facts in builder.info.splits.items():
+            if facts.num_examples:
+                loaded[str(split)] = builder.as_dataset(split=split)
+            else:
+                left_out.add("splits without a row", split)
+    left_out.warn(config.path)
     train, _ = choose_splits(list(loaded), config)
     features = loaded[train].features
     image_column = choose_column("image", config.image_column, features, config.path)
@@ -84,11 +89,14 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         raise InputError(f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label")
     if isinstance(feature, ClassLabel):
         names: tuple[str, ...] | None = tuple(feature.names)
+        _check_declared_names(builder, label_column, feature.names, config.path)
         if test and getattr(loaded[test].features[label_column], "names", None) != feature.names:
             raise InputError(f"splits {train!r} and {test!r} of {config.path} name their classes differently")
     else:
         names = None
     names, numbers = number_labels({s: np.asarray(raw_labels[s]) for s in keep}, names, config.path)
+    if local and type(builder).__module__.endswith("imagefolder"):
+        _check_named_images(loaded, image_column, config)
     splits = {}
     folder = Path(config.path) if local else None
     for s in keep:
@@ -103,11 +111,59 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         splits[s] = Split(numbers[s], read, s, _column_reader(loaded[s]))
     if not local:
         info = loaded[train].info
-        h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{loaded.num_rows}".encode())
+        counts = {s: rows.num_rows for s, rows in loaded.items()}
+        h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{counts}".encode())
         for split in splits.values():
             h.update(split.labels.tobytes())
     h.update(f"{image_column}|{label_column}".encode())
     return checked_source(splits, names, h, config.path, train, test)
+
+
+def _check_named_images(loaded: dict[str, Any], column: str, config: SourceConfig) -> None:
+    """Compare the rows of an image folder's table with the images that lie there: warn of images without a row, refuse
+    rows without an image."""
+    import datasets
+
+    named = set()
+    for rows in loaded.values():
+        cells = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
+        named |= {os.path.abspath(cell["path"]) for cell in cells[column].to_pylist() if cell and cell["path"]}
+    left_out = LeftOut()
+    for f in walk(Path(os.path.abspath(config.path)), LeftOut()):
+        if f.suffix.lower() in IMAGE_SUFFIXES and str(f) not in named:
+            left_out.add("images without a row in the table", f)
+    for f in sorted(named):
+        if not os.path.exists(f):
+            left_out.add("rows whose image is not there", f)
+            if config.on_bad_image == "raise":
+                raise InputError(
+                    f"{f} is named in the table of {config.path} and is not there; restore it, or set it aside with "
+                    "--set source.on_bad_image=skip"
+                )
+    left_out.warn(config.path)
+
+
+def _check_declared_names(builder: Any, column: str, names: list[str], path: str) -> None:
+    """Refuse local Parquet files that name their classes in another order than the first: `datasets` casts the labels
+    of all to its names, by number."""
+    import pyarrow.parquet as pq
+
+    for files in (builder.config.data_files or {}).values():
+        for f in map(str, files):
+            if f.endswith(".parquet") and os.path.isfile(f):
+                declared = declared_names(pq.read_schema(f), column)
+                if declared is not None and declared != names:
+                    raise InputError(
+                        f"files of {path} name their classes differently ({f}); write them with one order"
+                    )
+
+
+def declared_names(schema: Any, column: str) -> list[str] | None:
+    """Class names of a column that the schema of a Parquet file declares; None if it declares none."""
+    import datasets
+
+    feature = datasets.Features.from_arrow_schema(schema).get(column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 @contextlib.contextmanager
@@ -120,6 +176,11 @@ def opening(path: str) -> Iterator[None]:
     except InputError:
         raise
     except (*UNOPENED, yaml.YAMLError, datasets.exceptions.DatasetsError) as e:
+        if "Config name is missing" in str(e):
+            names = re.findall(r"available configs: (.*)", str(e))
+            raise InputError(
+                f"{path} has several configurations ({'; '.join(names)[:200]}); name one with --set source.name=NAME"
+            ) from e
         kind = "folder" if Path(path).is_dir() else "Hub data set (and there is no such local folder)"
         raise InputError(f"{path} cannot be opened as a {kind}: {first_line(e)}") from e
 
@@ -136,14 +197,52 @@ def open_builder(config: SourceConfig, cache_dir: str | None = None) -> Any:
     root = Path(os.path.abspath(config.path))  # `datasets` takes "." and "../x" for Hub ids
     builder = load_dataset_builder(str(root), config.name, cache_dir=cache_dir)
     check_files(builder, str(root))
-    own = {str(f) for f in walk(root, LeftOut())}
-    files = {s: list(map(str, names)) for s, names in (builder.config.data_files or {}).items()}
-    kept = {s: [f for f in names if f in own] for s, names in files.items()}
+    own = [str(f) for f in walk(root, LeftOut())]
+    _check_shards(own)
+    files = {str(s): list(map(str, names)) for s, names in (builder.config.data_files or {}).items()}
+    kept = _splits_in_any_case(root, own, files) or {
+        s: [f for f in names if f in set(own)] for s, names in files.items()
+    }
     if kept == files or not any(kept.values()):
         return builder
     kept = {s: names for s, names in kept.items() if names}
     kind = type(builder).__module__.rpartition(".")[2]
     return load_dataset_builder(kind, data_files=kept, cache_dir=cache_dir)
+
+
+def _check_shards(files: list[str]) -> None:
+    """Refuse a set of files NAME-00000-of-00003.parquet of which one is missing."""
+    seen: dict[tuple[str, int, str], set[int]] = {}
+    for f in files:
+        if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", f):
+            seen.setdefault((shard[1], int(shard[3]), shard[4]), set()).add(int(shard[2]))
+    for (name, count, suffix), numbers in seen.items():
+        if missing := sorted(set(range(count)) - numbers):
+            raise InputError(f"{name}-{missing[0]:05d}-of-{count:05d}{suffix} is missing; get the file again")
+
+
+def _splits_in_any_case(root: Path, own: list[str], files: dict[str, list[str]]) -> dict[str, list[str]] | None:
+    """Files by split where their names have a split in capitals, which `datasets` does not see; None: they have not,
+    or a card says which files belong to which split."""
+    card = root / "README.md"
+    if card.is_file() and "data_files" in card.read_text(errors="replace"):
+        return None
+    kinds = {Path(f).suffix for names in files.values() for f in names}
+    names = {"train": TRAIN_SPLITS, "validation": ("validation", "valid", "val", "dev"), "test": TEST_SPLITS}
+    canonical = {word: split for split in ("test", "validation", "train") for word in names[split]}
+    given = {f: s for s, fs in files.items() for f in fs}
+    kept: dict[str, list[str]] = {}
+    capitals = False
+    for f in own:
+        if Path(f).suffix not in kinds:
+            continue
+        parts = Path(f).relative_to(root).parts
+        words = [w for part in parts for w in re.split(r"[-._ 0-9]+", part) if w.casefold() in canonical]
+        if words:
+            split = canonical[words[0].casefold()]
+            capitals |= words[0] != words[0].casefold() and given.get(f) != split
+            kept.setdefault(split, []).append(f)
+    return kept if capitals else None
 
 
 def tables_outside(builder: Any, config: SourceConfig) -> LeftOut:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ from dq.data.source import (
     normalize_name,
     test_candidates,
 )
+
+log = logging.getLogger("dq")
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # tables of `datasets`' image folders
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".xlsx")
@@ -164,37 +167,60 @@ def _split_folders(root: Path, config: SourceConfig) -> dict[str, Path]:
             )
         return {}
     classes = _subfolders(splits[train])
-    if not classes and len(splits) == len(folders) > 1:
+    if not classes and len(splits) == len(folders):
         raise InputError(
-            f"the folders {', '.join(map(printable, splits))} of {printable(root)} hold no class folders; sort their "
-            "images into folders by class, or put a metadata.csv with the columns file_name and label beside them"
+            f"{', '.join(map(printable, splits))} of {printable(root)} holds no class folders; sort images into "
+            f"folders by class, or put a metadata.csv with columns file_name and label into each{_table_hint(root)}"
         )
-    if not classes or (len(classes) == 1 and len(splits) < len(folders)):
+    if not classes or (
+        len(classes) == 1 and len(splits) < len(folders) and _unwrapped(splits[train]) == splits[train]
+    ):
         return {}
     return splits
 
 
-def _check_class_folders(folder: Path, classes: list[Path], root: Path) -> None:
+def _check_class_folders(folder: Path, classes: list[Path], root: Path, nested: str) -> None:
     """Refuse folders that stand for something else than classes."""
-    inside = [{d.name for d in _subfolders(c)} for c in classes]
-    splits = [c for c, names in zip(classes, inside) if match_split("train", sorted(names))]
+    inside = {c: {d.name for d in _subfolders(c)} for c in classes}
+    splits = [c for c in classes if match_split("train", sorted(inside[c]))]
     if splits:
         raise InputError(
             f"{printable(folder)} holds no class folders but {printable(splits[0].name)} with splits inside; "
             f"give {printable(splits[0])}, or put the splits above the classes"
         )
-    if len(classes) == 1 and len(inside[0]) > 1:
+    if nested == "join":
+        return
+    if len(classes) == 1 and len(inside[classes[0]]) > 1:
         raise InputError(
-            f"{printable(folder)} holds one folder, {printable(classes[0].name)}, with {len(inside[0])} folders "
-            f"inside; if these are the classes, give {printable(classes[0])}"
+            f"{printable(folder)} holds one folder, {printable(classes[0].name)}, with {len(inside[classes[0]])} "
+            f"folders; if these are the classes, give {printable(classes[0])}; if they are parts of one class, set "
+            "source.nested=join"
         )
-    if len(classes) > 1 and len(inside[0]) > 1 and all(names == inside[0] for names in inside):
-        names = ", ".join(map(printable, sorted(inside[0])[:4]))
-        raise InputError(
-            f"the folders {', '.join(printable(c.name) for c in classes[:4])} of {printable(folder)} all hold the "
-            f"same folders {names}, which look like the classes; give one of the first as the data, or name the train "
-            "split with --set source.train_split=NAME"
-        )
+    deep = {c: frozenset(leaf for d in _subfolders(c) for leaf in _leaves(d)) for c in classes if inside[c]}
+    for leaves in deep.values():
+        alike = [c for c in deep if deep[c] == leaves]
+        if len(leaves) > 1 and len(alike) > 1:
+            names = ", ".join(map(printable, sorted(leaves)[:4]))
+            raise InputError(
+                f"the folders {', '.join(printable(c.name) for c in alike[:4])} of {printable(folder)} all hold the "
+                f"same folders {names}; if these are the classes, give one of the first as the data, or name the "
+                "splits with --set source.train_split=NAME source.test_split=NAME; if they are parts of every class, "
+                "set source.nested=join"
+            )
+
+
+def _leaves(folder: Path) -> set[str]:
+    """Names of the lowest folders at and below a folder."""
+    below = [leaf for d in _subfolders(folder) if not d.is_symlink() for leaf in _leaves(d)]
+    return set(below) or {folder.name}
+
+
+def _unwrapped(folder: Path) -> Path:
+    """The folder itself, or the only one in it if that holds the class folders (train/train/CLASS)."""
+    entries = [e for e in list_folder(folder) if e.name[0] != "." and e.name.lower() not in LITTER]
+    if len(entries) == 1 and entries[0].is_dir() and len(_subfolders(Path(entries[0].path))) > 1:
+        return _unwrapped(Path(entries[0].path))
+    return folder
 
 
 def _class_name(folder: Path) -> str:
@@ -222,7 +248,7 @@ def _read_split(
             left_out.add("tables beside class folders", path)
     classes = _subfolders(folder)
     if train:
-        _check_class_folders(folder, classes, root)
+        _check_class_folders(folder, classes, root, config.nested)
     images: dict[str, list[Path]] = {}
     for c in classes:
         name = _class_name(c)
@@ -250,24 +276,32 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
         for other in _subfolders(root):
             if other.name not in split_folders:
                 left_out.add("folders beside the splits", other)
+        split_folders = {s: _unwrapped(d) for s, d in split_folders.items()}
         usable = [s for s, d in split_folders.items() if any(walk(d, LeftOut()))]
         for s in split_folders:
             if s not in usable:
                 left_out.add("empty folders of a split", split_folders[s])
         train, test = choose_splits(usable, config)
         test = _with_train_classes(usable, train, test, split_folders, config, left_out)
+        for s in usable:
+            if s.casefold() in TRAIN_SPLITS and s not in (train, test):
+                left_out.add("other train splits", split_folders[s])
     else:
         split_folders = {config.train_split: root}
         train, test = choose_splits([config.train_split], config)
     wanted = [train, test] if test else [train]
     files = {s: _read_split(split_folders[s], root, config, left_out, train=s == train) for s in wanted}
     if not files[train]:
-        _refuse_without_classes(root, split_folders[train])
+        _refuse_without_classes(root)
     names = tuple(_class_order(set(files[train])))
     index = {n: i for i, n in enumerate(names)}
     if test:
         _check_test_classes(files[test], index, test, root, left_out)
     left_out.warn(str(root))
+    if len(names) == 1:
+        log.warning(
+            "%s holds one class only, %r; images of several classes lie in a folder each", printable(root), names[0]
+        )
     splits = {}
     h = hashlib.blake2b(digest_size=8)
     for s, classes in files.items():
@@ -293,17 +327,30 @@ def _with_train_classes(
     return test
 
 
-def _refuse_without_classes(root: Path, folder: Path) -> None:
-    table = next((e.name for e in list_folder(folder) if Path(e.name).suffix.lower() in TABLES), None)
-    hint = (
-        f"; labels in the table {printable(table)} are read if it is called metadata.csv and has the columns "
-        "file_name and label"
-        if table
-        else ""
-    )
+def _table_hint(root: Path) -> str:
+    """How the labels in a table that lies in a folder without class folders can be read."""
+    places = [root, *_subfolders(root)]
+    tables = [p / e.name for p in places for e in list_folder(p) if Path(e.name).suffix.lower() in TABLES]
+    for table in tables:
+        if table.name in METADATA:
+            return (
+                f"; the table {printable(table)} has the columns {', '.join(_columns(table)[:8])}: name that of the "
+                "labels with --set source.label_column=NAME"
+            )
+    if tables:
+        return (
+            f"; labels in the table {printable(tables[0])} are read if it is called metadata.csv and has the columns "
+            "file_name and label"
+        )
+    if any(Path(e.name).suffix.lower() == ".tar" for p in places for e in list_folder(p)):
+        return "; WebDataset tars are read with --set source.streaming=true"
+    return ""
+
+
+def _refuse_without_classes(root: Path) -> None:
     raise InputError(
         f"{printable(root)} holds no images in class folders; expected {printable(root)}/train/CLASS/*.png or "
-        f"{printable(root)}/CLASS/*.png{hint}"
+        f"{printable(root)}/CLASS/*.png{_table_hint(root)}"
     )
 
 

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from dq.config.reader import from_dict, to_dict
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
+from dq.core.files import as_path
 from dq.data.hf_datasets import _from_datasets
 from dq.data.image_folder import _from_image_folder, has_label_table, has_tables
 from dq.data.source import ImageSource, Preprocess
 from dq.data.streaming import open_shards
 from dq.data.tensors import Arrays, _digits, from_tensors
 
+OF_TABLES = ("name", "revision", "train_split", "test_split", "image_column", "label_column", "streaming")
 Loadable = str | Path | SourceConfig | ImageSource | Arrays | Mapping[str, Arrays]
 
 
@@ -61,6 +63,8 @@ def load_source(
         raise InputError(
             f"a source is a path, a Hub id, a pair (images, labels) or a SourceConfig, not {type(source).__name__}"
         )
+    if class_names is not None:
+        raise InputError("class_names is for tensors; a data set on disk or on the Hub has names of its own")
     base = to_dict(source) if isinstance(source, SourceConfig) else {"path": os.fspath(source)}
     config = from_dict(SourceConfig, {**base, **reading, **options})
     return dataclasses.replace(_open(config), preprocess=config.preprocess, on_bad_image=config.on_bad_image)
@@ -70,10 +74,14 @@ def _open(config: SourceConfig) -> ImageSource:
     if not config.path:
         raise InputError("no data set is named; give one with --data or source.path")
     if config.path == "sklearn:digits":
+        plain = SourceConfig()
+        ignored = [f for f in OF_TABLES if getattr(config, f) != getattr(plain, f)]
+        if ignored:
+            raise InputError(f"sklearn:digits has no source.{ignored[0]}; leave it out")
         return _digits()
     if config.path.startswith("~/"):
         config = dataclasses.replace(config, path=os.path.expanduser(config.path))
-    folder = Path(config.path)
+    folder = as_path(config.path, "source.path")
     if folder.is_dir():
         if config.streaming:
             return open_shards(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +192,7 @@ def as_names(names: object) -> tuple[str, ...]:
     Raises:
         InputError: if they are not a sequence.
     """
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
         raise InputError(f"class_names is a list of names in the order of the classes, not {names!r}")
     return tuple(normalize_name(str(n)) for n in names)
 
@@ -210,6 +210,13 @@ def number_labels(
             s: labels.astype(np.int64) for s, labels in raw.items()
         }
     values = {s: _plain_labels(labels, origin) for s, labels in raw.items()}
+    for s, x in values.items():
+        missing = (x == "") if x.dtype.kind == "U" else (x < 0) if x.dtype.kind in "if" else np.zeros(1, bool)
+        if missing.any():
+            raise InputError(
+                f"{int(missing.sum())} rows of split {s!r} of {origin} have no label, the first is row "
+                f"{int(missing.argmax())}; drop them"
+            )
     text = [x for x in values.values() if x.dtype.kind == "U"]
     if 0 < len(text) < len(values):  # numbers in one split and text in another: a number is a number
         if not all(NUMBER.fullmatch(v) for x in text for v in np.unique(x).tolist()):
@@ -250,6 +257,8 @@ def _class_order(names: set[str]) -> list[str]:
     """Numeric order for names that are numbers (0, 1, ..., 10), else plain sorted order, as torchvision has it."""
     if all(NUMBER.fullmatch(n) for n in names):
         return sorted(names, key=lambda n: (int(n), n))
+    if all(re.fullmatch(r"[0-9]+\.?[0-9]*", n) for n in names):
+        return sorted(names, key=lambda n: (float(n), n))
     return sorted(names)
 
 

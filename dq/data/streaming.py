@@ -30,10 +30,18 @@ from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of
 from dq.core.text import first_line
-from dq.data.hf_datasets import UNOPENED, choose_column, labelled_split, open_builder, opening, tables_outside
+from dq.data.hf_datasets import (
+    UNOPENED,
+    choose_column,
+    declared_names,
+    labelled_split,
+    open_builder,
+    opening,
+    tables_outside,
+)
 from dq.data.images import IMAGE_SUFFIXES
 from dq.data.left_out import LeftOut
-from dq.data.source import ImageSource, Split, checked_source, choose_splits, number_labels
+from dq.data.source import ImageSource, Split, checked_source, choose_splits, match_split, number_labels
 
 TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once
 LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused
@@ -204,7 +212,18 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
             if features is None:
                 features = declared or datasets.Features.from_arrow_schema(file.schema_arrow)
                 image = choose_column("image", config.image_column, features, config.path)
-                column = choose_column("label", config.label_column, features, config.path)
+                try:
+                    column = choose_column("label", config.label_column, features, config.path)
+                except InputError:
+                    if match_split(config.train_split, [split]):
+                        raise
+                    return Opened(np.zeros(0, np.int64), None, np.zeros(1, np.int64), lambda block: [])
+            elif names_of := declared_names(file.schema_arrow, column):
+                first = features[column]
+                if isinstance(first, datasets.ClassLabel) and names_of != first.names:
+                    raise InputError(
+                        f"files of {config.path} name their classes differently ({shard.url}); give them one order"
+                    )
             for group in range(file.metadata.num_row_groups):
                 facts = file.metadata.row_group(group)
                 if facts.total_byte_size > LARGEST_BLOCK:
@@ -213,7 +232,9 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
                         f"read at once ({LARGEST_BLOCK >> 20} MiB); write the file with smaller row groups"
                     )
                 values = _read_group(file, group, column)
-                if values.null_count:
+                if values.null_count == len(values):
+                    values = pa.array(np.full(len(values), -1))  # a split without labels, or it is refused later
+                elif values.null_count:
                     raise InputError(f"column {column!r} of split {split!r} of {config.path} has rows without a label")
                 whole = pa.types.is_integer(values.type)
                 labels.append(values.cast(pa.int64()).to_numpy() if whole else np.asarray(values.to_pylist()))
@@ -269,6 +290,10 @@ def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: 
             with _naming(shard), _open(shard) as f:
                 left_out = LeftOut()
                 rows = list(_members(f, shard, left_out))
+                if left_out and not rows:
+                    raise InputError(
+                        f"{shard.url} has no row that is read: {left_out}; name its members KEY.jpg, KEY.cls"
+                    )
                 left_out.warn(shard.url)
             if len({type(r[2]) for r in rows}) > 1:
                 raise InputError(f"labels of {shard.url} are numbers in some rows and text in others; make them alike")
@@ -337,6 +362,8 @@ def _members(f: Any, shard: Shard, left_out: LeftOut) -> Iterator[tuple[int, int
             if image is not None:
                 raise InputError(f"{shard.url} has two images {name!r} of one key; give every row a key of its own")
             image = (member.offset_data, member.size)
+        elif f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+            left_out.add("images whose names have several dots", f"{name} in {shard.name}")
         elif suffix in ("cls", "json"):
             data = tar.extractfile(member).read()  # type: ignore[union-attr]
             label = _label(data, suffix, name, shard) if label is None or suffix == "cls" else label
@@ -353,6 +380,8 @@ def _label(data: bytes, suffix: str, name: str, shard: Shard) -> int | str | Non
             return int(text) if text.lstrip("-").isdigit() else text
         record = json.loads(data)
         value = record.get("label", record.get("cls")) if isinstance(record, dict) else None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         return value if isinstance(value, int | str) and not isinstance(value, bool) else None
     except ValueError as e:
         raise InputError(f"the label {name!r} of {shard.url} cannot be read ({e}); leave the row out") from e

@@ -12,7 +12,16 @@ from torch import Tensor
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.data.left_out import LeftOut
-from dq.data.source import TEST_SPLITS, ImageSource, Split, as_names, checked_source, choose_splits
+from dq.data.source import (
+    TEST_SPLITS,
+    ImageSource,
+    Split,
+    as_names,
+    checked_source,
+    is_unlabelled,
+    match_split,
+    test_candidates,
+)
 
 
 def _digits() -> ImageSource:
@@ -39,12 +48,12 @@ def from_tensors(
 ) -> ImageSource:
     """A source over tensors in memory; see `load_source`."""
     pairs = source if isinstance(source, Mapping) else {"train": source}
-    if "train" not in pairs:
+    train = match_split("train", list(map(str, pairs)))
+    if train is None:
         raise InputError(f"tensors need a 'train' split, not only {', '.join(map(str, pairs))}")
-    _, test = choose_splits(list(map(str, pairs)), SourceConfig(path=origin))
     left_out = LeftOut()
     for name in pairs:
-        if name != "train" and str(name).casefold() not in TEST_SPLITS:
+        if name != train and str(name).casefold() not in TEST_SPLITS:
             left_out.add("splits that are neither train nor test", name)
     left_out.warn(origin)
     h = hashlib.blake2b(digest_size=8)
@@ -79,4 +88,9 @@ def from_tensors(
         h.update(splits[name].labels.tobytes())
     highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
     names = tuple(map(str, range(highest))) if class_names is None else as_names(class_names)
-    return checked_source(splits, names, h, origin, "train", test)
+    candidates = test_candidates(list(splits), train, SourceConfig(path=origin))
+    test = next((name for name in candidates if not is_unlabelled(splits[name].labels)), None)
+    if candidates and test is None:
+        raise InputError(f"split {candidates[0]!r} of tensors has no labels; leave it out")
+    splits = {name: splits[name] for name in (train, test) if name}
+    return checked_source(splits, names, h, origin, train, test)

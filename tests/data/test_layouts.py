@@ -80,7 +80,7 @@ def test_splits_are_known_in_any_case_and_by_their_usual_names(tmp_path: Path, t
             ("photo/cat", "photo/dog", "sketch/cat", "sketch/dog"),
             "photo, sketch .* all hold the same folders cat, dog",
         ),
-        (("train", "test"), "train.* hold no class folders; sort their images"),
+        (("train", "test"), "train.* holds no class folders; sort images"),
         (("test/kiwi", "val/kiwi"), "name it with --set source.train_split=NAME"),
     ],
 )
@@ -138,6 +138,93 @@ def test_an_unlabelled_test_split_gives_way_to_a_labelled_one(
         assert "split 'test' has no labels and is left out" in caplog.messages[-1]
     with pytest.raises(InputError, match="has no labels"):
         load_source(tmp_path, test_split="test")
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN/a", "TEST/a"), ("Training-0", "test-0")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_of_splits_in_capitals(tmp_path: Path, names: tuple[str, str], streaming: bool) -> None:
+    table(tmp_path / f"{names[0]}.parquet", [0, 1, 0, 1])
+    table(tmp_path / f"{names[1]}.parquet", [0, 1])
+    source = load_source(tmp_path, streaming=streaming)
+    assert (len(source.train), len(source.test)) == (4, 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_names_of_another_order_are_refused(tmp_path: Path, streaming: bool) -> None:
+    turned = datasets.ClassLabel(names=["out", "in"])
+    for other in ("test", "train-00001-of-00002"):
+        root = tmp_path / other
+        table(root / ("train.parquet" if other == "test" else "train-00000-of-00002.parquet"), [0, 1])
+        table(root / f"{other}.parquet", [0, 1], turned)
+        with pytest.raises(InputError, match="name their classes differently"):
+            load_source(root, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_shard_is_named(tmp_path: Path, streaming: bool) -> None:
+    for i in (0, 2):
+        table(tmp_path / f"train-{i:05d}-of-00003.parquet", [0, 1])
+    with pytest.raises(InputError, match=r"train-00001-of-00003\.parquet is missing"):
+        load_source(tmp_path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_test_split_without_labels_or_rows_is_passed_over(tmp_path: Path, streaming: bool) -> None:
+    table(tmp_path / "train.parquet", [0, 1, 0, 1])
+    table(tmp_path / "validation.parquet", [0, 1])
+    table(tmp_path / "test.parquet", [None, None])
+    assert load_source(tmp_path, streaming=streaming).test_name == "validation"
+    bare = datasets.Dataset.from_dict({"image": [cell()]}, features=datasets.Features({"image": datasets.Image()}))
+    if streaming:
+        bare.to_parquet(str(tmp_path / "test.parquet"))
+        assert load_source(tmp_path, streaming=True).test_name == "validation"
+    else:
+        table(tmp_path / "test.parquet", [])
+        assert load_source(tmp_path).test_name == "validation"
+
+
+def test_split_names_of_tensors(tmp_path: Path) -> None:
+    x, y = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
+    source = load_source({"Training": (x, y), "TEST": (x, y - 9), "val": (x, y)})
+    assert (source.train_name, source.test_name) == ("Training", "val")
+    with pytest.raises(InputError, match="split 'test' of tensors has no labels; leave it out"):
+        load_source({"train": (x, y), "test": (x, y - 9)})
+
+
+def test_domains_and_parts_of_classes(tmp_path: Path) -> None:
+    office = tree(tmp_path / "office", *(f"{d}/images/{c}" for d in ("amazon", "dslr") for c in ("mug", "pen")))
+    with pytest.raises(InputError, match="all hold the same folders mug, pen"):
+        load_source(office)
+    assert load_source(office / "dslr" / "images").class_names == ("mug", "pen")
+    nested = tree(
+        tmp_path / "k",
+        "a_train/a_train/mug",
+        "a_train/a_train/pen",
+        "a_test/a_test/mug",
+        "a_test/a_test/pen",
+        "a_pred/a_pred",
+    )
+    with pytest.raises(InputError, match=r"a_test, a_train .* name the splits with"):
+        load_source(nested)
+    source = load_source(nested, train_split="a_train", test_split="a_test")
+    assert (source.class_names, len(source.test)) == (("mug", "pen"), 4)
+    parts = tree(tmp_path / "xray", *(f"{c}/{d}" for c in ("covid", "normal") for d in ("images", "masks")))
+    with pytest.raises(InputError, match=r"if they are parts of every class, set source.nested=join"):
+        load_source(parts)
+    assert load_source(parts, nested="join").class_counts().tolist() == [4, 4]
+
+
+def test_a_flat_split_folder_is_refused_with_what_its_table_has(tmp_path: Path) -> None:
+    flat = tree(tmp_path, "train")
+    with pytest.raises(InputError, match=r"train of .* holds no class folders"):
+        load_source(flat)
+    (flat / "train.csv").write_text("id,breed\n")
+    with pytest.raises(InputError, match=r"train\.csv are read if it is called metadata\.csv"):
+        load_source(flat)
+    (flat / "train" / "metadata.csv").write_text("file_name,category\n0.png,a\n1.png,b\n")
+    with pytest.raises(InputError, match=r"columns file_name, category: name .* source.label_column=NAME"):
+        load_source(flat)
+    assert load_source(flat, label_column="category").class_names == ("a", "b")
 
 
 # --- what is left out ---------------------------------------------------------------------------------------------
@@ -289,6 +376,45 @@ def test_keys_that_mean_nothing_are_named(tmp_path: Path, caplog: pytest.LogCapt
     assert "soft_label" in warning(caplog)
 
 
+def test_dotted_names_of_a_tar_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def write(*names: str) -> None:
+        with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+            for name in names:
+                for full, data in ((f"{name}.png", cell()["bytes"]), (f"{name}.json", b'{"label": 1.0}')):
+                    info = tarfile.TarInfo(full)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+    write("a", "p.f")
+    source = load_source(tmp_path, streaming=True)
+    assert (len(source.train), source.class_names) == (1, ("1",))
+    assert "1 images whose names have several dots (first: p.f.png in train-0.tar)" in warning(caplog)
+    write("p.f")
+    with pytest.raises(InputError, match="has no row that is read: 1 images whose names have several dots"):
+        load_source(tmp_path, streaming=True)
+
+
+def test_rows_of_a_table_and_images_beside_it_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(4):
+        picture(tmp_path / "train" / f"{i}.png", i)
+    lines = ["file_name,label", "0.png,a", "1.png,b"]
+    (tmp_path / "train" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    assert len(load_source(tmp_path).train) == 2
+    assert "2 images without a row in the table" in warning(caplog)
+    (tmp_path / "train" / "metadata.csv").write_text("\n".join([*lines, "9.png,b"]) + "\n")
+    with pytest.raises(InputError, match=r"9\.png is named in the table .*source.on_bad_image=skip"):
+        load_source(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [["a", "", "b"], [0, -1, 1]])
+def test_rows_without_a_label_are_no_class(tmp_path: Path, labels: list) -> None:
+    kind = datasets.Value("string" if isinstance(labels[0], str) else "int64")
+    table(tmp_path / "train.parquet", labels, kind)
+    for streaming in (False, True):
+        with pytest.raises(InputError, match=r"1 rows of split 'train' .* have no label, the first is row 1"):
+            load_source(tmp_path, streaming=streaming)
+
+
 # --- tables of labels ---------------------------------------------------------------------------------------------
 
 
@@ -409,6 +535,14 @@ def test_paths_do_not_depend_on_the_working_directory(tmp_path: Path, monkeypatc
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(named / "train.parquet"))
     source = load_source(named, image_column="image")
     assert int(read_images(source.train, [0], 8, "crop")[0].max()) == 200
+
+
+def test_no_possible_path_is_refused(tmp_path: Path) -> None:
+    for path in ("a" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="no possible path"):
+            load_source(path)
+        with pytest.raises(InputError, match="no possible path"):
+            load_set(path)
 
 
 # --- units of values ----------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_sources(source) -> None:
         load_source(source)
 
 
-@pytest.mark.parametrize("names", [3, "abc", ["a"], ["a", "a", "b"]])
+@pytest.mark.parametrize("names", [3, "abc", ["a"], ["a", "a", "b"], {"a", "b", "c"}, {"a": 0, "b": 1, "c": 2}])
 def test_class_names(names, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         load_source((X, Y), class_names=names)
