@@ -127,10 +127,10 @@ def _check_named_images(loaded: dict[str, Any], column: str, config: SourceConfi
     named = set()
     for rows in loaded.values():
         cells = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
-        named |= {os.path.abspath(cell["path"]) for cell in cells[column].to_pylist() if cell and cell["path"]}
+        named |= {os.path.realpath(cell["path"]) for cell in cells[column].to_pylist() if cell and cell["path"]}
     left_out = LeftOut()
     for f in walk(Path(os.path.abspath(config.path)), LeftOut()):
-        if f.suffix.lower() in IMAGE_SUFFIXES and str(f) not in named:
+        if f.suffix.lower() in IMAGE_SUFFIXES and os.path.realpath(f) not in named:
             left_out.add("images without a row in the table", f)
     for f in sorted(named):
         if not os.path.exists(f):
@@ -199,7 +199,12 @@ def open_builder(config: SourceConfig, cache_dir: str | None = None) -> Any:
     check_files(builder, str(root))
     own = [str(f) for f in walk(root, LeftOut())]
     _check_shards(own)
-    files = {str(s): list(map(str, names)) for s, names in (builder.config.data_files or {}).items()}
+    # under their own names: `datasets` resolves links
+    names_of = {os.path.realpath(f): f for f in own}
+    files = {
+        str(s): [names_of.get(os.path.realpath(f), str(f)) for f in names]
+        for s, names in (builder.config.data_files or {}).items()
+    }
     kept = _splits_in_any_case(root, own, files) or {
         s: [f for f in names if f in set(own)] for s, names in files.items()
     }
@@ -251,9 +256,9 @@ def tables_outside(builder: Any, config: SourceConfig) -> LeftOut:
     several = len(getattr(builder, "builder_configs", {})) > 1  # then the others belong to other configurations
     if Path(config.path).is_dir() and not several:
         root = Path(os.path.abspath(config.path))
-        used = {str(f) for names in (builder.config.data_files or {}).values() for f in names}
+        used = {os.path.realpath(f) for names in (builder.config.data_files or {}).values() for f in names}
         for f in walk(root, left_out):
-            if f.suffix in (".parquet", ".arrow", ".tar") and str(f) not in used:
+            if f.suffix in (".parquet", ".arrow", ".tar") and os.path.realpath(f) not in used:
                 left_out.add("tables that their names put in no split", f.relative_to(root))
     return left_out
 

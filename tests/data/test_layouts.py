@@ -150,6 +150,23 @@ def test_tables_of_splits_in_capitals(tmp_path: Path, names: tuple[str, str], st
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_linked_folder_of_tables_is_like_the_folder(
+    tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    table(tmp_path / "data" / "Train.parquet", [0, 1, 0, 1])
+    table(tmp_path / "data" / "Test.parquet", [0, 1])
+    table(tmp_path / "data" / ".hidden" / "train.parquet", [0, 1])
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    prints = set()
+    for name in ("data", "link"):
+        source = load_source(tmp_path / name, streaming=streaming)
+        assert (len(source.train), len(source.test)) == (4, 2)
+        prints.add(source.fingerprint)
+    assert len(prints) == 1
+    assert "no split" not in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_class_names_of_another_order_are_refused(tmp_path: Path, streaming: bool) -> None:
     turned = datasets.ClassLabel(names=["out", "in"])
     for other in ("test", "train-00001-of-00002"):
