@@ -43,7 +43,7 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
 
     if args.like:  # counts without images: a plan for another machine
         training = args.verb.startswith("train-") or args.verb == "prior-report" or scores_sets(args)
-        return Checked() if training else Checked(*check_plan(config, accelerator))
+        return Checked() if training else Checked(*check_plan(config, source, accelerator))
     if args.verb in ("train-codec", "train-denoiser"):
         check_prior_training(args.verb, config, source, fetch=not args.dry_run)
         return Checked()
@@ -64,17 +64,19 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
     if args.verb == "demo":  # it trains its own prior
         check_prior_training("train-codec", config, source)
         if not (Path(config.codec.path) / "config.json").is_file():
+            from dq.run.checks import check_counts
             from dq.run.folder import check_folder, check_methods, settle_dtypes
             from dq.run.stages.evaluate import check_evaluation
 
             check_methods(config)
             check_folder(settle_dtypes(config, source, accelerator)[0], source)
+            check_counts(config, source)
             check_evaluation(config, source)
             return Checked(unknown=["the prior is not trained yet"])
     verb = "run" if args.verb == "demo" else args.verb
     pipe, unknown = check_run(config, source, verb, accelerator=accelerator, fetch=not args.dry_run)
     if pipe is None and not unknown and args.dry_run:  # a stage that needs no generator; the plan is of the whole run
-        pipe, unknown = check_plan(config, accelerator)
+        pipe, unknown = check_plan(config, source, accelerator)
     return Checked(pipe, unknown)
 
 

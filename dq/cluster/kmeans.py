@@ -212,9 +212,7 @@ class _Problem:
         w = w.to(x.device)
         allowed = min(k, int((w > 0).sum()))
         if allowed < k and config.on_small == "raise":
-            raise InputError(
-                f"{name} has {allowed} images but ipc={k}; lower ipc, drop the class, or set cluster.on_small=clamp"
-            )
+            raise too_small(f"{name} has {allowed} images but ipc={k}")
         centres = None if start is None else as_points(start, f"start centroids of {name}", finite=True)
         if centres is not None and centres.shape != (k, x.shape[1]):
             raise InputError(f"start centroids of {name} must be ({k}, {x.shape[1]}), not {tuple(centres.shape)}")
@@ -222,6 +220,15 @@ class _Problem:
         mean = x.mean(0) if bool((w == w[0]).all()) else (w / w.sum()).to(x.dtype) @ x
         centred = None if centres is None else (centres.to(x)[:allowed] - mean).float()
         return _Problem((x - mean).float(), mean, w.float(), centred, allowed, k, seed, name)
+
+
+def too_small(sentence: str, setting: str = "cluster.on_small") -> InputError:
+    """The refusal of a class with fewer images than prototypes are asked for.
+
+    Args:
+        setting: what says that such a class is refused.
+    """
+    return InputError(f"{sentence}; lower ipc, drop the class, or set {setting}=clamp")
 
 
 def _start_points(group: list[_Problem], x: Tensor, weights: Tensor, restart: int, config: ClusterConfig) -> Tensor:
@@ -373,7 +380,7 @@ def _report(p: _Problem, result: Clustering, config: ClusterConfig) -> Clusterin
     if k < p.asked:
         sentence = f"{p.name} has only {k} distinct points to offer for ipc={p.asked}"
         if config.on_small == "raise":
-            raise InputError(f"{sentence}; lower ipc, drop the class, or set cluster.on_small=clamp")
+            raise too_small(sentence)
         warnings.warn(f"{sentence}; it gets {k} prototypes", stacklevel=3)
     order = result.masses.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dq")
 
 ENCODES = ("run", "encode", "generate")  # verbs that load the generator
+CLUSTERS = ("run", "encode", "cluster", "generate")  # verbs that cluster, or whose images are clustered
 LABELS = ("run", "label", "evaluate")
 REFINES = ("run", "generate", "refine")
 
@@ -67,10 +68,33 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
     """
     check_methods(config)
     check_folder(config, source)
+    if verb in CLUSTERS:
+        check_counts(config, source)
     if verb in REFINES:
         for method in config.methods:
             planned(config, method, source.class_counts().tolist())
     check_teachers(_teachers_of(config, verb), len(source.class_names), config.image_size)
+
+
+def check_counts(config: RunConfig, source: ImageSource) -> None:
+    """Whether classes have as many images as prototypes are asked for, where fewer are refused (`on_small=raise`).
+
+    That images come twice or cannot be read is only known when they are.
+
+    Raises:
+        InputError: for the first class that is too small.
+    """
+    from dq.cluster.kmeans import too_small
+
+    ipc = max(config.ipc)
+    for method in config.methods:
+        cluster = resolved_method(config, method)[1]
+        small = (source.class_counts() < ipc).nonzero()[0].tolist() if cluster.on_small == "raise" else []
+        if small:
+            name, images = source.class_names[small[0]], int(source.class_counts()[small[0]])
+            own = cluster.on_small != config.cluster.on_small
+            setting = f"methods.{method}.override.cluster.on_small" if own else "cluster.on_small"
+            raise too_small(f"class {small[0]} {name!r} has {images} images but ipc={ipc}", setting)
 
 
 def check_generation(config: RunConfig, source: ImageSource, pipe: LatentGenerator) -> None:
@@ -128,10 +152,13 @@ def _teachers_of(config: RunConfig, verb: str) -> list[TeacherConfig]:
     return used
 
 
-def check_plan(config: RunConfig, accelerator: Accelerator) -> tuple[LatentGenerator | None, list[str]]:
+def check_plan(
+    config: RunConfig, source: ImageSource, accelerator: Accelerator
+) -> tuple[LatentGenerator | None, list[str]]:
     """The generator for the plan of a run on images that are not here (`--like`): settings are checked, and models
     that are not on this machine are left out of the plan."""
     check_methods(config)
+    check_counts(config, source)
     wanted: Sequence[Any] = [p for p in (config.codec.path, config.generate.model) if p is not None]
     missing = next((p for p in wanted if not Path(p).is_dir()), None)
     if missing is not None:

@@ -34,7 +34,9 @@ log = logging.getLogger("dq")
 # between calls: their units are named by digests of their own.
 IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teachers")
 # ... of which these change speed, or whether there is a result, and never which
-SPEED = ("batch_size", "path", "model", "on_bad_image")
+SPEED = ("batch_size", "path", "model", "on_bad_image", "on_small")
+# ... and of which these decide nothing before there is a folder of their results
+LATER = {"cluster": "prototypes", "generate": "images"}
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
         old, made = settings, {}
     if old is None and _holds_something(folder):
         raise InputError(f"{folder} is not empty and not a run of dq; choose another --output_dir")
+    if old is not None:  # what nothing was made by yet may change
+        old = old | {key: settings[key] for key, results in LATER.items() if not (folder / results).exists()}
     if old is not None and (changed := sorted(_changed(old, settings))):
         raise InputError(
             f"{folder} belongs to a run with other settings ({', '.join(changed[:4])}); "

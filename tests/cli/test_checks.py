@@ -113,6 +113,17 @@ CASES = {
     "ipc twice": ("run", ("ipc=[1,1]",), "names a number twice"),
     "space": ("encode", ("cluster.space=features",), "needs a teacher"),
     "baseline's name": ("run", ("methods={random: {}}",), "is that of a baseline"),
+    "small class": (
+        "run",
+        ("ipc=[1,100]", "cluster.on_small=raise"),
+        "class 0 'blue' has 7 images but ipc=100; lower ipc, drop the class, or set cluster.on_small=clamp",
+    ),
+    "small class, encode": ("encode", ("ipc=[100]", "cluster.on_small=raise"), "has 7 images but ipc=100"),
+    "small class of a method": (
+        "run",
+        ("ipc=[100]", "methods={a: {override: {cluster.on_small: raise}}}"),
+        "has 7 images but ipc=100; lower ipc, drop the class, or set methods.a.override.cluster.on_small=clamp",
+    ),
     # stages
     "soft without teacher": ("run", SOFT, "students with labels=soft need a teacher"),
     "soft without teacher, evaluate": ("evaluate", SOFT, "students with labels=soft need a teacher"),
@@ -245,6 +256,41 @@ def test_a_folder_of_another_run_is_refused_in_a_dry_run(
     assert (code, dry_code) == (2, 2)
     assert said == dry_said
     assert "belongs to a run with other settings (seed: 0 -> 3)" in said
+
+
+def test_the_way_out_of_a_small_class_works_in_the_same_folder(
+    other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / "twice" / name
+        folder.mkdir(parents=True)
+        for i in range(3):  # b has one image three times, which the cluster stage finds out
+            Image.new("RGB", (8, 8), (90 * i if name == "a" else 0, 60, 9)).save(folder / f"{i}.png")
+    asked = ("ipc=[3]", f"source.path={tmp_path / 'twice'}", "source.test_split=none", "evaluate.students=[]")
+    strict = (*asked, "cluster.on_small=raise")
+    assert main(call(other, tmp_path, "encode", *strict)) == 0
+    assert main(call(other, tmp_path, "cluster", *strict)) == 2
+    assert "set cluster.on_small=clamp" in capsys.readouterr().err
+    assert main(call(other, tmp_path, "cluster", *asked)) == 0
+
+
+@pytest.mark.parametrize(
+    ("done", "change", "code"),
+    [
+        (("encode",), "cluster.init=random", 0),
+        (("encode",), "generate.class_map={red: red}", 0),
+        (("encode", "cluster"), "cluster.init=random", 2),
+        (("encode", "cluster"), "generate.num_inference_steps=9", 0),
+        (("encode", "cluster", "generate"), "generate.num_inference_steps=9", 2),
+        (("encode",), "codec.posterior=sample", 2),
+    ],
+)
+def test_settings_that_nothing_was_made_by_may_change(
+    done: tuple[str, ...], change: str, code: int, other: Path, tmp_path: Path
+) -> None:
+    for verb in done:
+        assert main(call(other, tmp_path, verb)) == 0
+    assert main(call(other, tmp_path, "cluster", change)) == code
 
 
 def test_python_refuses_before_it_encodes(toy_source, tmp_path: Path) -> None:
