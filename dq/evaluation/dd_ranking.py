@@ -293,7 +293,7 @@ def evaluate_ddr(
                 records.append({**facts, "seed": seed, **scores_of_seed, **named, **tuned_to})
         write_text(folder / "eval" / "ddr.csv", to_csv(records))
         lines = "".join(json.dumps({"part": n, **r}) + "\n" for n, part in found.items() for r in part)
-        write_text(folder / "eval" / "trainings.jsonl", lines)
+        write_text(folder / "eval" / "ddr-trainings.jsonl", lines)  # trainings.jsonl is that of summary.csv
     accelerator.wait_for_everyone()
     return DDRScores(tuple(rows))
 

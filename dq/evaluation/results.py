@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from dq.config.reader import to_dict
 from dq.config.students import Baseline, RelabelConfig, StudentConfig, ViewConfig
+from dq.core.files import read_jsonl
 from dq.evaluation.statistics import Difference, format_mean_std, mean_std, paired_difference
 
 if TYPE_CHECKING:
@@ -155,20 +156,71 @@ def read_records(summary: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def warn_of_lost_rows(summary: Path, rows: list[Row]) -> None:
-    """Warn of which rows of the table that is there are not in the new one, because settings have changed."""
-    known = ("set", "ipc", "student", "labels", "protocol", "settings")
-    new = {tuple(str(r.record()[k]) for k in known) for r in rows}
-    old = read_records(summary) if summary.is_file() else []
-    lost = [r for r in old if tuple(r.get(k, "") for k in known) not in new]
+ROW = ("set", "ipc", "student", "labels", "protocol", "settings")  # what names a row to a reader
+
+
+def warn_of_lost_rows(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Warn of results that the tables in `folder`, which are there, have and new ones will not have: rows that leave
+    because settings have changed, rows measured on something else, and rows of which seeds leave.
+
+    Args:
+        folder: with `summary.csv` and `trainings.jsonl`.
+        records: of the trainings of the new tables.
+    """
+    summary = folder / "summary.csv"
+    new = {tuple(str(r[k]) for k in ROW) for r in records}
+    old = [r for r in read_records(summary) if r.get("set")] if summary.is_file() else []
+    lost = [r for r in old if tuple(r.get(k, "") for k in ROW) not in new]
     if lost:
-        first = lost[0]
         log.warning(
-            "%d of %d rows leave %s, since these settings do not ask for them; the first is %s, IPC %s, %s, %s "
-            "labels, %s. Their trainings are kept: the earlier settings bring them back at once",
-            *(len(lost), len(old), summary, first["set"], first["ipc"], first["student"], first["labels"]),
-            first["settings"],
+            "%d of %d rows leave %s, since these settings do not ask for them; the first is %s. Their trainings are "
+            "kept: the earlier settings bring them back at once",
+            *(len(lost), len(old), summary, _row_name([lost[0].get(k, "") for k in ROW])),
         )
+    before, after = (_grounds_by_row(rs) for rs in (read_jsonl(folder / "trainings.jsonl"), records))
+    changed, fewer = [], []
+    for row in [r for r in before if r in after]:
+        was, now = before[row], after[row]
+        both = [seed for seed in was if seed in now]
+        others = [k for k in GROUNDS if any(None not in (x := (was[s][k], now[s][k])) and x[0] != x[1] for s in both)]
+        gone = sorted(set(was) - set(now))
+        changed += [f"{_row_name(row)} (other {' and '.join(others)})"] * bool(others)
+        fewer += [f"{_row_name(row)} (without seed{'s' * (len(gone) > 1)} {', '.join(map(str, gone))})"] * bool(gone)
+    for rows, what in ((changed, "are measured anew on something else"), (fewer, "lose seeds")):
+        if rows:
+            log.warning(
+                "%d of %d rows of %s %s; the first is %s. The earlier trainings are kept: what was asked for before "
+                "brings them back at once",
+                *(len(rows), len(before), summary, what, rows[0]),
+            )
+
+
+def _row_name(row: Sequence[str]) -> str:
+    name, ipc, student, labels, _, settings = row
+    return f"{name}, IPC {ipc}, {student}, {labels} labels, {settings}"
+
+
+GROUNDS = ("images of the set", "real images", "teachers", "version of dq")
+
+
+def _grounds_by_row(records: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, dict[str, Any]]]:
+    """For every row and seed, what the result hangs on beside that which names the row; None where a record lacks
+    it."""
+    rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for r in records:
+        data, software = (x if isinstance(x := r.get(k), dict) else {} for k in ("data", "software"))
+        real = [data.get(k) for k in ("fingerprint", "image_size", "validation_images")]
+        teachers = t if isinstance(t := r.get("teachers"), list) and r.get("labels") != "hard" else None
+        grounds = [
+            data.get("set_digest"),
+            None if real[0] is None else real,
+            teachers and [t.get("digest") for t in teachers if isinstance(t, dict)],
+            software.get("dq"),
+        ]
+        if type(r.get("seed")) is int:  # else it is no record of a training
+            row = tuple(str(r.get(k, "")) for k in ROW)
+            rows.setdefault(row, {})[r["seed"]] = dict(zip(GROUNDS, grounds))
+    return rows
 
 
 def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:

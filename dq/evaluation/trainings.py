@@ -421,7 +421,7 @@ def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
     """Summarise trainings; the main process writes `eval/summary.csv`, `comparisons.csv` and `trainings.jsonl`."""
     rows = summarize(records)
     if work.main:
-        warn_of_lost_rows(work.folder / "eval" / "summary.csv", rows)
+        warn_of_lost_rows(work.folder / "eval", records)
         write_text(work.folder / "eval" / "summary.csv", to_csv([r.record() for r in rows]))
         write_text(work.folder / "eval" / "comparisons.csv", to_csv([c.record() for c in compare(rows)]))
         write_text(work.folder / "eval" / "trainings.jsonl", "".join(json.dumps(r) + "\n" for r in records))

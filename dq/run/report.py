@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import itertools
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from dq.run.refinement import Trace, read_trace, refined_folders
 from dq.run.stages.assemble import load_set_of_run
 from dq.run.stages.cluster import clusterings, load_prototypes, prototype_folder
 from dq.run.stages.encode import cache_of
-from dq.run.stages.evaluate import describe_evaluation
+from dq.run.stages.evaluate import describe_evaluation, outdated_rows
 from dq.run.stages.generate import nearest_images
 
+log = logging.getLogger("dq")
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000
 
 
@@ -64,7 +67,7 @@ def write_report(run: Run) -> Path:
     cache = cache_of(run)
     figures = run.folder / "figures"
     body = ["<h1>Distilled sets</h1>", _facts(run)]
-    body += _accuracy(run.folder)
+    body += _accuracy(run.folder, outdated_rows(run.folder))
     body.append(
         "<h2>Images</h2><p>Rows are classes, columns prototypes by weight; at the right of each image stands "
         "the real train image nearest to its prototype.</p>"
@@ -146,12 +149,27 @@ def _facts(run: Run) -> str:
     )
 
 
-def _accuracy(folder: Path) -> list[str]:
-    """Tables and figures of the results in a folder; nothing if there are none."""
+def _accuracy(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """Tables and figures of the results in a folder; nothing if there are none.
+
+    Args:
+        outdated: name and ipc of sets whose rows are left out, since they are of other images than the folder's.
+    """
     summary, comparisons = folder / "eval" / "summary.csv", folder / "eval" / "comparisons.csv"
     if not summary.is_file():
         return []
-    records = read_records(summary)
+    every = read_records(summary)
+    records = [r for r in every if (r["set"], r["ipc"]) not in outdated]
+    body = ["<h2>Accuracy</h2>"]
+    if len(records) < len(every):
+        text = ", ".join(f"{name} at IPC {ipc}" for name, ipc in outdated)
+        log.warning("%s has rows of sets that were made anew since (%s); the report leaves them out", summary, text)
+        body.append(
+            f"<p>Left out, since the set was made anew after it was evaluated: {html.escape(text)}. "
+            "<code>dq evaluate</code> measures the set that is there.</p>"
+        )
+    if not records:
+        return body
 
     def percent(r: dict[str, str], which: str) -> str:
         std = f" ± {100 * float(r[f'{which}_std']):.1f}" if r[f"{which}_std"] else ""
@@ -164,12 +182,13 @@ def _accuracy(folder: Path) -> list[str]:
         row = [r["set"], r["ipc"], r["images"], names[int(r["recipe"])], r["seeds"]]
         row += [percent(r, "last"), percent(r, "best"), r["selected_on"], r["label_bytes"]]
         rows.append([*row, f"{r['protocol']}: {r['settings']}"])
-    body = ["<h2>Accuracy</h2>", html_table([*head, "protocol"], rows)]
+    body.append(html_table([*head, "protocol"], rows))
     for name, figure in results_figures(records, new_figure):
         path = folder / "figures" / f"{name}.png"
         save_figure(figure, path)
         body.append(embed(path))
     compared = read_records(comparisons) if comparisons.is_file() else []
+    compared = [r for r in compared if not {(r[k], r["ipc"]) for k in ("set", "against")} & set(outdated)]
     if compared:
         head = ["set", "against", "IPC", "student and labels", "pairs", "difference, points", "interval", "verdict"]
         rows = []

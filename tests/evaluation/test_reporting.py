@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from sets import make
 
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError
-from dq.core.files import write_text
+from dq.core.files import read_json, write_text
 from dq.data.grid import GAP, image_grid
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate
@@ -28,6 +30,8 @@ from dq.evaluation.results import (
     to_csv,
 )
 from dq.evaluation.trainings import Work, write_tables
+from dq.run.report import _accuracy
+from dq.run.stages.evaluate import outdated_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -248,6 +252,67 @@ def test_rows_that_leave_the_table_are_named(tmp_path: Path, accelerator, caplog
     (warning,) = caplog.records
     assert "3 of 3 rows leave" in warning.getMessage()
     assert "the first is a, IPC 10, convnet3, hard labels, all of them" in warning.getMessage()
+
+
+def measured(digest: str, seeds: int, *, labels: str = "hard", **data: object) -> list[dict]:
+    """Records of row `a`, measured on a set of this digest."""
+    facts = {"set_digest": digest, "fingerprint": "f", "image_size": 8, "validation_images": 0, **data}
+    return [{**record("a", s, 0.5), "labels": labels, "data": facts} for s in range(seeds)]
+
+
+TAUGHT = [{**r, "teachers": [{"digest": "t"}]} for r in measured("x", 1, labels="soft")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (measured("x", 2), measured("y", 2), r"1 of 1 rows .* anew on .* all of them \(other images of the set\)"),
+        (measured("x", 1), measured("x", 1, fingerprint="g"), r"\(other real images\)"),
+        (TAUGHT, [{**TAUGHT[0], "teachers": [{"digest": "u"}]}], r"first is a, IPC 10, .*\(other teachers\)"),
+        (measured("x", 3), measured("x", 1), r"1 of 1 rows .* lose seeds; .* \(without seeds 1, 2\)"),
+        (measured("x", 1), measured("x", 3), None),
+        (measured("x", 2), measured("x", 2), None),
+        ([{**record("a", 0, 0.5), "data": {}}], measured("x", 1), None),  # of a release that kept no digest
+    ],
+)
+def test_rows_that_are_replaced_or_shrink_are_named(tmp_path, accelerator, caplog, first, second, message) -> None:
+    work = Work(tmp_path, accelerator)
+    write_tables(first, work)
+    assert not caplog.records
+    write_tables(second, work)
+    assert len(caplog.records) == (message is not None)
+    assert message is None or re.search(message, caplog.text)
+
+
+def test_a_damaged_table_stops_no_new_one(tmp_path: Path, accelerator) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "summary.csv").write_text("garbage\nmore\n")
+    (tmp_path / "eval" / "trainings.jsonl").write_text('{"seed": 0, "data": 3, "teachers": null}\n[]\n{')
+    write_tables(measured("x", 1), Work(tmp_path, accelerator))
+    assert "convnet3" in (tmp_path / "eval" / "summary.csv").read_text()
+
+
+def test_the_report_leaves_out_rows_of_a_set_that_was_made_anew(tmp_path, accelerator, caplog) -> None:
+    s = make()
+    s.save(tmp_path / "dataset", "ipc2-ours")
+    own = read_json(tmp_path / "dataset" / "ipc2-ours" / "provenance.json")
+    name = own["method"]["name"]
+    digests = {name: own["content"], "random": "r"}
+    records = [
+        {**record(n, k, 0.1 * k + 0.2, ipc="2"), "data": {"set_digest": d}} for n, d in digests.items() for k in (0, 1)
+    ]
+    write_tables(records, Work(tmp_path, accelerator))
+    assert outdated_rows(tmp_path) == []
+    assert "Left out" not in "".join(_accuracy(tmp_path, outdated_rows(tmp_path)))
+    changed = s.images_uint8().clone()
+    changed[0] = 255 - changed[0]
+    dataclasses.replace(s, images=changed).save(tmp_path / "dataset", "ipc2-ours")
+    assert outdated_rows(tmp_path) == [(name, "2")]
+    text = "".join(p for p in _accuracy(tmp_path, outdated_rows(tmp_path)) if "base64" not in p)
+    assert f"made anew after it was evaluated: {name} at IPC 2" in text
+    assert f"<td>{name}</td>" not in text
+    assert "<td>random</td>" in text
+    assert "summary.csv has rows of sets that were made anew since" in caplog.text
 
 
 def test_recipes_of_one_network_are_drawn_apart() -> None:

@@ -112,7 +112,18 @@ def label_run(run: Run) -> None:
         run.finish("label views", began)
 
 
-log = logging.getLogger("dq")
+def outdated_rows(run_folder: str | Path) -> list[tuple[str, str]]:
+    """Name and ipc of the rows of a run's tables that were measured on other content than the sets in `dataset/` have
+    by now, as after a change of settings without a new evaluation."""
+    run_folder = Path(run_folder)
+    contents: dict[str, set[str]] = {}
+    for path in sorted((run_folder / "dataset").glob(f"*/{PROVENANCE}")):
+        record = read_json(path)
+        contents.setdefault(str((record.get("method") or {}).get("name")), set()).add(record["content"])
+    trainings = read_jsonl(run_folder / "eval" / "trainings.jsonl")
+    own = [t for t in trainings if t["set"] in contents]
+    outdated = [t for t in own if t["data"].get("set_digest") not in contents[t["set"]]]
+    return list(dict.fromkeys((t["set"], t["ipc"]) for t in outdated))
 
 
 def describe_evaluation(run_folder: str | Path) -> list[Path]:
