@@ -86,7 +86,9 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     feature = features[label_column]
     missing = next((s for s in keep if None in raw_labels[s]), None)
     if missing:
-        raise InputError(f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label")
+        raise InputError(
+            f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label; label them, or drop them"
+        )
     if isinstance(feature, ClassLabel):
         names: tuple[str, ...] | None = tuple(feature.names)
         _check_declared_names(builder, label_column, feature.names, config.path)

@@ -47,13 +47,13 @@ def from_tensors(
     origin: str = "tensors",
 ) -> ImageSource:
     """A source over tensors in memory; see `load_source`."""
-    pairs = source if isinstance(source, Mapping) else {"train": source}
-    train = match_split("train", list(map(str, pairs)))
+    pairs = {str(name): pair for name, pair in source.items()} if isinstance(source, Mapping) else {"train": source}
+    train = match_split("train", list(pairs))
     if train is None:
-        raise InputError(f"tensors need a 'train' split, not only {', '.join(map(str, pairs))}")
+        raise InputError(f"tensors need a 'train' split, not only {', '.join(pairs)}")
     left_out = LeftOut()
     for name in pairs:
-        if name != train and str(name).casefold() not in TEST_SPLITS:
+        if name != train and name.casefold() not in TEST_SPLITS:
             left_out.add("splits that are neither train nor test", name)
     left_out.warn(origin)
     h = hashlib.blake2b(digest_size=8)

@@ -33,6 +33,7 @@ def small() -> DistilledSet:
         (X, Y.float()),
         (X.long(), Y),
         {0: (X, Y)},
+        {"train": (X, Y), 1: (X, X)},
         b"x",
         (X[:0], Y[:0]),
     ],
