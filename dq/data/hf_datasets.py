@@ -87,7 +87,7 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     missing = next((s for s in keep if None in raw_labels[s]), None)
     if missing:
         raise InputError(
-            f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label; label them, or drop them"
+            f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label; drop them"
         )
     if isinstance(feature, ClassLabel):
         names: tuple[str, ...] | None = tuple(feature.names)
