@@ -86,8 +86,11 @@ def check_prior_training(verb: str, config: RunConfig, source: ImageSource, *, f
     Args:
         fetch: whether models of the Hub that are not in its cache may be downloaded; if not they are only looked up.
     """
+    from dq.core.files import check_place
     from dq.core.model_files import open_model
 
+    check_place(config.prior.output_dir, "prior.output_dir")
+    check_place(config.cache_dir, "cache_dir", reads=True)
     init = config.prior.codec.init if verb == "train-codec" else config.codec.path
     files = open_model(init) if init else None
     if files is not None and not fetch and not (files.local or files.cached):
@@ -136,6 +139,7 @@ def _check_report(
 
 def _check_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource) -> dict[str, Any]:
     """The sets named with --distilled, by name."""
+    from dq.core.files import check_place
     from dq.evaluation.dd_ranking import check_ddr
     from dq.evaluation.evaluate import check_sets
     from dq.run.checks import check_teachers
@@ -145,6 +149,8 @@ def _check_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource
         raise InputError("ddr scores sets named with --distilled PATH, against as many random images; leave --ipc out")
     if (Path(config.output_dir) / "config.yaml").is_file() and holds_work(Path(config.output_dir)):
         raise InputError(f"{config.output_dir} is a run, whose results would be replaced; choose another --output_dir")
+    check_place(config.output_dir, "output_dir")
+    check_place(config.cache_dir, "cache_dir", reads=True)
     if not args.distilled and not args.ipc:
         raise InputError(
             "name the sets to score with --distilled PATH, or a run with --config FILE, or say by --ipc for how many "

@@ -31,9 +31,10 @@ LEAST: dict[str, tuple[float, bool]] = {
     "perceptual_weight": (0, True),
     **dict.fromkeys(("per_class", "neighbours", "shown"), (1, True)),
     **dict.fromkeys(("entropy", "snr", "strength", "temperature", "zeta", "mix_alpha", "checkpoint_s"), (0, False)),
-    **dict.fromkeys(("test_scale", "tol", "momentum", "weight_decay", "kl_weight", "warmup_steps"), (0, True)),
+    **dict.fromkeys(("tol", "momentum", "weight_decay", "kl_weight", "warmup_steps"), (0, True)),
     **dict.fromkeys(("rand_augment", "rand_magnitude", "crop_pad", "warmup"), (0, True)),
     "step_factor": (0, False),
+    "test_scale": (1, True),  # the centre of a smaller image would be no whole one
     **dict.fromkeys(("ema", "dropout", "lr", "jitter", "lighting", "gt_weight", "flip"), (0, True)),
     **dict.fromkeys(("r_bn", "first_bn_weight", "class_weight", "proximity", "ramp", "recovery_lr"), (0, True)),
     **dict.fromkeys(("retrieve_complexity", "recovery_epochs"), (0, True)),

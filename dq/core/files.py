@@ -41,6 +41,27 @@ def as_path(value: Any, name: str) -> Path:
     return path.expanduser() if str(path).startswith("~/") else path
 
 
+def check_place(folder: str | Path, name: str, *, reads: bool = False) -> None:
+    """Whether files can be written to a folder, which may not be there yet. Nothing is made.
+
+    Args:
+        name: the setting that names it, for messages.
+        reads: whether a folder that is there and may not be written to will do, as its files may be all one needs.
+
+    Raises:
+        InputError: if it is a file or under one, or writing is not allowed.
+    """
+    folder = Path(folder)
+    there = folder.absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        what = "is" if there == folder.absolute() else f"lies under {there}, which is"
+        raise InputError(f"{name}={folder} {what} not a folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK) and not (reads and there == folder.absolute()):
+        raise InputError(f"{name}={folder} cannot be written, as {there} may not be; choose another, or allow it")
+
+
 def temporary_beside(path: Path) -> Path:
     """The hidden name under which this process writes `path`. Another host may have a process of the same number."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")

@@ -36,7 +36,7 @@ from dq.evaluation.student import Data, check_whitening, regression_labels, trai
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
-from dq.networks.real_data import RealData
+from dq.networks.real_data import RealData, check_whitened
 from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def students_of(
                 where=where,
             )
             make_net(student.net, classes, image_size, norm=student.norm, init=student.init, seed=0)
+            if student.whiten:
+                check_whitened(image_size)
             found[(j, ipc)] = student
     return found
 

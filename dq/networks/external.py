@@ -46,6 +46,20 @@ def library_of(name: str) -> tuple[ModuleType, str]:
     return library, inner
 
 
+def published_outputs(name: str) -> int | None:
+    """Outputs of timm:NAME or torchvision:NAME as published, by what the library says of it; None: it says nothing.
+
+    Raises:
+        InputError: if the library or the network is not there, or nobody publishes its weights.
+    """
+    library, inner = library_of(name)
+    if name.startswith("timm:"):
+        if not library.is_model_pretrained(inner):
+            raise InputError(f"timm has no published weights of {inner!r}; set teachers.N.path to a safetensors file")
+        return library.get_pretrained_cfg(inner).num_classes or None
+    return len(library.get_model_weights(inner).DEFAULT.meta.get("categories", ())) or None
+
+
 def library_net(name: str, num_classes: int | None, image_size: int, *, pretrained: bool = False) -> nn.Module:
     """Build timm:NAME or torchvision:NAME, with the library's own published weights if `pretrained`.
 
@@ -63,8 +77,8 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
     options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     if name.startswith("timm:"):
         options["pretrained"] = pretrained
-        if pretrained and not library.is_model_pretrained(inner):
-            raise InputError(f"timm has no published weights of {inner!r}; set teachers.N.path to a safetensors file")
+        if pretrained:
+            published_outputs(name)
         if not pretrained and library.get_pretrained_cfg(inner).fixed_input_size:
             options["img_size"] = image_size
     else:

@@ -106,7 +106,7 @@ class RealData:
         return self._once("whitening", self._whitening)
 
     def _whitening(self) -> Whitening:
-        self._check_side()
+        check_whitened(self.image_size)
         path = self.cache_dir / f"whitening-{digest_of(self.world)}.safetensors"
         if not is_done(path):
             log.info("fitting whitening on %d train images", len(self.candidates))
@@ -118,14 +118,8 @@ class RealData:
             self._cache[key] = make()
         return self._cache[key]
 
-    def _check_side(self) -> None:
-        if self.image_size > 64:
-            raise InputError(
-                f"whiten needs a matrix of all pixel pairs, too large at {self.image_size} px; leave it out"
-            )
-
     def _zca(self) -> Zca:
-        self._check_side()
+        check_whitened(self.image_size)
         path = self.cache_dir / f"zca-{digest_of(self.world)}.safetensors"
         if not is_done(path):
             log.info("fitting ZCA on %d train images", len(self.candidates))
@@ -182,6 +176,16 @@ def _check_complete(found: int, wanted: int) -> None:
 
 def _pooled(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.float() / 255, min(POOLED_SIDE, images.shape[-1])).flatten(1)
+
+
+def check_whitened(image_size: int) -> None:
+    """Whether images of this side (px) are small enough to be whitened.
+
+    Raises:
+        InputError: above 64 px.
+    """
+    if image_size > 64:
+        raise InputError(f"whiten needs a matrix of all pixel pairs, too large at {image_size} px; leave it out")
 
 
 def load_real_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from dq.core.model_files import open_model
 from dq.core.progress import library_bars
 from dq.core.seeds import digest_of, digest_of_tensors, seeded
 from dq.data.source import ImageSource
-from dq.networks.external import library_net, library_of
+from dq.networks.external import library_net, library_of, published_outputs
 from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, _head
 from dq.networks.teacher_check import _check_classes, check_teacher
 from dq.networks.teacher_weights import WRAPPERS, common_prefix, named_as, read_weights, weights_file
@@ -157,6 +158,28 @@ def teacher_file(config: TeacherConfig) -> Path | None:
     return weights_file(path)
 
 
+def check_fetched(config: TeacherConfig, num_classes: int) -> None:
+    """Whether a teacher whose weights a library fetches can be had, as far as the library knows without fetching them.
+
+    Raises:
+        InputError: if the library or the network is not there, nobody publishes its weights, or they are for other
+            classes.
+    """
+    if config.net == "transformers":
+        _need_transformers(config)
+        return
+    outputs = published_outputs(config.net)
+    if outputs is not None:
+        _check_classes(config, outputs, num_classes)
+
+
+def _need_transformers(config: TeacherConfig) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError(
+            f"the teacher {config.path} needs transformers, which is not installed; pip install 'dq-distill[vision]'"
+        )
+
+
 def _from_file(config: TeacherConfig, file: Path, num_classes: int, side: int) -> nn.Module:
     state = read_weights(file)
     facts = _described(file.parent / TEACHER_FACTS)
@@ -210,12 +233,9 @@ class _Logits(nn.Module):
 
 def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The network and its configuration, which says what its weights do not (activations, epsilons)."""
-    try:
-        from transformers import AutoModelForImageClassification
-    except ImportError as e:
-        raise InputError(
-            f"the teacher {config.path} needs transformers, which is not installed; pip install 'dq-distill[vision]'"
-        ) from e
+    _need_transformers(config)
+    from transformers import AutoModelForImageClassification
+
     try:
         options = open_model(config.path).options  # one look-up, where transformers would try for a minute
         with seeded(0), library_bars():

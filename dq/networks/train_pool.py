@@ -19,7 +19,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError, RunError
-from dq.core.files import is_done, read_json, write_json, write_tensors
+from dq.core.files import check_place, is_done, read_json, write_json, write_tensors
 from dq.core.processes import shard
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, generator
@@ -123,6 +123,8 @@ def check_pool(config: RunConfig, source: ImageSource) -> None:
     """
     p, t = config.train_pool, config.train_teachers
     classes, size = len(source.class_names), config.image_size
+    check_place(p.output_dir, "train_pool.output_dir")
+    check_place(config.cache_dir, "cache_dir", reads=True)
     if p.generation == "prior":
         make_net(p.net, classes, size, seed=0)
         if max(p.epochs) >= t.epochs:

@@ -15,7 +15,7 @@ from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig, StudentConfig
 from dq.config.teachers import TrainTeachersConfig
 from dq.core.errors import InputError, RunError
-from dq.core.files import is_done, read_json, write_json, write_tensors
+from dq.core.files import check_place, is_done, read_json, write_json, write_tensors
 from dq.core.processes import shard
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of
@@ -67,6 +67,8 @@ def check_teacher_training(config: RunConfig, source: ImageSource) -> None:
     Raises:
         InputError: for no network, or one that is unknown, named twice or not for this size.
     """
+    check_place(config.train_teachers.output_dir, "train_teachers.output_dir")
+    check_place(config.cache_dir, "cache_dir", reads=True)
     nets = config.train_teachers.nets
     if not nets or len(set(nets)) < len(nets):
         raise InputError(f"train_teachers.nets must name networks, each once, not {list(nets)}")

@@ -12,7 +12,7 @@ from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.model_files import open_model
 from dq.data.source import ImageSource
-from dq.networks.teacher_loading import POOL, PRETRAINED, load_teacher, teacher_file
+from dq.networks.teacher_loading import POOL, PRETRAINED, check_fetched, load_teacher, teacher_file
 from dq.run.folder import check_folder, check_methods, resolved_method, settle_dtypes
 from dq.run.refinement import planned, stages_of
 from dq.run.stages.evaluate import check_evaluation
@@ -140,8 +140,11 @@ def check_teachers(teachers: Iterable[TeacherConfig], classes: int, image_size: 
         if t.net == "transformers":
             here = open_model(t.path)
             if not (here.local or here.cached):
+                check_fetched(t, classes)
                 continue
-        if t.net != POOL and t.path != PRETRAINED:
+        if t.path == PRETRAINED:
+            check_fetched(t, classes)
+        elif t.net != POOL:
             load_teacher(t, classes, image_size)
 
 

@@ -19,7 +19,7 @@ from dq.config.reader import dump_config, to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
 from dq.config.students import Baseline
 from dq.core.errors import InputError
-from dq.core.files import append_jsonl, check_name, is_done, read_json, write_json, write_text
+from dq.core.files import append_jsonl, check_name, check_place, is_done, read_json, write_json, write_text
 from dq.core.processes import shard
 from dq.core.trackers import report, stage_numbers
 from dq.data.source import ImageSource
@@ -179,9 +179,12 @@ def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
         The record of what made it; empty for a new folder.
 
     Raises:
-        InputError: if the folder belongs to a run with other settings or data, or holds something else.
+        InputError: if the folder belongs to a run with other settings or data, or holds something else, or it or that
+            of the cache cannot be written.
     """
     folder = Path(config.output_dir)
+    check_place(folder, "output_dir")
+    check_place(config.cache_dir, "cache_dir", reads=True)
     settings = {key: to_dict(config)[key] for key in IDENTITY}
     made, old = _recorded(folder)
     if old is not None and not holds_work(folder):  # of an attempt that made nothing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from safetensors.torch import save_file
 from toy_world import NAMES
 
 from dq.cli.main import main
+from dq.core.errors import InputError
+from dq.core.files import check_place
 from dq.networks.zoo import make_net
 
 DIT = ("generate.mode=dit", "generate.model=WORLD/dit", "generate.num_inference_steps=4")
@@ -136,7 +140,30 @@ CASES = {
     ),
     "stage without teacher": ("refine", ("refine=[{stage: fadrm}]",), "needs a teacher"),
     "unknown student": ("run", ("evaluate.students=[{net: convnet9x}]",), "convnet9x"),
+    "test images of half the side": ("run", ("evaluate.students=[{test_scale: 0.5}]",), "must be at least 1"),
+    "whitening of large images": (
+        "run",
+        ("source.image_size=72", "evaluate.students=[{whiten: true}]"),
+        "too large at 72 px",
+    ),
+    "cache in a file": (
+        "run",
+        ("cache_dir=WORLD/teacher.safetensors",),
+        "is not a folder; choose another",
+    ),
+    "output under a file": (
+        "encode",
+        ("output_dir=WORLD/teacher.safetensors/a/b",),
+        "teacher.safetensors, which is not",
+    ),
     # other verbs
+    "codec under a file": ("train-codec", ("prior.output_dir=WORLD/teacher.safetensors/a",), "prior.output_dir="),
+    "teachers under a file": (
+        "train-teachers",
+        ("train_teachers.output_dir=WORLD/teacher.safetensors",),
+        "train_teachers.output_dir=",
+    ),
+    "pool's cache in a file": ("train-pool", ("cache_dir=WORLD/teacher.safetensors",), "cache_dir="),
     "codec's resolution": ("train-codec", ("codec.resolution=9",), "codec.resolution=9 is not a multiple of 2"),
     "tiny channels": (
         "train-codec",
@@ -311,3 +338,26 @@ def test_python_refuses_before_it_encodes(toy_source, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="output_dir is the path of a folder such as 'runs/mine', not None"):
         pipe.distill(toy_source, output_dir=None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("net", ["timm:resnet18", "torchvision:resnet18"])
+def test_a_published_teacher_needs_its_library_before_anything_is_made(
+    net: str, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    teacher = f"teachers=[{{net: '{net}', path: pretrained}}]"
+    (code, said), (dry_code, dry_said) = both(call(other, tmp_path, "run", teacher), capsys)
+    assert (code, dry_code) == (2, 2)
+    assert "which is not installed; pip install" in said
+    assert said == dry_said
+    assert made(tmp_path) == []
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write everywhere
+    with pytest.raises(InputError, match=r"output_dir=.*/new cannot be written, as .* may not be; choose another"):
+        check_place(tmp_path / "new", "output_dir")
+    with pytest.raises(InputError, match="cache_dir"):
+        check_place(tmp_path / "new", "cache_dir", reads=True)
+    check_place(tmp_path, "cache_dir", reads=True)
