@@ -50,12 +50,12 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
     if args.verb == "train-teachers":
         from dq.networks.train_teachers import check_teacher_training
 
-        check_teacher_training(config, source)
+        check_teacher_training(config, source, accelerator)
         return Checked()
     if args.verb == "train-pool":
         from dq.networks.train_pool import check_pool
 
-        check_pool(config, source)
+        check_pool(config, source, accelerator)
         return Checked()
     if args.verb == "prior-report":
         return Checked(pipe=_check_report(config, source, accelerator, fetch=not args.dry_run))

@@ -56,8 +56,7 @@ class RealData:
     @property
     def world(self) -> list[object]:
         """What decides real images, for digests."""
-        s = self.source
-        return [s.fingerprint, self.image_size, s.preprocess, "raise", len(self.validation_rows)]
+        return world_of(self.source, self.image_size, self.validation_rows)
 
     @property
     def candidates(self) -> np.ndarray:
@@ -188,6 +187,18 @@ def check_whitened(image_size: int) -> None:
         raise InputError(f"whiten needs a matrix of all pixel pairs, too large at {image_size} px; leave it out")
 
 
+def world_of(source: ImageSource, image_size: int, validation: np.ndarray) -> list[object]:
+    """What decides real images, for digests."""
+    return [source.fingerprint, image_size, source.preprocess, "raise", len(validation)]
+
+
+def rows_set_aside(source: ImageSource, evaluate: EvaluateConfig, students: Iterable[StudentConfig]) -> np.ndarray:
+    """Rows of train that are set aside for validation; none if no student chooses its epoch on them."""
+    if any(s.tests > 1 and s.select == "validation" for s in students):
+        return validation_rows(source.train.labels, evaluate.validation_images)
+    return np.array([], np.int64)
+
+
 def load_real_data(
     source: ImageSource,
     evaluate: EvaluateConfig,
@@ -199,9 +210,7 @@ def load_real_data(
     device: torch.device,
 ) -> RealData:
     """Set validation images aside, load and check the teachers, measure channel statistics."""
-    rows = np.array([], np.int64)
-    if any(s.tests > 1 and s.select == "validation" for s in students):
-        rows = validation_rows(source.train.labels, evaluate.validation_images)
+    rows = rows_set_aside(source, evaluate, students)
     check_taught(evaluate, students, teachers)
     loaded = load_teachers(teachers, source, image_size, device) if teachers else ()
     bench = RealData(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dq.config.dtypes import folder_dtypes, record_dtypes, resolve_dtypes
+from dq.config.dtypes import Dtypes, folder_dtypes, record_dtypes, resolve_dtypes
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
@@ -28,7 +28,7 @@ from dq.networks.pool import MANIFEST, reestimate_bn
 from dq.networks.prune_channels import prune
 from dq.networks.real_data import RealData
 from dq.networks.teacher_loading import load_teacher
-from dq.networks.train_teachers import teacher_bench, teacher_recipe
+from dq.networks.train_teachers import teacher_bench, teacher_recipe, teacher_world
 from dq.networks.training import Pixels, accuracy, fit, normalizer
 from dq.networks.zoo import make_net
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger("dq")
+SETTINGS = "settings.json"  # in the folder of a pool: what decides it
 BATCH = 500  # images at once where statistics are estimated
 
 
@@ -51,30 +52,15 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
         InputError: if torch-pruning is needed and not installed, or the settings do not fit.
         RunError: if the folder holds a pool of other settings, or no member falls within the window.
     """
-    check_pool(config, source)
+    config, dtypes, settings = check_pool(config, source, accelerator)
     p, folder = config.train_pool, Path(config.train_pool.output_dir)
-    known = folder / "settings.json"
-    begun = str(read_json(known)["recipe"].get("dtype", "float32")) if is_done(known) else None
-    dtypes = folder_dtypes(folder, accelerator, begun=begun)
-    config = resolve_dtypes(config, dtypes)
-    t = config.train_teachers
-    recipe = teacher_recipe(t)
+    recipe = teacher_recipe(config.train_teachers)
     bench = teacher_bench(config, source, recipe, accelerator.device)
     net = p.base.net if p.generation == "post" and p.base else p.net
-    settings: dict[str, Any] = {"pool": to_dict(p), "world": bench.world, "recipe": to_dict(recipe), "seed": t.seed}
-    for key in ("output_dir", "window", "keep_base"):
-        settings["pool"].pop(key)
-    if p.generation == "post" and p.base is not None:
-        # where the network lies does not matter, its weights do
-        settings["pool"]["base"].pop("path")
-        settings["base"] = load_teacher(p.base, bench.classes, bench.image_size).digest
-    digest = digest_of(settings)
-    if is_done(known) and read_json(known)["digest"] != digest:
-        raise RunError(f"{folder} holds a pool of other settings or data; choose another train_pool.output_dir")
     accelerator.wait_for_everyone()
     record_dtypes(folder, dtypes, main=accelerator.is_main_process)
     if accelerator.is_main_process:
-        write_json(known, {"digest": digest, **settings})
+        write_json(folder / SETTINGS, {"digest": digest_of(settings), **settings})
     if p.generation == "prior":
         mean, std = bench.mean, bench.std
         names = _checkpoints(config, bench, folder, recipe, accelerator)
@@ -115,11 +101,17 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
     return folder
 
 
-def check_pool(config: RunConfig, source: ImageSource) -> None:
+def check_pool(
+    config: RunConfig, source: ImageSource, accelerator: Accelerator
+) -> tuple[RunConfig, Dtypes, dict[str, Any]]:
     """Whether a pool of these settings can be made.
+
+    Returns:
+        The configuration without `dtype: auto`, what that stands for, and the settings that decide the pool.
 
     Raises:
         InputError: for epochs that the training does not have, an unknown network, a missing package or base.
+        RunError: if the folder holds a pool of other settings.
     """
     p, t = config.train_pool, config.train_teachers
     classes, size = len(source.class_names), config.image_size
@@ -132,13 +124,41 @@ def check_pool(config: RunConfig, source: ImageSource) -> None:
                 f"train_pool.epochs={list(p.epochs)} must end before the training does, at train_teachers.epochs="
                 f"{t.epochs}; the last epoch is the base"
             )
-        return
+        return _settings(config, source, accelerator, None)
     if importlib.util.find_spec("torch_pruning") is None:
         raise InputError("pruning needs torch-pruning, which is not installed; pip install 'dq-distill[pruning]'")
     assert p.base is not None
     base = load_teacher(p.base, classes, size)
     if base.classes is not None or base.image_size not in (None, size):
         raise InputError("a pool is pruned from a network that sees the images as they are and has just their classes")
+    return _settings(config, source, accelerator, base.digest)
+
+
+def _settings(
+    config: RunConfig, source: ImageSource, accelerator: Accelerator, base: str | None
+) -> tuple[RunConfig, Dtypes, dict[str, Any]]:
+    """What `check_pool` returns, for a network to be pruned of the digest `base`."""
+    folder = Path(config.train_pool.output_dir)
+    known = folder / SETTINGS
+    begun = str(read_json(known)["recipe"].get("dtype", "float32")) if is_done(known) else None
+    dtypes = folder_dtypes(folder, accelerator, begun=begun)
+    config = resolve_dtypes(config, dtypes)
+    recipe, pool = teacher_recipe(config.train_teachers), to_dict(config.train_pool)
+    for key in ("output_dir", "window", "keep_base"):
+        pool.pop(key)
+    settings: dict[str, Any] = {
+        "pool": pool,
+        "world": teacher_world(config, source, recipe),
+        "recipe": to_dict(recipe),
+        "seed": config.train_teachers.seed,
+    }
+    if base is not None:
+        # where the network lies does not matter, its weights do
+        pool["base"].pop("path")
+        settings["base"] = base
+    if is_done(known) and read_json(known)["digest"] != digest_of(settings):
+        raise RunError(f"{folder} holds a pool of other settings or data; choose another train_pool.output_dir")
+    return config, dtypes, settings
 
 
 def pool_text(config: RunConfig) -> str:

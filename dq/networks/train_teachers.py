@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ from dq.core.processes import shard
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of
 from dq.data.source import ImageSource
-from dq.networks.real_data import RealData, load_real_data
+from dq.networks.real_data import RealData, load_real_data, rows_set_aside, world_of
 from dq.networks.teacher import TEACHER_FACTS
 from dq.networks.training import accuracy, fit
 from dq.networks.zoo import make_net
@@ -61,11 +61,30 @@ def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig,
     )
 
 
-def check_teacher_training(config: RunConfig, source: ImageSource) -> None:
+def teacher_world(config: RunConfig, source: ImageSource, recipe: StudentConfig) -> list[object]:
+    """What decides the images of `teacher_bench`, without reading one."""
+    return world_of(source, config.image_size, rows_set_aside(source, config.evaluate, [recipe]))
+
+
+class Planned(NamedTuple):
+    """A network that is to be trained."""
+
+    recipe: StudentConfig
+    auto: Dtypes  # what `dtype: auto` stands for in its folder
+    folder: Path
+    digest: str
+    done: bool
+
+
+def check_teacher_training(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> list[Planned]:
     """Whether the networks of `config.train_teachers` can be trained on these images.
+
+    Returns:
+        The networks, of which some may be trained already.
 
     Raises:
         InputError: for no network, or one that is unknown, named twice or not for this size.
+        RunError: if a folder holds a teacher of other settings or data.
     """
     check_place(config.train_teachers.output_dir, "train_teachers.output_dir")
     check_place(config.cache_dir, "cache_dir", reads=True)
@@ -74,6 +93,21 @@ def check_teacher_training(config: RunConfig, source: ImageSource) -> None:
         raise InputError(f"train_teachers.nets must name networks, each once, not {list(nets)}")
     for net in nets:
         make_net(net, len(source.class_names), config.image_size, seed=0)
+    return [_planned(net, config, source, accelerator) for net in nets]
+
+
+def _planned(net: str, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Planned:
+    t = config.train_teachers
+    folder = Path(t.output_dir) / net.replace(":", "_")
+    auto = _dtypes(folder, accelerator)
+    recipe = resolve_dtypes(teacher_recipe(t), auto)
+    world = teacher_world(config, source, recipe)
+    digest = digest_of({"net": net, "world": world, "student": to_dict(recipe), "seed": t.seed})
+    record = folder / TEACHER_FACTS
+    done = is_done(record) and is_done(folder / "model.safetensors")
+    if done and read_json(record)["digest"] != digest:
+        raise RunError(f"{folder} holds a teacher of other settings or data; choose another train_teachers.output_dir")
+    return Planned(dataclasses.replace(recipe, net=net), auto, folder, digest, done)
 
 
 def _dtypes(folder: Path, accelerator: Accelerator) -> Dtypes:
@@ -101,25 +135,14 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
         RunError: if a folder holds a teacher of other settings or data.
     """
     t = config.train_teachers
-    check_teacher_training(config, source)
-    folders = [Path(t.output_dir) / net.replace(":", "_") for net in t.nets]
-    dtypes = [_dtypes(folder, accelerator) for folder in folders]
-    recipes = [resolve_dtypes(teacher_recipe(t), d) for d in dtypes]
-    bench = teacher_bench(config, source, recipes[0], accelerator.device)
-    mine = shard([1.0] * len(folders), accelerator.process_index, accelerator.num_processes)
-    todo = []
-    for i in mine:
-        make_net(t.nets[i], bench.classes, bench.image_size, seed=0)
-        settings = {"net": t.nets[i], "world": bench.world, "student": to_dict(recipes[i]), "seed": t.seed}
-        record = folders[i] / TEACHER_FACTS
-        if not (is_done(record) and is_done(folders[i] / "model.safetensors")):
-            todo.append((dataclasses.replace(recipes[i], net=t.nets[i]), dtypes[i], folders[i], digest_of(settings)))
-        elif read_json(record)["digest"] != digest_of(settings):
-            raise RunError(f"{folders[i]} holds a teacher of other settings or data; choose another output_dir")
+    planned = check_teacher_training(config, source, accelerator)
+    bench = teacher_bench(config, source, planned[0].recipe, accelerator.device)
+    mine = shard([1.0] * len(planned), accelerator.process_index, accelerator.num_processes)
+    todo = [planned[i] for i in mine if not planned[i].done]
     if todo:
         images, labels = bench.read(source.train, bench.candidates)
         images, labels = images.to(bench.device), labels.to(bench.device)
-    for recipe, auto, folder, digest in todo:
+    for recipe, auto, folder, digest, _ in todo:
         net = recipe.net
         record_dtypes(folder, auto)  # until the network is trained, and its record says it
         pixels = bench.pixels(recipe)
@@ -162,4 +185,4 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
             (folder / name).unlink(missing_ok=True)
         log.info("teacher %s: %.1f %% of %d validation images", net, 100 * (found or 0), len(bench.validation_rows))
     accelerator.wait_for_everyone()
-    return folders
+    return [p.folder for p in planned]

@@ -320,6 +320,21 @@ def test_settings_that_nothing_was_made_by_may_change(
     assert main(call(other, tmp_path, "cluster", change)) == code
 
 
+@pytest.mark.parametrize("verb", ["train-teachers", "train-pool"])
+def test_a_folder_of_other_networks_is_refused_in_a_dry_run(
+    verb: str, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    nets = ("train_teachers.nets=[convnet3w32]", "train_pool.net=convnet3w32", "train_pool.epochs=[1]")
+    nets = (*nets, "train_teachers.batch_size=64", "train_pool.window=[0.0,100.0]")
+    assert main(call(other, tmp_path, verb, *nets, "train_teachers.epochs=2")) == 0
+    capsys.readouterr()
+    assert main([*call(other, tmp_path, verb, *nets, "train_teachers.epochs=2"), "--dry-run"]) == 0
+    (code, said), (dry_code, dry_said) = both(call(other, tmp_path, verb, *nets, "train_teachers.epochs=3"), capsys)
+    assert (code, dry_code) == (1, 1)
+    assert said == dry_said
+    assert "of other settings or data; choose another train_" in said
+
+
 def test_python_refuses_before_it_encodes(toy_source, tmp_path: Path) -> None:
     from models import tiny_dit, tiny_kl
 
