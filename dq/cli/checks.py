@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
+from dq.core.files import is_same_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -176,7 +177,13 @@ def _read_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource)
         name = name if sep else (Path(path).stem if Path(path).suffix else Path(path).name)
         if name in sets:
             raise InputError(f"two sets are called {name!r}; name them with --distilled NAME=PATH")
+        if is_same_folder(path, config.output_dir):
+            raise InputError(f"{config.output_dir} is the set {name!r} itself; choose another --output_dir")
         sets[name] = load_set(
-            path, source.class_names, image_size=config.source.image_size, label_kind=args.label_kind
+            path,
+            source.class_names,
+            image_size=config.source.image_size,
+            label_kind=args.label_kind,
+            on_bad_image=source.on_bad_image,
         )
     return sets

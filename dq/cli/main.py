@@ -16,6 +16,7 @@ from dq.cli.completion import completion_script
 from dq.cli.parser import build_parser, check_flags, resolve
 from dq.cli.verbs import check_push, output_folder, plan_verb, pull_verb, push_verb, work
 from dq.core.errors import InputError, RunError
+from dq.core.files import is_same_folder
 from dq.core.hub_client import Redaction, redact
 
 log = logging.getLogger("dq")
@@ -111,6 +112,9 @@ def execute(args: argparse.Namespace) -> None:
 
         print(write_results_report(Path(config.output_dir)))
         return
+    folder = output_folder(args.verb, config)
+    if is_same_folder(config.source.path, folder):
+        raise InputError(f"{folder} holds the images themselves; choose another folder to write to, as --output_dir")
     from dq.core.locks import locked
     from dq.core.processes import check_launch, hardware_line, make_accelerator
     from dq.core.trackers import check_trackers, end_trackers
@@ -136,7 +140,7 @@ def execute(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             print(plan_verb(args, config, source, accelerator, checked))
         return
-    with locked(output_folder(args.verb, config), accelerator):
+    with locked(folder, accelerator):
         try:
             work(args, config, source, accelerator, checked)
         finally:

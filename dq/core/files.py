@@ -276,6 +276,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [e for e in events if isinstance(e, dict)]
 
 
+def is_same_folder(path: str | Path, other: str | Path) -> bool:
+    """Whether both are one folder that is there, whatever links lead to it."""
+    a, b = (Path(p).expanduser() for p in (path, other))
+    return bool(str(path)) and a.is_dir() and b.is_dir() and a.samefile(b)
+
+
 def existing(path: Path) -> Path:
     """The path itself, or the nearest thing above it that is there."""
     path = path.expanduser().absolute()

@@ -110,7 +110,8 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
                 "name another with --set source.image_column=NAME"
             ) from e
         read = _row_reader(rows, image_column, folder)
-        splits[s] = Split(numbers[s], read, s, _column_reader(loaded[s]))
+        others = tuple(c for c in loaded[s].column_names if c not in (image_column, label_column))
+        splits[s] = Split(numbers[s], read, s, _column_reader(loaded[s]), others)
     if not local:
         info = loaded[train].info
         counts = {s: rows.num_rows for s, rows in loaded.items()}

@@ -33,6 +33,7 @@ class Split:
     read: Callable[[int], Any]  # row -> PIL image, encoded bytes, path, or (C, H, W) array
     name: str
     column: Callable[[str], list[Any] | None] = lambda name: None  # values of another column; None if there is none
+    columns: tuple[str, ...] = ()  # names of the other columns
 
     def __len__(self) -> int:
         return len(self.labels)

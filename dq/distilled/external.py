@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import logging
 import re
 import tokenize
@@ -10,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +25,7 @@ from dq.config.schema import SourceConfig
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import as_path
+from dq.core.text import printable, short
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.left_out import warn_of_keys
 from dq.data.load import load_source
@@ -55,38 +60,45 @@ def load_set(
     name: str | None = None,
     image_size: int | None = None,
     label_kind: LabelKind | None = None,
+    on_bad_image: Literal["raise", "skip"] = "raise",
     revision: str | None = None,
     token: str | None = None,
 ) -> DistilledSet:
     """Open a distilled set of any origin.
 
     Args:
-        path: what `DistilledSet.save` wrote (a set's own folder, the folder of several, or a run folder); a repository
-            "owner/name" of the Hub with sets of dq; a Parquet folder with an image and a label column; a folder
-            `class/*.png`; or a `.safetensors` or `.npz` file with `images` (N, 3, S, S) uint8 or float in [0, 1] and
-            `labels` (N,), and perhaps `weights` (N,) and `soft_labels` (N, C). With `mean` and `std` (3,) beside them
-            the images are taken as normalised by these, and may leave [0, 1] once they are pixels again, as images of
-            matching methods do. Files of torch.save are not opened, since they can run code; save them as safetensors.
+        path: what `DistilledSet.save` wrote (a set's own folder, the folder of several, or a run folder); a
+            repository "owner/name" of the Hub with sets of dq; a Parquet folder with an image and a label column, and
+            perhaps `weight` and `soft_label` (or `weights` and `soft_labels`); a folder `class/*.png`; or a
+            `.safetensors` or `.npz` file with `images` (N, 3, S, S) uint8 or float in [0, 1] and `labels` (N,), and
+            perhaps `weights` (N,) and `soft_labels` (N, C). With `mean` and `std` (3,) beside them the images are
+            taken as normalised by these, and may leave [0, 1] once they are pixels again, as images of matching
+            methods do. Files of torch.save are not opened, since they can run code; save them as safetensors.
         class_names: of the data set that it is a distillate of; None: those of the set itself. Class folders are
             either these names, or numbers that sort to these classes (00000, 00001, ...).
         name: of one set among several.
         image_size: side in px at which a folder of images is read; None: that of the first image.
         label_kind: what the label vectors are; None: what the set says of itself.
+        on_bad_image: raise an error at an image of a folder that cannot be read, or skip it with a warning.
         revision, token: of the Hub.
 
     Raises:
-        InputError: if it cannot be read, its classes are not `class_names`, or its label vectors could be
-            probabilities and nothing says what they are.
+        InputError: if it cannot be read, a name is given to what has no sets with names, its classes are not
+            `class_names`, uint8 images hold 0 and 1 alone, mean and std are not of images in [0, 1], or its label
+            vectors could be probabilities and nothing says what they are.
     """
     names = None if class_names is None else as_names(class_names)
     text = str(path)
     path = as_path(path, "the path of a set")
+    sets = is_set(path) or bool(set_names(path) or set_names(path / "dataset")) or _is_run(path)
+    if name is not None and not sets and (path.suffix in TENSORS or path.is_dir()):
+        raise InputError(f"{path} is one set without a name, so there is no {name!r} in it; leave the name out")
     if path.suffix in TENSORS:
         s = _from_tensor_file(path, names, label_kind)
-    elif is_set(path) or set_names(path) or set_names(path / "dataset") or _is_run(path):
+    elif sets:
         s = DistilledSet.load(path, name)
     elif path.is_dir():
-        s = _from_folder(path, names, image_size, label_kind)
+        s = _from_folder(path, names, image_size, label_kind, on_bad_image)
     elif path.exists() or path.suffix in (".pt", ".pth") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         what = (
             "files of torch.save can run code; save the tensors as safetensors"
@@ -253,7 +265,13 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
             raise InputError(f"images of {path} are uint8, which no mean and std were taken from; leave these out")
         if not (torch.isfinite(found["std"].float()).all() and (found["std"] > 0).all()):
             raise InputError(f"std of {path} must be positive, not {found['std'].tolist()}")
+        if not ((found["mean"] >= 0).all() and (found["mean"] <= 1).all() and (found["std"] <= 1).all()):
+            raise InputError(
+                f"mean and std of {path} must be those of images in [0, 1], not {short(found['mean'].tolist())} and "
+                f"{short(found['std'].tolist())}; divide both by 255 if the images were in 0 to 255"
+            )
         images = images * found["std"].float().view(1, -1, 1, 1) + found["mean"].float().view(1, -1, 1, 1)
+    _check_range(images, path)
     labels = found["labels"]
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch hardly computes with
         labels = labels.to(torch.int64)
@@ -265,18 +283,78 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
     return bare_set(images, labels, names, **extras, origin=str(path), bounded=not normalized, label_kind=label_kind)
 
 
+def _check_range(images: Tensor, path: Path) -> None:
+    """uint8 images go up to 255.
+
+    Raises:
+        InputError: if they hold 0 and 1 alone, which are all but black.
+    """
+    if images.dtype == torch.uint8 and images.numel() and images.max() == 1:
+        raise InputError(
+            f"images of {path} are 8-bit and hold 0 and 1 alone, which are all but black; multiply them by 255"
+        )
+
+
+COLUMNS = ("weight", "weights"), ("soft_label", "soft_labels")
+BOOKKEEPING = ("prototype", "count", "source_row")  # columns of sets of dq that no student learns from
+
+
 def _from_folder(
-    path: Path, class_names: tuple[str, ...] | None, image_size: int | None, label_kind: LabelKind | None
+    path: Path,
+    class_names: tuple[str, ...] | None,
+    image_size: int | None,
+    label_kind: LabelKind | None,
+    on_bad_image: Literal["raise", "skip"],
 ) -> DistilledSet:
-    source = load_source(SourceConfig(path=str(path)))
+    source = load_source(SourceConfig(path=str(path), on_bad_image=on_bad_image))
     names = source.class_names if class_names is None else _by_number(source.class_names, class_names, path)
-    size = image_size or _first_side(source.train)
-    images, rows, _ = read_images(source.train, range(len(source.train)), size, "crop")
-    extras = {name: _column(source.train, name, rows, path) for name in ("weight", "soft_label")}
-    labels = torch.from_numpy(source.train.labels[rows])
-    if extras["soft_label"] is not None:
+    train = source.train
+    warn_of_keys(train.columns, [*itertools.chain(*COLUMNS), *BOOKKEEPING], str(path), "columns")
+    sizes: dict[int, tuple[int, int]] = {}
+    size = image_size or _first_side(train, on_bad_image)
+    measured = dataclasses.replace(train, read=functools.partial(_read_measured, train, sizes))
+    images, rows, bad = read_images(measured, range(len(train)), size, "crop", on_bad=on_bad_image)
+    if bad:
+        log.warning("%s: left out %d of %d images that cannot be read: %s", path, len(bad), len(train), bad[0])
+    if not rows:
+        raise InputError(f"no image of {path} can be read: {bad[0]}")
+    _warn_of_sizes({i: sizes[i] for i in rows}, size, path, train, asked=image_size is not None)
+    _check_range(images, path)
+    weights, soft_labels = (_column(train, names, rows, path) for names in COLUMNS)
+    labels = torch.from_numpy(train.labels[rows])
+    if soft_labels is not None:
         label_kind = label_kind or parquet_kind(path)
-    return bare_set(images, labels, names, extras["weight"], extras["soft_label"], str(path), label_kind=label_kind)
+    return bare_set(images, labels, names, weights, soft_labels, str(path), label_kind=label_kind)
+
+
+def _read_measured(split: Split, sizes: dict[int, tuple[int, int]], row: int) -> Any:
+    """What `split.read` gives; keeps the width and height in px of images that can be read."""
+    raw = split.read(row)
+    with contextlib.suppress(*UNDECODABLE):
+        sizes[row] = open_image(raw).size
+    return raw
+
+
+def _warn_of_sizes(sizes: dict[int, tuple[int, int]], side: int, path: Path, split: Split, *, asked: bool) -> None:
+    """Warn of images that lose their edges, and of those resampled that are not of the size of most.
+
+    Args:
+        sizes: width and height in px by row.
+        asked: whether `side` was asked for: then images of one size are resampled to it without a word.
+    """
+    cut = [i for i, (w, h) in sizes.items() if w != h]
+    other = [i for i, (w, h) in sizes.items() if w == h != side]
+    if asked and len(set(sizes.values())) == 1:
+        other = []
+    for rows, what in ((cut, "not square, and cut to their central square of"), (other, "resampled to")):
+        if rows:
+            raw, (w, h) = split.read(rows[0]), sizes[rows[0]]
+            log.warning(
+                "%s: %d of %d images are %s %d px; the first, %s, has %d x %d px; resize them yourself if that is not "
+                "what their makers trained on",
+                *(path, len(rows), len(sizes), what, side),
+                *(printable(raw) if isinstance(raw, Path) else split.where(rows[0]), w, h),
+            )
 
 
 def _by_number(names: tuple[str, ...], class_names: tuple[str, ...], path: Path) -> tuple[str, ...]:
@@ -299,22 +377,31 @@ def _are_numbers(names: Sequence[str]) -> bool:
     return all(NUMBER.fullmatch(n) for n in names)
 
 
-def _column(split: Split, name: str, rows: list[int], path: Path) -> Tensor | None:
-    """A column of Parquet files, for the rows that could be read."""
-    values = split.column(name)
-    if values is None:
+def _column(split: Split, names: tuple[str, ...], rows: list[int], path: Path) -> Tensor | None:
+    """The column of Parquet files that has one of these names, for the rows that could be read."""
+    present = [name for name in names if name in split.columns]
+    if not present:
         return None
+    if len(present) > 1:
+        raise InputError(f"{path} has the columns {' and '.join(present)}, which mean the same; drop one")
+    values = split.column(present[0]) or []
     try:
         return torch.tensor([values[i] for i in rows], dtype=torch.float32)
-    except (TypeError, ValueError) as e:
-        raise InputError(f"column {name!r} of {path} is not numbers for every image ({e}); mend it or drop it") from e
+    except (IndexError, TypeError, ValueError) as e:
+        raise InputError(
+            f"column {present[0]!r} of {path} is not numbers for every image ({e}); mend it or drop it"
+        ) from e
 
 
-def _first_side(split: Split) -> int:
-    try:
-        return min(open_image(split.read(0)).size)
-    except UNDECODABLE as e:
-        raise InputError(f"the first image, in {split.where(0)}, cannot be read ({e}); replace it") from e
+def _first_side(split: Split, on_bad_image: Literal["raise", "skip"]) -> int:
+    """The shorter side in px of the first image, which under `skip` is the first that can be read."""
+    for row in range(len(split)):
+        try:
+            return min(open_image(split.read(row)).size)
+        except UNDECODABLE as e:
+            if on_bad_image == "raise":
+                raise InputError(f"the first image, in {split.where(0)}, cannot be read ({e}); replace it") from e
+    raise InputError(f"no image of split {split.name!r} can be read; replace them")
 
 
 def _reordered(s: DistilledSet, order: Tensor, class_names: tuple[str, ...]) -> DistilledSet:

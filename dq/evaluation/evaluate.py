@@ -15,7 +15,7 @@ from dq.config.reader import from_dict, to_dict
 from dq.config.students import Baseline, EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import as_path, check_name
+from dq.core.files import as_path, check_name, is_same_folder
 from dq.core.numbers import whole_number
 from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of_tensors
@@ -197,8 +197,12 @@ def evaluate(
         print(evaluate(distilled, source, protocol="classic", students=["convnet3", "vgg11"], n_seeds=5))
     """
     source = load_source(source)
+    folder = None if output_dir is None else as_path(output_dir, "output_dir")
+    given = (source.origin, distilled) if isinstance(distilled, (str, Path)) else (source.origin,)
+    if folder is not None and any(is_same_folder(p, folder) for p in given):
+        raise InputError(f"output_dir {folder} holds the images themselves; choose another")
     if isinstance(distilled, (str, Path)):
-        distilled = load_set(distilled, source.class_names, image_size=image_size)
+        distilled = load_set(distilled, source.class_names, image_size=image_size, on_bad_image=source.on_bad_image)
     if not isinstance(distilled, DistilledSet):
         raise InputError(f"a DistilledSet or the path of one is evaluated, not {type(distilled).__name__}")
     named = list(students) if isinstance(students, (list, tuple)) else [students]
@@ -209,7 +213,6 @@ def evaluate(
         raise InputError(f"protocol is a name of list_protocols(), not {protocol!r}")
     if accelerator is not None and not hasattr(accelerator, "device"):
         raise InputError(f"accelerator is an accelerate.Accelerator, not {accelerator!r}")
-    folder = None if output_dir is None else as_path(output_dir, "output_dir")
     cache = as_path(cache_dir, "cache_dir")
     if not isinstance(baselines, (str, list, tuple)):
         raise InputError(f"baselines are names such as ('random',), not {type(baselines).__name__}")

@@ -346,7 +346,7 @@ def parquet(path: Path, **more: list) -> Path:
 
     images, labels = small()
     features = {"image": ImageFeature(), "label": ClassLabel(names=["green", "red", "blue"])}
-    features |= {k: List(Value("float32")) if k == "soft_label" else Value("float64") for k in more}
+    features |= {k: List(Value("float32")) if k.startswith("soft_label") else Value("float64") for k in more}
     own = torch.tensor([2, 0, 1])[labels].tolist()
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
     table = Dataset.from_dict({"image": pictures, "label": own, **more}, features=Features(features))
@@ -378,6 +378,75 @@ def test_parquet_weights_and_soft_labels_are_honoured(tmp_path):
     # a test split beside it is not of the set
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", weight=[9.0] * 6, soft_label=soft)
     assert load_set(tmp_path, NAMES).weights.tolist() == weights
+
+
+def test_parquet_columns_have_the_names_of_tensor_files_too_and_others_are_named(tmp_path, caplog):
+    weights, soft = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0], [[10.0 * i + c for c in range(3)] for i in range(6)]
+    parquet(tmp_path / "a" / "train-00000-of-00001.parquet", weights=weights, soft_labels=soft)
+    s = load_set(tmp_path / "a", NAMES)
+    assert s.weights.tolist() == weights
+    assert s.soft_labels[0].tolist() == [2.0, 0.0, 1.0]
+    assert "left out" not in caplog.text
+    parquet(tmp_path / "b" / "train-00000-of-00001.parquet", logits=weights, count=weights, probabilities=weights)
+    assert load_set(tmp_path / "b", NAMES).soft_labels is None
+    assert "left out 2 columns that mean nothing here (first: logits)" in caplog.text
+    parquet(tmp_path / "c" / "train-00000-of-00001.parquet", weight=weights, weights=weights)
+    with pytest.raises(InputError, match=r"columns weight and weights, which mean the same; drop one"):
+        load_set(tmp_path / "c", NAMES)
+
+
+# --- what is odd about images -------------------------------------------------------------------------------------
+
+
+def test_images_that_cannot_be_read_are_skipped_if_asked(tmp_path, caplog):
+    folder = folder_set(tmp_path / "set")
+    (folder / "blue" / "000.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_set(folder, NAMES)
+    s = load_set(folder, NAMES, on_bad_image="skip")
+    assert len(s) == 5
+    assert s.images.shape[-1] == 8
+    assert torch.equal(s.images_uint8(), small()[0][1:])
+    assert re.search(r"left out 1 of 6 images that cannot be read: .*000\.png", caplog.text)
+    (folder / "blue" / "001.png").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"class 0 'blue' has no image"):
+        load_set(folder, NAMES, on_bad_image="skip")
+    for path in folder.glob("*/*.png"):
+        path.write_bytes(b"x")
+    for side in (None, 8):
+        with pytest.raises(InputError, match=r"no image of .* can be read"):
+            load_set(folder, NAMES, image_size=side, on_bad_image="skip")
+
+
+def test_images_of_other_sizes_are_counted_and_the_first_is_named(tmp_path, caplog):
+    folder = folder_set(tmp_path / "set")
+    load_set(folder, NAMES, image_size=4)  # asked for, and alike for all
+    assert not caplog.records
+    Image.new("RGB", (16, 16)).save(folder / "green" / "001.png")
+    Image.new("RGB", (12, 8)).save(folder / "red" / "000.png")
+    load_set(folder, NAMES)
+    cut, resampled = (r.getMessage() for r in caplog.records)
+    assert re.search(r"1 of 6 images are not square, and cut .* of 8 px; the first, .*red/000.png, has 12 x 8 px", cut)
+    assert re.search(r"1 of 6 images are resampled to 8 px; the first, .*green/001.png, has 16 x 16 px", resampled)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_tensors_in_other_units_are_refused(tmp_path, suffix):
+    x, labels = small()
+    bits = tensor_file(tmp_path / f"bits{suffix}", images=(x > 128).byte(), labels=labels)
+    with pytest.raises(InputError, match=r"8-bit and hold 0 and 1 alone, .* multiply them by 255"):
+        load_set(bits, NAMES)
+    units = {"mean": torch.full((3,), 127.5), "std": torch.full((3,), 64.0)}
+    path = tensor_file(tmp_path / f"units{suffix}", images=normalized(x), labels=labels, **units)
+    with pytest.raises(InputError, match=r"must be those of images in \[0, 1\], not \[127\.5.* divide both by 255"):
+        load_set(path, NAMES)
+
+
+def test_a_name_is_refused_where_sets_have_none(tmp_path):
+    x, labels = small()
+    for path in (folder_set(tmp_path / "set"), tensor_file(tmp_path / "t.npz", images=x, labels=labels)):
+        with pytest.raises(InputError, match=r"no 'ours' in it; leave the name out"):
+            load_set(path, NAMES, name="ours")
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -427,9 +496,9 @@ def soft(world: Path) -> list[str]:
     return [*SOFT, "--teacher", f"convnet3-bn={world / 'teacher'}"]
 
 
-def records(out: Path) -> list[dict]:
+def records(out: Path, name: str = "trainings") -> list[dict]:
     """What trainings found, without how long they took."""
-    lines = (out / "run" / "eval" / "trainings.jsonl").read_text().splitlines()
+    lines = (out / "run" / "eval" / f"{name}.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "train_seconds"} for line in lines]
 
 
@@ -705,6 +774,27 @@ def test_the_folder_of_a_run_is_left_alone(world, tmp_path, capsys):
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_the_advice_on_a_broken_image_works(world, tmp_path, capsys):
+    folder = folder_set(tmp_path / "set")
+    (folder / "red" / "001.png").write_bytes(b"x")
+    call = ["--distilled", f"broken={folder}", *HARD]
+    assert main(arguments(world, tmp_path, *call, "--dry-run")) == 2
+    assert "set it aside with --set source.on_bad_image=skip" in capsys.readouterr().err
+    assert main(arguments(world, tmp_path, *call, "source.on_bad_image=skip", "--dry-run")) == 0
+
+
+def test_results_are_not_written_among_images(world, tmp_path, capsys):
+    before = sorted(world.rglob("*"))
+    (tmp_path / "link").symlink_to(world / "images")
+    for place, why in (("images", "holds the images themselves"), ("set", "is the set 'mine' itself")):
+        assert main(arguments(world, tmp_path, *HARD, "--output_dir", str(world / place))) == 2
+        assert why in capsys.readouterr().err
+        with pytest.raises(InputError, match="holds the images themselves; choose another"):
+            dq.evaluate(world / "set", world / "images", output_dir=world / place)
+    assert main(arguments(world, tmp_path, *HARD, "--output_dir", str(tmp_path / "link"))) == 2
+    assert sorted(world.rglob("*")) == before
+
+
 def test_a_class_without_test_images_is_said(world, tmp_path, caplog):
     shutil.copytree(world / "images", tmp_path / "images")
     call = arguments(world, tmp_path, *HARD, "--seeds", "1", "--data", str(tmp_path / "images"))
@@ -738,7 +828,7 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
         ("mine", "convnet3", "1"),
     ]
     assert all(f["protocol"] == "custom" and "augment crop_flip" in f["settings"] for f in facts)
-    trained = records(tmp_path)
+    trained = records(tmp_path, "ddr-trainings")
     assert planned == f"evaluate    up to {len(trained)} trainings of ddr\n"
     assert {r["part"] for r in trained} == {"own", "augmented", "hard", "full", "plain"}
     for r, fact in zip(rows, facts):

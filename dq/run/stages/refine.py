@@ -176,7 +176,9 @@ def _file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
     """The first images of every class of a set from a file, (n_c, 3, S, S) uint8."""
     side = run.config.image_size
     # its labels are not looked at
-    s = load_set(path, run.source.class_names, image_size=side, label_kind="logits")
+    s = load_set(
+        path, run.source.class_names, image_size=side, label_kind="logits", on_bad_image=run.source.on_bad_image
+    )
     if s.images.shape[-1] != side:
         raise InputError(f"the anchors in {path} have {s.images.shape[-1]} px, the images {side}; resize them")
     return anchors_by_class(s.images_uint8(), s.labels, counts, run.source.class_names, path)
