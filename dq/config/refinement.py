@@ -215,6 +215,11 @@ class FRePo(RefineConfig):
     flip: bool | None = None  # mirror images beside; None: for color images, if the set has fewer than 1000
     whiten: bool | None = None  # None: color images; grey ones are standardized alone
     chunk: int | None = None  # images whose activations are held at once; None: all
+    # times, evenly spread, that networks trained on the set are tested on held-out train images, the best set being
+    # returned; 0: the last one. The released code chooses on the test split
+    checks: int = 0
+    check_nets: int = 2  # networks of a check
+    held_out: float = 0.05  # share of train for checks, at most 0.2, which the regression then does not see
     compose: Literal["index", "dealt", "whole"] = "whole"
     dtype: Dtype = "float32"  # of all networks; nothing else is allowed
 
@@ -223,7 +228,8 @@ class FRePo(RefineConfig):
         return True
 
     def unread(self) -> tuple[str, ...]:
-        return ("start",) if self.mode == "labels_only" else ()
+        labels_only, no_checks = self.mode == "labels_only", self.checks == 0
+        return (*("start",) * labels_only, *("check_nets", "held_out") * no_checks)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +245,8 @@ class FRePo(RefineConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} of frepo must be at least 1, not {value}")
+        if self.checks < 0 or self.check_nets < 1 or not 0 < self.held_out <= 0.2:
+            raise InputError("frepo needs checks >= 0, check_nets >= 1 and a share held_out of at most 0.2")
         if not 0 < self.ridge <= 1:
             raise InputError(f"ridge is a share of the kernel's diagonal in (0, 1], not {self.ridge:g}")
         if not 0 <= self.lr_floor <= 1:

@@ -18,7 +18,7 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.networks.classic import Norm
 from dq.networks.teacher import evaluation_mode, head_inputs
-from dq.networks.zoo import fast_layout, make_net
+from dq.networks.zoo import fast_layout, has_norm_choice, make_net
 
 # Share of the batch in the running statistics. Flax's momentum of 0.1 is the share of the old ones, PyTorch's that of
 # the new: with 0.1 here, features in evaluation mode would lag through the whole life of a network.
@@ -76,7 +76,8 @@ class OnlinePool:
     def _fresh(self, i: int, generation: int, counter: int) -> Member:
         seed = derive_seed(self.seed, "online network", i, generation)
         name = self.nets[i % len(self.nets)]
-        net = make_net(name, self.classes, self.side, norm=None if "-" in name else self.norm, seed=seed)
+        norm = self.norm if has_norm_choice(name) else None
+        net = make_net(name, self.classes, self.side, norm=norm, seed=seed)
         for m in net.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = BATCH_NORM_MOMENTUM

@@ -130,6 +130,11 @@ def make_net(
         return recipe.build(num_classes, image_size, NORMS[kind], **({"init": init} if recipe.init else {}))
 
 
+def has_norm_choice(name: str) -> bool:
+    """Whether `make_net` takes a `norm` for a name: not for names that say it, libraries, and networks without one."""
+    return not is_library_net(name) and "-" not in name and (name not in RECIPES or RECIPES[name].norm is not None)
+
+
 def net_of_weights(name: str, num_classes: int, image_size: int, state: Mapping[str, Tensor]) -> nn.Module:
     """Build the network that saved weights belong to, with fresh weights.
 

@@ -24,6 +24,7 @@ from dq.data.regression_labels import centered_targets, first_labels, probabilit
 from dq.data.zca import Whitening, fit_whitening, is_grey
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
+from dq.refine.held_out import held_out_accuracy, split_off
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.optimize import SHOWN
@@ -33,7 +34,7 @@ TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the tra
 LARGEST_SIDE = 64  # px; whitening needs a matrix of all pairs of pixels, and features grow with the side
 FLIP_BELOW = 1000  # images of the set; the released code leaves mirror images out of larger ones for their cost
 JITTER = 0.01  # of whitened pixels, of images that are copies of others
-NOISE_STD = 0.44  # of whitened pixels of real images (CIFAR-10)
+NOISE_LIKE = 1000  # real images whose standard deviation noise to start from has (0.44 on CIFAR-10)
 HELD_NUMBERS = 1 << 28  # of whitened real images that are held in memory
 SAVE_SECONDS = 60.0  # between two states to go on from
 STRIPS = 4  # pictures of the first images, spread over the steps
@@ -99,7 +100,8 @@ def start_images(
     if config.start == "drawn" or config.mode == "labels_only":
         return whitening(images)
     if config.start == "noise":
-        return NOISE_STD * torch.randn(images.shape, generator=generator(seed, "noise"))
+        std = whitening(real.images[:NOISE_LIKE]).std()
+        return std * torch.randn(images.shape, generator=generator(seed, "noise"))
     rows = torch.empty_like(labels)
     for c in labels.unique().tolist():
         candidates, places = (real.labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]
@@ -162,7 +164,8 @@ def refine(
     if len(real.images) == 0:
         raise InputError("frepo predicts real train images, but there are none; check the train split")
     whitening = (whitening or fit_whitening(real.images, zca=config.whiten)).to(device)
-    batches = RealBatches.of(real, whitening, classes, config.real_batch, seed)
+    seen, held = split_off(real, config.held_out) if config.checks else (real, None)
+    batches = RealBatches.of(seen, whitening, classes, config.real_batch, seed)
     flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not is_grey(real.images)
     w = None
     if config.weighted and weights is not None:
@@ -190,6 +193,8 @@ def refine(
         x, y = Lamb.of(first), Lamb.of(start_labels(config, images, labels, classes, teachers).to(device))
         trace = torch.zeros(steps, len(TERMS), device=device)
         strips = [whitening.invert(first[:SHOWN]).cpu()]
+    best = _best_of(resume, device)
+    check_steps = {-(-steps * i // config.checks) for i in range(1, config.checks + 1)} if config.checks else set()
     saved = time.perf_counter()
     for step in range(resume.steps if resume else 0, steps):
         lr = cosine_lr(step, steps, top_lr, config.lr_floor)
@@ -220,19 +225,34 @@ def refine(
         pool.advance(i, x.value, y.value, step, w)  # on the updated set, as released
         if (step + 1) % max(1, steps // STRIPS) == 0:
             strips.append(whitening.invert(x.value[:SHOWN]).cpu())
+        if held is not None and step + 1 in check_steps:
+            score = held_out_accuracy(
+                x.value,
+                y.value,
+                held,
+                whitening,
+                net=config.nets[0],
+                classes=classes,
+                nets=config.check_nets,
+                seed=derive_seed(seed, "check", step),
+            )
+            if score > max((s for _, s in facts.setdefault("checks", [])), default=-1.0):
+                best = (x.value.clone(), y.value.clone())
+            facts["checks"] = [*facts["checks"], [step + 1, round(score, 5)]]
         callback.step(step)
         if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < steps:
-            callback.save(_state(x, y, trace, strips, facts, pool, step + 1))
+            callback.save(_state(x, y, best, trace, strips, facts, pool, step + 1))
             saved = time.perf_counter()
     facts["networks_replaced"] = sum(m.generation for m in pool.members)
     facts["end_std"] = round(float(x.value.std()), 4)
     learned = config.mode == "pixel"
+    last_x, last_y = best or (x.value, y.value)
     return Refined(
-        whitening.invert(x.value).cpu() if learned else images,
+        whitening.invert(last_x).cpu() if learned else images,
         trace.float().cpu(),
         TERMS,
         torch.stack(strips).clamp(0, 1),
-        soft_labels=y.value.cpu(),
+        soft_labels=last_y.cpu(),
         label_kind="regression",
         bounded=not learned,
         uniform_weights=not config.weighted,  # learned labels absorb importance
@@ -249,13 +269,31 @@ def _apart(images: Tensor, pool: OnlinePool, seed: int) -> tuple[Tensor, int]:
     return torch.where(copied.view(-1, 1, 1, 1), images + noise, images), int(copied.sum())
 
 
+Best = tuple[Tensor, Tensor] | None  # images and labels of the best check
+
+
+def _best_of(resume: State | None, device: torch.device) -> Best:
+    if resume is None or "best.x" not in resume.tensors:
+        return None
+    return resume.tensors["best.x"].to(device), resume.tensors["best.y"].to(device)
+
+
 def _state(
-    x: Lamb, y: Lamb, trace: Tensor, strips: list[Tensor], facts: dict[str, Any], pool: OnlinePool, steps: int
+    x: Lamb,
+    y: Lamb,
+    best: Best,
+    trace: Tensor,
+    strips: list[Tensor],
+    facts: dict[str, Any],
+    pool: OnlinePool,
+    steps: int,
 ) -> State:
     tensors, pool_facts = pool.state()
     tensors = {f"pool.{k}": v for k, v in tensors.items()}
     for name, lamb in (("x", x), ("y", y)):
         tensors |= {f"{name}.{k}": getattr(lamb, k).detach().cpu().clone() for k in ("value", "first", "second")}
+    if best is not None:
+        tensors |= {"best.x": best[0].cpu(), "best.y": best[1].cpu()}
     tensors |= {"trace": trace.cpu().clone(), "strips": torch.stack(strips)}
     return State(tensors, {"pool": pool_facts, "facts": dict(facts), "lamb": [x.steps, y.steps]}, steps)
 
@@ -315,7 +353,8 @@ class FrepoMethod(Method):
 
     def brief(self, stage: FRePo) -> FRePo:
         # whitening is fitted once and costs no step
-        return dataclasses.replace(stage, steps=min(stage.steps or 4, 4), whiten=False, first_labels="classes")
+        steps = min(stage.steps or 4, 4)
+        return dataclasses.replace(stage, steps=steps, whiten=False, first_labels="classes", checks=0)
 
     def cost(self, stage: FRePo, context: Context) -> Cost:
         return Cost(stage.steps or 0, None)

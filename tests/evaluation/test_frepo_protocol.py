@@ -58,6 +58,8 @@ def test_it_is_a_squared_error_with_adam_and_no_norm() -> None:
     assert protocol(1, 200, 64).net == "frepoconv4"
     assert protocol(1, dataset="fashion_mnist").augment == "frepo_noflip"
     assert protocol(1).augment == "frepo"
+    assert protocol(1, net="alexnet").norm is None
+    assert protocol(1, net="vgg11").norm == "none"
 
 
 def test_the_loss_is_half_the_squared_error_summed_over_classes() -> None:

@@ -82,7 +82,7 @@ def test_features_are_of_evaluation_mode_and_leave_the_network_as_it_was() -> No
     assert norm.momentum == 0.9
 
 
-@pytest.mark.parametrize("nets", [("frepoconv3w32",), ("frepoconv3w32", "convnet3w32-bn")])
+@pytest.mark.parametrize("nets", [("frepoconv3w32",), ("frepoconv3w32", "convnet3w32-bn"), ("alexnet",)])
 def test_a_restored_pool_goes_on_bit_for_bit(nets: tuple[str, ...]) -> None:
     x, y = task()
     whole, stopped = pool(nets), pool(nets)

@@ -12,12 +12,13 @@ from models import tiny_kl
 from torch import Tensor
 
 from dq.config.overrides import apply_settings
+from dq.config.protocols import student_config
 from dq.config.refinement import BUDGETS, FRePo
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data.zca import fit_whitening
-from dq.refine import frepo
+from dq.refine import frepo, held_out
 from dq.refine.frepo import FrepoMethod, RealBatches, refine, resolve, start_images
 from dq.refine.method import Callback, Context, RealImages, Refined, State
 
@@ -85,6 +86,45 @@ def test_it_goes_on_bit_for_bit_from_any_saved_state(mode: str, monkeypatch: pyt
     assert again.facts == whole.facts
 
 
+def test_the_best_set_on_held_out_train_images_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(SMALL, steps=6, checks=3, check_nets=1, held_out=0.2)
+    scores = {2: 0.5, 4: 0.75, 6: 0.75}  # the first of the best counts
+    seen: list[Tensor] = []
+
+    def score(x: Tensor, y: Tensor, held: RealImages, whitening: Any, **more: Any) -> float:
+        seen.append(x.clone())
+        assert len(held.labels) == 8
+        return scores[2 * len(seen)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frepo, "held_out_accuracy", score)
+        r = learn(config, whitening=fit_whitening(toy().images))
+    torch.testing.assert_close(fit_whitening(toy().images)(r.images), seen[1], atol=1e-4, rtol=1e-4)
+    assert r.facts["checks"] == [[2, 0.5], [4, 0.75], [6, 0.75]]
+    # with networks that are trained, and across a kill
+    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    states: list[State] = []
+    monkeypatch.setattr(held_out, "student_config", short_student)
+    whole = learn(config, callback=Callback(save=states.append))
+    again = learn(config, resume=states[4])
+    assert torch.equal(again.images, whole.images)
+    assert again.facts == whole.facts
+    assert all(0 <= s <= 1 for _, s in whole.facts["checks"])
+
+
+def short_student(spec: dict[str, Any], **more: Any) -> Any:
+    return student_config({**spec, "epochs": 3, "warmup": 1}, **more)
+
+
+def test_held_out_images_are_stratified_and_not_seen() -> None:
+    real = toy(40)
+    rest, held = held_out.split_off(real, 0.2)
+    assert (len(rest.labels), len(held.labels)) == (32, 8)
+    assert held.labels.bincount().tolist() == [4, 4]
+    rows = {tuple(x.flatten().tolist()) for x in rest.images}
+    assert all(tuple(x.flatten().tolist()) not in rows for x in held.images)
+
+
 def test_chunks_change_nothing_but_memory() -> None:
     images, labels = drawn(ipc=3)
     results = [
@@ -124,7 +164,7 @@ def test_images_start_from_what_is_asked_for() -> None:
     for x, c in zip(make("real"), labels.tolist()):
         rows = (whitened - x).abs().amax((1, 2, 3)).lt(1e-6).nonzero()[:, 0]
         assert real.labels[rows].tolist() == [c]
-    assert float(make("noise").std()) == pytest.approx(0.44, rel=0.1)
+    assert float(make("noise").std()) == pytest.approx(float(whitened.std()), rel=0.1)
     with pytest.raises(InputError, match="needs train images of class 4, but there are none; set start=drawn"):
         start_images(FRePo(start="real"), images, labels + 4, real, whitening, 0)
 
@@ -188,6 +228,7 @@ def test_weights_count_where_they_are_asked_for() -> None:
         ({"compose": "index"}, "refines the whole set at once: set compose=whole, not index"),
         ({"mode": "labels_only", "learn_labels": False}, "leaves nothing to learn"),
         ({"dtype": "bfloat16"}, "needs features in float32"),
+        ({"held_out": 0.5}, "a share held_out of at most 0.2"),
         ({"steps": 0}, "steps of frepo must be at least 1, not 0"),
         ({"ridge": 0.0}, r"ridge is a share of the kernel's diagonal in \(0, 1\], not 0"),
     ],

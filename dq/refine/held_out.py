@@ -1,0 +1,51 @@
+"""Choosing among stages of a set by networks trained on it and tested on train images that were held out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dq.config.protocols import student_config
+from dq.core.seeds import derive_seed
+from dq.data.splits import validation_rows
+from dq.data.zca import Whitening, is_grey
+from dq.networks.training import accuracy, fit
+from dq.refine.method import RealImages
+
+
+def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
+    """Train images without a stratified share of them, and that share."""
+    number = max(1, round(share * len(real.labels)))
+    held = torch.zeros(len(real.labels), dtype=torch.bool)
+    held[torch.from_numpy(validation_rows(real.labels.numpy(), number))] = True
+    return RealImages(real.images[~held], real.labels[~held]), RealImages(real.images[held], real.labels[held])
+
+
+def held_out_accuracy(
+    x: Tensor, y: Tensor, held: RealImages, whitening: Whitening, *, net: str, classes: int, nets: int, seed: int
+) -> float:
+    """Mean accuracy on held-out images of fresh networks trained on a set as the protocol `frepo` trains them.
+
+    Args:
+        x: (n, 3, S, S) whitened images.
+        y: (n, C) regression labels.
+        net: their architecture.
+        nets: how many.
+    """
+    spec = {"protocol": "frepo", "net": net, "augment": "frepo_noflip" if is_grey(held.images) else "frepo"}
+    ipc = max(1, round(len(x) / classes))
+    config = student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
+    total = 0.0
+    for k in range(nets):
+        own = derive_seed(seed, "check", k)
+        fitted = fit(
+            x,
+            y.argmax(1),
+            num_classes=classes,
+            config=config,
+            soft_labels=y,
+            pixels=lambda images: images,
+            seed=own,
+        )
+        total += accuracy(fitted.net, held.images, held.labels, pixels=whitening)
+    return total / nets
