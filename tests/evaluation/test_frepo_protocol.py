@@ -166,6 +166,7 @@ def test_a_learned_set_and_random_images_are_scored_without_a_teacher(
         "epochs": 3,
         "n_seeds": 1,
         "baselines": ("random",),
+        "cache_dir": tmp_path / "cache",
     }
     rows = evaluate(s, toy_source, **settings, output_dir=tmp_path / "scores").rows
     assert {r.set for r in rows} == {"set", "random"}
