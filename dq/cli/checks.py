@@ -16,6 +16,8 @@ from dq.core.files import is_same_folder
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dq.config.dtypes import Dtypes
+    from dq.config.schema import CodecConfig
     from dq.data.source import ImageSource
     from dq.diffusion.generator import LatentGenerator
 
@@ -46,7 +48,7 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
         training = args.verb.startswith("train-") or args.verb == "prior-report" or scores_sets(args)
         return Checked() if training else Checked(*check_plan(config, source, accelerator))
     if args.verb in ("train-codec", "train-denoiser"):
-        check_prior_training(args.verb, config, source, fetch=not args.dry_run)
+        check_prior_training(args.verb, config, source, accelerator, fetch=not args.dry_run)
         return Checked()
     if args.verb == "train-teachers":
         from dq.networks.train_teachers import check_teacher_training
@@ -63,7 +65,7 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
     if scores_sets(args):
         return Checked(sets=_check_sets(args, config, source))
     if args.verb == "demo":  # it trains its own prior
-        check_prior_training("train-codec", config, source)
+        check_prior_training("train-codec", config, source, accelerator)
         if not (Path(config.codec.path) / "config.json").is_file():
             from dq.run.checks import check_counts
             from dq.run.folder import check_folder, check_methods, settle_dtypes
@@ -81,7 +83,9 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
     return Checked(pipe, unknown)
 
 
-def check_prior_training(verb: str, config: RunConfig, source: ImageSource, *, fetch: bool = True) -> None:
+def check_prior_training(
+    verb: str, config: RunConfig, source: ImageSource, accelerator: Accelerator, *, fetch: bool = True
+) -> None:
     """Whether `train-codec` or `train-denoiser` can train on these images.
 
     Args:
@@ -89,6 +93,7 @@ def check_prior_training(verb: str, config: RunConfig, source: ImageSource, *, f
     """
     from dq.core.files import check_place
     from dq.core.model_files import open_model
+    from dq.diffusion.prior.training import finished
 
     check_place(config.prior.output_dir, "prior.output_dir")
     check_place(config.cache_dir, "cache_dir", reads=True)
@@ -98,18 +103,35 @@ def check_prior_training(verb: str, config: RunConfig, source: ImageSource, *, f
         return
     if verb == "train-codec":
         from dq.diffusion.prior.train_codec import prepare_codec
-        from dq.diffusion.prior.training import finished
 
         finished(prepare_codec(source, config.codec, config.prior)[0])
         return
     from dq.diffusion.codec import latent_shape, load_codec
+    from dq.diffusion.latents import latents_key
+    from dq.diffusion.prior.denoiser_recipe import denoiser_recipe
     from dq.diffusion.prior.train_denoiser import check_denoiser
 
-    c = config.codec
     if files is None:
         raise InputError("no codec is named; set codec.path to an autoencoder, e.g. one made by `dq train-codec`")
+    c = prior_codec(config, source, accelerator)[0]
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, files=files)
     check_denoiser(config.prior, latent_shape(codec, c.resolution), len(source.class_names), codec)
+    key = latents_key(source, codec, c, config.seed)
+    finished(denoiser_recipe(key, codec, config.prior, source.class_names, accelerator))
+
+
+def prior_codec(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> tuple[CodecConfig, Dtypes]:
+    """The codec whose latents a denoiser is trained on, without `dtype: auto`, which is kept in the prior's folder, or
+    else that of latents in the cache; and what auto stands for. Nothing is written."""
+    from dq.config.dtypes import RECORD, folder_dtypes, resolve_dtypes
+    from dq.diffusion.latents import cached_dtype
+
+    c, folder = config.codec, Path(config.prior.output_dir)
+    begun = any((folder / name).exists() for name in (RECORD, "transformer", ".training-denoiser"))
+    dtypes = folder_dtypes(folder, accelerator, begun="float32" if begun else None)
+    if c.dtype == "auto" and not begun:
+        dtypes["inference"] = cached_dtype(config.cache_dir, source, c, config.seed, dtypes["inference"])
+    return resolve_dtypes(c, dtypes), dtypes
 
 
 def with_codec_of_model(config: RunConfig) -> RunConfig:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dq.cli.checks import Checked, check_prior_training, scores_sets, with_codec_of_model
+from dq.cli.checks import Checked, check_prior_training, prior_codec, scores_sets, with_codec_of_model
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
@@ -19,7 +19,6 @@ from dq.core.errors import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dq.config.schema import CodecConfig
     from dq.data.source import ImageSource
     from dq.diffusion.generator import LatentGenerator
 
@@ -263,6 +262,7 @@ def _print_paths(verb: str, folder: Path) -> None:
 
 def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Path:
     """Train a part of the prior, and give the folder it is in."""
+    from dq.config.dtypes import record_dtypes
     from dq.core.processes import shard
     from dq.core.trackers import start_trackers
     from dq.diffusion.codec import load_codec
@@ -273,8 +273,11 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
     start_trackers(accelerator, config.report_to, to_dict(config), Path(config.prior.output_dir))
     if verb == "train-codec":
         return train_codec(source, config.codec, config.prior, accelerator=accelerator)
-    check_prior_training(verb, config, source)
-    c = _prior_codec(config, source, accelerator)
+    check_prior_training(verb, config, source, accelerator)
+    c, dtypes = prior_codec(config, source, accelerator)
+    accelerator.wait_for_everyone()
+    if config.codec.dtype == "auto":
+        record_dtypes(Path(config.prior.output_dir), dtypes, main=accelerator.is_main_process)
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
     cache = open_cache(config.cache_dir, source, codec, c, config.seed)
     mine = functools.partial(shard, rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -282,24 +285,6 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
     encode_source(source, codec, cache, c, seed=config.seed, mine=mine, main=main)
     accelerator.wait_for_everyone()
     return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
-
-
-def _prior_codec(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> CodecConfig:
-    """The codec whose latents a denoiser is trained on, without `dtype: auto`, which is kept in the prior's folder, or
-    else that of latents in the cache."""
-    from dq.config.dtypes import RECORD, folder_dtypes, record_dtypes, resolve_dtypes
-    from dq.diffusion.latents import cached_dtype
-
-    c, folder = config.codec, Path(config.prior.output_dir)
-    begun = any((folder / name).exists() for name in (RECORD, "transformer", ".training-denoiser"))
-    dtypes = folder_dtypes(folder, accelerator, begun="float32" if begun else None)
-    if c.dtype != "auto":
-        return c
-    if not begun:
-        dtypes["inference"] = cached_dtype(config.cache_dir, source, c, config.seed, dtypes["inference"])
-    accelerator.wait_for_everyone()
-    record_dtypes(folder, dtypes, main=accelerator.is_main_process)
-    return resolve_dtypes(c, dtypes)
 
 
 def _report_prior(

@@ -42,13 +42,22 @@ def open_cache(
     seed: int,
 ) -> LatentCache:
     """The cache folder of this combination of data, codec and settings, with its manifest written."""
-    own = str(next(codec.parameters()).dtype).removeprefix("torch.")
-    dtype = own if config.dtype == "auto" else config.dtype
-    identity = {**_identity(source, config, seed), "codec": codec_digest(codec), "dtype": dtype}
+    identity = _whole_identity(source, codec, config, seed)
     key = digest_of(identity)
     folder = Path(cache_dir) / f"latents-{key}"
     write_manifest(folder, {**identity, "origin": source.origin, "classes": list(source.class_names)})
     return LatentCache(folder, source.class_names, key, len(source.train), latent_shape(codec, config.resolution))
+
+
+def latents_key(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> str:
+    """The key of the cache that `open_cache` opens. Nothing is written."""
+    return digest_of(_whole_identity(source, codec, config, seed))
+
+
+def _whole_identity(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> dict[str, Any]:
+    own = str(next(codec.parameters()).dtype).removeprefix("torch.")
+    dtype = own if config.dtype == "auto" else config.dtype
+    return {**_identity(source, config, seed), "codec": codec_digest(codec), "dtype": dtype}
 
 
 def _identity(source: ImageSource, config: CodecConfig, seed: int) -> dict[str, Any]:

@@ -335,6 +335,23 @@ def test_a_folder_of_other_networks_is_refused_in_a_dry_run(
     assert "of other settings or data; choose another train_" in said
 
 
+def test_a_folder_of_another_denoiser_is_refused_before_images_are_encoded(
+    other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    small = ("prior.denoiser.size=3M", "prior.denoiser.batch_size=4", "prior.denoiser.save_every=100")
+    steps = "prior.denoiser.steps={}".format
+    assert main(call(other, tmp_path, "train-denoiser", *small, steps(1))) == 0
+    capsys.readouterr()
+    assert main([*call(other, tmp_path, "train-denoiser", *small, steps(1)), "--dry-run"]) == 0
+    capsys.readouterr()
+    changed = call(other, tmp_path, "train-denoiser", *small, steps(2), f"cache_dir={tmp_path / 'new'}")
+    (code, said), (dry_code, dry_said) = both(changed, capsys)
+    assert (code, dry_code) == (1, 1)
+    assert said == dry_said
+    assert "holds a denoiser of other settings, data or classes; choose another prior.output_dir" in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_python_refuses_before_it_encodes(toy_source, tmp_path: Path) -> None:
     from models import tiny_dit, tiny_kl
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from dq.config.dtypes import resolve_dtypes
 from dq.config.prior import PriorConfig
-from dq.config.reader import to_dict
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, write_json
 from dq.core.model_files import open_model
-from dq.core.seeds import digest_of_tensors, generator
+from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.diffusion.latents import LatentCache
-from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded, training_dtypes
+from dq.diffusion.prior.denoiser_recipe import denoiser_recipe, no_pipeline, open_denoiser
+from dq.diffusion.prior.training import MAX_BYTES, finished, fit, publish, seeded
 from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 
 if TYPE_CHECKING:
@@ -68,35 +68,8 @@ def train_denoiser(
     import diffusers
 
     folder = Path(prior.output_dir)
-    auto = training_dtypes(folder, "denoiser", folder / "transformer", accelerator)
-    settings = resolve_dtypes(prior.denoiser, auto)
-    identity = {k: v for k, v in to_dict(settings).items() if k not in ("save_every", "compile")}
-    if settings.init is not None:
-        identity["init"] = digest_of_tensors(_open_denoiser(settings.init).state_dict())
-    recipe = Recipe(
-        name="denoiser",
-        folder=folder,
-        product=folder / "transformer",
-        identity={
-            "latents": cache.key,
-            "codec": codec_digest(codec),
-            "classes": list(class_names),
-            "seed": prior.seed,
-            **identity,
-        },
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        emas=settings.ema,
-        save_every=settings.save_every,
-        dtype=settings.dtype,
-        auto=auto,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        accumulate=settings.accumulate,
-        compile=settings.compile,
-    )
+    recipe = denoiser_recipe(cache.key, codec, prior, class_names, accelerator)
+    settings = resolve_dtypes(prior.denoiser, recipe.auto or {})
     if finished(recipe):
         return folder
     classes, (channels, side, _) = len(class_names), cache.shape
@@ -328,8 +301,8 @@ def _load_denoiser(
         dtype = "float32" if codec is None else str(next(codec.parameters()).dtype).removeprefix("torch.")
         theirs = load_codec(path, subfolder="vae", dtype=dtype, files=files)
     except (OSError, ValueError, InputError) as e:
-        raise _no_pipeline(path, e) from e
-    model = _open_denoiser(path)
+        raise no_pipeline(path, e) from e
+    model = open_denoiser(path)
     flow = "FlowMatch" in steps["_class_name"] or bool(steps.get("use_flow_sigmas"))
     c = model.config
     if (c.in_channels, c.sample_size) != shape[:2]:
@@ -361,23 +334,6 @@ def _load_denoiser(
             "set prior.denoiser.new_classes=true to learn them anew"
         )
     return model.train()
-
-
-def _open_denoiser(path: str) -> DiTTransformer2DModel:
-    from diffusers import DiTTransformer2DModel
-
-    try:
-        options = open_model(path).options
-        return DiTTransformer2DModel.from_pretrained(path, subfolder="transformer", use_safetensors=True, **options)
-    except (OSError, ValueError, InputError) as e:
-        raise _no_pipeline(path, e) from e
-
-
-def _no_pipeline(path: str, error: Exception) -> InputError:
-    return InputError(
-        f"prior.denoiser.init={path} is not a DiT pipeline with vae/, transformer/ and scheduler/ "
-        f"({str(error).splitlines()[0][:150]})"
-    )
 
 
 def _own_codec(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
