@@ -84,9 +84,9 @@ class RealBatches:
         epoch, i = divmod(step, per_epoch)
         order = torch.randperm(len(self.targets), generator=generator(self.seed, "real batch", epoch))
         rows = order[i * self.size : (i + 1) * self.size]
-        device = self.targets.device
-        x = self.held[rows.to(device)] if self.held is not None else self.whitening(self.real.images[rows].to(device))
-        return x, self.targets[rows.to(device)]
+        there = rows.to(self.targets.device)
+        x = self.held[there] if self.held is not None else self.whitening(self.real.images[rows].to(there.device))
+        return x, self.targets[there]
 
 
 def start_images(
@@ -158,6 +158,8 @@ def refine(
         RunError: if features, images or labels stop being finite numbers.
     """
     device, side = torch.device(device), images.shape[-1]
+    if device.type == "mps":
+        raise InputError("frepo solves in float64, which mps does not have; run on the CPU with --cpu")
     config = resolve(config, Context(side, len(teachers), classes=classes))
     steps, top_lr = config.steps or 0, config.lr or 0.0  # which `resolve` has set
     callback = callback or Callback()
@@ -217,7 +219,8 @@ def refine(
                 weights=w,
                 learn_images=config.mode == "pixel",
             )
-        trace[step] = torch.stack([g.krr, g.margin, g.condition, g.krr.new_tensor(g.ridge)])
+        trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
+        trace[step, 3].fill_(g.ridge)  # no copy from the host
         if g.images is not None:
             x.step(g.images, lr)
         if config.learn_labels:

@@ -53,11 +53,7 @@ def solve_ridge(features: Tensor, targets: Tensor, *, ridge: float = RIDGE, weig
     Raises:
         RunError: if features or targets are not finite.
     """
-    if not bool(torch.isfinite(features.detach()).all() & torch.isfinite(targets.detach()).all()):
-        raise RunError(
-            "the features or the labels of a ridge regression are not finite numbers; lower the learning rate of the "
-            "networks or of the images"
-        )
+    finite = torch.isfinite(features.detach()).all() & torch.isfinite(targets.detach()).all()
     f, y = features.double(), targets.double()
     gram = f @ f.T
     diagonal = gram.diagonal()
@@ -70,7 +66,13 @@ def solve_ridge(features: Tensor, targets: Tensor, *, ridge: float = RIDGE, weig
     while used <= LARGEST_RIDGE * (1 + 1e-9) or used == ridge:
         a = gram + torch.diag(used * scale * inverse)
         factor, info = torch.linalg.cholesky_ex(a)
-        if int(info) == 0:
+        usable, factored = torch.stack([finite, info == 0]).tolist()  # one wait for the device
+        if not usable:
+            raise RunError(
+                "the features or the labels of a ridge regression are not finite numbers; lower the learning rate of "
+                "the networks or of the images"
+            )
+        if factored:
             if used != ridge:
                 log.warning("note: a ridge of %g leaves a singular kernel; %g is used", ridge, used)
             pivots = factor.detach().diagonal()

@@ -18,7 +18,7 @@ from models import tiny_dit, tiny_kl, toy_splits
 from small_prior import CODEC, NAMES, encoded, prior_in
 from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 
-from dq.config.refinement import FADRM
+from dq.config.refinement import FADRM, FRePo
 from dq.config.students import StudentConfig
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
@@ -26,7 +26,8 @@ from dq.diffusion.class_sampling import sample_latents
 from dq.diffusion.prior.train_codec import train_codec
 from dq.diffusion.prior.train_denoiser import train_denoiser
 from dq.networks.training import fit, normalizer
-from dq.refine import fadrm
+from dq.refine import fadrm, frepo
+from dq.refine.method import RealImages
 from fake_cuda.device_log import LAUNCH, TO_DEVICE, TO_HOST, WAIT, Counts, DeviceLog
 
 DEVICE = torch.device("cuda")
@@ -168,3 +169,27 @@ def test_a_step_of_sampling(device_log: DeviceLog, name: str, budget: Counts) ->
             sample_latents(model, scheduler, [0, 1], generators, guidance_scale=2.0, num_inference_steps=steps)
 
     assert_within(device_log, work, 4, 12, budget)
+
+
+# --- FRePo --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({}, Counts(launches=221, waits=1, to_device=1, to_host=0)),
+        ({"chunk": 2, "whiten": False}, Counts(launches=360, waits=1, to_device=1, to_host=0)),
+    ],
+)
+def test_a_step_of_frepo(changes: dict[str, Any], budget: Counts, device_log: DeviceLog) -> None:
+    """A step waits once: whether features are finite and their kernel was factored."""
+    images, labels = toy_splits()["train"]
+    real = RealImages((images * 255).to(torch.uint8), labels)
+    settings: dict[str, Any] = {"nets": ("frepoconv3w32",), "pool_size": 1, "max_online": 1000, "real_batch": 8}
+    start, classes = images[:6], torch.arange(6) % 3
+
+    def work(steps: int) -> None:
+        config = FRePo(steps=steps, lr=0.01, **{**settings, **changes})
+        frepo.refine(start, classes, config, real, classes=3, device=DEVICE)
+
+    assert_within(device_log, work, 5, 9, budget)

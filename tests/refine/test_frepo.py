@@ -245,6 +245,11 @@ def test_large_images_and_one_class_are_refused_with_the_reason() -> None:
         resolve(FRePo(), Context(32, 0, classes=1))
 
 
+def test_devices_without_float64_are_refused() -> None:
+    with pytest.raises(InputError, match="solves in float64, which mps does not have"):
+        learn(device="mps")
+
+
 def test_numbers_that_are_not_finite_stop_it() -> None:
     images, labels = drawn()
     images[0, 0, 0, 0] = float("nan")
