@@ -621,8 +621,9 @@ def test_damaged_files_are_named(world: Path, tmp_path: Path, capsys: pytest.Cap
     assert "latents.json cannot be read" in fails(["cluster", "--config", str(file), "--ipc", "1"], capsys, code=1)
     taken = tmp_path / "file"
     taken.write_text("")
-    said = fails(["run", "--config", str(file), "--output_dir", str(taken / "below")], capsys, code=1)
-    assert "check that the path is right" in said
+    said = fails(["run", "--config", str(file), "--output_dir", str(taken / "below")], capsys)
+    assert "below lies under " in said
+    assert "which is not a folder; choose another" in said
 
 
 def test_full_disk(
