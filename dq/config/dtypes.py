@@ -107,7 +107,7 @@ def _resolved(name: str, value: Any, owner: Any, dtypes: Mapping[Use, str]) -> A
 
 
 def named_dtypes(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every dtype that a configuration names, with the setting that names it; those left at auto are not listed."""
+    """Every dtype that a configuration names, with the setting that names it; defaults are not listed."""
     for f in dataclasses.fields(config):
         value, at = getattr(config, f.name), f"{where}.{f.name}".lstrip(".")
         items: list[tuple[str, Any]] = [(at, value)]
@@ -117,7 +117,7 @@ def named_dtypes(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
             items = [(f"{at}.{i}", v) for i, v in enumerate(value)]
         for key, item in items:
             if f.name == "dtype":
-                named = [] if item == "auto" else [(key, item)]
+                named = [] if item in ("auto", f.default) else [(key, item)]  # FRePo has float32 alone
             elif f.name == "students":
                 named = [(f"{key}.dtype", item["dtype"])] if item.get("dtype", "auto") != "auto" else []
             else:
