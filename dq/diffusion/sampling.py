@@ -23,17 +23,17 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, h, w), t) -> model o
 
 # settings of a scheduler that belong to the model
 LEARNT = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type",
-)
+)  # fmt: skip
 # Schedulers that transport a Gaussian rightly under a model that is exact (tests/diffusion/test_sampling.py). Others
 # expect other models (EDM, consistency, inverse, two-stage), and would draw noise without a word.
 BOTH_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
 NOISE_SCHEDULERS = (
-    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
-    *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
-    *("DEISMultistepScheduler", *BOTH_SCHEDULERS),
-)
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
+    "DEISMultistepScheduler", *BOTH_SCHEDULERS,
+)  # fmt: skip
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", *BOTH_SCHEDULERS)
 RANDOM = ("Ancestral", "DDPM", "SDE", "LCM", "TCD")  # in the name of a scheduler whose steps draw noise
 
@@ -63,8 +63,8 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
 
     Noise prediction ("epsilon", "v_prediction", "sample") goes to `NOISE_SCHEDULERS`; a flow goes to
     `FLOW_SCHEDULERS`, of which those without "FlowMatch" get use_flow_sigmas, prediction_type="flow_prediction" and
-    the same shift of the grid. The rest (Karras spacing, order, lower-order last
-    steps) is the class's default, or what `given` says. Latents are not clipped unless `given` does.
+    the same shift of the grid. The rest (Karras spacing, order, lower-order last steps) is the class's default, or what
+    `given` says. Latents are not clipped unless `given` does.
 
     Raises:
         InputError: if it is none of these, or cannot walk what this model predicts.
@@ -91,12 +91,8 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
             )
         if "FlowMatch" not in mine:
             return cls.from_config(given.config)
-        return cls(
-            num_train_timesteps=given.config.num_train_timesteps,
-            use_flow_sigmas=True,
-            prediction_type="flow_prediction",
-            flow_shift=given.config.shift,
-        )
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": given.config.shift}
+        return cls(num_train_timesteps=given.config.num_train_timesteps, **flow)
     if "FlowMatch" in name:
         raise InputError(
             f"generate.scheduler={name} walks models that predict a flow, but this one predicts noise ({mine}); "
