@@ -63,8 +63,8 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
 
     Noise prediction ("epsilon", "v_prediction", "sample") goes to `NOISE_SCHEDULERS`; a flow goes to
     `FLOW_SCHEDULERS`, of which those without "FlowMatch" get use_flow_sigmas, prediction_type="flow_prediction" and
-    the same shift of the grid. The rest (Karras spacing, order, lower-order last steps) is the class's default, or what
-    `given` says. Latents are not clipped unless `given` does.
+    the same shift of the grid. The rest (Karras spacing, order, lower-order last steps) is the class's default, or
+    what `given` says. Latents are not clipped unless `given` does.
 
     Raises:
         InputError: if it is none of these, or cannot walk what this model predicts.
