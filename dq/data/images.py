@@ -35,7 +35,7 @@ def _opened(split: Split, row: int) -> Iterator[Image.Image]:
             raise
         where = printable(raw) if isinstance(raw, Path) else split.where(row)
         raise InputError(
-            f"the image in {where} cannot be read ({type(e).__name__}: {printable(e)[:120]}); "
+            f"the image in {where} cannot be read ({type(e).__name__}: {printable(e)[:240]}); "
             "replace it, or set it aside with --set source.on_bad_image=skip"
         ) from e
 

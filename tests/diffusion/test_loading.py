@@ -215,6 +215,7 @@ def test_quiet_shows_no_bar_of_loading(
 
     sd_pipe(tmp_path / "tokens").save_pretrained(tmp_path / "sd")  # whose text encoder transformers loads
     capsys.readouterr()
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # which a command with --quiet sets for its process
 
     DistillPipeline.from_pretrained(folder / "dit")
     assert "Loading pipeline components" in capsys.readouterr().err
