@@ -17,7 +17,7 @@ import yaml
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.text import first_line
-from dq.data.image_folder import walk
+from dq.data.image_folder import walk_files
 from dq.data.images import IMAGE_SUFFIXES
 from dq.data.left_out import LeftOut
 from dq.data.source import (
@@ -27,7 +27,7 @@ from dq.data.source import (
     Split,
     _hash_files,
     checked_source,
-    choose_splits,
+    choose_train,
     is_unlabelled,
     match_split,
     number_labels,
@@ -48,18 +48,21 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     local = Path(config.path).is_dir()
     h = hashlib.blake2b(digest_size=8)
     own_cache = None
+    left_out = LeftOut()
+    paths: list[Path] = []
     if local:
-        root = Path(config.path)
-        # everything: a folder with tables may hold its images beside them
-        _hash_files(h, root, sorted(f for f in walk(root, LeftOut()) if f.is_file()))
+        root = Path(os.path.abspath(config.path))
+        paths = sorted(f for f in walk_files(root, left_out) if f.is_file())
+        _hash_files(h, root, paths)  # everything: a folder with tables may hold its images beside them
         # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
         own_cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{h.hexdigest()}")
     with opening(config.path):
-        builder = open_builder(config, cache_dir=own_cache)
-        left_out = tables_outside(builder, config)
-        if left_out and match_split(config.train_split, [str(s) for s in builder.config.data_files or {}]) is None:
+        builder = open_builder(config, paths, cache_dir=own_cache)
+        outside = tables_outside(builder, paths)
+        left_out.merge(outside)
+        if outside and match_split(config.train_split, [str(s) for s in builder.config.data_files or {}]) is None:
             raise InputError(
-                f"{config.path} has no split {config.train_split!r}: {left_out}; call the files train-*.parquet and "
+                f"{config.path} has no split {config.train_split!r}: {outside}; call the files train-*.parquet and "
                 "test-*.parquet, or name the train split with --set source.train_split=NAME"
             )
         builder.download_and_prepare()
@@ -69,8 +72,7 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
                 loaded[str(split)] = builder.as_dataset(split=split)
             else:
                 left_out.add("splits without a row", split)
-    left_out.warn(config.path)
-    train, _ = choose_splits(list(loaded), config)
+    train = choose_train(list(loaded), config)
     features = loaded[train].features
     image_column = choose_column("image", config.image_column, features, config.path)
     label_column = choose_column("label", config.label_column, features, config.path)
@@ -80,7 +82,7 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
             return []
         return loaded[split].with_format("arrow")[label_column].to_pylist()
 
-    test, _ = labelled_split(list(loaded), train, config, lambda s: np.asarray(labels_of(s), object))
+    test = labelled_split(list(loaded), train, config, lambda s: np.asarray(labels_of(s), object))
     keep = [s for s in (train, test) if s]
     raw_labels = {s: labels_of(s) for s in keep}
     feature = features[label_column]
@@ -98,7 +100,8 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
         names = None
     names, numbers = number_labels({s: np.asarray(raw_labels[s]) for s in keep}, names, config.path)
     if local and type(builder).__module__.endswith("imagefolder"):
-        _check_named_images(loaded, image_column, config)
+        left_out.merge(_unmatched_images(loaded, image_column, config, paths))
+    left_out.warn(config.path)
     splits = {}
     folder = Path(config.path) if local else None
     for s in keep:
@@ -122,9 +125,12 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
     return checked_source(splits, names, h, config.path, train, test)
 
 
-def _check_named_images(loaded: dict[str, Any], column: str, config: SourceConfig) -> None:
-    """Compare the rows of an image folder's table with the images that lie there: warn of images without a row, refuse
-    rows without an image."""
+def _unmatched_images(loaded: dict[str, Any], column: str, config: SourceConfig, paths: list[Path]) -> LeftOut:
+    """Images of an image folder without a row in its table, and under `skip` rows without their image.
+
+    Raises:
+        InputError: if a row names an image that is not there, and `source.on_bad_image` is not `skip`.
+    """
     import datasets
 
     named = set()
@@ -132,18 +138,17 @@ def _check_named_images(loaded: dict[str, Any], column: str, config: SourceConfi
         cells = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
         named |= {os.path.realpath(cell["path"]) for cell in cells[column].to_pylist() if cell and cell["path"]}
     left_out = LeftOut()
-    for f in walk(Path(os.path.abspath(config.path)), LeftOut()):
-        if f.suffix.lower() in IMAGE_SUFFIXES and os.path.realpath(f) not in named:
-            left_out.add("images without a row in the table", f)
-    for f in sorted(named):
-        if not os.path.exists(f):
-            left_out.add("rows whose image is not there", f)
-            if config.on_bad_image == "raise":
-                raise InputError(
-                    f"{f} is named in the table of {config.path} and is not there; restore it, or set it aside with "
-                    "--set source.on_bad_image=skip"
-                )
-    left_out.warn(config.path)
+    there = {os.path.realpath(f): f for f in paths if f.suffix.lower() in IMAGE_SUFFIXES}
+    for real in sorted(there.keys() - named):
+        left_out.add("images without a row in the table", there[real])
+    for f in sorted(f for f in named - there.keys() if not os.path.exists(f)):
+        if config.on_bad_image == "raise":
+            raise InputError(
+                f"{f} is named in the table of {config.path} and is not there; restore it, or set it aside with "
+                "--set source.on_bad_image=skip"
+            )
+        left_out.add("rows whose image is not there", f)
+    return left_out
 
 
 def _check_declared_names(builder: Any, column: str, names: list[str], path: str) -> None:
@@ -188,9 +193,12 @@ def opening(path: str) -> Iterator[None]:
         raise InputError(f"{path} cannot be opened as a {kind}: {first_line(e)}") from e
 
 
-def open_builder(config: SourceConfig, cache_dir: str | None = None) -> Any:
-    """The builder of `datasets` for a Hub id or a folder, without files in sets of dq and in hidden folders inside
-    the folder."""
+def open_builder(config: SourceConfig, paths: list[Path], cache_dir: str | None = None) -> Any:
+    """The builder of `datasets` for a Hub id or a folder.
+
+    Args:
+        paths: the files of the folder, absolute, that belong to the data: none that are hidden or in sets of dq.
+    """
     from datasets import load_dataset_builder
 
     if not Path(config.path).is_dir():
@@ -200,17 +208,13 @@ def open_builder(config: SourceConfig, cache_dir: str | None = None) -> Any:
     root = Path(os.path.abspath(config.path))  # `datasets` takes "." and "../x" for Hub ids
     builder = load_dataset_builder(str(root), config.name, cache_dir=cache_dir)
     check_files(builder, str(root))
-    own = [str(f) for f in walk(root, LeftOut())]
-    _check_shards(own)
-    # under their own names: `datasets` resolves links
-    names_of = {os.path.realpath(f): f for f in own}
-    files = {
-        str(s): [names_of.get(os.path.realpath(f), str(f)) for f in names]
-        for s, names in (builder.config.data_files or {}).items()
-    }
-    kept = _splits_in_any_case(root, own, files) or {
-        s: [f for f in names if f in set(own)] for s, names in files.items()
-    }
+    _check_shards(paths)
+    names_of = {os.path.realpath(f): str(f) for f in paths}  # `datasets` resolves links
+    given = {str(s): [os.path.realpath(f) for f in files] for s, files in (builder.config.data_files or {}).items()}
+    files = {s: [names_of.get(f, f) for f in reals] for s, reals in given.items()}
+    kept = _splits_in_any_case(root, paths, files)
+    if kept is None:
+        kept = {s: [names_of[f] for f in reals if f in names_of] for s, reals in given.items()}
     if kept == files or not any(kept.values()):
         return builder
     kept = {s: names for s, names in kept.items() if names}
@@ -218,18 +222,18 @@ def open_builder(config: SourceConfig, cache_dir: str | None = None) -> Any:
     return load_dataset_builder(kind, data_files=kept, cache_dir=cache_dir)
 
 
-def _check_shards(files: list[str]) -> None:
+def _check_shards(files: list[Path]) -> None:
     """Refuse a set of files NAME-00000-of-00003.parquet of which one is missing."""
     seen: dict[tuple[str, int, str], set[int]] = {}
     for f in files:
-        if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", f):
+        if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", str(f)):
             seen.setdefault((shard[1], int(shard[3]), shard[4]), set()).add(int(shard[2]))
     for (name, count, suffix), numbers in seen.items():
         if missing := sorted(set(range(count)) - numbers):
             raise InputError(f"{name}-{missing[0]:05d}-of-{count:05d}{suffix} is missing; get the file again")
 
 
-def _splits_in_any_case(root: Path, own: list[str], files: dict[str, list[str]]) -> dict[str, list[str]] | None:
+def _splits_in_any_case(root: Path, paths: list[Path], files: dict[str, list[str]]) -> dict[str, list[str]] | None:
     """Files by split where their names have a split in capitals, which `datasets` does not see; None: they have not,
     or a card says which files belong to which split."""
     card = root / "README.md"
@@ -241,35 +245,34 @@ def _splits_in_any_case(root: Path, own: list[str], files: dict[str, list[str]])
     given = {f: s for s, fs in files.items() for f in fs}
     kept: dict[str, list[str]] = {}
     capitals = False
-    for f in own:
-        if Path(f).suffix not in kinds:
+    for f in paths:
+        if f.suffix not in kinds:
             continue
-        parts = Path(f).relative_to(root).parts
+        parts = f.relative_to(root).parts
         words = [w for part in parts for w in re.split(r"[-._ 0-9]+", part) if w.casefold() in canonical]
         if words:
             split = canonical[words[0].casefold()]
-            capitals |= words[0] != words[0].casefold() and given.get(f) != split
-            kept.setdefault(split, []).append(f)
+            capitals |= words[0] != words[0].casefold() and given.get(str(f)) != split
+            kept.setdefault(split, []).append(str(f))
     return kept if capitals else None
 
 
-def tables_outside(builder: Any, config: SourceConfig) -> LeftOut:
-    """Tables and tars of a local folder that belong to no split by their names, and are not read."""
+def tables_outside(builder: Any, paths: list[Path]) -> LeftOut:
+    """Tables and tars among the files of a folder that belong to no split by their names, and are not read."""
     left_out = LeftOut()
-    several = len(getattr(builder, "builder_configs", {})) > 1  # then the others belong to other configurations
-    if Path(config.path).is_dir() and not several:
-        root = Path(os.path.abspath(config.path))
-        used = {os.path.realpath(f) for names in (builder.config.data_files or {}).values() for f in names}
-        for f in walk(root, left_out):
-            if f.suffix in (".parquet", ".arrow", ".tar") and os.path.realpath(f) not in used:
-                left_out.add("tables that their names put in no split", f.relative_to(root))
+    if len(getattr(builder, "builder_configs", {})) > 1:  # the others belong to other configurations
+        return left_out
+    used = {os.path.realpath(f) for names in (builder.config.data_files or {}).values() for f in names}
+    for f in paths:
+        if f.suffix in (".parquet", ".arrow", ".tar") and os.path.realpath(f) not in used:
+            left_out.add("tables that their names put in no split", f.name)
     return left_out
 
 
 def labelled_split(
     splits: list[str], train: str, config: SourceConfig, labels_of: Callable[[str], np.ndarray]
-) -> tuple[str | None, np.ndarray | None]:
-    """The test split, and its labels: the best candidate that has labels.
+) -> str | None:
+    """The test split: the best candidate that has labels.
 
     Raises:
         InputError: if there are candidates, but none has labels.
@@ -282,13 +285,13 @@ def labelled_split(
                 log.warning(
                     "%s: split %r has no labels and is left out; %r is the test split", config.path, other, split
                 )
-            return split, labels
+            return split
     if candidates:
         raise InputError(
             f"split {candidates[0]!r} of {config.path} has no labels; name another with --set source.test_split=NAME, "
             "or leave it out with --set source.test_split=none"
         )
-    return None, None
+    return None
 
 
 def check_files(builder: Any, path: str) -> None:

@@ -27,7 +27,7 @@ from dq.data.source import (
     _class_order,
     _hash_files,
     checked_source,
-    choose_splits,
+    choose_train,
     match_split,
     normalize_name,
     test_candidates,
@@ -39,7 +39,19 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # tables of `
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".xlsx")
 RECORD = "provenance.json"  # of a run or a set of dq
 MODELS = ("model_index.json", "diffusion_pytorch_model.safetensors", "model.safetensors")
-LITTER = (".ds_store", "thumbs.db", "desktop.ini")  # of file managers; never data
+# of file managers, Git and the Hub; never data
+LITTER = (".ds_store", "thumbs.db", "desktop.ini", ".git", ".gitattributes", ".gitignore", ".cache", ".huggingface")
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Name the folder that may not be read."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(
+            f"folder {printable(folder)} cannot be read ({e.strerror}); change its rights or move it elsewhere"
+        ) from e
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
@@ -48,13 +60,8 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     Raises:
         InputError: if it may not be read.
     """
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda e: e.name)
-    except OSError as e:
-        raise InputError(
-            f"folder {printable(folder)} cannot be read ({e.strerror}); change its rights or move it elsewhere"
-        ) from e
+    with reading(folder), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda e: e.name)
 
 
 def made_by_dq(folder: Path) -> bool:
@@ -65,13 +72,17 @@ def made_by_dq(folder: Path) -> bool:
         with contextlib.suppress(OSError, ValueError, RecursionError):
             record = json.loads((folder / RECORD).read_text())
             return isinstance(record, dict) and "checksum" in record and bool({"dq", "config_name"} & set(record))
-    inside = [e for e in list_folder(folder) if e.name[0] != "."]
-    folders = [e for e in inside if e.is_dir(follow_symlinks=False)]
-    others = [e for e in inside if e not in folders and e.name != "README.md"]
-    return bool(folders) and not others and all(made_by_dq(Path(e.path)) for e in folders)
+    folders = []
+    with reading(folder), os.scandir(folder) as entries:
+        for e in entries:  # a folder of images is left at its first file
+            if e.is_dir(follow_symlinks=False) and e.name[0] != ".":
+                folders.append(Path(e.path))
+            elif e.name[0] != "." and e.name != "README.md":
+                return False
+    return bool(folders) and all(made_by_dq(f) for f in folders)
 
 
-def walk(folder: Path, left_out: LeftOut, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+def walk_files(folder: Path, left_out: LeftOut, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Files below a folder, links to folders followed, without hidden ones and without runs, sets and models."""
     here = os.path.realpath(folder)
     for entry in list_folder(folder):
@@ -87,12 +98,12 @@ def walk(folder: Path, left_out: LeftOut, above: frozenset[str] = frozenset()) -
         elif made_by_dq(path):
             left_out.add("runs, sets or models", path)
         else:
-            yield from walk(path, left_out, above | {here})
+            yield from walk_files(path, left_out, above | {here})
 
 
 def has_tables(root: Path) -> bool:
     """Whether Parquet or Arrow files lie in a folder, other than in hidden folders and sets of dq inside it."""
-    return any(f.suffix in (".parquet", ".arrow") for f in walk(root, LeftOut()))
+    return any(f.suffix in (".parquet", ".arrow") for f in walk_files(root, LeftOut()))
 
 
 def has_label_table(root: Path, config: SourceConfig) -> bool:
@@ -120,7 +131,7 @@ def images_below(folder: Path, left_out: LeftOut, on_bad_image: Literal["raise",
     """Image files below a folder, sorted. Counts what it leaves out: other suffixes, hidden files, empty folders, and
     under `skip` links to nothing."""
     files = []
-    for f in walk(folder, left_out):
+    for f in walk_files(folder, left_out):
         if f.suffix.lower() not in IMAGE_SUFFIXES:
             left_out.add("without the suffix of an image that is read", f)
         elif not f.exists():
@@ -277,18 +288,19 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
             if other.name not in split_folders:
                 left_out.add("folders beside the splits", other)
         split_folders = {s: _unwrapped(d) for s, d in split_folders.items()}
-        usable = [s for s, d in split_folders.items() if any(walk(d, LeftOut()))]
+        usable = [s for s, d in split_folders.items() if any(walk_files(d, LeftOut()))]
         for s in split_folders:
             if s not in usable:
                 left_out.add("empty folders of a split", split_folders[s])
-        train, test = choose_splits(usable, config)
-        test = _with_train_classes(usable, train, test, split_folders, config, left_out)
+        train = choose_train(usable, config)
+        test = _test_folder(usable, train, split_folders, config, left_out)
         for s in usable:
             if s.casefold() in TRAIN_SPLITS and s not in (train, test):
                 left_out.add("other train splits", split_folders[s])
     else:
         split_folders = {config.train_split: root}
-        train, test = choose_splits([config.train_split], config)
+        train, test = config.train_split, None
+        test_candidates([train], train, config)  # refuses a test split that the settings name
     wanted = [train, test] if test else [train]
     files = {s: _read_split(split_folders[s], root, config, left_out, train=s == train) for s in wanted}
     if not files[train]:
@@ -312,11 +324,11 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
     return checked_source(splits, names, h, str(root), train, test)
 
 
-def _with_train_classes(
-    splits: list[str], train: str, test: str | None, folders: dict[str, Path], config: SourceConfig, left_out: LeftOut
+def _test_folder(
+    splits: list[str], train: str, folders: dict[str, Path], config: SourceConfig, left_out: LeftOut
 ) -> str | None:
-    """The first candidate for the test split that has a class folder of the train split, else `test`: the test splits
-    of benchmarks and competitions often have no classes."""
+    """The first candidate for the test split that has a class folder of the train split, else the first: the test
+    splits of benchmarks and competitions often have no classes."""
     classes = {normalize_name(d.name) for d in _subfolders(folders[train])}
     candidates = test_candidates(splits, train, config)
     for split in candidates:
@@ -324,7 +336,7 @@ def _with_train_classes(
             for other in candidates[: candidates.index(split)]:
                 left_out.add("splits without class folders", folders[other])
             return split
-    return test
+    return candidates[0] if candidates else None
 
 
 def _table_hint(root: Path) -> str:

@@ -79,10 +79,10 @@ def _open(config: SourceConfig) -> ImageSource:
         if ignored:
             raise InputError(f"sklearn:digits has no source.{ignored[0]}; leave it out")
         return _digits()
-    if config.path.startswith("~/"):
-        config = dataclasses.replace(config, path=os.path.expanduser(config.path))
     folder = as_path(config.path, "source.path")
     if folder.is_dir():
+        if config.path.startswith("~/"):
+            config = dataclasses.replace(config, path=str(folder))
         if config.streaming:
             return open_shards(config)
         tables = has_tables(folder) or has_label_table(folder, config)

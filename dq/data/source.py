@@ -91,19 +91,19 @@ def match_split(wanted: str, splits: Sequence[str]) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def choose_splits(splits: Sequence[str], config: SourceConfig) -> tuple[str, str | None]:
-    """Names of the train and the test split among those that are there; the test split may be absent.
-
-    Without a name in the settings it is the first of `TEST_SPLITS`, whatever its case.
+def choose_train(splits: Sequence[str], config: SourceConfig) -> str:
+    """The name of the train split among those that are there.
 
     Raises:
-        InputError: if a split that the settings name, or the train split, is not there.
+        InputError: if it is not there.
     """
-    has = f"{printable(config.path)} has no split {{!r}}; it has {', '.join(splits) or 'none'}: "
     train = match_split(config.train_split, splits)
     if train is None:
-        raise InputError(f"{has.format(config.train_split)}name one with --set source.train_split=NAME")
-    return train, next(iter(test_candidates(splits, train, config)), None)
+        raise InputError(
+            f"{printable(config.path)} has no split {config.train_split!r}; it has {', '.join(splits) or 'none'}: "
+            "name one with --set source.train_split=NAME"
+        )
+    return train
 
 
 def test_candidates(splits: Sequence[str], train: str, config: SourceConfig) -> list[str]:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import posixpath
 import tarfile
 import threading
@@ -39,9 +40,10 @@ from dq.data.hf_datasets import (
     opening,
     tables_outside,
 )
+from dq.data.image_folder import walk_files
 from dq.data.images import IMAGE_SUFFIXES
 from dq.data.left_out import LeftOut
-from dq.data.source import ImageSource, Split, checked_source, choose_splits, match_split, number_labels
+from dq.data.source import ImageSource, Split, checked_source, choose_train, match_split, number_labels
 
 TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once
 LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused
@@ -79,9 +81,9 @@ def open_shards(config: SourceConfig) -> ImageSource:
     """
     kind, files, features = _find(config)
     readers = {"parquet": _open_parquet, "webdataset": _open_tars}
-    train, _ = choose_splits(list(files), config)
+    train = choose_train(list(files), config)
     open_split = functools.cache(lambda s: readers[kind](files[s], s, config, features))
-    test, _ = labelled_split(list(files), train, config, lambda s: open_split(s).labels)
+    test = labelled_split(list(files), train, config, lambda s: open_split(s).labels)
     opened = {s: open_split(s) for s in (train, test) if s}
     names, numbers = number_labels({s: o.labels for s, o in opened.items()}, _names(opened), config.path)
     splits = {s: Split(numbers[s], Blocks(o.starts, o.load), s) for s, o in opened.items()}
@@ -117,8 +119,11 @@ def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
 
     local = Path(config.path).is_dir()
     with opening(config.path):
-        builder = open_builder(config)
-        tables_outside(builder, config).warn(config.path)
+        left_out = LeftOut()
+        paths = list(walk_files(Path(os.path.abspath(config.path)), left_out)) if local else []
+        builder = open_builder(config, paths)
+        left_out.merge(tables_outside(builder, paths))
+        left_out.warn(config.path)
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in ("parquet", "webdataset") or not builder.config.data_files:
         raise InputError(
