@@ -68,6 +68,7 @@ class RealBatches:
     size: int
     seed: int
     held: Tensor | None  # (N, 3, S, S) whitened on the device, if they fit
+    orders: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # (N,) rows of the present epoch
 
     @staticmethod
     def of(real: RealImages, whitening: Whitening, classes: int, size: int, seed: int) -> RealBatches:
@@ -82,8 +83,10 @@ class RealBatches:
         """Images (B, 3, S, S) and targets (B, C) of a step; the rest of an epoch that fills no batch is left out."""
         per_epoch = len(self.targets) // self.size
         epoch, i = divmod(step, per_epoch)
-        order = torch.randperm(len(self.targets), generator=generator(self.seed, "real batch", epoch))
-        rows = order[i * self.size : (i + 1) * self.size]
+        if epoch not in self.orders:
+            self.orders.clear()
+            self.orders[epoch] = torch.randperm(len(self.targets), generator=generator(self.seed, "real batch", epoch))
+        rows = self.orders[epoch][i * self.size : (i + 1) * self.size]
         there = rows.to(self.targets.device)
         x = self.held[there] if self.held is not None else self.whitening(self.real.images[rows].to(there.device))
         return x, self.targets[there]
