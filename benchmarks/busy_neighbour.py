@@ -37,14 +37,14 @@ def main() -> None:
     from dq.core.devices import available_cores
 
     threads = args.threads or available_cores()
-    found: dict[tuple[str, str], list[float]] = {}
+    measured: dict[tuple[str, str], list[float]] = {}
     for _ in range(args.rounds):
         for load in ("idle", "busy"):
             for name, policy in POLICIES.items():
-                found.setdefault((load, name), []).append(step(args.steps, policy, threads, busy=load == "busy"))
+                measured.setdefault((load, name), []).append(step(args.steps, policy, threads, busy=load == "busy"))
     rows = []
-    for (load, name), seconds in found.items():
-        against = statistics.median(found[(load, "passive")])
+    for (load, name), seconds in measured.items():
+        against = statistics.median(measured[(load, "passive")])
         middle = statistics.median(seconds)
         rows.append(
             {

@@ -43,7 +43,7 @@ def folder_dtypes(
     Nothing is written.
 
     Args:
-        where: the accelerator, whose processes all get what the main one has found, or this process's device.
+        where: the accelerator, whose processes all get that of the main one, or this process's device.
         begun: dtype of a folder that was begun when no record was kept; None: the folder is new.
         forget: the folder holds no work, so that its record does not matter.
     """

@@ -40,7 +40,7 @@ class TrainCodecConfig(Checked):
         if not self.block_out_channels or min(self.block_out_channels) < 1:
             raise InputError(f"block_out_channels must list numbers of channels, not {list(self.block_out_channels)}")
         if not self.steps and self.init is None:
-            raise InputError("steps=0 without init would save weights that nobody trained; set init, or steps")
+            raise InputError("steps=0 without init would save untrained weights; set init, or steps")
         if not self.ema < 1:
             raise InputError(f"ema must be a decay in [0, 1), not {self.ema}")
 

@@ -81,7 +81,7 @@ def check_launch(accelerator: Accelerator) -> str | None:
 
 
 def _launcher_processes(arguments: Sequence[str]) -> int:
-    """The number of processes in a command line of `accelerate launch` or in the file that it reads; 0: not said."""
+    """The number of processes in a command line of `accelerate launch` or in the file that it reads; 0: not given."""
     names = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
     first = next((i + 1 for i, a in enumerate(arguments) if a in names or os.path.basename(a) in names), None)
     if first is None:

@@ -226,7 +226,7 @@ def bare_set(
 def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kind: LabelKind | None) -> DistilledSet:
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    found: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     try:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as z:
@@ -234,28 +234,28 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
             if unpacked > MAX_BYTES:
                 raise InputError(f"{path} would unpack to {unpacked:,} bytes, and {MAX_BYTES:,} are read; split it")
             with np.load(path, allow_pickle=False) as f:
-                found = {k: torch.from_numpy(f[k]) for k in f.files}
+                tensors = {k: torch.from_numpy(f[k]) for k in f.files}
         else:
-            found = load_file(path)
+            tensors = load_file(path)
     except InputError:
         raise
     except (*UNREADABLE, SafetensorError) as e:
         raise InputError(f"{path} cannot be read ({e}); get it again, or save its tensors as safetensors") from e
-    if not {"images", "labels"} <= set(found):
-        raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(found)) or 'none'}")
-    warn_of_keys(sorted(found), TENSOR_KEYS, str(path), "tensors")
-    extras = {k: found.get(k) for k in ("weights", "soft_labels")}
+    if not {"images", "labels"} <= set(tensors):
+        raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(tensors)) or 'none'}")
+    warn_of_keys(sorted(tensors), TENSOR_KEYS, str(path), "tensors")
+    extras = {k: tensors.get(k) for k in ("weights", "soft_labels")}
     if extras["soft_labels"] is not None and not extras["soft_labels"].is_floating_point():
         raise InputError(
             f"soft_labels of {path} are {extras['soft_labels'].dtype}; give them as floats, such as probabilities or "
             "logits"
         )
-    images = found["images"] if found["images"].dtype == torch.uint8 else found["images"].float()
-    normalized = {"mean", "std"} <= set(found)
-    if normalized != bool({"mean", "std"} & set(found)):
+    images = tensors["images"] if tensors["images"].dtype == torch.uint8 else tensors["images"].float()
+    normalized = {"mean", "std"} <= set(tensors)
+    if normalized != bool({"mean", "std"} & set(tensors)):
         raise InputError(f"{path} has one of mean and std; images that are normalised need both")
     if normalized:
-        shapes = [tuple(found[k].shape) for k in ("mean", "std")]
+        shapes = [tuple(tensors[k].shape) for k in ("mean", "std")]
         if images.ndim != 4 or shapes != [(images.shape[1],)] * 2:
             raise InputError(
                 f"mean and std of {path} must be (3,) beside images (N, 3, H, W), not {shapes[0]} and {shapes[1]} "
@@ -263,16 +263,16 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
             )
         if images.dtype == torch.uint8:
             raise InputError(f"images of {path} are uint8, which no mean and std were taken from; leave these out")
-        if not (torch.isfinite(found["std"].float()).all() and (found["std"] > 0).all()):
-            raise InputError(f"std of {path} must be positive, not {found['std'].tolist()}")
-        if not ((found["mean"] >= 0).all() and (found["mean"] <= 1).all() and (found["std"] <= 1).all()):
+        if not (torch.isfinite(tensors["std"].float()).all() and (tensors["std"] > 0).all()):
+            raise InputError(f"std of {path} must be positive, not {tensors['std'].tolist()}")
+        if not ((tensors["mean"] >= 0).all() and (tensors["mean"] <= 1).all() and (tensors["std"] <= 1).all()):
             raise InputError(
-                f"mean and std of {path} must be those of images in [0, 1], not {short(found['mean'].tolist())} and "
-                f"{short(found['std'].tolist())}; divide both by 255 if the images were in 0 to 255"
+                f"mean and std of {path} must be those of images in [0, 1], not {short(tensors['mean'].tolist())} and "
+                f"{short(tensors['std'].tolist())}; divide both by 255 if the images were in 0 to 255"
             )
-        images = images * found["std"].float().view(1, -1, 1, 1) + found["mean"].float().view(1, -1, 1, 1)
+        images = images * tensors["std"].float().view(1, -1, 1, 1) + tensors["mean"].float().view(1, -1, 1, 1)
     _check_range(images, path)
-    labels = found["labels"]
+    labels = tensors["labels"]
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch hardly computes with
         labels = labels.to(torch.int64)
     if class_names is None and (labels.is_floating_point() or not labels.numel() or labels.min() < 0):

@@ -59,10 +59,10 @@ def push_folder(
         RunError: if a set is damaged, or the upload broke off.
     """
     folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
-    found = set_names(folder)
-    if not found:
+    available = set_names(folder)
+    if not available:
         raise InputError(f"{folder} holds no distilled set; give the dataset/ folder of a run, or that of `save`")
-    names = found if only is None else [find_set(folder, n)[1] for n in only]
+    names = available if only is None else [find_set(folder, n)[1] for n in only]
     for name in names:
         record = read_json(folder / name / PROVENANCE)
         if "files" not in record:

@@ -51,8 +51,8 @@ def check_sets(
         and the images per class.
 
     Raises:
-        InputError: if a set has other classes than the source, or an empty one, or somebody has to label and nobody
-            can.
+        InputError: if a set has other classes than the source, or an empty one, or students need labels and there is
+            no teacher.
     """
     if min(ipcs, default=1) < 1:
         raise InputError(f"ipc must be at least 1, not {min(ipcs)}")

@@ -50,7 +50,7 @@ def published_outputs(name: str) -> int | None:
     """Outputs of timm:NAME or torchvision:NAME as published, by what the library says of it; None: it says nothing.
 
     Raises:
-        InputError: if the library or the network is not there, or nobody publishes its weights.
+        InputError: if the library or the network is not there, or it has no published weights.
     """
     library, inner = library_of(name)
     if name.startswith("timm:"):

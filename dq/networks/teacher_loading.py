@@ -133,7 +133,7 @@ def teacher_file(config: TeacherConfig) -> Path | None:
     """The local file of a teacher's weights; None if a library finds them.
 
     Raises:
-        InputError: if the file is not there, or nobody publishes weights of the network.
+        InputError: if the file is not there, or the network has no published weights.
     """
     if config.net == "transformers":
         if not config.path:
@@ -162,7 +162,7 @@ def check_fetched(config: TeacherConfig, num_classes: int) -> None:
     """Whether a teacher whose weights a library fetches can be had, as far as the library knows without fetching them.
 
     Raises:
-        InputError: if the library or the network is not there, nobody publishes its weights, or they are for other
+        InputError: if the library or the network is not there, its weights are not published, or they are for other
             classes.
     """
     if config.net == "transformers":

@@ -164,14 +164,14 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
                 checkpoint_s=t.checkpoint_s,
             )
         held_out = bench.validation(1.0)
-        found = accuracy(fitted.net, *held_out, pixels=pixels, dtype=recipe.dtype) if held_out else None
+        validated = accuracy(fitted.net, *held_out, pixels=pixels, dtype=recipe.dtype) if held_out else None
         write_tensors(folder / "model.safetensors", fitted.net.state_dict())
         facts = {
             "net": net,
             "mean": bench.mean,
             "std": bench.std,
             "classes": list(source.class_names),
-            "validation_accuracy": found,
+            "validation_accuracy": validated,
             "validation_images": len(bench.validation_rows),
             "source": {"origin": source.origin, "fingerprint": source.fingerprint},
             "image_size": bench.image_size,
@@ -183,6 +183,8 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
         write_json(folder / TEACHER_FACTS, facts)  # the teacher is whole once this file is there
         for name in ("checkpoint.safetensors", RECORD):
             (folder / name).unlink(missing_ok=True)
-        log.info("teacher %s: %.1f %% of %d validation images", net, 100 * (found or 0), len(bench.validation_rows))
+        log.info(
+            "teacher %s: %.1f %% of %d validation images", net, 100 * (validated or 0), len(bench.validation_rows)
+        )
     accelerator.wait_for_everyone()
     return [p.folder for p in planned]

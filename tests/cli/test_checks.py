@@ -171,7 +171,7 @@ CASES = {
         "differ by level",
     ),
     "codec's start": ("train-codec", ("prior.codec.init=runs/x",), "there is no model folder runs/x"),
-    "untrained codec": ("train-codec", ("prior.codec.steps=0",), "would save weights that nobody trained"),
+    "untrained codec": ("train-codec", ("prior.codec.steps=0",), "would save untrained weights"),
     "patch": ("train-denoiser", ("prior.denoiser.patch_size=3",), "does not divide the latents' side 4"),
     "denoiser's start": (
         "train-denoiser",

@@ -302,7 +302,7 @@ def test_only_normalising_says_what_it_did(toy_source, accelerator, tmp_path, ca
     assert record["settings"]["architecture"] == "AutoencoderTiny"
     assert record["settings"]["latent_channels"] == 4
     assert not {"block_out_channels", "layers_per_block", "attention"} & set(record["settings"])
-    with pytest.raises(InputError, match="steps=0 without init would save weights that nobody trained"):
+    with pytest.raises(InputError, match="steps=0 without init would save untrained weights"):
         prior_in(tmp_path, codec={"steps": 0, "init": None})
 
 

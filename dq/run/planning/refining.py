@@ -39,5 +39,5 @@ def refining_speed(
 
     # what a step of a whole set costs does not grow with its images alone, so that a part would not tell
     largest, least = (whole, whole) if cost.batch_size is None else (cost.batch_size, 1)
-    found = timed(work, largest, least=least, device=device, prepare=prepare)
-    return Speed(found.seconds / steps, found.least / steps, found.most / steps, found.batch)
+    timing = timed(work, largest, least=least, device=device, prepare=prepare)
+    return Speed(timing.seconds / steps, timing.least / steps, timing.most / steps, timing.batch)

@@ -199,9 +199,9 @@ def _generator(
             image_size=config.image_size,
         )
 
-    found = timed(work, cfg.batch_size, device=device, prepare=functools.partial(_points, shape=shape))
-    middle, least, most = (max(0.0, s - decode.seconds) / calls for s in (found.seconds, found.least, found.most))
-    yield "denoise", Speed(middle, least, most, found.batch)
+    walk = timed(work, cfg.batch_size, device=device, prepare=functools.partial(_points, shape=shape))
+    middle, least, most = (max(0.0, s - decode.seconds) / calls for s in (walk.seconds, walk.least, walk.most))
+    yield "denoise", Speed(middle, least, most, walk.batch)
 
 
 def _walk_settings(config: RunConfig) -> dict[str, Any]:
