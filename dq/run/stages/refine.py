@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.config.reader import to_dict
-from dq.config.refinement import RefineConfig
-from dq.config.teachers import TeacherConfig
-from dq.core.errors import InputError, RunError
+from dq.core.errors import RunError
 from dq.core.files import (
     append_jsonl,
     is_done,
@@ -33,57 +30,20 @@ from dq.core.files import (
     write_tensors,
 )
 from dq.core.progress import progress
-from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
-from dq.distilled.external import load_set
-from dq.networks.features import extract_features, open_features
+from dq.core.seeds import derive_seed
 from dq.networks.teacher import Teacher
-from dq.networks.teacher_loading import load_teachers
-from dq.refine.anchors import anchors_by_class, patch_anchors
-from dq.refine.batches import Rows
 from dq.refine.measure import measure, sentence, summarize
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
-from dq.refine.registry import method_of
-from dq.run.folder import Run, class_file, copies_of
-from dq.run.refinement import INDEX, asked, batch_file, files_of, planned, real_images, stage_settings, stages_of
-from dq.run.stages.cluster import load_prototypes
+from dq.refine.method import Batch, Callback, Refined, Resources, State
+from dq.run.folder import Run, class_file
+from dq.run.refinement import INDEX, asked, files_of, planned, real_images, stages_of
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import drawn_folders
+from dq.run.stages.refine_jobs import Job, as_bytes, job_of, prepare, read_batch, resources_of
 
 log = logging.getLogger("dq")
 
 CARRIED = ("label_kind", "step_size", "bounded", "uniform_weights")  # from a batch to the files of its classes
 SOFT_LABELS = ("soft_labels", "logits")  # tensor of label vectors; the second in files of a version before
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage on the images of one folder."""
-
-    stage: RefineConfig  # with every None filled in
-    method: Method
-    needs: Needs
-    cost: Cost
-    level: int  # stages before it
-    ipc: int
-    source: Path  # folder of class files
-    folder: Path
-    counts: tuple[int, ...]
-    batches: list[Rows]
-    teachers: tuple[Teacher, ...]  # all
-    judges: tuple[Teacher, ...]
-    weights: dict[int, Tensor] | None  # by class, of the images in the set
-
-    @property
-    def matched(self) -> tuple[Teacher, ...]:
-        return tuple(t for t in self.teachers if t.matched)
-
-    @functools.cached_property
-    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """Batch and position of every (class, rank)."""
-        return {row: (j, i) for j, batch in enumerate(self.batches) for i, row in enumerate(batch)}
-
-    def batch_file(self, number: int) -> Path:
-        return batch_file(self.folder, number)
 
 
 def refine(run: Run) -> None:
@@ -102,7 +62,7 @@ def refine(run: Run) -> None:
             ipc, method = key.split("/", 1)
             stages = stages_of(run.config, method)
             if level < len(stages):
-                job = _job(run, stages[level], level, int(ipc), method, folders[key], loaded)
+                job = job_of(run, stages[level], level, int(ipc), method, folders[key], loaded)
                 folders[key] = job.folder
                 jobs.setdefault(job.folder, job)
         _run_level(run, list(jobs.values()))
@@ -119,71 +79,6 @@ def refine(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _job(
-    run: Run,
-    stage: RefineConfig,
-    level: int,
-    ipc: int,
-    name: str,
-    source: Path,
-    loaded: dict[str, tuple[Teacher, ...]],
-) -> Job:
-    """The stage `stage` of the method `name`, with its teachers loaded."""
-    c = run.config
-
-    def load(configs: Sequence[TeacherConfig]) -> tuple[Teacher, ...]:
-        key = digest_of([to_dict(t) for t in configs])
-        if key not in loaded:
-            loaded[key] = load_teachers(configs, run.source, c.image_size, run.device)
-        return loaded[key]
-
-    method = method_of(stage)
-    named = stage.teachers or (c.teachers if method.needs(stage).teachers else ())
-    teachers, judges = load(named) if named else (), load(stage.judges) if stage.judges else ()
-    classes = run.source.class_counts()
-    size = round(classes.sum() / len(classes))
-    context = Context(c.image_size, sum(t.matched for t in teachers), ipc, len(classes), size)
-    stage = method.resolve(stage, context)
-    needs = method.needs(stage)
-    counts = tuple(_count(class_file(source, i)) for i in range(len(classes)))
-    weights = _weights_of(run, ipc, name) if stage.weighted else None
-    identity: list[Any] = [
-        source.name,
-        stage_settings(stage),
-        [t.digest for t in teachers],
-        [t.digest for t in judges],
-        run.config.seed,
-        level,
-    ]
-    if weights is not None:
-        identity.append(digest_of_tensors({str(k): v for k, v in weights.items()}))
-    if needs.file:
-        identity.append(digest_of_tensors({"anchors": torch.cat(_file_anchors(run, needs.file, counts))}))
-    folder = run.folder / "images" / f"ipc{ipc:05d}-{stage.stage}-{digest_of(identity)}"
-    batches, cost = method.batches(stage, counts), method.cost(stage, context)
-    return Job(stage, method, needs, cost, level, ipc, source, folder, counts, batches, teachers, judges, weights)
-
-
-def _weights_of(run: Run, ipc: int, method: str) -> dict[int, Tensor]:
-    """Weights of the images of a set, by class."""
-    m, cluster_config, cfg = run.resolved(method)
-    copies = copies_of(m, cfg)
-    points = load_prototypes(run, cache_of(run), ipc, cluster_config)
-    return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
-
-
-def _file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
-    """The first images of every class of a set from a file, (n_c, 3, S, S) uint8."""
-    side = run.config.image_size
-    # its labels are not looked at
-    s = load_set(
-        path, run.source.class_names, image_size=side, label_kind="logits", on_bad_image=run.source.on_bad_image
-    )
-    if s.images.shape[-1] != side:
-        raise InputError(f"the anchors in {path} have {s.images.shape[-1]} px, the images {side}; resize them")
-    return anchors_by_class(s.images_uint8(), s.labels, counts, run.source.class_names, path)
-
-
 def _run_level(run: Run, jobs: list[Job]) -> None:
     """Prepare, refine and put together the jobs of one level; batches of all of them are divided over processes."""
     began = time.perf_counter()
@@ -191,7 +86,7 @@ def _run_level(run: Run, jobs: list[Job]) -> None:
     jobs = [job for job, done in zip(jobs, finished) if not done]
     run.accelerator.wait_for_everyone()  # every process has seen the same files before the first is written
     for job in jobs:
-        _prepare(run, job)
+        prepare(run, job)
     run.accelerator.wait_for_everyone()
     units = [(job, j) for job in jobs for j in range(len(job.batches))]
     costs = [float(len(job.batches[j]) * max(1, job.cost.steps)) for job, j in units]
@@ -201,7 +96,7 @@ def _run_level(run: Run, jobs: list[Job]) -> None:
     with progress([], desc="refine", total=total, unit="img step", main=run.main and bool(todo)) as bar:
         for job, group in _by_job(todo):
             real = real_images(run) if job.needs.real_images else None
-            worker = Worker(run, job, dataclasses.replace(_resources(run, job), real=real))
+            worker = Worker(run, job, dataclasses.replace(resources_of(run, job), real=real))
             for j in group:
                 worker.refine_batch(j, on_step=functools.partial(_advance, bar, len(job.batches[j])))
     run.accelerator.wait_for_everyone()
@@ -252,69 +147,6 @@ def _by_job(todo: list[tuple[Job, int]]) -> Iterator[tuple[Job, list[int]]]:
     yield from groups.values()
 
 
-def _prepare(run: Run, job: Job) -> None:
-    """What all batches of a job share: anchors and candidates by class, features of real classes, the manifest."""
-    c = run.config
-    for label in run.mine([float(n) for n in job.counts]):
-        for name, number in job.needs.patches.items():
-            path = class_file(job.folder / name, label)
-            if not is_done(path):
-                images = patch_anchors(
-                    run.source,
-                    label,
-                    number or job.counts[label],
-                    teacher=job.matched[0],
-                    image_size=c.image_size,
-                    rank=job.needs.rank,
-                    seed=c.seed,
-                )
-                write_tensors(path, {"images": images})
-    if job.needs.file and run.main:
-        for label, images in enumerate(_file_anchors(run, job.needs.file, job.counts)):
-            write_tensors(class_file(job.folder / "file", label), {"images": images})
-    if job.needs.class_features:
-        for teacher in job.matched:
-            cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
-            extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
-    run.accelerator.wait_for_everyone()
-    manifest = job.folder / "manifest.json"
-    if run.main and not is_done(manifest):
-        seed = derive_seed(c.seed, "calibrate")
-        facts = {
-            "settings": stage_settings(job.stage),
-            **job.method.prepare(job.stage, _resources(run, job), _read_batch(job, 0), seed=seed),
-            "batches": len(job.batches),
-            "images_per_batch": [min(map(len, job.batches)), max(map(len, job.batches))],
-            "classes_per_batch": min(len({c for c, _ in b}) for b in job.batches),
-        }
-        write_json(manifest, facts)
-
-
-def _resources(run: Run, job: Job) -> Resources:
-    """What the method of a job needs; the facts of its manifest are there once that is written."""
-    c, needs = run.config, job.needs
-    means = None
-    if needs.class_features:
-        caches = [open_features(c.cache_dir, run.source, c.image_size, t.digest) for t in job.matched]
-        means = tuple(torch.stack([f.load(i)[0].mean(0) for i in range(len(job.counts))]) for f in caches)
-    candidates = None
-    if needs.candidates:
-        base = job.source if needs.candidates == "set" else job.folder / needs.candidates
-        files = [class_file(base, i) for i in range(len(job.counts))]
-        candidates = tuple(_bytes(read_tensors(f)[0]["images"]) for f in files)
-    manifest = job.folder / "manifest.json"
-    facts = read_json(manifest) if manifest.is_file() else {}
-    return Resources(c.image_size, len(job.counts), job.teachers, candidates, means, facts, device=run.device)
-
-
-def _read_batch(job: Job, number: int) -> Batch:
-    """The images of a batch, with their weights in the set and their anchors."""
-    rows = job.batches[number]
-    weights = None if job.weights is None else torch.stack([job.weights[c][r] for c, r in rows])
-    anchors = None if job.needs.anchors is None else _read_rows(job.folder / job.needs.anchors, rows)
-    return Batch(_read_rows(job.source, rows), torch.tensor([c for c, _ in rows]), weights, anchors)
-
-
 @dataclass(frozen=True)
 class Worker:
     """What one process needs to refine batches of a job."""
@@ -326,7 +158,7 @@ class Worker:
     def refine_batch(self, number: int, on_step: Callable[[int], None]) -> None:
         """Refine a batch and write its file; one that was interrupted goes on from its last state."""
         job = self.job
-        batch = _read_batch(job, number)
+        batch = read_batch(job, number)
         partial = job.batch_file(number).with_suffix(".partial.safetensors")
         resume = _read_state(partial)
         for step in range(resume.steps if resume else 0):
@@ -351,10 +183,10 @@ class Worker:
             )
         anchors = batch.images if batch.anchors is None else batch.anchors
         float_images = not refined.bounded or _is_float(class_file(job.source, job.batches[number][0][0]))
-        result = refined.images if float_images else _bytes(refined.images)
+        result = refined.images if float_images else as_bytes(refined.images)
         tensors = {"images": result, "trace": refined.trace}
         if number == 0 and refined.blocks is not None:
-            tensors["strip"] = _bytes(refined.blocks)
+            tensors["strip"] = as_bytes(refined.blocks)
         if refined.soft_labels is not None:
             tensors["soft_labels"] = refined.soft_labels.half()
         after = result if float_images else result.float() / 255
@@ -376,32 +208,9 @@ class Worker:
         write_tensors(job.batch_file(number), tensors, measures)
 
 
-def _count(path: Path) -> int:
-    with open_tensors(path) as f:
-        return int(f.get_slice("images").get_shape()[0])
-
-
 def _is_float(path: Path) -> bool:
     with open_tensors(path) as f:
         return f.get_slice("images").get_dtype() != "U8"
-
-
-def _bytes(images: Tensor) -> Tensor:
-    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
-
-
-def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """Images of (class, rank) pairs as float32 in [0, 1]; only these are read."""
-    found: dict[tuple[int, int], Tensor] = {}
-    for label in sorted({c for c, _ in rows}):
-        path = class_file(folder, label)
-        with open_tensors(path) as f:
-            images = f.get_slice("images")
-            for c, r in rows:
-                if c == label:
-                    found[(c, r)] = images[r : r + 1]
-    x = torch.cat([found[row] for row in rows])
-    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def _gather_class(run: Run, job: Job, label: int) -> None:

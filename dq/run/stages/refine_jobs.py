@@ -1,0 +1,213 @@
+"""Jobs of the refine stage: a method of refinement on the images of one folder, and all that it reads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq.config.reader import to_dict
+from dq.config.refinement import RefineConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError
+from dq.core.files import is_done, open_tensors, read_json, read_tensors, write_json, write_tensors
+from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
+from dq.distilled.external import load_set
+from dq.networks.features import extract_features, open_features
+from dq.networks.teacher import Teacher
+from dq.networks.teacher_loading import load_teachers
+from dq.refine.anchors import anchors_by_class, patch_anchors
+from dq.refine.batches import Rows
+from dq.refine.method import Batch, Context, Cost, Method, Needs, Resources
+from dq.refine.registry import method_of
+from dq.run.folder import Run, class_file, copies_of
+from dq.run.refinement import batch_file, stage_settings
+from dq.run.stages.cluster import load_prototypes
+from dq.run.stages.encode import cache_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage on the images of one folder."""
+
+    stage: RefineConfig  # with every None filled in
+    method: Method
+    needs: Needs
+    cost: Cost
+    level: int  # stages before it
+    ipc: int
+    source: Path  # folder of class files
+    folder: Path
+    counts: tuple[int, ...]
+    batches: list[Rows]
+    teachers: tuple[Teacher, ...]  # all
+    judges: tuple[Teacher, ...]
+    weights: dict[int, Tensor] | None  # by class, of the images in the set
+
+    @property
+    def matched(self) -> tuple[Teacher, ...]:
+        return tuple(t for t in self.teachers if t.matched)
+
+    @functools.cached_property
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Batch and position of every (class, rank)."""
+        return {row: (j, i) for j, batch in enumerate(self.batches) for i, row in enumerate(batch)}
+
+    def batch_file(self, number: int) -> Path:
+        return batch_file(self.folder, number)
+
+
+def job_of(
+    run: Run,
+    stage: RefineConfig,
+    level: int,
+    ipc: int,
+    name: str,
+    source: Path,
+    loaded: dict[str, tuple[Teacher, ...]],
+) -> Job:
+    """The stage `stage` of the method `name`, with its teachers loaded."""
+    c = run.config
+
+    def load(configs: Sequence[TeacherConfig]) -> tuple[Teacher, ...]:
+        key = digest_of([to_dict(t) for t in configs])
+        if key not in loaded:
+            loaded[key] = load_teachers(configs, run.source, c.image_size, run.device)
+        return loaded[key]
+
+    method = method_of(stage)
+    named = stage.teachers or (c.teachers if method.needs(stage).teachers else ())
+    teachers, judges = load(named) if named else (), load(stage.judges) if stage.judges else ()
+    classes = run.source.class_counts()
+    size = round(classes.sum() / len(classes))
+    context = Context(c.image_size, sum(t.matched for t in teachers), ipc, len(classes), size)
+    stage = method.resolve(stage, context)
+    needs = method.needs(stage)
+    counts = tuple(_count(class_file(source, i)) for i in range(len(classes)))
+    weights = _weights_of(run, ipc, name) if stage.weighted else None
+    identity: list[Any] = [
+        source.name,
+        stage_settings(stage),
+        [t.digest for t in teachers],
+        [t.digest for t in judges],
+        run.config.seed,
+        level,
+    ]
+    if weights is not None:
+        identity.append(digest_of_tensors({str(k): v for k, v in weights.items()}))
+    if needs.file:
+        identity.append(digest_of_tensors({"anchors": torch.cat(_file_anchors(run, needs.file, counts))}))
+    folder = run.folder / "images" / f"ipc{ipc:05d}-{stage.stage}-{digest_of(identity)}"
+    batches, cost = method.batches(stage, counts), method.cost(stage, context)
+    return Job(stage, method, needs, cost, level, ipc, source, folder, counts, batches, teachers, judges, weights)
+
+
+def _weights_of(run: Run, ipc: int, method: str) -> dict[int, Tensor]:
+    """Weights of the images of a set, by class."""
+    m, cluster_config, cfg = run.resolved(method)
+    copies = copies_of(m, cfg)
+    points = load_prototypes(run, cache_of(run), ipc, cluster_config)
+    return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
+
+
+def _file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
+    """The first images of every class of a set from a file, (n_c, 3, S, S) uint8."""
+    side = run.config.image_size
+    # its labels are not looked at
+    s = load_set(
+        path, run.source.class_names, image_size=side, label_kind="logits", on_bad_image=run.source.on_bad_image
+    )
+    if s.images.shape[-1] != side:
+        raise InputError(f"the anchors in {path} have {s.images.shape[-1]} px, the images {side}; resize them")
+    return anchors_by_class(s.images_uint8(), s.labels, counts, run.source.class_names, path)
+
+
+def prepare(run: Run, job: Job) -> None:
+    """What all batches of a job share: anchors and candidates by class, features of real classes, the manifest."""
+    c = run.config
+    for label in run.mine([float(n) for n in job.counts]):
+        for name, number in job.needs.patches.items():
+            path = class_file(job.folder / name, label)
+            if not is_done(path):
+                images = patch_anchors(
+                    run.source,
+                    label,
+                    number or job.counts[label],
+                    teacher=job.matched[0],
+                    image_size=c.image_size,
+                    rank=job.needs.rank,
+                    seed=c.seed,
+                )
+                write_tensors(path, {"images": images})
+    if job.needs.file and run.main:
+        for label, images in enumerate(_file_anchors(run, job.needs.file, job.counts)):
+            write_tensors(class_file(job.folder / "file", label), {"images": images})
+    if job.needs.class_features:
+        for teacher in job.matched:
+            cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
+            extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
+    run.accelerator.wait_for_everyone()
+    manifest = job.folder / "manifest.json"
+    if run.main and not is_done(manifest):
+        seed = derive_seed(c.seed, "calibrate")
+        facts = {
+            "settings": stage_settings(job.stage),
+            **job.method.prepare(job.stage, resources_of(run, job), read_batch(job, 0), seed=seed),
+            "batches": len(job.batches),
+            "images_per_batch": [min(map(len, job.batches)), max(map(len, job.batches))],
+            "classes_per_batch": min(len({c for c, _ in b}) for b in job.batches),
+        }
+        write_json(manifest, facts)
+
+
+def resources_of(run: Run, job: Job) -> Resources:
+    """What the method of a job needs; the facts of its manifest are there once that is written."""
+    c, needs = run.config, job.needs
+    means = None
+    if needs.class_features:
+        caches = [open_features(c.cache_dir, run.source, c.image_size, t.digest) for t in job.matched]
+        means = tuple(torch.stack([f.load(i)[0].mean(0) for i in range(len(job.counts))]) for f in caches)
+    candidates = None
+    if needs.candidates:
+        base = job.source if needs.candidates == "set" else job.folder / needs.candidates
+        files = [class_file(base, i) for i in range(len(job.counts))]
+        candidates = tuple(as_bytes(read_tensors(f)[0]["images"]) for f in files)
+    manifest = job.folder / "manifest.json"
+    facts = read_json(manifest) if manifest.is_file() else {}
+    return Resources(c.image_size, len(job.counts), job.teachers, candidates, means, facts, device=run.device)
+
+
+def read_batch(job: Job, number: int) -> Batch:
+    """The images of a batch, with their weights in the set and their anchors."""
+    rows = job.batches[number]
+    weights = None if job.weights is None else torch.stack([job.weights[c][r] for c, r in rows])
+    anchors = None if job.needs.anchors is None else _read_rows(job.folder / job.needs.anchors, rows)
+    return Batch(_read_rows(job.source, rows), torch.tensor([c for c, _ in rows]), weights, anchors)
+
+
+def _count(path: Path) -> int:
+    with open_tensors(path) as f:
+        return int(f.get_slice("images").get_shape()[0])
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+
+
+def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """Images of (class, rank) pairs as float32 in [0, 1]; only these are read."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for label in sorted({c for c, _ in rows}):
+        path = class_file(folder, label)
+        with open_tensors(path) as f:
+            images = f.get_slice("images")
+            for c, r in rows:
+                if c == label:
+                    found[(c, r)] = images[r : r + 1]
+    x = torch.cat([found[row] for row in rows])
+    return x.float() / 255 if x.dtype == torch.uint8 else x
