@@ -193,7 +193,7 @@ def run_verb(
             generate(run, pipe, cache_of(run))
     if do("generate", "refine"):
         with way.stage("refine") if "refine" in names else nullcontext():
-            refine(run)
+            refine(run, None if pipe is None else pipe.vae)
     if do("generate", "refine", "label"):
         with way.stage("label"):
             label(run)

@@ -193,12 +193,14 @@ class FRePo(RefineConfig):
     gradient of a kernel ridge regression on the features of a pool of networks. The whole set is one batch."""
 
     stage: Literal["frepo"] = "frepo"
-    mode: Literal["pixel", "labels_only"] = "pixel"  # labels_only: images stay as they come in
+    # labels_only: images stay as they come in; latent: latents of the run's codec are learned, and images are decoded
+    mode: Literal["pixel", "labels_only", "latent"] = "pixel"
     budget: Literal["quick", "standard", "paper"] = "standard"  # steps and lr, where these are not set
     steps: int | None = None
     lr: float | None = None  # of LAMB, for images and for labels: each step moves them by this share of their norm
     lr_floor: float = 0.1  # share of lr at which the cosine ends
-    # drawn: the images that come in; real: as many random train images of each class (the paper); noise
+    # drawn: the images that come in; real: as many random train images of each class (the paper); noise. With
+    # mode=latent, the latents of these, or noise with the mean and std of real images' latents
     start: Literal["drawn", "real", "noise"] = "drawn"
     first_labels: Literal["classes", "teachers"] = "classes"  # where labels start; teachers: their probabilities
     learn_labels: bool = True
@@ -214,7 +216,7 @@ class FRePo(RefineConfig):
     ridge: float = 1e-6  # of the mean diagonal of the kernel
     flip: bool | None = None  # mirror images beside; None: for color images, if the set has fewer than 1000
     whiten: bool | None = None  # None: color images; grey ones are standardized alone
-    chunk: int | None = None  # images whose activations are held at once; None: all
+    chunk: int | None = None  # images whose activations, a decoder's too, are held at once; None: all
     # times, evenly spread, that networks trained on the set are tested on held-out train images, the best set being
     # returned; 0: the last one. The released code chooses on the test split
     checks: int = 0

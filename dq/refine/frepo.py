@@ -3,7 +3,7 @@
 Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022, arXiv 2206.00719; with
 the settings of the released code. Its loss is in `dq.refine.ridge`, its optimizer in `dq.refine.lamb`, its networks in
 `dq.networks.online_pool`, its preprocessing in `dq.data.zca`. Departures: regressions are in float64, images may start
-from drawn ones, channel statistics are measured, every random number is seeded.
+from drawn ones, channel statistics are measured, every random number is seeded; `mode=latent` is not in the paper.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
 from dq.data.zca import Whitening, fit_whitening, is_grey
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.refine.held_out import held_out_accuracy, split_off
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.optimize import SHOWN
+from dq.refine.rendering import Rendering
 from dq.refine.ridge import duplicates, meta_gradient
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
 LARGEST_SIDE = 64  # px; whitening needs a matrix of all pairs of pixels, and features grow with the side
 FLIP_BELOW = 1000  # images of the set; the released code leaves mirror images out of larger ones for their cost
-JITTER = 0.01  # of whitened pixels, of images that are copies of others
+JITTER = 0.01  # of whitened pixels, or of the std of latents, of images that are copies of others
 NOISE_LIKE = 1000  # real images whose standard deviation noise to start from has (0.44 on CIFAR-10)
+NOISE_LATENTS = 256  # real images whose latents' mean and deviation noise to start from has
 HELD_NUMBERS = 1 << 28  # of whitened real images that are held in memory
 SAVE_SECONDS = 60.0  # between two states to go on from
 STRIPS = 4  # pictures of the first images, spread over the steps
@@ -105,6 +108,29 @@ def start_images(
     if config.start == "noise":
         std = whitening(real.images[:NOISE_LIKE]).std()
         return std * torch.randn(images.shape, generator=generator(seed, "noise"))
+    return whitening(real.images[_real_rows(labels, real, seed)])
+
+
+def start_latents(
+    config: FRePo, images: Tensor, labels: Tensor, real: RealImages, codec: ImageCodec, seed: int
+) -> Tensor:
+    """Where latents begin, (n, C, h, w): those of the images that came in or of real ones, or noise.
+
+    Raises:
+        InputError: if real images of a class are asked for and there are none.
+    """
+    if config.start == "drawn":
+        return codec.encode(images)
+    if config.start == "real":
+        return codec.encode(real.images[_real_rows(labels, real, seed)])
+    # spread over the train images, which may be in the order of their classes
+    z = codec.encode(real.images[:: max(1, len(real.images) // NOISE_LATENTS)][:NOISE_LATENTS])
+    noise = torch.randn(len(images), *z.shape[1:], generator=generator(seed, "noise")).to(z.device)
+    return z.mean((0, 2, 3), keepdim=True) + z.std((0, 2, 3), keepdim=True) * noise
+
+
+def _real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
+    """A random train image of the class of each image of the set, (n,); none twice while there are others."""
     rows = torch.empty_like(labels)
     for c in labels.unique().tolist():
         candidates, places = (real.labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]
@@ -112,7 +138,7 @@ def start_images(
             raise InputError(f"start=real needs train images of class {c}, but there are none; set start=drawn")
         order = torch.randperm(len(candidates), generator=generator(seed, "start", c))
         rows[places] = candidates[order[torch.arange(len(places)) % len(candidates)]]
-    return whitening(real.images[rows])
+    return rows
 
 
 def start_labels(config: FRePo, images: Tensor, labels: Tensor, classes: int, teachers: Sequence[Teacher]) -> Tensor:
@@ -132,6 +158,7 @@ def refine(
     weights: Tensor | None = None,
     teachers: Sequence[Teacher] = (),
     whitening: Whitening | None = None,
+    codec: ImageCodec | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: State | None = None,
@@ -142,6 +169,7 @@ def refine(
         A = f(X) f(X)^T + ridge s I,  P = f(X_real) f(X)^T A^-1 Y,  L = mean 1/2 |P - Y_real|^2 - label margin
 
     LAMB moves X and Y along the gradient of L, each as one tensor; then f is trained by a step on them, or replaced.
+    With `mode=latent` X is whiten(resize(decode(z))), and LAMB moves z.
 
     Args:
         images: (n, 3, S, S) float32 in [0, 1], the whole set.
@@ -151,10 +179,11 @@ def refine(
         weights: (n,) of the images in the regression and in the networks' training, for `config.weighted`.
         teachers: whose probabilities the labels start from, with `first_labels=teachers`.
         whitening: fitted on the train images; None: it is fitted here.
+        codec: whose latents are learned, with `mode=latent`.
         device: where all of it happens.
 
     Returns:
-        Images of the same shape whose pixels may leave [0, 1], and regression labels.
+        Images of the same shape, whose pixels may leave [0, 1] with `mode=pixel`, and regression labels.
 
     Raises:
         InputError: for settings or images that do not fit.
@@ -165,10 +194,15 @@ def refine(
         raise InputError("frepo solves in float64, which mps does not have; run on the CPU with --cpu")
     config = resolve(config, Context(side, len(teachers), classes=classes))
     steps, top_lr = config.steps or 0, config.lr or 0.0  # which `resolve` has set
-    callback = callback or Callback()
+    callback, learns = callback or Callback(), config.mode != "labels_only"
     if len(real.images) == 0:
         raise InputError("frepo predicts real train images, but there are none; check the train split")
+    if config.mode == "latent" and codec is None:
+        raise InputError(
+            "frepo with mode=latent learns latents of a codec, and there is none; give one, or mode=pixel"
+        )
     whitening = (whitening or fit_whitening(real.images, zca=config.whiten)).to(device)
+    rendering = Rendering(whitening, codec if config.mode == "latent" else None, config.chunk)
     seen, held = split_off(real, config.held_out) if config.checks else (real, None)
     batches = RealBatches.of(seen, whitening, classes, config.real_batch, seed)
     flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not is_grey(real.images)
@@ -191,13 +225,18 @@ def refine(
     if resume:
         x, y, trace, strips, facts = _restored(resume, pool, device)
     else:
-        first = start_images(config, images, labels, real, whitening.to("cpu"), seed).to(device)
-        facts |= {"start_std": round(float(first.std()), 4), "copies": 0}  # 0.44 for real images of CIFAR-10
-        if config.mode == "pixel":
-            first, facts["copies"] = _apart(first, pool, seed)
+        if rendering.codec is not None:
+            first = start_latents(config, images, labels, real, rendering.codec, seed).to(device)
+            facts["latents"] = list(first.shape[1:])
+        else:
+            first = start_images(config, images, labels, real, whitening.to("cpu"), seed).to(device)
+        start_std = float(rendering.images(first).std())
+        facts |= {"start_std": round(start_std, 4), "copies": 0}  # 0.44 for real images of CIFAR-10
+        if learns:
+            first, facts["copies"] = _apart(first, rendering, pool, seed)
         x, y = Lamb.of(first), Lamb.of(start_labels(config, images, labels, classes, teachers).to(device))
         trace = torch.zeros(steps, len(TERMS), device=device)
-        strips = [whitening.invert(first[:SHOWN]).cpu()]
+        strips = [rendering.pixels(first[:SHOWN]).cpu()]
     best = _best_of(resume, device)
     check_steps = {-(-steps * i // config.checks) for i in range(1, config.checks + 1)} if config.checks else set()
     saved = time.perf_counter()
@@ -220,7 +259,8 @@ def refine(
                 margin_weight=config.label_margin if config.learn_labels else 0.0,
                 ridge=config.ridge,
                 weights=w,
-                learn_images=config.mode == "pixel",
+                learn_images=learns,
+                render=None if rendering.codec is None else rendering,
             )
         trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
         trace[step, 3].fill_(g.ridge)  # no copy from the host
@@ -228,12 +268,12 @@ def refine(
             x.step(g.images, lr)
         if config.learn_labels:
             y.step(g.labels, lr)
-        pool.advance(i, x.value, y.value, step, w)  # on the updated set, as released
+        pool.advance(i, rendering.images(x.value), y.value, step, w)  # on the updated set, as released
         if (step + 1) % max(1, steps // STRIPS) == 0:
-            strips.append(whitening.invert(x.value[:SHOWN]).cpu())
+            strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
         if held is not None and step + 1 in check_steps:
             score = held_out_accuracy(
-                x.value,
+                rendering.images(x.value),
                 y.value,
                 held,
                 whitening,
@@ -250,32 +290,32 @@ def refine(
             callback.save(_state(x, y, best, trace, strips, facts, pool, step + 1))
             saved = time.perf_counter()
     facts["networks_replaced"] = sum(m.generation for m in pool.members)
-    facts["end_std"] = round(float(x.value.std()), 4)
-    learned = config.mode == "pixel"
+    facts["end_std"] = round(float(rendering.images(x.value).std()), 4)
     last_x, last_y = best or (x.value, y.value)
     return Refined(
-        whitening.invert(last_x).cpu() if learned else images,
+        rendering.pixels(last_x).cpu() if learns else images,
         trace.float().cpu(),
         TERMS,
         torch.stack(strips).clamp(0, 1),
         soft_labels=last_y.cpu(),
         label_kind="regression",
-        bounded=not learned,
+        bounded=config.mode != "pixel",
         uniform_weights=not config.weighted,  # learned labels absorb importance
         facts=facts,
         preprocessing=whitening.to("cpu").tensors(),
     )
 
 
-def _apart(images: Tensor, pool: OnlinePool, seed: int) -> tuple[Tensor, int]:
-    """Images with a little noise on those that are nearly copies of others, and their number."""
+def _apart(values: Tensor, rendering: Rendering, pool: OnlinePool, seed: int) -> tuple[Tensor, int]:
+    """Images, or latents, with a little noise on those that are nearly copies of others, and their number."""
     with pool.features(0) as features, torch.no_grad():
-        copied = duplicates(torch.cat([features(part) for part in images.split(1000)]))
-    noise = JITTER * torch.randn(images.shape, generator=generator(seed, "jitter")).to(images.device)
-    return torch.where(copied.view(-1, 1, 1, 1), images + noise, images), int(copied.sum())
+        copied = duplicates(torch.cat([features(part) for part in rendering.images(values).split(1000)]))
+    size = JITTER if rendering.codec is None else JITTER * float(values.std())
+    noise = size * torch.randn(values.shape, generator=generator(seed, "jitter")).to(values.device)
+    return torch.where(copied.view(-1, 1, 1, 1), values + noise, values), int(copied.sum())
 
 
-Best = tuple[Tensor, Tensor] | None  # images and labels of the best check
+Best = tuple[Tensor, Tensor] | None  # images or latents, and labels, of the best check
 
 
 def _best_of(resume: State | None, device: torch.device) -> Best:
@@ -327,7 +367,7 @@ class FrepoMethod(Method):
         return resolve(stage, context)
 
     def needs(self, stage: FRePo) -> Needs:
-        return Needs(teachers=stage.first_labels == "teachers", real_images=True)
+        return Needs(teachers=stage.first_labels == "teachers", real_images=True, codec=stage.mode == "latent")
 
     def run(
         self,
@@ -351,6 +391,7 @@ class FrepoMethod(Method):
             weights=batch.weights,
             teachers=resources.teachers,
             whitening=resources.once("whitening", lambda: fit_whitening(real.images, zca=stage.whiten)),
+            codec=resources.codec,
             seed=derive_seed(seed, "frepo"),
             device=resources.device,
             resume=resume,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dq.config.refinement import RefineConfig
 from dq.config.students import LabelKind
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
 from dq.refine.batches import Rows, compose_batches
 
@@ -45,6 +46,7 @@ class Needs:
     candidates: str | None = None  # which of `patches`, or "set", are candidate anchors of a class
     class_features: bool = False  # mean features of the real images of each class
     real_images: bool = False  # all train images, in memory
+    codec: bool = False  # the run's autoencoder
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Resources:
     class_means: tuple[Tensor, ...] | None = None  # (C, d) mean features of real images, by matched teacher
     facts: Mapping[str, Any] = field(default_factory=dict)  # what `Method.prepare` gave
     real: RealImages | None = None  # of `Needs.real_images`
+    codec: ImageCodec | None = None  # of `Needs.codec`
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # for methods without teachers
     _memory: dict[str, Any] = field(default_factory=dict)
 

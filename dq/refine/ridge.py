@@ -130,7 +130,7 @@ def duplicates(features: Tensor) -> Tensor:
 class MetaGradient:
     """Loss and gradients of one step on the distilled set."""
 
-    images: Tensor | None  # (n, ...) gradient; None if images are not learned
+    images: Tensor | None  # (n, ...) gradient, of latents where these are learned; None if neither is
     labels: Tensor  # (n, C) gradient
     krr: Tensor  # () half squared error on the real batch
     margin: Tensor  # () mean label margin, at most 1/C
@@ -151,17 +151,18 @@ def meta_gradient(
     ridge: float = RIDGE,
     weights: Tensor | None = None,
     learn_images: bool = True,
+    render: Callable[[Tensor], Tensor] | None = None,
 ) -> MetaGradient:
     """Gradients of L = krr_loss - margin_weight label_margin with respect to distilled images and labels.
 
     With chunks, features are computed without a graph, the regression gives their gradient, and every chunk is
     computed once more with a graph to carry its rows back: the same gradient up to rounding, with the activations of
-    one chunk in memory. That is exact since `features_of` treats every image by itself.
+    one chunk in memory. That is exact since `features_of` and `render` treat every image by itself.
 
     Args:
         features_of: images (m, ...) to features (m, d), each row from its image alone, such as a network in evaluation
             mode.
-        images: (n, ...) distilled images as the network sees them.
+        images: (n, ...) distilled images as the network sees them, or what `render` makes them from.
         labels: (n, C) learned labels.
         real_features: (B, d) of the real batch, without a graph.
         real_targets: (B, C), see `centered_targets`.
@@ -169,12 +170,15 @@ def meta_gradient(
         flip: regress on the images and their mirror images, with the same labels.
         weights: (n,) of the images in the regression; None: all alike.
         learn_images: False leaves out the gradient of the images, and with it the second pass.
+        render: from `images`, such as latents (m, C, h, w), to images as the network sees them, (m, 3, S, S), which
+            are what is mirrored; the gradient goes through it. None: `images` themselves.
 
     Raises:
         RunError: if features or labels are not finite.
     """
 
-    def look(x: Tensor) -> Tensor:  # (m, ...) -> (1 or 2, m, d)
+    def look(values: Tensor) -> Tensor:  # (m, ...) -> (1 or 2, m, d)
+        x = values if render is None else render(values)
         return features_of(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)) if flip else features_of(x)[None]
 
     spans = _spans(len(images), chunk)

@@ -14,7 +14,7 @@ from dq.core.model_files import open_model
 from dq.data.source import ImageSource
 from dq.networks.teacher_loading import POOL, PRETRAINED, check_fetched, load_teacher, teacher_file
 from dq.run.folder import check_folder, check_methods, resolved_method, settle_dtypes
-from dq.run.refinement import planned, stages_of
+from dq.run.refinement import check_codec_path, needs_codec, planned, stages_of
 from dq.run.stages.evaluate import check_evaluation
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def check_run(
     check_settings(config, source, verb)
     if verb in LABELS:
         check_evaluation(config, source)
+    if verb == "refine":
+        check_codec_path(config)
     if verb not in ENCODES:
         return None, []
     pipe, reasons = open_generator(config, fetch=fetch)
@@ -104,7 +106,10 @@ def check_generation(config: RunConfig, source: ImageSource, pipe: LatentGenerat
         InputError: for a codec, a scheduler, a start, a size of latents or a class that does not fit.
     """
     from dq.diffusion.codec import latent_shape
+    from dq.diffusion.image_codec import check_image_codec
 
+    if needs_codec(config):
+        check_image_codec(pipe.vae)
     latent_shape(pipe.vae, config.codec.resolution)
     for method in config.methods:
         how, _, generate = resolved_method(config, method)

@@ -162,7 +162,7 @@ class DistillPipeline(LatentGenerator):
             cache = encode(run, self.vae)
             cluster_classes(run, cache)
             generate_images(run, self, cache)
-            refine_images(run)
+            refine_images(run, self.vae)
             label(run)
             assemble(run)
             return load_set_of_run(run, ipc, name)

@@ -76,6 +76,23 @@ def refined_folder(run: Run, ipc: int, method: str, drawn: Path) -> Path:
     return run.folder / "images" / known["folder"]
 
 
+def needs_codec(config: RunConfig) -> bool:
+    """Whether a stage of the run learns latents of its codec."""
+    return any(method_of(s).needs(s).codec for method in config.methods for s in stages_of(config, method))
+
+
+def check_codec_path(config: RunConfig) -> None:
+    """Whether a codec is named, if a stage needs it.
+
+    Raises:
+        InputError: if none is.
+    """
+    if needs_codec(config) and not config.codec.path:
+        raise InputError(
+            "a stage of refinement learns latents of the codec, but no codec is named; set codec.path, or mode=pixel"
+        )
+
+
 class Planned(NamedTuple):
     """What a stage will do, known before anything is loaded."""
 

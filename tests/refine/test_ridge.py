@@ -160,6 +160,26 @@ def test_chunks_hold_the_activations_of_one_chunk() -> None:
     assert with_graph == []
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_gradient_of_latents_is_that_of_the_composition(flip: bool, chunk: int | None) -> None:
+    f, p = net(), problem()
+    torch.manual_seed(1)
+    decoder = nn.Sequential(nn.ConvTranspose2d(2, 1, 2, stride=2), nn.Tanh()).double()
+    z = p["images"] = drawn(5, 2, 2, 2, seed=6)
+    g = meta_gradient(f, **p, flip=flip, chunk=chunk, render=decoder, ridge=1e-3)
+    leaf, y = z.clone().requires_grad_(True), p["labels"].clone().requires_grad_(True)
+    x = decoder(leaf)
+    support, labels = (torch.cat([f(x), f(x.flip(-1))]), torch.cat([y, y])) if flip else (f(x), y)
+    w = torch.ones(len(support), dtype=torch.float64)
+    predictions = explicit_ridge(support, labels, p["real_features"], 1e-3, w)
+    loss = 0.5 * (predictions - p["real_targets"]).square().sum(1).mean() - label_margin(y)
+    dz, dy = torch.autograd.grad(loss, [leaf, y])
+    torch.testing.assert_close(g.images, dz, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(g.labels, dy, rtol=1e-8, atol=1e-11)
+    assert float(dz.abs().min()) > 0
+
+
 def test_copies_do_not_stop_a_step() -> None:
     f, p = net(torch.float32), problem()
     p = {k: v.float() for k, v in p.items()}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dq.config.refinement import RefineConfig
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
 from dq.refine.method import Batch, Context, RealImages, Resources
 from dq.refine.registry import method_of
@@ -17,9 +18,20 @@ WHOLE_SET = 500  # images at most of a set that is refined as a whole
 
 
 def refining_speed(
-    stage: RefineConfig, teachers: tuple[Teacher, ...], classes: int, side: int, device: Any, *, images: int
+    stage: RefineConfig,
+    teachers: tuple[Teacher, ...],
+    classes: int,
+    side: int,
+    device: Any,
+    *,
+    images: int,
+    codec: ImageCodec | None = None,
 ) -> Speed:
-    """A step forward and backward of a stage, over a few steps of every kind, with at most `images` together."""
+    """A step forward and backward of a stage, over a few steps of every kind, with at most `images` together.
+
+    Args:
+        codec: the run's, for a stage that needs it.
+    """
     method = method_of(stage)
     context = Context(side, sum(t.matched for t in teachers), classes=classes)
     short = method.brief(method.resolve(stage, context))
@@ -28,7 +40,7 @@ def refining_speed(
     real = None
     if method.needs(short).real_images:
         real = RealImages(random_pixels(REAL_IMAGES, side), torch.arange(REAL_IMAGES) % classes)
-    resources = Resources(side, classes, teachers, real=real, device=torch.device(device))
+    resources = Resources(side, classes, teachers, real=real, codec=codec, device=torch.device(device))
     whole = min(images, WHOLE_SET)
 
     def prepare(size: int) -> Batch:

@@ -118,7 +118,7 @@ def measure_speeds(
     if "latent" in facts:
         found |= dict(_clustering(config, source, facts["latent"], device))
     try:
-        found |= dict(_teachers(config, source, device))
+        found |= dict(_teachers(config, source, device, pipe))
     except InputError as e:
         unknown.append(f"teachers: {e}")
     found |= dict(_students(config, source, device))
@@ -238,10 +238,14 @@ def _clustering(
         yield name, timed(work, n, least=n, device=device)
 
 
-def _teachers(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
+def _teachers(
+    config: RunConfig, source: ImageSource, device: torch.device, pipe: LatentGenerator | None
+) -> Iterator[tuple[str, Speed]]:
     """The forward pass of all teachers, and a step of every stage of refinement."""
+    from dq.diffusion.image_codec import ImageCodec
     from dq.networks.teacher import pooled_logits
     from dq.networks.teacher_loading import load_teachers
+    from dq.refine.registry import method_of
     from dq.run.refinement import asked_settings, stages_of
 
     checked = functools.partial(load_teachers, image_size=config.image_size, device=device)
@@ -263,9 +267,15 @@ def _teachers(config: RunConfig, source: ImageSource, device: torch.device) -> I
             if name in done:
                 continue
             done.add(name)
+            codec = None
+            if method_of(stage).needs(stage).codec:
+                if pipe is None:
+                    continue
+                codec = ImageCodec.of(pipe.vae, config.codec.resolution, side, device)
             own = checked(stage.teachers or config.teachers, source)
             classes = len(source.class_names)
-            yield name, refining_speed(stage, own, classes, side, device, images=classes * max(config.ipc))
+            images = classes * max(config.ipc)
+            yield name, refining_speed(stage, own, classes, side, device, images=images, codec=codec)
 
 
 def _students(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:

@@ -27,7 +27,7 @@ from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
-from dq.diffusion.codec import codec_digest
+from dq.diffusion.codec import Codec, codec_digest
 from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.latents import LatentCache
 from dq.run.folder import SPEED, Run, class_file, copies_of
@@ -98,7 +98,7 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
         digest = None
         ids: list[int] = []
         if m.representative != "real":
-            _check_codec(pipe, cache)
+            check_codec(pipe.vae, cache)
             ids = pipe.check_inputs(cfg, run.config.codec.resolution, run.source.class_names)
             digest = digests.setdefault(cfg.mode, "") or pipe.digest(cfg.mode)
             digests[cfg.mode] = digest
@@ -118,10 +118,14 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _check_codec(pipe: LatentGenerator, cache: LatentCache) -> None:
-    """The latents must be decoded by the codec that made them."""
+def check_codec(codec: Codec, cache: LatentCache) -> None:
+    """Whether a codec is the one that made the latents of a run.
+
+    Raises:
+        InputError: if it is another.
+    """
     made_by = read_json(cache.folder / "manifest.json")["codec"]
-    if codec_digest(pipe.vae) != made_by:
+    if codec_digest(codec) != made_by:
         raise InputError(
             f"the latents in {cache.folder} were made by another codec (digest {made_by}) than the one given; "
             "set codec.path and codec.dtype back, or start again with `dq encode` in another --output_dir"

@@ -31,14 +31,16 @@ from dq.core.files import (
 )
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed
+from dq.diffusion.codec import Codec
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
 from dq.refine.measure import measure, sentence, summarize
 from dq.refine.method import Batch, Callback, Refined, Resources, State
 from dq.run.folder import Run, class_file
-from dq.run.refinement import INDEX, asked, files_of, planned, real_images, stages_of
+from dq.run.refinement import INDEX, asked, files_of, needs_codec, planned, real_images, stages_of
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import drawn_folders
-from dq.run.stages.refine_jobs import Job, as_bytes, job_of, prepare, read_batch, resources_of
+from dq.run.stages.refine_jobs import Job, as_bytes, image_codec, job_of, prepare, read_batch, resources_of
 
 log = logging.getLogger("dq")
 
@@ -46,14 +48,19 @@ CARRIED = ("label_kind", "step_size", "bounded", "uniform_weights")  # from a ba
 SOFT_LABELS = ("soft_labels", "logits")  # tensor of label vectors; the second in files of a version before
 
 
-def refine(run: Run) -> None:
-    """Put the drawn images of every method through its stages, in their order; finished batches are left alone."""
+def refine(run: Run, codec: Codec | None = None) -> None:
+    """Put the drawn images of every method through its stages, in their order; finished batches are left alone.
+
+    Args:
+        codec: the run's autoencoder, if it is loaded; None: it is loaded where a stage needs it.
+    """
     if not any(stages_of(run.config, m) for m in run.config.methods):
         log.info("refine: no method has stages, so images stay as they were drawn")
         return
     for method in run.config.methods:
         planned(run.config, method)  # complains before anything is loaded
     drawn = drawn_folders(run, cache_of(run))
+    decoder = image_codec(run, codec) if needs_codec(run.config) else None
     loaded: dict[str, tuple[Teacher, ...]] = {}
     folders = dict(drawn)
     for level in range(max(len(stages_of(run.config, m)) for m in run.config.methods)):
@@ -65,7 +72,7 @@ def refine(run: Run) -> None:
                 job = job_of(run, stages[level], level, int(ipc), method, folders[key], loaded)
                 folders[key] = job.folder
                 jobs.setdefault(job.folder, job)
-        _run_level(run, list(jobs.values()))
+        _run_level(run, list(jobs.values()), decoder)
     if run.main:
         path = run.folder / "images" / INDEX
         index = read_json(path) if is_done(path) else {}
@@ -79,7 +86,7 @@ def refine(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _run_level(run: Run, jobs: list[Job]) -> None:
+def _run_level(run: Run, jobs: list[Job], codec: ImageCodec | None) -> None:
     """Prepare, refine and put together the jobs of one level; batches of all of them are divided over processes."""
     began = time.perf_counter()
     finished = [_is_finished(job) for job in jobs]
@@ -96,7 +103,7 @@ def _run_level(run: Run, jobs: list[Job]) -> None:
     with progress([], desc="refine", total=total, unit="img step", main=run.main and bool(todo)) as bar:
         for job, group in _by_job(todo):
             real = real_images(run) if job.needs.real_images else None
-            worker = Worker(run, job, dataclasses.replace(resources_of(run, job), real=real))
+            worker = Worker(run, job, dataclasses.replace(resources_of(run, job), real=real, codec=codec))
             for j in group:
                 worker.refine_batch(j, on_step=functools.partial(_advance, bar, len(job.batches[j])))
     run.accelerator.wait_for_everyone()

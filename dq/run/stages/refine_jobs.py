@@ -17,6 +17,8 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_tensors, write_json, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
+from dq.diffusion.codec import Codec, load_codec
+from dq.diffusion.image_codec import ImageCodec
 from dq.distilled.external import load_set
 from dq.networks.features import extract_features, open_features
 from dq.networks.teacher import Teacher
@@ -26,9 +28,10 @@ from dq.refine.batches import Rows
 from dq.refine.method import Batch, Context, Cost, Method, Needs, Resources
 from dq.refine.registry import method_of
 from dq.run.folder import Run, class_file, copies_of
-from dq.run.refinement import batch_file, stage_settings
+from dq.run.refinement import batch_file, check_codec_path, stage_settings
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
+from dq.run.stages.generate import check_codec
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,23 @@ def resources_of(run: Run, job: Job) -> Resources:
     manifest = job.folder / "manifest.json"
     facts = read_json(manifest) if manifest.is_file() else {}
     return Resources(c.image_size, len(job.counts), job.teachers, candidates, means, facts, device=run.device)
+
+
+def image_codec(run: Run, codec: Codec | None = None) -> ImageCodec:
+    """The codec of a run, whose latents are learned.
+
+    Args:
+        codec: if it is loaded already.
+
+    Raises:
+        InputError: if none is named, or it is not the one that made the latents of the run.
+    """
+    c = run.config.codec
+    if codec is None:
+        check_codec_path(run.config)
+        codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype)
+    check_codec(codec, cache_of(run))
+    return ImageCodec.of(codec, c.resolution, run.config.image_size, run.device)
 
 
 def read_batch(job: Job, number: int) -> Batch:
