@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -213,6 +214,10 @@ class FRePo(RefineConfig):
     online_lr: float = 3e-4  # Adam
     online_batch: int = 1000  # images of a training step, at most
     real_batch: int = 1024  # real images whose labels are predicted in a step
+    # mse: half the squared error of predictions (the paper); ce_temp: cross-entropy of softmax(predictions / temperature)
+    outer_loss: Literal["mse", "ce_temp"] = "mse"
+    # ce_temp; fixed, since predictions are linear in the labels, so that learned labels scale it
+    outer_temperature: float = 0.1
     ridge: float = 1e-6  # of the mean diagonal of the kernel
     flip: bool | None = None  # mirror images beside; None: for color images, if the set has fewer than 1000
     whiten: bool | None = None  # None: color images; grey ones are standardized alone
@@ -231,7 +236,8 @@ class FRePo(RefineConfig):
 
     def unread(self) -> tuple[str, ...]:
         labels_only, no_checks = self.mode == "labels_only", self.checks == 0
-        return (*("start",) * labels_only, *("check_nets", "held_out") * no_checks)
+        mse = self.outer_loss == "mse"
+        return (*("start",) * labels_only, *("check_nets", "held_out") * no_checks, *("outer_temperature",) * mse)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,5 +257,7 @@ class FRePo(RefineConfig):
             raise InputError("frepo needs checks >= 0, check_nets >= 1 and a share held_out of at most 0.2")
         if not 0 < self.ridge <= 1:
             raise InputError(f"ridge is a share of the kernel's diagonal in (0, 1], not {self.ridge:g}")
+        if not 0 < self.outer_temperature < math.inf:
+            raise InputError(f"outer_temperature of frepo must be more than 0, not {self.outer_temperature:g}")
         if not 0 <= self.lr_floor <= 1:
             raise InputError(f"lr_floor is a share of lr in [0, 1], not {self.lr_floor:g}")

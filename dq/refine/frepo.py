@@ -9,6 +9,7 @@ from drawn ones, channel statistics are measured, every random number is seeded;
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.optimize import SHOWN
 from dq.refine.rendering import Rendering
-from dq.refine.ridge import duplicates, meta_gradient
+from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
 LARGEST_SIDE = 64  # px; whitening needs a matrix of all pairs of pixels, and features grow with the side
@@ -168,6 +169,7 @@ def refine(
 
         A = f(X) f(X)^T + ridge s I,  P = f(X_real) f(X)^T A^-1 Y,  L = mean 1/2 |P - Y_real|^2 - label margin
 
+    (with `outer_loss=ce_temp`, cross-entropy of softmax(P / temperature) takes the place of the squared error).
     LAMB moves X and Y along the gradient of L, each as one tensor; then f is trained by a step on them, or replaced.
     With `mode=latent` X is whiten(resize(decode(z))), and LAMB moves z.
 
@@ -221,6 +223,9 @@ def refine(
         seed=seed,
         device=device,
     )
+    outer_loss = krr_loss
+    if config.outer_loss == "ce_temp":
+        outer_loss = functools.partial(temperature_cross_entropy, temperature=config.outer_temperature)
     facts: dict[str, Any] = {"whitening": whitening.summary(), "flip": flip, "nets": list(config.nets)}
     if resume:
         x, y, trace, strips, facts = _restored(resume, pool, device)
@@ -261,6 +266,7 @@ def refine(
                 weights=w,
                 learn_images=learns,
                 render=None if rendering.codec is None else rendering,
+                outer_loss=outer_loss,
             )
         trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
         trace[step, 3].fill_(g.ridge)  # no copy from the host

@@ -106,6 +106,14 @@ def krr_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (predictions - targets).square().sum(1).mean()
 
 
+def temperature_cross_entropy(predictions: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Mean cross-entropy of softmax(predictions / temperature) with the classes, the largest targets; (B, C) each.
+
+    As in CLP-DD (arXiv 2605.07194) and RCIG, which report it better than squared error there.
+    """
+    return F.cross_entropy(predictions / temperature, targets.argmax(1))
+
+
 def label_margin(labels: Tensor) -> Tensor:
     """Mean of min(largest - second largest entry, 1/C) of label vectors (n, C), which the released code maximizes."""
     first, second = labels.topk(2, 1).values.unbind(1)
@@ -132,7 +140,7 @@ class MetaGradient:
 
     images: Tensor | None  # (n, ...) gradient, of latents where these are learned; None if neither is
     labels: Tensor  # (n, C) gradient
-    krr: Tensor  # () half squared error on the real batch
+    krr: Tensor  # () loss on the real batch
     margin: Tensor  # () mean label margin, at most 1/C
     condition: Tensor  # () see `Solution`
     ridge: float  # that was used
@@ -152,8 +160,9 @@ def meta_gradient(
     weights: Tensor | None = None,
     learn_images: bool = True,
     render: Callable[[Tensor], Tensor] | None = None,
+    outer_loss: Callable[[Tensor, Tensor], Tensor] = krr_loss,
 ) -> MetaGradient:
-    """Gradients of L = krr_loss - margin_weight label_margin with respect to distilled images and labels.
+    """Gradients of L = outer_loss - margin_weight label_margin with respect to distilled images and labels.
 
     With chunks, features are computed without a graph, the regression gives their gradient, and every chunk is
     computed once more with a graph to carry its rows back: the same gradient up to rounding, with the activations of
@@ -172,6 +181,7 @@ def meta_gradient(
         learn_images: False leaves out the gradient of the images, and with it the second pass.
         render: from `images`, such as latents (m, C, h, w), to images as the network sees them, (m, 3, S, S), which
             are what is mirrored; the gradient goes through it. None: `images` themselves.
+        outer_loss: of predictions (B, C) and `real_targets`, a mean over the batch.
 
     Raises:
         RunError: if features or labels are not finite.
@@ -193,7 +203,7 @@ def meta_gradient(
         support = seen.flatten(0, 1)  # (copies n, d)
         repeated = None if weights is None else weights.repeat(copies)
         solution = solve_ridge(support, y.repeat(copies, 1), ridge=ridge, weights=repeated)
-        krr = krr_loss(predict(solution, support, real_features.detach()), real_targets.double())
+        krr = outer_loss(predict(solution, support, real_features.detach()), real_targets.double())
         margin = label_margin(y)
         loss = krr - margin_weight * margin.double()
     gradient = None

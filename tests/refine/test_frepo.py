@@ -135,6 +135,17 @@ def test_chunks_change_nothing_but_memory() -> None:
     torch.testing.assert_close(results[1].soft_labels, results[0].soft_labels, atol=1e-4, rtol=1e-4)
 
 
+def test_cross_entropy_takes_the_place_of_squared_error_with_its_temperature() -> None:
+    config = dataclasses.replace(SMALL, steps=60, outer_loss="ce_temp", outer_temperature=0.5, start="noise")
+    mild = learn(config)
+    losses = mild.trace[:, 0]
+    assert float(losses[-10:].mean()) < 0.8 * float(losses[:5].mean())
+    hot = learn(dataclasses.replace(config, steps=1, outer_temperature=1e6))
+    assert float(hot.trace[0, 0]) == pytest.approx(0.6931, abs=1e-3)  # ln 2: predictions count for nothing
+    assert "outer_temperature" in SMALL.unread()
+    assert "outer_temperature" not in config.unread()
+
+
 def test_another_seed_is_another_result_and_the_same_seed_the_same() -> None:
     one, same, other = learn(seed=1), learn(seed=1), learn(seed=2)
     assert torch.equal(one.images, same.images)
@@ -230,6 +241,7 @@ def test_weights_count_where_they_are_asked_for() -> None:
         ({"dtype": "bfloat16"}, "needs features in float32"),
         ({"held_out": 0.5}, "a share held_out of at most 0.2"),
         ({"steps": 0}, "steps of frepo must be at least 1, not 0"),
+        ({"outer_temperature": 0.0}, "outer_temperature of frepo must be more than 0, not 0"),
         ({"ridge": 0.0}, r"ridge is a share of the kernel's diagonal in \(0, 1\], not 0"),
     ],
 )

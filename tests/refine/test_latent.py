@@ -159,7 +159,9 @@ def test_copies_are_moved_apart() -> None:
 
 def test_what_cannot_be_decoded_is_refused(toy_source: Any, accelerator: Any, tmp_path: Path) -> None:
     images, labels = drawn()
-    with pytest.raises(InputError, match="mode=latent learns latents of a codec, and there is none; give one, or mode"):
+    with pytest.raises(
+        InputError, match="mode=latent learns latents of a codec, and there is none; give one, or mode"
+    ):
         refine(images, labels, LATENT, toy(), classes=2)
     with pytest.raises(InputError, match="and there is none"):
         FrepoMethod().run(Batch(images, labels), LATENT, Resources(8, 2, real=toy()), seed=0)
@@ -175,7 +177,9 @@ def test_what_cannot_be_decoded_is_refused(toy_source: Any, accelerator: Any, tm
     from dq.run.distill import DistillPipeline
 
     config = settings_of(tmp_path, mode="latent")
-    with pytest.raises(InputError, match="learns latents of the codec, but no codec is named; set codec.path, or mode"):
+    with pytest.raises(
+        InputError, match="learns latents of the codec, but no codec is named; set codec.path, or mode"
+    ):
         check_run(config, toy_source, "refine", accelerator=accelerator)
     pipe = DistillPipeline(vae=tiny_kl())
     pipe.vae.decode = None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dq.core.errors import RunError
+from dq.data.regression_labels import centered_targets
 from dq.refine.ridge import (
     duplicates,
+    krr_loss,
     label_margin,
     meta_gradient,
     predict,
     solve_ridge,
+    temperature_cross_entropy,
 )
 
 
@@ -89,6 +94,14 @@ def test_the_label_margin_is_flat_beyond_one_over_the_classes() -> None:
     assert float(label_margin(y)) == pytest.approx((1 / 3 + 0.1) / 2)
 
 
+def test_cross_entropy_is_that_of_the_scaled_predictions_and_the_classes() -> None:
+    predictions = torch.tensor([[0.4, 0.1, -0.2], [0.0, 0.3, 0.0]])
+    targets = centered_targets(torch.tensor([0, 2]), 3)
+    odds = torch.tensor([[4.0, 1.0, -2.0], [0.0, 3.0, 0.0]]).exp()
+    expected = -(odds[[0, 1], [0, 2]] / odds.sum(1)).log().mean()
+    torch.testing.assert_close(temperature_cross_entropy(predictions, targets, 0.1), expected)
+
+
 def test_copies_are_found() -> None:
     f = drawn(6, 5)
     f[3] = f[1]
@@ -115,9 +128,11 @@ def problem(n: int = 5) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_equal_finite_differences(flip: bool, weighted: bool) -> None:
+@pytest.mark.parametrize("outer_loss", [krr_loss, functools.partial(temperature_cross_entropy, temperature=0.3)])
+def test_gradients_equal_finite_differences(flip: bool, weighted: bool, outer_loss: Any) -> None:
     f, p = net(), problem(3)
-    more = {"flip": flip, "ridge": 1e-3, "weights": torch.tensor([0.5, 1.0, 2.0]) if weighted else None}
+    weights = torch.tensor([0.5, 1.0, 2.0]) if weighted else None
+    more = {"flip": flip, "ridge": 1e-3, "weights": weights, "outer_loss": outer_loss}
 
     def loss(images: Tensor, labels: Tensor) -> float:
         g = meta_gradient(f, images, labels, p["real_features"], p["real_targets"], **more)
