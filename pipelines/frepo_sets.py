@@ -29,7 +29,7 @@ from dq.data.source import ImageSource, Split
 from dq.data.zca import Whitening, is_grey
 from dq.networks.training import fit
 from dq.refine.frepo import refine
-from dq.refine.method import Callback, RealImages
+from dq.refine.method import Callback, RealImages, State
 
 Set = tuple[Tensor, Tensor]  # images (n, 3, S, S), uint8 or float, and regression labels (n, C)
 
@@ -82,18 +82,38 @@ def with_targets(real: RealImages, classes: int) -> Set:
 
 
 def distil(start: RealImages, real: RealImages, whitening: Whitening, classes: int, args: argparse.Namespace) -> Set:
-    """The set that FRePo learns from `start`, predicting `real`; kept in `args.output_dir` and not learned twice."""
+    """The set that FRePo learns from `start`, predicting `real`; kept in `args.output_dir` and not learned twice.
+
+    A killed distillation goes on from its last saved step, bit for bit.
+    """
     config = FRePo(steps=args.steps, lr=args.lr, nets=(args.net,), real_batch=args.real_batch)
     tensors = {"start": start.images, "start labels": start.labels, "real": real.images, "labels": real.labels}
     identity = digest_of([digest_of_tensors(tensors | whitening.tensors()), to_dict(config), classes])
     path = args.output_dir / f"frepo-{identity}.safetensors"
+    partial = args.output_dir / f"partial-{identity}.safetensors"
     if not is_done(path):
-        x = start.images.float() / 255
-        with progress(range(args.steps), desc="distil", unit="step") as bar:
-            step = Callback(step=lambda _: bar.update())
-            more = {"whitening": whitening, "device": args.device, "callback": step}
-            learned = refine(x, start.labels, config, real, classes=classes, **more)
+        resume = None
+        if is_done(partial):
+            state, meta = read_tensors(partial)
+            resume = State(state, meta["facts"], meta["steps"])
+        left = range(resume.steps if resume else 0, args.steps)
+        with progress(left, desc="distil", unit="step") as bar:
+            learned = refine(
+                start.images.float() / 255,
+                start.labels,
+                config,
+                real,
+                classes=classes,
+                whitening=whitening,
+                device=args.device,
+                resume=resume,
+                callback=Callback(
+                    step=lambda _: bar.update(),
+                    save=lambda s: write_tensors(partial, s.tensors, {"facts": s.facts, "steps": s.steps}),
+                ),
+            )
         write_tensors(path, {"images": learned.images, "labels": learned.soft_labels})
+        partial.unlink(missing_ok=True)
     stored, _ = read_tensors(path)
     return stored["images"], stored["labels"]
 

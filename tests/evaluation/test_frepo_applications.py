@@ -18,6 +18,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_tensors
 from dq.data.load import load_source
 from dq.data.zca import Whitening, fit_whitening
+from dq.refine import frepo
 from dq.refine.method import RealImages
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -153,6 +154,34 @@ def test_networks_learn_the_optimized_set_and_not_its_start(
     calls.sets.clear()
     membership.main(command)
     assert not calls.sets
+
+
+def test_a_killed_distillation_goes_on_bit_for_bit(
+    pipeline: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frepo_sets = pipeline("frepo_sets")
+    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    real = frepo_sets.take(digits(), slice(0, 60))
+    start, whitening = frepo_sets.random_images(real, 1, 0), fit_whitening(real.images)
+    args = argparse.Namespace(steps=4, lr=0.05, net="frepoconv3w32", real_batch=32, device="cpu")
+    args.output_dir = tmp_path / "whole"
+    whole = frepo_sets.distil(start, real, whitening, 10, args)
+    args.output_dir = tmp_path / "killed"
+    write, steps = frepo_sets.write_tensors, []
+
+    def write_and_stop(path: Path, tensors: Any, meta: Any = None) -> None:
+        write(path, tensors, meta)
+        steps.append(meta and meta["steps"])
+        if steps == [1, 2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(frepo_sets, "write_tensors", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        frepo_sets.distil(start, real, whitening, 10, args)
+    again = frepo_sets.distil(start, real, whitening, 10, args)
+    assert steps == [1, 2, 3, None]  # two states, the third step's, and the set
+    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+    assert [p.name for p in (tmp_path / "killed").iterdir()] == [p.name for p in (tmp_path / "whole").iterdir()]
 
 
 def test_members_and_others_are_disjoint_and_balanced(pipeline: Callable[[str], ModuleType]) -> None:
