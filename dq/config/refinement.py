@@ -226,7 +226,11 @@ class FRePo(RefineConfig):
     # returned; 0: the last one. The released code chooses on the test split
     checks: int = 0
     check_nets: int = 2  # networks of a check
-    held_out: float = 0.05  # share of train for checks, at most 0.2, which the regression then does not see
+    # a temperature for softmax(labels / temperature) is fitted on held-out train images and recorded, so that students
+    # with labels=fixed can learn by cross-entropy
+    fit_temperature: bool = False
+    # share of train for checks and the temperature, at most 0.2, which the regression then does not see
+    held_out: float = 0.05
     compose: Literal["index", "dealt", "whole"] = "whole"
     dtype: Dtype = "float32"  # of all networks; nothing else is allowed
 
@@ -237,7 +241,12 @@ class FRePo(RefineConfig):
     def unread(self) -> tuple[str, ...]:
         labels_only, no_checks = self.mode == "labels_only", self.checks == 0
         mse = self.outer_loss == "mse"
-        return (*("start",) * labels_only, *("check_nets", "held_out") * no_checks, *("outer_temperature",) * mse)
+        return (
+            *("start",) * labels_only,
+            *("check_nets",) * no_checks,
+            *("held_out",) * (no_checks and not self.fit_temperature),
+            *("outer_temperature",) * mse,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

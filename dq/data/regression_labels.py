@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from dq.core.errors import InputError
+
+TEMPERATURES = (1e-3, 1e3)  # between which one is fitted
+HALVINGS = 50  # of that interval, on a logarithmic scale
 
 
 def centered_targets(labels: Tensor, classes: int) -> Tensor:
@@ -39,3 +44,29 @@ def labels_to_probabilities(labels: Tensor, temperature: float) -> Tensor:
     if not temperature > 0:
         raise InputError(f"the temperature of soft labels must be more than 0, not {temperature:g}")
     return (labels / temperature).softmax(1)
+
+
+def fit_temperature(predictions: Tensor, classes: Tensor) -> float:
+    """Temperature at which softmax(predictions / temperature) has the least cross-entropy (Guo et al. 2017).
+
+    The cross-entropy is convex in 1 / temperature; the root of its derivative is found by bisection in float64.
+
+    Args:
+        predictions: (N, C) of images that were not learned from, on the scale of the labels.
+        classes: (N,) of these images.
+
+    Returns:
+        A number from 1e-3 to 1e3, which predictions reach that are all right, and those that tell nothing.
+    """
+    p = predictions.double()
+    hit = p.gather(1, classes[:, None].to(p.device))[:, 0]
+
+    def slope(inverse: float) -> float:  # d cross-entropy / d inverse
+        return float(((inverse * p).softmax(1).mul(p).sum(1) - hit).mean())
+
+    low, high = (math.log(t) for t in TEMPERATURES)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        # too cold: softer predictions would have less cross-entropy
+        low, high = (middle, high) if slope(math.exp(-middle)) > 0 else (low, middle)
+    return math.exp((low + high) / 2)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
-from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
+from dq.data.regression_labels import (
+    centered_targets,
+    first_labels,
+    labels_to_probabilities,
+    probabilities_to_labels,
+)
 from dq.data.splits import resized
 from dq.data.zca import same_whitening
 from dq.distilled.set import DistilledSet
@@ -260,6 +265,24 @@ def regression_labels(s: DistilledSet) -> Tensor:
     return probabilities_to_labels(soft if s.label_kind == "probabilities" else soft.softmax(1))
 
 
+def fixed_labels(s: DistilledSet, data: Data, student: StudentConfig) -> Tensor | TargetSource | None:
+    """What a student with labels=fixed learns from, (N, C); None if the set has no label vectors and the loss needs a
+    teacher's. For loss=kl, regression labels are the logits labels / temperature, with the set's recorded one."""
+    if student.loss == "mse":
+        return regression_labels(s)
+    temperature = recorded_temperature(s)
+    if student.loss == "kl" and temperature is not None and s.soft_labels is not None:
+        return labels_to_probabilities(s.soft_labels.float(), temperature).clamp(min=LEAST_PROBABILITY).log()
+    return data.soft_labels
+
+
+def recorded_temperature(s: DistilledSet) -> float | None:
+    """The temperature that was fitted for a set's regression labels; None if it has none."""
+    stages = s.provenance.get("refine") or []
+    temperature = stages[-1].get("summary", {}).get("label_temperature") if stages else None
+    return temperature if s.label_kind == "regression" else None
+
+
 def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real: RealData) -> None:
     """Refuse a set whose images were learned behind FRePo's whitening of other images than the student's.
 
@@ -290,6 +313,8 @@ def check_label_kind(s: DistilledSet, name: str, students: Iterable[StudentConfi
         "mse": ("regression", "probabilities", "logits"),
         "mse_gt": ("logits", "regression"),
     }
+    if recorded_temperature(s) is not None:
+        fits["kl"] += ("regression",)
     for student in students:
         if student.labels == "fixed" and s.label_kind not in fits[student.loss]:
             others = " or ".join(loss for loss, kinds in fits.items() if s.label_kind in kinds)

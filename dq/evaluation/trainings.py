@@ -32,7 +32,7 @@ from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_FEATURES, select
 from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv, warn_of_lost_rows
-from dq.evaluation.student import Data, check_whitening, regression_labels, train_student, training_data
+from dq.evaluation.student import Data, check_whitening, fixed_labels, train_student, training_data
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
@@ -310,7 +310,7 @@ def train_one(
     check_whitening(s, t.entry.name, t.config, bench)
     size = 0
     if t.config.labels == "fixed":
-        own = regression_labels(s) if t.config.loss == "mse" else data.soft_labels
+        own = fixed_labels(s, data, t.config)
         soft = bench.soften(data.images) if own is None else own
         data = dataclasses.replace(data, soft_labels=soft)
         size = len(data.images) * bench.classes * 2

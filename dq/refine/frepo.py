@@ -26,7 +26,7 @@ from dq.data.zca import Whitening, fit_whitening, is_grey
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
-from dq.refine.held_out import held_out_accuracy, split_off
+from dq.refine.held_out import held_out_accuracy, label_temperature, split_off
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.optimize import SHOWN
@@ -205,7 +205,7 @@ def refine(
         )
     whitening = (whitening or fit_whitening(real.images, zca=config.whiten)).to(device)
     rendering = Rendering(whitening, codec if config.mode == "latent" else None, config.chunk)
-    seen, held = split_off(real, config.held_out) if config.checks else (real, None)
+    seen, held = split_off(real, config.held_out) if config.checks or config.fit_temperature else (real, None)
     batches = RealBatches.of(seen, whitening, classes, config.real_batch, seed)
     flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not is_grey(real.images)
     w = None
@@ -298,6 +298,10 @@ def refine(
     facts["networks_replaced"] = sum(m.generation for m in pool.members)
     facts["end_std"] = round(float(rendering.images(x.value).std()), 4)
     last_x, last_y = best or (x.value, y.value)
+    if held is not None and config.fit_temperature:
+        shown = rendering.images(last_x)
+        temperature = label_temperature(pool, shown, last_y, held, whitening, ridge=config.ridge, weights=w)
+        facts["label_temperature"] = round(temperature, 6)
     return Refined(
         rendering.pixels(last_x).cpu() if learns else images,
         trace.float().cpu(),
@@ -407,7 +411,9 @@ class FrepoMethod(Method):
     def brief(self, stage: FRePo) -> FRePo:
         # whitening is fitted once and costs no step
         steps = min(stage.steps or 4, 4)
-        return dataclasses.replace(stage, steps=steps, whiten=False, first_labels="classes", checks=0)
+        return dataclasses.replace(
+            stage, steps=steps, whiten=False, first_labels="classes", checks=0, fit_temperature=False
+        )
 
     def cost(self, stage: FRePo, context: Context) -> Cost:
         return Cost(stage.steps or 0, None)

@@ -7,10 +7,15 @@ from torch import Tensor
 
 from dq.config.protocols import student_config
 from dq.core.seeds import derive_seed
+from dq.data.regression_labels import fit_temperature
 from dq.data.splits import validation_rows
 from dq.data.zca import Whitening, is_grey
+from dq.networks.online_pool import OnlinePool
 from dq.networks.training import accuracy, fit
 from dq.refine.method import RealImages
+from dq.refine.ridge import predict, solve_ridge
+
+AT_ONCE = 1000  # images
 
 
 def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
@@ -49,3 +54,35 @@ def held_out_accuracy(
         )
         total += accuracy(fitted.net, held.images, held.labels, pixels=whitening)
     return total / nets
+
+
+@torch.no_grad()
+def label_temperature(
+    pool: OnlinePool,
+    x: Tensor,
+    y: Tensor,
+    held: RealImages,
+    whitening: Whitening,
+    *,
+    ridge: float,
+    weights: Tensor | None = None,
+) -> float:
+    """Temperature that turns a set's regression labels y into the probabilities softmax(y / temperature).
+
+    A student that learns these by cross-entropy has about the regression's predictions over the temperature as its
+    logits. So the temperature is the one at which kernel ridge regressions on the features of the pool's networks,
+    which were trained a few steps on the set, have the least cross-entropy on held-out images; no student is trained.
+
+    Args:
+        x: (n, 3, S, S) whitened images.
+        y: (n, C) regression labels.
+        weights: (n,) of the images in the regression.
+    """
+    predictions = []
+    for i in range(len(pool.members)):
+        with pool.features(i) as features:
+            support = torch.cat([features(part) for part in x.split(AT_ONCE)])
+            solution = solve_ridge(support, y, ridge=ridge, weights=weights)
+            for part in held.images.split(AT_ONCE):
+                predictions.append(predict(solution, support, features(whitening(part.to(x.device)))))
+    return fit_temperature(torch.cat(predictions), held.labels.repeat(len(pool.members)))

@@ -9,6 +9,7 @@ from dq.core.errors import InputError
 from dq.data.regression_labels import (
     centered_targets,
     first_labels,
+    fit_temperature,
     labels_to_probabilities,
     probabilities_to_labels,
 )
@@ -32,3 +33,21 @@ def test_soft_labels_are_converted_both_ways() -> None:
     assert torch.equal(q.argmax(1), p.argmax(1))
     with pytest.raises(InputError, match="temperature of soft labels must be more than 0, not 0"):
         labels_to_probabilities(y, 0.0)
+
+
+def test_the_temperature_of_calibrated_predictions_is_fitted() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 5, generator=g)
+    classes = torch.multinomial(logits.softmax(1), 1, generator=g)[:, 0]
+    assert fit_temperature(logits, classes) == pytest.approx(1, rel=0.05)
+    assert fit_temperature(0.2 * logits + 3, classes) == pytest.approx(0.2, rel=0.05)
+    # the least cross-entropy, and not near it
+    t = fit_temperature(logits, classes)
+    losses = [float(torch.nn.functional.cross_entropy(logits / (t * k), classes)) for k in (0.99, 1, 1.01)]
+    assert losses[1] < min(losses[0], losses[2])
+
+
+def test_the_fitted_temperature_ends_where_predictions_are_all_right_or_tell_nothing() -> None:
+    classes = torch.arange(4)
+    assert fit_temperature(torch.eye(4), classes) == pytest.approx(1e-3)
+    assert fit_temperature(-torch.eye(4), classes) == pytest.approx(1e3)

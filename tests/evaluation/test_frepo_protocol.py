@@ -21,7 +21,14 @@ from dq.data import augment as aug
 from dq.distilled.external import bare_set
 from dq.evaluation.evaluate import evaluate
 from dq.evaluation.results import tables_text, to_csv
-from dq.evaluation.student import check_label_kind, krr_accuracy, regression_labels
+from dq.evaluation.student import (
+    check_label_kind,
+    fixed_labels,
+    krr_accuracy,
+    recorded_temperature,
+    regression_labels,
+    training_data,
+)
 from dq.networks.training import Pixels, image_losses, learning_rate
 
 
@@ -125,6 +132,17 @@ def test_regression_labels_are_refused_by_a_cross_entropy_student() -> None:
     broken = torch.full((3, 3), float("nan"))
     with pytest.raises(InputError, match="soft_labels of a distilled set must be finite"):
         dataclasses.replace(labelled("regression"), soft_labels=broken)
+
+
+def test_a_recorded_temperature_lets_a_cross_entropy_student_learn_from_regression_labels() -> None:
+    kl, s = StudentConfig(labels="fixed", temperature=1.0), labelled("regression")
+    recorded = dataclasses.replace(s, provenance={"refine": [{"summary": {"label_temperature": 0.2}}]})
+    check_label_kind(recorded, "set", [kl, protocol(1)])
+    logits = fixed_labels(recorded, training_data(recorded, 8), kl)
+    torch.testing.assert_close(logits.softmax(1), (s.soft_labels / 0.2).softmax(1))
+    assert torch.equal(fixed_labels(recorded, training_data(recorded, 8), protocol(1)), s.soft_labels)
+    # labels of a later stage are no regression labels, and have no temperature
+    assert recorded_temperature(dataclasses.replace(recorded, label_kind="probabilities")) is None
 
 
 def test_ridge_regression_on_features_predicts_what_the_formula_does() -> None:

@@ -17,6 +17,7 @@ from dq.config.refinement import BUDGETS, FRePo
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
+from dq.data.regression_labels import centered_targets
 from dq.data.zca import fit_whitening
 from dq.refine import frepo, held_out
 from dq.refine.frepo import FrepoMethod, RealBatches, refine, resolve, start_images
@@ -144,6 +145,27 @@ def test_cross_entropy_takes_the_place_of_squared_error_with_its_temperature() -
     assert float(hot.trace[0, 0]) == pytest.approx(0.6931, abs=1e-3)  # ln 2: predictions count for nothing
     assert "outer_temperature" in SMALL.unread()
     assert "outer_temperature" not in config.unread()
+
+
+def test_a_temperature_of_the_labels_is_fitted_on_held_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(SMALL, steps=30, fit_temperature=True, held_out=0.2, label_margin=0.0)
+    r = learn(config)
+    assert "label_temperature" not in learn(dataclasses.replace(SMALL, steps=1)).facts
+    assert r.facts["label_temperature"] > 0
+    # labels twice as large have twice the temperature; where a tenth of the images contradicts them, it is no bound
+    pool = frepo.OnlinePool(("frepoconv3w32",), 2, 8, size=2, seed=0)
+    whitening, held = fit_whitening(toy().images), toy(200, seed=1)
+    held.labels[:20] = 1 - held.labels[:20]
+    x, y = whitening(toy().images), centered_targets(toy().labels, 2)
+    one, two = (held_out.label_temperature(pool, x, k * y, held, whitening, ridge=1e-3) for k in (1, 2))
+    assert two == pytest.approx(2 * one, rel=1e-4)
+    assert 0.1 < one < 10
+    # the held-out images are those that the regression did not see
+    with monkeypatch.context() as patch:
+        patch.setattr(frepo, "label_temperature", lambda pool, x, y, held, *_, **__: float(len(held.labels)))
+        assert learn(dataclasses.replace(config, steps=1)).facts["label_temperature"] == 8
+    assert "held_out" in SMALL.unread()
+    assert "held_out" not in config.unread()
 
 
 def test_another_seed_is_another_result_and_the_same_seed_the_same() -> None:
