@@ -206,7 +206,7 @@ class FRePo(RefineConfig):
     first_labels: Literal["classes", "teachers"] = "classes"  # where labels start; teachers: their probabilities
     learn_labels: bool = True
     label_margin: float = 1.0  # weight of the gap between the two largest entries of a label, up to 1 / classes
-    # architectures of the pool, in turn; none: frepoconv3, from 64 px frepoconv4
+    # architectures of the pool, in turn; none: frepoconv3, from 64 px frepoconv4, from 128 px frepoconv5
     nets: tuple[str, ...] = ()
     norm: Literal["instance", "batch", "none"] | None = "batch"  # of the pool's networks
     pool_size: int = 10
@@ -214,9 +214,9 @@ class FRePo(RefineConfig):
     online_lr: float = 3e-4  # Adam
     online_batch: int = 1000  # images of a training step, at most
     real_batch: int = 1024  # real images whose labels are predicted in a step
-    # mse: half the squared error of predictions (the paper); ce_temp: cross-entropy of softmax(predictions / temperature)
+    # mse: half the squared error of predictions (the paper); ce_temp: cross-entropy of softmax(predictions /
+    # outer_temperature), which is fixed, since predictions are linear in the labels, so that learned labels scale it
     outer_loss: Literal["mse", "ce_temp"] = "mse"
-    # ce_temp; fixed, since predictions are linear in the labels, so that learned labels scale it
     outer_temperature: float = 0.1
     ridge: float = 1e-6  # of the mean diagonal of the kernel
     flip: bool | None = None  # mirror images beside; None: for color images, if the set has fewer than 1000

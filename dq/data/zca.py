@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dq.core.errors import InputError
+
 CHUNK = 1000  # images at once
+WHOLE_SIDE = 64  # px; FRePo whitens larger images as interleaved ones of at most this side
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,16 @@ ROOT_SHARE = 0.1  # of the mean eigenvalue, added to all (FRePo)
 class Whitening:
     """FRePo's preprocessing: channels to mean 0 and deviation 1, then (x - center) W, which can be inverted.
 
-    W = U diag((s + 0.1 mean(s))^-1/2) U^T for the covariance U diag(s) U^T of standardized pixels.
+    W = U diag((s + 0.1 mean(s))^-1/2) U^T for the covariance U diag(s) U^T of standardized pixels. Images above 64 px
+    are split into k x k interleaved images (a checkerboard of every k-th row and column; 2 x 2 of 64 px for 128 px),
+    all of which are multiplied by one W, of the mean of their covariances.
     """
 
     mean: Tensor  # (3,) float32 of the channels
     std: Tensor  # (3,)
     center: Tensor | None = None  # (D,) float32, D = 3 S S; None: channels are standardized and that is all
-    matrix: Tensor | None = None  # (D, D) W
-    inverse: Tensor | None = None  # (D, D) W^-1
+    matrix: Tensor | None = None  # (D / k^2, D / k^2) W
+    inverse: Tensor | None = None  # (D / k^2, D / k^2) W^-1
 
     def to(self, device: torch.device | str) -> Whitening:
         """The same on a device."""
@@ -74,13 +80,15 @@ class Whitening:
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         w = self.to(x.device)
         x = (x - w.mean.view(-1, 1, 1)) / w.std.view(-1, 1, 1)
-        return x if w.center is None or w.matrix is None else ((x.flatten(1) - w.center) @ w.matrix).view_as(x)
+        if w.center is None or w.matrix is None:
+            return x
+        return _blockwise((x.flatten(1) - w.center).view_as(x), w.matrix)
 
     def invert(self, x: Tensor) -> Tensor:
         """Images (B, 3, S, S) of whitened ones; pixels may leave [0, 1]."""
         w = self.to(x.device)
         if w.center is not None and w.inverse is not None:
-            x = (x.flatten(1) @ w.inverse + w.center).view_as(x)
+            x = (_blockwise(x, w.inverse).flatten(1) + w.center).view_as(x)
         return x * w.std.view(-1, 1, 1) + w.mean.view(-1, 1, 1)
 
     def summary(self) -> dict[str, Any]:
@@ -90,7 +98,38 @@ class Whitening:
         if self.matrix is not None and self.center is not None:
             diagonal = self.matrix.diagonal()
             facts |= {"pixels": len(self.center), "diagonal": [float(diagonal.mean()), float(diagonal.std())]}
+            if len(self.matrix) < len(self.center):
+                facts["interleaved"] = len(self.center) // len(self.matrix)
         return facts
+
+
+def stride_of(side: int) -> int:
+    """Rows and columns from a pixel to the next of its interleaved image: 1 up to 64 px, 2 up to 128 px.
+
+    Raises:
+        InputError: if images of this side cannot be divided so.
+    """
+    stride = -(-side // WHOLE_SIDE)
+    if side % stride:
+        raise InputError(
+            f"images of {side} px are whitened as {stride} x {stride} interleaved ones and must be divisible by "
+            f"{stride}; set source.image_size to {side - side % stride}"
+        )
+    return stride
+
+
+def interleaved(images: Tensor) -> Tensor:
+    """The k x k interleaved images of each of (B, 3, S, S), (B k^2, 3, S / k, S / k), row offset first."""
+    k, (b, c, side) = stride_of(images.shape[-1]), images.shape[:3]
+    parts = F.pixel_unshuffle(images, k).view(b, c, k * k, side // k, side // k)
+    return parts.transpose(1, 2).reshape(b * k * k, c, side // k, side // k)
+
+
+def _blockwise(images: Tensor, matrix: Tensor) -> Tensor:
+    """The interleaved images of (B, 3, S, S) times a matrix, put together again."""
+    k, (b, c, side) = stride_of(images.shape[-1]), images.shape[:3]
+    parts = (interleaved(images).flatten(1) @ matrix).view(b, k * k, c, side // k, side // k)
+    return F.pixel_shuffle(parts.transpose(1, 2).reshape(b, c * k * k, side // k, side // k), k)
 
 
 def same_whitening(a: Mapping[str, Any], b: Mapping[str, Any], *, tolerance: float = 0.02) -> bool:
@@ -108,13 +147,17 @@ def is_grey(images: Tensor) -> bool:
 
 def fit_whitening(images: Tensor, *, zca: bool | None = None) -> Whitening:
     """Fit FRePo's preprocessing on train images (N, 3, S, S), as released: the ridge of the covariance is a tenth of
-    its mean eigenvalue, and with N < D the scalings beyond the N largest eigenvalues are 1.
+    its mean eigenvalue, and with N below the rows of W the scalings beyond the N largest eigenvalues are 1.
 
-    Channel means and deviations are measured here; the released code has constants for its data sets.
+    Channel means and deviations are measured here; the released code has constants for its data sets. W has 3 s^2 rows
+    for (interleaved) images of s px, 12,288 at 64 and at 128 px, and costs their third power.
 
     Args:
         zca: whether to go on after the channels; None: unless the images are grey, as the released code does not
             whiten MNIST and Fashion-MNIST.
+
+    Raises:
+        InputError: for a side above 64 px that cannot be divided.
     """
     n = len(images)
     sums, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
@@ -128,14 +171,18 @@ def fit_whitening(images: Tensor, *, zca: bool | None = None) -> Whitening:
     plain = Whitening(mean.float(), std.float())
     if not (not is_grey(images) if zca is None else zca):
         return plain
-    width = images[0].numel()
-    total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    blocks = stride_of(images.shape[-1]) ** 2
+    width = images[0].numel() // blocks
+    total = torch.zeros(images[0].numel(), dtype=torch.float64)
+    products = torch.zeros(width, width, dtype=torch.float64)
     for chunk in images.split(CHUNK):
-        x = plain(chunk).flatten(1).cpu()
-        total += x.sum(0)
+        x = plain(chunk).cpu()
+        total += x.flatten(1).sum(0)
+        x = interleaved(x).flatten(1)
         products += x.T @ x
     center = total / n
-    values, vectors = torch.linalg.eigh(products / n - center[:, None] * center)
+    means = interleaved(center.view(1, *images.shape[1:])).flatten(1)
+    values, vectors = torch.linalg.eigh(products / (n * blocks) - means.T @ means / blocks)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)  # largest first
     scaling = (values + ROOT_SHARE * values.mean()).rsqrt()
     scaling[n:] = 1.0

@@ -117,7 +117,7 @@ def students_of(
             )
             make_net(student.net, classes, image_size, norm=student.norm, init=student.init, seed=0)
             if student.whiten:
-                check_whitened(image_size)
+                check_whitened(image_size, student.zca)
             found[(j, ipc)] = student
     return found
 

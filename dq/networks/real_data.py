@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
 from dq.data.splits import validation_rows
-from dq.data.zca import Whitening, Zca, fit_whitening, fit_zca
+from dq.data.zca import WHOLE_SIDE, Whitening, Zca, fit_whitening, fit_zca, stride_of
 from dq.networks.features import extract_features, open_features
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.networks.teacher_loading import load_teachers
@@ -105,7 +106,7 @@ class RealData:
         return self._once("whitening", self._whitening)
 
     def _whitening(self) -> Whitening:
-        check_whitened(self.image_size)
+        check_whitened(self.image_size, "frepo")
         path = self.cache_dir / f"whitening-{digest_of(self.world)}.safetensors"
         if not is_done(path):
             log.info("fitting whitening on %d train images", len(self.candidates))
@@ -177,13 +178,16 @@ def _pooled(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.float() / 255, min(POOLED_SIDE, images.shape[-1])).flatten(1)
 
 
-def check_whitened(image_size: int) -> None:
-    """Whether images of this side (px) are small enough to be whitened.
+def check_whitened(image_size: int, zca: Literal["mtt", "frepo"] = "mtt") -> None:
+    """Whether images of this side (px) are small enough to be whitened as MTT or FRePo whiten them.
 
     Raises:
-        InputError: above 64 px.
+        InputError: above 64 px, or 128 px for FRePo, which splits larger images in four.
     """
-    if image_size > 64:
+    largest = WHOLE_SIDE if zca == "mtt" else 2 * WHOLE_SIDE
+    if image_size <= largest:
+        stride_of(image_size)
+    else:
         raise InputError(f"whiten needs a matrix of all pixel pairs, too large at {image_size} px; leave it out")
 
 

@@ -22,7 +22,7 @@ from dq.config.refinement import BUDGETS, FRePo
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
-from dq.data.zca import Whitening, fit_whitening, is_grey
+from dq.data.zca import Whitening, fit_whitening, is_grey, stride_of
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
@@ -34,7 +34,7 @@ from dq.refine.rendering import Rendering
 from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
-LARGEST_SIDE = 64  # px; whitening needs a matrix of all pairs of pixels, and features grow with the side
+LARGEST_SIDE = 128  # px; whitening needs a matrix of all pairs of pixels of a quarter, and features grow with the side
 FLIP_BELOW = 1000  # images of the set; the released code leaves mirror images out of larger ones for their cost
 JITTER = 0.01  # of whitened pixels, or of the std of latents, of images that are copies of others
 NOISE_LIKE = 1000  # real images whose standard deviation noise to start from has (0.44 on CIFAR-10)
@@ -53,12 +53,15 @@ def resolve(config: FRePo, context: Context) -> FRePo:
     if context.side > LARGEST_SIDE:
         raise InputError(
             f"frepo takes images of at most {LARGEST_SIDE} px, not {context.side}: it whitens by a matrix of all "
-            "pairs of pixels and regresses on unpooled features; lower codec.resolution, or refine with fadrm or teddy"
+            "pairs of pixels and regresses on unpooled features; set source.image_size, or refine with fadrm or teddy"
         )
     if context.classes is not None and context.classes < 2:
         raise InputError("frepo regresses on labels and needs at least two classes, but there is one")
     steps, lr = BUDGETS[config.budget]
-    nets = config.nets or ("frepoconv4" if context.side >= 64 else "frepoconv3",)
+    if config.whiten is not False:
+        stride_of(context.side)
+    depth = 3 + (context.side >= 64) + (context.side >= 128)
+    nets = config.nets or (f"frepoconv{depth}",)
     return dataclasses.replace(config, steps=config.steps or steps, lr=config.lr or lr, nets=nets)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dq.data.zca import CHUNK, fit_whitening, fit_zca, same_whitening
+from dq.core.errors import InputError
+from dq.data import zca
+from dq.data.zca import CHUNK, fit_whitening, fit_zca, interleaved, same_whitening, stride_of
 
 
 def correlated(n: int, side: int = 4, seed: int = 0) -> torch.Tensor:
@@ -89,6 +91,48 @@ def test_frepo_whitening_of_fewer_images_than_pixels_leaves_the_other_directions
     values = torch.linalg.eigvalsh(w.matrix.double())
     assert int((values - 1).abs().lt(1e-4).sum()) >= 48 - 10
     torch.testing.assert_close(w.invert(w(x)), x, atol=1e-5, rtol=0)
+
+
+def standardized(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean((0, 2, 3)).view(-1, 1, 1)) / x.std((0, 2, 3), correction=0).view(-1, 1, 1)
+
+
+def test_larger_images_are_whitened_as_four_interleaved_ones_by_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zca, "WHOLE_SIDE", 4)
+    x = correlated(300, side=8)
+    w = fit_whitening(x)
+    assert w.matrix.shape == (48, 48)
+    assert w.center.shape == (192,)
+    assert w.summary()["interleaved"] == 4
+    # plain ZCA of each sub-image around its own mean, with the mean of the four covariances
+    z, subs = w(x), [(i, j) for i in range(2) for j in range(2)]
+    parts = {(i, j): standardized(x)[:, :, i::2, j::2] for i, j in subs}
+    mean_covariance = sum(covariance(p) for p in parts.values()) / 4
+    values, vectors = torch.linalg.eigh(mean_covariance)
+    matrix = (vectors * (values + 0.1 * values.mean()).rsqrt()) @ vectors.T
+    for (i, j), part in parts.items():
+        flat = part.flatten(1).double()
+        expected = ((flat - flat.mean(0)) @ matrix).view_as(part).float()
+        torch.testing.assert_close(z[:, :, i::2, j::2], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(w.invert(z), x, atol=1e-5, rtol=0)
+    outside = 3 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(w(w.invert(outside)), outside, atol=1e-4, rtol=1e-4)
+    # as released, scalings beyond the number of images, not of interleaved ones, are 1
+    few = torch.linalg.eigvalsh(fit_whitening(x[:10]).matrix.double())
+    assert int((few - 1).abs().lt(1e-4).sum()) >= 48 - 10
+
+
+def test_images_of_at_most_64_px_are_whitened_whole() -> None:
+    assert [stride_of(side) for side in (8, 32, 64, 66, 128)] == [1, 1, 1, 2, 2]
+    x = correlated(300, side=8)
+    assert torch.equal(interleaved(x), x)
+    w = fit_whitening(x)
+    assert w.matrix.shape == (192, 192)
+    assert "interleaved" not in w.summary()
+    plain = fit_whitening(x, zca=False)
+    assert torch.equal(w(x), ((plain(x).flatten(1) - w.center) @ w.matrix).view_as(x))
+    with pytest.raises(InputError, match=r"images of 75 px .* divisible by 2; set source\.image_size to 74"):
+        stride_of(75)
 
 
 def test_grey_images_are_standardized_alone() -> None:

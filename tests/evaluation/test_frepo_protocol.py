@@ -29,6 +29,7 @@ from dq.evaluation.student import (
     regression_labels,
     training_data,
 )
+from dq.networks.real_data import check_whitened
 from dq.networks.training import Pixels, image_losses, learning_rate
 
 
@@ -143,6 +144,15 @@ def test_a_recorded_temperature_lets_a_cross_entropy_student_learn_from_regressi
     assert torch.equal(fixed_labels(recorded, training_data(recorded, 8), protocol(1)), s.soft_labels)
     # labels of a later stage are no regression labels, and have no temperature
     assert recorded_temperature(dataclasses.replace(recorded, label_kind="probabilities")) is None
+
+
+def test_frepo_whitens_images_up_to_128_px_and_mtt_up_to_64() -> None:
+    check_whitened(64)
+    check_whitened(128, "frepo")
+    assert student_config({"protocol": "frepo"}, ipc="1", classes=10, image_size=128).net == "frepoconv5"
+    for side, kind in ((66, "mtt"), (130, "frepo")):
+        with pytest.raises(InputError, match=f"too large at {side} px; leave it out"):
+            check_whitened(side, kind)
 
 
 def test_ridge_regression_on_features_predicts_what_the_formula_does() -> None:

@@ -17,6 +17,7 @@ from dq.config.refinement import BUDGETS, FRePo
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
+from dq.data import zca
 from dq.data.regression_labels import centered_targets
 from dq.data.zca import fit_whitening
 from dq.refine import frepo, held_out
@@ -181,7 +182,8 @@ def test_budgets_fill_in_steps_and_lr_and_settings_win() -> None:
         assert (r.steps, r.lr, r.nets) == (steps, lr, ("frepoconv3",))
     assert BUDGETS["paper"] == (500_000, 3e-4)
     assert resolve(FRePo(steps=7), context).steps == 7
-    assert resolve(FRePo(), Context(64, 0)).nets == ("frepoconv4",)
+    for side, net in ((63, "frepoconv3"), (64, "frepoconv4"), (126, "frepoconv4"), (128, "frepoconv5")):
+        assert resolve(FRePo(), Context(side, 0)).nets == (net,)
 
 
 def test_images_start_from_what_is_asked_for() -> None:
@@ -273,10 +275,23 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 
 def test_large_images_and_one_class_are_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match="at most 64 px, not 224: it whitens by a matrix of all pairs of pixels"):
-        resolve(FRePo(), Context(224, 0))
+    for side in (130, 224):
+        with pytest.raises(InputError, match=f"at most 128 px, not {side}: it whitens by a matrix of all pairs of pi"):
+            resolve(FRePo(), Context(side, 0))
+    with pytest.raises(InputError, match="must be divisible by 2; set source"):
+        resolve(FRePo(), Context(127, 0))
+    assert resolve(FRePo(whiten=False), Context(127, 0)).nets == ("frepoconv4",)
     with pytest.raises(InputError, match="needs at least two classes, but there is one"):
         resolve(FRePo(), Context(32, 0, classes=1))
+
+
+def test_large_images_are_learned_as_interleaved_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zca, "WHOLE_SIDE", 4)
+    r = learn(dataclasses.replace(SMALL, steps=40, start="noise"))
+    assert r.preprocessing["matrix"].shape == (48, 48)
+    assert r.facts["whitening"]["interleaved"] == 4
+    losses = r.trace[:, 0]
+    assert float(losses[-5:].mean()) < 0.7 * float(losses[:5].mean())
 
 
 def test_devices_without_float64_are_refused() -> None:
