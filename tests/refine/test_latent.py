@@ -104,6 +104,25 @@ def test_a_step_moves_all_latents_as_one_tensor(monkeypatch: pytest.MonkeyPatch)
     assert float(moved) == pytest.approx(0.02, rel=1e-3)
 
 
+def test_networks_are_trained_on_the_decoded_whitened_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    states: list[State] = []
+    trained: list[Tensor] = []
+    advance = frepo.OnlinePool.advance
+
+    def watched(pool: Any, i: int, x: Tensor, *more: Any) -> Any:
+        trained.append(x.clone())
+        return advance(pool, i, x, *more)
+
+    monkeypatch.setattr(frepo.OnlinePool, "advance", watched)
+    learn(dataclasses.replace(LATENT, steps=3), callback=Callback(save=states.append))
+    with torch.no_grad():
+        for x, state in zip(trained, states):  # on the updated latents
+            expected = fit_whitening(toy().images)(codec().decode(state.tensors["x.value"]))
+            torch.testing.assert_close(x, expected)
+    assert len(states) == 2
+
+
 def test_it_goes_on_bit_for_bit_from_a_saved_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(held_out, "student_config", short_student)
