@@ -60,6 +60,11 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
 
         check_pool(config, source, accelerator)
         return Checked()
+    if args.verb == "train-experts":
+        from dq.networks.train_experts import check_expert_training
+
+        check_expert_training(config, source, accelerator)
+        return Checked()
     if args.verb == "prior-report":
         return Checked(pipe=_check_report(config, source, accelerator, fetch=not args.dry_run))
     if scores_sets(args):

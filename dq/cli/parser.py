@@ -12,7 +12,16 @@ from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.run.planning.plan import LIKE
 
-NO_CONFIG = ("evaluate", "report", "push", "pull", "train-teachers", "train-pool", "doctor")  # need no --config
+NO_CONFIG = (
+    "evaluate",
+    "report",
+    "push",
+    "pull",
+    "train-teachers",
+    "train-pool",
+    "train-experts",
+    "doctor",
+)  # need no --config
 
 VERBS = {
     "run": "all stages: encode, cluster, generate, refine, label, evaluate, report",
@@ -31,6 +40,7 @@ VERBS = {
     "prior-report": "measure a trained prior: samples against real images, copies, a page and a card",
     "train-teachers": "train classifiers on the source, which label or score images later",
     "train-pool": "make a pool of weak teachers for Teddy: early checkpoints, or pruned copies of a trained network",
+    "train-experts": "train networks on the source and keep their parameters after every epoch, to be matched",
     "doctor": "look at packages, devices, disks and Hub, say what a run would use and what is wrong",
 }
 
@@ -206,5 +216,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--speeds takes speeds from a file and --save_speeds measures them; give one of them")
     if args.processes is not None and args.processes < 1:
         raise InputError(f"--processes must be at least 1, not {args.processes}")
-    if args.report_to and args.verb in ("report", "prior-report", "train-teachers", "train-pool", "push", "pull"):
+    silent = ("report", "prior-report", "train-teachers", "train-pool", "train-experts", "push", "pull")
+    if args.report_to and args.verb in silent:
         raise InputError(f"dq {args.verb} has nothing to tell trackers; leave out --report_to")

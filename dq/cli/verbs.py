@@ -28,6 +28,7 @@ log = logging.getLogger("dq")
 def output_folder(verb: str, config: RunConfig) -> Path:
     """The folder that a verb writes to."""
     folders = {"train-teachers": config.train_teachers.output_dir, "train-pool": config.train_pool.output_dir}
+    folders["train-experts"] = config.train_experts.output_dir
     folders |= dict.fromkeys(("train-codec", "train-denoiser"), config.prior.output_dir)
     return Path(folders.get(verb, config.output_dir))
 
@@ -87,6 +88,11 @@ def work(
         from dq.networks.train_pool import train_pool
 
         print(train_pool(config, source, accelerator=accelerator))
+        return
+    if args.verb == "train-experts":
+        from dq.networks.train_experts import train_experts
+
+        print(train_experts(config, source, accelerator=accelerator))
         return
     if scores_sets(args):
         _evaluate_sets(args, config, source, accelerator, checked.sets)

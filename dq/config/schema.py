@@ -16,6 +16,7 @@ from dq.config.reader import Checked, from_dict
 from dq.config.refinement import RefineConfig
 from dq.config.students import Dtype, EvaluateConfig
 from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
+from dq.config.trajectories import TrainExpertsConfig
 from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
 
@@ -166,6 +167,7 @@ class RunConfig(Checked):
     teachers: tuple[TeacherConfig, ...] = ()  # several: the mean of their logits
     train_teachers: TrainTeachersConfig = TrainTeachersConfig()
     train_pool: TrainPoolConfig = TrainPoolConfig()
+    train_experts: TrainExpertsConfig = TrainExpertsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     prior: PriorConfig = PriorConfig()
     prior_report: PriorReportConfig = PriorReportConfig()

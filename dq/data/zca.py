@@ -29,6 +29,11 @@ class Zca:
         mean, matrix = self.mean.to(x.device), self.matrix.to(x.device)
         return ((x.flatten(1) - mean) @ matrix).view_as(x)
 
+    def whitening(self) -> Whitening:
+        """The same map with its inverse, W^-1 = U diag((s + eps)^1/2) U^T."""
+        inverse = torch.linalg.inv(self.matrix.double()).float()
+        return Whitening(torch.zeros(3), torch.ones(3), self.mean, self.matrix, inverse)
+
 
 def fit_zca(images: Tensor, *, eps: float = 0.1) -> Zca:
     """Fit on train images (N, 3, S, S), not normalised, with eps = 0.1 as released (MTT, Cazenavette et al. 2022).
@@ -53,7 +58,8 @@ ROOT_SHARE = 0.1  # of the mean eigenvalue, added to all (FRePo)
 
 @dataclass(frozen=True)
 class Whitening:
-    """FRePo's preprocessing: channels to mean 0 and deviation 1, then (x - center) W, which can be inverted.
+    """FRePo's preprocessing: channels to mean 0 and deviation 1, then (x - center) W, which can be inverted. MTT's is
+    the same without the first step, see `Zca.whitening`.
 
     W = U diag((s + 0.1 mean(s))^-1/2) U^T for the covariance U diag(s) U^T of standardized pixels. Images above 64 px
     are split into k x k interleaved images (a checkerboard of every k-th row and column; 2 x 2 of 64 px for 128 px),
@@ -93,7 +99,9 @@ class Whitening:
 
     def summary(self) -> dict[str, Any]:
         """Numbers by which a whitening fitted on other images is told apart, as plain data."""
-        facts: dict[str, Any] = {"recipe": "frepo" if self.matrix is not None else "standardize"}
+        # MTT's whitening leaves channels as they are
+        mtt = bool((self.mean == 0).all() and (self.std == 1).all())
+        facts: dict[str, Any] = {"recipe": "standardize" if self.matrix is None else "mtt" if mtt else "frepo"}
         facts |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
         if self.matrix is not None and self.center is not None:
             diagonal = self.matrix.diagonal()

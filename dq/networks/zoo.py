@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, get_args
@@ -69,6 +70,16 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def recipe_of(name: str) -> Recipe | None:
+    """The recipe of a name without its ending; also of a ConvNet of any depth from 2 and any width, such as
+    convnet2w16."""
+    sized = re.fullmatch(r"convnet([2-6])w([1-9]\d{0,3})", name)
+    if name in RECIPES or sized is None:
+        return RECIPES.get(name)
+    depth, width = map(int, sized.groups())
+    return Recipe("instance", 2**depth, partial(ConvNet, depth, width=width))
+
+
 def fast_layout(net: nn.Module) -> torch.memory_format:
     """The layout of weights and activations in which `net` trains fastest: channels last, save with group norm, which
     is slow in that layout. Measured on a CPU; activations take the layout of the first weights."""
@@ -82,9 +93,10 @@ def make_net(
     """Build a network for (B, 3, `image_size`, `image_size`) images with freshly drawn weights, on the CPU.
 
     Args:
-        name: one of `RECIPES`, or timm:NAME or torchvision:NAME for a classifier of those libraries. With "-bn",
-            "-in" or "-none" behind a name of `RECIPES`, batch norm, instance norm or none takes the place of the usual
-            one (instance norm for ConvNets, VGG-11 and ResNetAP-10, batch norm for the others; AlexNet has no norm).
+        name: one of `RECIPES`, a ConvNet of another width such as convnet3w64, or timm:NAME or torchvision:NAME for a
+            classifier of those libraries. With "-bn", "-in" or "-none" behind a name without a colon, batch norm,
+            instance norm or none takes the place of the usual one (instance norm for ConvNets, VGG-11 and ResNetAP-10,
+            batch norm for the others; AlexNet has no norm).
         num_classes: length of the output.
         image_size: side of the images in px; classifiers and stems depend on it.
         norm: the same choice as the ending of `name`, for callers that have it as a value.
@@ -102,13 +114,13 @@ def make_net(
         with seeded(seed):
             return library_net(name, num_classes, image_size)
     base, _, suffix = name.partition("-")
-    if base not in RECIPES or (suffix and suffix not in SUFFIXES):
+    recipe = recipe_of(base)
+    if recipe is None or (suffix and suffix not in SUFFIXES):
         known = ", ".join([*RECIPES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
         raise InputError(
             f"no network is called {name!r}{_nearest(name, RECIPES)}; choose among {known}, "
             "the ones without a colon also with -bn, -in or -none for another norm"
         )
-    recipe = RECIPES[base]
     if norm is not None and norm not in NORMS:
         raise InputError(f"norm must be 'instance', 'batch' or 'none', not {norm!r}")
     if suffix and norm not in (None, SUFFIXES[suffix]):
@@ -132,7 +144,8 @@ def make_net(
 
 def has_norm_choice(name: str) -> bool:
     """Whether `make_net` takes a `norm` for a name: not for names that say it, libraries, and networks without one."""
-    return not is_library_net(name) and "-" not in name and (name not in RECIPES or RECIPES[name].norm is not None)
+    recipe = recipe_of(name)
+    return not is_library_net(name) and "-" not in name and (recipe is None or recipe.norm is not None)
 
 
 def net_of_weights(name: str, num_classes: int, image_size: int, state: Mapping[str, Tensor]) -> nn.Module:
@@ -142,7 +155,7 @@ def net_of_weights(name: str, num_classes: int, image_size: int, state: Mapping[
     and so have those that this package saved for 65 to 128 px before such images got a 3x3 stem.
     """
     stem = state.get("conv1.weight")
-    base = RECIPES.get(name.partition("-")[0])
+    base = recipe_of(name.partition("-")[0])
     if base is not None and base.init and stem is not None and stem.shape[-1] == 7:
         image_size = max(image_size, MEDIUM + 1)
     return make_net(name, num_classes, image_size, seed=0)

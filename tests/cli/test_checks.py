@@ -51,6 +51,7 @@ def call(world: Path, out: Path, verb: str, *changes: str, flags: tuple[str, ...
         "prior": {"output_dir": str(out / "prior")},
         "train_teachers": {"output_dir": str(out / "teachers")},
         "train_pool": {"output_dir": str(out / "pool")},
+        "train_experts": {"output_dir": str(out / "experts"), "net": "convnet2w4", "whiten": False},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "c.yaml").write_text(yaml.safe_dump(settings))
@@ -180,6 +181,8 @@ CASES = {
     ),
     "denoiser's codec": ("train-denoiser", ("codec.path=runs/x",), "there is no model folder runs/x"),
     "teacher's network": ("train-teachers", ("train_teachers.nets=[resnet7]",), "resnet7"),
+    "experts' network": ("train-experts", ("train_experts.net=resnet20",), "gathers statistics over batches"),
+    "experts' order": ("train-experts", ("train_experts.curriculum={order: WORLD/none}",), "there is no file"),
     "no network": ("train-teachers", ("train_teachers.nets=[]",), "must name networks, each once"),
     "pool's epochs": ("train-pool", ("train_pool.epochs=[2,40]",), "must end before the training does"),
     "pool's base": (
@@ -257,6 +260,7 @@ def test_right_settings_pass(verb: str, other: Path, tmp_path: Path, capsys: pyt
         ("train-codec", ("prior.codec.steps=0", "prior.codec.init=WORLD/vae"), "by channel, over 24 images at 8 px"),
         ("train-denoiser", (), "a DiT, 3000 steps of 128 latents, from scratch"),
         ("train-teachers", (), "resnet20, 30 epochs each, at 8 px"),
+        ("train-experts", (), "100 x convnet2w4 at 8 px, 100 epochs each by gsam, 480000 images forward and backward"),
         (
             "train-pool",
             ("train_pool.epochs=[2,4,6]",),

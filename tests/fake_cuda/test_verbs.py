@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 # in the order of the tests, since each uses what those before it left
 VERBS = (
-    *("train-codec", "train-denoiser", "prior-report", "train-teachers", "train-pool"),
+    *("train-codec", "train-denoiser", "prior-report", "train-teachers", "train-pool", "train-experts"),
     *("encode", "cluster", "generate", "refine", "label", "evaluate", "report"),
 )
 WHOLE_RUNS = ("run in half precision", "dry run")
@@ -34,6 +34,7 @@ def settings(world: Path, out: Path) -> Path:
     data["train_teachers"] = {"output_dir": str(out / "teachers"), "nets": ["convnet3-bn"], "epochs": 3}
     data["train_pool"] = {"output_dir": str(out / "pool"), "net": "convnet3-bn", "epochs": [1, 2]}
     data["train_pool"]["window"] = [0.0, 9.0]  # whatever their accuracy
+    data["train_experts"] = {"output_dir": str(out / "experts"), "net": "convnet2w4", "epochs": 2, "number": 2}
     steps = {"steps": 4, "batch_size": 8, "save_every": 2}
     data["prior"] = {
         "output_dir": str(out / "prior"),

@@ -212,7 +212,7 @@ def plan_prior_report(config: RunConfig, source: ImageSource) -> str:
 
 
 def plan_training(verb: str, config: RunConfig, source: ImageSource) -> str:
-    """What a verb that trains a prior, teachers or a pool would do."""
+    """What a verb that trains a prior, teachers, a pool or experts would do."""
     n, classes, prior = len(source.train), len(source.class_names), config.prior
     lines = [f"source      {source.origin}: {n} train images, {classes} classes"]
     if verb in ("train-codec", "train-denoiser"):
@@ -233,5 +233,10 @@ def plan_training(verb: str, config: RunConfig, source: ImageSource) -> str:
         from dq.networks.train_pool import pool_text
 
         return "\n".join([*lines, f"train       {pool_text(config)}", f"writes to   {config.train_pool.output_dir}"])
+    if verb == "train-experts":
+        from dq.networks.train_experts import experts_text
+
+        folder = config.train_experts.output_dir
+        return "\n".join([*lines, f"train       {experts_text(config, source)}", f"writes to   {folder}"])
     lines.append(f"train       {', '.join(t.nets)}, {t.epochs} epochs each, at {config.image_size} px")
     return "\n".join([*lines, f"writes to   {t.output_dir}"])
