@@ -47,7 +47,7 @@ test-fake-gpu: $(VENV)/.done
 faults: $(VENV)/.done
 	$(BIN)/python tests/robustness/faults.py --faults 100
 
-# 20,000 damaged and hostile inputs; the slow tests have four thousand
+# 20,000 damaged and hostile inputs; the slow tests have two thousand
 fuzz: $(VENV)/.done
 	$(BIN)/python tests/robustness/fuzz.py --inputs 20000
 

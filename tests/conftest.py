@@ -89,7 +89,7 @@ def made(toy_source, accelerator, tmp_path_factory):
     return SimpleNamespace(folder=folder / "prior", prior=prior, vae=vae, codec=codec, cache=cache)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images by class, a codec, a DiT pipeline and trained teachers."""
+    """A folder with images by class, a codec, a DiT pipeline and trained teachers; tests may add files beside."""
     return make_world(tmp_path_factory.mktemp("world"))

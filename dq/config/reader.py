@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -43,6 +44,12 @@ LEAST: dict[str, tuple[float, bool]] = {
 }
 
 
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    """Types of the fields of a class; every look-up evaluates the annotations, which takes longer than all checks."""
+    return typing.get_type_hints(cls)
+
+
 class Checked:
     """Refuses values that no code could use, however a configuration was made."""
 
@@ -52,7 +59,7 @@ class Checked:
         return cls
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _type_hints(type(self))
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):
@@ -79,7 +86,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
             hint = hint.variant(value, where)
         if not isinstance(value, dict):
             raise InputError(f"{where or 'the configuration'} must be a mapping of settings, not {short(value)}")
-        hints = typing.get_type_hints(hint)
+        hints = _type_hints(hint)
         for key in value:
             if key not in hints:
                 raise InputError(unknown_key(f"{where}.{key}".lstrip("."), str(key), list(hints)))

@@ -87,7 +87,7 @@ def resolved_method(config: RunConfig, method: str) -> tuple[MethodConfig, Clust
             raise InputError(f"methods.{method}.override may set cluster.* and generate.*, not {key!r}")
         if key in ("generate.model", "generate.revision", "generate.dtype"):
             raise InputError(f"methods.{method}.override cannot change {key}: one model draws all methods of a run")
-    changed = apply_settings(config, override)
+    changed = apply_settings(config, override) if override else config
     return m, changed.cluster, changed.generate
 
 

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from fork_server import ForkServer
 from launching import torchrun
 
 from dq.cli.completion import completion_script, setting_names
@@ -28,19 +30,37 @@ SITE = next(p for p in sys.path if (Path(p) / "torch").is_dir())
 pytestmark = pytest.mark.slow
 
 
-def asked(tmp_path: Path, *flags: str, **env: str) -> tuple[int, dict]:
-    """Exit code and report of the command in a process of its own."""
-    command = [sys.executable, "-m", "dq.cli", "doctor", "--json", "--cpu"]
-    command += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), *flags]
+Ask = Callable[..., tuple[int, dict]]
+CODE = """
+import os, sys
+cores, folders = sys.argv.pop(1), sys.argv.pop(1)
+os.sched_setaffinity(0, [int(c) for c in cores.split(",")])
+sys.path[:0] = folders.split(":") if folders else []
+from dq.cli.main import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def asked() -> Iterator[Ask]:
+    """Gives exit code and report of the command in a process of its own, whose environment no library has read."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "SLURM", "WORLD", "RANK"))}
-    done = subprocess.run(
-        command, env={**clean, "PYTHONPATH": str(ROOT), **env}, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
+    clean["PYTHONPATH"] = str(ROOT)
+    server = ForkServer(clean, "torch", "dq.cli.main", "dq.cli.doctor")
+
+    def ask(tmp_path: Path, *flags: str, cores: Iterable[int] = (), folder: Path | str = "", **env: str):
+        arguments = ["doctor", "--json", "--cpu"]
+        arguments += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), *flags]
+        usable = ",".join(str(c) for c in cores or os.sched_getaffinity(0))
+        done = server.run(CODE, usable, str(folder), *arguments, cwd=tmp_path, environment={**clean, **env})
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout)
+
+    yield ask
+    server.close()
 
 
-def test_a_machine_in_order(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_machine_in_order(asked: Ask, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, report = asked(tmp_path)
     assert (code, report["problems"]) == (0, [])
     facts = report["facts"]
@@ -59,16 +79,12 @@ def test_a_machine_in_order(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert len({len(r) - len(r[2:].split("  ", 1)[1].lstrip()) for r in rows}) == 1
 
 
-def test_fewer_cores_are_seen(tmp_path: Path) -> None:
+def test_fewer_cores_are_seen(asked: Ask, tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core cannot become fewer")
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        assert asked(tmp_path)[1]["facts"]["devices"]["cpu"].startswith("1 of ")
-    finally:
-        os.sched_setaffinity(0, before)
-    assert asked(tmp_path)[1]["facts"]["devices"]["cpu"].startswith(f"{len(before)} of ")
+    cores = sorted(os.sched_getaffinity(0))
+    assert asked(tmp_path, cores=cores[:1])[1]["facts"]["devices"]["cpu"].startswith("1 of ")
+    assert asked(tmp_path)[1]["facts"]["devices"]["cpu"].startswith(f"{len(cores)} of ")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +95,7 @@ def test_fewer_cores_are_seen(tmp_path: Path) -> None:
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
     ],
 )
-def test_a_launch_that_is_none(tmp_path: Path, env: dict[str, str], problem: str) -> None:
+def test_a_launch_that_is_none(asked: Ask, tmp_path: Path, env: dict[str, str], problem: str) -> None:
     code, report = asked(tmp_path, **env)
     assert code == 1
     assert len(report["problems"]) == 1
@@ -98,7 +114,7 @@ def test_a_true_launch_has_no_problem(tmp_path: Path) -> None:
     assert report["facts"]["launch"]["processes"] == "2"
 
 
-def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_written(asked: Ask, tmp_path: Path) -> None:
     code, report = asked(tmp_path, "--output_dir", "/proc/dq/run")
     assert code == 1
     assert report["problems"][0].startswith("output_dir /proc/dq/run cannot be written")
@@ -117,7 +133,7 @@ def test_little_disk_is_a_problem(tmp_path: Path) -> None:
     assert LEAST_FREE == 2**30
 
 
-def test_the_token_is_told_of_and_never_told(tmp_path: Path) -> None:
+def test_the_token_is_told_of_and_never_told(asked: Ask, tmp_path: Path) -> None:
     home = {"HF_HOME": str(tmp_path / "hf")}
     assert asked(tmp_path, **home)[1]["facts"]["hub"]["token"] == "no"
     code, report = asked(tmp_path, HF_TOKEN="hf_thisisnotatoken", HF_ENDPOINT="http://localhost:1", **home)
@@ -179,30 +195,29 @@ def fake(folder: Path, name: str, code: str, version: str = "1.0") -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_a_torchvision_of_another_torch(tmp_path: Path) -> None:
+def test_a_torchvision_of_another_torch(asked: Ask, tmp_path: Path) -> None:
     folder = tmp_path / "fake"
     fake(folder, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist')")
     done = without_site(packages_without(tmp_path, "torchvision"), tmp_path)
     assert done.returncode == 0, done.stdout
-    env = {"PYTHONPATH": f"{ROOT}:{folder}"}
-    code, report = asked(tmp_path, **env)
+    code, report = asked(tmp_path, folder=folder)
     assert code == 1
     assert report["facts"]["packages"]["torchvision"] == "1.0: broken"
     assert "does not import beside torch" in report["problems"][0]
     assert "nms does not exist" in report["problems"][0]
 
 
-def test_two_wheels_of_faiss(tmp_path: Path) -> None:
+def test_two_wheels_of_faiss(asked: Ask, tmp_path: Path) -> None:
     folder = tmp_path / "fake"
     info = folder / "faiss_gpu-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faiss-gpu\nVersion: 1.0\n")
-    code, report = asked(tmp_path, PYTHONPATH=f"{ROOT}:{folder}")
+    code, report = asked(tmp_path, folder=folder)
     assert code == 1
     assert "faiss-cpu and faiss-gpu are both installed" in report["problems"][0]
 
 
-def test_paths_of_a_configuration(tmp_path: Path) -> None:
+def test_paths_of_a_configuration(asked: Ask, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "vae").mkdir()
     data = {
@@ -235,11 +250,11 @@ def test_paths_of_a_configuration(tmp_path: Path) -> None:
     assert asked(tmp_path, "--config", str(file), **home)[0] == 0
 
 
-def test_the_demo_makes_what_it_names(tmp_path: Path) -> None:
+def test_the_demo_makes_what_it_names(asked: Ask, tmp_path: Path) -> None:
     assert asked(tmp_path, "--config", "demo")[0] == 0
 
 
-def test_what_a_configuration_asks_of_this_machine(tmp_path: Path) -> None:
+def test_what_a_configuration_asks_of_this_machine(asked: Ask, tmp_path: Path) -> None:
     code, report = asked(tmp_path, "--set", "generate.dtype=float16", "report_to=[wandb]")
     assert code == 1
     assert report["problems"][0].startswith("generate.dtype=float16 is much slower than float32 on this CPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,11 @@ C = POINTS[:4]
 RESULT = kmeans(POINTS, 4)
 
 
+@functools.cache
+def reference_barycentre(transport: str) -> torch.Tensor:
+    return barycentre(POINTS, C, transport=transport, n_iter=5)[0]
+
+
 @pytest.mark.parametrize("kind", ["array", "nested lists", "tensor that records gradients", "float64"])
 def test_siblings_take_points_of_any_type(kind: str) -> None:
     x = POINTS.double() if kind == "float64" else SAME_POINTS[kind]
@@ -148,8 +154,8 @@ def test_siblings_take_points_of_any_type(kind: str) -> None:
     assert torch.allclose(squared_cost(x, c).float(), squared_cost(POINTS, C), atol=1e-5)
     assert quantization_stats(x, RESULT) == pytest.approx(quantization_stats(POINTS, RESULT), rel=1e-5)
     for transport in ("exact", "entropic"):
-        points = barycentre(x, c, transport=transport)[0]
-        assert torch.allclose(points.float(), barycentre(POINTS, C, transport=transport)[0], atol=1e-4)
+        points = barycentre(x, c, transport=transport, n_iter=5)[0]
+        assert torch.allclose(points.float(), reference_barycentre(transport), atol=1e-4)
         assert not points.requires_grad
     assert torch.allclose(cell_means(x, labels, 4).float(), RESULT.centroids, atol=1e-5)
     means = RESULT.centroids

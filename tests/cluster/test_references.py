@@ -189,9 +189,9 @@ def test_entropic_plan_is_pots(seed: int) -> None:
 @pytest.mark.parametrize("transport", ["exact", "entropic"])
 def test_barycentre_far_from_the_origin(transport: str) -> None:
     """In float32, and in float64, which the entropic one took for no points at all."""
-    x = mixture(120, 4, 5, 0)
-    near = barycentre(x, x[:5], transport=transport, n_iter=30)[0]
+    x = mixture(60, 4, 5, 0)
+    near = barycentre(x, x[:5], transport=transport, n_iter=10)[0]
     for far in (x + 1e4, x.double() + 1e4):
-        points = barycentre(far, far[:5], transport=transport, n_iter=30)[0]
+        points = barycentre(far, far[:5], transport=transport, n_iter=10)[0]
         assert points.dtype == far.dtype
         assert uniform_w2(far, points) == pytest.approx(uniform_w2(x, near), rel=2e-3)

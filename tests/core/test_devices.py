@@ -151,11 +151,15 @@ def test_waiting_threads_do_not_spin(before: str, own: dict[str, str], expected:
     """torch reads the policy when it is imported; what it was then, and what children inherit."""
     code = f"""
 import os, sys
-class Look:
+from importlib.machinery import ModuleSpec
+class Look:  # an empty module in the place of torch, whose import takes seconds
     policy = None
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             Look.policy = os.environ.get("OMP_WAIT_POLICY")
+            return ModuleSpec(name, self)
+    def create_module(self, spec): pass
+    def exec_module(self, module): pass
 sys.meta_path.insert(0, Look())
 {before}import dq
 print(Look.policy, os.environ.get("OMP_WAIT_POLICY"))

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import torchrun
+from forking import Forked
 
 from dq.core.errors import RunError
 from dq.core.files import temporary_beside
 from dq.core.locks import LOCK, locked
+from dq.core.processes import make_accelerator
 
 HOLD = """
 import sys, time
@@ -90,18 +91,16 @@ def test_a_command_that_fails_leaves_no_empty_folder(tmp_path: Path, accelerator
 def test_every_process_of_a_second_command_is_refused(tmp_path: Path) -> None:
     first = holder(tmp_path / "run")
     try:
-        root = str(Path(__file__).parents[2])
-        (tmp_path / "hold.py").write_text(
-            "import sys\nfrom dq.core.errors import RunError\ntry:\n"
-            + "".join(f"    {line}\n" for line in HOLD.strip().splitlines())
-            + "except RunError as e:\n    sys.stdout.write(f'refused: {e}\\n')\n"
-        )
-        env = {**os.environ, "PYTHONPATH": root}
-        done = subprocess.run(
-            [*torchrun(), str(tmp_path / "hold.py"), str(tmp_path / "run")],
-            capture_output=True, text=True, timeout=120, env=env,
-        )  # fmt: skip
-        assert done.stdout.count(f"is in use by process {first.pid}") == 2, done.stdout + done.stderr[-2000:]
+
+        def hold() -> None:
+            try:
+                with locked(tmp_path / "run", make_accelerator(cpu=True)):
+                    pass
+            except RunError as e:
+                print(f"refused: {e}")
+
+        said, errors = Forked(hold, processes=2).communicate(timeout=120)
+        assert said.count(f"is in use by process {first.pid}") == 2, said + errors[-2000:]
     finally:
         first.kill()
         first.wait()

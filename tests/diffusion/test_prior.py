@@ -1,23 +1,23 @@
 import contextlib
+import dataclasses
 import itertools
-import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import torchrun
+from forking import Forked
 from models import tiny_kl
 from safetensors.torch import load_file
 from small_prior import CODEC, NAMES, encoded, every_image, metrics, prior_in
 from torch import nn
 
 from dq.config.prior import TrainCodecConfig, TrainDenoiserConfig
-from dq.config.reader import from_dict, to_dict
+from dq.config.reader import from_dict
 from dq.config.schema import CodecConfig
 from dq.core.errors import InputError, RunError
-from dq.core.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from dq.core.files import read_json, read_metadata, read_tensors
+from dq.core.processes import make_accelerator
 from dq.core.seeds import generator
 from dq.data.load import load_source
 from dq.diffusion.codec import decode_latents, encode_latents, load_codec, to_signed
@@ -344,7 +344,7 @@ def test_accumulated_denoiser_is_that_of_whole_batches(made, accelerator, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-def test_two_processes_give_what_one_gives(made, toy_images, toy_source, accelerator, tmp_path):
+def test_two_processes_give_what_one_gives(made, toy_source, accelerator, tmp_path):
     """A codec with shares of 2 and 3 rows, and a denoiser with four of 2, 2, 2 and 3."""
     codec, denoiser = SHORT | {"batch_size": 5}, SHORT | {"accumulate": 2}
     prior = prior_in(tmp_path / "one", codec=codec, denoiser=denoiser)
@@ -354,19 +354,19 @@ def test_two_processes_give_what_one_gives(made, toy_images, toy_source, acceler
         encoded(toy_source, tmp_path / "cache", vae), vae, prior, class_names=NAMES, accelerator=accelerator
     )
 
-    tensors = {f"{split}.{k}": v for split, pair in toy_images.items() for k, v in zip(("images", "labels"), pair)}
-    write_tensors(tmp_path / "images.safetensors", tensors)
-    write_json(tmp_path / "prior.json", to_dict(prior))
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-    done = subprocess.run(
-        [*torchrun(), ROOT / "tests" / "helpers" / "train_prior.py", tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["2", "processes"]
+    def train() -> None:
+        """The codec, and the denoiser on the latents of the codec that is there."""
+        pair = make_accelerator(cpu=True)
+        assert pair.num_processes == 2
+        train_codec(toy_source, CODEC, dataclasses.replace(prior, output_dir=str(tmp_path / "two")), accelerator=pair)
+        codec = load_codec(tmp_path / "one" / "vae")
+        cache = encoded(toy_source, tmp_path / "cache", codec)
+        own = dataclasses.replace(prior, output_dir=str(tmp_path / "two-denoiser"))
+        train_denoiser(cache, codec, own, class_names=NAMES, accelerator=pair)
+
+    done = Forked(train, processes=2)
+    _, errors = done.communicate(timeout=240)
+    assert done.returncode == 0, errors[-3000:]
     for name, product, stage in (("two", "vae", "codec"), ("two-denoiser", "transformer", "denoiser")):
         assert "2 process" in read_json(tmp_path / name / product / "training.json")["hardware"]
         one, both = metrics(tmp_path / "one", stage)[-1], metrics(tmp_path / name, stage)[-1]

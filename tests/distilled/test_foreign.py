@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launching import torchrun
+from forking import Forked
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -35,7 +33,6 @@ from dq.evaluation.student import train_student
 from dq.networks.training import normalizer
 from dq.networks.zoo import make_net
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("blue", "green", "red")  # in folder order
 COLOURS = {"blue": 2, "green": 1, "red": 0}  # name -> channel that is bright
 
@@ -565,11 +562,10 @@ def test_an_online_teacher_gives_the_same_students(evaluated, world, tmp_path):
 
 @pytest.mark.multi_process
 def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*torchrun(), "-m", "dq.cli", *arguments(world, tmp_path, *soft(world))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| set |") == 1  # the main process alone prints
+    done = Forked(lambda: main(arguments(world, tmp_path, *soft(world))), processes=2)
+    said, errors = done.communicate(timeout=240)
+    assert done.returncode == 0, errors
+    assert said.count("| set |") == 1  # the main process alone prints
     assert records(tmp_path) == records(evaluated)
     assert label_files(tmp_path) == label_files(evaluated)
 

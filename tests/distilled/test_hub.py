@@ -26,13 +26,13 @@ from dq.distilled.card import dataset_card
 from dq.distilled.set import DistilledSet
 from dq.run.stages.evaluate import describe_evaluation
 
-WRITER, READER, GUEST = "hf_writer00000000", "hf_reader00000000", "hf_guest000000000"
+READER, GUEST = "hf_reader00000000", "hf_guest000000000"
 HEAD = "import dq\nfrom dq.distilled.set import DistilledSet\nfrom sets import make, same\nimport dataclasses\n"
 
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as hub:
+    with running("dq.cli.main", "dq.distilled.hub", "dq.networks.teacher_loading", "dq.run.distill", "sets") as hub:
         yield hub
 
 
@@ -513,6 +513,7 @@ def test_no_network_and_no_token(hub: Hub, tmp_path: Path) -> None:
     closed = Hub()
     closed.server_close()
     done = closed.cli(tmp_path, "push", "sets", "--repo_id", "x")
+    closed.close()
     assert done.returncode == 1
     assert "cannot push to x: the connection to the Hub failed" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -536,7 +537,8 @@ def test_a_token_is_nowhere_though_the_hub_says_it_back(hub: Hub, tmp_path: Path
         assert "cannot push to new: Server error '507" in said
         assert "refused for Bearer ***; the repository is as it was" in said
         assert secret not in said
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+    files = [p for folder in (tmp_path, hub.home) for p in folder.rglob("*") if p.is_file()]
+    assert not [p for p in files if secret.encode() in p.read_bytes()]
 
 
 def test_tokens_are_taken_out_of_text() -> None:
@@ -585,11 +587,10 @@ def test_names_and_records_from_the_hub_are_checked(hub: Hub, home: Path, tmp_pa
         (lambda f, r: r.update(source=["x"]), "is damaged or not of dq"),
         (lambda f, r: f.pop(shard), f"lacks {shard}"),
     ]
-    with as_client(hub, home) as pull:
-        for i, (change, said) in enumerate(cases):
-            hostile(hub, "guest/evil", change)
-            assert said in pull("guest/evil", tmp_path / "out"), i
-            assert not (tmp_path / "out").exists()
+    for i, (change, said) in enumerate(cases):
+        hostile(hub, "guest/evil", change)
+        assert said in hub.run(PULL, home, "guest/evil", str(tmp_path / "out")), i
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("pushed")
@@ -598,50 +599,23 @@ def test_a_file_that_arrives_damaged_is_not_kept(hub: Hub, home: Path, tmp_path:
         files["ipc2-ddoq/train-00000-of-00001.parquet"] += b"x"
 
     hostile(hub, "guest/bad", change)
-    with as_client(hub, home) as pull:
-        assert "is missing or damaged" in pull("guest/bad", tmp_path / "out")
-        assert not list(tmp_path.glob("out/*/*"))
-        # what is there already stays
-        make().save(tmp_path / "mine", "ipc2-ddoq")
-        before = files_of(tmp_path / "mine")
-        assert "holds another set of that name" in pull("me/x", tmp_path / "mine", "ipc2-ddoq")
-        assert files_of(tmp_path / "mine") == before
+    assert "is missing or damaged" in hub.run(PULL, home, "guest/bad", str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out/*/*"))
+    # what is there already stays
+    make().save(tmp_path / "mine", "ipc2-ddoq")
+    before = files_of(tmp_path / "mine")
+    assert "holds another set of that name" in hub.run(PULL, home, "me/x", str(tmp_path / "mine"), "ipc2-ddoq")
+    assert files_of(tmp_path / "mine") == before
 
 
-class as_client:
-    """One process that pulls what it is told to, for many small questions."""
-
-    CODE = """
-import json, sys
+PULL = """
+import sys
 from dq import InputError, RunError, pull
-for line in sys.stdin:
-    try:
-        print(pull(*json.loads(line)), flush=True)
-    except (InputError, RunError) as e:
-        print(e, flush=True)
+try:
+    print(pull(*sys.argv[1:]))
+except (InputError, RunError) as e:
+    print(e)
 """
-
-    def __init__(self, hub: Hub, home: Path) -> None:
-        import subprocess
-        import sys
-
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE], env=hub.environment(home), cwd=home, **pipes
-        )
-
-    def __enter__(self):
-        def ask(*args) -> str:
-            self.process.stdin.write(json.dumps([str(a) for a in args]) + "\n")
-            self.process.stdin.flush()
-            return self.process.stdout.readline().strip()
-
-        return ask
-
-    def __exit__(self, *_) -> None:
-        self.process.stdin.close()
-        assert self.process.wait(60) == 0
-        self.process.stdout.close()
 
 
 # --- cards --------------------------------------------------------------------------------------------------------
@@ -743,7 +717,7 @@ def test_the_log_shows_no_token(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["sent *** and ***"]
 
 
-def test_a_data_set_of_the_hub_is_read_as_a_stream(hub: Hub, home: Path) -> None:
+def test_a_data_set_of_the_hub_is_read_as_a_stream(home: Path) -> None:
     code = (
         HEAD
         + """
@@ -770,7 +744,9 @@ print("done")
 """
     )
     (home / "stream").mkdir()
-    assert hub.run(code, home / "stream") == "done\n"
+    with running() as other:  # whose clients have fetched nothing yet
+        assert other.run(code, home / "stream") == "done\n"
+        assert other.unexpected == []
 
 
 def test_flags_that_a_push_does_not_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

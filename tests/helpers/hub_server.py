@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import subprocess
-import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from fork_server import ForkServer
 
 ROOT = Path(__file__).parents[2]
 VERBS = """
@@ -32,6 +35,7 @@ for line in sys.argv[1:]:
         code = main(line.split())
     print(json.dumps([code, out.getvalue(), error.getvalue()]))
 """
+WRITER = "hf_writer00000000"  # a token
 LFS = (".parquet", ".safetensors", ".png")
 
 
@@ -58,12 +62,13 @@ class Repository:
 class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, imports: tuple[str, ...] = ()) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.imports = imports  # of the process of a client, once for all that it runs
         self.repos: dict[tuple[str, str], Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.tokens = {
-            "hf_writer00000000": ("me", ("lab",), True),
+            WRITER: ("me", ("lab",), True),
             "hf_reader00000000": ("me", ("lab",), False),
             "hf_guest000000000": ("guest", (), True),
         }
@@ -90,7 +95,7 @@ class Hub(ThreadingHTTPServer):
         self.on_commit = lambda repo: None
         self.puts.clear()
 
-    def environment(self, home: Path, token: str | None = "hf_writer00000000") -> dict[str, str]:
+    def environment(self, home: Path, token: str | None = WRITER) -> dict[str, str]:
         """For a client in another process: the library reads these at its import."""
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         env |= {
@@ -106,42 +111,53 @@ class Hub(ThreadingHTTPServer):
         }
         return env | ({"HF_TOKEN": token} if token else {})
 
-    def run(self, code: str, home: Path, *args: str, token: str | None = "hf_writer00000000") -> str:
+    @functools.cached_property
+    def home(self) -> Path:
+        """HF_HOME of the clients."""
+        self._home = tempfile.TemporaryDirectory()
+        return Path(self._home.name)
+
+    @functools.cached_property
+    def client(self) -> ForkServer:
+        """A process of a client, in whose forks code runs."""
+        return ForkServer(self.environment(self.home, None), *self.imports)
+
+    def close(self) -> None:
+        if "client" in self.__dict__:
+            self.client.close()
+        if "home" in self.__dict__:
+            self._home.cleanup()
+
+    def process(
+        self, code: str, cwd: Path, *args: str, token: str | None = WRITER
+    ) -> subprocess.CompletedProcess[str]:
+        """Python code in a process of its own, whose client has cached nothing but what others before it have."""
+        return self.client.run(code, *args, cwd=cwd, environment=self.environment(self.home, token))
+
+    def run(self, code: str, cwd: Path, *args: str, token: str | None = WRITER) -> str:
         """Python code in a process of its own, which must succeed; returns what it printed."""
-        done = subprocess.run(
-            [sys.executable, "-c", code, *args],
-            env=self.environment(home, token),
-            cwd=home,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        done = self.process(code, cwd, *args, token=token)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def verbs(self, home: Path, *lines: str, token: str | None = "hf_writer00000000") -> list[tuple[int, str, str]]:
+    def verbs(self, cwd: Path, *lines: str, token: str | None = WRITER) -> list[tuple[int, str, str]]:
         """Command lines of dq in one process: exit code, standard output and error of each."""
-        return [tuple(json.loads(line)) for line in self.run(VERBS, home, *lines, token=token).splitlines()]
+        return [tuple(json.loads(line)) for line in self.run(VERBS, cwd, *lines, token=token).splitlines()]
 
-    def cli(self, home: Path, *args: str, token: str | None = "hf_writer00000000") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "dq.cli", *args],
-            env=self.environment(home, token),
-            cwd=home,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+    def cli(self, cwd: Path, *args: str, token: str | None = WRITER) -> subprocess.CompletedProcess[str]:
+        """A command line of dq in a process of its own."""
+        return self.process("import sys\nfrom dq.cli.main import main\nsys.exit(main())", cwd, *args, token=token)
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Hub]:
-    hub = Hub()
+def running(*imports: str) -> Iterator[Hub]:
+    hub = Hub(imports)
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:
         yield hub
     finally:
+        hub.close()
         hub.shutdown()
         hub.server_close()
         thread.join()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
-from launching import torchrun
+from forking import Forked
 
+from dq.cli.main import main
 from dq.config.reader import from_dict
 from dq.config.schema import RunConfig
 
-ROOT = Path(__file__).parents[2]
+STUDENTS = [
+    {"net": "convnet3", "epochs": {"default": 2}, "tests": 2, "select": "test"},
+    {
+        "net": "resnet20",
+        "labels": "fixed",
+        "epochs": {"default": 1},
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "tests": 1,
+    },
+]
 
 
 def config(world: Path, out: Path, **changes) -> Path:
@@ -75,31 +82,10 @@ def full(world: Path, out: Path, teacher: Path | None = None, **more) -> Path:
                 "std": [0.5] * 3,
             }
         ],
-        evaluate__students=[
-            {"net": "convnet3", "epochs": {"default": 2}, "tests": 2, "select": "test"},
-            {
-                "net": "resnet20",
-                "labels": "fixed",
-                "epochs": {"default": 1},
-                "optimizer": "adamw",
-                "lr": 1e-3,
-                "tests": 1,
-            },
-        ],
-        **more,
+        **{"evaluate__students": STUDENTS, **more},
     )
 
 
-def launch(file: Path, verb: str = "run", *, processes: int = 1) -> subprocess.Popen:
-    command = [*(torchrun(processes) if processes > 1 else [sys.executable]), "-m"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, "dq.cli", verb, "--config", str(file), "--cpu"],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # a test suite that runs in the background of a shell ignores Ctrl-C, and so would this
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def launch(file: Path, verb: str = "run", *more: str, processes: int = 1) -> Forked:
+    """A verb in processes of its own. Starts of the interpreter and of launchers are tested in `test_launch.py`."""
+    return Forked(lambda: main([verb, "--config", str(file), "--cpu", *more]), processes)

@@ -7,12 +7,12 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launching import torchrun
-from runs import config
+from fork_server import ForkServer
+from runs import config, launch
 
 from dq.cli.main import main
 from dq.config.overrides import apply_settings
@@ -24,6 +24,23 @@ from dq.core.trackers import check_trackers, end_trackers, flat_settings, report
 from dq.run.stages.cluster import distortion_numbers
 
 ROOT = Path(__file__).parents[2]
+MAIN = """
+import sys
+from dq.cli.main import main
+assert main(sys.argv[1:]) == 0
+"""
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Runs code in a process that has imported nothing of what reads settings of progress bars, nor a tracker."""
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"PYTHONPATH": str(ROOT)}
+    server = ForkServer(env, "torch", "scipy", "sklearn.cluster", "matplotlib.pyplot")
+    folder = tmp_path_factory.mktemp("started")
+    yield lambda code, *arguments: server.run(code, *arguments, cwd=folder, environment=env)
+    server.close()
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -101,19 +118,12 @@ def test_a_run_continues_with_or_without_a_tracker(tracked: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> None:
+def test_nothing_is_imported_without_a_tracker(start: Start, world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path, evaluate__students=[])
     code = (
-        "import sys; from dq.cli.main import main; assert main(sys.argv[1:]) == 0; "
-        "print([m for m in ('tensorboard', 'wandb', 'trackio', 'torch.utils.tensorboard') if m in sys.modules])"
+        MAIN + "print([m for m in ('tensorboard', 'wandb', 'trackio', 'torch.utils.tensorboard') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "run", "--config", str(file), "--cpu"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = start(code, "run", "--config", str(file), "--cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert not (tmp_path / "run" / "logs").exists()
@@ -123,10 +133,9 @@ def test_nothing_is_imported_without_a_tracker(world: Path, tmp_path: Path) -> N
 @pytest.mark.multi_process
 def test_one_process_tells(world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path)
-    command = [*torchrun(), "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--report_to", "tensorboard"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = launch(file, "run", "--report_to", "tensorboard", processes=2)
+    _, errors = done.communicate(timeout=240)
+    assert done.returncode == 0, errors
     found = scalars(tmp_path / "run" / "logs")
     assert len(found["encode/seconds"]) == 1
     # trainings of both processes are told
@@ -313,37 +322,31 @@ def test_durations_read_well() -> None:
 @pytest.mark.slow
 def test_a_run_says_where_it_is(world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path, ipc=[1], evaluate__students=[])
-    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-    plan = subprocess.run(
-        [*base, "--dry-run", "--save_speeds", str(tmp_path / "speeds.json")], env=env, capture_output=True, timeout=120
-    )
-    assert plan.returncode == 0, plan.stderr
-    done = subprocess.run(
-        [*base, "--speeds", str(tmp_path / "speeds.json")], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if " of 5" in line]
+    speeds_file = tmp_path / "speeds.json"
+
+    def stage_lines(*more: str) -> list[str]:
+        done = launch(file, "run", *more)
+        _, errors = done.communicate(timeout=120)
+        assert done.returncode == 0, errors
+        return [line for line in errors.splitlines() if " of 5" in line]
+
+    stage_lines("--dry-run", "--save_speeds", str(speeds_file))
+    lines = stage_lines("--speeds", str(speeds_file))
     stages = ("encode", "cluster", "generate", "label", "report")
     assert [line.split()[0] for line in lines] == [s for s in stages for _ in range(2)]
     # now as if a step of encoding took minutes
-    speeds = json.loads((tmp_path / "speeds.json").read_text())
+    speeds = json.loads(speeds_file.read_text())
     speeds["speeds"]["decode"]["seconds"] = 600.0
-    (tmp_path / "speeds.json").write_text(json.dumps(speeds))
-    again = [*base, "--output_dir", str(tmp_path / "again"), "--speeds", str(tmp_path / "speeds.json")]
-    done = subprocess.run(again, env=env, capture_output=True, text=True, timeout=120)
-    lines = [line for line in done.stderr.splitlines() if " of 5" in line]
-    assert [line for line in lines if "left in all" in line] == lines[
-        1:4:2
-    ]  # encode and cluster; then generate is over
+    speeds_file.write_text(json.dumps(speeds))
+    lines = stage_lines("--output_dir", str(tmp_path / "again"), "--speeds", str(speeds_file))
+    # encode and cluster; then generate is over
+    assert [line for line in lines if "left in all" in line] == lines[1:4:2]
 
 
 @pytest.mark.slow
-def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:
-    file = config(world, tmp_path, ipc=[1])
-    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu"]
-    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*base, "--quiet"], env=env, capture_output=True, text=True, timeout=120)
+def test_quiet_leaves_results_and_warnings(start: Start, world: Path, tmp_path: Path) -> None:
+    file = config(world, tmp_path, ipc=[1], evaluate__seeds=1)
+    done = start(MAIN, "run", "--config", str(file), "--cpu", "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "summary.csv" in done.stdout
@@ -353,8 +356,7 @@ def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:
     bad = world / "images" / "train" / "red" / "zzz.png"
     bad.write_bytes(b"no image")
     try:
-        base[base.index(str(file))] = str(again)
-        done = subprocess.run([*base, "--quiet"], env=env, capture_output=True, text=True, timeout=120)
+        done = start(MAIN, "encode", "--config", str(again), "--cpu", "--quiet")
     finally:
         bad.unlink()
     assert "1 images were set aside" in done.stderr
@@ -362,18 +364,17 @@ def test_quiet_leaves_results_and_warnings(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_verbose_names_every_training(world: Path, tmp_path: Path) -> None:
+def test_verbose_names_every_training(start: Start, world: Path, tmp_path: Path) -> None:
     file = config(world, tmp_path, ipc=[1])
-    base = [sys.executable, "-m", "dq.cli", "run", "--config", str(file), "--cpu", "--verbose"]
-    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(base, env=env, capture_output=True, text=True, timeout=120)
+    arguments = ["run", "--config", str(file), "--cpu", "--verbose"]
+    done = start(MAIN, *arguments)
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr.replace("Loading pipeline", "")  # lines take the place of bars
     said = [line for line in done.stderr.splitlines() if line.startswith("evaluate: ")]
     assert len([line for line in said if " seed " in line]) == 5 * 2 + 1
     assert any(line.startswith("evaluate: ddoq ipc 1 convnet3 hard seed 0: last 0.") for line in said)
     with pytest.raises(SystemExit):
-        main([*base[3:], "--quiet"])
+        main([*arguments, "--quiet"])
 
 
 def test_a_unit_is_named_only_when_asked(caplog: pytest.LogCaptureFixture) -> None:

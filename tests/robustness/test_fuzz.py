@@ -20,12 +20,12 @@ pytestmark = pytest.mark.slow
 def test_damaged_and_hostile_inputs_end_in_a_sentence(tmp_path: Path) -> None:
     total = 0
     for target in fuzz.targets(tmp_path):
-        count, findings = fuzz.fuzz(target, 7, 10 * target.share)
+        count, findings = fuzz.fuzz(target, 7, 5 * target.share)
         assert not findings, "\n".join(findings[:5])
         assert count["refused"] > 0 or not target.refuses
-        assert count["accepted"] + count["refused"] == 10 * target.share
-        total += 10 * target.share
-    assert total > 3500
+        assert count["accepted"] + count["refused"] == 5 * target.share
+        total += 5 * target.share
+    assert total > 1750
 
 
 @pytest.mark.multi_process

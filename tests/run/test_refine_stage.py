@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from forking import Forked
 from refining import SHORT, TEDDY, refining
 from runs import config, launch
 
@@ -27,6 +27,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json, read_metadata, read_tensors, write_tensors
 from dq.distilled.set import DistilledSet
 from dq.run.refinement import planned
+from dq.run.stages import refine as refine_stage
 
 
 def run(file: Path, verb: str = "run", *more: str) -> int:
@@ -51,6 +52,14 @@ def finished(world, teachers, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished")
     judged = {**SHORT, "judges": teachers[1:], "teachers": teachers}
     assert run(refining(world, out, teachers, [judged, TEDDY])) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, teachers, tmp_path_factory) -> Path:
+    """A run with one stage, not interrupted."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert run(refining(world, out, teachers, [SHORT])) == 0
     return out
 
 
@@ -127,28 +136,33 @@ def test_two_processes_give_the_same_bytes(finished, world, teachers, tmp_path):
     assert results(tmp_path) == results(finished)
 
 
-@pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_refinement_goes_on_behind_its_last_block(world, teachers, tmp_path, sent):
-    slow = {**SHORT, "sizes": [8] * 8, "steps": [150] * 8}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(refining(world, whole, teachers, [slow])) == 0
-    file = refining(world, killed, teachers, [slow])
+def test_a_killed_refinement_goes_on_behind_its_last_block(uninterrupted, world, teachers, tmp_path, sent):
+    file = refining(world, tmp_path, teachers, [SHORT])
     assert run(file, "encode") == run(file, "cluster") == 0
-    process = launch(file, "generate")
-    pattern = "run/images/*fadrm*/*.partial.safetensors"
-    deadline = time.monotonic() + 120
-    while not list(killed.glob(pattern)) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, sent)
+
+    def killed() -> int:
+        """The verb in a process that gets the signal behind the second block of its second batch."""
+        write, saved = refine_stage.write_tensors, []
+
+        def write_and_die(path: Path, *content: object) -> None:
+            write(path, *content)
+            saved.append(path)
+            if saved.count(path) == 2 and path.name == "batch-00001.partial.safetensors":
+                os.kill(os.getpid(), sent)
+
+        refine_stage.write_tensors = write_and_die
+        return run(file, "generate")
+
+    process = Forked(killed)
     process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert list(killed.glob(pattern)), "the run was over before it was killed"
+    assert process.returncode == (130 if sent == signal.SIGINT else -sent)
+    (partial,) = tmp_path.glob("run/images/*fadrm*/*.partial.safetensors")
+    assert read_metadata(partial)["steps"] == 6  # of nine
     assert run(file) == 0
-    assert not list(killed.glob(pattern))
-    assert results(killed) == results(whole)
+    assert not partial.exists()
+    assert results(tmp_path) == results(uninterrupted)
 
 
 def test_what_was_refined_otherwise_is_not_taken(finished, world, teachers, tmp_path, capsys):
@@ -205,8 +219,8 @@ def test_other_files_and_weights_are_noticed(world, teachers, tmp_path, capsys):
     assert len(list(tmp_path.glob("run/images/*fadrm*"))) == len(folders) + 1
 
 
-def test_what_nothing_reads_changes_no_folder(world, teachers, tmp_path):
-    assert run(refining(world, tmp_path, teachers, [SHORT])) == 0
+def test_what_nothing_reads_changes_no_folder(uninterrupted, world, teachers, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     unread = {**SHORT, "anchor_rank": "medium", "retrieve_pool": 7, "retrieve_complexity": 1.0, "start": "image"}
     assert run(refining(world, tmp_path, teachers, [unread])) == 0
     assert len(list(tmp_path.glob("run/images/*fadrm*"))) == 1
@@ -431,9 +445,9 @@ def test_float_images_stay_float(world, teachers, tmp_path):
     assert not torch.equal(s.images, (s.images * 255).round() / 255)
 
 
-def test_damaged_batches_and_classes_are_refined_anew(world, teachers, tmp_path, capsys, caplog):
+def test_damaged_batches_and_classes_are_refined_anew(uninterrupted, world, teachers, tmp_path, capsys, caplog):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     file = refining(world, tmp_path, teachers, [SHORT])
-    assert run(file) == 0
     folder = refined(tmp_path)["fadrm"]
     whole = {f: f.read_bytes() for f in folder.glob("*.safetensors")}
     stamps = {f: f.stat().st_mtime_ns for f in whole}
