@@ -66,7 +66,7 @@ lint: $(VENV)/.done
 	$(BIN)/python benchmarks/structure.py
 
 bench: $(VENV)/.done
-	for b in import cluster encode memory student sample refine; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+	for b in import cluster encode memory student sample refine frepo; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-vision runs build *.egg-info
