@@ -14,11 +14,13 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from dq.core.progress import duration
 from dq.core.text import format_bytes
 from dq.evaluation.results import recipe_names
+from dq.evaluation.statistics import format_mean_std
 
 ROOT = Path(__file__).parents[1]
 
@@ -286,6 +288,33 @@ def refinement_speed() -> str:
     return table(head, body)
 
 
+def over_seeds(values: Iterable[tuple[str, str, float]]) -> str:
+    """Mean ± std in percent of fractions that come with the names of their row and column."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for row, column, value in values:
+        rows.setdefault(row, {}).setdefault(column, []).append(100 * value)
+    columns = list(dict.fromkeys(c for cells in rows.values() for c in cells))
+    body = [[name, *[format_mean_std(c[k]) if k in c else "" for k in columns]] for name, c in rows.items()]
+    return table(["%", *columns], body)
+
+
+def frepo_continual(name: str) -> str:
+    """Sets against classes seen so far."""
+    return over_seeds((r["set"], f"{r['classes']} classes", float(r["accuracy"])) for r in read(name))
+
+
+def frepo_membership() -> str:
+    """Accuracies of networks, and AUC and accuracy of attacks, against sets and training steps."""
+    rows = read("frepo_membership.csv")
+    values: list[tuple[str, dict[str, str], str]] = []
+    once = [r for r in rows if r["attack"] == rows[0]["attack"]]  # a training has a row for each attack
+    for population in ("member", "other"):
+        values += [(f"network's accuracy on {population}s", r, f"{population}_accuracy") for r in once]
+    values += [(f"AUC, {r['attack']}", r, "auc") for r in rows]
+    values += [(f"accuracy, {r['attack']}", r, "attack_accuracy") for r in rows if r["attack_accuracy"] != "nan"]
+    return over_seeds((name, f"{r['set']}, {r['steps']} steps", float(r[key])) for name, r, key in values)
+
+
 def faults() -> str:
     rows = read("scale/faults.csv")
     stages = ["opening", "encode", "cluster", "generate", "refine", "label", "assemble", "evaluate", "report"]
@@ -359,6 +388,8 @@ TABLES = {
     "questions": lambda: questions("cifar10_refine"),
     "refined_images": lambda: refined_images("cifar10_refine"),
     "refine_speed": refinement_speed,
+    "frepo_continual": lambda: frepo_continual("frepo_continual.csv"),
+    "frepo_membership": frepo_membership,
     "cifar10": lambda: accuracy("cifar10_ddoq"),
     "quantization": lambda: quantization("cifar10_ddoq"),
     "codecs": codecs,
