@@ -26,6 +26,7 @@ _HOME = {
     "ClusterConfig": "dq.config.schema",
     "FADRM": "dq.config.refinement",
     "FRePo": "dq.config.refinement",
+    "Trajectory": "dq.config.trajectories",
     "Teddy": "dq.config.refinement",
     "DistillPipeline": "dq.run.distill",
     "DistilledSet": "dq.distilled.set",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
     from dq.config.students import StudentConfig
     from dq.config.teachers import TeacherConfig
+    from dq.config.trajectories import Trajectory
     from dq.core.errors import InputError, RunError
     from dq.data.load import load_source
     from dq.data.source import ImageSource
@@ -88,6 +90,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "Teddy",
+    "Trajectory",
     "evaluate",
     "image_weights",
     "kmeans",

@@ -28,7 +28,7 @@ VERBS = {
     "encode": "encode the images of every class into the latent cache",
     "cluster": "quantize every class: prototypes and their masses",
     "generate": "draw the prototypes as images",
-    "refine": "put the drawn images through the stages of refinement: FADRM, Teddy",
+    "refine": "put the drawn images through the stages of refinement: FADRM, Teddy, FRePo, trajectories",
     "label": "label images and views with the teachers and assemble the sets",
     "evaluate": "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
     "report": "write report.html from what the run folder holds",

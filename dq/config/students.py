@@ -88,6 +88,8 @@ class StudentConfig(Checked):
     accumulate: int = 1  # a batch goes through in so many parts; batch norm sees the parts
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01
+    # lr is the step size that was learned with a set, where there is one and the optimizer is sgd
+    learned_lr: bool = False
     momentum: float = 0.9
     weight_decay: float = 5e-4
     decay_vectors: bool | None = None  # also of biases and norms; None: with sgd they decay, with adamw they do not

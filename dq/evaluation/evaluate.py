@@ -129,7 +129,7 @@ def evaluate_records(
     record_dtypes(folder, dtypes, main=accelerator.is_main_process)
     seeds = tuple(range(config.seeds))
     entries = [
-        Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds, _origin(s))
+        Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds, _origin(s), s.step_size)
         for name, s in sets.items()
     ]
     entries += baseline_entries(bench, config, work, {str(i): i for i in per_class})

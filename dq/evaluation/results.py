@@ -74,7 +74,8 @@ def settings_line(c: StudentConfig) -> str:
     parts = [
         f"{c.epochs} epochs",
         f"batch {c.batch_size}" + (f" in {c.accumulate} parts" if c.accumulate > 1 else ""),
-        f"{c.optimizer} lr {c.lr:g} wd {c.weight_decay:g}" + (f" momentum {c.momentum:g}" * (c.optimizer == "sgd")),
+        f"{c.optimizer} lr {c.lr:g}{' or learned' * c.learned_lr} wd {c.weight_decay:g}"
+        + (f" momentum {c.momentum:g}" * (c.optimizer == "sgd")),
         c.schedule + (f" zeta {c.zeta:g}" if c.zeta != 1 else "") + (f" to {c.lr_floor:g} lr" if c.lr_floor else ""),
         *_changed_schedule(c),
         f"augment {c.augment}",

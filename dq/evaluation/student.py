@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,13 @@ def training_data(s: DistilledSet, image_size: int) -> Data:
     return Data(images, s.labels, s.weights, soft, s.bounded)
 
 
+def with_learned_lr(config: StudentConfig, step_size: float | None) -> StudentConfig:
+    """The settings of a student on a set: `lr` is the learned step size, if there is one and the student takes it."""
+    if step_size is None or not config.learned_lr or config.optimizer != "sgd":
+        return config
+    return dataclasses.replace(config, lr=step_size)
+
+
 def regression_labels(s: DistilledSet) -> Tensor:
     """What a student with loss=mse learns from, (N, C): a set's regression labels, else its probabilities or logits
     turned into such, else its classes (FRePo's scaling)."""
@@ -284,16 +292,20 @@ def recorded_temperature(s: DistilledSet) -> float | None:
 
 
 def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real: RealData) -> None:
-    """Refuse a set whose images were learned behind FRePo's whitening of other images than the student's.
+    """Refuse a set whose images were learned behind the whitening of other images than the student's.
 
     Raises:
         InputError: that names the set.
     """
     stages = s.provenance.get("refine") or []
     learned = [w for r in stages if (w := r.get("summary", {}).get("whitening"))]
-    if not (student.whiten and student.zca == "frepo" and learned):
+    if not (student.whiten and learned):
         return
-    if not same_whitening(learned[-1], real.frepo_whitening().summary()):
+    mtt = learned[-1].get("recipe") == "mtt"
+    if mtt != (student.zca == "mtt"):
+        return
+    own = real.mtt_whitening() if mtt else real.frepo_whitening()
+    if not same_whitening(learned[-1], own.summary()):
         raise InputError(
             f"the set {name!r} was learned behind the whitening of other images than those of {real.source.origin}; "
             "score it on the data and at the side it was made from, or set whiten=false"

@@ -32,7 +32,14 @@ from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_FEATURES, select
 from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv, warn_of_lost_rows
-from dq.evaluation.student import Data, check_whitening, fixed_labels, train_student, training_data
+from dq.evaluation.student import (
+    Data,
+    check_whitening,
+    fixed_labels,
+    train_student,
+    training_data,
+    with_learned_lr,
+)
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
@@ -56,6 +63,7 @@ class Entry:
     load: Callable[[], DistilledSet]
     seeds: tuple[int, ...]  # that train on it; a random subset serves one seed
     origin: str = "selected from train"  # where it came from, for the record
+    step_size: float | None = None  # that was learned with the set
 
 
 @dataclass(frozen=True)
@@ -201,9 +209,12 @@ def trainings_of(
             base = bench.cache_dir / "full" if entry.ipc == "full" else work.folder / "eval" / "units"
             settings = to_dict(config)
             settings["relabel"].pop("storage")
+            settings.pop("learned_lr")
             identity: list[Any] = [__version__, settings, bench.world, entry.identity]
             if config.labels != "hard":
                 identity.append([t.digest for t in bench.teachers])
+            if with_learned_lr(config, entry.step_size) != config:
+                identity.append({"step_size": entry.step_size})
             for seed in entry.seeds:
                 name = f"{entry.name}-ipc{entry.ipc}-{config.net}-{config.labels}-seed{seed}"
                 name = name.replace(":", "_")
@@ -308,6 +319,7 @@ def train_one(
     check_classes(s, f"the set {t.entry.name!r}")
     data = training_data(s, bench.image_size)
     check_whitening(s, t.entry.name, t.config, bench)
+    config = with_learned_lr(t.config, s.step_size)
     size = 0
     if t.config.labels == "fixed":
         own = fixed_labels(s, data, t.config)
@@ -321,7 +333,7 @@ def train_one(
         data.images,
         data.labels,
         num_classes=bench.classes,
-        config=t.config,
+        config=config,
         test=bench.test(t.config.test_scale),
         validation=bench.validation(t.config.test_scale),
         weights=data.weights,
@@ -347,7 +359,7 @@ def train_one(
         "image_bytes": data.images.nbytes,
         "label_bytes": size,
         **dataclasses.asdict(result),
-        "config": to_dict(t.config),
+        "config": to_dict(config),
         "test_images": len(bench.test(t.config.test_scale)[1]),
         "teachers": [
             {"name": x.name, "digest": x.digest, "mean": x.mean, "std": x.std, "classes": x.classes}

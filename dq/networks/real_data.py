@@ -113,6 +113,10 @@ class RealData:
             write_tensors(path, fit_whitening(self.read(self.source.train, self.candidates)[0]).tensors())
         return Whitening(**read_tensors(path)[0]).to(self.device)
 
+    def mtt_whitening(self) -> Whitening:
+        """MTT's ZCA, fitted on the same images, with its inverse."""
+        return self._once("mtt whitening", lambda: self._once("zca", self._zca).whitening())
+
     def _once(self, key: str, make: Callable):
         if key not in self._cache:
             self._cache[key] = make()

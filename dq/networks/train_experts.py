@@ -31,7 +31,7 @@ from dq.core.progress import duration, progress
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.core.text import format_bytes
 from dq.data.source import ImageSource
-from dq.data.zca import Whitening, Zca
+from dq.data.zca import Whitening
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.real_data import RealData, check_whitened, load_real_data, rows_set_aside, world_of
 from dq.networks.trajectories import (
@@ -99,6 +99,8 @@ def check_expert_training(config: RunConfig, source: ImageSource, accelerator: A
         "image_size": config.image_size,
         "fingerprint": source.fingerprint,
         "world": world_of(source, config.image_size, held_out),
+        "preprocess": source.preprocess,
+        "validation_images": config.evaluate.validation_images,
         "epochs": t.epochs,
         "settings": settings,
     }
@@ -243,8 +245,7 @@ def _preprocessing(bench: RealData, t: TrainExpertsConfig, folder: Path, acceler
     """What images go through before experts see them, from the folder, or fitted by the main process."""
     path = folder / PREPROCESSING
     if accelerator.is_main_process and not is_done(path):
-        pixels = bench.pixels(_recipe(t))
         plain = Whitening(torch.tensor(bench.mean), torch.tensor(bench.std))
-        write_tensors(path, (pixels.whitening() if isinstance(pixels, Zca) else plain).tensors())
+        write_tensors(path, (bench.mtt_whitening() if t.whiten else plain).tensors())
     accelerator.wait_for_everyone()
     return Whitening(**read_tensors(path)[0])

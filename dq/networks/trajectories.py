@@ -6,6 +6,7 @@ train them, and PAD's curriculum (arXiv 2408.03360).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import Damaged, open_tensors, read_checksum, read_json, read_metadata, read_tensors, readable
 from dq.core.seeds import digest_of, generator
 from dq.data.augment import augment
+from dq.data.splits import validation_rows
 from dq.data.zca import Whitening
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.training import Pixels
@@ -229,7 +231,13 @@ class Experts:
     def epochs(self) -> int:
         return int(self.facts["epochs"])
 
-    @property
+    def held_out_rows(self, labels: Tensor) -> Tensor:
+        """Which of all train images with `labels` (N,) the experts were not trained on, (N,) bool."""
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        held[torch.from_numpy(validation_rows(labels.numpy(), self.facts["validation_images"]))] = True
+        return held
+
+    @functools.cached_property
     def net(self) -> FlatNet:
         return FlatNet(self.facts["net"], len(self.facts["classes"]), self.facts["image_size"])
 

@@ -32,12 +32,12 @@ from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Real
 from dq.refine.optimize import SHOWN
 from dq.refine.rendering import Rendering
 from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
+from dq.refine.starts import noise_like, real_rows
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
 LARGEST_SIDE = 128  # px; whitening needs a matrix of all pairs of pixels of a quarter, and features grow with the side
 FLIP_BELOW = 1000  # images of the set; the released code leaves mirror images out of larger ones for their cost
 JITTER = 0.01  # of whitened pixels, or of the std of latents, of images that are copies of others
-NOISE_LIKE = 1000  # real images whose standard deviation noise to start from has (0.44 on CIFAR-10)
 NOISE_LATENTS = 256  # real images whose latents' mean and deviation noise to start from has
 HELD_NUMBERS = 1 << 28  # of whitened real images that are held in memory
 SAVE_SECONDS = 60.0  # between two states to go on from
@@ -110,9 +110,8 @@ def start_images(
     if config.start == "drawn" or config.mode == "labels_only":
         return whitening(images)
     if config.start == "noise":
-        std = whitening(real.images[:NOISE_LIKE]).std()
-        return std * torch.randn(images.shape, generator=generator(seed, "noise"))
-    return whitening(real.images[_real_rows(labels, real, seed)])
+        return noise_like(images, real, whitening, seed)
+    return whitening(real.images[real_rows(labels, real, seed)])
 
 
 def start_latents(
@@ -126,23 +125,11 @@ def start_latents(
     if config.start == "drawn":
         return codec.encode(images)
     if config.start == "real":
-        return codec.encode(real.images[_real_rows(labels, real, seed)])
+        return codec.encode(real.images[real_rows(labels, real, seed)])
     # spread over the train images, which may be in the order of their classes
     z = codec.encode(real.images[:: max(1, len(real.images) // NOISE_LATENTS)][:NOISE_LATENTS])
     noise = torch.randn(len(images), *z.shape[1:], generator=generator(seed, "noise")).to(z.device)
     return z.mean((0, 2, 3), keepdim=True) + z.std((0, 2, 3), keepdim=True) * noise
-
-
-def _real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
-    """A random train image of the class of each image of the set, (n,); none twice while there are others."""
-    rows = torch.empty_like(labels)
-    for c in labels.unique().tolist():
-        candidates, places = (real.labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]
-        if not len(candidates):
-            raise InputError(f"start=real needs train images of class {c}, but there are none; set start=drawn")
-        order = torch.randperm(len(candidates), generator=generator(seed, "start", c))
-        rows[places] = candidates[order[torch.arange(len(places)) % len(candidates)]]
-    return rows
 
 
 def start_labels(config: FRePo, images: Tensor, labels: Tensor, classes: int, teachers: Sequence[Teacher]) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dq.config.protocols import student_config
+from dq.config.students import StudentConfig
 from dq.core.seeds import derive_seed
 from dq.data.regression_labels import fit_temperature
 from dq.data.splits import validation_rows
@@ -40,13 +41,26 @@ def held_out_accuracy(
     spec = {"protocol": "frepo", "net": net, "augment": "frepo_noflip" if is_grey(held.images) else "frepo"}
     ipc = max(1, round(len(x) / classes))
     config = student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
+    return mean_accuracy(x, y, held, whitening, config, nets=nets, seed=seed)
+
+
+def mean_accuracy(
+    x: Tensor, y: Tensor, held: RealImages, whitening: Whitening, config: StudentConfig, *, nets: int, seed: int
+) -> float:
+    """Mean accuracy on held-out images of fresh networks trained on a set with the settings of a student.
+
+    Args:
+        x: (n, 3, S, S) whitened images.
+        y: (n, C) label vectors.
+        nets: how many.
+    """
     total = 0.0
     for k in range(nets):
         own = derive_seed(seed, "check", k)
         fitted = fit(
             x,
             y.argmax(1),
-            num_classes=classes,
+            num_classes=y.shape[1],
             config=config,
             soft_labels=y,
             pixels=lambda images: images,

@@ -18,6 +18,7 @@ from dq.config.refinement import RefineConfig
 from dq.config.students import LabelKind
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
+from dq.networks.trajectories import Experts
 from dq.refine.batches import Rows, compose_batches
 
 V = TypeVar("V")
@@ -46,6 +47,7 @@ class Needs:
     candidates: str | None = None  # which of `patches`, or "set", are candidate anchors of a class
     class_features: bool = False  # mean features of the real images of each class
     real_images: bool = False  # all train images, in memory
+    experts: str | None = None  # folder of trajectories
     codec: bool = False  # the run's autoencoder
 
 
@@ -125,6 +127,7 @@ class Resources:
     class_means: tuple[Tensor, ...] | None = None  # (C, d) mean features of real images, by matched teacher
     facts: Mapping[str, Any] = field(default_factory=dict)  # what `Method.prepare` gave
     real: RealImages | None = None  # of `Needs.real_images`
+    experts: Experts | None = None  # of `Needs.experts`
     codec: ImageCodec | None = None  # of `Needs.codec`
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # for methods without teachers
     _memory: dict[str, Any] = field(default_factory=dict)

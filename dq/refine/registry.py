@@ -8,8 +8,14 @@ from dq.refine.fadrm import FadrmMethod
 from dq.refine.frepo import FrepoMethod
 from dq.refine.method import Method
 from dq.refine.teddy import TeddyMethod
+from dq.refine.trajectory import TrajectoryMethod
 
-METHODS: dict[str, Method] = {"fadrm": FadrmMethod(), "teddy": TeddyMethod(), "frepo": FrepoMethod()}
+METHODS: dict[str, Method] = {
+    "fadrm": FadrmMethod(),
+    "teddy": TeddyMethod(),
+    "frepo": FrepoMethod(),
+    "trajectory": TrajectoryMethod(),
+}
 
 
 def method_of(stage: RefineConfig) -> Method:

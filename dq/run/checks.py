@@ -13,8 +13,9 @@ from dq.config.teachers import TeacherConfig
 from dq.core.model_files import open_model
 from dq.data.source import ImageSource
 from dq.networks.teacher_loading import POOL, PRETRAINED, check_fetched, load_teacher, teacher_file
+from dq.refine.registry import method_of
 from dq.run.folder import check_folder, check_methods, resolved_method, settle_dtypes
-from dq.run.refinement import check_codec_path, needs_codec, planned, stages_of
+from dq.run.refinement import check_codec_path, experts_of, needs_codec, planned, stages_of
 from dq.run.stages.evaluate import check_evaluation
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
     if verb in REFINES:
         for method in config.methods:
             planned(config, method, source.class_counts().tolist())
+            for stage in stages_of(config, method):
+                experts_of(source, config.image_size, method_of(stage).needs(stage))
     check_teachers(_teachers_of(config, verb), len(source.class_names), config.image_size)
 
 

@@ -21,8 +21,10 @@ from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_json, read_tensors
 from dq.core.seeds import digest_of
 from dq.data.images import read_images
+from dq.data.source import ImageSource
 from dq.networks.teacher_loading import POOL, PRETRAINED, teacher_file
-from dq.refine.method import Context, RealImages
+from dq.networks.trajectories import Experts, open_experts
+from dq.refine.method import Context, Needs, RealImages
 from dq.refine.optimize import TERMS
 from dq.refine.registry import method_of
 from dq.run.folder import Run
@@ -137,7 +139,9 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
                 "note: the labels of stage %d, %s, are lost: later stages change its images", level + 1, stage.stage
             )
         for ipc in config.ipc if len(class_counts) else ():
-            refinement.batches(resolved, [min(n, ipc) for n in class_counts])
+            size = round(sum(class_counts) / len(class_counts))
+            one = refinement.resolve(stage, dataclasses.replace(context, ipc=ipc, class_size=size))
+            refinement.batches(one, [min(n, ipc) for n in class_counts])
         cost = refinement.cost(resolved, context)
         plans.append(Planned(stage.stage, cost.steps, cost.batch_size))
     return plans
@@ -151,6 +155,27 @@ def real_images(run: Run) -> RealImages:
     if bad:
         log.warning("%d of %d train images are left out, first: %s", len(bad), len(split), bad[0])
     return RealImages(images, torch.from_numpy(split.labels[kept]).long())
+
+
+def experts_of(source: ImageSource, image_size: int, needs: Needs) -> Experts | None:
+    """The trajectories that a stage matches.
+
+    Raises:
+        InputError: if they were trained on other images than those of the source at this size.
+        RunError: if a file is damaged.
+    """
+    if needs.experts is None:
+        return None
+    experts = open_experts(needs.experts)
+    names = ("fingerprint", "classes", "preprocess", "image_size")
+    present = (source.fingerprint, list(source.class_names), source.preprocess, image_size)
+    for name, value in zip(names, present):
+        if experts.facts[name] != value:
+            raise InputError(
+                f"the experts in {needs.experts} were trained on other images than those of {source.origin} at "
+                f"{image_size} px ({name} differs); train them on these, in another train_experts.output_dir"
+            )
+    return experts
 
 
 def _matched(teacher: TeacherConfig) -> int:

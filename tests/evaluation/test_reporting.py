@@ -357,6 +357,7 @@ CHANGES = {
     "accumulate": [(HARD, 2)],
     "optimizer": [(HARD, "adamw")],
     "lr": [(HARD, 0.0101)],
+    "learned_lr": [(HARD, True)],
     "momentum": [(HARD, 0.91)],
     "weight_decay": [(HARD, 0.00051)],
     "decay_vectors": [(HARD, False), (HARD, True)],

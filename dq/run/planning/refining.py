@@ -9,6 +9,7 @@ import torch
 from dq.config.refinement import RefineConfig
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
+from dq.networks.trajectories import open_experts
 from dq.refine.method import Batch, Context, RealImages, Resources
 from dq.refine.registry import method_of
 from dq.run.planning.clock import Speed, random_pixels, timed
@@ -40,7 +41,10 @@ def refining_speed(
     real = None
     if method.needs(short).real_images:
         real = RealImages(random_pixels(REAL_IMAGES, side), torch.arange(REAL_IMAGES) % classes)
-    resources = Resources(side, classes, teachers, real=real, codec=codec, device=torch.device(device))
+    folder = method.needs(short).experts
+    experts = open_experts(folder) if folder else None
+    on = torch.device(device)
+    resources = Resources(side, classes, teachers, real=real, experts=experts, codec=codec, device=on)
     whole = min(images, WHOLE_SET)
 
     def prepare(size: int) -> Batch:

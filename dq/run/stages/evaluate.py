@@ -87,7 +87,16 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
             load = functools.partial(load_set_of_run, run, ipc, method)
             seeds = tuple(range(c.evaluate.seeds))
             entries.append(
-                Entry(method, str(ipc), len(s), s.provenance["content"], load, seeds, f"{method} of {run.folder}")
+                Entry(
+                    method,
+                    str(ipc),
+                    len(s),
+                    s.provenance["content"],
+                    load,
+                    seeds,
+                    f"{method} of {run.folder}",
+                    s.step_size,
+                )
             )
     if baselines:
         entries += baseline_entries(bench, c.evaluate, work, {str(i): size for i, size in largest.items()})

@@ -28,7 +28,7 @@ from dq.refine.batches import Rows
 from dq.refine.method import Batch, Context, Cost, Method, Needs, Resources
 from dq.refine.registry import method_of
 from dq.run.folder import Run, class_file, copies_of
-from dq.run.refinement import batch_file, check_codec_path, stage_settings
+from dq.run.refinement import batch_file, check_codec_path, experts_of, stage_settings
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import check_codec
@@ -105,6 +105,9 @@ def job_of(
         identity.append(digest_of_tensors({str(k): v for k, v in weights.items()}))
     if needs.file:
         identity.append(digest_of_tensors({"anchors": torch.cat(_file_anchors(run, needs.file, counts))}))
+    experts = experts_of(run.source, c.image_size, needs)
+    if experts is not None:
+        identity.append(experts.digest)
     folder = run.folder / "images" / f"ipc{ipc:05d}-{stage.stage}-{digest_of(identity)}"
     batches, cost = method.batches(stage, counts), method.cost(stage, context)
     return Job(stage, method, needs, cost, level, ipc, source, folder, counts, batches, teachers, judges, weights)
@@ -182,7 +185,10 @@ def resources_of(run: Run, job: Job) -> Resources:
         candidates = tuple(as_bytes(read_tensors(f)[0]["images"]) for f in files)
     manifest = job.folder / "manifest.json"
     facts = read_json(manifest) if manifest.is_file() else {}
-    return Resources(c.image_size, len(job.counts), job.teachers, candidates, means, facts, device=run.device)
+    experts = experts_of(run.source, c.image_size, needs)
+    return Resources(
+        c.image_size, len(job.counts), job.teachers, candidates, means, facts, experts=experts, device=run.device
+    )
 
 
 def image_codec(run: Run, codec: Codec | None = None) -> ImageCodec:

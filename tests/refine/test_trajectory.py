@@ -1,0 +1,477 @@
+"""Matching of trajectories: what it learns, resuming, starts, presets, bad input; alone and as a stage of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_kl
+from torch import Tensor
+
+from dq.config.overrides import apply_settings
+from dq.config.protocols import student_config
+from dq.config.schema import RunConfig
+from dq.config.trajectories import PRESETS, Trajectory
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, read_tensors, write_json
+from dq.networks.train_experts import train_experts
+from dq.networks.trajectories import Experts, flat_accuracy, open_experts
+from dq.refine import trajectory
+from dq.refine.held_out import mean_accuracy
+from dq.refine.method import Callback, Context, RealImages, Refined, State
+from dq.refine.trajectory import TrajectoryMethod, correct_rows, expert_labels, refine, resolve
+from dq.refine.unroll import MetaGradient
+
+NET = "convnet2w4"
+
+
+def experts_in(folder: Path, source: Any, accelerator: Any, **more: Any) -> Path:
+    t = {"net": NET, "epochs": 6, "batch_size": 8, "lr": 0.2, "optimizer": "sgd", "whiten": True, "number": 2}
+    t |= {"augment": "none", "output_dir": str(folder / "experts"), **more}
+    values = {f"train_experts.{k}": v for k, v in t.items()} | {"source.image_size": 8, "cache_dir": str(folder / "c")}
+    config = apply_settings(RunConfig(), {**values, "evaluate.validation_images": 6})
+    return train_experts(config, source, accelerator=accelerator)
+
+
+@pytest.fixture(scope="module")
+def experts(toy_source: Any, accelerator: Any, tmp_path_factory: pytest.TempPathFactory) -> Experts:
+    return open_experts(experts_in(tmp_path_factory.mktemp("experts"), toy_source, accelerator))
+
+
+@pytest.fixture(scope="module")
+def real(toy_source: Any) -> RealImages:
+    from dq.data.images import read_images
+
+    split = toy_source.train
+    images, kept, _ = read_images(split, range(len(split)), 8, "crop", on_bad="raise")
+    return RealImages(images, torch.from_numpy(split.labels[kept]).long())
+
+
+@pytest.fixture
+def small(experts: Experts) -> Trajectory:
+    return Trajectory(
+        experts=str(experts.folder),
+        steps=6,
+        student_steps=3,
+        expert_epochs=2,
+        start_epochs=(0, 2, 4),
+        expand_every=2,
+        lr_images=5.0,
+        lr_labels=1.0,
+        lr_step=1e-4,
+        first_step=0.1,
+        alpha=0.25,
+        min_accuracy=0.0,
+        threshold=100.0,
+    )
+
+
+LABELS = torch.arange(3).repeat_interleave(2)
+
+
+def learn(config: Trajectory, experts: Experts, real: RealImages | None = None, **more: Any) -> Refined:
+    images = 0.3 + 0.4 * torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return refine(images, LABELS, config, experts, real, **more)
+
+
+# --- what it learns -----------------------------------------------------------------------------------------------
+
+
+def test_images_labels_and_the_step_size_move(small: Trajectory, experts: Experts) -> None:
+    r = learn(small, experts)
+    still = learn(dataclasses.replace(small, steps=0), experts)
+    assert r.terms == ("matching_loss", "start_epoch", "step_size")
+    assert r.trace.shape == (6, 3)
+    assert (r.trace[:, 1] < torch.tensor([2, 2, 3, 3, 4, 4])).all()
+    assert r.label_kind == "logits"
+    assert not r.bounded
+    assert r.step_size != still.step_size == pytest.approx(0.1)
+    assert not torch.equal(r.images, still.images)
+    assert not torch.equal(r.soft_labels, still.soft_labels)
+    assert r.facts["cut"]["parameters_left_out"] == experts.net.size // 4
+    assert r.facts["whitening"]["recipe"] == "mtt"
+    fixed = learn(dataclasses.replace(small, learn_labels=False, learn_step=False), experts)
+    assert torch.equal(fixed.soft_labels, still.soft_labels)
+    assert fixed.step_size == still.step_size
+    # a step without a move leaves the images as they came, up to the rounding of the whitening
+    images = 0.3 + 0.4 * torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(still.images, images, atol=1e-4, rtol=0)
+    assert not torch.equal(learn(dataclasses.replace(small, unroll="tesla"), experts).images, r.images)
+
+
+def test_the_seed_decides_the_result(small: Trajectory, experts: Experts) -> None:
+    assert torch.equal(learn(small, experts, seed=1).images, learn(small, experts, seed=1).images)
+    assert not torch.equal(learn(small, experts, seed=1).images, learn(small, experts, seed=2).images)
+
+
+def test_it_goes_on_bit_for_bit_from_any_saved_state(
+    small: Trajectory, experts: Experts, real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(small, checks=3, check_nets=1, check_epochs=2)
+    whole = learn(config, experts, real, seed=3)
+    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    states: list[State] = []
+    learn(config, experts, real, seed=3, callback=Callback(save=states.append))
+    assert [s.steps for s in states] == [1, 2, 3, 4, 5]
+    for state in states:
+        again = learn(config, experts, real, seed=3, resume=state)
+        for name in ("images", "soft_labels", "trace", "blocks"):
+            assert torch.equal(getattr(again, name), getattr(whole, name))
+        assert again.step_size == whole.step_size
+        assert again.facts == whole.facts
+
+
+def test_steps_that_are_too_large_or_not_finite_are_skipped_and_counted(
+    small: Trajectory, experts: Experts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(small, steps=5)
+    real_gradient, calls = trajectory.GRADIENTS["exact"], []
+
+    def broken(*args: Any, **options: Any) -> MetaGradient:
+        g = real_gradient(*args, **options)
+        calls.append(len(calls))
+        if len(calls) == 2:
+            return g._replace(images=g.images * float("nan"))
+        if len(calls) == 3:
+            return g._replace(loss=g.loss + 1000)
+        return g._replace(loss=g.loss * float("inf")) if len(calls) == 4 else g
+
+    monkeypatch.setitem(trajectory.GRADIENTS, "exact", broken)
+    r = learn(config, experts)
+    assert (r.facts["skipped_not_finite"], r.facts["skipped_by_threshold"]) == (2, 1)
+    assert torch.isfinite(r.images).all()
+    assert r.trace[1, 2] == r.trace[2, 2] == r.trace[3, 2] == r.trace[4, 2]  # the step size waited
+    with caplog.at_level(logging.WARNING, "dq"):
+        calls.clear()
+        learn(dataclasses.replace(config, threshold=1e-9), experts)
+    assert "skipped 5 of 5 steps" in caplog.text
+
+
+def test_the_step_size_stays_positive(small: Trajectory, experts: Experts) -> None:
+    r = learn(dataclasses.replace(small, lr_step=1e6, least_step=0.01, threshold=1e30), experts)
+    assert float(r.trace[:, 2].min()) == pytest.approx(0.01)
+
+
+def test_the_best_set_on_images_held_out_from_experts_is_returned(
+    small: Trajectory, experts: Experts, real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    scores = iter([0.2, 0.9, 0.4])
+
+    def score(x: Tensor, y: Tensor, held: RealImages, *args: Any, **more: Any) -> float:
+        seen.append(x.clone())
+        assert len(held.labels) == int(experts.held_out_rows(real.labels).sum()) == 3
+        assert args[1].lr == pytest.approx(float(next(steps)))
+        return next(scores)
+
+    plain = learn(small, experts)
+    steps = iter([*plain.trace[2::2, 2].tolist(), plain.step_size])
+    monkeypatch.setattr(trajectory, "mean_accuracy", score)
+    r = learn(dataclasses.replace(small, checks=3), experts, real)
+    assert r.facts["checks"] == [[2, 0.2], [4, 0.9], [6, 0.4]]
+    torch.testing.assert_close(r.images, experts.whitening.invert(seen[1]))
+    assert not torch.equal(r.images, plain.images)
+
+
+# --- starts -------------------------------------------------------------------------------------------------------
+
+
+def test_images_start_from_what_is_asked_for(small: Trajectory, experts: Experts, real: RealImages) -> None:
+    still = dataclasses.replace(small, steps=0)
+    held = experts.held_out_rows(real.labels)
+    pixels = real.images.float() / 255
+    for start in ("real", "correct"):
+        r = learn(dataclasses.replace(still, start=start), experts, real)
+        for image, label in zip(r.images, LABELS):
+            distances = (pixels - image).abs().amax((1, 2, 3))
+            row = int(distances.argmin())
+            assert distances[row] < 1e-3
+            assert real.labels[row] == label
+            assert not held[row]  # what experts are measured on stays unseen
+    noise = dataclasses.replace(still, start="noise", first_labels="classes")
+    assert not torch.equal(learn(noise, experts, real).images, learn(noise, experts, real, seed=1).images)
+    with pytest.raises(InputError, match="start=real needs the train images"):
+        learn(dataclasses.replace(still, start="real"), experts)
+
+
+def test_correct_images_are_those_that_experts_know(experts: Experts, real: RealImages) -> None:
+    device = torch.device("cpu")
+    labels = torch.tensor([0, 0, 1, 2, 2])
+    rows = correct_rows(experts, labels, real, device, 0)
+    assert torch.equal(real.labels[rows], labels)
+    assert len(set(rows.tolist())) == 5
+    ends = [experts.parameters(i, experts.epochs) for i in range(2)]
+    for row in rows:
+        x, y = real.images[row : row + 1], real.labels[row : row + 1]
+        assert max(flat_accuracy(experts.net, end, x, y, experts.whitening) for end in ends) == 1.0
+    wrong = RealImages(real.images, (real.labels + 1) % 3)
+    with pytest.raises(InputError, match=r"experts know .* train images of class 0, but start=correct needs 8"):
+        correct_rows(experts, torch.zeros(8, dtype=torch.long), wrong, device, 0)
+
+
+def test_labels_are_the_mean_logits_of_experts_that_are_right(experts: Experts, real: RealImages) -> None:
+    x, labels = experts.whitening(real.images[:8]), real.labels[:8].clone()
+    labels[0] = (labels[0] + 1) % 3  # so that hardly an expert is right
+    logits = torch.stack([experts.net(experts.parameters(i, experts.epochs), x) for i in range(2)])
+    result = expert_labels(experts, x, labels)
+    assert torch.isfinite(result).all()
+    for n in range(8):
+        right = [e for e in range(2) if int(logits[e, n].argmax()) == int(labels[n])]
+        torch.testing.assert_close(result[n], logits[right or [0, 1], n].mean(0))
+
+
+def test_labels_of_classes_are_soft_where_they_are_learned(small: Trajectory, experts: Experts) -> None:
+    config = dataclasses.replace(small, steps=0, first_labels="classes")
+    p = learn(config, experts).soft_labels.softmax(1)
+    torch.testing.assert_close(p.gather(1, LABELS[:, None])[:, 0], torch.full((6,), 0.9))
+    hard = learn(dataclasses.replace(config, learn_labels=False), experts).soft_labels.softmax(1)
+    torch.testing.assert_close(hard, torch.nn.functional.one_hot(LABELS, 3).float(), atol=1e-6, rtol=0)
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def facts_of(folder: Path, epochs: int) -> str:
+    write_json(folder / "experts.json", {"facts": {"epochs": epochs}})
+    return str(folder)
+
+
+def test_presets_have_the_paper_s_settings_and_own_settings_win(tmp_path: Path) -> None:
+    config = Trajectory(experts=facts_of(tmp_path, 100), preset="cifar10")
+    c = resolve(config, Context(32, 0, 10, 10, 5000))
+    assert (c.student_steps, c.expert_epochs, c.start_epochs, c.expand_every) == (80, 2, (0, 10, 20), 100)
+    assert (c.alpha, c.lr_labels, c.lr_images, c.lr_step, c.start) == (0.25, 2, 100, 1e-5, "correct")
+    assert c.threshold == 1.0
+    assert resolve(config, Context(32, 0, 1, 10, 5000)).threshold == 1.1
+    own = dataclasses.replace(config, alpha=0.5, lr_images=7.0)
+    c = resolve(own, Context(32, 0, 50, 10, 5000))
+    assert (c.alpha, c.lr_images, c.inner_batch) == (0.5, 7.0, 500)
+    assert resolve(c, Context(32, 0, 50, 10, 5000)) == c
+    for dataset, rows in PRESETS.items():
+        for ipc, row in rows.items():
+            filled = resolve(dataclasses.replace(config, preset=dataset), Context(32, 0, ipc, 10, 5000))
+            assert filled.start_epochs == row.start_epochs
+            assert row.pad > row.datm
+    with pytest.raises(InputError, match="has settings for 1, 10, 50, 500, 1000 images per class, not for 20"):
+        resolve(config, Context(32, 0, 20, 10, 5000))
+    with pytest.raises(InputError, match="did you mean 'cifar10'"):
+        resolve(dataclasses.replace(config, preset="cifar1"), Context(32, 0, 10, 10, 5000))
+
+
+def test_general_settings_fit_the_experts_and_follow_pad_s_rule(tmp_path: Path) -> None:
+    config = Trajectory(experts=facts_of(tmp_path, 6))
+    c = resolve(config, Context(32, 0, 10, 10, 5000))
+    assert c.start_epochs == (0, 5, 5)
+    shares = {ipc: resolve(config, Context(32, 0, ipc, 10, 5000)).alpha for ipc in (1, 10, 500, 1000)}
+    assert shares == {1: 0.0, 10: 0.25, 500: 0.5, 1000: 0.75}
+    assert resolve(config, Context(32, 0, 10)).alpha == 0.25
+    with pytest.raises(InputError, match=r"need experts of 7 epochs, but those in .* have 6; train longer ones"):
+        resolve(dataclasses.replace(config, start_epochs=(0, 3, 6)), Context(32, 0, 10, 10, 5000))
+    assert resolve(dataclasses.replace(config, start_epochs=(0, 3, 5)), Context(32, 0, 10)).start_epochs == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"experts": ""}, "experts must name a folder of `dq train-experts`"),
+        ({"compose": "index"}, "set compose=whole, not index"),
+        ({"dtype": "bfloat16"}, "needs float32"),
+        ({"student_steps": 0}, "student_steps of trajectory must be at least 1, not 0"),
+        ({"start_epochs": (0, 10)}, r"start_epochs must be \[first, bound, last bound\]"),
+        ({"start_epochs": (5, 5, 9)}, "start_epochs must be"),
+        ({"alpha": 1.0}, r"alpha is a share of the parameters in \[0, 1\), not 1"),
+        ({"momentum_labels": 1.0}, "momentum_labels of trajectory cannot be 1"),
+        ({"least_step": 0.0}, "a learning rate must be positive"),
+        ({"check_nets": 0}, "needs checks >= 0"),
+        ({"start": "noise"}, "experts see no class in noise; with start=noise set first_labels=classes"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Trajectory(**{"experts": "runs/experts", **settings})
+
+
+def test_experts_that_know_too_little_or_stand_still_are_refused(small: Trajectory, experts: Experts) -> None:
+    weak = dataclasses.replace(experts, accuracies=(0.9, 0.4))
+    with pytest.raises(InputError, match=r"1 know fewer than 66\.7% of held-out images: expert 1 \(40\.0%\)"):
+        learn(dataclasses.replace(small, min_accuracy=None), weak)
+
+    class Still(Experts):
+        def parameters(self, expert: int, epoch: int) -> Tensor:
+            p = super().parameters(expert, 0)
+            p[0] += epoch  # the shallowest alone
+            return p
+
+    still = Still(**{f.name: getattr(experts, f.name) for f in dataclasses.fields(experts)})
+    with pytest.raises(
+        InputError, match=r"compared parameters of expert \d are the same after \d and after \d epochs"
+    ):
+        learn(small, still)
+    learn(dataclasses.replace(small, alpha=0.0, steps=1), still)
+
+
+def test_images_of_another_size_are_refused(small: Trajectory, experts: Experts) -> None:
+    with pytest.raises(InputError, match="saw images of 8 px, but those of the set have 16"):
+        refine(torch.rand(6, 3, 16, 16), LABELS, small, experts)
+
+
+# --- a stage of a run -----------------------------------------------------------------------------------------------
+
+
+def settings_of(out: Path, config: Trajectory, **more: Any) -> RunConfig:
+    stage = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("teachers", "judges")
+    }
+    stage = {k: list(v) if isinstance(v, tuple) else v for k, v in stage.items()}
+    return apply_settings(
+        RunConfig(output_dir=str(out / "run"), cache_dir=str(out / "cache")),
+        {
+            "codec.resolution": 8,
+            "ipc": [2],
+            "refine": [{**stage, **more}],
+            "evaluate.baselines": [],
+            "evaluate.validation_images": 6,
+            "evaluate.seeds": 1,
+            "evaluate.students": [
+                {"protocol": "classic", "net": NET, "labels": "fixed", "epochs": 2, "tests": 2, "whiten": True},
+                {"protocol": "custom", "net": NET, "labels": "fixed", "epochs": 1, "lr": 0.02, "temperature": 1.0},
+            ],
+        },
+    )
+
+
+def distill(config: RunConfig, source: Any, accelerator: Any) -> Any:
+    from dq.run.distill import DistillPipeline
+
+    pipe = DistillPipeline(vae=tiny_kl())
+    return pipe.distill(source, ipc=2, config=config, output_dir=config.output_dir, accelerator=accelerator)
+
+
+def test_it_is_a_stage_of_a_run(
+    small: Trajectory,
+    experts: Experts,
+    toy_source: Any,
+    accelerator: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dq.distilled.external import load_set
+    from dq.run.folder import open_run
+    from dq.run.planning.plan import plan
+    from dq.run.planning.refining import refining_speed
+    from dq.run.stages.evaluate import check_evaluation, evaluate_run
+
+    config = settings_of(tmp_path, small)
+    assert "trajectory, 6 images in 1 batches, 6 steps, 36 image steps" in plan(config, toy_source)
+    assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
+    check_evaluation(config, toy_source)
+    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    matched, steps = trajectory._matched, []
+
+    def killed(*args: Any) -> Any:
+        if len(steps) == 3:
+            steps.append("killed")
+            raise KeyboardInterrupt
+        steps.append(args[5])
+        return matched(*args)
+
+    monkeypatch.setattr(trajectory, "_matched", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, toy_source, accelerator)
+    s = distill(config, toy_source, accelerator)
+    assert steps == [0, 1, 2, "killed", 3, 4, 5]
+    again = load_set(tmp_path / "run" / "dataset")
+    assert (again.label_kind, again.step_size) == ("logits", s.step_size)
+    assert torch.equal(again.images, s.images)
+    stage = s.provenance["refine"][0]
+    assert stage["summary"]["cut"]["parameters_left_out"] == experts.net.size // 4
+    tensors, _ = read_tensors(tmp_path / "run" / "images" / stage["folder"] / "preprocessing.safetensors")
+    assert torch.equal(tensors["matrix"], experts.whitening.matrix)
+    # the protocol trains with the learned step size, other students with their own
+    run = open_run(config, toy_source, accelerator)
+    evaluate_run(run)
+    records = [read_json(f) for f in (tmp_path / "run" / "eval" / "units").glob("*.json")]
+    assert {r["protocol"]: r["config"]["lr"] for r in records} == {"classic": s.step_size, "custom": 0.02}
+
+
+def test_experts_of_other_images_and_cut_off_files_are_refused(
+    small: Trajectory, toy_source: Any, toy_images: Any, accelerator: Any, tmp_path: Path
+) -> None:
+    from dq.data.load import load_source
+    from dq.run.checks import check_settings
+    from dq.run.refinement import experts_of
+
+    folder = experts_in(tmp_path, toy_source, accelerator, epochs=4, net="convnet2w2")
+    needs = TrajectoryMethod().needs(dataclasses.replace(small, experts=str(folder)))
+    assert experts_of(toy_source, 8, needs) is not None
+    assert needs.real_images
+    x, y = toy_images["train"]
+    other = load_source({"train": (x[1:], y[1:])}, class_names=["red", "green", "blue"])
+    with pytest.raises(InputError, match=r"on other images than those of .* at 8 px \(fingerprint differs\)"):
+        experts_of(other, 8, needs)
+    with pytest.raises(InputError, match=r"image_size differs"):
+        experts_of(toy_source, 16, needs)
+    file = folder / "expert-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    config = settings_of(tmp_path, small, experts=str(folder), start_epochs=[0, 1, 2], start="drawn")
+    with pytest.raises(RunError, match=r"expert-0001\.safetensors is damaged"):
+        check_settings(config, toy_source, "refine")
+    with pytest.raises(InputError, match=r"experts of the stage 'trajectory' names .*, which does not exist"):
+        check_settings(settings_of(tmp_path, small, experts=str(tmp_path / "none")), toy_source, "refine")
+
+
+# --- on the digits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_twenty_digits_are_distilled(accelerator: Any, tmp_path: Path) -> None:
+    from dq.data.images import read_images
+    from dq.data.load import load_source
+
+    source = load_source("sklearn:digits")
+    t = {"net": "convnet2w16", "epochs": 8, "batch_size": 64, "lr": 0.05, "whiten": False, "number": 3}
+    experts = open_experts(experts_in(tmp_path, source, accelerator, **t))
+    assert min(experts.accuracies) > 0.85
+    images, kept, _ = read_images(source.train, range(len(source.train)), 8, "crop", on_bad="raise")
+    real = RealImages(images, torch.from_numpy(source.train.labels[kept]).long())
+    test, rows, _ = read_images(source.test, range(len(source.test)), 8, "crop", on_bad="raise")
+    held = RealImages(test, torch.from_numpy(source.test.labels[rows]).long())
+    labels = torch.arange(10).repeat_interleave(2)
+    config = Trajectory(
+        experts=str(experts.folder),
+        start="real",
+        steps=150,
+        student_steps=10,
+        expert_epochs=2,
+        start_epochs=(0, 2, 5),
+        expand_every=25,
+        lr_images=20.0,
+        lr_labels=1.0,
+        lr_step=1e-4,
+        first_step=0.05,
+        alpha=0.25,
+        augment="none",
+    )
+
+    def score(r: Refined, seed: int) -> float:
+        spec = {"protocol": "classic", "net": "convnet2w16", "labels": "fixed", "epochs": 200, "augment": "none"}
+        spec |= {"lr": r.step_size, "dtype": "float32"}
+        student = student_config(spec, ipc="2", classes=10, image_size=8)
+        x = experts.whitening(r.images)
+        return mean_accuracy(x, r.soft_labels, held, experts.whitening, student, nets=3, seed=seed)
+
+    gains = []
+    for seed in range(3):
+        r = refine(torch.zeros(20, 3, 8, 8), labels, config, experts, real, seed=seed)
+        first = refine(
+            torch.zeros(20, 3, 8, 8), labels, dataclasses.replace(config, steps=0), experts, real, seed=seed
+        )
+        losses = r.trace[:, 0]
+        assert float(losses[-15:].mean()) < 0.5 * float(losses[:15].mean())
+        gains.append(score(r, seed) - score(first, seed))
+    assert statistics.mean(gains) > 0.02
