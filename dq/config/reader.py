@@ -59,7 +59,7 @@ class Checked:
         return cls
 
     def __post_init__(self) -> None:
-        hints = _type_hints(type(self))
+        hints = _type_hints(type(self))  # type: ignore[arg-type]  # mypy takes the class for an instance
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):

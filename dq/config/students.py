@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,6 +147,12 @@ class StudentConfig(Checked):
             raise InputError(f"lr_floor is a share of lr in [0, 1], not {self.lr_floor:g}")
         if self.dtype == "float16":
             raise InputError(f"student {self.net!r} cannot train in float16, which needs loss scaling; use bfloat16")
+
+    def for_step_size(self, step_size: float | None) -> StudentConfig:
+        """The settings on a set with this learned step size: it is `lr`, if the student takes it."""
+        if step_size is None or not self.learned_lr or self.optimizer != "sgd":
+            return self
+        return dataclasses.replace(self, lr=step_size)
 
     @property
     def asks_teachers(self) -> bool:

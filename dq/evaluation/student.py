@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,13 +252,6 @@ def training_data(s: DistilledSet, image_size: int) -> Data:
     if soft is not None and s.label_kind == "probabilities":
         soft = soft.float().clamp(min=LEAST_PROBABILITY).log()
     return Data(images, s.labels, s.weights, soft, s.bounded)
-
-
-def with_learned_lr(config: StudentConfig, step_size: float | None) -> StudentConfig:
-    """The settings of a student on a set: `lr` is the learned step size, if there is one and the student takes it."""
-    if step_size is None or not config.learned_lr or config.optimizer != "sgd":
-        return config
-    return dataclasses.replace(config, lr=step_size)
 
 
 def regression_labels(s: DistilledSet) -> Tensor:

@@ -32,14 +32,7 @@ from dq.distilled.external import bare_set, check_classes
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_FEATURES, select
 from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv, warn_of_lost_rows
-from dq.evaluation.student import (
-    Data,
-    check_whitening,
-    fixed_labels,
-    train_student,
-    training_data,
-    with_learned_lr,
-)
+from dq.evaluation.student import Data, check_whitening, fixed_labels, train_student, training_data
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
@@ -213,7 +206,7 @@ def trainings_of(
             identity: list[Any] = [__version__, settings, bench.world, entry.identity]
             if config.labels != "hard":
                 identity.append([t.digest for t in bench.teachers])
-            if with_learned_lr(config, entry.step_size) != config:
+            if config.for_step_size(entry.step_size) != config:
                 identity.append({"step_size": entry.step_size})
             for seed in entry.seeds:
                 name = f"{entry.name}-ipc{entry.ipc}-{config.net}-{config.labels}-seed{seed}"
@@ -319,7 +312,7 @@ def train_one(
     check_classes(s, f"the set {t.entry.name!r}")
     data = training_data(s, bench.image_size)
     check_whitening(s, t.entry.name, t.config, bench)
-    config = with_learned_lr(t.config, s.step_size)
+    config = t.config.for_step_size(s.step_size)
     size = 0
     if t.config.labels == "fixed":
         own = fixed_labels(s, data, t.config)
