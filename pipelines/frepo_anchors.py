@@ -49,41 +49,44 @@ def linear_features(images: Tensor, fitted: Whitening) -> Tensor:
     return (x[:, :1] if is_grey(images[:100]) else x).flatten(1).double()
 
 
-def ridge_weights(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-    """W (D, C) of min 1/N |X W - Y|^2 + penalty s |W|^2 from X^T X / N (D, D) and X^T Y / N; s is the mean of the
-    diagonal."""
+def second_moments(x: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Z^T Z (D + C, D + C) of the rows z = (features, centered target)."""
+    both = torch.cat([x, centered_targets(labels, classes).double()], 1)
+    return both.T @ both
+
+
+def ridge_weights(moments: Tensor, classes: int, penalty: float) -> Tensor:
+    """W (D, C) of min |X W - Y|^2 + penalty s |W|^2 from second moments; s is the mean of the diagonal of X^T X."""
+    gram, cross = moments[:-classes, :-classes], moments[:-classes, -classes:]
     scale = penalty * gram.diagonal().mean()
-    return torch.linalg.solve(gram + scale * torch.eye(len(gram), dtype=gram.dtype), cross)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + scale * torch.eye(len(gram), dtype=gram.dtype)))
 
 
 def learn_linear(
-    x: Tensor, labels: Tensor, classes: int, penalty: float, *, steps: int = STEPS, lr: float = LR, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+    moments: Tensor, classes: int, penalty: float, *, steps: int = STEPS, lr: float = LR, seed: int = 0
+) -> Tensor:
     """Learn one image and label vector per class whose ridge regression is that of all data, by FRePo's meta-gradient.
 
     The loss is that on all data with the penalty: D + C rows with the same second moments stand for them, rows of the
     triangular factor of [X Y; sqrt(penalty) I 0], so that a step costs nothing that grows with N.
 
     Args:
-        x: (N, D) float64 features.
-        labels: (N,) classes.
+        moments: (D + C, D + C) means of `second_moments`.
+        penalty: as in `ridge_weights`.
 
     Returns:
-        Weights (D, C) of the regression on all data, and those that the C learned images give.
+        Weights (D, C) that the C learned images give.
     """
-    n, d = x.shape
-    y = centered_targets(labels, classes).double()
-    both = torch.cat([x, y], 1)
-    moments = both.T @ both / n
-    full = ridge_weights(moments[:d, :d], moments[:d, d:], penalty)
+    d = len(moments) - classes
     # the penalty as data, and a trace of noise for targets that sum to zero, whose moments are singular
-    moments[:d, :d] += penalty * moments[:d, :d].diagonal().mean() * torch.eye(d, dtype=x.dtype)
-    moments[d:, d:] += 1e-9 * torch.eye(classes, dtype=x.dtype)
+    added = torch.full((len(moments),), 1e-9, dtype=moments.dtype)
+    added[:d] = penalty * moments.diagonal()[:d].mean()
+    moments = moments + torch.diag(added)
     rows = torch.linalg.cholesky(moments).T * (d + classes) ** 0.5  # R with R^T R the moments of d + C rows
     root = rows[:d, :d] / (d + classes) ** 0.5  # X^T X / N + penalty = root^T root
     features = torch.linalg.solve_triangular(root, rows[:, :d], upper=True, left=False)  # x root^-1: covariance I
-    images = Lamb.of(torch.randn(classes, d, generator=generator(seed, "images"), dtype=x.dtype))
-    learned = Lamb.of(torch.eye(classes, dtype=x.dtype) - 1 / classes)
+    images = Lamb.of(torch.randn(classes, d, generator=generator(seed, "images"), dtype=rows.dtype))
+    learned = Lamb.of(torch.eye(classes, dtype=rows.dtype) - 1 / classes)
     for step in range(steps):
         g = meta_gradient(lambda z: z, images.value, learned.value, features, rows[:, d:], margin_weight=0.0)
         assert g.images is not None
@@ -91,7 +94,7 @@ def learn_linear(
         images.step(g.images, rate)
         learned.step(g.labels, rate)
     solution = solve_ridge(images.value, learned.value)
-    return full, torch.linalg.solve_triangular(root, images.value.T @ solution.dual, upper=True)
+    return torch.linalg.solve_triangular(root, images.value.T @ solution.dual, upper=True)
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
@@ -111,12 +114,11 @@ def linear_anchor(
     x = linear_features(images, fitted)
     held = torch.zeros(len(labels), dtype=torch.bool)
     held[torch.from_numpy(validation_rows(labels.numpy(), len(labels) // 10))] = True
-    y = centered_targets(labels, classes).double()
-    seen, n = x[~held], int((~held).sum())
-    gram, cross = seen.T @ seen / n, seen.T @ y[~held] / n
-    scores = {p: accuracy(x[held] @ ridge_weights(gram, cross, p), labels[held]) for p in PENALTIES}
+    seen = second_moments(x[~held], labels[~held], classes)
+    scores = {p: accuracy(x[held] @ ridge_weights(seen, classes, p), labels[held]) for p in PENALTIES}
     penalty = max(scores, key=scores.__getitem__)
-    full, learned = learn_linear(x, labels, classes, penalty, steps=steps)
+    moments = (seen + second_moments(x[held], labels[held], classes)) / len(x)
+    full, learned = ridge_weights(moments, classes, penalty), learn_linear(moments, classes, penalty, steps=steps)
     queries = linear_features(test[0], fitted)
     found = {"penalty": penalty, "full": accuracy(queries @ full, test[1])}
     return found | {"learned": accuracy(queries @ learned, test[1])}
@@ -161,7 +163,7 @@ def random_feature_accuracies(
 def read(split: Split, side: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Images (N, 3, S, S) uint8 and labels of a split, or of its first rows."""
     n = min(limit or len(split), len(split))
-    images = torch.from_numpy(read_images(split, list(range(n)), side, "crop")[0])
+    images = read_images(split, list(range(n)), side, "crop")[0]
     return images, torch.from_numpy(split.labels[:n]).long()
 
 
@@ -170,44 +172,47 @@ def main() -> None:
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--fashion_mnist", required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--test_images", type=int, default=1000)
+    parser.add_argument("--test_images", type=int, default=500)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
 
-    def add(anchor: str, data: str, n: int, mirrors: str, values: list[float], test_images: int, beside: str) -> None:
+    def add(
+        anchor: str, data: str, n: int, mirrors: str, values: list[float], test_images: int, expected: object
+    ) -> None:
         spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        row = {"anchor": anchor, "data": data, "n": n, "mirrors": mirrors, "seeds": len(values)}
+        row: dict[str, object] = {"anchor": anchor, "data": data, "n": n, "mirrors": mirrors, "seeds": len(values)}
         row |= {"test_images": test_images, "accuracy": f"{100 * statistics.mean(values):.2f}", "std": spread}
-        rows.append(row | {"expected": beside})
+        rows.append(row | {"expected": expected})
         print(", ".join(f"{k} {v}" for k, v in rows[-1].items() if v != ""), flush=True)
+        if args.csv:
+            with open(args.csv, "w", newline="") as f:
+                command = f"python pipelines/frepo_anchors.py --seeds {args.seeds} --test_images {args.test_images}"
+                f.write(f"# {command} --cifar10 DIR --fashion_mnist DIR, torch {torch.__version__}\n")
+                writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
 
-    cifar = load_source(args.cifar10)
-    train = read(cifar.train, 32)
-    whitening = fit_whitening(train[0])
-    test = read(cifar.test, 32, args.test_images)
-    by_seed = []
-    for seed in range(args.seeds):
-        by_seed.append(random_feature_accuracies(train, test, whitening, seed))
-        print(f"random network {seed + 1} of {args.seeds} done", file=sys.stderr)
-    for key, expected in {**dict.fromkeys(by_seed[0], ""), **EXPECTED}.items():
-        values = [f[key] for f in by_seed]
-        add("random features", "cifar10", key[0], "yes" if key[1] else "no", values, len(test[1]), str(expected))
     for name, path, side in (("fashion-mnist", args.fashion_mnist, 28), ("cifar10", args.cifar10, 32)):
         source = load_source(path)
         train, test = read(source.train, side), read(source.test, side)
         found = linear_anchor(train, test)
-        note = str(PUBLISHED.get(name, ""))
+        expected = PUBLISHED.get(name, "")
         kind = f"linear, all images, penalty {found['penalty']:g}"
-        add(kind, name, len(train[1]), "no", [found["full"]], len(test[1]), note)
-        add("linear, one learned image per class", name, 10, "no", [found["learned"]], len(test[1]), note)
-    if args.csv:
-        with open(args.csv, "w", newline="") as f:
-            command = f"python pipelines/frepo_anchors.py --seeds {args.seeds} --test_images {args.test_images}"
-            f.write(f"# {command} --cifar10 DIR --fashion_mnist DIR, torch {torch.__version__}\n")
-            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        add(kind, name, len(train[1]), "no", [found["full"]], len(test[1]), expected)
+        add("linear, one learned image per class", name, 10, "no", [found["learned"]], len(test[1]), expected)
+    whitening = fit_whitening(train[0])
+    few = (test[0][: args.test_images], test[1][: args.test_images])
+    by_seed = []
+    for seed in range(args.seeds):
+        by_seed.append(random_feature_accuracies(train, few, whitening, seed))
+        shown = {f"{n}{' mirrored' if m else ''}": a for (n, m), a in by_seed[-1].items()}
+        print(f"random network {seed + 1} of {args.seeds}: {shown}", file=sys.stderr)
+    for n, mirrors in by_seed[0]:
+        values = [found[n, mirrors] for found in by_seed]
+        add(
+            "random features", name, n, "yes" if mirrors else "no", values, len(few[1]), EXPECTED.get((n, mirrors), "")
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def test_one_learned_digit_per_class_is_as_good_as_all_digits(anchors: ModuleTyp
 def test_learned_images_give_the_weights_of_all_data(anchors: ModuleType) -> None:
     (images, labels), _ = digits()
     x = anchors.linear_features(images, anchors.fit_whitening(images, zca=False))
-    full, learned = anchors.learn_linear(x, labels, 10, 1e-2, steps=300)
+    moments = anchors.second_moments(x, labels, 10) / len(x)
+    full, learned = anchors.ridge_weights(moments, 10, 1e-2), anchors.learn_linear(moments, 10, 1e-2, steps=300)
     expected = anchors.centered_targets(labels, 10).double()
     explicit = torch.linalg.solve(
         x.T @ x + 1e-2 * len(x) * (x.square().mean()) * torch.eye(64, dtype=x.dtype), x.T @ expected
