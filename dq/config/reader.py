@@ -40,7 +40,10 @@ LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("r_bn", "first_bn_weight", "class_weight", "proximity", "ramp", "recovery_lr"), (0, True)),
     **dict.fromkeys(("retrieve_complexity", "recovery_epochs"), (0, True)),
     **dict.fromkeys(("bn_share", "weight"), (0, False)),
-    **dict.fromkeys(("min_classes", "retrieve_pool", "size", "statistics_images"), (1, True)),
+    **dict.fromkeys(("min_classes", "retrieve_pool", "size", "statistics_images", "runs", "score_epoch"), (1, True)),
+    **dict.fromkeys(("keep_per_ipc", "keep_share"), (0, True)),
+    "cad_window": (2, True),
+    "outside_weight": (0, False),
 }
 
 

@@ -1,0 +1,355 @@
+"""Difficulty of train images: scores of short runs of an agent network, and the order of every class by them.
+
+A run trains the agent by the loop that trains students and teachers and looks at all train images after every epoch,
+without augmentation, in evaluation mode. One pass gives all scores: EL2N, last-layer GraNd, uncertainty and loss after
+the last epoch, forgetting and CAD from all of them. Larger is harder. A score is the mean over runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dq.config.pruning import DifficultyConfig
+from dq.config.reader import to_dict
+from dq.config.students import EvaluateConfig, StudentConfig
+from dq.core.devices import resolve_dtype
+from dq.core.errors import InputError
+from dq.core.files import is_done, read_json, read_tensors, write_tensors
+from dq.core.progress import progress, unit_done
+from dq.core.seeds import derive_seed, digest_of
+from dq.data.image_cache import write_manifest
+from dq.data.source import ImageSource
+from dq.networks.real_data import RealData, load_real_data
+from dq.networks.teacher import evaluation_mode, head_inputs
+from dq.networks.training import Pixels, fit
+
+log = logging.getLogger("dq")
+
+WINDOWS = 2  # of CAD that are averaged, the last ones
+BATCH = 500  # images that are scored at once
+
+
+# --- scores of one run --------------------------------------------------------------------------------------------
+
+
+def el2n(logits: Tensor, labels: Tensor) -> Tensor:
+    """|softmax(logits) - onehot(label)|_2 of each image, (n,) (Paul et al. 2021, arXiv 2107.07075).
+
+    Args:
+        logits: (n, C).
+        labels: (n,) int64.
+    """
+    return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
+
+
+def grand_last(logits: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+    """Norm of the gradient of the cross-entropy by weight and bias of the last linear layer, (n,): EL2N times
+    sqrt(1 + |h|^2) for features h (n, D). What DeepCore calls GraNd, and what the released index files of PAD hold."""
+    return el2n(logits, labels) * (1 + features.square().sum(1)).sqrt()
+
+
+def forgetting(correct: Tensor) -> Tensor:
+    """Forgetting events of each image, (n,) float32: epochs after which it is classified wrongly and before which it
+    was not; the number of epochs E for one that was never right (Toneva et al. 2019, arXiv 1812.05159).
+
+    Counted after every epoch, and not, as in the paper, each time that an image is in a batch.
+
+    Args:
+        correct: (E, n) bool, epochs in order.
+    """
+    events = (correct[:-1] & ~correct[1:]).sum(0)
+    return torch.where(correct.any(0), events, len(correct)).float()
+
+
+def cad(probabilities: Tensor, window: int) -> Tensor:
+    """Deviation of the probability of the class within windows of epochs, averaged over the last two windows, (n,).
+
+        U_k = std of p_k, ..., p_(k + J - 1);  CAD = (U_(E - J) + U_(E - J + 1)) / 2
+
+    with the population's std and the last epoch E. A run without two windows has shorter ones, J = E - 1, and one of
+    two epochs has the single window of both.
+
+    Args:
+        probabilities: (E, n) of each image's own class, epochs in order, E >= 2.
+        window: J, at least 2.
+    """
+    epochs = len(probabilities)
+    J = max(2, min(window, epochs - WINDOWS + 1))
+    deviations = probabilities.unfold(0, J, 1).std(-1, correction=0)  # (E - J + 1, n)
+    return deviations[-WINDOWS:].mean(0)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The images after one epoch."""
+
+    probability: Tensor  # (n,) float32, of the own class
+    correct: Tensor  # (n,) bool
+    last: dict[str, Tensor]  # scores that look at one epoch; of the last epoch only
+
+
+@torch.no_grad()
+def _measure(net: nn.Module, images: Tensor, labels: Tensor, *, pixels: Pixels, half: bool, is_last: bool) -> Epoch:
+    found: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    with evaluation_mode(net), head_inputs(net, wanted=is_last) as seen:
+        for x, y in zip(images.split(BATCH), labels.split(BATCH)):
+            seen.clear()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+                logits = net(pixels(x))
+            logits = logits.float()
+            p = logits.softmax(1)
+            last = {}
+            if is_last:
+                last = {
+                    "el2n": el2n(logits, y),
+                    "grand_last": grand_last(logits, y, seen[-1].flatten(1).float()),
+                    "uncertainty": torch.special.entr(p).sum(1),  # entropy of the prediction
+                    "loss": F.cross_entropy(logits, y, reduction="none"),
+                }
+            found.append((p.gather(1, y[:, None])[:, 0], logits.argmax(1) == y, last))
+    last = {name: torch.cat([f[2][name] for f in found]).cpu() for name in found[0][2]}
+    return Epoch(torch.cat([f[0] for f in found]).cpu(), torch.cat([f[1] for f in found]).cpu(), last)
+
+
+def score_run(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    recipe: StudentConfig,
+    pixels: Pixels,
+    seed: int,
+    cad_window: int,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train the agent on images (n, 3, S, S) and score them: every score that the run allows, (n,) float32 each."""
+    epochs: list[Epoch] = []
+    half = resolve_dtype(recipe.dtype, images.device, "training") == "bfloat16"
+
+    def look(net: nn.Module, epoch: int) -> float:
+        last = epoch == recipe.epochs
+        epochs.append(_measure(net, images, labels, pixels=pixels, half=half, is_last=last))
+        return 0.0
+
+    # fit looks after every epoch; `tests` says so without setting validation images aside
+    every = dataclasses.replace(recipe, tests=recipe.epochs)
+    options: dict[str, Any] = {"num_classes": num_classes, "config": every, "pixels": pixels, "seed": seed}
+    fit(images, labels, **options, look=look, on_epoch=on_epoch)
+    correct = torch.stack([e.correct for e in epochs])
+    scores = {**epochs[-1].last, "forgetting": forgetting(correct)}
+    if len(epochs) > 1:
+        scores["cad"] = cad(torch.stack([e.probability for e in epochs]), cad_window)
+    return scores
+
+
+# --- scores of several runs, on disk ------------------------------------------------------------------------------
+
+
+def difficulty_recipe(settings: DifficultyConfig) -> StudentConfig:
+    """The settings of a run as those of a student. The learning rate stays constant, as it is at the beginning of any
+    schedule."""
+    return StudentConfig(
+        net=settings.net,
+        labels="hard",
+        epochs=settings.trained_epochs,
+        batch_size=settings.batch_size,
+        optimizer="sgd",
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        schedule="constant",
+        augment=settings.augment,
+        dtype=settings.dtype,
+    )
+
+
+@dataclass(frozen=True)
+class DifficultyCache:
+    """A folder of scores, one file per run. The number of runs is no part of its identity: more of them are added."""
+
+    folder: Path
+    key: str  # digest of all that decides a run's scores beside its number
+
+    def path(self, run: int) -> Path:
+        return self.folder / f"run-{run:03d}.safetensors"
+
+    def missing(self, runs: int) -> list[int]:
+        """Runs below `runs` that are still to be made; a damaged file is removed."""
+        return [r for r in range(runs) if not is_done(self.path(r))]
+
+    def runs(self, score: str, runs: int) -> tuple[Tensor, Tensor]:
+        """Scores (runs, n) float32 of the first `runs` runs, and the rows (n,) int64 of train that they are of.
+
+        Raises:
+            InputError: if runs are missing, or have no such score.
+        """
+        if missing := self.missing(runs):
+            raise InputError(
+                f"{self.folder} lacks {len(missing)} of {runs} runs of difficulty scores; run `dq prune` first"
+            )
+        tensors = [read_tensors(self.path(r))[0] for r in range(runs)]
+        if any(score not in t for t in tensors):
+            raise InputError(f"the runs in {self.folder} are of one epoch and have no score {score!r}; choose another")
+        return torch.stack([t[score] for t in tensors]), tensors[0]["rows"]
+
+    def orders(self, source: ImageSource, score: str, runs: int) -> list[Tensor]:
+        """Rows (n_c,) int64 of train of every class, from easy to hard; see `easy_to_hard`."""
+        scores, rows = self.runs(score, runs)
+        labels = torch.from_numpy(source.train.labels)[rows]
+        return [rows[order] for order in easy_to_hard(scores.mean(0), labels, len(source.class_names))]
+
+
+def difficulty_identity(source: ImageSource, image_size: int, settings: DifficultyConfig) -> dict[str, Any]:
+    """What decides the scores of a run beside its number."""
+    return {
+        "data": source.fingerprint,
+        "image_size": image_size,
+        "preprocess": source.preprocess,
+        "on_bad_image": "raise",  # decides whether there is a result, never which
+        "recipe": to_dict(difficulty_recipe(settings)),
+        "cad_window": settings.cad_window,
+        "seed": settings.seed,
+    }
+
+
+def find_difficulty(
+    cache_dir: str | Path, source: ImageSource, image_size: int, settings: DifficultyConfig
+) -> DifficultyCache:
+    """The scores of these data and settings, or those of the folder that `settings.path` names. Nothing is written.
+
+    Raises:
+        InputError: if the folder named holds no scores, or those of other images.
+    """
+    if settings.path is None:
+        key = digest_of(difficulty_identity(source, image_size, settings))
+        return DifficultyCache(Path(cache_dir) / f"difficulty-{key}", key)
+    folder = Path(settings.path)
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"prune.path={folder} holds no difficulty scores; name a folder difficulty-... of a cache")
+    facts = {k: v for k, v in read_json(folder / "manifest.json").items() if k not in ("origin", "classes")}
+    if facts.get("data") != source.fingerprint:
+        raise InputError(
+            f"the difficulty scores in {folder} are of other images (fingerprint {facts.get('data')}, these have "
+            f"{source.fingerprint}); leave prune.path out, or name scores of these images"
+        )
+    return DifficultyCache(folder, digest_of(facts))
+
+
+def make_difficulty(
+    cache_dir: str | Path,
+    source: ImageSource,
+    image_size: int,
+    settings: DifficultyConfig,
+    *,
+    device: torch.device,
+    mine: Callable[[list[float]], list[int]] | None = None,
+    main: bool = True,
+) -> DifficultyCache:
+    """Make the runs that the cache lacks. A finished run is kept, so that a killed call goes on with the next one.
+
+    The agent learns from all train images, since all of them are to be scored: the scores of images that it has not
+    seen would not compare. All train images are held in memory.
+
+    Args:
+        mine: picks from the costs of all runs those that this process makes; None: all.
+
+    Raises:
+        InputError: if the network does not fit the images, or `settings.path` lacks runs.
+    """
+    cache = find_difficulty(cache_dir, source, image_size, settings)
+    missing = cache.missing(settings.runs)
+    if not missing:
+        return cache
+    if settings.path is not None:
+        raise InputError(
+            f"{cache.folder} has {settings.runs - len(missing)} of {settings.runs} runs; lower prune.runs, or leave "
+            "prune.path out"
+        )
+    identity = difficulty_identity(source, image_size, settings)
+    write_manifest(cache.folder, {**identity, "origin": source.origin, "classes": list(source.class_names)})
+    own = mine([1.0] * settings.runs) if mine else range(settings.runs)
+    todo = [run for run in own if run in missing]
+    if not todo:
+        return cache
+    recipe = difficulty_recipe(settings)
+    data = _train_images(source, image_size, recipe, Path(cache_dir), device)
+    images, rows = _readable(data)
+    labels = torch.from_numpy(source.train.labels)[rows].to(device)
+    images, pixels = images.to(device), data.pixels(recipe)
+    with progress([], desc="prune", total=len(todo) * recipe.epochs, unit="epoch", main=main) as bar:
+        for run in todo:
+
+            def show(epoch: int, loss: float, run: int = run) -> None:
+                bar.update(1)
+                bar.set_postfix(run=run, loss=f"{loss:.3f}")
+
+            scores = score_run(
+                images,
+                labels,
+                num_classes=data.classes,
+                recipe=recipe,
+                pixels=pixels,
+                seed=derive_seed(settings.seed, "difficulty", run),
+                cad_window=settings.cad_window,
+                on_epoch=show,
+            )
+            write_tensors(cache.path(run), {**scores, "rows": rows}, {"run": run})
+            unit_done("prune", cache.path(run).name, bar.format_dict["elapsed"], images=len(rows))
+    return cache
+
+
+def _train_images(
+    source: ImageSource, image_size: int, recipe: StudentConfig, cache_dir: Path, device: torch.device
+) -> RealData:
+    options: dict[str, Any] = {"image_size": image_size, "cache_dir": cache_dir, "teachers": (), "device": device}
+    return load_real_data(source, EvaluateConfig(baselines=()), [recipe], **options)
+
+
+def _readable(data: RealData) -> tuple[Tensor, Tensor]:
+    """All train images that can be read, and their rows (n,) int64."""
+    # with rows for labels, which are given back for the images that could be read
+    split = dataclasses.replace(data.source.train, labels=np.arange(len(data.source.train)))
+    return data.read(split, np.arange(len(split)))
+
+
+# --- orders -------------------------------------------------------------------------------------------------------
+
+
+def easy_to_hard(scores: Tensor, labels: Tensor, classes: int) -> list[Tensor]:
+    """Positions (n_c,) int64 of the images of every class, the easiest (least score) first; ties go by position.
+
+    Args:
+        scores: (n,) difficulty.
+        labels: (n,) int64.
+    """
+    positions = [(labels == c).nonzero()[:, 0] for c in range(classes)]
+    return [p[scores[p].argsort(stable=True)] for p in positions]
+
+
+def rank_agreement(scores: Tensor, labels: Tensor) -> float:
+    """Mean Spearman correlation within classes between the scores of two runs, over all pairs and classes; NaN if no
+    class has scores that differ.
+
+    Args:
+        scores: (R, n), of R >= 2 runs or means of runs.
+        labels: (n,) int64.
+    """
+    from scipy.stats import spearmanr
+
+    values: list[float] = []
+    for c in labels.unique().tolist():
+        own = scores[:, labels == c].double().numpy()
+        varied = [x for x in own if np.ptp(x) > 0]  # ranks of equal scores correlate with nothing
+        values += [float(spearmanr(a, b).statistic) for a, b in itertools.combinations(varied, 2)]
+    return float(np.mean(values)) if values else float("nan")
