@@ -24,6 +24,7 @@ _HOME = {
     "MethodConfig": "dq.config.schema",
     "GenerateConfig": "dq.config.schema",
     "ClusterConfig": "dq.config.schema",
+    "PruneConfig": "dq.config.pruning",
     "FADRM": "dq.config.refinement",
     "FRePo": "dq.config.refinement",
     "Trajectory": "dq.config.trajectories",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from dq.cluster.kmeans import kmeans
     from dq.cluster.prototypes import Prototypes, image_weights
     from dq.config.protocols import list_protocols, student_config
+    from dq.config.pruning import PruneConfig
     from dq.config.refinement import FADRM, FRePo, Teddy
     from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
     from dq.config.students import StudentConfig
@@ -85,6 +87,7 @@ __all__ = [
     "LatentGenerator",
     "MethodConfig",
     "Prototypes",
+    "PruneConfig",
     "RunConfig",
     "RunError",
     "StudentConfig",

@@ -75,10 +75,12 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
             from dq.run.checks import check_counts
             from dq.run.folder import check_folder, check_methods, settle_dtypes
             from dq.run.stages.evaluate import check_evaluation
+            from dq.run.stages.prune import check_pruning
 
             check_methods(config)
             check_folder(settle_dtypes(config, source, accelerator)[0], source)
             check_counts(config, source)
+            check_pruning(config, source)
             check_evaluation(config, source)
             return Checked(unknown=["the prior is not trained yet"])
     verb = "run" if args.verb == "demo" else args.verb

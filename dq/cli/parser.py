@@ -24,8 +24,9 @@ NO_CONFIG = (
 )  # need no --config
 
 VERBS = {
-    "run": "all stages: encode, cluster, generate, refine, label, evaluate, report",
+    "run": "all stages: encode, prune, cluster, generate, refine, label, evaluate, report",
     "encode": "encode the images of every class into the latent cache",
+    "prune": "score the difficulty of the train images, and say how many of a class each policy keeps",
     "cluster": "quantize every class: prototypes and their masses",
     "generate": "draw the prototypes as images",
     "refine": "put the drawn images through the stages of refinement: FADRM, Teddy, FRePo, trajectories",
@@ -45,13 +46,17 @@ VERBS = {
 }
 
 
+EXAMPLES = {"prune": "dq prune --config configs/cifar10_prune.yaml --ipc 1,10 --set prune.score=forgetting"}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser; every verb takes the same options."""
     parser = argparse.ArgumentParser(prog="dq", description="Dataset distillation by optimal quantization.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for verb, text in VERBS.items():
-        p = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
+        example = f"example: {EXAMPLES[verb]}" if verb in EXAMPLES else None
+        p = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".", epilog=example)
         if verb == "demo":
             p.set_defaults(config="demo")
         else:

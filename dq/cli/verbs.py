@@ -172,6 +172,7 @@ def run_verb(
     from dq.run.stages.evaluate import evaluate_run, label_run
     from dq.run.stages.generate import generate
     from dq.run.stages.label import label
+    from dq.run.stages.prune import kept_text, prune
     from dq.run.stages.refine import refine
 
     if pipe is None and verb in ENCODES:
@@ -180,9 +181,10 @@ def run_verb(
     config = run.config
     start_trackers(accelerator, config.report_to, to_dict(config), run.folder)
     do = lambda *names: verb in (*names, "run")  # noqa: E731
-    whole = ("encode", "cluster", "generate", "refine", "label", "evaluate", "report")
+    whole = ("encode", "prune", "cluster", "generate", "refine", "label", "evaluate", "report")
     needed = {"generate": ("generate", "refine", "label"), "refine": ("refine", "label")}.get(verb, (verb,))
     idle = {"evaluate": not config.evaluate.students, "refine": not any(stages_of(config, m) for m in config.methods)}
+    idle["prune"] = verb == "run" and not any(run.resolved(m).prune.active for m in config.methods)
     names = [n for n in (whole if verb == "run" else needed) if not idle.get(n)]
     known = expected_seconds(config, source, accelerator.num_processes, Speeds.load(speeds)) if speeds else {}
     way = StageTimer(names, known)
@@ -190,6 +192,11 @@ def run_verb(
     if do("encode") and pipe is not None:
         with way.stage("encode"):
             encode(run, pipe.vae)
+    if do("prune") and not idle["prune"]:
+        with way.stage("prune"):
+            prune(run, always=verb == "prune")
+        if run.main and verb == "prune":
+            print(kept_text(config, run.source))
     if do("cluster"):
         with way.stage("cluster"):
             cluster(run, cache_of(run))
@@ -261,6 +268,7 @@ def _print_paths(verb: str, folder: Path) -> None:
         "refine": ("dataset",),
         "report": ("report.html",),
         "cluster": ("prototypes",),
+        "prune": ("pruning.csv",),
     }
     for name in wanted.get(verb, ("config.yaml",)):
         print(folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dq.cluster.inputs import as_points, as_rows, as_tensor
+from dq.cluster.inputs import as_points, as_rows, as_tensor, as_weights
 from dq.cluster.kmeans import Clustering
 from dq.cluster.lloyd import cell_sums, squared_distances
 from dq.core.errors import InputError
@@ -72,10 +73,11 @@ class Prototypes:
     medoids: Tensor  # (K, C, h, w) float32, the member of the cell nearest to its centroid
     medoid_rows: Tensor  # (K,) int64, the rows of the source that the medoids are
     stats: dict[str, Any]  # see `quantization_stats` and `latent_stats`
+    masses: Tensor | None = None  # (K,) float64, weights of the images of each cell; None: every image weighs 1
 
     def weights(self, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
         """Training weights, (K,) float32; see `image_weights`."""
-        return image_weights(self.counts, kind, normalize)
+        return image_weights(self.counts if self.masses is None else self.masses, kind, normalize)
 
     def points(
         self, representative: Literal["centroid", "medoid", "real"], *, rescale: Literal["none", "norm"] = "none"
@@ -115,7 +117,7 @@ class Prototypes:
             "sse": self.sse,
             "medoids": self.medoids,
             "medoid_rows": self.medoid_rows,
-        }
+        } | ({} if self.masses is None else {"masses": self.masses})
         write_tensors(path, tensors, {"label": self.label, "name": self.name, "stats": self.stats})
 
     @staticmethod
@@ -133,6 +135,7 @@ def make_prototypes(
     stats: dict[str, Any],
     *,
     points: Any = None,
+    weights: Any = None,
 ) -> Prototypes:
     """Prototypes from a clustering of latents (n, C, h, w) that are the images `rows` of the source.
 
@@ -142,6 +145,7 @@ def make_prototypes(
     Args:
         points: (n, d), the same images in the space in which `result` is; None: the latents. Given, the centroids of
             `result` are no latents, and the means of the cells' latents stand in for them.
+        weights: (n,) those of the clustering; None: there were none.
 
     Raises:
         InputError: if latents, rows, points and the clustering are not of one number of images.
@@ -158,7 +162,7 @@ def make_prototypes(
     order = distance.argsort(stable=True)
     by_cell = order[result.labels[order].argsort(stable=True)]  # cell after cell, nearest first
     first = by_cell[torch.cat([result.counts.new_zeros(1), result.counts.cumsum(0)[:-1]])]
-    centroids = result.centroids if points is None else cell_means(z, result.labels, k)
+    centroids = result.centroids if points is None else cell_means(z, result.labels, k, weights)
     return Prototypes(
         label=label,
         name=name,
@@ -168,11 +172,29 @@ def make_prototypes(
         medoids=latents[first].float().cpu(),
         medoid_rows=rows[first.cpu()],
         stats=stats,
+        masses=None if weights is None else result.masses.cpu(),
     )
 
 
-def cell_means(x: Any, labels: Any, k: int) -> Tensor:
+def select_clusters(result: Clustering, keep: Tensor, *, asked: int) -> tuple[Clustering, Tensor]:
+    """The clusters `keep` (K',) int64, ascending, as a clustering of the points that they own; and which of the points
+    (n,) bool these are."""
+    at = keep.to(result.labels.device)
+    renumber = torch.full_like(result.counts, -1)
+    renumber[at] = torch.arange(len(at), device=at.device)
+    labels = renumber[result.labels]
+    members = labels >= 0
+    parts = {name: getattr(result, name)[at] for name in ("centroids", "counts", "masses", "sse")}
+    companion = None if result.companion is None else result.companion[at.cpu()]
+    kept = dataclasses.replace(result, **parts, labels=labels[members], asked=asked, companion=companion)
+    return kept, members
+
+
+def cell_means(x: Any, labels: Any, k: int, weights: Any = None) -> Tensor:
     """Mean (k, d) of the points x (n, d) of each of k cells, none of which is empty.
+
+    Args:
+        weights: (n,) of the points, not negative; None: 1 each.
 
     Raises:
         InputError: if a cell is empty, or labels are not (n,) whole numbers below k.
@@ -182,7 +204,8 @@ def cell_means(x: Any, labels: Any, k: int) -> Tensor:
     if int(labels.unique().numel()) != k:
         raise InputError(f"only {labels.unique().numel()} of {k} cells have points; number the cells without gaps")
     shift = x.mean(0)
-    sums, mass = cell_sums((x - shift)[None], labels[None], x.new_ones(1, len(x)), k)
+    w = x.new_ones(1, len(x)) if weights is None else as_weights(weights, len(x), "weights of x").to(x)[None]
+    sums, mass = cell_sums((x - shift)[None], labels[None], w, k)
     return sums[0] / mass[0, :, None] + shift
 
 

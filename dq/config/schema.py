@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from dq.config.prior import PriorConfig, PriorReportConfig
+from dq.config.pruning import PruneConfig
 from dq.config.reader import Checked, from_dict
 from dq.config.refinement import RefineConfig
 from dq.config.students import Dtype, EvaluateConfig
@@ -127,7 +128,7 @@ class GenerateConfig(Checked):
 @dataclass(frozen=True)
 class MethodConfig(Checked):
     """One way to make a set: which points, which representative, which weights. `override` changes settings of
-    `cluster` or `generate` for this method alone."""
+    `prune`, `cluster` or `generate` for this method alone."""
 
     representative: Literal["centroid", "medoid", "real"] = "centroid"
     weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
@@ -160,6 +161,7 @@ class RunConfig(Checked):
     source: SourceConfig = SourceConfig()
     codec: CodecConfig = CodecConfig()
     ipc: tuple[int, ...] = (10,)
+    prune: PruneConfig = PruneConfig()
     cluster: ClusterConfig = ClusterConfig()
     generate: GenerateConfig = GenerateConfig()
     refine: tuple[RefineConfig, ...] = ()  # stages that change the drawn images, in this order

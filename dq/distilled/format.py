@@ -23,7 +23,8 @@ GRID = "grid.png"
 SHARDS = "train-*-of-*.parquet"
 DIGEST_BYTES = 16
 GRID_CLASSES, GRID_COLUMNS = 20, 10
-SECTIONS = ("source", "method", "cluster", "generate", "codec", "labels", "licences", "selection")  # of a record
+# of a record
+SECTIONS = ("source", "method", "prune", "cluster", "generate", "codec", "labels", "licences", "selection")
 # those that a card reads entries of, and the entry that text in their place stands for
 NAMED = {"source": "origin", "method": "name", "generate": "mode", "codec": "path", "labels": "by", "licences": None}
 

@@ -17,6 +17,7 @@ from dq.refine.registry import method_of
 from dq.run.folder import check_folder, check_methods, resolved_method, settle_dtypes
 from dq.run.refinement import check_codec_path, experts_of, needs_codec, planned, stages_of
 from dq.run.stages.evaluate import check_evaluation
+from dq.run.stages.prune import check_pruning
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dq")
 
 ENCODES = ("run", "encode", "generate")  # verbs that load the generator
-CLUSTERS = ("run", "encode", "cluster", "generate")  # verbs that cluster, or whose images are clustered
+CLUSTERS = ("run", "encode", "prune", "cluster", "generate")  # verbs that cluster, or whose images are clustered
 LABELS = ("run", "label", "evaluate")
 REFINES = ("run", "generate", "refine")
 
@@ -73,6 +74,7 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
     check_folder(config, source)
     if verb in CLUSTERS:
         check_counts(config, source)
+        check_pruning(config, source, always=verb == "prune")
     if verb in REFINES:
         for method in config.methods:
             planned(config, method, source.class_counts().tolist())
@@ -93,7 +95,7 @@ def check_counts(config: RunConfig, source: ImageSource) -> None:
 
     ipc = max(config.ipc)
     for method in config.methods:
-        cluster = resolved_method(config, method)[1]
+        cluster = resolved_method(config, method).cluster
         small = (source.class_counts() < ipc).nonzero()[0].tolist() if cluster.on_small == "raise" else []
         if small:
             name, images = source.class_names[small[0]], int(source.class_counts()[small[0]])
@@ -115,9 +117,9 @@ def check_generation(config: RunConfig, source: ImageSource, pipe: LatentGenerat
         check_image_codec(pipe.vae)
     latent_shape(pipe.vae, config.codec.resolution)
     for method in config.methods:
-        how, _, generate = resolved_method(config, method)
-        if how.representative != "real":  # these need no generator
-            pipe.check_inputs(generate, config.codec.resolution, source.class_names)
+        resolved = resolved_method(config, method)
+        if resolved.method.representative != "real":  # these need no generator
+            pipe.check_inputs(resolved.generate, config.codec.resolution, source.class_names)
 
 
 def open_generator(config: RunConfig, *, fetch: bool) -> tuple[LatentGenerator | None, list[str]]:
@@ -170,6 +172,7 @@ def check_plan(
     that are not on this machine are left out of the plan."""
     check_methods(config)
     check_counts(config, source)
+    check_pruning(config, source)
     wanted: Sequence[Any] = [p for p in (config.codec.path, config.generate.model) if p is not None]
     missing = next((p for p in wanted if not Path(p).is_dir()), None)
     if missing is not None:

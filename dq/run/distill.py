@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dq.config.pruning import PruneConfig
 from dq.config.refinement import RefineConfig
 from dq.config.schema import ClusterConfig, GenerateConfig, HubConfig, MethodConfig, RunConfig
 from dq.config.teachers import TeacherConfig
@@ -27,6 +28,7 @@ from dq.run.stages.cluster import cluster as cluster_classes
 from dq.run.stages.encode import encode
 from dq.run.stages.generate import generate as generate_images
 from dq.run.stages.label import label
+from dq.run.stages.prune import prune as prune_images
 from dq.run.stages.refine import refine as refine_images
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class DistillPipeline(LatentGenerator):
         seed: int = 0,
         resolution: int | None = None,
         image_size: int | None = None,
+        prune: PruneConfig | None = None,
         cluster: ClusterConfig | None = None,
         generate: GenerateConfig | None = None,
         method: MethodConfig | None = None,
@@ -81,7 +84,7 @@ class DistillPipeline(LatentGenerator):
         config: RunConfig | None = None,
         accelerator: Accelerator | None = None,
     ) -> DistilledSet:
-        """Distill `source` to `ipc` images per class: encode, cluster, generate, refine, label, assemble.
+        """Distill `source` to `ipc` images per class: encode, prune, cluster, generate, refine, label, assemble.
 
         Args:
             source: anything that `load_source` takes.
@@ -90,6 +93,7 @@ class DistillPipeline(LatentGenerator):
             resolution: side in px at which the codec sees the images; None: what the denoiser was made for, else that
                 of `config`.
             image_size: side in px of the distilled images; None: `resolution`.
+            prune: which images of a class are quantized, by their difficulty; None: that of `config`.
             cluster: how a class is quantized; None: that of `config`.
             generate: how points become images; None: that of `config`, whose default is the mode of this model.
             method: representative and weights of the prototypes; None: the first of `config`.
@@ -106,6 +110,7 @@ class DistillPipeline(LatentGenerator):
             RunError: if a stage fails.
         """
         for name, value, kind in (
+            ("prune", prune, PruneConfig),
             ("cluster", cluster, ClusterConfig),
             ("generate", generate, GenerateConfig),
             ("method", method, MethodConfig),
@@ -142,6 +147,7 @@ class DistillPipeline(LatentGenerator):
                 on_bad_image=data.on_bad_image,
             ),
             codec=dataclasses.replace(base.codec, resolution=side),
+            prune=prune or base.prune,
             cluster=cluster or base.cluster,
             generate=drawing,
             teachers=base.teachers if teachers is None else teachers,
@@ -160,6 +166,8 @@ class DistillPipeline(LatentGenerator):
         with locked(settings.output_dir, accelerator):
             run = open_run(settings, data, accelerator, loaded)
             cache = encode(run, self.vae)
+            if run.resolved(name).prune.active:
+                prune_images(run)
             cluster_classes(run, cache)
             generate_images(run, self, cache)
             refine_images(run, self.vae)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 
 from dq.config.dtypes import Dtypes, folder_dtypes, note_slow, record_dtypes, resolve_dtypes
 from dq.config.overrides import apply_settings
+from dq.config.pruning import PruneConfig
 from dq.config.reader import dump_config, to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
 from dq.config.students import Baseline
@@ -37,6 +38,16 @@ IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teachers")
 SPEED = ("batch_size", "path", "model", "on_bad_image", "on_small")
 # ... and of which these decide nothing before there is a folder of their results
 LATER = {"cluster": "prototypes", "generate": "images"}
+OVERRIDABLE = ("prune", "cluster", "generate")  # sections of which a method may have settings of its own
+
+
+class ResolvedMethod(NamedTuple):
+    """A method with the settings of pruning, clustering and generation that hold for it."""
+
+    method: MethodConfig
+    cluster: ClusterConfig
+    generate: GenerateConfig
+    prune: PruneConfig
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ class Run:
         """Indices of the units that this process works on."""
         return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
 
-    def resolved(self, method: str) -> tuple[MethodConfig, ClusterConfig, GenerateConfig]:
-        """A method with the clustering and generation settings that hold for it."""
+    def resolved(self, method: str) -> ResolvedMethod:
+        """A method with the settings that hold for it."""
         return resolved_method(self.config, method)
 
     def finish(self, stage: str, began: float, **numbers: Any) -> None:
@@ -74,8 +85,8 @@ class Run:
             log.debug("%s: %.1f s", stage, record["seconds"])
 
 
-def resolved_method(config: RunConfig, method: str) -> tuple[MethodConfig, ClusterConfig, GenerateConfig]:
-    """A method with the clustering and generation settings that hold for it.
+def resolved_method(config: RunConfig, method: str) -> ResolvedMethod:
+    """A method with the settings that hold for it.
 
     Raises:
         InputError: for an override of something else.
@@ -83,12 +94,13 @@ def resolved_method(config: RunConfig, method: str) -> tuple[MethodConfig, Clust
     m = config.methods[method]
     override = dict(_flat(m.override))
     for key in override:
-        if key.split(".")[0] not in ("cluster", "generate"):
-            raise InputError(f"methods.{method}.override may set cluster.* and generate.*, not {key!r}")
+        if key.split(".")[0] not in OVERRIDABLE:
+            sections = f"{', '.join(f'{s}.*' for s in OVERRIDABLE[:-1])} and {OVERRIDABLE[-1]}.*"
+            raise InputError(f"methods.{method}.override may set {sections}, not {key!r}")
         if key in ("generate.model", "generate.revision", "generate.dtype"):
             raise InputError(f"methods.{method}.override cannot change {key}: one model draws all methods of a run")
     changed = apply_settings(config, override) if override else config
-    return m, changed.cluster, changed.generate
+    return ResolvedMethod(m, changed.cluster, changed.generate, changed.prune)
 
 
 def copies_of(method: MethodConfig, generate: GenerateConfig) -> int:
@@ -105,7 +117,7 @@ def class_file(folder: Path, label: int) -> Path:
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys of nested settings, so that {cluster: {engine: torch}} changes one value and not the section."""
     for key, value in settings.items():
-        if isinstance(value, dict) and f"{prefix}{key}" in ("cluster", "generate"):
+        if isinstance(value, dict) and f"{prefix}{key}" in OVERRIDABLE:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -164,7 +176,7 @@ def check_methods(config: RunConfig) -> None:
         if name in (*get_args(Baseline), "set"):
             raise InputError(f"the method name {name!r} is that of a baseline; choose another")
     for method in config.methods:
-        space = resolved_method(config, method)[1]
+        space = resolved_method(config, method).cluster
         if space.uses_features and not config.teachers:
             raise InputError(
                 f"method {method!r} has cluster.space={space.space}, which needs a teacher; "

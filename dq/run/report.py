@@ -75,25 +75,26 @@ def write_report(run: Run) -> Path:
     shown = sorted(present, key=lambda p: (p[0] != _shown_ipc(c.ipc), list(c.methods).index(p[1]), p[0]))
     for ipc, method in shown[:8]:
         small = load_set_of_run(run, ipc, method)
-        few = itertools.islice(load_prototypes(run, cache, ipc, run.resolved(method)[1]), MAX_CLASSES)
+        few = itertools.islice(load_prototypes(run, cache, ipc, run.resolved(method)), MAX_CLASSES)
         path = figures / f"grid-ipc{ipc}-{method}.png"
         save_image(set_grid(small, [nearest_images(run, p) for p in few]), path)
         body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{embed(path)}")
     body += _refinement(run)
     body.append("<h2>Quantization</h2>")
-    for ipc, cfg in clusterings(run):
-        points = list(load_prototypes(run, cache, ipc, cfg))
-        name = prototype_folder(run, cache, ipc, cfg).name
-        space = "" if cfg.space == "latents" else f", in the space {cfg.space!r}"
-        title = f"IPC {ipc}, engine {points[0].stats['engine']}{space}"
+    for ipc, resolved in clusterings(run):
+        points = list(load_prototypes(run, cache, ipc, resolved))
+        name = prototype_folder(run, cache, ipc, resolved).name
+        space = "" if resolved.cluster.space == "latents" else f", in the space {resolved.cluster.space!r}"
+        policy = f", pruned by {resolved.prune.policy!r}" if resolved.prune.active else ""
+        title = f"IPC {ipc}, engine {points[0].stats['engine']}{space}{policy}"
         body.append(f"<h3>{html.escape(title)}</h3>{_quantization_table(points)}")
         if ipc > 1:
             path = figures / f"{name}-sizes.png"
             _plot_sizes(points, path)
             body.append(embed(path))
-    ipc, cfg = next(((i, k) for i, k in clusterings(run) if i == _shown_ipc(c.ipc)), clusterings(run)[0])
+    ipc, first = next(((i, r) for i, r in clusterings(run) if i == _shown_ipc(c.ipc)), clusterings(run)[0])
     path = figures / "latents.png"
-    _plot_latents(run, list(load_prototypes(run, cache, ipc, cfg)), path)
+    _plot_latents(run, list(load_prototypes(run, cache, ipc, first)), path)
     body += [f"<h2>Latents and prototypes, IPC {ipc}</h2>", embed(path)]
     body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(c))}</pre>"]
     body += ["<h2>Provenance</h2>", f"<pre>{html.escape((run.folder / 'provenance.json').read_text())}</pre>"]

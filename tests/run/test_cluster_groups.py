@@ -32,7 +32,7 @@ def clustered(out: Path, source, accelerator) -> list[Prototypes]:
     run: Run = open_run(from_dict(RunConfig, data), source, accelerator)
     encode(run, tiny_kl())
     stage.cluster(run, cache_of(run))
-    return list(stage.load_prototypes(run, cache_of(run), 2, run.resolved(next(iter(run.config.methods)))[1]))
+    return list(stage.load_prototypes(run, cache_of(run), 2, run.resolved(next(iter(run.config.methods)))))
 
 
 def test_groups_fill_the_budget_and_no_more() -> None:

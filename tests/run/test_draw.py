@@ -38,8 +38,8 @@ def clustered(out: Path, source: Any, accelerator: Any, pipe: DistillPipeline, c
 
 
 def drawing(run: Run, folder: Path) -> Draw:
-    m, cluster, cfg = run.resolved("ddoq")
-    return Draw(run, folder, prototype_folder(run, cache_of(run), 2, cluster), m, cfg, [])
+    resolved = run.resolved("ddoq")
+    return Draw(run, folder, prototype_folder(run, cache_of(run), 2, resolved), resolved.method, resolved.generate, [])
 
 
 def files(out: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dq.config.pruning import PruneConfig
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
 from dq.core.processes import cut
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 CELL = 2  # bytes of a latent's number in the cache (float16)
 POINT_CELL = 8  # bytes of a prototype's number: centroid and medoid in float32
 ROW = 12  # bytes of a row number and a label beside each latent
+SCORED = 32  # bytes of an image's difficulty scores and its row, of one run
 POINT = 24  # bytes of mass, squared error and row beside each prototype
 
 
@@ -83,14 +85,16 @@ class Asked:
     how: MethodConfig
     cluster: ClusterConfig
     generate: GenerateConfig
+    prune: PruneConfig
     images: int
 
     @property
     def points(self) -> str:
         """Names the prototypes, which several methods may share."""
         from dq.run.stages.cluster import cluster_settings
+        from dq.run.stages.prune import prune_settings
 
-        return digest_of([self.ipc, cluster_settings(self.cluster)])
+        return digest_of([self.ipc, cluster_settings(self.cluster), prune_settings(self.prune)])
 
     @property
     def drawn(self) -> str:
@@ -107,9 +111,9 @@ def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
     found = []
     for ipc in config.ipc:
         for method in config.methods:
-            how, cluster, generate = resolved_method(config, method)
-            images = int(counts.clip(max=ipc).sum()) * copies_of(how, generate)
-            found.append(Asked(ipc, method, how, cluster, generate, images))
+            resolved = resolved_method(config, method)
+            images = int(counts.clip(max=ipc).sum()) * copies_of(resolved.method, resolved.generate)
+            found.append(Asked(ipc, method, *resolved, images))
     return found
 
 
@@ -131,9 +135,15 @@ def stage_plans(
     sets = asked_sets(config, source)
     counts = source.class_counts().tolist()
     cells = latent[0] * latent[1] * latent[2] if latent else None
-    plans = [_encode(counts, cells, processes), _cluster(sets, counts, cells, processes)]
-    plans += [_generate(config, sets, walked, processes), _refine(config, sets, counts, processes)]
-    plans += [_label(config, sets, processes), _evaluate(config, source, sets, processes)]
+    plans = [
+        _encode(counts, cells, processes),
+        _prune(config, counts, processes),
+        _cluster(sets, counts, cells, processes),
+        _generate(config, sets, walked, processes),
+        _refine(config, sets, counts, processes),
+        _label(config, sets, processes),
+        _evaluate(config, source, sets, processes),
+    ]
     return [p for p in plans if p.calls or p.bytes]
 
 
@@ -143,6 +153,29 @@ def _encode(counts: Sequence[int], cells: int | None, processes: int) -> StagePl
     size = None if cells is None else float(n * (cells * CELL + ROW))
     share = busiest(parts, processes)
     return StagePlan("encode", f"{n} images in {len(parts)} parts", {"read": n, "encode": n}, share=share, bytes=size)
+
+
+def _prune(config: RunConfig, counts: Sequence[int], processes: int) -> StagePlan:
+    """Runs of agents, each on all train images, which are scored after every epoch."""
+    from dq.run.stages.prune import scored_settings
+
+    plan = StagePlan("prune", "", bytes=0)
+    n, costs = sum(counts), []
+    for p in scored_settings(config):
+        epochs = p.runs * p.trained_epochs
+        plan.call(agent_operation(p), n * epochs)
+        plan.call(f"test {agent_operation(p)}", n * epochs)
+        plan.each["read"] = plan.each.get("read", 0.0) + n
+        costs += [float(n * p.trained_epochs)] * p.runs
+        plan.bytes = (plan.bytes or 0) + p.runs * n * SCORED
+    plan.units = f"{len(costs)} runs of {n} images"
+    plan.share = busiest(costs, processes)
+    return plan
+
+
+def agent_operation(prune: PruneConfig) -> str:
+    """Names a step of an agent by what decides its cost."""
+    return f"agent {prune.net} {prune.batch_size} {prune.augment} {prune.dtype}"
 
 
 def _cluster(sets: Sequence[Asked], counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:

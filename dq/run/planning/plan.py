@@ -67,6 +67,7 @@ def plan(config: RunConfig, source: ImageSource) -> str:
         f"test split {source.test_name or 'missing'}",
         f"encode      {n} images at {config.codec.resolution} px, in {len(cut(n, least=LEAST, most=MOST))} units",
     ]
+    lines += _plan_pruning(config, counts)
     walked = 0
     if config.generate.mode != "decode":
         g = config.generate
@@ -90,6 +91,24 @@ def plan(config: RunConfig, source: ImageSource) -> str:
     lines += plan_evaluation(config, counts, sizes)
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
     return "\n".join(lines)
+
+
+def _plan_pruning(config: RunConfig, counts: Any) -> list[str]:
+    """Runs of agents, and how many images each policy keeps."""
+    from dq.run.folder import resolved_method
+    from dq.run.stages.prune import kept_counts, scored_settings
+
+    lines = [
+        f"prune       {p.runs} runs of {p.net}, {p.trained_epochs} epochs each, unless the scores are in the cache"
+        for p in scored_settings(config)
+    ]
+    for ipc, name, kept in kept_counts(config, counts):
+        if name.startswith("method "):
+            p = resolved_method(config, name.removeprefix("method ")).prune
+            lines.append(
+                f"prune       {name} ipc {ipc}: {p.policy} ({p.where}) keeps {sum(kept)} of {counts.sum()} images"
+            )
+    return lines
 
 
 def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], counts: list[int]) -> list[str]:

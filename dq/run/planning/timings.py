@@ -26,6 +26,7 @@ from dq.core.seeds import derive_seed, generator
 from dq.run.planning.clock import Speed, random_pixels, timed
 from dq.run.planning.costs import (
     StagePlan,
+    agent_operation,
     asked_sets,
     cluster_operation,
     estimate_lines,
@@ -122,6 +123,7 @@ def measure_speeds(
     except InputError as e:
         unknown.append(f"teachers: {e}")
     found |= dict(_students(config, source, device))
+    found |= dict(_agents(config, source, device))
     return Speeds(found, facts, tuple(unknown))
 
 
@@ -281,27 +283,51 @@ def _teachers(
 def _students(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
     """An image forward and backward, and an image tested, for every student."""
     from dq.evaluation.trainings import students_of
+
+    side, classes = config.image_size, len(source.class_names)
+    students = students_of(config.evaluate, [str(max(config.ipc))], classes, side, config.teachers)
+    for (j, _), s in students.items():
+        yield from _training(f"student {j}", s, config, source, device, test=f"test {j}")
+
+
+def _training(
+    name: str,
+    settings: StudentConfig,
+    config: RunConfig,
+    source: ImageSource,
+    device: torch.device,
+    *,
+    test: str | None = None,
+) -> Iterator[tuple[str, Speed]]:
+    """An image forward and backward as `name`, and an image tested as `test` (None: "test NAME")."""
     from dq.networks.training import accuracy, fit, normalizer
     from dq.networks.zoo import make_net
 
     side, classes = config.image_size, len(source.class_names)
-    students = students_of(config.evaluate, [str(max(config.ipc))], classes, side, config.teachers)
     pixels = normalizer((0.5,) * 3, (0.25,) * 3)
-    for (j, _), s in students.items():
-        # views, augmentation and optimiser as they are; where the labels come from is counted apart
-        short: StudentConfig = dataclasses.replace(s, labels="hard", epochs=1, tests=1, whiten=False)
-        net = make_net(s.net, classes, side, norm=s.norm, seed=0).to(device)
+    # views, augmentation and optimiser as they are; where the labels come from is counted apart
+    short: StudentConfig = dataclasses.replace(settings, labels="hard", epochs=1, tests=1, whiten=False)
+    net = make_net(settings.net, classes, side, norm=settings.norm, seed=0).to(device)
 
-        def train(x: torch.Tensor, short: StudentConfig = short) -> float:
-            y = (torch.arange(len(x)) % classes).to(device)
-            return fit(x.to(device), y, num_classes=classes, config=short, pixels=pixels, seed=0).seconds
+    def train(x: torch.Tensor) -> float:
+        y = (torch.arange(len(x)) % classes).to(device)
+        return fit(x.to(device), y, num_classes=classes, config=short, pixels=pixels, seed=0).seconds
 
-        def test(x: torch.Tensor, net: Any = net, dtype: Any = s.dtype) -> None:
-            accuracy(net, x, torch.zeros(len(x), dtype=torch.int64), pixels=pixels, dtype=dtype)
+    def look(x: torch.Tensor) -> None:
+        accuracy(net, x, torch.zeros(len(x), dtype=torch.int64), pixels=pixels, dtype=settings.dtype)
 
-        images = functools.partial(random_pixels, side=side)
-        yield f"student {j}", timed(train, s.batch_size, least=2 * s.accumulate, device=device, prepare=images)
-        yield f"test {j}", timed(test, 200, device=device, prepare=images)
+    images = functools.partial(random_pixels, side=side)
+    yield name, timed(train, settings.batch_size, least=2 * settings.accumulate, device=device, prepare=images)
+    yield test or f"test {name}", timed(look, 200, device=device, prepare=images)
+
+
+def _agents(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
+    """An image forward and backward, and an image scored, for every agent of difficulty scores."""
+    from dq.networks.difficulty import difficulty_recipe
+    from dq.run.stages.prune import scored_settings
+
+    for p in scored_settings(config):
+        yield from _training(agent_operation(p), difficulty_recipe(p), config, source, device)
 
 
 # --- for the command line -----------------------------------------------------------------------------------------
@@ -352,7 +378,7 @@ def expected_seconds(config: RunConfig, source: ImageSource, processes: int, spe
     plans = planned_stages(config, source, speeds, processes)
     overlap = bool(speeds.facts.get("overlap"))
     # what no plan speaks of takes no time worth speaking of
-    times: dict[str, float | None] = dict.fromkeys(("refine", "label", "evaluate", "report"), 0.0)
+    times: dict[str, float | None] = dict.fromkeys(("prune", "refine", "label", "evaluate", "report"), 0.0)
     times |= {p.stage: seconds_of(p, speeds.seconds, overlap=overlap) for p in plans}
     return {stage: seconds for stage, seconds in times.items() if seconds is not None}
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dq.cluster.kmeans import choose_engine
+from dq.config.pruning import PruneConfig
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig
 from dq.core.errors import InputError
@@ -28,6 +29,7 @@ from dq.run.stages.cluster import load_prototypes, prototype_folder
 from dq.run.stages.encode import cache_of
 from dq.run.stages.features import known_features
 from dq.run.stages.label import _find_labels, _image_folders
+from dq.run.stages.prune import prune_identity
 from dq.run.stages.refine import SOFT_LABELS
 
 
@@ -60,8 +62,9 @@ class Parts:
     images: Path  # folder
 
     def __iter__(self) -> Iterator[DistilledSet]:
-        m, cluster_config, _ = self.run.resolved(self.method)
-        for p in load_prototypes(self.run, self.cache, self.ipc, cluster_config):
+        resolved = self.run.resolved(self.method)
+        m = resolved.method
+        for p in load_prototypes(self.run, self.cache, self.ipc, resolved):
             tensors, meta = read_tensors(class_file(self.images, p.label))
             # of the last stage of refinement
             soft_labels = next((tensors[name] for name in SOFT_LABELS if name in tensors), None)
@@ -89,7 +92,7 @@ class Parts:
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
-        m, cluster_config, generate_config = self.run.resolved(self.method)
+        m, cluster_config, generate_config, prune_config = self.run.resolved(self.method)
         with open_tensors(class_file(self.images, 0)) as f:
             labelled = bool(set(SOFT_LABELS) & set(f.keys()))
         by = {"by": "the teachers of the last stage of refinement"} if labelled else None
@@ -98,6 +101,7 @@ class Parts:
             "ipc": self.ipc,
             "method": _method_provenance(self.method, m),
             "codec": to_dict(self.run.config.codec),
+            **_prune_provenance(self.run, prune_config),
             "cluster": _cluster_provenance(self.run, cluster_config),
             "generate": {**to_dict(generate_config), "start": read_metadata(class_file(self.images, 0))["start"]},
             "refine": chain.provenance(self.run, self.method, self.images),
@@ -107,8 +111,8 @@ class Parts:
     @functools.cached_property
     def recipe(self) -> str:
         """Digest of all that decides the set."""
-        _, cluster_config, _ = self.run.resolved(self.method)
-        folders = [self.images, prototype_folder(self.run, self.cache, self.ipc, cluster_config), self.labels]
+        points = prototype_folder(self.run, self.cache, self.ipc, self.run.resolved(self.method))
+        folders = [self.images, points, self.labels]
         classes = range(len(self.run.source.class_names))
         files = [read_checksum(class_file(f, c)) for f in folders if f for c in classes]
         return digest_of([files, {k: v for k, v in self.provenance.items() if k != "processes"}])
@@ -121,7 +125,7 @@ def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
         InputError: if it is not there, or was made under other settings of this method than the present ones.
     """
     name = f"ipc{ipc}-{method}"
-    m, cluster_config, generate_config = run.resolved(method)
+    m, cluster_config, generate_config, prune_config = run.resolved(method)
     s = DistilledSet.load(run.folder / "dataset", name)
     now = {
         "method": _method_provenance(method, m),
@@ -138,6 +142,8 @@ def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
                     f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
                     "run `dq label` to put it together again, or `dq run`"
                 )
+    if s.provenance.get("prune") != _prune_provenance(run, prune_config).get("prune"):
+        raise InputError(f"the set {name} was made with other settings of prune; run `dq cluster` and what follows")
     stages = s.provenance.get("refine", [])
     folder = _image_folders(run)[f"{ipc}/{method}"].name if stages or chain.stages_of(run.config, method) else None
     if [r["settings"] for r in stages] != chain.asked_settings(run.config, method) or (
@@ -151,6 +157,11 @@ def _cluster_provenance(run: Run, cluster: ClusterConfig) -> dict[str, Any]:
     """How the points of a set were found, with the digest of the teacher whose features they were found by."""
     teacher = {"teacher": known_features(run)["digest"]} if cluster.uses_features else {}
     return {**to_dict(cluster), "engine": choose_engine(cluster.engine), **teacher}
+
+
+def _prune_provenance(run: Run, prune: PruneConfig) -> dict[str, Any]:
+    """How train images were chosen by difficulty, with the digest of the scores; nothing where all were taken."""
+    return {"prune": prune_identity(run, prune)} if prune.active else {}
 
 
 def _method_provenance(name: str, method: MethodConfig) -> dict[str, Any]:

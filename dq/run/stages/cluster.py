@@ -11,14 +11,16 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from dq.cluster.kmeans import choose_engine, kmeans_many, quantization_stats
+from dq.cluster.kmeans import Clustering, choose_engine, kmeans_many, quantization_stats
 from dq.cluster.lloyd import peak_bytes
-from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes
+from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes, select_clusters
 from dq.cluster.spaces import embed
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig
@@ -28,9 +30,11 @@ from dq.core.memory import list_in_pieces
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.trackers import report
+from dq.data.pruning import Pruned, clusters_in_band
 from dq.diffusion.latents import LatentCache
-from dq.run.folder import Run, class_file
+from dq.run.folder import ResolvedMethod, Run, class_file
 from dq.run.stages.features import features_of, prepare_features
+from dq.run.stages.prune import Pruning, load_pruning, prune_identity
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,13 +42,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("dq")
 
 
-def prototype_folder(run: Run, cache: LatentCache, ipc: int, cluster: ClusterConfig) -> Path:
+def prototype_folder(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod) -> Path:
     """Where the prototypes of these settings are."""
+    cluster, prune = resolved.cluster, resolved.prune
     settings = cluster_settings(cluster)
     identity = [cache.key, settings, run.config.seed]
     if cluster.uses_features:
         identity.append(features_of(run).key)
+    if prune.active:
+        identity.append(prune_identity(run, prune))
     parts = [f"ipc{ipc:05d}", settings["engine"], *([settings["space"]] if "space" in settings else [])]
+    parts += [prune.policy] if prune.active else []
     return run.folder / "prototypes" / "-".join([*parts, digest_of(identity)])
 
 
@@ -61,46 +69,48 @@ def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
     return settings
 
 
-def clusterings(run: Run) -> list[tuple[int, ClusterConfig]]:
-    """The distinct (ipc, settings) that the methods ask for."""
-    found: dict[str, tuple[int, ClusterConfig]] = {}
+def clusterings(run: Run) -> list[tuple[int, ResolvedMethod]]:
+    """The distinct (ipc, settings) of clustering and pruning that the methods ask for."""
+    found: dict[str, tuple[int, ResolvedMethod]] = {}
     for ipc in run.config.ipc:
         for method in run.config.methods:
-            cluster = run.resolved(method)[1]
-            found.setdefault(digest_of([ipc, cluster_settings(cluster)]), (ipc, cluster))
+            r = run.resolved(method)
+            key = digest_of([ipc, cluster_settings(r.cluster), prune_identity(run, r.prune)])
+            found.setdefault(key, (ipc, r))
     return list(found.values())
 
 
 def cluster(run: Run, cache: LatentCache) -> None:
-    """Quantize every class for every ipc and clustering setting."""
-    if any(cfg.uses_features for _, cfg in clusterings(run)):
+    """Quantize every class for every ipc and setting of clustering and pruning."""
+    if any(r.cluster.uses_features for _, r in clusterings(run)):
         prepare_features(run)
     began = time.perf_counter()
     counts = run.source.class_counts()
-    units = [(ipc, cfg, c) for ipc, cfg in clusterings(run) for c in range(len(counts))]
+    prunings = {r.prune: load_pruning(run, r.prune) for _, r in clusterings(run)}
+    units = [(ipc, r, c) for ipc, r in clusterings(run) for c in range(len(counts))]
     mine = [units[i] for i in run.mine([float(counts[c]) * ipc for ipc, _, c in units])]
     todo = [u for u in mine if not is_done(class_file(prototype_folder(run, cache, u[0], u[1]), u[2]))]
     with progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar:
-        for ipc, cfg, labels in _batches(run, cache, todo):
-            _cluster_classes(run, cache, ipc, cfg, labels)
+        for ipc, resolved, labels in _batches(run, cache, todo):
+            _cluster_classes(run, cache, ipc, resolved, labels, prunings[resolved.prune])
             bar.update(len(labels))
     run.finish("cluster", began, units=len(units))
     if run.main:
-        for ipc, cfg in clusterings(run):
-            _log_distortion(run, cache, ipc, cfg)
+        for ipc, resolved in clusterings(run):
+            _log_distortion(run, cache, ipc, resolved)
 
 
 def _batches(
-    run: Run, cache: LatentCache, units: list[tuple[int, ClusterConfig, int]]
-) -> Iterator[tuple[int, ClusterConfig, list[int]]]:
+    run: Run, cache: LatentCache, units: list[tuple[int, ResolvedMethod, int]]
+) -> Iterator[tuple[int, ResolvedMethod, list[int]]]:
     """Group units for one call each: many classes at once on an accelerator, as its memory allows, else one by one."""
     counts = [int(n) for n in run.source.class_counts()]
     budget = group_budget(run.device)
-    for (ipc, cfg), members in itertools.groupby(units, key=lambda u: (u[0], u[1])):
-        together = budget if choose_engine(cfg.engine) == "torch" else 0
-        width = _width(run, cache, cfg) if together else 0
+    for (ipc, resolved), members in itertools.groupby(units, key=lambda u: (u[0], u[1])):
+        together = budget if choose_engine(resolved.cluster.engine) == "torch" else 0
+        width = _width(run, cache, resolved.cluster) if together else 0
         for group in groups([(label, counts[label]) for _, _, label in members], width, together):
-            yield ipc, cfg, group
+            yield ipc, resolved, group
 
 
 def _width(run: Run, cache: LatentCache, cfg: ClusterConfig) -> int:
@@ -137,15 +147,17 @@ def groups(classes: Iterable[tuple[int, int]], width: int, budget: int) -> Itera
         yield group
 
 
-def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> None:
+def _cluster_classes(
+    run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod, labels: list[int], pruning: Pruning
+) -> None:
     """Cluster classes and save their prototypes; where memory is short, in halves, which give the same."""
-    folder = prototype_folder(run, cache, ipc, cfg)
+    folder, cfg = prototype_folder(run, cache, ipc, resolved), resolved.cluster
     began = time.perf_counter()
     largest = max(int(run.source.class_counts()[c]) for c in labels)
     pieces = list_in_pieces(
         "cluster",
         len(labels),
-        lambda piece: _prototypes(run, cache, ipc, cfg, labels[piece]),
+        lambda piece: _prototypes(run, cache, ipc, cfg, labels[piece], pruning),
         like=(choose_engine(cfg.engine), cfg.space, largest, *cache.shape),
     )
     for p in itertools.chain(*pieces):
@@ -154,31 +166,75 @@ def _cluster_classes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig,
         unit_done("cluster", p.name, (time.perf_counter() - began) / len(labels), **numbers)
 
 
-def _prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int]) -> list[Prototypes]:
+@dataclass(frozen=True)
+class _ClassPoints:
+    """What is clustered of one class."""
+
+    z: Tensor  # (n, C, h, w) latents
+    x: Tensor  # (n, d) the same images in the space of clustering
+    rows: Tensor  # (n,) of the source
+    pruned: Pruned | None
+    weights: Tensor | None = None  # (n,)
+
+    def of(self, members: Tensor) -> _ClassPoints:
+        """Those images alone that are in `members` (n,) bool."""
+        at = members.to(self.z.device)
+        weights = None if self.weights is None else self.weights[at]
+        return dataclasses.replace(self, z=self.z[at], x=self.x[at], rows=self.rows[members.cpu()], weights=weights)
+
+
+def _class_points(
+    run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, label: int, pruning: Pruning
+) -> _ClassPoints:
+    prune = pruning.settings
+    z, rows = cache.load(label)
+    f = features_of(run).load_rows(label, rows) if cfg.uses_features else None
+    pruned = pruning.of_class(label, rows, ipc)
+    if pruned is not None and prune.where == "filter":
+        z, rows, f = z[pruned.kept], rows[pruned.kept], None if f is None else f[pruned.kept]
+    z = z.to(run.device)
+    weigh = pruned is not None and prune.where == "weight"
+    weights = pruned.weights(prune.outside_weight) if pruned is not None and weigh else None
+    return _ClassPoints(z, embed(z, None if f is None else f.to(run.device), cfg), rows, pruned, weights)
+
+
+def _prototypes(
+    run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int], pruning: Pruning
+) -> list[Prototypes]:
     """Prototypes of classes that are clustered at once."""
+    prune = pruning.settings
+    data = [_class_points(run, cache, ipc, cfg, c, pruning) for c in labels]
     names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
-    data = [cache.load(c) for c in labels]
-    features = features_of(run) if cfg.uses_features else None
-    xs = []
-    for c, (z, rows) in zip(labels, data):
-        f = features.load_rows(c, rows).to(run.device) if features else None
-        xs.append(embed(z.to(run.device), f, cfg))
     seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
-    results = kmeans_many(xs, ipc, config=cfg, seeds=seeds, names=names)
+    results: list[Clustering] = []
+    if prune.active and prune.where == "cluster":  # more clusters, of which ipc are left
+        for i, (d, seed, name) in enumerate(zip(data, seeds, names)):
+            k = min(math.ceil(ipc * d.pruned.cells), max(ipc, len(d.x))) if d.pruned is not None else ipc
+            (result,) = kmeans_many([d.x], k, config=cfg, seeds=[seed], names=[name])
+            if d.pruned is not None:
+                result, members = select_clusters(result, clusters_in_band(result.labels, d.pruned, ipc), asked=ipc)
+                data[i] = d.of(members)
+            results.append(result)
+    else:
+        weights = [d.weights for d in data]
+        results = kmeans_many([d.x for d in data], ipc, config=cfg, weights=weights, seeds=seeds, names=names)
     made = []
-    for c, x, (z, rows), result in zip(labels, xs, data, results):
-        stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
-        z = z.to(run.device)
-        points = None if cfg.space == "latents" else x
-        p = make_prototypes(c, run.source.class_names[c], z, rows, result, stats, points=points)
-        stats |= {"space": cfg.space, **latent_stats(z, result.labels, p.centroids)}
+    for c, d, result in zip(labels, data, results):
+        numbers = quantization_stats(d.x, result, weights=d.weights, with_uniform=cfg.uniform_w2)
+        stats: dict[str, Any] = {**numbers, "engine": result.engine}
+        points = None if cfg.space == "latents" else d.x
+        p = make_prototypes(c, run.source.class_names[c], d.z, d.rows, result, stats, points=points, weights=d.weights)
+        stats |= {"space": cfg.space, **latent_stats(d.z, result.labels, p.centroids)}
+        if d.pruned is not None:
+            images = {"class_images": len(d.pruned.kept), "kept_images": len(d.pruned.band)}
+            stats |= {"policy": prune.policy, "where": prune.where, **images}
         made.append(dataclasses.replace(p, stats=stats))
     return made
 
 
-def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> None:
+def _log_distortion(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod) -> None:
     """Append one record per class to metrics.jsonl, once."""
-    folder = prototype_folder(run, cache, ipc, cfg)
+    folder = prototype_folder(run, cache, ipc, resolved)
     marker = folder / "stats.json"
     if is_done(marker):
         return
@@ -189,9 +245,9 @@ def _log_distortion(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) 
     write_json(marker, {"classes": [p.stats for p in stats]})
 
 
-def load_prototypes(run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig) -> Iterator[Prototypes]:
+def load_prototypes(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod) -> Iterator[Prototypes]:
     """Prototypes of all classes under these settings, one class at a time."""
-    folder = prototype_folder(run, cache, ipc, cfg)
+    folder = prototype_folder(run, cache, ipc, resolved)
     missing = [c for c in range(len(run.source.class_names)) if not class_file(folder, c).is_file()]
     if missing:
         raise InputError(
@@ -219,7 +275,9 @@ def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for r in records:
         if r.get("stage") == "quantization":
-            groups.setdefault(f"ipc{r['ipc']}-{r.get('engine', '')}-{r.get('space', 'latents')}", []).append(r)
+            pruned = [r["policy"], r["where"]] if "policy" in r else []
+            name = "-".join([f"ipc{r['ipc']}", r.get("engine", ""), r.get("space", "latents"), *pruned])
+            groups.setdefault(name, []).append(r)
     found: dict[str, float] = {}
     for group, rows in groups.items():
         for key in DISTORTION:

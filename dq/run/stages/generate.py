@@ -38,7 +38,8 @@ LONGEST = 32  # images of a unit
 
 def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None) -> Path:
     """Where the images of a method are. Methods that differ in weights alone share them."""
-    m, _, generate_config = run.resolved(method)
+    resolved = run.resolved(method)
+    m, generate_config = resolved.method, resolved.generate
     identity = image_identity(run, cache, ipc, method)
     if m.representative == "real":  # needs no generator
         identity.append(["real", run.source.preprocess])
@@ -49,8 +50,9 @@ def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_diges
 
 def image_identity(run: Run, cache: LatentCache, ipc: int, method: str) -> list[Any]:
     """What decides the images of a method beside the generator."""
-    m, cluster_config, _ = run.resolved(method)
-    return [prototype_folder(run, cache, ipc, cluster_config).name, m.representative, run.config.image_size]
+    resolved = run.resolved(method)
+    points = prototype_folder(run, cache, ipc, resolved).name
+    return [points, resolved.method.representative, run.config.image_size]
 
 
 def _deciding(config: GenerateConfig) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def _deciding(config: GenerateConfig) -> dict[str, Any]:
 
 def _asked(run: Run, cache: LatentCache, ipc: int, method: str) -> str:
     """Digest of what a user asked for, which needs no generator to be loaded."""
-    return digest_of([image_identity(run, cache, ipc, method), _deciding(run.resolved(method)[2])])
+    return digest_of([image_identity(run, cache, ipc, method), _deciding(run.resolved(method).generate)])
 
 
 def drawn_folders(run: Run, cache: LatentCache) -> dict[str, Path]:
@@ -94,7 +96,8 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
     digests: dict[str, str] = {}
     draws: dict[Path, Draw] = {}
     for method in run.config.methods:
-        m, cluster_config, cfg = run.resolved(method)
+        resolved = run.resolved(method)
+        m, cfg = resolved.method, resolved.generate
         digest = None
         ids: list[int] = []
         if m.representative != "real":
@@ -104,8 +107,8 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
             digests[cfg.mode] = digest
         for ipc in run.config.ipc:
             folder = image_folder(run, cache, ipc, method, digest)
-            load_prototypes(run, cache, ipc, cluster_config)  # complains if there are none
-            draws.setdefault(folder, Draw(run, folder, prototype_folder(run, cache, ipc, cluster_config), m, cfg, ids))
+            load_prototypes(run, cache, ipc, resolved)  # complains if there are none
+            draws.setdefault(folder, Draw(run, folder, prototype_folder(run, cache, ipc, resolved), m, cfg, ids))
             index[f"{ipc}/{method}"] = {"folder": folder.name, "asked": _asked(run, cache, ipc, method)}
     drawn = _draw_all(run, pipe, list(draws.values()))
     run.accelerator.wait_for_everyone()

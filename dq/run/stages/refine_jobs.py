@@ -115,9 +115,10 @@ def job_of(
 
 def _weights_of(run: Run, ipc: int, method: str) -> dict[int, Tensor]:
     """Weights of the images of a set, by class."""
-    m, cluster_config, cfg = run.resolved(method)
+    resolved = run.resolved(method)
+    m, cfg = resolved.method, resolved.generate
     copies = copies_of(m, cfg)
-    points = load_prototypes(run, cache_of(run), ipc, cluster_config)
+    points = load_prototypes(run, cache_of(run), ipc, resolved)
     return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
 
 

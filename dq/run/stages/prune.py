@@ -1,0 +1,242 @@
+"""The prune stage: difficulty scores of the train images, and which images of a class its clusters are made from.
+
+Policies depend on the ipc, and latents are cached for all images, so images are pruned after they were encoded: the
+cluster stage takes the rows of the latents that are kept, with the result of a filter before encoding. Train and
+validation images of teachers, students and baselines are never pruned.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq.cluster.kmeans import choose_engine
+from dq.config.pruning import Policy, PruneConfig
+from dq.config.reader import to_dict
+from dq.config.schema import RunConfig
+from dq.core.errors import InputError
+from dq.core.files import write_text
+from dq.core.seeds import digest_of
+from dq.data.pruning import Pruned, kept_band, prune_class
+from dq.data.source import ImageSource
+from dq.networks.difficulty import (
+    DifficultyCache,
+    difficulty_recipe,
+    find_difficulty,
+    make_difficulty,
+    rank_agreement,
+)
+from dq.networks.zoo import make_net
+from dq.run.folder import Run, resolved_method
+
+log = logging.getLogger("dq")
+
+FILE = "pruning.csv"
+SHOWN = 20  # classes of the table that `dq prune` prints
+
+
+def prune_settings(prune: PruneConfig) -> dict[str, Any]:
+    """The settings that decide which images of a class are kept, beside the scores; none where all are."""
+    if not prune.active:
+        return {}
+    names = ["policy", "share", "where", "keep_per_ipc", "keep_share"]
+    names += ["outside_weight"] * (prune.where == "weight") + ["score", "runs"] * prune.uses_scores
+    return {name: getattr(prune, name) for name in names}
+
+
+def prune_identity(run: Run, prune: PruneConfig) -> dict[str, Any]:
+    """The settings with the digest of the scores; empty where all images are kept."""
+    scores = {"scores": difficulty_of(run.config, run.source, prune).key} if prune.uses_scores else {}
+    return prune_settings(prune) | scores
+
+
+def difficulty_of(config: RunConfig, source: ImageSource, prune: PruneConfig) -> DifficultyCache:
+    """Where the scores of these settings are."""
+    return find_difficulty(config.cache_dir, source, config.image_size, prune)
+
+
+def scored_settings(config: RunConfig, *, always: bool = False) -> list[PruneConfig]:
+    """The settings of the distinct runs of agents that methods need, of equal ones those with the most runs.
+
+    Args:
+        always: those of the run itself where no method needs any.
+    """
+    wanted = [resolved_method(config, m).prune for m in config.methods]
+    wanted = [p for p in wanted if p.uses_scores] or [config.prune] * always
+    distinct: dict[str, PruneConfig] = {}
+    for p in sorted(wanted, key=lambda p: p.runs):
+        distinct[digest_of([p.path, to_dict(difficulty_recipe(p)), p.cad_window, p.seed])] = p
+    return list(distinct.values())
+
+
+def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = False) -> None:
+    """Whether images can be scored and pruned as the methods of a run ask.
+
+    Raises:
+        InputError: for an agent that does not fit, scores of other images, an engine without weights, or a policy that
+            leaves fewer images of a class than there are to be.
+    """
+    for p in scored_settings(config, always=always):
+        make_net(p.net, len(source.class_names), config.image_size, seed=0)
+        difficulty_of(config, source, p)
+    counts = source.class_counts().tolist()
+    for method in config.methods:
+        resolved = resolved_method(config, method)
+        p, engine = resolved.prune, choose_engine(resolved.cluster.engine)
+        if p.active and p.where == "weight" and engine in ("minibatch", "barycentre"):
+            raise InputError(
+                f"method {method!r} has prune.where=weight, but cluster.engine={engine} takes no point weights; set "
+                "prune.where=filter or another engine"
+            )
+        for ipc in config.ipc:
+            _check_counts(method, p, ipc, counts, source.class_names)
+
+
+def _check_counts(method: str, p: PruneConfig, ipc: int, counts: Sequence[int], names: Sequence[str]) -> None:
+    """Refuse what leaves too few images, and say where a policy drops less than its shares ask for."""
+    free = dataclasses.replace(p, keep_per_ipc=0.0, keep_share=0.0) if p.policy != "window" else p
+    held = []
+    for label, n in enumerate(counts):
+        kept = len(kept_band(n, ipc, p))
+        if kept < min(n, ipc):
+            raise InputError(
+                f"method {method!r} has prune.policy={p.policy}, which leaves {kept} of the {n} images of class "
+                f"{label} {names[label]!r} at ipc={ipc}; set prune.keep_per_ipc to 1 or more, or a smaller prune.share"
+            )
+        if len(kept_band(n, ipc, free)) < kept:
+            held.append((label, n, kept))
+    if held:
+        label, n, kept = held[0]
+        log.warning(
+            "prune.policy=%s of method %r drops less than it would at ipc %d in %d classes, first %r, where %d of %d "
+            "images stay (prune.keep_per_ipc, prune.keep_share)",
+            *(p.policy, method, ipc, len(held), names[label], kept, n),
+        )
+
+
+def prune(run: Run, *, always: bool = False) -> None:
+    """Score the train images where methods need it, and write how many images of a class each policy keeps.
+
+    Scores lie in the cache folder and serve all runs; finished runs of the agent are not made again.
+
+    Args:
+        always: score them where no method needs it, too.
+    """
+    began = time.perf_counter()
+    settings = scored_settings(run.config, always=always)
+    numbers: dict[str, Any] = {}
+    for p in settings:
+        options: dict[str, Any] = {"device": run.device, "mine": run.mine, "main": run.main}
+        cache = make_difficulty(run.config.cache_dir, run.source, run.config.image_size, p, **options)
+        run.accelerator.wait_for_everyone()
+        if run.main:
+            scores, rows = cache.runs(p.score, p.runs)
+            numbers = {"scores": cache.key, "score": p.score, "runs": p.runs}
+            if p.runs > 1:
+                numbers["spearman"] = round(rank_agreement(scores, torch.from_numpy(run.source.train.labels)[rows]), 4)
+            log.info(
+                "difficulty: %s of %d runs of %s after %d epochs in %s%s",
+                *(p.score, p.runs, p.net, p.trained_epochs, cache.folder),
+                f", Spearman {numbers['spearman']:.2f} between two runs" if p.runs > 1 else "",
+            )
+    if run.main:
+        write_text(run.folder / FILE, _csv_text(run.config, run.source))
+    run.finish("prune", began, **numbers)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Settings of pruning with the scores of all train images."""
+
+    settings: PruneConfig
+    scores: Tensor | None  # (n,) by row of train, NaN for images that cannot be read; None: the policy needs none
+    seed: int  # of the run, for the policy `random`
+    folder: str = ""  # of the scores, for messages
+
+    def of_class(self, label: int, rows: Tensor, ipc: int) -> Pruned | None:
+        """What the policy makes of the images `rows` (n,) of a class; None where all are kept alike.
+
+        Raises:
+            InputError: if one of them has no score.
+        """
+        if not self.settings.active:
+            return None
+        order = torch.arange(len(rows))
+        if self.scores is not None:
+            scores = self.scores[rows]
+            if scores.isnan().any():
+                raise InputError(
+                    f"row {int(rows[scores.isnan()][0])} of train has a latent and no difficulty score; delete "
+                    f"{self.folder} and run `dq prune` again"
+                )
+            order = scores.argsort(stable=True)
+        return prune_class(order, ipc, self.settings, self.seed, label)
+
+
+def load_pruning(run: Run, settings: PruneConfig) -> Pruning:
+    """The settings with their scores.
+
+    Raises:
+        InputError: if these were not made.
+    """
+    if not settings.uses_scores:
+        return Pruning(settings, None, run.config.seed)
+    cache = difficulty_of(run.config, run.source, settings)
+    scores, rows = cache.runs(settings.score, settings.runs)
+    by_row = torch.full((len(run.source.train),), torch.nan)
+    by_row[rows] = scores.mean(0)
+    return Pruning(settings, by_row, run.config.seed, str(cache.folder))
+
+
+# --- how many images are kept -------------------------------------------------------------------------------------
+
+
+def kept_counts(config: RunConfig, counts: np.ndarray) -> Iterator[tuple[int, str, list[int]]]:
+    """For every ipc: a policy, or "method NAME" where that prunes, and how many images of each class it keeps."""
+    for ipc in config.ipc:
+        columns = {policy: _with_policy(config.prune, policy) for policy in get_args(Policy)}
+        own = {f"method {m}": resolved_method(config, m).prune for m in config.methods}
+        columns |= {name: p for name, p in own.items() if p.active}
+        for name, p in columns.items():
+            yield ipc, name, [len(kept_band(n, ipc, p)) for n in counts.tolist()]
+
+
+def _with_policy(prune: PruneConfig, policy: Policy) -> PruneConfig:
+    share = prune.share if policy == prune.policy else None
+    return dataclasses.replace(prune, policy=policy, share=share)
+
+
+def _csv_text(config: RunConfig, source: ImageSource) -> str:
+    counts = source.class_counts()
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["ipc", "policy", "class", "name", "images", "kept"])
+    for ipc, policy, kept in kept_counts(config, counts):
+        writer.writerows([ipc, policy, c, source.class_names[c], counts[c], k] for c, k in enumerate(kept))
+    return out.getvalue()
+
+
+def kept_text(config: RunConfig, source: ImageSource) -> str:
+    """A table of the classes, the first of them, by policy."""
+    counts = source.class_counts()
+    lines = []
+    for ipc in config.ipc:
+        columns = [(name, kept) for at, name, kept in kept_counts(config, counts) if at == ipc]
+        width = max(10, *(len(n) for n in source.class_names[:SHOWN]))
+        lines.append(f"ipc {ipc}".ljust(width) + f"{'images':>8}" + "".join(f"  {name:>8}" for name, _ in columns))
+        for c, name in enumerate(source.class_names[:SHOWN]):
+            values = "".join(f"  {kept[c]:>{max(8, len(column))}}" for column, kept in columns)
+            lines.append(name.ljust(width) + f"{counts[c]:>8}" + values)
+        if len(counts) > SHOWN:
+            lines.append(f"... and {len(counts) - SHOWN} classes in the file")
+    return "\n".join(lines)
