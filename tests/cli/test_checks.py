@@ -114,7 +114,7 @@ CASES = {
         "generate.scheduler=Foo is none",
     ),
     # methods and folder
-    "override": ("run", ("methods={a: {override: {codec.resolution: 4}}}",), "may set cluster.* and generate.*"),
+    "override": ("run", ("methods={a: {override: {codec.resolution: 4}}}",), "may set prune.*, cluster.*"),
     "ipc twice": ("run", ("ipc=[1,1]",), "names a number twice"),
     "space": ("encode", ("cluster.space=features",), "needs a teacher"),
     "baseline's name": ("run", ("methods={random: {}}",), "is that of a baseline"),
