@@ -194,9 +194,9 @@ def run_verb(
             encode(run, pipe.vae)
     if do("prune") and not idle["prune"]:
         with way.stage("prune"):
-            prune(run, always=verb == "prune")
+            orders = prune(run, always=verb == "prune")
         if run.main and verb == "prune":
-            print(kept_text(config, run.source))
+            print(kept_text(config, run.source), *orders, sep="\n")
     if do("cluster"):
         with way.stage("cluster"):
             cluster(run, cache_of(run))

@@ -174,6 +174,11 @@ def difficulty_recipe(settings: DifficultyConfig) -> StudentConfig:
     )
 
 
+def order_file(score: str, runs: int) -> str:
+    """Name of the file of the orders by a score."""
+    return f"order-{score}-{runs}.safetensors"
+
+
 @dataclass(frozen=True)
 class DifficultyCache:
     """A folder of scores, one file per run. The number of runs is no part of its identity: more of them are added."""
@@ -208,6 +213,15 @@ class DifficultyCache:
         scores, rows = self.runs(score, runs)
         labels = torch.from_numpy(source.train.labels)[rows]
         return [rows[order] for order in easy_to_hard(scores.mean(0), labels, len(source.class_names))]
+
+    def save_orders(self, source: ImageSource, score: str, runs: int) -> Path:
+        """Write `orders` in `order_file` beside the runs, unless it is there: a tensor `class-00003` of each class,
+        as `dq.networks.trajectories.read_orders` takes them."""
+        path = self.folder / order_file(score, runs)
+        if not is_done(path):
+            orders = self.orders(source, score, runs)
+            write_tensors(path, {f"class-{c:05d}": order for c, order in enumerate(orders)})
+        return path
 
 
 def difficulty_identity(source: ImageSource, image_size: int, settings: DifficultyConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from dq.networks.difficulty import (
     rank_agreement,
 )
 from dq.networks.training import accuracy, fit, normalizer
+from dq.networks.trajectories import read_orders
 
 CPU = torch.device("cpu")
 TOY = DifficultyConfig(runs=2, score_epoch=3, batch_size=8, lr=0.02, augment="none", dtype="float32")
@@ -109,6 +110,10 @@ def test_all_scores_are_there_for_all_images(scored: Path, toy_source) -> None:
     assert (errors <= (1 - p) * 2**0.5 + 1e-5).all()
     orders = cache.orders(toy_source, "el2n", 2)
     assert [len(o) for o in orders] == toy_source.class_counts().tolist()
+    file = cache.save_orders(toy_source, "el2n", 2)
+    labels = torch.from_numpy(toy_source.train.labels)
+    read = read_orders(file, labels[1:], torch.arange(1, n))  # without row 0
+    assert [(o + 1).tolist() for o in read] == [[row for row in o.tolist() if row] for o in orders]
     means = errors.mean(0)
     assert all((means[o].diff() >= 0).all() for o in orders)
 

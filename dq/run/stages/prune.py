@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -34,6 +35,7 @@ from dq.networks.difficulty import (
     difficulty_recipe,
     find_difficulty,
     make_difficulty,
+    order_file,
     rank_agreement,
 )
 from dq.networks.zoo import make_net
@@ -124,22 +126,28 @@ def _check_counts(method: str, p: PruneConfig, ipc: int, counts: Sequence[int], 
         )
 
 
-def prune(run: Run, *, always: bool = False) -> None:
+def prune(run: Run, *, always: bool = False) -> list[Path]:
     """Score the train images where methods need it, and write how many images of a class each policy keeps.
 
     Scores lie in the cache folder and serve all runs; finished runs of the agent are not made again.
 
     Args:
         always: score them where no method needs it, too.
+
+    Returns:
+        The files of the orders from easy to hard.
     """
     began = time.perf_counter()
     settings = scored_settings(run.config, always=always)
     numbers: dict[str, Any] = {}
+    orders: list[Path] = []
     for p in settings:
         options: dict[str, Any] = {"device": run.device, "mine": run.mine, "main": run.main}
         cache = make_difficulty(run.config.cache_dir, run.source, run.config.image_size, p, **options)
         run.accelerator.wait_for_everyone()
+        orders.append(cache.folder / order_file(p.score, p.runs))
         if run.main:
+            cache.save_orders(run.source, p.score, p.runs)
             scores, rows = cache.runs(p.score, p.runs)
             numbers = {"scores": cache.key, "score": p.score, "runs": p.runs}
             if p.runs > 1:
@@ -152,6 +160,7 @@ def prune(run: Run, *, always: bool = False) -> None:
     if run.main:
         write_text(run.folder / FILE, _csv_text(run.config, run.source))
     run.finish("prune", began, **numbers)
+    return orders
 
 
 @dataclass(frozen=True)
