@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from collect_results import without_places
 from torch import Tensor
 
 from dq.config.overrides import apply_settings
@@ -103,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as f:
-            f.write(f"# python {' '.join([sys.argv[0], *(argv or sys.argv[1:])])}  ")
-            f.write(f"({platform.machine()}, torch {torch.__version__})\n")
+            command = " ".join(without_places(argv if argv is not None else sys.argv[1:]))
+            f.write(f"# python pipelines/difficulty.py {command}  ({platform.machine()}, torch {torch.__version__})\n")
             writer = csv.DictWriter(f, list(records[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(records)

@@ -361,6 +361,14 @@ def processes() -> str:
     return table(head, [[r[k] for k in keys] for r in rows])
 
 
+def difficulty() -> str:
+    """How difficulty scores of other seeds agree."""
+    rows = read("difficulty.csv")
+    half = int(rows[0]["runs"]) // 2
+    head = ["score", "two runs", f"two means of {half} runs", "with EL2N"]
+    return table(head, [[r["score"], r["two_runs"], r["two_halves"], r["with_el2n"]] for r in rows])
+
+
 def fuzz() -> str:
     """By kind of input; damaged bytes and well-made absurdities beside each other."""
     sums: dict[str, Counter[str]] = {}
@@ -383,6 +391,7 @@ TABLES = {
     "estimate_check": estimate_check,
     "streaming": streaming,
     "processes": processes,
+    "difficulty": difficulty,
     "fuzz": fuzz,
     "refinement": lambda: refinement("cifar10_refine"),
     "questions": lambda: questions("cifar10_refine"),

@@ -2,7 +2,7 @@
 
 A run trains the agent by the loop that trains students and teachers and looks at all train images after every epoch,
 without augmentation, in evaluation mode. One pass gives all scores: EL2N, last-layer GraNd, uncertainty and loss after
-the last epoch, forgetting and CAD from all of them. Larger is harder. A score is the mean over runs.
+the last epoch, forgetting and CAD from all of them. Larger counts as harder. A score is the mean over runs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def cad(probabilities: Tensor, window: int) -> Tensor:
         U_k = std of p_k, ..., p_(k + J - 1);  CAD = (U_(E - J) + U_(E - J + 1)) / 2
 
     with the population's std and the last epoch E. A run without two windows has shorter ones, J = E - 1, and one of
-    two epochs has the single window of both.
+    two epochs has the single window of both. Meant for runs of a student's length: after a few epochs, easy images have
+    the larger deviations (results/difficulty.csv).
 
     Args:
         probabilities: (E, n) of each image's own class, epochs in order, E >= 2.
