@@ -78,7 +78,7 @@ def cad(probabilities: Tensor, window: int) -> Tensor:
         U_k = std of p_k, ..., p_(k + J - 1);  CAD = (U_(E - J) + U_(E - J + 1)) / 2
 
     with the population's std and the last epoch E. A run without two windows has shorter ones, J = E - 1, and one of
-    two epochs has the single window of both. Meant for runs of a student's length: after a few epochs, easy images have
+    two epochs has the single window of both. Meant for runs of a student's length: after few epochs, easy images have
     the larger deviations (results/difficulty.csv).
 
     Args:
