@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+import dq.config.condensation  # noqa: F401  (its stages are known by then)
 from dq.config.prior import PriorConfig, PriorReportConfig
 from dq.config.pruning import PruneConfig
 from dq.config.reader import Checked, from_dict

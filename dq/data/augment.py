@@ -41,21 +41,23 @@ def augment(kind: str, images: Tensor, generator: torch.Generator) -> Tensor:
     raise InputError(f"augment must be 'dsa', 'crop_flip', 'frepo', 'frepo_noflip' or 'none', not {kind!r}")
 
 
-def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = None) -> Tensor:
-    """Differentiable Siamese augmentation as evaluation uses it: one operation per batch, parameters per image.
+def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = None, shared: bool = False) -> Tensor:
+    """Differentiable Siamese augmentation: one operation per batch; parameters per image, as evaluation uses it.
 
     Args:
         images: (B, 3, S, S), normalised.
         generator: CPU generator of the operation and its parameters.
         operation: one of `OPERATIONS`; None draws it.
+        shared: one draw of the parameters for all images, which another batch has too with an equal generator, as
+            methods that compare real and learned images use it.
     """
     x, n, side = images, len(images), images.shape[-1]
+    draws = 1 if shared else n
 
     def uniform(*ranges: tuple[float, float]) -> Tensor:
         """Draws (ranges, B), which go to the device in one copy."""
-        return torch.stack([low + (high - low) * torch.rand(n, generator=generator) for low, high in ranges]).to(
-            x.device
-        )
+        drawn = [low + (high - low) * torch.rand(draws, generator=generator) for low, high in ranges]
+        return torch.stack(drawn).expand(-1, n).to(x.device)
 
     if operation is None:
         operation = OPERATIONS[int(torch.randint(len(OPERATIONS), (), generator=generator))]
@@ -63,14 +65,14 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
         amounts = uniform((-BRIGHTNESS / 2, BRIGHTNESS / 2), (0, SATURATION), (CONTRAST, 1 + CONTRAST))
         return contrast(saturation(brightness(x, amounts[0]), amounts[1]), amounts[2])
     if operation == "crop":
-        return _random_crop(x, generator)
+        return _random_crop(x, generator, draws)
     if operation == "cutout":
         size = int(side * CUTOUT + 0.5)
         # the centre lies anywhere in the image, so a part of the square may fall outside
-        centres = torch.randint(0, side + 1 - size % 2, (2, n), generator=generator).to(x.device)
+        centres = torch.randint(0, side + 1 - size % 2, (2, draws), generator=generator).expand(-1, n).to(x.device)
         return cutout(x, centres[0], centres[1], size)
     if operation == "flip":
-        return _random_flip(x, generator)
+        return _random_flip(x, generator, draws)
     if operation == "scale":
         sx, sy = uniform((1 / SCALE, SCALE), (1 / SCALE, SCALE))
         zero = torch.zeros_like(sx)
@@ -126,14 +128,14 @@ def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return _random_flip(_random_crop(images, generator), generator)
 
 
-def _random_crop(x: Tensor, generator: torch.Generator) -> Tensor:
+def _random_crop(x: Tensor, generator: torch.Generator, draws: int | None = None) -> Tensor:
     pad = int(x.shape[-1] * CROP_PAD + 0.5)
-    moves = torch.randint(-pad, pad + 1, (2, len(x)), generator=generator).to(x.device)
+    moves = torch.randint(-pad, pad + 1, (2, draws or len(x)), generator=generator).expand(-1, len(x)).to(x.device)
     return shift(x, moves[0], moves[1], pad)
 
 
-def _random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    return flip(x, (torch.rand(len(x), generator=generator) < FLIP).to(x.device))
+def _random_flip(x: Tensor, generator: torch.Generator, draws: int | None = None) -> Tensor:
+    return flip(x, (torch.rand(draws or len(x), generator=generator) < FLIP).expand(len(x)).to(x.device))
 
 
 # --- the operations -----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Real
 from dq.refine.optimize import SHOWN
 from dq.refine.rendering import Rendering
 from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
-from dq.refine.starts import noise_like, real_rows
+from dq.refine.starts import first_images, real_rows
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
 LARGEST_SIDE = 128  # px; whitening needs a matrix of all pairs of pixels of a quarter, and features grow with the side
@@ -107,11 +107,8 @@ def start_images(
     Raises:
         InputError: if real images of a class are asked for and there are none.
     """
-    if config.start == "drawn" or config.mode == "labels_only":
-        return whitening(images)
-    if config.start == "noise":
-        return noise_like(images, real, whitening, seed)
-    return whitening(real.images[real_rows(labels, real, seed)])
+    start = "drawn" if config.mode == "labels_only" else config.start
+    return first_images(start, images, labels, real, whitening, seed)
 
 
 def start_latents(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dq.config.refinement import RefineConfig
 from dq.core.errors import InputError
+from dq.refine.distribution_matching import DistributionMethod
 from dq.refine.fadrm import FadrmMethod
 from dq.refine.frepo import FrepoMethod
+from dq.refine.gradient_matching import GradientMethod
 from dq.refine.method import Method
 from dq.refine.teddy import TeddyMethod
 from dq.refine.trajectory import TrajectoryMethod
@@ -15,6 +17,8 @@ METHODS: dict[str, Method] = {
     "teddy": TeddyMethod(),
     "frepo": FrepoMethod(),
     "trajectory": TrajectoryMethod(),
+    "gradient": GradientMethod(),
+    "distribution": DistributionMethod(),
 }
 
 

@@ -33,3 +33,27 @@ def noise_like(images: Tensor, real: RealImages, whitening: Whitening, seed: int
     """Normal noise of the shape of `images`, as wide as whitened real images."""
     std = whitening(real.images[:NOISE_LIKE]).std()
     return std * torch.randn(images.shape, generator=generator(seed, "noise"))
+
+
+def first_images(
+    start: str, images: Tensor, labels: Tensor, real: RealImages, whitening: Whitening, seed: int
+) -> Tensor:
+    """Images as networks see them: those that came in ("drawn"), random train images ("real") or noise."""
+    if start == "drawn":
+        return whitening(images)
+    if start == "noise":
+        return noise_like(images, real, whitening, seed)
+    return whitening(real.images[real_rows(labels, real, seed)])
+
+
+def rows_by_class(labels: Tensor, real: RealImages) -> dict[int, Tensor]:
+    """Train images of every class of the set with `labels`.
+
+    Raises:
+        InputError: if a class has none.
+    """
+    rows = {c: (real.labels == c).nonzero()[:, 0] for c in labels.unique().tolist()}
+    empty = [c for c, r in rows.items() if not len(r)]
+    if empty:
+        raise InputError(f"class {empty[0]} has no train image to be compared with; leave its images out of the set")
+    return rows

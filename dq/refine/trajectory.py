@@ -14,7 +14,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from dq.networks.trajectories import CHUNK, MANIFEST, Experts
 from dq.refine.held_out import mean_accuracy
 from dq.refine.matching import pad_drop
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
+from dq.refine.momentum import Learned
 from dq.refine.optimize import SHOWN
-from dq.refine.starts import noise_like, real_rows
+from dq.refine.starts import first_images
 from dq.refine.unroll import GRADIENTS, MetaGradient, Student, draw_batches, last_start
 
 log = logging.getLogger("dq")
@@ -152,22 +152,6 @@ def correct_rows(experts: Experts, labels: Tensor, real: RealImages, device: tor
             )
         rows[places] = chosen
     return rows
-
-
-@dataclass
-class Learned:
-    """A tensor that is learned by SGD with momentum."""
-
-    value: Tensor
-    velocity: Tensor
-
-    @staticmethod
-    def of(value: Tensor) -> Learned:
-        return Learned(value, torch.zeros_like(value))
-
-    def step(self, gradient: Tensor, lr: float, momentum: float) -> None:
-        self.velocity = momentum * self.velocity + gradient
-        self.value = self.value - lr * self.velocity
 
 
 def refine(
@@ -345,13 +329,9 @@ def _start(
         return whitening(images.to(device))
     if seen is None:
         raise InputError(f"start={config.start} needs the train images; give them as `real`")
-    if config.start == "noise":
-        return noise_like(images, seen, experts.whitening, seed).to(device)
     if config.start == "correct":
-        rows = correct_rows(experts, labels, seen, device, seed)
-    else:
-        rows = real_rows(labels, seen, seed)
-    return whitening(seen.images[rows].to(device))
+        return whitening(seen.images[correct_rows(experts, labels, seen, device, seed)].to(device))
+    return first_images(config.start or "real", images, labels, seen, experts.whitening, seed).to(device)
 
 
 def _start_labels(config: Trajectory, experts: Experts, x: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""Settings of the methods that compare a set with real images on freshly drawn networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dq.config.refinement import RefineConfig
+from dq.config.students import Dtype
+from dq.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Condensation(RefineConfig):
+    """What these methods share. The whole set is one batch; labels stay what they are."""
+
+    net: str = "convnet3"  # drawn anew, without being trained
+    lr: float = 1.0  # of the images, SGD
+    momentum: float = 0.5
+    real_batch: int = 256  # real images of a class in a step
+    # drawn: the images that come in; real: as many random train images of each class (the papers); noise
+    start: Literal["drawn", "real", "noise"] = "drawn"
+    augment: Literal["dsa", "none"] = "dsa"  # the same draw for real and learned images of a class
+    compose: Literal["index", "dealt", "whole"] = "whole"
+    dtype: Dtype = "float32"  # of the networks; nothing else is allowed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compose != "whole":
+            raise InputError(f"{self.stage} refines the whole set at once: set compose=whole, not {self.compose}")
+        if self.dtype != "float32":
+            raise InputError(f"{self.stage} works in float32: leave out dtype={self.dtype}")
+        if self.real_batch < 1 or not self.momentum < 1:
+            raise InputError(
+                f"{self.stage} needs real_batch of at least 1 and momentum below 1, not {self.real_batch} and "
+                f"{self.momentum:g}"
+            )
+
+
+@dataclass(frozen=True)
+class DistributionMatching(Condensation):
+    """Distribution matching (DM, Zhao and Bilen, WACV 2023)."""
+
+    stage: Literal["distribution"] = "distribution"
+    steps: int = 20_000
+    # None: the last embedding alone, as published. A share in [0, 1): the outputs of all blocks of a ConvNet but the
+    # first int(alpha L) of L (PAD's second filter, whose paper does not say which layers its own DM compares)
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and not 0 <= self.alpha < 1:
+            raise InputError(f"alpha is a share of the layers in [0, 1), not {self.alpha:g}")
+        if self.alpha is not None and not self.net.startswith("convnet"):
+            raise InputError(f"alpha counts the blocks of a ConvNet, which {self.net!r} has not; leave alpha out")
+
+
+# passes over the classes for a drawn network, and epochs of the network on the set between two of them, by the images
+# per class from which these hold (DC's and DSA's code; numbers between are those of the one below)
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+
+@dataclass(frozen=True)
+class GradientMatching(Condensation):
+    """Gradient matching (DC, Zhao et al., ICLR 2021; DSA, Zhao and Bilen, ICML 2021, with `augment: dsa`)."""
+
+    stage: Literal["gradient"] = "gradient"
+    lr: float = 0.1
+    networks: int = 1000  # that are drawn, one after another
+    passes: int | None = None  # updates of the images for a network; None: the published ones by ipc
+    net_epochs: int | None = None  # of the network on the set between two of them; likewise
+    net_lr: float = 0.01  # SGD with momentum 0.5
+    net_batch: int = 256
+    alpha: float = 0.0  # share of the layers, the shallowest, whose gradients are not compared (PAD's second filter)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha < 1:
+            raise InputError(f"alpha is a share of the layers in [0, 1), not {self.alpha:g}")
+        for name, low in (("networks", 0), ("passes", 1), ("net_epochs", 0), ("net_batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"{name} of gradient must be at least {low}, not {value}")
