@@ -122,7 +122,7 @@ def test_every_auto_of_a_configuration_is_resolved_and_nothing_else() -> None:
 def test_a_default_that_resolves_to_float32_has_the_digest_of_float32() -> None:
     """Units of runs that were finished when float32 was the default are found again."""
     explicit = {
-        **{k: {"dtype": "float32"} for k in ("codec", "generate", "train_teachers")},
+        **{k: {"dtype": "float32"} for k in ("prune", "codec", "generate", "train_teachers")},
         "prior": {"codec": {"dtype": "float32"}, "denoiser": {"dtype": "float32"}},
         "evaluate": {"students": [{"net": "convnet3", "dtype": "float32"}]},
         "refine": [{"stage": "fadrm", "dtype": "float32"}],
