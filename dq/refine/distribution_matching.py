@@ -1,73 +1,65 @@
-"""Distribution matching: images whose mean features on random networks are those of real images.
+"""Distribution matching: images of a class have the mean features of real ones under random networks.
 
 Zhao and Bilen, "Dataset Condensation with Distribution Matching" (DM), WACV 2023, arXiv 2110.04181, with the settings
-of the released code, and PAD's choice of layers (arXiv 2408.03360) as an option. Departures: images may start from
-drawn ones, channel statistics are measured, every random number is seeded.
+of the released code; the choice of layers is PAD's (arXiv 2408.03360).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dq.config.condensation import DistributionMatching
 from dq.core.errors import InputError
-from dq.core.seeds import derive_seed, generator
-from dq.data.augment import dsa
-from dq.data.zca import fit_whitening
-from dq.networks.teacher import head_inputs
-from dq.networks.zoo import fast_layout, make_net
+from dq.core.seeds import derive_seed
+from dq.networks.flat_parameters import FlatNet
+from dq.networks.zoo import make_net
+from dq.refine.class_matching import ClassBatches, Gradient, class_weights, learn_images
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
-from dq.refine.momentum import Learned
-from dq.refine.optimize import SHOWN
-from dq.refine.starts import first_images, rows_by_class
-
-TERMS = ("distribution_loss",)
-SAVE_SECONDS = 60.0  # between two states to go on from
-STRIPS = 4  # pictures of the first images, spread over the steps
 
 
-def distance(real: list[Tensor], learned: list[Tensor]) -> Tensor:
-    """sum over layers of |mean of real features - mean of learned features|^2, ().
+def resolve(config: DistributionMatching, context: Context) -> DistributionMatching:
+    """The settings as they are.
+
+    Raises:
+        InputError: for a network that gathers statistics over batches, or has no blocks to choose from.
+    """
+    net = FlatNet(config.net, context.classes or 2, context.side).net
+    with block_outputs(net, config.alpha):
+        return config
+
+
+def distance(real: Tensor, learned: Tensor, shares: Tensor) -> Tensor:
+    """|mean_i real_i - sum_j shares_j learned_j|^2, () (DM, equation 6).
 
     Args:
-        real, learned: of each layer, features of images of one class, (N, ...) and (n, ...).
+        real: (B, ...) features of real images of a class.
+        learned: (m, ...) features of its learned images.
+        shares: (m,) of these, which sum to 1.
     """
-    means = [(a.flatten(1).mean(0), b.flatten(1).mean(0)) for a, b in zip(real, learned, strict=True)]
-    return torch.stack([(a - b).square().sum() for a, b in means]).sum()
+    return (real.mean(0) - torch.tensordot(shares, learned, 1)).square().sum()
 
 
-@contextlib.contextmanager
-def compared_features(net: nn.Module, alpha: float | None) -> Iterator[Callable[[Tensor], list[Tensor]]]:
-    """The features that are compared, as a function of images within the block: of the last embedding, or of the
-    blocks of a ConvNet behind its first int(alpha L)."""
-    if alpha is None:
-        with head_inputs(net) as seen:
+@contextmanager
+def block_outputs(net: nn.Module, alpha: float | None) -> Iterator[list[Tensor]]:
+    """A list to which a forward pass within the block adds the pooled maps of each block that is matched.
 
-            def embed(x: Tensor) -> list[Tensor]:
-                seen.clear()
-                net(x)
-                return [seen.pop()]
-
-            yield embed
-        return
-    ends = [m for m in net.modules() if isinstance(m, nn.AvgPool2d)]  # of the blocks, from the shallowest
+    Raises:
+        InputError: for a network that has no pooled blocks.
+    """
+    layers = list(getattr(net, "features", ()))
+    blocks = [m for m in layers if isinstance(m, nn.AvgPool2d | nn.MaxPool2d)]
+    if not blocks:
+        raise InputError(f"distribution needs a network of pooled blocks, such as convnet3, not {type(net).__name__}")
+    kept = blocks[-1:] if alpha is None else blocks[int(alpha * len(blocks)) :]
     outputs: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda m, args, y: outputs.append(y)) for m in ends[int(alpha * len(ends)) :]]
-
-    def embed_all(x: Tensor) -> list[Tensor]:
-        outputs.clear()
-        net(x)
-        return list(outputs)
-
+    hooks = [m.register_forward_hook(lambda _module, _args, out: outputs.append(out)) for m in kept]
     try:
-        yield embed_all
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
@@ -80,78 +72,62 @@ def refine(
     real: RealImages,
     *,
     classes: int,
+    weights: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: State | None = None,
     callback: Callback | None = None,
 ) -> Refined:
-    """Learn a set's images; a pure function of its arguments. In every step a network f is drawn, and the images of
-    all classes c move along the gradient of
+    """Learn a set's images; see `learn_images`. In every step, with a freshly drawn network f and the same
+    augmentation a on both sides, the images move along the gradient of
 
-        L = sum_c |mean over real x of c of f(A_c(x)) - mean over learned s of c of f(A_c(s))|^2
-
-    with one augmentation A_c for both.
+        L = sum_c |mean_{real x of c} f(a(x)) - mean_{learned x of c} f(a(x))|^2
 
     Args:
-        images: (n, 3, S, S) float32 in [0, 1], the whole set.
-        labels: (n,) classes.
-        real: all train images.
-        device: where all of it happens.
-
-    Returns:
-        Images of the same shape whose pixels may leave [0, 1].
-
-    Raises:
-        InputError: if a class of the set has no train image.
+        weights: (n,) of the images in the means, for `config.weighted`.
     """
     device = torch.device(device)
-    callback = callback or Callback()
-    whitening, rows = fit_whitening(real.images, zca=False), rows_by_class(labels, real)
-    if resume:
-        x = Learned(*(resume.tensors[k].to(device, copy=True) for k in ("x", "velocity")))
-        trace, strips = resume.tensors["trace"].clone(), list(resume.tensors["strips"])
-    else:
-        x = Learned.of(first_images(config.start, images, labels, real, whitening, seed).to(device))
-        trace, strips = torch.zeros(config.steps, 1), [whitening.invert(x.value[:SHOWN]).cpu()]
-    saved = time.perf_counter()
-    for step in range(resume.steps if resume else 0, config.steps):
-        net = make_net(config.net, classes, images.shape[-1], seed=derive_seed(seed, "network", step))
-        net.to(device, memory_format=fast_layout(net)).requires_grad_(False)  # type: ignore[call-overload]
-        gradient, total = torch.zeros_like(x.value), 0.0
-        with compared_features(net, config.alpha) as features:
-            for c, candidates in rows.items():
-                chosen = torch.randperm(len(candidates), generator=generator(seed, "real", step, c))
-                x_real = whitening(real.images[candidates[chosen[: config.real_batch]]].to(device))
-                s = x.value[(labels == c).to(device)].requires_grad_(True)
-                if config.augment == "dsa":
-                    own = seed, "augmentation", step, c
-                    x_real, seen = (dsa(v, generator(*own), shared=True) for v in (x_real, s))
-                else:
-                    seen = s
-                with torch.no_grad():
-                    f_real = features(x_real)
-                loss = distance(f_real, features(seen))
-                gradient[(labels == c).to(device)] = torch.autograd.grad(loss, s)[0]
-                total += float(loss.detach())
-        trace[step] = total
-        x.step(gradient, config.lr, config.momentum)
-        if (step + 1) % max(1, config.steps // STRIPS) == 0:
-            strips.append(whitening.invert(x.value[:SHOWN]).cpu())
-        callback.step(step)
-        if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < config.steps:
-            tensors = {"x": x.value, "velocity": x.velocity, "trace": trace, "strips": torch.stack(strips)}
-            callback.save(State({k: v.cpu().clone() for k, v in tensors.items()}, {}, step + 1))
-            saved = time.perf_counter()
-    facts: dict[str, Any] = {"whitening": whitening.summary(), "net": config.net}
-    return Refined(
-        whitening.invert(x.value).cpu(),
-        trace,
-        TERMS,
-        torch.stack(strips).clamp(0, 1),
-        bounded=False,
-        facts=facts,
-        preprocessing=whitening.tensors(),
+    counted = weights.float() if config.weighted and weights is not None else torch.ones(len(labels))
+    shares = class_weights(labels, counted).to(device)
+    rows = {c: (labels == c).nonzero()[:, 0].to(device) for c in labels.unique().tolist()}
+    resolve(config, Context(images.shape[-1], 0, classes=classes))
+
+    def gradient_of(batches: ClassBatches) -> Gradient:
+        def gradient(x: Tensor, step: int, carried: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            net = make_net(config.net, classes, x.shape[-1], seed=derive_seed(seed, "network", step)).to(device)
+            net.requires_grad_(False)
+            total, g = torch.zeros((), device=device), torch.zeros_like(x)
+            for c, own in rows.items():
+                part = x[own].requires_grad_(True)
+                real_features = _features(net, batches.images(c, step, device), config.alpha)
+                with torch.enable_grad():
+                    learned = _features(net, batches.augment(part, c, step), config.alpha)
+                    loss = torch.stack([distance(r, s, shares[own]) for r, s in zip(real_features, learned)]).sum()
+                (g[own],) = torch.autograd.grad(loss, [part])
+                total += loss.detach()
+            return total, g
+
+        return gradient
+
+    return learn_images(
+        images,
+        labels,
+        config,
+        config.steps,
+        real,
+        gradient_of,
+        classes=classes,
+        seed=seed,
+        device=device,
+        resume=resume,
+        callback=callback,
     )
+
+
+def _features(net: nn.Module, x: Tensor, alpha: float | None) -> Sequence[Tensor]:
+    with block_outputs(net, alpha) as outputs:
+        net(x)
+    return outputs
 
 
 class DistributionMethod(Method):
@@ -160,8 +136,7 @@ class DistributionMethod(Method):
     config = DistributionMatching
 
     def resolve(self, stage: DistributionMatching, context: Context) -> DistributionMatching:
-        make_net(stage.net, context.classes or 2, context.side, seed=0)  # complains of an unknown or too deep one
-        return stage
+        return resolve(stage, context)
 
     def needs(self, stage: DistributionMatching) -> Needs:
         return Needs(teachers=False, real_images=True)
@@ -177,13 +152,14 @@ class DistributionMethod(Method):
         callback: Callback | None = None,
     ) -> Refined:
         if resources.real is None:
-            raise InputError("distribution matches real train images; give them as `Resources.real`")
+            raise InputError("distribution compares with real images; give them as `Resources.real`")
         return refine(
             batch.images,
             batch.labels,
             stage,
             resources.real,
             classes=resources.classes,
+            weights=batch.weights,
             seed=derive_seed(seed, "distribution"),
             device=resources.device,
             resume=resume,
@@ -191,7 +167,7 @@ class DistributionMethod(Method):
         )
 
     def brief(self, stage: DistributionMatching) -> DistributionMatching:
-        return dataclasses.replace(stage, steps=min(stage.steps, 4))
+        return dataclasses.replace(stage, steps=min(stage.steps, 2), start="drawn", checks=0)
 
     def cost(self, stage: DistributionMatching, context: Context) -> Cost:
         return Cost(stage.steps, None)

@@ -32,7 +32,7 @@ from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Real
 from dq.refine.optimize import SHOWN
 from dq.refine.rendering import Rendering
 from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
-from dq.refine.starts import first_images, real_rows
+from dq.refine.starts import first_images, one_channel, real_rows
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
 LARGEST_SIDE = 128  # px; whitening needs a matrix of all pairs of pixels of a quarter, and features grow with the side
@@ -194,7 +194,8 @@ def refine(
     rendering = Rendering(whitening, codec if config.mode == "latent" else None, config.chunk)
     seen, held = split_off(real, config.held_out) if config.checks or config.fit_temperature else (real, None)
     batches = RealBatches.of(seen, whitening, classes, config.real_batch, seed)
-    flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not is_grey(real.images)
+    grey = is_grey(real.images)
+    flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not grey
     w = None
     if config.weighted and weights is not None:
         w = (weights / weights.mean()).to(device)
@@ -258,7 +259,7 @@ def refine(
         trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
         trace[step, 3].fill_(g.ridge)  # no copy from the host
         if g.images is not None:
-            x.step(g.images, lr)
+            x.step(one_channel(g.images) if grey and config.mode == "pixel" else g.images, lr)
         if config.learn_labels:
             y.step(g.labels, lr)
         pool.advance(i, rendering.images(x.value), y.value, step, w)  # on the updated set, as released

@@ -1,52 +1,36 @@
-"""Gradient matching: images on which networks have the gradients that they have on real images.
+"""Gradient matching: images of a class give a network the gradients that real ones give it.
 
-Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching" (DC), ICLR 2021, arXiv 2006.05929; with
-differentiable Siamese augmentation (DSA, arXiv 2102.08259), and the settings of the released code; PAD's choice of
-layers (arXiv 2408.03360) as an option. Departures: images may start from drawn ones, channel statistics are measured,
-every random number is seeded.
+Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching" (DC), ICLR 2021, arXiv 2006.05929; with the same
+augmentation on both sides, Zhao and Bilen, DSA, ICML 2021, arXiv 2102.08259; with the settings of the released code.
+The share of parameters that is left out is PAD's (arXiv 2408.03360).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dq.config.condensation import LOOPS, GradientMatching
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
-from dq.data.zca import fit_whitening
-from dq.networks.zoo import fast_layout, make_net
+from dq.networks.flat_parameters import FlatNet
+from dq.refine.class_matching import ClassBatches, Gradient, class_weights, learn_images
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
-from dq.refine.momentum import Learned
-from dq.refine.optimize import SHOWN
-from dq.refine.starts import first_images, rows_by_class
 
-TERMS = ("gradient_loss",)
-SAVE_SECONDS = 60.0  # between two states to go on from
-STRIPS = 4  # pictures of the first images, spread over the networks
-NET_MOMENTUM = 0.5
-EPS = 1e-6  # as released
+TINY = 1e-6  # beside products of norms, as released
 
 
 def resolve(config: GradientMatching, context: Context) -> GradientMatching:
-    """The settings with the loops filled in.
+    """The settings with passes and net_epochs filled in, those of the released code by images per class.
 
     Raises:
         InputError: for an unknown network, or one that gathers statistics over batches.
     """
-    net = make_net(config.net, context.classes or 2, context.side, seed=0)
-    if list(net.buffers()):
-        raise InputError(
-            f"network {config.net!r} gathers statistics over batches, which are other ones over a single class; take "
-            "one with instance norm, such as convnet3"
-        )
+    FlatNet(config.net, context.classes or 2, context.side)
     ipc = context.ipc or 1
     passes, epochs = LOOPS[max(k for k in LOOPS if k <= ipc)]
     if config.net_epochs is not None:
@@ -54,23 +38,27 @@ def resolve(config: GradientMatching, context: Context) -> GradientMatching:
     return dataclasses.replace(config, passes=config.passes or passes, net_epochs=epochs)
 
 
-def distance(real: Sequence[Tensor], learned: Sequence[Tensor]) -> Tensor:
-    """sum over layers and their outputs j of 1 - cos(g_j, g'_j), ().
+def distance(real: Tensor, learned: Tensor, net: FlatNet, alpha: float = 0.0) -> Tensor:
+    """sum over layers and their outputs o of 1 - cos(real_o, learned_o), () (DC, equation 10), where biases and norms
+    are left out as released.
 
     Args:
-        real, learned: gradients of the weights of each layer, (outputs, ...). Biases and norms are not compared.
+        real, learned: (P,) gradients for the parameters of `net`.
+        alpha: the first int(alpha P) entries are left out.
     """
-    total = torch.zeros((), device=learned[0].device)
-    for a, b in zip(real, learned, strict=True):
-        a, b = a.flatten(1), b.flatten(1)
-        total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPS)).sum()
+    first, begin = int(alpha * net.size), 0
+    total = torch.zeros((), device=real.device)
+    for shape, size in zip(net.shapes, net.sizes, strict=True):
+        end = begin + size
+        if len(shape) > 1 and end > first:
+            a, b = (g[begin:end].view(shape[0], -1) for g in (real, learned))
+            if begin < first:  # the cut lies within this layer
+                kept = (torch.arange(begin, end, device=real.device) >= first).view(shape[0], -1)
+                rows = kept.any(1)
+                a, b = (a * kept)[rows], (b * kept)[rows]
+            total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + TINY)).sum()
+        begin = end
     return total
-
-
-def compared_weights(net: nn.Module, alpha: float) -> list[nn.Parameter]:
-    """The weights of layers whose gradients are compared: of L those behind the first int(alpha L)."""
-    weights = [p for p in net.parameters() if p.ndim > 1]
-    return weights[int(alpha * len(weights)) :]
 
 
 def refine(
@@ -80,97 +68,80 @@ def refine(
     real: RealImages,
     *,
     classes: int,
+    weights: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: State | None = None,
     callback: Callback | None = None,
 ) -> Refined:
-    """Learn a set's images; a pure function of its arguments. For every drawn network, `passes` times, the images of
-    all classes c move along the gradient of
+    """Learn a set's images; see `learn_images`. With a network theta and the same augmentation a on both sides, they
+    move along the gradient of
 
-        L = sum_c D(grad CE(real images of c), grad CE(learned images of c))
+        L = sum_c distance(grad_theta l(theta; a(real images of c)), grad_theta l(theta; a(learned images of c)))
 
-    with D of `distance`, and the network trains on the set in between. Real and learned images have one augmentation.
+    of the cross-entropy l; then theta is trained `net_epochs` epochs on the set, and after `passes` updates replaced.
 
     Args:
-        images: (n, 3, S, S) float32 in [0, 1], the whole set.
-        labels: (n,) classes.
-        config: settings that `resolve` fills in.
-        real: all train images.
-        device: where all of it happens.
-
-    Returns:
-        Images of the same shape whose pixels may leave [0, 1].
-
-    Raises:
-        InputError: for settings that do not fit, or if a class of the set has no train image.
+        weights: (n,) of the images in the cross-entropy, for `config.weighted`.
     """
-    device, side = torch.device(device), images.shape[-1]
-    config = resolve(config, Context(side, 0, max(1, round(len(images) / classes)), classes))
-    passes, callback = config.passes or 1, callback or Callback()
-    whitening, rows, y = fit_whitening(real.images, zca=False), rows_by_class(labels, real), labels.to(device)
-    if resume:
-        x = Learned(*(resume.tensors[k].to(device, copy=True) for k in ("x", "velocity")))
-        trace, strips = resume.tensors["trace"].clone(), list(resume.tensors["strips"])
-    else:
-        x = Learned.of(first_images(config.start, images, labels, real, whitening, seed).to(device))
-        trace, strips = torch.zeros(config.networks * passes, 1), [whitening.invert(x.value[:SHOWN]).cpu()]
-    saved = time.perf_counter()
-    for n in range(resume.steps // passes if resume else 0, config.networks):
-        net = make_net(config.net, classes, side, seed=derive_seed(seed, "network", n))
-        net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
-        optimizer = torch.optim.SGD(net.parameters(), lr=config.net_lr, momentum=NET_MOMENTUM)
-        weights = compared_weights(net, config.alpha)
-        for i in range(passes):
-            gradient, total = torch.zeros_like(x.value), 0.0
-            for c, candidates in rows.items():
-                chosen = torch.randperm(len(candidates), generator=generator(seed, "real", n, i, c))
-                x_real = whitening(real.images[candidates[chosen[: config.real_batch]]].to(device))
-                s = x.value[y == c].requires_grad_(True)
-                seen = s
-                if config.augment == "dsa":
-                    own = seed, "augmentation", n, i, c
-                    x_real, seen = (dsa(v, generator(*own), shared=True) for v in (x_real, s))
-                g_real = torch.autograd.grad(F.cross_entropy(net(x_real), y.new_full((len(x_real),), c)), weights)
-                g = torch.autograd.grad(F.cross_entropy(net(seen), y[y == c]), weights, create_graph=True)
-                loss = distance(g_real, g)
-                gradient[y == c] = torch.autograd.grad(loss, s)[0]
-                total += float(loss.detach())
-            trace[n * passes + i] = total
-            x.step(gradient, config.lr, config.momentum)
-            callback.step(n * passes + i)
-            if i + 1 < passes:
-                _train(net, optimizer, x.value, y, config, derive_seed(seed, "train", n, i))
-        if (n + 1) % max(1, config.networks // STRIPS) == 0:
-            strips.append(whitening.invert(x.value[:SHOWN]).cpu())
-        if time.perf_counter() - saved >= SAVE_SECONDS and n + 1 < config.networks:
-            tensors = {"x": x.value, "velocity": x.velocity, "trace": trace, "strips": torch.stack(strips)}
-            callback.save(State({k: v.cpu().clone() for k, v in tensors.items()}, {}, (n + 1) * passes))
-            saved = time.perf_counter()
-    facts: dict[str, Any] = {"whitening": whitening.summary(), "net": config.net}
-    return Refined(
-        whitening.invert(x.value).cpu(),
-        trace,
-        TERMS,
-        torch.stack(strips).clamp(0, 1),
-        bounded=False,
-        facts=facts,
-        preprocessing=whitening.tensors(),
+    device = torch.device(device)
+    config = resolve(config, Context(images.shape[-1], 0, max(1, len(images) // classes), classes))
+    passes, epochs = config.passes or 1, config.net_epochs or 0
+    net = FlatNet(config.net, classes, images.shape[-1]).to(device)
+    counted = weights.float() if config.weighted and weights is not None else torch.ones(len(labels))
+    shares, w = class_weights(labels, counted).to(device), counted.to(device)
+    y = labels.to(device)
+    rows = {c: (y == c).nonzero()[:, 0] for c in labels.unique().tolist()}
+
+    def train(theta: Tensor, x: Tensor, step: int) -> Tensor:
+        """Parameters after some epochs of SGD on the set."""
+        draws = generator(seed, "network's training", step)
+        for _ in range(epochs):
+            for part in torch.randperm(len(x), generator=draws).split(config.net_batch):
+                own = part.to(device)
+                seen = dsa(x[own], draws) if config.augment == "dsa" else x[own]
+                at = theta.detach().requires_grad_(True)
+                losses = F.cross_entropy(net(at, seen), y[own], reduction="none")
+                (g,) = torch.autograd.grad((w[own] * losses).sum() / w[own].sum(), at)
+                theta = at.detach() - config.net_lr * g
+        return theta
+
+    def gradient_of(batches: ClassBatches) -> Gradient:
+        def gradient(x: Tensor, step: int, carried: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            number, update = divmod(step, passes)
+            if update == 0:
+                carried["theta"] = net.initial(derive_seed(seed, "network", number)).to(device)
+            else:
+                carried["theta"] = train(carried["theta"], x, step)
+            theta = carried["theta"].detach().requires_grad_(True)
+            total, g = torch.zeros((), device=device), torch.zeros_like(x)
+            for c, own in rows.items():
+                seen = batches.images(c, step, device)
+                loss = F.cross_entropy(net(theta, seen), torch.full((len(seen),), c, device=device))
+                (of_real,) = torch.autograd.grad(loss, theta)
+                part = x[own].requires_grad_(True)
+                losses = F.cross_entropy(net(theta, batches.augment(part, c, step)), y[own], reduction="none")
+                (of_learned,) = torch.autograd.grad((shares[own] * losses).sum(), theta, create_graph=True)
+                d = distance(of_real, of_learned, net, config.alpha)
+                (g[own],) = torch.autograd.grad(d, [part])
+                total += d.detach()
+            return total, g
+
+        return gradient
+
+    return learn_images(
+        images,
+        labels,
+        config,
+        config.networks * passes,
+        real,
+        gradient_of,
+        classes=classes,
+        seed=seed,
+        device=device,
+        resume=resume,
+        callback=callback,
     )
-
-
-def _train(
-    net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, config: GradientMatching, seed: int
-) -> None:
-    """Train the network on the set for `net_epochs`."""
-    draws = generator(seed)
-    for _ in range(config.net_epochs or 0):
-        for batch in torch.randperm(len(x), generator=draws).split(config.net_batch):
-            rows = batch.to(x.device)
-            seen = dsa(x[rows], draws) if config.augment == "dsa" else x[rows]
-            optimizer.zero_grad()
-            F.cross_entropy(net(seen), y[rows]).backward()
-            optimizer.step()
 
 
 class GradientMethod(Method):
@@ -195,13 +166,14 @@ class GradientMethod(Method):
         callback: Callback | None = None,
     ) -> Refined:
         if resources.real is None:
-            raise InputError("gradient matches real train images; give them as `Resources.real`")
+            raise InputError("gradient compares with real images; give them as `Resources.real`")
         return refine(
             batch.images,
             batch.labels,
             stage,
             resources.real,
             classes=resources.classes,
+            weights=batch.weights,
             seed=derive_seed(seed, "gradient"),
             device=resources.device,
             resume=resume,
@@ -209,7 +181,8 @@ class GradientMethod(Method):
         )
 
     def brief(self, stage: GradientMatching) -> GradientMatching:
-        return dataclasses.replace(stage, networks=1, passes=min(stage.passes or 2, 2))
+        # two updates of a network, with a training of it in between
+        return dataclasses.replace(stage, networks=1, passes=min(stage.passes or 2, 2), start="drawn", checks=0)
 
     def cost(self, stage: GradientMatching, context: Context) -> Cost:
         return Cost(stage.networks * (stage.passes or 1), None)

@@ -1,4 +1,4 @@
-"""Where images of a set begin that are learned rather than drawn."""
+"""Where images of a set begin that are learned rather than drawn, and in which directions they move."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.data.zca import Whitening
+from dq.data.zca import Whitening, is_grey
 from dq.refine.method import RealImages
 
 NOISE_LIKE = 1000  # real images whose standard deviation noise to start from has (0.44 on CIFAR-10)
@@ -30,9 +30,16 @@ def real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
 
 
 def noise_like(images: Tensor, real: RealImages, whitening: Whitening, seed: int) -> Tensor:
-    """Normal noise of the shape of `images`, as wide as whitened real images."""
+    """Normal noise of the shape of `images`, as wide as whitened real images, and grey if these are."""
     std = whitening(real.images[:NOISE_LIKE]).std()
-    return std * torch.randn(images.shape, generator=generator(seed, "noise"))
+    noise = std * torch.randn(images.shape, generator=generator(seed, "noise"))
+    return noise[:, :1].expand_as(noise).clone() if is_grey(real.images) else noise
+
+
+def one_channel(gradient: Tensor) -> Tensor:
+    """The gradient (n, 3, S, S) of images whose three channels are one, as those of a grey data set: that of the one
+    channel, for all three. The released codes have one channel for such data."""
+    return gradient.sum(1, keepdim=True).expand_as(gradient)
 
 
 def first_images(

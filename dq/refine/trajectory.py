@@ -26,13 +26,14 @@ from dq.config.trajectories import GENERAL, PRESETS, Trajectory
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator
+from dq.data.zca import is_grey
 from dq.networks.trajectories import CHUNK, MANIFEST, Experts
 from dq.refine.held_out import mean_accuracy
 from dq.refine.matching import pad_drop
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
 from dq.refine.optimize import SHOWN
-from dq.refine.starts import first_images
+from dq.refine.starts import first_images, one_channel
 from dq.refine.unroll import GRADIENTS, MetaGradient, Student, draw_batches, last_start
 
 log = logging.getLogger("dq")
@@ -205,6 +206,7 @@ def refine(
     net.to(device)
     callback, whitening = callback or Callback(), experts.whitening.to(device)
     seen, held = _divided(experts, real)
+    grey = is_grey(images if real is None else real.images)
     share, cut = config.alpha or 0.0, net.cut(config.alpha or 0.0)
     facts: dict[str, Any] = {"whitening": experts.whitening.summary(), "net": net.name, "experts": experts.number}
     facts |= {"skipped_by_threshold": 0, "skipped_not_finite": 0, "parameters": net.size}
@@ -234,7 +236,7 @@ def refine(
         elif loss > (config.threshold or math.inf):
             facts["skipped_by_threshold"] += 1
         else:
-            x.step(g.images, config.lr_images or 0.0, config.momentum_images)
+            x.step(one_channel(g.images) if grey else g.images, config.lr_images or 0.0, config.momentum_images)
             if config.learn_labels:
                 y.step(g.labels, config.lr_labels or 0.0, config.momentum_labels)
             if config.learn_step:

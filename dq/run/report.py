@@ -34,6 +34,8 @@ from dq.run.stages.generate import nearest_images
 
 log = logging.getLogger("dq")
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000
+TRACE_PARTS = 5  # of the steps of a refinement, whose means are printed
+NOT_FACTS = ("method", "from", "checks", "images", "batches", "before", "after", "checksum")  # of a refined folder
 
 
 def set_grid(small: DistilledSet, nearest: list[Tensor] | None = None) -> Image.Image:
@@ -218,7 +220,9 @@ def _refinement(run: Run) -> list[str]:
         path = run.folder / "figures" / f"{folder.name}-losses.png"
         trace = read_trace(folder)
         body += [f"<h3>{html.escape(title)}</h3>", html_table(["", "before", "after", "CE before", "CE after"], rows)]
+        body += _recorded(summary)
         if len(trace.losses):
+            body.append(_trace_table(trace))
             save_figure(_loss_figure(trace), path)
             body.append(embed(path))
         if len(trace.losses) and trace.blocks is not None:
@@ -232,6 +236,28 @@ def _refinement(run: Run) -> list[str]:
                 + embed(picture)
             )
     return body
+
+
+def _recorded(summary: dict[str, Any]) -> list[str]:
+    """What a method records of its work on the whole set: accuracies on held-out images, skipped steps, ..."""
+    body = []
+    if summary.get("checks"):
+        rows = [[steps, f"{100 * accuracy:.1f} %"] for steps, accuracy in summary["checks"]]
+        body.append(html_table(["steps", "held-out train images, networks trained on the set"], rows))
+    shown = {k: v for k, v in summary.items() if k not in NOT_FACTS and not isinstance(v, dict)}
+    parts = [f"{k.replace('_', ' ')} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in shown.items()]
+    return [*body, f"<p>{html.escape('; '.join(parts))}</p>"] if parts else body
+
+
+def _trace_table(trace: Trace) -> str:
+    """Terms in five parts of the steps, as means."""
+    steps = len(trace.losses)
+    ends = sorted({max(1, round(steps * i / TRACE_PARTS)) for i in range(1, TRACE_PARTS + 1)})
+    rows = []
+    for first, end in zip([0, *ends], ends, strict=False):
+        values = trace.losses[first:end].mean(0).tolist()
+        rows.append([f"{first + 1} to {end}", *(f"{v:.4g}" for v in values)])
+    return html_table(["steps", *(t.replace("_", " ") for t in trace.terms)], rows)
 
 
 def _loss_figure(trace: Trace) -> Any:

@@ -26,7 +26,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, read_metadata, read_tensors, write_tensors
 from dq.distilled.set import DistilledSet
-from dq.run.refinement import planned
+from dq.run.refinement import planned, read_trace
 from dq.run.stages import refine as refine_stage
 
 
@@ -109,6 +109,9 @@ def test_the_report_shows_losses_and_blocks(finished):
         assert f"ddoq, IPC 3: stage {1 if name == 'fadrm' else 2}, {name}" in page
         assert (finished / "run" / "figures" / f"{folder.name}-losses.png").is_file()
         assert (finished / "run" / "figures" / f"{folder.name}-blocks.png").is_file()
+        trace = read_trace(folder)
+        last = trace.losses[round(len(trace.losses) * 4 / 5) :].mean(0)
+        assert "".join(f"<td>{v:.4g}</td>" for v in last.tolist()) in page
 
 
 def test_a_finished_refinement_is_not_done_again(finished, world, teachers):
