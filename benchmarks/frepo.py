@@ -11,7 +11,8 @@ each storage once, without parameters: of the network alone, and of all, feature
 chunks leave as they are. The plain loop is one function with `torch.linalg.solve` and autograd through all of
 it, in float32 up to the features and float64 after them, as the package has it.
 
-Everything is measured in turns within rounds, and ratios are medians over the rounds.
+Everything is measured in turns within rounds, in seconds of the processor (a busy machine interrupts), and ratios are
+medians over the rounds.
 """
 
 from __future__ import annotations
@@ -155,9 +156,9 @@ def main() -> None:
                 result[name] = call()
             for _ in range(args.rounds):
                 for name, call in calls.items():
-                    began = time.perf_counter()
+                    began = time.process_time()
                     call()
-                    seconds.setdefault(name, []).append(time.perf_counter() - began)
+                    seconds.setdefault(name, []).append(time.process_time() - began)
             peak = {name: saved_bytes(calls[name], anyway) for name in ("one pass", "chunks")}
             network = [saved_bytes(lambda m=m: features(images[:m].requires_grad_()), anyway) for m in (n, chunk)]  # noqa: B023
         krr, dx, dy = result["plain"]  # type: ignore[misc]
@@ -193,11 +194,11 @@ def main() -> None:
         }
         records.append(record)
         print(", ".join(f"{k} {v}" for k, v in record.items()), flush=True)
-    if args.csv:
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(records[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(records)
+        if args.csv:
+            with open(args.csv, "w", newline="") as f:
+                writer = csv.DictWriter(f, fieldnames=list(records[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(records)
     if any(float(r["largest_relative_difference"]) > 1e-3 for r in records):
         sys.exit("the losses or gradients differ from those of the plain loop by more than rounding")
 
