@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import tiny_kl
 
+from dq.cli.parser import build_parser
 from dq.cluster.kmeans import kmeans
 from dq.cluster.prototypes import Prototypes
 from dq.config.pruning import PruneConfig
@@ -22,7 +23,10 @@ from dq.core.errors import InputError
 from dq.data.load import load_source
 from dq.networks.difficulty import find_difficulty
 from dq.run.checks import check_settings
+from dq.run.distill import DistillPipeline
 from dq.run.folder import Run, open_run
+from dq.run.planning.costs import agent_operation, stage_plans
+from dq.run.planning.plan import plan
 from dq.run.stages import cluster as stage
 from dq.run.stages.encode import cache_of, encode
 from dq.run.stages.prune import Pruning, check_pruning, prune
@@ -244,3 +248,44 @@ def test_a_policy_that_is_held_back_says_so(tmp_path: Path, toy_source, caplog) 
     check_pruning(settings(tmp_path / "run", methods=methods), toy_source)
     assert "prune.policy=hard of method 'x' drops less than it would at ipc 2 in 3 classes" in caplog.text
     assert "where 5 of 9 images stay" in caplog.text
+
+
+def test_a_pipeline_prunes_and_the_set_says_how(tmp_path: Path, toy_source) -> None:
+    pipe = DistillPipeline(tiny_kl())
+    options: dict[str, Any] = {
+        "ipc": 2,
+        "resolution": 8,
+        "output_dir": tmp_path / "run",
+        "cache_dir": tmp_path / "cache",
+        "prune": from_dict(PruneConfig, {**SCORES, "policy": "hard", "share": 0.3, "keep_per_ipc": 1}),
+    }
+    made = pipe.distill(toy_source, **options)
+    assert made.counts.view(3, 2).sum(1).tolist() == [n - int(0.3 * n) for n in toy_source.class_counts()]
+    record = made.provenance["prune"]
+    assert (record["policy"], record["share"], record["score"], record["runs"]) == ("hard", 0.3, "el2n", 2)
+    assert (tmp_path / "cache" / f"difficulty-{record['scores']}" / "order-el2n-2.safetensors").is_file()
+    again = pipe.distill(toy_source, **options)
+    assert torch.equal(made.images, again.images)
+    options["prune"] = dataclasses.replace(options["prune"], policy="easy")
+    assert pipe.distill(toy_source, **options).provenance["prune"]["policy"] == "easy"
+
+
+def test_the_plan_counts_the_passes_of_the_agents(tmp_path: Path, toy_source) -> None:
+    config = settings(tmp_path / "run")
+    plans = {p.stage: p for p in stage_plans(config, toy_source, latent=(4, 4, 4), walked=None)}
+    n = len(toy_source.train)
+    agent = agent_operation(config.prune)
+    assert plans["prune"].calls == {agent: 4 * n, f"test {agent}": 4 * n}  # two runs of two epochs
+    assert plans["prune"].each == {"read": n}
+    lines = plan(config, toy_source).splitlines()
+    assert "prune       2 runs of convnet3, 2 epochs each, unless the scores are in the cache" in lines
+    kept = sum(k - int(0.3 * k) for k in toy_source.class_counts().tolist())
+    assert f"prune       method kept ipc 2: hard (filter) keeps {kept} of {n} images" in lines
+    unpruned = settings(tmp_path / "run", methods={"plain": {}})
+    assert "prune" not in {p.stage for p in stage_plans(unpruned, toy_source, latent=(4, 4, 4), walked=None)}
+
+
+def test_the_help_of_the_verb_has_an_example(capsys) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["prune", "--help"])
+    assert "example: dq prune --config" in capsys.readouterr().out
