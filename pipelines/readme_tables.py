@@ -404,6 +404,7 @@ TABLES = {
     "codecs": codecs,
     "clustering": clustering,
     "digits": lambda: accuracy("digits_demo"),
+    "digits_trajectory": lambda: accuracy("digits_trajectory"),
     "classic": lambda: accuracy("cifar10_classic"),
     "labels": lambda: accuracy("cifar10_labels"),
     "differences": lambda: differences("cifar10_labels"),

@@ -22,6 +22,12 @@ VERBS = (
 WHOLE_RUNS = ("run in half precision", "dry run")
 
 
+def matching(out: Path) -> dict[str, Any]:
+    """A stage that matches the trajectories of `train-experts`."""
+    short = {"steps": 2, "student_steps": 2, "expert_epochs": 1, "start_epochs": [0, 1, 1], "start": "real"}
+    return {"stage": "trajectory", "experts": str(out / "experts"), "alpha": 0.25, "min_accuracy": 0.0, **short}
+
+
 def settings(world: Path, out: Path) -> Path:
     """Settings of all verbs, in seconds: every stage of a run, Teddy, a second engine, and trainings of few steps."""
     file = every_stage(world, out)
@@ -30,11 +36,16 @@ def settings(world: Path, out: Path) -> Path:
     data["methods"] |= {
         "d4m": {"weights": "uniform", "override": {"cluster.engine": "minibatch"}},
         "teddy": {"refine": [{"stage": "teddy", "steps": 3, "batch_size": 9, "min_classes": 2}]},
+        "trajectory": {"refine": [matching(out)]},
+        "tesla": {"refine": [{**matching(out), "unroll": "tesla", "select": "loss", "checks": 1, "check_epochs": 1}]},
+        "gradient": {"refine": [{"stage": "gradient", "net": "convnet2w4", "networks": 1, "passes": 2}]},
+        "distribution": {"refine": [{"stage": "distribution", "net": "convnet2w4", "steps": 2}]},
     }
     data["train_teachers"] = {"output_dir": str(out / "teachers"), "nets": ["convnet3-bn"], "epochs": 3}
     data["train_pool"] = {"output_dir": str(out / "pool"), "net": "convnet3-bn", "epochs": [1, 2]}
     data["train_pool"]["window"] = [0.0, 9.0]  # whatever their accuracy
     data["train_experts"] = {"output_dir": str(out / "experts"), "net": "convnet2w4", "epochs": 2, "number": 2}
+    data["train_experts"] |= {"lr": 0.1, "side_by_side": 2}
     steps = {"steps": 4, "batch_size": 8, "save_every": 2}
     data["prior"] = {
         "output_dir": str(out / "prior"),
