@@ -227,7 +227,8 @@ def refine(
     best = {k[5:]: v.to(device) for k, v in resume.tensors.items() if k.startswith("best.")} if resume else {}
     check_steps = {-(-config.steps * i // config.checks) for i in range(1, config.checks + 1)} if config.checks else ()
     saved = time.perf_counter()
-    for step in range(resume.steps if resume else 0, config.steps):
+    inner = config.student_steps or 1
+    for step in range(resume.steps // inner if resume else 0, config.steps):
         g, t = _matched(x.value, y.value, step_size.value, config, experts, step, share, seed, device)
         loss = float(g.loss)
         trace[step] = torch.tensor([loss, t, float(step_size.value)])
@@ -249,12 +250,13 @@ def refine(
             if score > max((s for _, s in facts.setdefault("checks", [])), default=-1.0):
                 best = {"x": x.value, "y": y.value, "s": step_size.value}
             facts["checks"] = [*facts["checks"], [step + 1, round(score, 5)]]
-        callback.step(step)
+        for i in range(inner):  # the steps that take the time, in which costs are counted
+            callback.step(step * inner + i)
         if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < config.steps:
             tensors = {f"{n}.value": v.value for n, v in zip("xys", (x, y, step_size))}
             tensors |= {f"{n}.velocity": v.velocity for n, v in zip("xys", (x, y, step_size))}
             tensors |= {f"best.{k}": v for k, v in best.items()} | {"trace": trace, "strips": torch.stack(strips)}
-            callback.save(State({k: v.cpu().clone() for k, v in tensors.items()}, dict(facts), step + 1))
+            callback.save(State({k: v.cpu().clone() for k, v in tensors.items()}, dict(facts), (step + 1) * inner))
             saved = time.perf_counter()
     skipped = facts["skipped_by_threshold"] + facts["skipped_not_finite"]
     if 2 * skipped > config.steps:
@@ -403,8 +405,10 @@ class TrajectoryMethod(Method):
         )
 
     def brief(self, stage: Trajectory) -> Trajectory:
-        steps = min(stage.steps, 2)
-        return dataclasses.replace(stage, steps=steps, start="drawn", first_labels="classes", checks=0)
+        # few steps of the student, whose number decides the memory of the exact gradient
+        inner = min(stage.student_steps or 1, 3)
+        short = dataclasses.replace(stage, steps=min(stage.steps, 2), student_steps=inner)
+        return dataclasses.replace(short, start="drawn", first_labels="classes", checks=0)
 
     def cost(self, stage: Trajectory, context: Context) -> Cost:
-        return Cost(stage.steps, None)
+        return Cost(stage.steps * (stage.student_steps or 1), None)

@@ -132,7 +132,8 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
                     f"{name} of the stage {stage.stage!r} names {path}, which does not exist; correct "
                     f"refine.{level}.{name}"
                 )
-        context = Context(config.image_size, sum(map(_matched, teachers)), classes=len(class_counts) or None)
+        ipc = config.ipc[0] if len(config.ipc) == 1 else None
+        context = Context(config.image_size, sum(map(_matched, teachers)), ipc, classes=len(class_counts) or None)
         resolved = refinement.resolve(stage, context)
         if stage.labels_images and level + 1 < len(stages):
             log.warning(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dq.config.overrides import apply_settings
 from dq.config.protocols import student_config
+from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.config.trajectories import PRESETS, Trajectory
 from dq.core.errors import InputError, RunError
@@ -117,7 +118,7 @@ def test_it_goes_on_bit_for_bit_from_any_saved_state(
     monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
     states: list[State] = []
     learn(config, experts, real, seed=3, callback=Callback(save=states.append))
-    assert [s.steps for s in states] == [1, 2, 3, 4, 5]
+    assert [s.steps for s in states] == [3, 6, 9, 12, 15]
     for state in states:
         again = learn(config, experts, real, seed=3, resume=state)
         for name in ("images", "soft_labels", "trace", "blocks"):
@@ -324,10 +325,7 @@ def test_images_of_another_size_are_refused(small: Trajectory, experts: Experts)
 
 
 def settings_of(out: Path, config: Trajectory, **more: Any) -> RunConfig:
-    stage = {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("teachers", "judges")
-    }
-    stage = {k: list(v) if isinstance(v, tuple) else v for k, v in stage.items()}
+    stage = to_dict(config)
     return apply_settings(
         RunConfig(output_dir=str(out / "run"), cache_dir=str(out / "cache")),
         {
@@ -343,6 +341,21 @@ def settings_of(out: Path, config: Trajectory, **more: Any) -> RunConfig:
             ],
         },
     )
+
+
+def test_costs_are_in_steps_of_students_of_the_run_s_ipc(tmp_path: Path) -> None:
+    from dq.run.refinement import planned
+
+    config = Trajectory(experts=facts_of(tmp_path, 100), preset="cifar100", steps=7)
+    method, context = TrajectoryMethod(), Context(32, 0, 10, 100, 500)
+    stage = method.resolve(config, context)
+    assert method.cost(stage, context).steps == 7 * 80
+    short = method.brief(stage)
+    assert (short.steps, short.student_steps, short.checks) == (2, 3, 0)
+    run = apply_settings(RunConfig(), {"ipc": [10], "refine": [to_dict(config)]})
+    assert [p.steps for p in planned(run, "ddoq", [500] * 100)] == [7 * 80]
+    with pytest.raises(InputError, match="has settings for 1, 10, 50, 100 images per class, not for 7"):
+        planned(apply_settings(run, {"ipc": [10, 7]}), "ddoq", [500] * 100)
 
 
 def distill(config: RunConfig, source: Any, accelerator: Any) -> Any:
@@ -367,7 +380,7 @@ def test_it_is_a_stage_of_a_run(
     from dq.run.stages.evaluate import check_evaluation, evaluate_run
 
     config = settings_of(tmp_path, small)
-    assert "trajectory, 6 images in 1 batches, 6 steps, 36 image steps" in plan(config, toy_source)
+    assert "trajectory, 6 images in 1 batches, 18 steps, 108 image steps" in plan(config, toy_source)
     assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
     check_evaluation(config, toy_source)
     monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
