@@ -315,6 +315,30 @@ def frepo_membership() -> str:
     return over_seeds((name, f"{r['set']}, {r['steps']} steps", float(r[key])) for name, r, key in values)
 
 
+def frepo_anchors() -> str:
+    """Linear features, and random features without and with mirror images beside each other."""
+    rows = read("frepo_anchors.csv")
+    body = []
+    for r in rows:
+        if r["mirrors"] == "yes":
+            continue
+        other = next(
+            (o for o in rows if o["mirrors"] == "yes" and (o["anchor"], o["n"]) == (r["anchor"], r["n"])), None
+        )
+        cells = [f"{o['accuracy']} ± {o['std']}".removesuffix(" ± ") if o else "" for o in (r, other)]
+        expected = [o["expected"] if o else "" for o in (r, other)]
+        body.append([f"{r['anchor']}, {r['data']}", r["n"], cells[0], expected[0], cells[1], expected[1]])
+    return table(["features", "images", "accuracy %", "expected", "with mirror images", "expected"], body)
+
+
+def frepo_step() -> str:
+    head = ["images", "in a chunk", "chunks / one pass", "the same of a step", "activations of the network"]
+    head += ["all that autograd saves", "step / plain loop", "largest difference"]
+    keys = ("n", "chunk", "chunked_over_one_pass", "chunked_step_over_one_pass_step", "network_activation_ratio")
+    keys += ("saved_bytes_ratio", "step_over_plain_step", "largest_relative_difference")
+    return table(head, [[r[k] for k in keys] for r in read("frepo_step.csv")])
+
+
 def faults() -> str:
     rows = read("scale/faults.csv")
     stages = ["opening", "encode", "cluster", "generate", "refine", "label", "assemble", "evaluate", "report"]
@@ -393,6 +417,8 @@ TABLES = {
     "processes": processes,
     "difficulty": difficulty,
     "fuzz": fuzz,
+    "frepo_anchors": frepo_anchors,
+    "frepo_step": frepo_step,
     "refinement": lambda: refinement("cifar10_refine"),
     "questions": lambda: questions("cifar10_refine"),
     "refined_images": lambda: refined_images("cifar10_refine"),
