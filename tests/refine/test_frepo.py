@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_kl
+from frepo_toy import SMALL, distill, drawn, settings_of, short_student, toy
 from torch import Tensor
 
-from dq.config.overrides import apply_settings
-from dq.config.protocols import student_config
 from dq.config.refinement import BUDGETS, FRePo
-from dq.config.schema import RunConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data import zca
@@ -23,24 +20,6 @@ from dq.data.zca import fit_whitening
 from dq.refine import frepo, held_out
 from dq.refine.frepo import FrepoMethod, RealBatches, refine, resolve, start_images
 from dq.refine.method import Callback, Context, RealImages, Refined, State
-
-SMALL = FRePo(steps=8, lr=0.02, nets=("frepoconv3w32",), pool_size=2, max_online=3, real_batch=16)
-
-
-def toy(n: int = 40, classes: int = 2, seed: int = 0) -> RealImages:
-    """Images of 8 px: class c is a bright bar in column c, in noise."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % classes
-    x = 0.4 + 0.1 * torch.randn(n, 3, 8, 8, generator=g)
-    for c in range(classes):
-        x[labels == c, :, :, 2 * c : 2 * c + 2] += 0.3
-    return RealImages((x.clamp(0, 1) * 255).to(torch.uint8), labels)
-
-
-def drawn(classes: int = 2, ipc: int = 1) -> tuple[Tensor, Tensor]:
-    labels = torch.arange(classes).repeat_interleave(ipc)
-    g = torch.Generator().manual_seed(1)
-    return 0.5 + 0.1 * torch.rand(len(labels), 3, 8, 8, generator=g), labels
 
 
 def learn(config: FRePo = SMALL, **more: Any) -> Refined:
@@ -112,10 +91,6 @@ def test_the_best_set_on_held_out_train_images_is_returned(monkeypatch: pytest.M
     assert torch.equal(again.images, whole.images)
     assert again.facts == whole.facts
     assert all(0 <= s <= 1 for _, s in whole.facts["checks"])
-
-
-def short_student(spec: dict[str, Any], **more: Any) -> Any:
-    return student_config({**spec, "epochs": 3, "warmup": 1}, **more)
 
 
 def test_held_out_images_are_stratified_and_not_seen() -> None:
@@ -304,21 +279,6 @@ def test_numbers_that_are_not_finite_stop_it() -> None:
     images[0, 0, 0, 0] = float("nan")
     with pytest.raises(RunError, match="not finite numbers"):
         refine(images, labels, SMALL, toy(), classes=2)
-
-
-def settings_of(out: Path, **stage: Any) -> RunConfig:
-    small = {"steps": 4, "lr": 0.02, "nets": ["frepoconv3w32"], "pool_size": 2, "real_batch": 8}
-    return apply_settings(
-        RunConfig(output_dir=str(out / "run"), cache_dir=str(out / "cache")),
-        {"codec.resolution": 8, "ipc": [2], "refine": [{"stage": "frepo", **small, **stage}]},
-    )
-
-
-def distill(config: RunConfig, source: Any, accelerator: Any) -> Any:
-    from dq.run.distill import DistillPipeline
-
-    pipe = DistillPipeline(vae=tiny_kl())
-    return pipe.distill(source, ipc=2, config=config, output_dir=config.output_dir, accelerator=accelerator)
 
 
 def test_it_is_a_stage_of_a_run(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from frepo_toy import SMALL, distill, drawn, settings_of, short_student, toy
 from models import tiny_kl
-from test_frepo import SMALL, distill, drawn, settings_of, short_student, toy
 from torch import Tensor, nn
 
 from dq.core.errors import InputError
