@@ -233,11 +233,11 @@ class _Saver:
         self.bar, self.path, self.identity, self.every_s, self.epochs = bar, path, identity, every_s, epochs
         self.saved = time.perf_counter()
 
-    def __call__(self, epoch: int, loss: float, kept: Sequence[Tensor]) -> None:
-        self.bar.update(len(kept[0]))
+    def __call__(self, epoch: int, loss: float, checkpoints: Sequence[Tensor]) -> None:
+        self.bar.update(len(checkpoints[0]))
         self.bar.set_postfix(loss=f"{loss:.3f}")
         if time.perf_counter() - self.saved > self.every_s and epoch < self.epochs:
-            write_tensors(self.path, {"parameters": torch.stack(list(kept), 1)}, {"identity": self.identity})
+            write_tensors(self.path, {"parameters": torch.stack(list(checkpoints), 1)}, {"identity": self.identity})
             self.saved = time.perf_counter()
 
 

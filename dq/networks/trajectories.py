@@ -155,13 +155,13 @@ def train_trajectories(
         held = torch.cat([pixels(part.to(device)) for part in images.split(CHUNK)])
     y = labels.to(device)
     if resume is not None:
-        kept = list(resume.unbind(1))
+        checkpoints = list(resume.unbind(1))
     else:
-        kept = [torch.stack([net.initial(seed) for seed in seeds])]
-    theta = kept[-1].to(device, copy=True)
-    everything = torch.arange(len(labels))
-    for epoch in range(len(kept) - 1, config.epochs):
-        rows = everything
+        checkpoints = [torch.stack([net.initial(seed) for seed in seeds])]
+    theta = checkpoints[-1].to(device, copy=True)
+    all_rows = torch.arange(len(labels))
+    for epoch in range(len(checkpoints) - 1, config.epochs):
+        rows = all_rows
         if config.curriculum is not None and orders is not None:
             rows = curriculum_rows(epoch, orders, config.curriculum)
         order = torch.stack([rows[torch.randperm(len(rows), generator=generator(s, "order", epoch))] for s in seeds])
@@ -192,10 +192,10 @@ def train_trajectories(
         loss = float(total) / order.shape[1]
         if not torch.isfinite(theta).all() or loss != loss:
             raise RunError(f"an expert's loss is {loss} in epoch {epoch + 1}; lower train_experts.lr={config.lr:g}")
-        kept.append(theta.detach().cpu().clone())  # on a CPU `.cpu()` would be the same storage
+        checkpoints.append(theta.detach().cpu().clone())  # on a CPU `.cpu()` would be the same storage
         if on_epoch is not None:
-            on_epoch(epoch + 1, loss, kept)
-    return torch.stack(kept, 1)
+            on_epoch(epoch + 1, loss, checkpoints)
+    return torch.stack(checkpoints, 1)
 
 
 @torch.no_grad()

@@ -143,9 +143,9 @@ def correct_rows(experts: Experts, labels: Tensor, real: RealImages, device: tor
                 thetas[i] = experts.parameters(i, experts.epochs).to(device)
             images = real.images[left].split(CHUNK)
             right = [net(thetas[i], experts.whitening(x.to(device))).argmax(1).cpu() == c for x in images]
-            known = torch.cat([*right, torch.empty(0, dtype=torch.bool)])
-            chosen = torch.cat([chosen, left[known]])[: len(places)]
-            left = left[~known]
+            hits = torch.cat([*right, torch.empty(0, dtype=torch.bool)])
+            chosen = torch.cat([chosen, left[hits]])[: len(places)]
+            left = left[~hits]
         if len(chosen) < len(places):
             raise InputError(
                 f"experts know {len(chosen)} train images of class {c}, but start=correct needs {len(places)}; set "
@@ -298,8 +298,8 @@ def _matched(
     e = int(torch.randperm(experts.number, generator=generator(seed, "experts", turn))[i])
     until = t + (config.expert_epochs or 1)
     start, target = (experts.parameters(e, epoch).to(device) for epoch in (t, until))
-    kept = int(share * len(start)) if config.select == "depth" else 0
-    if torch.equal(start[kept:], target[kept:]):
+    cut = int(share * len(start)) if config.select == "depth" else 0
+    if torch.equal(start[cut:], target[cut:]):
         raise InputError(
             f"the compared parameters of expert {e} are the same after {t} and after {until} epochs; train experts "
             "with a larger lr, or lower alpha"

@@ -70,13 +70,13 @@ def kept_parameters(share: float, select: str, errors: Tensor) -> Tensor:
             "loss" the k whose squared errors are smallest, as the paper's alternative.
         errors: (P,) squared differences of the student's end and the expert's.
     """
-    kept = torch.ones_like(errors)
+    mask = torch.ones_like(errors)
     k = int(share * len(errors))
     if select == "depth":
-        kept[:k] = 0
+        mask[:k] = 0
     elif k:
-        kept[errors.detach().topk(k, largest=False).indices] = 0
-    return kept
+        mask[errors.detach().topk(k, largest=False).indices] = 0
+    return mask
 
 
 def matching_loss(end: Tensor, start: Tensor, target: Tensor, share: float, select: str) -> tuple[Tensor, Tensor]:
