@@ -424,6 +424,7 @@ TABLES = {
     "refined_images": lambda: refined_images("cifar10_refine"),
     "refine_speed": refinement_speed,
     "frepo_continual": lambda: frepo_continual("frepo_continual.csv"),
+    "frepo_continual_ipc1": lambda: frepo_continual("frepo_continual_ipc1.csv"),
     "frepo_membership": frepo_membership,
     "cifar10": lambda: accuracy("cifar10_ddoq"),
     "quantization": lambda: quantization("cifar10_ddoq"),
