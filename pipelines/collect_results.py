@@ -3,8 +3,8 @@
     python pipelines/collect_results.py runs/cifar10-ddoq results/cifar10_ddoq --command "dq run --config ..."
 
 Writes accuracy.csv, comparisons.csv, trainings.jsonl (one record per training, with all settings), run.json and, for
-a run, quantization.csv (mean over classes per ipc, engine and space) and images.png. A folder of `dq evaluate
---distilled` works too.
+a run, quantization.csv (mean over classes per ipc, engine and space), checks.csv (accuracies on held-out train images
+at checks of a refinement) and images.png. A folder of `dq evaluate --distilled` works too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 
 from dq.core.files import read_json, write_json
 
+ABSOLUTE = re.compile(r"(?<!\S)/(?:[^/\s]+/)*(?=[^/\s]+$)")  # the folders of an absolute path at the end of a text
 MEANS = ("distortion", "explained", "w2_mass", "w2_uniform", "ess_mass", "ess_sqrt")
 
 
@@ -42,13 +44,35 @@ def quantization_rows(metrics: Path) -> list[dict[str, object]]:
     return rows
 
 
+def check_rows(run: Path) -> list[dict[str, object]]:
+    """One row per refined folder and check: which images it started from, steps, accuracy on held-out images."""
+    rows = []
+    for path in sorted((run / "images").glob("*/summary.json")):
+        summary, settings = read_json(path), read_json(path.with_name("manifest.json"))["settings"]
+        for steps, accuracy in summary.get("checks", []):
+            representative = summary["from"].split("-")[1]
+            drawn = "nearest real" if representative == "real" else f"drawn from each {representative}"
+            origin = {"drawn": drawn, "real": "random real"}.get(settings.get("start", "drawn"), settings.get("start"))
+            rows.append({"stage": summary["method"], "start": origin, "images": summary["images"]})
+            rows[-1] |= {"steps": steps, "accuracy": accuracy}
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """Rows with the names of the first as head."""
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def without_places(value: Any) -> Any:
-    """Plain data with absolute paths cut to their names: results must not say where things lay."""
+    """Plain data with absolute paths cut to their names, also behind words: results must not say where things lay."""
     if isinstance(value, dict):
         return {k: without_places(v) for k, v in value.items()}
     if isinstance(value, list):
         return [without_places(v) for v in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    return ABSOLUTE.sub("", value) if isinstance(value, str) else value
 
 
 def main() -> None:
@@ -71,11 +95,9 @@ def main() -> None:
     (args.results / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
     facts = {"command": args.command}
     if (args.run / "metrics.jsonl").is_file():
-        rows = quantization_rows(args.run / "metrics.jsonl")
-        with open(args.results / "quantization.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.results / "quantization.csv", quantization_rows(args.run / "metrics.jsonl"))
+        if checks := check_rows(args.run):
+            write_csv(args.results / "checks.csv", checks)
         if (args.run / args.picture).is_file():
             shutil.copyfile(args.run / args.picture, args.results / "images.png")
         facts |= without_places(read_json(args.run / "provenance.json"))

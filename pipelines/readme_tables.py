@@ -298,6 +298,44 @@ def over_seeds(values: Iterable[tuple[str, str, float]]) -> str:
     return table(["%", *columns], body)
 
 
+def with_ridge(*folders: str) -> str:
+    """Sets against students and ipc; last epoch, mean ± std in percent, in parentheses ridge regression on the
+    students' features."""
+    rows = [r for folder in folders for r in read_numbered(f"{folder}/accuracy.csv")]
+    columns = list(dict.fromkeys((r["student"], r["protocol"], r["ipc"]) for r in rows))
+    cells = {(r["set"], r["student"], r["protocol"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        if r is None:
+            return ""
+        ridge = f" ({100 * float(r['krr_mean']):.1f})" if r.get("krr_mean") else ""
+        return f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}{ridge}"
+
+    head = ["set", *(f"`{protocol}`, {net}, IPC {ipc}" for net, protocol, ipc in columns)]
+    return table(
+        head,
+        [[name, *(cell(cells.get((name, *c))) for c in columns)] for name in dict.fromkeys(r["set"] for r in rows)],
+    )
+
+
+def checks(folder: str) -> str:
+    """Accuracy on held-out train images by steps, for each start."""
+    rows = read(f"{folder}/checks.csv")
+    steps = list(dict.fromkeys(r["steps"] for r in rows))
+    cells = {(r["start"], r["steps"]): f"{100 * float(r['accuracy']):.1f}" for r in rows}
+    starts = dict.fromkeys(r["start"] for r in rows)
+    return table(
+        ["start", *(f"{int(s):,} steps" for s in steps)], [[s, *(cells[s, t] for t in steps)] for s in starts]
+    )
+
+
+def unroll() -> str:
+    """TESLA beside exact unrolling."""
+    keys = ("steps", "exact_mb", "tesla_mb", "time", "cosine", "norms")
+    head = ["steps of the student", "exact, MB", "TESLA, MB", "time, TESLA / exact", "cosine of gradients", "norms"]
+    return table(head, [[r[k] for k in keys] for r in read("unroll.csv")])
+
+
 def frepo_continual(name: str) -> str:
     """Sets against classes seen so far."""
     return over_seeds((r["set"], f"{r['classes']} classes", float(r["accuracy"])) for r in read(name))
@@ -419,6 +457,14 @@ TABLES = {
     "fuzz": fuzz,
     "frepo_anchors": frepo_anchors,
     "frepo_step": frepo_step,
+    "unroll": unroll,
+    "frepo_digits": lambda: with_ridge("digits_frepo"),
+    "frepo_fashion": lambda: with_ridge("fashion_frepo"),
+    "frepo_fashion_checks": lambda: checks("fashion_frepo"),
+    "frepo_cifar10": lambda: with_ridge("cifar10_frepo"),
+    "frepo_cifar10_checks": lambda: checks("cifar10_frepo"),
+    "frepo_cifar10_differences": lambda: differences("cifar10_frepo"),
+    "frepo_fashion_differences": lambda: differences("fashion_frepo"),
     "refinement": lambda: refinement("cifar10_refine"),
     "questions": lambda: questions("cifar10_refine"),
     "refined_images": lambda: refined_images("cifar10_refine"),
