@@ -190,6 +190,11 @@ class DifficultyCache:
     def path(self, run: int) -> Path:
         return self.folder / f"run-{run:03d}.safetensors"
 
+    def agent(self) -> tuple[str, int]:
+        """The network of the runs and its epochs, as the folder has them."""
+        recipe = read_json(self.folder / "manifest.json")["recipe"]
+        return recipe["net"], recipe["epochs"]
+
     def missing(self, runs: int) -> list[int]:
         """Runs below `runs` that are still to be made; a damaged file is removed."""
         return [r for r in range(runs) if not is_done(self.path(r))]
@@ -257,6 +262,11 @@ def find_difficulty(
         raise InputError(
             f"the difficulty scores in {folder} are of other images (fingerprint {facts.get('data')}, these have "
             f"{source.fingerprint}); leave prune.path out, or name scores of these images"
+        )
+    if (facts.get("image_size"), facts.get("preprocess")) != (image_size, source.preprocess):
+        log.warning(
+            "note: the difficulty scores in %s are of these images at %s px (%s), and the run has them at %d px (%s)",
+            *(folder, facts.get("image_size"), facts.get("preprocess"), image_size, source.preprocess),
         )
     return DifficultyCache(folder, digest_of(facts))
 

@@ -73,12 +73,17 @@ def scored_settings(config: RunConfig, *, always: bool = False) -> list[PruneCon
     Args:
         always: those of the run itself where no method needs any.
     """
+    return [max(settings, key=lambda p: p.runs) for settings in _by_agent(config, always)]
+
+
+def _by_agent(config: RunConfig, always: bool) -> list[list[PruneConfig]]:
+    """The settings that methods need, those of equal runs of agents together."""
     wanted = [resolved_method(config, m).prune for m in config.methods]
     wanted = [p for p in wanted if p.uses_scores] or [config.prune] * always
-    distinct: dict[str, PruneConfig] = {}
-    for p in sorted(wanted, key=lambda p: p.runs):
-        distinct[digest_of([p.path, to_dict(difficulty_recipe(p)), p.cad_window, p.seed])] = p
-    return list(distinct.values())
+    groups: dict[str, list[PruneConfig]] = {}
+    for p in wanted:
+        groups.setdefault(digest_of([p.path, to_dict(difficulty_recipe(p)), p.cad_window, p.seed]), []).append(p)
+    return list(groups.values())
 
 
 def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = False) -> None:
@@ -138,23 +143,25 @@ def prune(run: Run, *, always: bool = False) -> list[Path]:
         The files of the orders from easy to hard.
     """
     began = time.perf_counter()
-    settings = scored_settings(run.config, always=always)
     numbers: dict[str, Any] = {}
     orders: list[Path] = []
-    for p in settings:
+    for group in _by_agent(run.config, always):
+        p = max(group, key=lambda p: p.runs)
         options: dict[str, Any] = {"device": run.device, "mine": run.mine, "main": run.main}
         cache = make_difficulty(run.config.cache_dir, run.source, run.config.image_size, p, **options)
         run.accelerator.wait_for_everyone()
-        orders.append(cache.folder / order_file(p.score, p.runs))
+        for score, runs in sorted({(q.score, q.runs) for q in group}):
+            orders.append(cache.folder / order_file(score, runs))
+            if run.main:
+                cache.save_orders(run.source, score, runs)
         if run.main:
-            cache.save_orders(run.source, p.score, p.runs)
             scores, rows = cache.runs(p.score, p.runs)
             numbers = {"scores": cache.key, "score": p.score, "runs": p.runs}
             if p.runs > 1:
                 numbers["spearman"] = round(rank_agreement(scores, torch.from_numpy(run.source.train.labels)[rows]), 4)
             log.info(
                 "difficulty: %s of %d runs of %s after %d epochs in %s%s",
-                *(p.score, p.runs, p.net, p.trained_epochs, cache.folder),
+                *(p.score, p.runs, *cache.agent(), cache.folder),
                 f", Spearman {numbers['spearman']:.2f} between two runs" if p.runs > 1 else "",
             )
     if run.main:
