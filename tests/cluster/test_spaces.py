@@ -220,7 +220,7 @@ def clustered(run: Run) -> Run:
 
 
 def points(run: Run, method: str, ipc: int = 2) -> list[Any]:
-    return list(load_prototypes(run, cache_of(run), ipc, run.resolved(method)[1]))
+    return list(load_prototypes(run, cache_of(run), ipc, run.resolved(method)))
 
 
 def shards(out: Path, pattern: str = "cache/features-*/part-*") -> dict[str, tuple[bytes, int]]:
@@ -341,14 +341,14 @@ def test_another_teacher_has_another_folder_and_other_prototypes(
 ) -> None:
     run = clustered(make_run(tmp_path, toy_source, accelerator, teacher, overrides("latents", "features")))
     cache = cache_of(run)
-    names = [prototype_folder(run, cache, 2, run.resolved(m)[1]).name for m in ("latents", "features")]
+    names = [prototype_folder(run, cache, 2, run.resolved(m)).name for m in ("latents", "features")]
     other = write_teacher(tmp_path / "b.safetensors", *toy_images["train"], seed=1)
     moved = make_run(tmp_path, toy_source, accelerator, other, overrides("latents", "features"))
     with pytest.raises(InputError, match="was clustered by the features of another teacher; run `dq cluster` again"):
         points(moved, "features")
     before = shards(tmp_path) | shards(tmp_path, "run/prototypes/*/class-*")
     clustered(moved)
-    now = [prototype_folder(moved, cache, 2, moved.resolved(m)[1]).name for m in ("latents", "features")]
+    now = [prototype_folder(moved, cache, 2, moved.resolved(m)).name for m in ("latents", "features")]
     assert now[0] == names[0]
     assert now[1] != names[1]
     after = shards(tmp_path) | shards(tmp_path, "run/prototypes/*/class-*")
@@ -454,7 +454,7 @@ def test_features_separate_what_latents_do_not(tmp_path: Path, accelerator) -> N
         cache = cache_of(run)
         z, rows = cache.load(0)
         f, _ = features_of(run).load(0)
-        x = embed(z, f, run.resolved(space)[1])
+        x = embed(z, f, run.resolved(space).cluster)
         r = kmeans(x, 2, seed=derive_seed(0, "cluster", 2, 0))
         assert torch.equal(r.counts, p.counts)
         same = (r.labels == texture[rows]).double().mean()

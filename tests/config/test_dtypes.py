@@ -90,7 +90,8 @@ def test_every_dtype_is_auto_by_default() -> None:
 def test_no_shipped_configuration_names_a_dtype_that_some_machines_lack() -> None:
     root = Path(__file__).parents[2]
     for path in [*root.glob("configs/*.yaml"), *root.glob("dq/config/presets/*.yaml")]:
-        assert not list(named_dtypes(from_dict(RunConfig, yaml.safe_load(path.read_text())))), path
+        named = named_dtypes(from_dict(RunConfig, yaml.safe_load(path.read_text())))
+        assert not [dtype for _, dtype in named if dtype != "float32"], path  # which all have
 
 
 MIXED = {
