@@ -94,6 +94,8 @@ def student_config(
         settings.pop("init", None)
     elif "-" in str(own.get("net", "")):
         settings.pop("norm", None)  # the name says it
+    if "lr" in own:
+        settings.pop("learned_lr", None)  # a rate that was asked for is not the learned one
     settings = _merged(settings, own)
     settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
     return from_dict(StudentConfig, settings, where)

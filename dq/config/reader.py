@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -38,7 +39,8 @@ LEAST: dict[str, tuple[float, bool]] = {
     "test_scale": (1, True),  # the centre of a smaller image would be no whole one
     **dict.fromkeys(("ema", "dropout", "lr", "jitter", "lighting", "gt_weight", "flip"), (0, True)),
     **dict.fromkeys(("r_bn", "first_bn_weight", "class_weight", "proximity", "ramp", "recovery_lr"), (0, True)),
-    **dict.fromkeys(("retrieve_complexity", "recovery_epochs"), (0, True)),
+    **dict.fromkeys(("retrieve_complexity", "recovery_epochs", "online_lr", "net_lr", "label_margin"), (0, True)),
+    **dict.fromkeys(("threshold", "outer_temperature"), (0, False)),
     **dict.fromkeys(("bn_share", "weight"), (0, False)),
     **dict.fromkeys(("min_classes", "retrieve_pool", "size", "statistics_images", "runs", "score_epoch"), (1, True)),
     **dict.fromkeys(("keep_per_ipc", "keep_share"), (0, True)),
@@ -68,6 +70,8 @@ class Checked:
             if get_origin(hints[f.name]) is Literal and value not in get_args(hints[f.name]):
                 options = ", ".join(map(repr, get_args(hints[f.name])))
                 raise InputError(f"{f.name} must be one of {options}, not {short(value)}")
+            if isinstance(value, float) and math.isnan(value):
+                raise InputError(f"{f.name} must be a number, not {short(value)}")
             if f.name in LEAST and isinstance(value, int | float):
                 least, inclusive = LEAST[f.name]
                 if not (value >= least if inclusive else value > least) or value == float("inf"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,6 +73,11 @@ class RefineConfig(Checked):
     @property
     def labels_images(self) -> bool:
         """Whether the stage gives its images labels."""
+        return False
+
+    @property
+    def labels_need_mse(self) -> bool:
+        """Whether these labels are regression targets without a temperature, which cross-entropy cannot learn."""
         return False
 
     def unread(self) -> tuple[str, ...]:
@@ -238,6 +242,10 @@ class FRePo(RefineConfig):
     def labels_images(self) -> bool:
         return True
 
+    @property
+    def labels_need_mse(self) -> bool:
+        return not self.fit_temperature
+
     def unread(self) -> tuple[str, ...]:
         labels_only, no_checks = self.mode == "labels_only", self.checks == 0
         mse = self.outer_loss == "mse"
@@ -258,6 +266,10 @@ class FRePo(RefineConfig):
             raise InputError(
                 f"frepo needs features in float32, since its kernels are nearly singular: leave out dtype={self.dtype}"
             )
+        if len(self.nets) > self.pool_size:
+            raise InputError(
+                f"nets names {len(self.nets)} architectures for a pool of {self.pool_size}; raise pool_size"
+            )
         for name in ("steps", "pool_size", "max_online", "online_batch", "real_batch", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -266,7 +278,5 @@ class FRePo(RefineConfig):
             raise InputError("frepo needs checks >= 0, check_nets >= 1 and a share held_out of at most 0.2")
         if not 0 < self.ridge <= 1:
             raise InputError(f"ridge is a share of the kernel's diagonal in (0, 1], not {self.ridge:g}")
-        if not 0 < self.outer_temperature < math.inf:
-            raise InputError(f"outer_temperature of frepo must be more than 0, not {self.outer_temperature:g}")
         if not 0 <= self.lr_floor <= 1:
             raise InputError(f"lr_floor is a share of lr in [0, 1], not {self.lr_floor:g}")

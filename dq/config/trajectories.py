@@ -171,7 +171,12 @@ class Trajectory(RefineConfig):
         return {"experts": str(Path(self.experts) / "experts.json")}
 
     def unread(self) -> tuple[str, ...]:
-        return (*("check_nets", "check_epochs") * (self.checks == 0), *("select",) * (self.alpha == 0))
+        return (
+            *("check_nets", "check_epochs") * (self.checks == 0),
+            *("select",) * (self.alpha == 0),
+            *("lr_labels", "momentum_labels") * (not self.learn_labels),
+            *("lr_step", "momentum_step", "least_step") * (not self.learn_step),
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,6 +204,8 @@ class Trajectory(RefineConfig):
                 f"a learning rate must be positive: 0 < least_step <= first_step, not {self.least_step:g} and "
                 f"{self.first_step:g}"
             )
+        if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:
+            raise InputError(f"min_accuracy is a share of images in [0, 1], not {self.min_accuracy:g}")
         if self.checks < 0 or self.check_nets < 1 or self.check_epochs < 1:
             raise InputError("trajectory needs checks >= 0, check_nets >= 1 and check_epochs >= 1")
         if self.start == "noise" and self.first_labels == "experts":

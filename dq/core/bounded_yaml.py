@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -16,9 +17,9 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError, RecursionError: if it is not readable.
-        ValueError: if a value does not fit its tag or a date is impossible, if a whole number is absurdly long, if
-            values nest absurdly deep, or if its aliases stand for more than `MAX_VALUES` values and for more than the
-            text has letters.
+        ValueError: if a key stands twice in a mapping, if a value does not fit its tag or a date is impossible, if a
+            whole number is absurdly long, if values nest absurdly deep, or if its aliases stand for more than
+            `MAX_VALUES` values and for more than the text has letters.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -47,6 +48,10 @@ def _measure(node: yaml.Node, known: dict[yaml.Node, tuple[float, float]]) -> tu
         return 1, 0
     if node not in known:
         known[node] = float("inf"), float("inf")
+        if isinstance(node, yaml.MappingNode):
+            keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and k.value != "<<"]
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"a mapping has the key {Counter(keys).most_common(1)[0][0][:40]!r} twice")
         inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
         found = [_measure(n, known) for n in inner]
         known[node] = 1 + sum(values for values, _ in found), 1 + max((depth for _, depth in found), default=0)

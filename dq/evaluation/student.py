@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,8 @@ def _check_pair(what: str, images: Tensor, labels: Tensor, num_classes: int, *, 
         )
 
 
+log = logging.getLogger("dq")
+WHITENINGS = {"mtt": "MTT's ZCA", "frepo": "FRePo's whitening", "standardize": "mean and deviation"}
 LEAST_PROBABILITY = 1e-7  # below float16, in which label vectors are stored
 
 
@@ -279,22 +282,32 @@ def fixed_labels(s: DistilledSet, data: Data, student: StudentConfig) -> Tensor 
 def recorded_temperature(s: DistilledSet) -> float | None:
     """The temperature that was fitted for a set's regression labels; None if it has none."""
     stages = s.provenance.get("refine") or []
-    temperature = stages[-1].get("summary", {}).get("label_temperature") if stages else None
-    return temperature if s.label_kind == "regression" else None
+    fitted = [t for r in stages if (t := r.get("summary", {}).get("label_temperature")) is not None]
+    return fitted[-1] if fitted and s.label_kind == "regression" else None
 
 
 def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real: RealData) -> None:
-    """Refuse a set whose images were learned behind the whitening of other images than the student's.
+    """Refuse a set whose images were learned behind the whitening of other images than the student's; a student that
+    whitens otherwise, or not at all, is a protocol of its own, which a note names.
 
     Raises:
         InputError: that names the set.
     """
     stages = s.provenance.get("refine") or []
     learned = [w for r in stages if (w := r.get("summary", {}).get("whitening"))]
-    if not (student.whiten and learned):
+    if not learned:
         return
-    mtt = learned[-1].get("recipe") == "mtt"
-    if mtt != (student.zca == "mtt"):
+    recipe = learned[-1].get("recipe")
+    sees = student.zca if student.whiten else "standardize"
+    if sees == "frepo" and recipe == "standardize":
+        sees = recipe  # FRePo's whitening of grey images is no more than that
+    if sees != recipe:
+        log.warning(
+            "note: the images of %s were learned behind the preprocessing %s, and student %s sees them behind %s",
+            *(name, WHITENINGS.get(recipe, recipe), student.net, WHITENINGS[sees]),
+        )
+    mtt = recipe == "mtt"
+    if not student.whiten or mtt != (student.zca == "mtt"):
         return
     own = real.mtt_whitening() if mtt else real.frepo_whitening()
     if not same_whitening(learned[-1], own.summary()):

@@ -119,6 +119,11 @@ def students_of(
             make_net(student.net, classes, image_size, norm=student.norm, init=student.init, seed=0)
             if student.whiten:
                 check_whitened(image_size, student.zca)
+            if student.warmup and student.warmup >= student.epochs:
+                log.warning(
+                    "note: %s never leaves its warm-up of %d epochs in %d; set warmup as well",
+                    *(where, student.warmup, student.epochs),
+                )
             found[(j, ipc)] = student
     return found
 

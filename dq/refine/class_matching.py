@@ -19,6 +19,7 @@ from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.data.zca import Whitening, fit_whitening, is_grey
 from dq.refine.held_out import mean_accuracy, split_off
+from dq.refine.inputs import check_set
 from dq.refine.method import Callback, RealImages, Refined, State
 from dq.refine.momentum import Learned
 from dq.refine.optimize import SHOWN
@@ -65,6 +66,7 @@ def learn_images(
     gradient_of: Callable[[ClassBatches], Gradient],
     *,
     classes: int,
+    weights: Tensor | None = None,
     seed: int,
     device: torch.device | str = "cpu",
     resume: State | None = None,
@@ -88,6 +90,7 @@ def learn_images(
         InputError: if a class of the set has no train image.
         RunError: if the images stop being finite numbers.
     """
+    check_set(images, labels, classes, real, weights if config.weighted else None)
     device, callback = torch.device(device), callback or Callback()
     seen, held = split_off(real, config.held_out) if config.checks else (real, None)
     whitening, grey = fit_whitening(real.images, zca=False).to(device), is_grey(real.images)

@@ -117,6 +117,7 @@ def refine(
         real,
         gradient_of,
         classes=classes,
+        weights=weights,
         seed=seed,
         device=device,
         resume=resume,

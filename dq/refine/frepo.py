@@ -27,6 +27,7 @@ from dq.diffusion.image_codec import ImageCodec
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.refine.held_out import held_out_accuracy, label_temperature, split_off
+from dq.refine.inputs import check_set
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.optimize import SHOWN
@@ -181,7 +182,10 @@ def refine(
     device, side = torch.device(device), images.shape[-1]
     if device.type == "mps":
         raise InputError("frepo solves in float64, which mps does not have; run on the CPU with --cpu")
+    check_set(images, labels, classes, real, weights if config.weighted else None)
     config = resolve(config, Context(side, len(teachers), classes=classes))
+    if config.first_labels == "teachers" and not teachers:
+        raise InputError("first_labels=teachers needs teachers; give some, or set first_labels=classes")
     steps, top_lr = config.steps or 0, config.lr or 0.0  # which `resolve` has set
     callback, learns = callback or Callback(), config.mode != "labels_only"
     if len(real.images) == 0:

@@ -28,9 +28,11 @@ def resolve(config: GradientMatching, context: Context) -> GradientMatching:
     """The settings with passes and net_epochs filled in, those of the released code by images per class.
 
     Raises:
-        InputError: for an unknown network, or one that gathers statistics over batches.
+        InputError: for an unknown network, one that gathers statistics over batches, or an alpha that leaves nothing.
     """
-    FlatNet(config.net, context.classes or 2, context.side)
+    net = FlatNet(config.net, context.classes or 2, context.side)
+    if int(config.alpha * net.size) >= net.size - net.sizes[-1]:  # the last are biases, which are not compared
+        raise InputError(f"alpha={config.alpha:g} leaves no weights of {config.net!r} to compare; lower it")
     ipc = context.ipc or 1
     passes, epochs = LOOPS[max(k for k in LOOPS if k <= ipc)]
     if config.net_epochs is not None:
@@ -137,6 +139,7 @@ def refine(
         real,
         gradient_of,
         classes=classes,
+        weights=weights,
         seed=seed,
         device=device,
         resume=resume,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dq.config.protocols import student_config
 from dq.config.students import StudentConfig
+from dq.core.errors import InputError
 from dq.core.seeds import derive_seed
 from dq.data.regression_labels import fit_temperature
 from dq.data.splits import validation_rows
@@ -20,8 +21,17 @@ AT_ONCE = 1000  # images
 
 
 def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
-    """Train images without a stratified share of them, and that share."""
+    """Train images without a stratified share of them, and that share.
+
+    Raises:
+        InputError: if too few would be left.
+    """
     number = max(1, round(share * len(real.labels)))
+    if number >= len(real.labels) - len(real.labels.unique()):
+        raise InputError(
+            f"{len(real.labels)} train images are too few to hold out any for checks; set checks=0 and leave "
+            "fit_temperature out"
+        )
     held = torch.zeros(len(real.labels), dtype=torch.bool)
     held[torch.from_numpy(validation_rows(real.labels.numpy(), number))] = True
     return RealImages(real.images[~held], real.labels[~held]), RealImages(real.images[held], real.labels[held])

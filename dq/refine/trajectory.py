@@ -29,6 +29,7 @@ from dq.core.seeds import derive_seed, generator
 from dq.data.zca import is_grey
 from dq.networks.trajectories import CHUNK, MANIFEST, Experts
 from dq.refine.held_out import mean_accuracy
+from dq.refine.inputs import check_set
 from dq.refine.matching import pad_drop
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
@@ -40,6 +41,7 @@ log = logging.getLogger("dq")
 
 TERMS = ("matching_loss", "start_epoch", "step_size")  # columns of the trace
 SAVE_SECONDS = 60.0  # between two states to go on from
+LARGE_STEP = 1.0  # learning rate of a student
 STRIPS = 4  # pictures of the first images, spread over the steps
 MANY = 1_000_000  # images of a class whose number is not known
 HARD_LOGIT = 20.0  # of an image's class, where labels are not learned: softmax gives it all but 1e-8
@@ -197,6 +199,7 @@ def refine(
     size = round(len(real.labels) / classes) if real is not None else None
     context = Context(images.shape[-1], 0, ipc or max(1, round(len(images) / classes)), classes, size)
     config = resolve(config, context)
+    check_set(images, labels, classes, real)
     if images.shape[-1] != net.side:
         raise InputError(
             f"the experts in {experts.folder} saw images of {net.side} px, but those of the set have "
@@ -234,7 +237,7 @@ def refine(
         trace[step] = torch.tensor([loss, t, float(step_size.value)])
         if not all(bool(torch.isfinite(v).all()) for v in g):
             facts["skipped_not_finite"] += 1
-        elif loss > (config.threshold or math.inf):
+        elif config.threshold is not None and loss > config.threshold:
             facts["skipped_by_threshold"] += 1
         else:
             x.step(one_channel(g.images) if grey else g.images, config.lr_images or 0.0, config.momentum_images)
@@ -262,6 +265,10 @@ def refine(
     if 2 * skipped > config.steps:
         log.warning(
             "trajectory skipped %d of %d steps; lower lr_images, lr_step or start_epochs", skipped, config.steps
+        )
+    if float(step_size.value) > LARGE_STEP:
+        log.warning(
+            "trajectory learned a step size of %g, with which students diverge; lower lr_step", step_size.value
         )
     last = best or {"x": x.value, "y": y.value, "s": step_size.value}
     return Refined(

@@ -101,6 +101,7 @@ class Planned(NamedTuple):
     name: str
     steps: int  # forward and backward passes over every image
     batch_size: int | None  # None: the whole set is one batch
+    checks: int = 0  # networks that are trained on the set in between, whose time no estimate has
 
     def batches(self, images: int) -> int:
         """Batches of a set of so many images."""
@@ -144,7 +145,8 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
             one = refinement.resolve(stage, dataclasses.replace(context, ipc=ipc, class_size=size))
             refinement.batches(one, [min(n, ipc) for n in class_counts])
         cost = refinement.cost(resolved, context)
-        plans.append(Planned(stage.stage, cost.steps, cost.batch_size))
+        checks = getattr(resolved, "checks", 0) * getattr(resolved, "check_nets", 1)
+        plans.append(Planned(stage.stage, cost.steps, cost.batch_size, checks))
     return plans
 
 

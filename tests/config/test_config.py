@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from dq.config.overrides import apply_settings
 from dq.config.protocols import list_protocols, student_config
 from dq.config.reader import dump_config, from_dict, to_dict
 from dq.config.schema import ClusterConfig, MethodConfig, RunConfig, load_config
-from dq.config.students import StudentConfig
+from dq.config.students import EvaluateConfig, StudentConfig
 from dq.core.errors import InputError
 from dq.evaluation.trainings import students_of
 from dq.run.refinement import labelled
@@ -60,7 +61,7 @@ def test_shipped_protocols_hold_for_every_size(name: str) -> None:
                 # what the user sets himself wins
                 assert student_config(
                     {**spec, "lr": 0.123, "epochs": 7}, ipc=ipc, classes=classes, image_size=size
-                ) == (dataclasses.replace(s, lr=0.123, epochs=7))
+                ) == (dataclasses.replace(s, lr=0.123, learned_lr=False, epochs=7))
 
 
 def test_settings_reach_nested_values_and_lists() -> None:
@@ -99,7 +100,7 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("source=here", "source must be a mapping"),
         ("codec.batch_size=0", "codec.batch_size must be at least 1 and finite, not 0"),
         ("codec.resolution=-8", "codec.resolution must be at least 1"),
-        ("cluster.tol=.nan", "cluster.tol must be at least 0 and finite"),
+        ("cluster.tol=.nan", "cluster.tol must be a number, not nan"),
         ("cluster.entropy=0", "cluster.entropy must be more than 0"),
         ("cluster.space=pixels", "cluster.space must be one of 'latents', 'pca', 'whitened', 'features', 'joint'"),
         ("cluster.dims=0", "cluster.dims must be at least 1 and finite, not 0"),
@@ -171,3 +172,42 @@ def test_every_shipped_configuration_loads(path):
     assert config.source.path
     for method in config.methods:
         apply_settings(config, dict(config.methods[method].override))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": "frepo", "label_margin": math.nan}, "label_margin must be a number"),
+        ({"stage": "frepo", "online_lr": -1}, "online_lr must be at least 0"),
+        ({"stage": "frepo", "nets": ["frepoconv3", "frepoconv4"], "pool_size": 1}, "raise pool_size"),
+        ({"stage": "gradient", "net_lr": -1.0}, "net_lr must be at least 0"),
+        ({"stage": "trajectory", "experts": "x", "threshold": 0}, "threshold must be more than 0"),
+        ({"stage": "trajectory", "experts": "x", "min_accuracy": 5}, r"share of images in \[0, 1\]"),
+    ],
+)
+def test_settings_of_refinement_that_no_method_could_use_are_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        from_dict(RunConfig, {"refine": [settings]})
+
+
+def test_a_key_twice_in_a_mapping_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("base: &b {seed: 1}\nseed: 1\nsource: {path: x, image_size: 8, path: y}\n")
+    with pytest.raises(InputError, match="'path' twice"):
+        load_config(path)
+    path.write_text("seed: 1\nmethods:\n  a: &a {weights: sqrt}\n  b: {<<: *a, weights: uniform}\n")
+    assert load_config(path).methods["b"].weights == "uniform"  # a merged key may be set again
+
+
+def test_a_rate_of_ones_own_is_not_replaced_by_a_learned_one():
+    def student(**own):
+        return student_config({"protocol": "classic", **own}, ipc="1", classes=10, image_size=32)
+
+    assert student().for_step_size(0.2).lr == 0.2
+    assert student(lr=0.5).for_step_size(0.2).lr == 0.5
+    assert student(lr=0.5, learned_lr=True).for_step_size(0.2).lr == 0.2
+
+
+def test_a_warm_up_as_long_as_the_training_is_named(caplog):
+    students_of(EvaluateConfig(students=({"protocol": "frepo", "epochs": 20},)), ["1"], 10, 32)
+    assert "never leaves its warm-up of 500 epochs in 20" in caplog.text

@@ -240,7 +240,7 @@ def test_weights_count_where_they_are_asked_for() -> None:
         ({"dtype": "bfloat16"}, "needs features in float32"),
         ({"held_out": 0.5}, "a share held_out of at most 0.2"),
         ({"steps": 0}, "steps of frepo must be at least 1, not 0"),
-        ({"outer_temperature": 0.0}, "outer_temperature of frepo must be more than 0, not 0"),
+        ({"outer_temperature": 0.0}, "outer_temperature must be more than 0 and finite"),
         ({"ridge": 0.0}, r"ridge is a share of the kernel's diagonal in \(0, 1\], not 0"),
     ],
 )
@@ -276,8 +276,10 @@ def test_devices_without_float64_are_refused() -> None:
 
 def test_numbers_that_are_not_finite_stop_it() -> None:
     images, labels = drawn()
-    images[0, 0, 0, 0] = float("nan")
     with pytest.raises(RunError, match="not finite numbers"):
+        refine(images, labels, dataclasses.replace(SMALL, lr=1e30), toy(), classes=2)
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="no finite numbers"):
         refine(images, labels, SMALL, toy(), classes=2)
 
 

@@ -124,7 +124,8 @@ def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], count
             found.setdefault(
                 key,
                 f"refine      {method} ipc {ipc}: {stage.name}, {images} images in {batches} batches, {steps} steps, "
-                f"{images * steps} image steps forward and backward",
+                f"{images * steps} image steps forward and backward"
+                + (f"; {stage.checks} trainings for checks, which are not in the time" * (stage.checks > 0)),
             )
     return list(found.values())
 

@@ -32,7 +32,7 @@ from dq.evaluation.trainings import (
 from dq.networks.real_data import RealData, check_taught, load_real_data
 from dq.networks.teacher_loading import teacher_file
 from dq.run.folder import Run
-from dq.run.refinement import labelled, planned
+from dq.run.refinement import labelled, planned, stages_of
 from dq.run.stages.assemble import load_set_of_run
 
 log = logging.getLogger("dq")
@@ -56,6 +56,15 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     alone = not config.teachers and (e.baselines or not all(labelled(config, m) for m in config.methods))
     if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and alone:
         raise InputError("students with labels=fixed need a teacher; set teachers, or use labels=hard")
+    for method in config.methods:
+        last = stages_of(config, method)[-1:]
+        wrong = [s for s in students.values() if s.labels == "fixed" and s.loss == "kl"]
+        if last and last[0].labels_need_mse and wrong:
+            raise InputError(
+                f"method {method!r} ends with {last[0].stage}, whose labels are regression targets, which student "
+                f"{wrong[0].net!r} with labels=fixed cannot learn by cross-entropy; set fit_temperature: true in the "
+                "stage, or loss=mse or labels=hard in the student"
+            )
     if e.students or config.teachers:
         _ = source.test
 

@@ -34,6 +34,7 @@ from dq.core.seeds import derive_seed
 from dq.diffusion.codec import Codec
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
+from dq.refine.inputs import check_refined
 from dq.refine.measure import measure, sentence, summarize
 from dq.refine.method import Batch, Callback, Refined, Resources, State
 from dq.run.folder import Run, class_file
@@ -183,6 +184,7 @@ class Worker:
 
     def _write(self, number: int, refined: Refined, batch: Batch) -> None:
         job = self.job
+        check_refined(refined, job.stage.stage)
         if refined.step_size is not None and len(job.batches) > 1:
             raise RunError(
                 f"the stage {job.stage.stage!r} learned a step size for one of {len(job.batches)} batches, but a "
