@@ -120,8 +120,8 @@ def linear_anchor(
     moments = (seen + second_moments(x[held], labels[held], classes)) / len(x)
     full, learned = ridge_weights(moments, classes, penalty), learn_linear(moments, classes, penalty, steps=steps)
     queries = linear_features(test[0], fitted)
-    found = {"penalty": penalty, "full": accuracy(queries @ full, test[1])}
-    return found | {"learned": accuracy(queries @ learned, test[1])}
+    accuracies = {"penalty": penalty, "full": accuracy(queries @ full, test[1])}
+    return accuracies | {"learned": accuracy(queries @ learned, test[1])}
 
 
 def random_feature_accuracies(
@@ -150,14 +150,14 @@ def random_feature_accuracies(
         x = whitening(images[rows])
         support, mirrored, queries = look(x), look(x.flip(-1)), look(whitening(test[0]))
     y = centered_targets(labels[rows], classes)
-    found = {}
+    accuracies = {}
     for n in sizes:
         for mirrors in (False, True):
             f = torch.cat([support[:n], mirrored[:n]]) if mirrors else support[:n]
             targets = torch.cat([y[:n], y[:n]]) if mirrors else y[:n]
             solution = solve_ridge(f, targets)
-            found[n, mirrors] = accuracy(predict(solution, f, queries), test[1])
-    return found
+            accuracies[n, mirrors] = accuracy(predict(solution, f, queries), test[1])
+    return accuracies
 
 
 def read(split: Split, side: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -196,11 +196,11 @@ def main() -> None:
     for name, path, side in (("fashion-mnist", args.fashion_mnist, 28), ("cifar10", args.cifar10, 32)):
         source = load_source(path)
         train, test = read(source.train, side), read(source.test, side)
-        found = linear_anchor(train, test)
+        accuracies = linear_anchor(train, test)
         expected = PUBLISHED.get(name, "")
-        kind = f"linear, all images, penalty {found['penalty']:g}"
-        add(kind, name, len(train[1]), "no", [found["full"]], len(test[1]), expected)
-        add("linear, one learned image per class", name, 10, "no", [found["learned"]], len(test[1]), expected)
+        kind = f"linear, all images, penalty {accuracies['penalty']:g}"
+        add(kind, name, len(train[1]), "no", [accuracies["full"]], len(test[1]), expected)
+        add("linear, one learned image per class", name, 10, "no", [accuracies["learned"]], len(test[1]), expected)
     whitening = fit_whitening(train[0])
     few = (test[0][: args.test_images], test[1][: args.test_images])
     by_seed = []
@@ -209,7 +209,7 @@ def main() -> None:
         shown = {f"{n}{' mirrored' if m else ''}": a for (n, m), a in by_seed[-1].items()}
         print(f"random network {seed + 1} of {args.seeds}: {shown}", file=sys.stderr)
     for n, mirrors in by_seed[0]:
-        values = [found[n, mirrors] for found in by_seed]
+        values = [accuracies[n, mirrors] for accuracies in by_seed]
         add(
             "random features", name, n, "yes" if mirrors else "no", values, len(few[1]), EXPECTED.get((n, mirrors), "")
         )

@@ -102,7 +102,7 @@ class Epoch:
 
 @torch.no_grad()
 def _measure(net: nn.Module, images: Tensor, labels: Tensor, *, pixels: Pixels, half: bool, is_last: bool) -> Epoch:
-    found: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     with evaluation_mode(net), head_inputs(net, wanted=is_last) as seen:
         for x, y in zip(images.split(BATCH), labels.split(BATCH)):
             seen.clear()
@@ -118,9 +118,9 @@ def _measure(net: nn.Module, images: Tensor, labels: Tensor, *, pixels: Pixels, 
                     "uncertainty": torch.special.entr(p).sum(1),  # entropy of the prediction
                     "loss": F.cross_entropy(logits, y, reduction="none"),
                 }
-            found.append((p.gather(1, y[:, None])[:, 0], logits.argmax(1) == y, last))
-    last = {name: torch.cat([f[2][name] for f in found]).cpu() for name in found[0][2]}
-    return Epoch(torch.cat([f[0] for f in found]).cpu(), torch.cat([f[1] for f in found]).cpu(), last)
+            parts.append((p.gather(1, y[:, None])[:, 0], logits.argmax(1) == y, last))
+    last = {name: torch.cat([f[2][name] for f in parts]).cpu() for name in parts[0][2]}
+    return Epoch(torch.cat([f[0] for f in parts]).cpu(), torch.cat([f[1] for f in parts]).cpu(), last)
 
 
 def score_run(

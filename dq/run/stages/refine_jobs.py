@@ -228,13 +228,13 @@ def as_bytes(images: Tensor) -> Tensor:
 
 def _read_rows(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
     """Images of (class, rank) pairs as float32 in [0, 1]; only these are read."""
-    found: dict[tuple[int, int], Tensor] = {}
+    by_row: dict[tuple[int, int], Tensor] = {}
     for label in sorted({c for c, _ in rows}):
         path = class_file(folder, label)
         with open_tensors(path) as f:
             images = f.get_slice("images")
             for c, r in rows:
                 if c == label:
-                    found[(c, r)] = images[r : r + 1]
-    x = torch.cat([found[row] for row in rows])
+                    by_row[(c, r)] = images[r : r + 1]
+    x = torch.cat([by_row[row] for row in rows])
     return x.float() / 255 if x.dtype == torch.uint8 else x
