@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import re
 from pathlib import Path
 from types import ModuleType
@@ -531,13 +531,9 @@ def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
 
 
 @pytest.fixture
-def readme_tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "pipelines" / "readme_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def readme_tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "pipelines"))
+    return importlib.import_module("readme_tables")
 
 
 def test_readme_tables_say_what_the_result_files_say(readme_tables: ModuleType) -> None:

@@ -1,0 +1,166 @@
+"""Tables of the results of refinement: FADRM and Teddy, FRePo, matching of trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from result_tables import read, read_numbered, table
+
+from dq.evaluation.statistics import format_mean_std
+
+LABELLERS = {"one": "soft, one teacher", "plus": "soft, three architectures", "pool": "soft, pool", "hard": "hard"}
+
+
+def refinement(folder: str) -> str:
+    """Sets against students and labellers; last epoch, mean ± std in percent."""
+    rows = read(f"{folder}/accuracy.csv")
+    columns = list(dict.fromkeys((r["labels"], r["student"], r["ipc"]) for r in rows))
+    cells = {(r["set"], r["labels"], r["student"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        return "" if r is None else f"{100 * float(r['mean']):.1f} ± {100 * float(r['std']):.1f}"
+
+    body = [[name, *[cell(cells.get((name, *c))) for c in columns]] for name in dict.fromkeys(r["set"] for r in rows)]
+    return table(["set", *[f"{LABELLERS[kind]}: {student}, IPC {ipc}" for kind, student, ipc in columns]], body)
+
+
+def questions(folder: str) -> str:
+    """Paired differences of the questions that the refinement was measured for."""
+    rows = read(f"{folder}/differences.csv")
+    students = list(dict.fromkeys((r["student"], r["ipc"]) for r in rows))
+    cells = {(r["question"], r["student"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        if r is None:
+            return ""
+        low, high = 100 * float(r["low"]), 100 * float(r["high"])
+        text = f"{100 * float(r['mean']):+.1f} ({low:+.1f} to {high:+.1f})"
+        return f"**{text}**" if r["verdict"] != "undecided" else text
+
+    body = [[q, *[cell(cells.get((q, *s))) for s in students]] for q in dict.fromkeys(r["question"] for r in rows)]
+    return table(["difference, points", *[f"{student}, IPC {ipc}" for student, ipc in students]], body)
+
+
+def refined_images(folder: str) -> str:
+    """What the stages did to their images."""
+    body = [
+        [
+            r["set"],
+            r["stage"],
+            *(
+                f"{100 * float(r[f'{g}_before']):.0f} → {100 * float(r[f'{g}_after']):.0f} %"
+                for g in ("teachers", "judges")
+            ),
+            f"{float(r['variation_before']):.1f} → {float(r['variation_after']):.1f}",
+            f"{float(r['anchor_distance_after']):.1f}",
+        ]
+        for r in read(f"{folder}/refinement.csv")
+    ]
+    head = ["set", "stage", "teachers", "judge (ResNet-56)", "total variation", "distance to the anchor"]
+    return table(head, body)
+
+
+def refinement_speed() -> str:
+    """Time per step against a plain loop."""
+    body = [
+        [
+            f"{r['net']}, {r['side']} px, batch {r['batch_size']}, {r['dtype']}",
+            f"{r['device']}, {r['threads']} thread(s)",
+            f"{float(r['plain_s_per_step']):.3f} s",
+            f"{float(r['dq_s_per_step']):.3f} s",
+            r["times_faster"],
+            r["largest_loss_difference"],
+        ]
+        for r in read("refine.csv")
+    ]
+    head = ["teacher", "device", "plain loop", "dq", "times faster", "largest difference of a loss"]
+    return table(head, body)
+
+
+def over_seeds(values: Iterable[tuple[str, str, float]]) -> str:
+    """Mean ± std in percent of fractions that come with the names of their row and column."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for row, column, value in values:
+        rows.setdefault(row, {}).setdefault(column, []).append(100 * value)
+    columns = list(dict.fromkeys(c for cells in rows.values() for c in cells))
+    body = [[name, *[format_mean_std(c[k]) if k in c else "" for k in columns]] for name, c in rows.items()]
+    return table(["%", *columns], body)
+
+
+def with_ridge(*folders: str) -> str:
+    """Sets against students and ipc; last epoch, mean ± std in percent, in parentheses ridge regression on the
+    students' features."""
+    rows = [r for folder in folders for r in read_numbered(f"{folder}/accuracy.csv")]
+    columns = list(dict.fromkeys((r["student"], r["protocol"], r["ipc"]) for r in rows))
+    cells = {(r["set"], r["student"], r["protocol"], r["ipc"]): r for r in rows}
+
+    def cell(r: dict[str, str] | None) -> str:
+        if r is None:
+            return ""
+        ridge = f" ({100 * float(r['krr_mean']):.1f})" if r.get("krr_mean") else ""
+        return f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}{ridge}"
+
+    head = ["set", *(f"`{protocol}`, {net}, IPC {ipc}" for net, protocol, ipc in columns)]
+    return table(
+        head,
+        [[name, *(cell(cells.get((name, *c))) for c in columns)] for name in dict.fromkeys(r["set"] for r in rows)],
+    )
+
+
+def checks(folder: str) -> str:
+    """Accuracy on held-out train images by steps, for each start."""
+    rows = read(f"{folder}/checks.csv")
+    steps = list(dict.fromkeys(r["steps"] for r in rows))
+    cells = {(r["start"], r["steps"]): f"{100 * float(r['accuracy']):.1f}" for r in rows}
+    starts = dict.fromkeys(r["start"] for r in rows)
+    return table(
+        ["start", *(f"{int(s):,} steps" for s in steps)], [[s, *(cells[s, t] for t in steps)] for s in starts]
+    )
+
+
+def unroll() -> str:
+    """TESLA beside exact unrolling."""
+    keys = ("steps", "exact_mb", "tesla_mb", "time", "cosine", "norms")
+    head = ["steps of the student", "exact, MB", "TESLA, MB", "time, TESLA / exact", "cosine of gradients", "norms"]
+    return table(head, [[r[k] for k in keys] for r in read("unroll.csv")])
+
+
+def frepo_continual(name: str) -> str:
+    """Sets against classes seen so far."""
+    return over_seeds((r["set"], f"{r['classes']} classes", float(r["accuracy"])) for r in read(name))
+
+
+def frepo_membership() -> str:
+    """Accuracies of networks, and AUC and accuracy of attacks, against sets and training steps."""
+    rows = read("frepo_membership.csv")
+    values: list[tuple[str, dict[str, str], str]] = []
+    once = [r for r in rows if r["attack"] == rows[0]["attack"]]  # a training has a row for each attack
+    for population in ("member", "other"):
+        values += [(f"network's accuracy on {population}s", r, f"{population}_accuracy") for r in once]
+    values += [(f"AUC, {r['attack']}", r, "auc") for r in rows]
+    values += [(f"accuracy, {r['attack']}", r, "attack_accuracy") for r in rows if r["attack_accuracy"] != "nan"]
+    return over_seeds((name, f"{r['set']}, {r['steps']} steps", float(r[key])) for name, r, key in values)
+
+
+def frepo_anchors() -> str:
+    """Linear features, and random features without and with mirror images beside each other."""
+    rows = read("frepo_anchors.csv")
+    body = []
+    for r in rows:
+        if r["mirrors"] == "yes":
+            continue
+        other = next(
+            (o for o in rows if o["mirrors"] == "yes" and (o["anchor"], o["n"]) == (r["anchor"], r["n"])), None
+        )
+        cells = [f"{o['accuracy']} ± {o['std']}".removesuffix(" ± ") if o else "" for o in (r, other)]
+        expected = [o["expected"] if o else "" for o in (r, other)]
+        body.append([f"{r['anchor']}, {r['data']}", r["n"], cells[0], expected[0], cells[1], expected[1]])
+    return table(["features", "images", "accuracy %", "expected", "with mirror images", "expected"], body)
+
+
+def frepo_step() -> str:
+    head = ["images", "in a chunk", "chunks / one pass", "the same of a step", "activations of the network"]
+    head += ["all that autograd saves", "step / plain loop", "largest difference"]
+    keys = ("n", "chunk", "chunked_over_one_pass", "chunked_step_over_one_pass_step", "network_activation_ratio")
+    keys += ("saved_bytes_ratio", "step_over_plain_step", "largest_relative_difference")
+    return table(head, [[r[k] for k in keys] for r in read("frepo_step.csv")])
