@@ -13,22 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dq.config.condensation import Condensation
-from dq.config.protocols import student_config
-from dq.core.errors import RunError
+from dq.core.errors import InputError, RunError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.data.zca import Whitening, fit_whitening, is_grey
-from dq.refine.held_out import mean_accuracy, split_off
+from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, record_check, split_off
 from dq.refine.inputs import check_set
-from dq.refine.method import Callback, RealImages, Refined, State
+from dq.refine.method import Batch, Callback, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
-from dq.refine.optimize import SHOWN
+from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
 from dq.refine.starts import first_images, one_channel, rows_by_class
 
 TERMS = ("matching_loss",)  # columns of the trace
-SAVE_SECONDS = 60.0  # between two states to go on from
-STRIPS = 4  # pictures of the first images, spread over the steps
-HARD_LOGIT = 20.0  # of an image's class: softmax gives it all but 1e-8
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def learn_images(
         x = Learned.of(first)
         trace, strips = torch.zeros(steps, len(TERMS)), [whitening.invert(first[:SHOWN]).cpu()]
         facts = {"whitening": whitening.summary(), "net": config.net}
-    check_steps = {-(-steps * i // config.checks) for i in range(1, config.checks + 1)} if config.checks else ()
+    tested = check_steps(steps, config.checks)
     saved = time.perf_counter()
     for step in range(resume.steps if resume else 0, steps):
         loss, g = gradient(x.value, step, carried)
@@ -119,11 +115,20 @@ def learn_images(
         x.step(one_channel(g) if grey else g, config.lr, config.momentum)
         if (step + 1) % max(1, steps // STRIPS) == 0:
             strips.append(whitening.invert(x.value[:SHOWN]).cpu())
-        if held is not None and step + 1 in check_steps:
-            score = _check(x.value, labels, classes, config, held, whitening, derive_seed(seed, step))
-            if score > max((s for _, s in facts.setdefault("checks", [])), default=-1.0):
+        if held is not None and step + 1 in tested:
+            score = classic_accuracy(
+                x.value,
+                HARD_LOGIT * F.one_hot(labels, classes).float().to(device),
+                held,
+                whitening,
+                net=config.net,
+                epochs=config.check_epochs,
+                augment=config.augment,
+                nets=config.check_nets,
+                seed=derive_seed(seed, step),
+            )
+            if record_check(facts, step + 1, score):
                 best = x.value
-            facts["checks"] = [*facts["checks"], [step + 1, round(score, 5)]]
         callback.step(step)
         if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < steps:
             tensors = {"x.value": x.value, "x.velocity": x.velocity, "trace": trace, "strips": torch.stack(strips)}
@@ -142,18 +147,43 @@ def learn_images(
     )
 
 
-def _check(
-    x: Tensor, labels: Tensor, classes: int, config: Condensation, held: RealImages, whitening: Whitening, seed: int
-) -> float:
-    """Mean accuracy on held-out train images of networks trained on the set by the protocol `classic`."""
-    spec: dict[str, Any] = {"protocol": "classic", "net": config.net, "labels": "fixed", "augment": config.augment}
-    spec |= {"epochs": config.check_epochs, "dtype": "float32"}
-    student = student_config(spec, ipc=str(max(1, len(x) // classes)), classes=classes, image_size=x.shape[-1])
-    logits = HARD_LOGIT * F.one_hot(labels, classes).float().to(x.device)
-    return mean_accuracy(x, logits, held, whitening, student, nets=config.check_nets, seed=seed)
+def image_weights(config: Condensation, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How much each image counts, (n,), 1 unless the settings ask for its weight in the set; and its share in its
+    class, (n,), which sums to 1 in every class."""
+    counted = weights.float() if config.weighted and weights is not None else torch.ones(len(labels))
+    totals = torch.zeros(int(labels.max()) + 1).index_add(0, labels, counted)
+    return counted, counted / totals[labels]
 
 
-def class_weights(labels: Tensor, weights: Tensor) -> Tensor:
-    """Share of each image in its class, (n,), which sum to 1 in every class, of weights (n,)."""
-    totals = torch.zeros(int(labels.max()) + 1).index_add(0, labels, weights)
-    return weights / totals[labels]
+class ClassMatchingMethod(Method):
+    """A method that matches classes, as a stage of a run. A subclass names its settings and its function."""
+
+    learn: Callable[..., Refined]  # images, labels, settings, real images -> result
+
+    def needs(self, stage: Any) -> Needs:
+        return Needs(teachers=False, real_images=True)
+
+    def run(
+        self,
+        batch: Batch,
+        stage: Any,
+        resources: Resources,
+        *,
+        seed: int,
+        resume: State | None = None,
+        callback: Callback | None = None,
+    ) -> Refined:
+        if resources.real is None:
+            raise InputError(f"{stage.stage} compares with real images; give them as `Resources.real`")
+        return self.learn(
+            batch.images,
+            batch.labels,
+            stage,
+            resources.real,
+            classes=resources.classes,
+            weights=batch.weights,
+            seed=derive_seed(seed, stage.stage),
+            device=resources.device,
+            resume=resume,
+            callback=callback,
+        )

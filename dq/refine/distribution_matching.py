@@ -18,8 +18,8 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
-from dq.refine.class_matching import ClassBatches, Gradient, class_weights, learn_images
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
+from dq.refine.class_matching import ClassBatches, ClassMatchingMethod, Gradient, image_weights, learn_images
+from dq.refine.method import Callback, Context, Cost, RealImages, Refined, State
 
 
 def resolve(config: DistributionMatching, context: Context) -> DistributionMatching:
@@ -87,8 +87,7 @@ def refine(
         weights: (n,) of the images in the means, for `config.weighted`.
     """
     device = torch.device(device)
-    counted = weights.float() if config.weighted and weights is not None else torch.ones(len(labels))
-    shares = class_weights(labels, counted).to(device)
+    shares = image_weights(config, labels, weights)[1].to(device)
     rows = {c: (labels == c).nonzero()[:, 0].to(device) for c in labels.unique().tolist()}
     resolve(config, Context(images.shape[-1], 0, classes=classes))
 
@@ -131,44 +130,17 @@ def _features(net: nn.Module, x: Tensor, alpha: float | None) -> Sequence[Tensor
     return outputs
 
 
-class DistributionMethod(Method):
+class DistributionMethod(ClassMatchingMethod):
     """Distribution matching as a stage of a run."""
 
     config = DistributionMatching
+    learn = staticmethod(refine)
 
     def resolve(self, stage: DistributionMatching, context: Context) -> DistributionMatching:
         return resolve(stage, context)
-
-    def needs(self, stage: DistributionMatching) -> Needs:
-        return Needs(teachers=False, real_images=True)
-
-    def run(
-        self,
-        batch: Batch,
-        stage: DistributionMatching,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        if resources.real is None:
-            raise InputError("distribution compares with real images; give them as `Resources.real`")
-        return refine(
-            batch.images,
-            batch.labels,
-            stage,
-            resources.real,
-            classes=resources.classes,
-            weights=batch.weights,
-            seed=derive_seed(seed, "distribution"),
-            device=resources.device,
-            resume=resume,
-            callback=callback,
-        )
 
     def brief(self, stage: DistributionMatching) -> DistributionMatching:
         return dataclasses.replace(stage, steps=min(stage.steps, 2), start="drawn", checks=0)
 
     def cost(self, stage: DistributionMatching, context: Context) -> Cost:
-        return Cost(stage.steps, None)
+        return Cost(stage.steps, None, stage.checks * stage.check_nets)

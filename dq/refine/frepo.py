@@ -26,11 +26,11 @@ from dq.data.zca import Whitening, fit_whitening, is_grey, stride_of
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
-from dq.refine.held_out import held_out_accuracy, label_temperature, split_off
+from dq.refine.held_out import check_steps, held_out_accuracy, label_temperature, record_check, split_off
 from dq.refine.inputs import check_set
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
-from dq.refine.optimize import SHOWN
+from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
 from dq.refine.rendering import Rendering
 from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
 from dq.refine.starts import first_images, one_channel, real_rows
@@ -41,8 +41,6 @@ FLIP_BELOW = 1000  # images of the set; the released code leaves mirror images o
 JITTER = 0.01  # of whitened pixels, or of the std of latents, of images that are copies of others
 NOISE_LATENTS = 256  # real images whose latents' mean and deviation noise to start from has
 HELD_NUMBERS = 1 << 28  # of whitened real images that are held in memory
-SAVE_SECONDS = 60.0  # between two states to go on from
-STRIPS = 4  # pictures of the first images, spread over the steps
 
 
 def resolve(config: FRePo, context: Context) -> FRePo:
@@ -235,7 +233,7 @@ def refine(
         trace = torch.zeros(steps, len(TERMS), device=device)
         strips = [rendering.pixels(first[:SHOWN]).cpu()]
     best = _best_of(resume, device)
-    check_steps = {-(-steps * i // config.checks) for i in range(1, config.checks + 1)} if config.checks else set()
+    tested = check_steps(steps, config.checks)
     saved = time.perf_counter()
     for step in range(resume.steps if resume else 0, steps):
         lr = cosine_lr(step, steps, top_lr, config.lr_floor)
@@ -269,7 +267,7 @@ def refine(
         pool.advance(i, rendering.images(x.value), y.value, step, w)  # on the updated set, as released
         if (step + 1) % max(1, steps // STRIPS) == 0:
             strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
-        if held is not None and step + 1 in check_steps:
+        if held is not None and step + 1 in tested:
             score = held_out_accuracy(
                 rendering.images(x.value),
                 y.value,
@@ -280,9 +278,8 @@ def refine(
                 nets=config.check_nets,
                 seed=derive_seed(seed, "check", step),
             )
-            if score > max((s for _, s in facts.setdefault("checks", [])), default=-1.0):
+            if record_check(facts, step + 1, score):
                 best = (x.value.clone(), y.value.clone())
-            facts["checks"] = [*facts["checks"], [step + 1, round(score, 5)]]
         callback.step(step)
         if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < steps:
             callback.save(_state(x, y, best, trace, strips, facts, pool, step + 1))
@@ -408,4 +405,4 @@ class FrepoMethod(Method):
         )
 
     def cost(self, stage: FRePo, context: Context) -> Cost:
-        return Cost(stage.steps or 0, None)
+        return Cost(stage.steps or 0, None, stage.checks * stage.check_nets)

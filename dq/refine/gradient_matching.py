@@ -18,8 +18,8 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.networks.flat_parameters import FlatNet
-from dq.refine.class_matching import ClassBatches, Gradient, class_weights, learn_images
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
+from dq.refine.class_matching import ClassBatches, ClassMatchingMethod, Gradient, image_weights, learn_images
+from dq.refine.method import Callback, Context, Cost, RealImages, Refined, State
 
 TINY = 1e-6  # beside products of norms, as released
 
@@ -90,8 +90,7 @@ def refine(
     config = resolve(config, Context(images.shape[-1], 0, max(1, len(images) // classes), classes))
     passes, epochs = config.passes or 1, config.net_epochs or 0
     net = FlatNet(config.net, classes, images.shape[-1]).to(device)
-    counted = weights.float() if config.weighted and weights is not None else torch.ones(len(labels))
-    shares, w = class_weights(labels, counted).to(device), counted.to(device)
+    w, shares = (v.to(device) for v in image_weights(config, labels, weights))
     y = labels.to(device)
     rows = {c: (y == c).nonzero()[:, 0] for c in labels.unique().tolist()}
 
@@ -147,45 +146,18 @@ def refine(
     )
 
 
-class GradientMethod(Method):
+class GradientMethod(ClassMatchingMethod):
     """Gradient matching as a stage of a run."""
 
     config = GradientMatching
+    learn = staticmethod(refine)
 
     def resolve(self, stage: GradientMatching, context: Context) -> GradientMatching:
         return resolve(stage, context)
-
-    def needs(self, stage: GradientMatching) -> Needs:
-        return Needs(teachers=False, real_images=True)
-
-    def run(
-        self,
-        batch: Batch,
-        stage: GradientMatching,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        if resources.real is None:
-            raise InputError("gradient compares with real images; give them as `Resources.real`")
-        return refine(
-            batch.images,
-            batch.labels,
-            stage,
-            resources.real,
-            classes=resources.classes,
-            weights=batch.weights,
-            seed=derive_seed(seed, "gradient"),
-            device=resources.device,
-            resume=resume,
-            callback=callback,
-        )
 
     def brief(self, stage: GradientMatching) -> GradientMatching:
         # two updates of a network, with a training of it in between
         return dataclasses.replace(stage, networks=1, passes=min(stage.passes or 2, 2), start="drawn", checks=0)
 
     def cost(self, stage: GradientMatching, context: Context) -> Cost:
-        return Cost(stage.networks * (stage.passes or 1), None)
+        return Cost(stage.networks * (stage.passes or 1), None, stage.checks * stage.check_nets)

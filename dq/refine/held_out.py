@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from dq.refine.method import RealImages
 from dq.refine.ridge import predict, solve_ridge
 
 AT_ONCE = 1000  # images
+HARD_LOGIT = 20.0  # of an image's class, where labels are not learned: softmax gives it all but 1e-8
 
 
 def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
@@ -34,7 +37,24 @@ def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
         )
     held = torch.zeros(len(real.labels), dtype=torch.bool)
     held[torch.from_numpy(validation_rows(real.labels.numpy(), number))] = True
+    return divide(real, held)
+
+
+def divide(real: RealImages, held: Tensor) -> tuple[RealImages, RealImages]:
+    """Train images without those that `held` (N,) bool names, and these."""
     return RealImages(real.images[~held], real.labels[~held]), RealImages(real.images[held], real.labels[held])
+
+
+def check_steps(steps: int, checks: int) -> set[int]:
+    """After how many of `steps` steps a set is tested, `checks` times evenly spread, the last step included."""
+    return {-(-steps * i // checks) for i in range(1, checks + 1)}
+
+
+def record_check(facts: dict[str, Any], steps: int, score: float) -> bool:
+    """Add the accuracy of a check to `facts["checks"]`; whether it is the best so far."""
+    earlier = facts.get("checks", [])
+    facts["checks"] = [*earlier, [steps, round(score, 5)]]
+    return score > max((s for _, s in earlier), default=-1.0)
 
 
 def held_out_accuracy(
@@ -52,6 +72,36 @@ def held_out_accuracy(
     ipc = max(1, round(len(x) / classes))
     config = student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
     return mean_accuracy(x, y, held, whitening, config, nets=nets, seed=seed)
+
+
+def classic_accuracy(
+    x: Tensor,
+    logits: Tensor,
+    held: RealImages,
+    whitening: Whitening,
+    *,
+    net: str,
+    epochs: int,
+    augment: str,
+    lr: float | None = None,
+    nets: int,
+    seed: int,
+) -> float:
+    """Mean accuracy on held-out images of fresh networks trained on a set as the protocol `classic` trains them.
+
+    Args:
+        x: (n, 3, S, S) images as networks see them.
+        logits: (n, C) of their labels.
+        net: architecture of the networks.
+        lr: their learning rate; None: the protocol's.
+        nets: how many.
+    """
+    spec: dict[str, Any] = {"protocol": "classic", "net": net, "labels": "fixed", "augment": augment}
+    spec |= {"epochs": epochs, "dtype": "float32"} | ({} if lr is None else {"lr": lr})
+    classes = logits.shape[1]
+    ipc = max(1, round(len(x) / classes))
+    config = student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
+    return mean_accuracy(x, logits, held, whitening, config, nets=nets, seed=seed)
 
 
 def mean_accuracy(

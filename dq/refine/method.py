@@ -57,6 +57,7 @@ class Cost:
 
     steps: int  # forward and backward passes over every image
     batch_size: int | None  # images of a batch; None: the whole set
+    checks: int = 0  # networks that are trained on the set in between, whose time no estimate has
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ TERMS = ("cross_entropy", "statistics", "classes", "proximity")  # the weighted 
 SCALE = 65536.0  # first loss scale of float16
 BAD_SHARE = 0.05  # of the steps of a block that may be lost to overflow in float16 before it is done again
 SHOWN = 10  # images of a batch that are kept from the end of every block
+SAVE_SECONDS = 60.0  # between two states to go on from, of methods without blocks
+STRIPS = 4  # pictures of the first images, spread over the steps, of methods without blocks
 
 
 @dataclass(frozen=True)

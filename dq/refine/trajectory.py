@@ -13,14 +13,12 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dq.config.protocols import student_config
 from dq.config.reader import unknown_key
 from dq.config.trajectories import GENERAL, PRESETS, Trajectory
 from dq.core.errors import InputError
@@ -28,23 +26,20 @@ from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator
 from dq.data.zca import is_grey
 from dq.networks.trajectories import CHUNK, MANIFEST, Experts
-from dq.refine.held_out import mean_accuracy
+from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check
 from dq.refine.inputs import check_set
 from dq.refine.matching import pad_drop
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
-from dq.refine.optimize import SHOWN
+from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
 from dq.refine.starts import first_images, one_channel
 from dq.refine.unroll import GRADIENTS, MetaGradient, Student, draw_batches, last_start
 
 log = logging.getLogger("dq")
 
 TERMS = ("matching_loss", "start_epoch", "step_size")  # columns of the trace
-SAVE_SECONDS = 60.0  # between two states to go on from
 LARGE_STEP = 1.0  # learning rate of a student
-STRIPS = 4  # pictures of the first images, spread over the steps
 MANY = 1_000_000  # images of a class whose number is not known
-HARD_LOGIT = 20.0  # of an image's class, where labels are not learned: softmax gives it all but 1e-8
 FIRST_PROBABILITY = 0.9  # of an image's class, where labels are learned and start from classes
 
 
@@ -228,7 +223,7 @@ def refine(
         step_size = Learned.of(torch.tensor(config.first_step, device=device))
         trace, strips = torch.zeros(config.steps, len(TERMS)), [whitening.invert(x.value[:SHOWN]).cpu()]
     best = {k[5:]: v.to(device) for k, v in resume.tensors.items() if k.startswith("best.")} if resume else {}
-    check_steps = {-(-config.steps * i // config.checks) for i in range(1, config.checks + 1)} if config.checks else ()
+    tested = check_steps(config.steps, config.checks)
     saved = time.perf_counter()
     inner = config.student_steps or 1
     for step in range(resume.steps // inner if resume else 0, config.steps):
@@ -248,11 +243,10 @@ def refine(
                 step_size.value = step_size.value.clamp(min=config.least_step)
         if (step + 1) % max(1, config.steps // STRIPS) == 0:
             strips.append(whitening.invert(x.value[:SHOWN]).cpu())
-        if step + 1 in check_steps:
+        if step + 1 in tested:
             score = _check(x.value, y.value, float(step_size.value), config, experts, held, derive_seed(seed, step))
-            if score > max((s for _, s in facts.setdefault("checks", [])), default=-1.0):
+            if record_check(facts, step + 1, score):
                 best = {"x": x.value, "y": y.value, "s": step_size.value}
-            facts["checks"] = [*facts["checks"], [step + 1, round(score, 5)]]
         for i in range(inner):  # the steps that take the time, in which costs are counted
             callback.step(step * inner + i)
         if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < config.steps:
@@ -321,8 +315,7 @@ def _divided(experts: Experts, real: RealImages | None) -> tuple[RealImages | No
     """Train images that the experts saw, and those that were held out from them."""
     if real is None:
         return None, None
-    held = experts.held_out_rows(real.labels)
-    return RealImages(real.images[~held], real.labels[~held]), RealImages(real.images[held], real.labels[held])
+    return divide(real, experts.held_out_rows(real.labels))
 
 
 def _start(
@@ -361,18 +354,18 @@ def _check(
     """Mean accuracy on held-out train images of networks trained on the set by the protocol `classic`."""
     if held is None:
         raise InputError("checks need the train images; give them as `real`, or set checks=0")
-    spec: Mapping[str, Any] = {
-        "protocol": "classic",
-        "net": experts.net.name,
-        "labels": "fixed",
-        "epochs": config.check_epochs,
-        "augment": config.augment,
-        "lr": step_size,
-        "dtype": "float32",
-    }
-    ipc, classes = max(1, round(len(x) / experts.net.classes)), experts.net.classes
-    student = student_config(dict(spec), ipc=str(ipc), classes=classes, image_size=x.shape[-1])
-    return mean_accuracy(x, y, held, experts.whitening, student, nets=config.check_nets, seed=seed)
+    return classic_accuracy(
+        x,
+        y,
+        held,
+        experts.whitening,
+        net=experts.net.name,
+        epochs=config.check_epochs,
+        augment=config.augment,
+        lr=step_size,
+        nets=config.check_nets,
+        seed=seed,
+    )
 
 
 class TrajectoryMethod(Method):
@@ -418,4 +411,4 @@ class TrajectoryMethod(Method):
         return dataclasses.replace(short, start="drawn", first_labels="classes", checks=0)
 
     def cost(self, stage: Trajectory, context: Context) -> Cost:
-        return Cost(stage.steps * (stage.student_steps or 1), None)
+        return Cost(stage.steps * (stage.student_steps or 1), None, stage.checks * stage.check_nets)

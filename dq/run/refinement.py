@@ -145,8 +145,7 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
             one = refinement.resolve(stage, dataclasses.replace(context, ipc=ipc, class_size=size))
             refinement.batches(one, [min(n, ipc) for n in class_counts])
         cost = refinement.cost(resolved, context)
-        checks = getattr(resolved, "checks", 0) * getattr(resolved, "check_nets", 1)
-        plans.append(Planned(stage.stage, cost.steps, cost.batch_size, checks))
+        plans.append(Planned(stage.stage, cost.steps, cost.batch_size, cost.checks))
     return plans
 
 

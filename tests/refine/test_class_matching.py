@@ -23,7 +23,7 @@ from dq.data.zca import fit_whitening
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
 from dq.refine import distribution_matching, gradient_matching
-from dq.refine.class_matching import ClassBatches, class_weights
+from dq.refine.class_matching import ClassBatches, image_weights
 from dq.refine.method import Callback, Context, RealImages
 from dq.refine.starts import rows_by_class
 
@@ -199,8 +199,10 @@ def test_an_image_of_weight_two_is_the_image_twice(refine, config, digits):
 
 
 def test_shares_of_a_class_sum_to_one():
-    shares = class_weights(torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 5.0]))
-    assert shares.tolist() == [0.25, 0.75, 1.0]
+    labels, weights = torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 5.0])
+    counted, shares = image_weights(DistributionMatching(weighted=True), labels, weights)
+    assert (counted.tolist(), shares.tolist()) == ([1, 3, 5], [0.25, 0.75, 1.0])
+    assert image_weights(DistributionMatching(), labels, weights)[1].tolist() == [0.5, 0.5, 1.0]
 
 
 @both
@@ -282,6 +284,9 @@ def test_it_is_a_stage_of_a_run(
     changes: dict[str, Any] = {"codec.resolution": 8, "ipc": [2], "refine": [to_dict(config)]}
     run = apply_settings(RunConfig(output_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "c")), changes)
     assert f"{config.stage}, 6 images in 1 batches, 6 steps, 36 image steps" in plan(run, toy_source)
+    checked = apply_settings(run, {"refine": [to_dict(dataclasses.replace(config, checks=3, check_nets=2))]})
+    assert "6 trainings for checks, which are not in the time" in plan(checked, toy_source)
+    assert "trainings for checks" not in plan(run, toy_source)
     assert refining_speed(run.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
     pipe = DistillPipeline(vae=tiny_kl())
     s = pipe.distill(toy_source, ipc=2, config=run, output_dir=run.output_dir, accelerator=accelerator)

@@ -35,9 +35,9 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def test_one_learned_digit_per_class_is_as_good_as_all_digits(anchors: ModuleType) -> None:
     """Linear features: Chen et al., NeurIPS 2024."""
-    found = anchors.linear_anchor(*digits(), steps=300)
-    assert 0.85 < found["full"] < 0.95
-    assert found["learned"] == pytest.approx(found["full"], abs=0.005)  # two of 450 images
+    accuracies = anchors.linear_anchor(*digits(), steps=300)
+    assert 0.85 < accuracies["full"] < 0.95
+    assert accuracies["learned"] == pytest.approx(accuracies["full"], abs=0.005)  # two of 450 images
 
 
 def test_learned_images_give_the_weights_of_all_data(anchors: ModuleType) -> None:
@@ -56,9 +56,9 @@ def test_learned_images_give_the_weights_of_all_data(anchors: ModuleType) -> Non
 def test_more_real_digits_predict_better_through_a_random_network(anchors: ModuleType) -> None:
     train, test = digits()
     whitening = anchors.fit_whitening(train[0])
-    found = anchors.random_feature_accuracies(train, test, whitening, 0, sizes=(10, 100), net="frepoconv3w32")
-    assert 0.3 < found[10, False] < found[100, False] - 0.05
-    assert found == anchors.random_feature_accuracies(train, test, whitening, 0, (10, 100), "frepoconv3w32")
+    accuracies = anchors.random_feature_accuracies(train, test, whitening, 0, sizes=(10, 100), net="frepoconv3w32")
+    assert 0.3 < accuracies[10, False] < accuracies[100, False] - 0.05
+    assert accuracies == anchors.random_feature_accuracies(train, test, whitening, 0, (10, 100), "frepoconv3w32")
 
 
 def real(name: str) -> Path:
@@ -76,10 +76,10 @@ def test_one_learned_image_per_class_is_as_good_as_all_images(
     from dq.data.load import load_source
 
     source = load_source(str(real(name)))
-    found = anchors.linear_anchor(anchors.read(source.train, side), anchors.read(source.test, side))
-    assert found["learned"] == pytest.approx(found["full"], abs=0.005)
+    accuracies = anchors.linear_anchor(anchors.read(source.train, side), anchors.read(source.test, side))
+    assert accuracies["learned"] == pytest.approx(accuracies["full"], abs=0.005)
     if published is not None:
-        assert found["learned"] == pytest.approx(published, abs=0.01)
+        assert accuracies["learned"] == pytest.approx(published, abs=0.01)
 
 
 @pytest.mark.slow
@@ -89,10 +89,10 @@ def test_random_features_of_real_images_are_worth_what_was_measured(anchors: Mod
     source = load_source(str(real("cifar10")))
     train = anchors.read(source.train, 32)
     sizes = (10, 100, 500)
-    found = anchors.random_feature_accuracies(
+    accuracies = anchors.random_feature_accuracies(
         train, anchors.read(source.test, 32, 500), anchors.fit_whitening(train[0]), 0, sizes
     )
-    for (n, mirrors), accuracy in found.items():
+    for (n, mirrors), accuracy in accuracies.items():
         if (n, mirrors) in anchors.EXPECTED:
             # of 500 images: two standard errors of the measured number and two of this one, and other images
             assert 100 * accuracy == pytest.approx(anchors.EXPECTED[n, mirrors], abs=6)

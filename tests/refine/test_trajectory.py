@@ -22,7 +22,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors, write_json
 from dq.networks.train_experts import train_experts
 from dq.networks.trajectories import Experts, flat_accuracy, open_experts
-from dq.refine import trajectory
+from dq.refine import held_out, trajectory
 from dq.refine.held_out import mean_accuracy
 from dq.refine.method import Callback, Context, RealImages, Refined, State
 from dq.refine.trajectory import TrajectoryMethod, correct_rows, expert_labels, refine, resolve
@@ -172,7 +172,7 @@ def test_the_best_set_on_images_held_out_from_experts_is_returned(
 
     plain = learn(small, experts)
     steps = iter([*plain.trace[2::2, 2].tolist(), plain.step_size])
-    monkeypatch.setattr(trajectory, "mean_accuracy", score)
+    monkeypatch.setattr(held_out, "mean_accuracy", score)
     r = learn(dataclasses.replace(small, checks=3), experts, real)
     assert r.facts["checks"] == [[2, 0.2], [4, 0.9], [6, 0.4]]
     torch.testing.assert_close(r.images, experts.whitening.invert(seen[1]))

@@ -78,8 +78,8 @@ def orders(run: Run) -> list[torch.Tensor]:
 
 
 def test_hard_images_are_not_clustered(done) -> None:
-    run, found = done
-    for p, order in zip(found["kept"], orders(run)):
+    run, by_method = done
+    for p, order in zip(by_method["kept"], orders(run)):
         kept = len(order) - int(0.3 * len(order))
         assert p.counts.sum() == p.stats["kept_images"] == kept
         assert p.stats["class_images"] == len(order)
@@ -88,13 +88,13 @@ def test_hard_images_are_not_clustered(done) -> None:
         mean = z[torch.isin(rows, order[:kept])].float().mean(0)
         shares = (p.counts / p.counts.sum()).view(-1, 1, 1, 1)
         assert torch.allclose((p.centroids * shares).sum(0), mean, atol=1e-4)
-    assert all(p.counts.sum() == n for p, n in zip(found["plain"], run.source.class_counts()))
-    assert "policy" not in found["plain"][0].stats
+    assert all(p.counts.sum() == n for p, n in zip(by_method["plain"], run.source.class_counts()))
+    assert "policy" not in by_method["plain"][0].stats
 
 
 def test_weights_are_repeated_images(done) -> None:
-    run, found = done
-    for p, order in zip(found["weighed"], orders(run)):
+    run, by_method = done
+    for p, order in zip(by_method["weighed"], orders(run)):
         kept = len(order) - int(0.3 * len(order))
         z, rows = cache_of(run).load(p.label)
         inside = torch.isin(rows, order[:kept])
@@ -111,8 +111,8 @@ def test_weights_are_repeated_images(done) -> None:
 
 
 def test_the_hardest_clusters_are_dropped_and_ipc_are_left(done) -> None:
-    run, found = done
-    for p, order in zip(found["dropped"], orders(run)):
+    run, by_method = done
+    for p, order in zip(by_method["dropped"], orders(run)):
         n = len(order)
         k = math.ceil(2 * n / (n - int(0.3 * n)))
         assert k == 3
@@ -136,10 +136,10 @@ def test_the_hardest_clusters_are_dropped_and_ipc_are_left(done) -> None:
 
 def test_a_random_policy_needs_no_scores(tmp_path: Path, toy_source, accelerator) -> None:
     run = opened(tmp_path / "run", toy_source, accelerator, methods={"drawn": METHODS["drawn"]})
-    found = clustered(run)["drawn"]
+    by_method = clustered(run)["drawn"]
     assert not list(tmp_path.glob("cache/difficulty-*"))
     # ipc 2 of 7 to 9 images is far above 10 %; the floor of half the class stays away
-    assert [p.stats["kept_images"] for p in found] == [n - int(0.1 * n) for n in run.source.class_counts()]
+    assert [p.stats["kept_images"] for p in by_method] == [n - int(0.1 * n) for n in run.source.class_counts()]
 
 
 def test_the_same_call_again_does_nothing_and_another_policy_clusters_anew(done, toy_source, accelerator) -> None:
@@ -156,8 +156,8 @@ def test_the_same_call_again_does_nothing_and_another_policy_clusters_anew(done,
     assert stage.prototype_folder(other, cache_of(other), 2, other.resolved("kept")) != folder
     with pytest.raises(InputError, match="has no prototypes for ipc 2; run `dq cluster` first"):
         stage.load_prototypes(other, cache_of(other), 2, other.resolved("kept"))
-    found = clustered(other)["kept"]
-    for p, order in zip(found, orders(other)):
+    by_method = clustered(other)["kept"]
+    for p, order in zip(by_method, orders(other)):
         assert set(p.medoid_rows.tolist()) <= set(order[int(0.3 * len(order)) :].tolist())
     assert [(f, f.stat().st_mtime_ns) for f in files] == before  # the others are still there
 
@@ -172,11 +172,11 @@ def test_scores_and_floors_are_part_of_the_identity(done, changes: dict, toy_sou
 
 
 def test_what_is_kept_is_written(done) -> None:
-    run, found = done
+    run, by_method = done
     with open(run.folder / "pruning.csv") as f:
         rows = list(csv.DictReader(f))
     kept = {(r["policy"], int(r["class"])): int(r["kept"]) for r in rows}
-    for p in found["kept"]:
+    for p in by_method["kept"]:
         assert kept["method kept", p.label] == p.stats["kept_images"]
         assert kept["none", p.label] == p.stats["class_images"]
         assert kept["random", p.label] == kept["reversed", p.label] == kept["pad", p.label]
@@ -208,8 +208,8 @@ def test_a_class_of_one_image_goes_through_every_policy(where: str, tmp_path: Pa
     prune_settings = {**SCORES, "runs": 1, "score_epoch": 1}
     run = opened(tmp_path / "run", source, accelerator, methods=methods, prune=prune_settings)
     with pytest.warns(UserWarning, match="has only 1 distinct points"):
-        found = clustered(run)
-    assert {m: len(points[2].counts) for m, points in found.items()} == dict.fromkeys(methods, 1)
+        by_method = clustered(run)
+    assert {m: len(points[2].counts) for m, points in by_method.items()} == dict.fromkeys(methods, 1)
 
 
 @pytest.mark.parametrize(
