@@ -15,7 +15,10 @@ class Condensation(RefineConfig):
     """What these methods share. The whole set is one batch; labels stay what they are."""
 
     net: str = "convnet3"  # of instance norm
-    lr: float = 1.0  # of the images, SGD
+    # latent: latents of the run's codec are learned, and images are decoded; in none of the papers
+    mode: Literal["pixel", "latent"] = "pixel"
+    chunk: int | None = None  # mode=latent: images whose activations in the decoder are held at once; None: all
+    lr: float = 1.0  # of the images, or of the latents, SGD
     momentum: float = 0.5
     real_batch: int = 256  # real images of a class in a step
     # drawn: the images that come in; real: as many random train images of each class (the papers); noise
@@ -31,7 +34,8 @@ class Condensation(RefineConfig):
     dtype: Dtype = "float32"  # of the networks; nothing else is allowed
 
     def unread(self) -> tuple[str, ...]:
-        return ("check_nets", "check_epochs", "held_out") * (self.checks == 0)
+        no_checks = self.checks == 0
+        return (*("chunk",) * (self.mode == "pixel"), *("check_nets", "check_epochs", "held_out") * no_checks)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +47,8 @@ class Condensation(RefineConfig):
             raise InputError(f"{self.stage} refines the whole set at once: set compose=whole, not {self.compose}")
         if self.dtype != "float32":
             raise InputError(f"{self.stage} works in float32: leave out dtype={self.dtype}")
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"chunk of {self.stage} must be at least 1, not {self.chunk}")
         if self.real_batch < 1 or not self.momentum < 1:
             raise InputError(
                 f"{self.stage} needs real_batch of at least 1 and momentum below 1, not {self.real_batch} and "

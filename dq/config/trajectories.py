@@ -117,6 +117,7 @@ PRESETS: dict[str, dict[int, Published]] = {
 }
 # without a preset: that of CIFAR-10 at 10 images per class, with fewer steps of the student
 GENERAL = Published(20, 2, (0, 10, 20), 100, 0, 2, 100, 0.0, 1e-5, 0.0, 0.0, start="drawn")
+MINIMA = {"student_steps": 1, "expert_epochs": 1, "expand_every": 0, "inner_batch": 0, "chunk": 1}  # of `Trajectory`
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ class Trajectory(RefineConfig):
 
     stage: Literal["trajectory"] = "trajectory"
     experts: str = ""  # folder of `dq train-experts`, whose network and preprocessing the stage has
+    # latent: latents of the run's codec are learned, with `lr_images`, and images are decoded
+    mode: Literal["pixel", "latent"] = "pixel"
+    chunk: int | None = None  # mode=latent: images whose activations in the decoder are held at once; None: all
     preset: str | None = None  # published settings by ipc: cifar10, cifar100, tinyimagenet; None: general ones
     steps: int = 10_000  # updates of the set
     student_steps: int | None = None  # of SGD on the set between two checkpoints of an expert (N)
@@ -172,6 +176,7 @@ class Trajectory(RefineConfig):
 
     def unread(self) -> tuple[str, ...]:
         return (
+            *("chunk",) * (self.mode == "pixel"),
             *("check_nets", "check_epochs") * (self.checks == 0),
             *("select",) * (self.alpha == 0),
             *("lr_labels", "momentum_labels") * (not self.learn_labels),
@@ -186,7 +191,7 @@ class Trajectory(RefineConfig):
             raise InputError(f"trajectory needs float32, since steps of a student are small: not dtype={self.dtype}")
         if not self.experts:
             raise InputError("experts must name a folder of `dq train-experts`")
-        for name, low in (("student_steps", 1), ("expert_epochs", 1), ("expand_every", 0), ("inner_batch", 0)):
+        for name, low in MINIMA.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"{name} of trajectory must be at least {low}, not {value}")

@@ -17,12 +17,14 @@ from dq.core.errors import InputError, RunError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.data.zca import Whitening, fit_whitening, is_grey
+from dq.diffusion.image_codec import ImageCodec
 from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, record_check, split_off
 from dq.refine.inputs import check_set
 from dq.refine.method import Batch, Callback, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
 from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
-from dq.refine.starts import first_images, one_channel, rows_by_class
+from dq.refine.rendering import Rendering
+from dq.refine.starts import first_values, one_channel, rows_by_class
 
 TERMS = ("matching_loss",)  # columns of the trace
 
@@ -63,12 +65,15 @@ def learn_images(
     *,
     classes: int,
     weights: Tensor | None = None,
+    codec: ImageCodec | None = None,
     seed: int,
     device: torch.device | str = "cpu",
     resume: State | None = None,
     callback: Callback | None = None,
 ) -> Refined:
     """Move the images of a set along a gradient by SGD; a pure function of its arguments.
+
+    With `mode=latent` the latents that they are decoded from move along the gradient pulled back through the decoder.
 
     Args:
         images: (n, 3, S, S) float32 in [0, 1], the whole set.
@@ -77,19 +82,23 @@ def learn_images(
         steps: updates of the images.
         real: the train images.
         gradient_of: the gradient, for batches of real images.
+        codec: whose latents are learned, with `mode=latent`.
         device: where all of it happens.
 
     Returns:
-        Images of the same shape, whose pixels may leave [0, 1].
+        Images of the same shape, whose pixels may leave [0, 1] with `mode=pixel`.
 
     Raises:
-        InputError: if a class of the set has no train image.
+        InputError: if a class of the set has no train image, or latents are learned without a codec.
         RunError: if the images stop being finite numbers.
     """
     check_set(images, labels, classes, real, weights if config.weighted else None)
     device, callback = torch.device(device), callback or Callback()
     seen, held = split_off(real, config.held_out) if config.checks else (real, None)
-    whitening, grey = fit_whitening(real.images, zca=False).to(device), is_grey(real.images)
+    whitening = fit_whitening(real.images, zca=False).to(device)
+    rendering = Rendering.of(config.stage, config.mode, whitening, codec, config.chunk)
+    # what a decoder makes of grey images need not be grey, so that the three channels count apart
+    grey = config.mode == "pixel" and is_grey(real.images)
     rows = rows_by_class(labels, seen)
     batches = ClassBatches(seen, rows, whitening, config.real_batch, config.augment == "dsa", seed)
     gradient = gradient_of(batches)
@@ -101,23 +110,23 @@ def learn_images(
         trace, strips, facts = t["trace"].cpu(), list(t["strips"].cpu()), dict(resume.facts)
         carried = {k.removeprefix("carried."): v for k, v in t.items() if k.startswith("carried.")}
     else:
-        first = first_images(config.start, images, labels, seen, whitening.to("cpu"), seed).to(device)
-        x = Learned.of(first)
-        trace, strips = torch.zeros(steps, len(TERMS)), [whitening.invert(first[:SHOWN]).cpu()]
+        x = Learned.of(first_values(config.start, images, labels, seen, rendering, seed).to(device))
+        trace, strips = torch.zeros(steps, len(TERMS)), [rendering.pixels(x.value[:SHOWN]).cpu()]
         facts = {"whitening": whitening.summary(), "net": config.net}
+        facts |= {} if config.mode == "pixel" else {"latents": list(x.value.shape[1:])}
     tested = check_steps(steps, config.checks)
     saved = time.perf_counter()
     for step in range(resume.steps if resume else 0, steps):
-        loss, g = gradient(x.value, step, carried)
+        loss, g = gradient(rendering.images(x.value), step, carried)
         trace[step] = loss.cpu()
         if not bool(torch.isfinite(g).all()):
             raise RunError(f"the gradient of {config.stage} is no finite number after {step} steps; lower its lr")
-        x.step(one_channel(g) if grey else g, config.lr, config.momentum)
+        x.step(rendering.pull_back(x.value, one_channel(g) if grey else g), config.lr, config.momentum)
         if (step + 1) % max(1, steps // STRIPS) == 0:
-            strips.append(whitening.invert(x.value[:SHOWN]).cpu())
+            strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
         if held is not None and step + 1 in tested:
             score = classic_accuracy(
-                x.value,
+                rendering.images(x.value),
                 HARD_LOGIT * F.one_hot(labels, classes).float().to(device),
                 held,
                 whitening,
@@ -136,11 +145,11 @@ def learn_images(
             callback.save(State({k: v.cpu().clone() for k, v in tensors.items()}, dict(facts), step + 1))
             saved = time.perf_counter()
     return Refined(
-        whitening.invert(x.value if best is None else best).cpu(),
+        rendering.pixels(x.value if best is None else best).cpu(),
         trace,
         TERMS,
         torch.stack(strips).clamp(0, 1),
-        bounded=False,
+        bounded=config.mode == "latent",
         uniform_weights=not config.weighted,
         facts=facts,
         preprocessing=whitening.to("cpu").tensors(),
@@ -161,7 +170,7 @@ class ClassMatchingMethod(Method):
     learn: Callable[..., Refined]  # images, labels, settings, real images -> result
 
     def needs(self, stage: Any) -> Needs:
-        return Needs(teachers=False, real_images=True)
+        return Needs(teachers=False, real_images=True, codec=stage.mode == "latent")
 
     def run(
         self,
@@ -182,6 +191,7 @@ class ClassMatchingMethod(Method):
             resources.real,
             classes=resources.classes,
             weights=batch.weights,
+            codec=resources.codec,
             seed=derive_seed(seed, stage.stage),
             device=resources.device,
             resume=resume,

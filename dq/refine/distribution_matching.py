@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dq.config.condensation import DistributionMatching
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
 from dq.refine.class_matching import ClassBatches, ClassMatchingMethod, Gradient, image_weights, learn_images
@@ -73,6 +74,7 @@ def refine(
     *,
     classes: int,
     weights: Tensor | None = None,
+    codec: ImageCodec | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: State | None = None,
@@ -117,6 +119,7 @@ def refine(
         gradient_of,
         classes=classes,
         weights=weights,
+        codec=codec,
         seed=seed,
         device=device,
         resume=resume,

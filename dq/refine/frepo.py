@@ -33,13 +33,12 @@ from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Real
 from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
 from dq.refine.rendering import Rendering
 from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
-from dq.refine.starts import first_images, one_channel, real_rows
+from dq.refine.starts import first_values, one_channel
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
 LARGEST_SIDE = 128  # px; whitening needs a matrix of all pairs of pixels of a quarter, and features grow with the side
 FLIP_BELOW = 1000  # images of the set; the released code leaves mirror images out of larger ones for their cost
 JITTER = 0.01  # of whitened pixels, or of the std of latents, of images that are copies of others
-NOISE_LATENTS = 256  # real images whose latents' mean and deviation noise to start from has
 HELD_NUMBERS = 1 << 28  # of whitened real images that are held in memory
 
 
@@ -96,36 +95,6 @@ class RealBatches:
         there = rows.to(self.targets.device)
         x = self.held[there] if self.held is not None else self.whitening(self.real.images[rows].to(there.device))
         return x, self.targets[there]
-
-
-def start_images(
-    config: FRePo, images: Tensor, labels: Tensor, real: RealImages, whitening: Whitening, seed: int
-) -> Tensor:
-    """Where the optimization begins, whitened (n, 3, S, S): the images that came in, real ones, or noise.
-
-    Raises:
-        InputError: if real images of a class are asked for and there are none.
-    """
-    start = "drawn" if config.mode == "labels_only" else config.start
-    return first_images(start, images, labels, real, whitening, seed)
-
-
-def start_latents(
-    config: FRePo, images: Tensor, labels: Tensor, real: RealImages, codec: ImageCodec, seed: int
-) -> Tensor:
-    """Where latents begin, (n, C, h, w): those of the images that came in or of real ones, or noise.
-
-    Raises:
-        InputError: if real images of a class are asked for and there are none.
-    """
-    if config.start == "drawn":
-        return codec.encode(images)
-    if config.start == "real":
-        return codec.encode(real.images[real_rows(labels, real, seed)])
-    # spread over the train images, which may be in the order of their classes
-    z = codec.encode(real.images[:: max(1, len(real.images) // NOISE_LATENTS)][:NOISE_LATENTS])
-    noise = torch.randn(len(images), *z.shape[1:], generator=generator(seed, "noise")).to(z.device)
-    return z.mean((0, 2, 3), keepdim=True) + z.std((0, 2, 3), keepdim=True) * noise
 
 
 def start_labels(config: FRePo, images: Tensor, labels: Tensor, classes: int, teachers: Sequence[Teacher]) -> Tensor:
@@ -188,12 +157,8 @@ def refine(
     callback, learns = callback or Callback(), config.mode != "labels_only"
     if len(real.images) == 0:
         raise InputError("frepo predicts real train images, but there are none; check the train split")
-    if config.mode == "latent" and codec is None:
-        raise InputError(
-            "frepo with mode=latent learns latents of a codec, and there is none; give one, or mode=pixel"
-        )
     whitening = (whitening or fit_whitening(real.images, zca=config.whiten)).to(device)
-    rendering = Rendering(whitening, codec if config.mode == "latent" else None, config.chunk)
+    rendering = Rendering.of("frepo", config.mode, whitening, codec, config.chunk)
     seen, held = split_off(real, config.held_out) if config.checks or config.fit_temperature else (real, None)
     batches = RealBatches.of(seen, whitening, classes, config.real_batch, seed)
     grey = is_grey(real.images)
@@ -220,11 +185,10 @@ def refine(
     if resume:
         x, y, trace, strips, facts = _restored(resume, pool, device)
     else:
+        start = config.start if learns else "drawn"
+        first = first_values(start, images, labels, real, rendering, seed).to(device)
         if rendering.codec is not None:
-            first = start_latents(config, images, labels, real, rendering.codec, seed).to(device)
             facts["latents"] = list(first.shape[1:])
-        else:
-            first = start_images(config, images, labels, real, whitening.to("cpu"), seed).to(device)
         start_std = float(rendering.images(first).std())
         facts |= {"start_std": round(start_std, 4), "copies": 0}  # 0.44 for real images of CIFAR-10
         if learns:

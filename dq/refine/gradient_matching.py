@@ -17,6 +17,7 @@ from dq.config.condensation import LOOPS, GradientMatching
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.refine.class_matching import ClassBatches, ClassMatchingMethod, Gradient, image_weights, learn_images
 from dq.refine.method import Callback, Context, Cost, RealImages, Refined, State
@@ -71,6 +72,7 @@ def refine(
     *,
     classes: int,
     weights: Tensor | None = None,
+    codec: ImageCodec | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: State | None = None,
@@ -139,6 +141,7 @@ def refine(
         gradient_of,
         classes=classes,
         weights=weights,
+        codec=codec,
         seed=seed,
         device=device,
         resume=resume,

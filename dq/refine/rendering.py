@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dq.core.errors import InputError
 from dq.data.zca import Whitening
 from dq.diffusion.image_codec import ImageCodec
 
@@ -17,7 +18,20 @@ class Rendering:
 
     whitening: Whitening
     codec: ImageCodec | None = None
-    chunk: int | None = None  # images that are decoded at once where there is no graph; None: all
+    chunk: int | None = None  # images that `images`, `pixels` and `pull_back` decode at once; None: all
+
+    @staticmethod
+    def of(stage: str, mode: str, whitening: Whitening, codec: ImageCodec | None, chunk: int | None) -> Rendering:
+        """The rendering of a stage's mode: that of latents for "latent", else whitened images as they are.
+
+        Raises:
+            InputError: if latents are learned and there is no codec.
+        """
+        if mode == "latent" and codec is None:
+            raise InputError(
+                f"{stage} with mode=latent learns latents of a codec, and there is none; give one, or mode=pixel"
+            )
+        return Rendering(whitening, codec if mode == "latent" else None, chunk)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Whitened images (n, 3, S, S), with a graph."""
@@ -34,6 +48,30 @@ class Rendering:
         if self.codec is None:
             return self.whitening.invert(values)
         return torch.cat([self.codec.decode(part) for part in self._parts(values)])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Whitened pixels, or latents (n, C, h, w), of images (n, 3, S, S), uint8 or float in [0, 1]."""
+        return self.whitening(images) if self.codec is None else self.codec.encode(images)
+
+    def pull_back(self, values: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient with respect to `values` from that with respect to `images(values)`: a vector-Jacobian product.
+
+        Every chunk is decoded once more, with a graph, so that the activations of one chunk are in memory, whatever
+        the gradient of the images came through. That is exact, since each image is decoded by itself.
+
+        Args:
+            values: (n, C, h, w) latents, or whitened images.
+            gradient: (n, 3, S, S).
+        """
+        if self.codec is None:
+            return gradient
+        products: list[Tensor] = []
+        for part, g in zip(self._parts(values), self._parts(gradient), strict=True):
+            leaf = part.detach().requires_grad_(True)
+            with torch.enable_grad():
+                decoded = self(leaf)
+            products += torch.autograd.grad(decoded, [leaf], g)
+        return torch.cat(products)
 
     def _parts(self, values: Tensor) -> tuple[Tensor, ...]:
         return values.split(self.chunk or len(values))

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.data.zca import Whitening, is_grey
+from dq.data.zca import is_grey
 from dq.refine.method import RealImages
+from dq.refine.rendering import Rendering
 
 NOISE_LIKE = 1000  # real images whose standard deviation noise to start from has (0.44 on CIFAR-10)
+NOISE_LATENTS = 256  # real images whose latents' mean and deviation noise to start from has
 
 
 def real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
@@ -29,9 +31,15 @@ def real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
     return rows
 
 
-def noise_like(images: Tensor, real: RealImages, whitening: Whitening, seed: int) -> Tensor:
-    """Normal noise of the shape of `images`, as wide as whitened real images, and grey if these are."""
-    std = whitening(real.images[:NOISE_LIKE]).std()
+def noise_like(images: Tensor, real: RealImages, rendering: Rendering, seed: int) -> Tensor:
+    """Normal noise for each of `images` (n, 3, S, S): of their shape, as wide as whitened real images, and grey if
+    these are; or of the shape of their latents, with the channels' means and deviations in real images."""
+    if rendering.codec is not None:
+        # spread over the train images, which may be in the order of their classes
+        z = rendering.encode(real.images[:: max(1, len(real.images) // NOISE_LATENTS)][:NOISE_LATENTS])
+        noise = torch.randn(len(images), *z.shape[1:], generator=generator(seed, "noise")).to(z.device)
+        return z.mean((0, 2, 3), keepdim=True) + z.std((0, 2, 3), keepdim=True) * noise
+    std = rendering.whitening(real.images[:NOISE_LIKE]).std()
     noise = std * torch.randn(images.shape, generator=generator(seed, "noise"))
     return noise[:, :1].expand_as(noise).clone() if is_grey(real.images) else noise
 
@@ -42,15 +50,24 @@ def one_channel(gradient: Tensor) -> Tensor:
     return gradient.sum(1, keepdim=True).expand_as(gradient)
 
 
-def first_images(
-    start: str, images: Tensor, labels: Tensor, real: RealImages, whitening: Whitening, seed: int
+def first_values(
+    start: str, images: Tensor, labels: Tensor, real: RealImages, rendering: Rendering, seed: int
 ) -> Tensor:
-    """Images as networks see them: those that came in ("drawn"), random train images ("real") or noise."""
+    """Where whitened images (n, 3, S, S), or latents (n, C, h, w), begin that are learned.
+
+    Args:
+        start: "drawn" for the images that came in, "real" for random train images, or "noise".
+        images: (n, 3, S, S) float32 in [0, 1], those that came in.
+        labels: (n,) classes.
+
+    Raises:
+        InputError: if real images of a class are asked for and there are none.
+    """
     if start == "drawn":
-        return whitening(images)
+        return rendering.encode(images)
     if start == "noise":
-        return noise_like(images, real, whitening, seed)
-    return whitening(real.images[real_rows(labels, real, seed)])
+        return noise_like(images, real, rendering, seed)
+    return rendering.encode(real.images[real_rows(labels, real, seed)])
 
 
 def rows_by_class(labels: Tensor, real: RealImages) -> dict[int, Tensor]:

@@ -4,7 +4,8 @@ Cazenavette et al., "Dataset Distillation by Matching Training Trajectories" (MT
 2024: learned soft labels, a range of start epochs that grows; PAD (arXiv 2408.03360): a part of the parameters is left
 out, experts by a curriculum. The gradients are in `dq.refine.unroll`, experts in `dq.networks.trajectories`.
 Departures: the learning rate stays positive, gradients that are not finite are skipped too, the best set is chosen on
-held-out train images, the settings are those of the papers and not of the released configurations.
+held-out train images, the settings are those of the papers and not of the released configurations. `mode=latent` is in
+none of the papers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator
 from dq.data.zca import is_grey
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.trajectories import CHUNK, MANIFEST, Experts
 from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check
 from dq.refine.inputs import check_set
@@ -32,7 +34,8 @@ from dq.refine.matching import pad_drop
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
 from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
-from dq.refine.starts import first_images, one_channel
+from dq.refine.rendering import Rendering
+from dq.refine.starts import first_values, one_channel
 from dq.refine.unroll import GRADIENTS, MetaGradient, Student, draw_batches, last_start
 
 log = logging.getLogger("dq")
@@ -160,6 +163,7 @@ def refine(
     real: RealImages | None = None,
     *,
     ipc: int | None = None,
+    codec: ImageCodec | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: State | None = None,
@@ -171,7 +175,8 @@ def refine(
 
         L = |m (theta_N - theta*_{t+M})|^2 / |m (theta*_t - theta*_{t+M})|^2
 
-    with m of `kept_parameters`.
+    with m of `kept_parameters`. With `mode=latent` the images are whiten(resize(decode(z))). They are decoded once a
+    step, and z moves along their gradient pulled back through the decoder, in memory that N does not change.
 
     Args:
         images: (n, 3, S, S) float32 in [0, 1], the whole set.
@@ -180,10 +185,11 @@ def refine(
         experts: trajectories.
         real: all train images, for starts from these and for `config.checks`.
         ipc: images per class, for presets; None: n by the number of classes.
+        codec: whose latents are learned, with `mode=latent`.
         device: where all of it happens.
 
     Returns:
-        Images of the same shape whose pixels may leave [0, 1], logits and a step size.
+        Images of the same shape, whose pixels may leave [0, 1] with `mode=pixel`, logits and a step size.
 
     Raises:
         InputError: for settings or experts that do not fit, or an expert whose compared parameters did not move.
@@ -203,8 +209,10 @@ def refine(
     check_experts(experts, config)
     net.to(device)
     callback, whitening = callback or Callback(), experts.whitening.to(device)
+    rendering = Rendering.of("trajectory", config.mode, whitening, codec, config.chunk)
     seen, held = _divided(experts, real)
-    grey = is_grey(images if real is None else real.images)
+    # what a decoder makes of grey images need not be grey, so that the three channels count apart
+    grey = config.mode == "pixel" and is_grey(images if real is None else real.images)
     share, cut = config.alpha or 0.0, net.cut(config.alpha or 0.0)
     facts: dict[str, Any] = {"whitening": experts.whitening.summary(), "net": net.name, "experts": experts.number}
     facts |= {"skipped_by_threshold": 0, "skipped_not_finite": 0, "parameters": net.size}
@@ -218,16 +226,18 @@ def refine(
         trace, strips = resume.tensors["trace"].clone(), list(resume.tensors["strips"])
         facts = dict(resume.facts)
     else:
-        x = Learned.of(_start(config, images, labels, experts, seen, whitening, device, seed))
-        y = Learned.of(_start_labels(config, experts, x.value, labels))
+        x = Learned.of(_start(config, images, labels, experts, seen, rendering, device, seed))
+        y = Learned.of(_start_labels(config, experts, rendering.images(x.value), labels))
         step_size = Learned.of(torch.tensor(config.first_step, device=device))
-        trace, strips = torch.zeros(config.steps, len(TERMS)), [whitening.invert(x.value[:SHOWN]).cpu()]
+        trace, strips = torch.zeros(config.steps, len(TERMS)), [rendering.pixels(x.value[:SHOWN]).cpu()]
+        facts |= {} if config.mode == "pixel" else {"latents": list(x.value.shape[1:])}
     best = {k[5:]: v.to(device) for k, v in resume.tensors.items() if k.startswith("best.")} if resume else {}
     tested = check_steps(config.steps, config.checks)
     saved = time.perf_counter()
     inner = config.student_steps or 1
     for step in range(resume.steps // inner if resume else 0, config.steps):
-        g, t = _matched(x.value, y.value, step_size.value, config, experts, step, share, seed, device)
+        shown = rendering.images(x.value)
+        g, t = _matched(shown, y.value, step_size.value, config, experts, step, share, seed, device)
         loss = float(g.loss)
         trace[step] = torch.tensor([loss, t, float(step_size.value)])
         if not all(bool(torch.isfinite(v).all()) for v in g):
@@ -235,16 +245,18 @@ def refine(
         elif config.threshold is not None and loss > config.threshold:
             facts["skipped_by_threshold"] += 1
         else:
-            x.step(one_channel(g.images) if grey else g.images, config.lr_images or 0.0, config.momentum_images)
+            g_images = one_channel(g.images) if grey else g.images
+            x.step(rendering.pull_back(x.value, g_images), config.lr_images or 0.0, config.momentum_images)
             if config.learn_labels:
                 y.step(g.labels, config.lr_labels or 0.0, config.momentum_labels)
             if config.learn_step:
                 step_size.step(g.step_size, config.lr_step or 0.0, config.momentum_step)
                 step_size.value = step_size.value.clamp(min=config.least_step)
         if (step + 1) % max(1, config.steps // STRIPS) == 0:
-            strips.append(whitening.invert(x.value[:SHOWN]).cpu())
+            strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
         if step + 1 in tested:
-            score = _check(x.value, y.value, float(step_size.value), config, experts, held, derive_seed(seed, step))
+            shown, check_seed = rendering.images(x.value), derive_seed(seed, step)
+            score = _check(shown, y.value, float(step_size.value), config, experts, held, check_seed)
             if record_check(facts, step + 1, score):
                 best = {"x": x.value, "y": y.value, "s": step_size.value}
         for i in range(inner):  # the steps that take the time, in which costs are counted
@@ -266,14 +278,14 @@ def refine(
         )
     last = best or {"x": x.value, "y": y.value, "s": step_size.value}
     return Refined(
-        whitening.invert(last["x"]).cpu(),
+        rendering.pixels(last["x"]).cpu(),
         trace,
         TERMS,
         torch.stack(strips).clamp(0, 1),
         soft_labels=last["y"].cpu(),
         label_kind="logits",
         step_size=float(last["s"]),
-        bounded=False,
+        bounded=config.mode == "latent",
         uniform_weights=True,  # the distance knows no weights
         facts=facts,
         preprocessing=experts.whitening.tensors(),
@@ -324,18 +336,19 @@ def _start(
     labels: Tensor,
     experts: Experts,
     seen: RealImages | None,
-    whitening: Any,
+    rendering: Rendering,
     device: torch.device,
     seed: int,
 ) -> Tensor:
-    """Where the images begin, as networks see them."""
+    """Where whitened images, or latents, begin."""
     if config.start == "drawn":
-        return whitening(images.to(device))
+        return rendering.encode(images.to(device)).to(device)
     if seen is None:
         raise InputError(f"start={config.start} needs the train images; give them as `real`")
     if config.start == "correct":
-        return whitening(seen.images[correct_rows(experts, labels, seen, device, seed)].to(device))
-    return first_images(config.start or "real", images, labels, seen, experts.whitening, seed).to(device)
+        rows = correct_rows(experts, labels, seen, device, seed)
+        return rendering.encode(seen.images[rows].to(device)).to(device)
+    return first_values(config.start or "real", images, labels, seen, rendering, seed).to(device)
 
 
 def _start_labels(config: Trajectory, experts: Experts, x: Tensor, labels: Tensor) -> Tensor:
@@ -378,7 +391,7 @@ class TrajectoryMethod(Method):
 
     def needs(self, stage: Trajectory) -> Needs:
         real = stage.start != "drawn" or stage.checks > 0
-        return Needs(teachers=False, real_images=real, experts=stage.experts)
+        return Needs(teachers=False, real_images=real, experts=stage.experts, codec=stage.mode == "latent")
 
     def run(
         self,
@@ -398,6 +411,7 @@ class TrajectoryMethod(Method):
             stage,
             resources.experts,
             resources.real,
+            codec=resources.codec,
             seed=derive_seed(seed, "trajectory"),
             device=resources.device,
             resume=resume,

@@ -20,6 +20,7 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed
 from dq.data.augment import OPERATIONS, dsa
 from dq.data.zca import fit_whitening
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
 from dq.refine import distribution_matching, gradient_matching
@@ -215,6 +216,33 @@ def test_images_of_a_grey_data_set_stay_grey(refine, config, digits):
         assert not torch.allclose(out, images, atol=1e-3)
 
 
+@both
+def test_latents_move_along_the_gradient_of_the_images_they_are_decoded_to(refine, config, digits, monkeypatch):
+    monkeypatch.setattr("dq.refine.class_matching.SAVE_SECONDS", 0.0)
+    images, labels = first_of_each(digits, 2)
+    config = dataclasses.replace(with_steps(config, 2), lr=0.01)
+    latent = dataclasses.replace(config, mode="latent", chunk=7)
+    codec, states = ImageCodec.of(tiny_kl(), 16, 8), []
+    callback = Callback(save=states.append)
+    learned = refine(images, labels, latent, digits, classes=10, codec=codec, callback=callback)
+    z = codec.encode(images).requires_grad_(True)
+    decoded = codec.decode(z)
+    # what one step does to the decoded images, if these are learned themselves
+    pixels = refine(decoded.detach(), labels, with_steps(config, 1), digits, classes=10)
+    whitening = fit_whitening(digits.images, zca=False)
+    gradient = (whitening(decoded.detach()) - whitening(pixels.images)) / 0.01
+    assert float(learned.trace[0, 0]) == pytest.approx(float(pixels.trace[0, 0]), rel=1e-3)
+    (expected,) = torch.autograd.grad(whitening(decoded), z, gradient)
+    moved = (z.detach() - states[0].tensors["x.value"]) / 0.01
+    assert torch.allclose(moved, expected, atol=5e-3 * float(expected.abs().max()))
+    assert learned.bounded
+    assert torch.all((learned.images >= 0) & (learned.images <= 1))
+    again = refine(images, labels, latent, digits, classes=10, codec=codec, resume=states[0])
+    assert torch.equal(again.images, learned.images)
+    with pytest.raises(InputError, match="learns latents of a codec, and there is none"):
+        refine(images, labels, latent, digits, classes=10)
+
+
 @pytest.mark.slow
 @both
 def test_learned_images_teach_more_than_those_they_start_from(refine, config, digits):
@@ -252,6 +280,7 @@ def test_what_does_not_fit_is_refused(module: Any, config: Condensation) -> None
         ({"dtype": "bfloat16"}, "works in float32"),
         ({"alpha": 1.0}, r"alpha is a share of the \w+ in \[0, 1\)"),
         ({"real_batch": 0}, "real_batch of at least 1"),
+        ({"chunk": 0}, r"chunk of \w+ must be at least 1"),
     ):
         with pytest.raises(InputError, match=message):
             dataclasses.replace(config, **wrong)
@@ -273,10 +302,8 @@ def test_loops_follow_the_images_per_class() -> None:
         gradient_matching.resolve(GradientMatching(net="convnet3-bn"), Context(32, 0, 10, 10))
 
 
-@BOTH
-def test_it_is_a_stage_of_a_run(
-    module: Any, config: Condensation, toy_source: Any, accelerator: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("config", [DM, DC, dataclasses.replace(DM, mode="latent")], ids=["dm", "dc", "dm latents"])
+def test_it_is_a_stage_of_a_run(config: Condensation, toy_source: Any, accelerator: Any, tmp_path: Path) -> None:
     from dq.run.distill import DistillPipeline
     from dq.run.planning.plan import plan
     from dq.run.planning.refining import refining_speed
@@ -287,10 +314,11 @@ def test_it_is_a_stage_of_a_run(
     checked = apply_settings(run, {"refine": [to_dict(dataclasses.replace(config, checks=3, check_nets=2))]})
     assert "6 trainings for checks, which are not in the time" in plan(checked, toy_source)
     assert "trainings for checks" not in plan(run, toy_source)
-    assert refining_speed(run.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
-    pipe = DistillPipeline(vae=tiny_kl())
+    pipe, latent = DistillPipeline(vae=tiny_kl()), config.mode == "latent"
+    codec = ImageCodec.of(pipe.vae, 8, 8) if latent else None
+    assert refining_speed(run.refine[0], (), 3, 8, torch.device("cpu"), images=6, codec=codec).seconds > 0
     s = pipe.distill(toy_source, ipc=2, config=run, output_dir=run.output_dir, accelerator=accelerator)
-    assert s.images.dtype == torch.float32
+    assert s.images.dtype == (torch.uint8 if latent else torch.float32)  # decoded images are within [0, 1]
     assert s.soft_labels is None
     stage = s.provenance["refine"][0]
     assert stage["summary"]["whitening"]["recipe"] == "standardize"

@@ -18,8 +18,10 @@ from dq.data import zca
 from dq.data.regression_labels import centered_targets
 from dq.data.zca import fit_whitening
 from dq.refine import frepo, held_out
-from dq.refine.frepo import FrepoMethod, RealBatches, refine, resolve, start_images
+from dq.refine.frepo import FrepoMethod, RealBatches, refine, resolve
 from dq.refine.method import Callback, Context, RealImages, Refined, State
+from dq.refine.rendering import Rendering
+from dq.refine.starts import first_values
 
 
 def learn(config: FRePo = SMALL, **more: Any) -> Refined:
@@ -167,7 +169,7 @@ def test_images_start_from_what_is_asked_for() -> None:
     whitening = fit_whitening(real.images)
 
     def make(start: str) -> Tensor:
-        return start_images(FRePo(start=start), images, labels, real, whitening, 0)
+        return first_values(start, images, labels, real, Rendering(whitening), 0)
 
     torch.testing.assert_close(make("drawn"), whitening(images))
     whitened = whitening(real.images)
@@ -176,7 +178,7 @@ def test_images_start_from_what_is_asked_for() -> None:
         assert real.labels[rows].tolist() == [c]
     assert float(make("noise").std()) == pytest.approx(float(whitened.std()), rel=0.1)
     with pytest.raises(InputError, match="needs train images of class 4, but there are none; set start=drawn"):
-        start_images(FRePo(start="real"), images, labels + 4, real, whitening, 0)
+        first_values("real", images, labels + 4, real, Rendering(whitening), 0)
 
 
 def test_real_batches_pass_through_all_images_before_any_comes_again() -> None:

@@ -17,9 +17,10 @@ from dq.data.zca import fit_whitening
 from dq.diffusion.codec import decode_latents
 from dq.diffusion.image_codec import ImageCodec
 from dq.refine import frepo, held_out
-from dq.refine.frepo import FrepoMethod, refine, start_latents
+from dq.refine.frepo import FrepoMethod, refine
 from dq.refine.method import Batch, Callback, Context, Refined, Resources, State
 from dq.refine.rendering import Rendering
+from dq.refine.starts import first_values
 
 LATENT = dataclasses.replace(SMALL, mode="latent")
 
@@ -151,8 +152,8 @@ def test_latents_start_from_what_is_asked_for() -> None:
     images, labels = drawn(ipc=2)
 
     def make(start: str, n: int = 4) -> Tensor:
-        config = dataclasses.replace(LATENT, start=start)
-        return start_latents(config, images[:1].expand(n, -1, -1, -1), labels[:1].expand(n), real, c, 0)
+        rendering = Rendering(fit_whitening(real.images), c)
+        return first_values(start, images[:1].expand(n, -1, -1, -1), labels[:1].expand(n), real, rendering, 0)
 
     large = torch.nn.functional.interpolate(images[:1], scale_factor=2, mode="bicubic", antialias=True).clamp(0, 1)
     mean = c.codec.encode(2 * large - 1).latent_dist.mean * c.codec.config.scaling_factor

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import tiny_kl
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dq.config.overrides import apply_settings
 from dq.config.protocols import student_config
@@ -20,13 +21,14 @@ from dq.config.schema import RunConfig
 from dq.config.trajectories import PRESETS, Trajectory
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors, write_json
+from dq.diffusion.image_codec import ImageCodec
 from dq.networks.train_experts import train_experts
 from dq.networks.trajectories import Experts, flat_accuracy, open_experts
 from dq.refine import held_out, trajectory
 from dq.refine.held_out import mean_accuracy
-from dq.refine.method import Callback, Context, RealImages, Refined, State
+from dq.refine.method import Batch, Callback, Context, RealImages, Refined, Resources, State
 from dq.refine.trajectory import TrajectoryMethod, correct_rows, expert_labels, refine, resolve
-from dq.refine.unroll import MetaGradient
+from dq.refine.unroll import MetaGradient, matching_loss
 
 NET = "convnet2w4"
 
@@ -282,6 +284,7 @@ def test_general_settings_fit_the_experts_and_follow_pad_s_rule(tmp_path: Path) 
         ({"experts": ""}, "experts must name a folder of `dq train-experts`"),
         ({"compose": "index"}, "set compose=whole, not index"),
         ({"dtype": "bfloat16"}, "needs float32"),
+        ({"chunk": 0}, "chunk of trajectory must be at least 1, not 0"),
         ({"student_steps": 0}, "student_steps of trajectory must be at least 1, not 0"),
         ({"start_epochs": (0, 10)}, r"start_epochs must be \[first, bound, last bound\]"),
         ({"start_epochs": (5, 5, 9)}, "start_epochs must be"),
@@ -319,6 +322,139 @@ def test_experts_that_know_too_little_or_stand_still_are_refused(small: Trajecto
 def test_images_of_another_size_are_refused(small: Trajectory, experts: Experts) -> None:
     with pytest.raises(InputError, match="saw images of 8 px, but those of the set have 16"):
         refine(torch.rand(6, 3, 16, 16), LABELS, small, experts)
+
+
+# --- latents ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latent(small: Trajectory) -> Trajectory:
+    return dataclasses.replace(small, mode="latent", chunk=4, lr_images=0.5, momentum_images=0.0, augment="none")
+
+
+def codec() -> ImageCodec:
+    return ImageCodec.of(tiny_kl(), 16, 8)
+
+
+def with_states(config: Trajectory, experts: Experts, *more: Any, **options: Any) -> tuple[Refined, list[State]]:
+    states: list[State] = []
+    r = learn(config, experts, *more, codec=codec(), callback=Callback(save=states.append), **options)
+    return r, states
+
+
+@pytest.mark.parametrize(("unroll", "student_steps"), [("exact", 3), ("tesla", 1)])
+def test_latents_move_along_the_gradient_through_student_and_decoder(
+    latent: Trajectory, experts: Experts, monkeypatch: pytest.MonkeyPatch, unroll: str, student_steps: int
+) -> None:
+    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    calls: list[tuple[Any, ...]] = []
+    gradient = trajectory.GRADIENTS[unroll]
+    monkeypatch.setitem(trajectory.GRADIENTS, unroll, lambda *a, **o: calls.append(a) or gradient(*a, **o))
+    config = dataclasses.replace(latent, steps=2, student_steps=student_steps, inner_batch=4, unroll=unroll)
+    r, states = with_states(config, experts)
+    images = 0.3 + 0.4 * torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    start = codec().encode(images)
+    assert r.facts["latents"] == list(start.shape[1:]) == [4, 8, 8]
+    # the same step in one graph from the latents to the loss
+    student, _, y, step_size, theta, target = calls[0]
+    z, end = start.clone().requires_grad_(True), theta.clone().requires_grad_(True)
+    x = experts.whitening(codec().decode(z))
+    for i in range(student_steps):
+        (g,) = torch.autograd.grad(student.loss(end, i, x, y), end, create_graph=True)
+        end = end - step_size * g
+    loss, _ = matching_loss(end, theta, target, 0.25, "depth")
+    (expected,) = torch.autograd.grad(loss, z)
+    assert float(r.trace[0, 0]) == pytest.approx(loss.item(), rel=1e-4)
+    moved = states[0].tensors["x.value"] - start
+    largest = float(expected.abs().max())
+    assert largest > 0
+    torch.testing.assert_close(moved / -0.5, expected, rtol=1e-3, atol=1e-3 * largest)
+
+
+class Saved:
+    """A tensor that a graph through the decoder keeps; how many numbers are kept at once, now and at most."""
+
+    now = most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        Saved.now += tensor.numel()
+        Saved.most = max(Saved.most, Saved.now)
+
+    def __del__(self) -> None:
+        Saved.now -= self.tensor.numel()
+
+
+class Watched(ImageCodec):
+    def decode(self, latents: Tensor) -> Tensor:
+        with saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            return super().decode(latents)
+
+
+@pytest.mark.parametrize("unroll", ["exact", "tesla"])
+def test_activations_of_the_decoder_do_not_grow_with_the_steps_of_the_student(
+    latent: Trajectory, experts: Experts, monkeypatch: pytest.MonkeyPatch, unroll: str
+) -> None:
+    gradient = trajectory.GRADIENTS[unroll]
+
+    def without_decoder(*args: Any, **options: Any) -> MetaGradient:
+        assert Saved.now == 0
+        g = gradient(*args, **options)
+        assert Saved.now == 0
+        return g
+
+    monkeypatch.setitem(trajectory.GRADIENTS, unroll, without_decoder)
+    peaks = {}
+    for student_steps, chunk in ((2, 1), (8, 1), (2, 2), (2, None)):
+        config = dataclasses.replace(latent, steps=1, student_steps=student_steps, chunk=chunk, unroll=unroll)
+        Saved.most = 0
+        learn(config, experts, codec=Watched(codec().codec, 16, 8))
+        peaks[student_steps, chunk] = Saved.most
+    assert peaks[2, 1] == peaks[8, 1] > 0
+    one_more = peaks[2, 2] - peaks[2, 1]  # beside the weights, which are kept whatever the chunk
+    assert one_more > peaks[2, 1] / 2
+    assert peaks[2, None] == peaks[2, 1] + 5 * one_more
+
+
+def test_learning_latents_goes_on_bit_for_bit(
+    latent: Trajectory, experts: Experts, real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    config = dataclasses.replace(latent, momentum_images=0.5, checks=2, check_nets=1, check_epochs=1, start="correct")
+    whole, states = with_states(config, experts, real, seed=3)
+    for state in (states[0], states[3]):
+        again, _ = with_states(config, experts, real, seed=3, resume=state)
+        for name in ("images", "soft_labels", "trace", "blocks"):
+            assert torch.equal(getattr(again, name), getattr(whole, name))
+        assert again.facts == whole.facts
+    assert whole.bounded
+    assert 0 <= float(whole.images.min()) <= float(whole.images.max()) <= 1
+
+
+def test_latents_start_from_what_is_asked_for(latent: Trajectory, experts: Experts, real: RealImages) -> None:
+    still, c = dataclasses.replace(latent, steps=0), codec()
+    encoded = c.decode(c.encode(real.images))
+    for start in ("real", "correct"):
+        r = learn(dataclasses.replace(still, start=start), experts, real, codec=c)
+        for image, label in zip(r.images, LABELS):
+            distances = (encoded - image).abs().amax((1, 2, 3))
+            assert distances.min() < 1e-5
+            assert label in real.labels[distances < 1e-5]
+        labels = expert_labels(experts, experts.whitening(r.images), LABELS)  # of what the decoder shows
+        torch.testing.assert_close(r.soft_labels, labels, atol=1e-4, rtol=1e-4)
+
+
+def test_latents_need_a_codec(latent: Trajectory, small: Trajectory, experts: Experts) -> None:
+    with pytest.raises(InputError, match="trajectory with mode=latent learns latents of a codec, and there is none"):
+        learn(latent, experts)
+    method = TrajectoryMethod()
+    assert method.needs(latent).codec
+    assert not method.needs(small).codec
+    resources = Resources(8, 3, experts=experts, codec=codec())
+    r = method.run(Batch(torch.rand(6, 3, 8, 8), LABELS), method.brief(latent), resources, seed=0)
+    assert r.images.shape == (6, 3, 8, 8)
+    assert "chunk" in small.unread()
+    assert "chunk" not in latent.unread()
 
 
 # --- a stage of a run -----------------------------------------------------------------------------------------------
