@@ -7,6 +7,7 @@ averages, the optimiser's moments and the step, and a resumed training equals an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.core.trackers import report
 from dq.diffusion.codec import DTYPES
 from dq.diffusion.prior.curves import draw_curves
+from dq.networks.optimizers import muon_groups
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,6 +57,8 @@ class Recipe:
     weight_decay: float = 0.0
     accumulate: int = 1
     compile: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    output_layers: tuple[str, ...] = ()  # muon: see `muon_groups`
     auto: Dtypes | None = None  # what `dtype: auto` stands for in the folder
 
     @property
@@ -149,8 +153,8 @@ def fit(
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     averages = [{name: p.detach().clone() for name, p in trained.items()} for _ in recipe.emas]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    first, seconds = _restore(recipe, trained, averages, optimizer)
+    optimizers = new_optimizers(recipe, objective)
+    first, seconds = _restore(recipe, trained, averages, optimizers)
     _check_disk(recipe, sum(p.numel() * 4 for p in parameters))
     # no process may write before all have read
     accelerator.wait_for_everyone()
@@ -170,9 +174,9 @@ def fit(
     ) as bar:
         bar.initial = bar.n = first
         for step in range(first, recipe.steps):
-            for group in optimizer.param_groups:
+            for group in itertools.chain(*(o.param_groups for o in optimizers.values())):
                 group["lr"] = recipe.lr * rate(step, recipe.steps, recipe.schedule, recipe.warmup_steps)
-            optimizer.zero_grad(set_to_none=True)
+            objective.zero_grad(set_to_none=True)
             whole = batch(step)
             means: dict[str, Tensor] = {}
             for i, part in enumerate(parts):
@@ -183,7 +187,8 @@ def fit(
                     (terms["loss"].sum() * world / recipe.batch_size).backward()
                 means = {k: means.get(k, 0) + v.detach().sum() / recipe.batch_size for k, v in terms.items()}
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            for optimizer in optimizers.values():
+                optimizer.step()
             for decay, average in zip(recipe.emas, averages):
                 # a short average at first, so that the start does not linger
                 decay = min(decay, (1 + step) / (10 + step))
@@ -213,7 +218,7 @@ def fit(
                     append_jsonl(recipe.folder / "metrics.jsonl", record)
                     report(accelerator, {f"{recipe.name}/{k}": v for k, v in (logged | numbers).items()}, done)
                     draw_curves(recipe.folder / "metrics.jsonl", recipe.folder / "samples" / "losses.png")
-                    _save(recipe, trained, averages, optimizer, done, seconds + time.perf_counter() - began)
+                    _save(recipe, trained, averages, optimizers, done, seconds + time.perf_counter() - began)
                 sums, since = {}, done
                 accelerator.wait_for_everyone()
     best, scores = _best(objective, averages, score) if main else (0, [])
@@ -221,6 +226,25 @@ def fit(
     objective.eval()
     spent = seconds + time.perf_counter() - began
     return Fitted(spent, recipe.emas[best], scores[best] if scores else None)
+
+
+def new_optimizers(recipe: Recipe, objective: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Optimizers of a training, by the prefix that their moments have in checkpoints.
+
+    adamw: one for all parameters. muon: `torch.optim.Muon` for hidden matrices, AdamW for the rest. Muon's updates are
+    scaled to the size of AdamW's, 0.2 sqrt(max(out, in)) times the orthogonal matrix (Liu et al. 2025), so that both
+    take the same learning rate and weight decay.
+    """
+    hidden, rest = muon_groups(objective, recipe.output_layers)
+    if recipe.optimizer == "adamw":
+        hidden, rest = {}, {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "moment": torch.optim.AdamW(list(rest.values()), fused=True, **options)
+    }
+    if hidden:
+        optimizers["muon"] = torch.optim.Muon(list(hidden.values()), adjust_lr_fn="match_rms_adamw", **options)
+    return optimizers
 
 
 def _best(
@@ -347,15 +371,16 @@ def _save(
     recipe: Recipe,
     trained: dict[str, nn.Parameter],
     averages: list[dict[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
+    optimizers: dict[str, torch.optim.Optimizer],
     step: int,
     seconds: float,
 ) -> None:
     tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in trained.items()}
     for i, average in enumerate(averages):
         tensors |= {f"average.{i}.{name}": v for name, v in average.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"moment.{i}.{k}": v for k, v in state.items()}
+    for name, optimizer in optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{i}.{k}": v for k, v in state.items()}
     write_tensors(recipe.checkpoint, tensors, {"step": step, "digest": recipe.digest, "seconds": seconds})
 
 
@@ -363,21 +388,22 @@ def _restore(
     recipe: Recipe,
     trained: dict[str, nn.Parameter],
     averages: list[dict[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
+    optimizers: dict[str, torch.optim.Optimizer],
 ) -> tuple[int, float]:
     """Continue from the checkpoint if there is one; returns the number of steps done and the seconds they took."""
     if not is_done(recipe.checkpoint):
         return 0, 0.0
     tensors, metadata = read_tensors(recipe.checkpoint)
-    moments: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(tensors[f"parameter.{name}"])
             for i, average in enumerate(averages):
                 average[name].copy_(tensors[f"average.{i}.{name}"])
-    for key, v in tensors.items():
-        if key.startswith("moment."):
-            _, number, name = key.split(".")
-            moments.setdefault(int(number), {})[name] = v
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for prefix, optimizer in optimizers.items():
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, v in tensors.items():
+            if key.startswith(f"{prefix}."):
+                _, number, name = key.split(".")
+                moments.setdefault(int(number), {})[name] = v
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(metadata["step"]), float(metadata["seconds"])
