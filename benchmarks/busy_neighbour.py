@@ -87,7 +87,8 @@ def measure(steps: int) -> float:
     import torch  # before dq, so that the policy is the one of the environment alone
 
     from dq.config.prior import PriorConfig, TrainDenoiserConfig
-    from dq.diffusion.prior.train_denoiser import DenoiserLoss, new_denoiser
+    from dq.diffusion.prior.denoiser_loss import DenoiserLoss
+    from dq.diffusion.prior.train_denoiser import new_denoiser
 
     prior = PriorConfig(denoiser=TrainDenoiserConfig(size="3M"))
     objective = DenoiserLoss(new_denoiser(prior, (4, 8, 8), 10)).train()

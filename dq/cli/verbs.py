@@ -297,8 +297,13 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
     mine = functools.partial(shard, rank=accelerator.process_index, world_size=accelerator.num_processes)
     main = accelerator.is_main_process
     encode_source(source, codec, cache, c, seed=config.seed, mine=mine, main=main)
+    flipped = None
+    if config.prior.denoiser.flip:
+        flipped = open_cache(config.cache_dir, source, codec, c, config.seed, flip=True)
+        encode_source(source, codec, flipped, c, seed=config.seed, mine=mine, main=main)
     accelerator.wait_for_everyone()
-    return train_denoiser(cache, codec, config.prior, class_names=source.class_names, accelerator=accelerator)
+    options: dict[str, Any] = {"class_names": source.class_names, "accelerator": accelerator}
+    return train_denoiser(cache, codec, config.prior, flipped=flipped, **options)
 
 
 def _report_prior(

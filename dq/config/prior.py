@@ -60,9 +60,15 @@ class TrainDenoiserConfig(Checked):
     weighting: Literal["uniform", "min_snr", "logit_normal"] = "uniform"
     # channel: latents of mean 0 and deviation 1 in every channel; with init they stay those of its codec
     normalize: Literal["channel", "none"] = "channel"
+    # the images and their mirror images at equal shares; not for data with a left and a right, such as digits
+    flip: bool = False
+    contrastive: float = 0.0  # flow: weight of the distance to another item's target (Stoica et al. 2025, there 0.05)
+    # flow: noise levels t become s t / (1 + (s - 1) t), training and sampling; auto: s = sqrt(size of a latent / 4096)
+    time_shift: float | Literal["auto"] = 1.0
     steps: int = 3000
     batch_size: int = 128
     accumulate: int = 1  # a batch goes through in so many parts
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices, with updates as long as AdamW's
     lr: float = 5e-4
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 100
@@ -83,6 +89,16 @@ class TrainDenoiserConfig(Checked):
             raise InputError(f"steps must be at least 1, not {self.steps}")
         if not 0 <= self.dropout <= 1:
             raise InputError(f"dropout is a share of the labels and cannot be {self.dropout}")
+        if not 0 <= self.contrastive < 1:
+            raise InputError(f"contrastive is a weight in [0, 1), not {self.contrastive}")
+        if self.time_shift != "auto" and not 0 < self.time_shift < float("inf"):
+            raise InputError(f"time_shift must be auto or a positive number, not {self.time_shift}")
+        for name, off in (("contrastive", 0), ("time_shift", 1)):
+            value = getattr(self, name)
+            if self.objective != "flow" and value != off:
+                raise InputError(f"{name}={value} belongs to flow matching; set objective=flow, or {name}={off}")
+        if self.contrastive and self.batch_size < 2:
+            raise InputError("contrastive compares items of a batch; set batch_size to at least 2")
         fits = {"noise": ("uniform", "min_snr"), "flow": ("uniform", "logit_normal")}[self.objective]
         if self.weighting not in fits:
             raise InputError(

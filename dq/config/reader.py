@@ -105,7 +105,14 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _build(next(a for a in args if a is not type(None)), value, where)
+        some = [a for a in args if a is not type(None)]
+        words = [v for a in some if get_origin(a) is Literal for v in get_args(a)] if len(some) > 1 else []
+        if value in words:
+            return value
+        try:
+            return _build(next((a for a in some if get_origin(a) is not Literal), some[0]), value, where)
+        except InputError as e:
+            raise InputError(f"{e}, or {' or '.join(map(repr, words))}" if words else str(e)) from None
     if origin is Literal:
         if value not in args:
             raise InputError(f"{where} must be one of {', '.join(map(repr, args))}, not {short(value)}")

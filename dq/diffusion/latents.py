@@ -30,6 +30,7 @@ class LatentCache(ImageCache):
     """Latents in float16, `shape` (C, h, w) each."""
 
     shape: tuple[int, int, int]
+    flip: bool = False  # of the images mirrored left to right
 
     name: ClassVar[str] = "latents"
 
@@ -40,13 +41,19 @@ def open_cache(
     codec: Codec,
     config: CodecConfig,
     seed: int,
+    *,
+    flip: bool = False,
 ) -> LatentCache:
-    """The cache folder of this combination of data, codec and settings, with its manifest written."""
+    """The cache folder of this combination of data, codec and settings, with its manifest written; `flip`: of the
+    mirrored images."""
     identity = _whole_identity(source, codec, config, seed)
+    if flip:
+        identity["flip"] = True
     key = digest_of(identity)
     folder = Path(cache_dir) / f"latents-{key}"
     write_manifest(folder, {**identity, "origin": source.origin, "classes": list(source.class_names)})
-    return LatentCache(folder, source.class_names, key, len(source.train), latent_shape(codec, config.resolution))
+    shape = latent_shape(codec, config.resolution)
+    return LatentCache(folder, source.class_names, key, len(source.train), shape, flip)
 
 
 def latents_key(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> str:
@@ -114,7 +121,8 @@ def encode_source(
     def compute(images: Tensor, rows: list[int]) -> Tensor:
         def encode(s: slice) -> Tensor:
             generators = [generator(seed, "posterior", row) for row in rows[s]] if sampled else None
-            z = encode_latents(codec, to_signed(images[s]), posterior=config.posterior, generators=generators)
+            x = images[s].flip(-1) if cache.flip else images[s]
+            z = encode_latents(codec, to_signed(x), posterior=config.posterior, generators=generators)
             return z.half().cpu()
 
         with torch.inference_mode():

@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
@@ -9,7 +8,18 @@ import torch
 from forking import Forked
 from models import tiny_kl
 from safetensors.torch import load_file
-from small_prior import CODEC, NAMES, encoded, every_image, metrics, prior_in
+from small_prior import (
+    CODEC,
+    NAMES,
+    assert_nearly_same_model,
+    assert_same_model,
+    captured,
+    encoded,
+    every_image,
+    interrupted_at_save,
+    metrics,
+    prior_in,
+)
 from torch import nn
 
 from dq.config.prior import TrainCodecConfig, TrainDenoiserConfig
@@ -24,8 +34,9 @@ from dq.diffusion.codec import decode_latents, encode_latents, load_codec, to_si
 from dq.diffusion.prior import train_codec as codec_module
 from dq.diffusion.prior import train_denoiser as denoiser_module
 from dq.diffusion.prior import training
+from dq.diffusion.prior.denoiser_loss import DenoiserLoss
 from dq.diffusion.prior.train_codec import CodecLoss, new_codec, psnr, train_codec
-from dq.diffusion.prior.train_denoiser import DenoiserLoss, new_denoiser, train_denoiser
+from dq.diffusion.prior.train_denoiser import new_denoiser, train_denoiser
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,22 +206,6 @@ def test_codec_of_the_folder_must_be_normal(plain, accelerator, tmp_path):
 # --- averages, parts of a batch, processes ------------------------------------------------------------------------
 
 
-def captured(monkeypatch, *args, **kwargs) -> SimpleNamespace:
-    """What `train_denoiser` hands to the loop, without training."""
-
-    class Enough(Exception):
-        pass
-
-    def take(recipe, objective, batch, **rest):
-        raise Enough(SimpleNamespace(recipe=recipe, objective=objective, batch=batch, **rest))
-
-    with monkeypatch.context() as m:
-        m.setattr(denoiser_module, "fit", take)
-        with pytest.raises(Enough) as e:
-            train_denoiser(*args, **kwargs)
-    return e.value.args[0]
-
-
 def test_held_out_latents_are_never_in_a_batch(made, accelerator, tmp_path, monkeypatch):
     prior = prior_in(tmp_path, denoiser={"weighting": "logit_normal", "objective": "flow", "held_out": 2})
     loop = captured(monkeypatch, made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
@@ -318,18 +313,6 @@ def test_parts_of_a_batch_add_up_to_the_whole(accelerator, tmp_path, parts):
     assert (whole - torch.tensor([1.0, -2.0, 0.5])).abs().max() > 0.1
 
 
-def assert_nearly_same_model(a: Path, b: Path, lr: float) -> None:
-    """Within 1 % of the longest way that Adam can go, except for biases of keys: softmax takes away what they add to
-    all scores alike, so that their gradient is nothing but rounding, which Adam scales up."""
-    mine, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        if not name.endswith("to_k.bias"):
-            torch.testing.assert_close(
-                mine[name], theirs[name], rtol=0, atol=0.01 * lr, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-
 SHORT = {"steps": 4, "save_every": 4, "warmup_steps": 0, "lr": 1e-3, "batch_size": 9}
 
 
@@ -377,22 +360,6 @@ def test_two_processes_give_what_one_gives(made, toy_source, accelerator, tmp_pa
 # --- resume -------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def interrupted_at_save(monkeypatch, number: int):
-    """Ctrl-C while the training is about to log its save of this number: later steps are lost."""
-    written = []
-
-    def append(path, record):
-        written.append(record)
-        if len(written) == number:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as m:
-        m.setattr(training, "append_jsonl", append)
-        with pytest.raises(KeyboardInterrupt):
-            yield
-
-
 def counted(monkeypatch, module) -> list:
     """Steps whose batch is drawn from now on."""
     steps = []
@@ -404,14 +371,6 @@ def counted(monkeypatch, module) -> list:
 
     monkeypatch.setattr(module, "generator", count)
     return steps
-
-
-def assert_same_model(a: Path, b: Path) -> None:
-    mine, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
-    assert read_json(a / "config.json") == read_json(b / "config.json")
 
 
 def test_resumed_codec_is_the_uninterrupted_one(made, toy_source, accelerator, tmp_path, monkeypatch):

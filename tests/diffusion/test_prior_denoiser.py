@@ -17,7 +17,8 @@ from dq.core.files import read_json
 from dq.core.seeds import generator
 from dq.data.load import load_source
 from dq.diffusion.codec import codec_digest, encode_latents, load_codec, to_signed
-from dq.diffusion.prior.train_denoiser import SIZES, DenoiserLoss, new_denoiser, new_scheduler, train_denoiser
+from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler
+from dq.diffusion.prior.train_denoiser import SIZES, new_denoiser, train_denoiser
 
 # --- losses -------------------------------------------------------------------------------------------------------
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dq.config.prior import PriorConfig, TrainCodecConfig, TrainDenoiserConfig
 from dq.config.schema import CodecConfig, SourceConfig
+from dq.core.files import read_json
 from dq.data.source import ImageSource
 from dq.diffusion.codec import Codec
 from dq.diffusion.latents import LatentCache, encode_source, open_cache
+from dq.diffusion.prior import train_denoiser as denoiser_module
+from dq.diffusion.prior import training
 
 SOURCE = SourceConfig(image_size=8)
 CODEC = CodecConfig(resolution=8)
@@ -40,8 +46,8 @@ def prior_in(folder: Path, codec: dict | None = None, denoiser: dict | None = No
     )
 
 
-def encoded(source: ImageSource, folder: Path, codec: Codec) -> LatentCache:
-    cache = open_cache(folder, source, codec, CODEC, 0)
+def encoded(source: ImageSource, folder: Path, codec: Codec, *, flip: bool = False) -> LatentCache:
+    cache = open_cache(folder, source, codec, CODEC, 0, flip=flip)
     encode_source(source, codec, cache, CODEC, seed=0, main=False)
     return cache
 
@@ -67,3 +73,55 @@ class Saying(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
         self.x, self.timestep, self.class_labels = x, timestep, class_labels
         return SimpleNamespace(sample=self.output)
+
+
+def captured(monkeypatch, *args, **kwargs) -> SimpleNamespace:
+    """What `train_denoiser` hands to the loop, without training."""
+
+    class Enough(Exception):
+        pass
+
+    def take(recipe, objective, batch, **rest):
+        raise Enough(SimpleNamespace(recipe=recipe, objective=objective, batch=batch, **rest))
+
+    with monkeypatch.context() as m:
+        m.setattr(denoiser_module, "fit", take)
+        with pytest.raises(Enough) as e:
+            denoiser_module.train_denoiser(*args, **kwargs)
+    return e.value.args[0]
+
+
+@contextlib.contextmanager
+def interrupted_at_save(monkeypatch, number: int):
+    """Ctrl-C while the training is about to log its save of this number: later steps are lost."""
+    written = []
+
+    def append(path, record):
+        written.append(record)
+        if len(written) == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(training, "append_jsonl", append)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def assert_nearly_same_model(a: Path, b: Path, lr: float) -> None:
+    """Within 1 % of the longest way that Adam can go, except for biases of keys: softmax takes away what they add to
+    all scores alike, so that their gradient is nothing but rounding, which Adam scales up."""
+    mine, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        if not name.endswith("to_k.bias"):
+            torch.testing.assert_close(
+                mine[name], theirs[name], rtol=0, atol=0.01 * lr, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def assert_same_model(a: Path, b: Path) -> None:
+    mine, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert read_json(a / "config.json") == read_json(b / "config.json")

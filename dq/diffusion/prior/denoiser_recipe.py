@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dq.config.dtypes import resolve_dtypes
-from dq.config.prior import PriorConfig
+from dq.config.prior import PriorConfig, TrainDenoiserConfig
 from dq.config.reader import to_dict
 from dq.core.errors import InputError
 from dq.core.model_files import open_model
@@ -20,6 +20,8 @@ from dq.diffusion.prior.training import Recipe, training_dtypes
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiTTransformer2DModel
+
+OUTPUT_LAYERS = ("proj_out_2",)  # of a DiT
 
 
 def denoiser_recipe(
@@ -37,7 +39,8 @@ def denoiser_recipe(
     folder = Path(prior.output_dir)
     auto = training_dtypes(folder, "denoiser", folder / "transformer", where)
     settings = resolve_dtypes(prior.denoiser, auto)
-    identity = {k: v for k, v in to_dict(settings).items() if k not in ("save_every", "compile")}
+    ignored = {"save_every", "compile", *unused_options(settings)}
+    identity = {k: v for k, v in to_dict(settings).items() if k not in ignored}
     if settings.init is not None:
         identity["init"] = digest_of_tensors(open_denoiser(settings.init).state_dict())
     return Recipe(
@@ -63,7 +66,15 @@ def denoiser_recipe(
         weight_decay=settings.weight_decay,
         accumulate=settings.accumulate,
         compile=settings.compile,
+        optimizer=settings.optimizer,
+        output_layers=OUTPUT_LAYERS,
     )
+
+
+def unused_options(settings: TrainDenoiserConfig) -> list[str]:
+    """Options that are off: no part of a training's identity, so that folders from before them still count."""
+    options = {"flip": False, "contrastive": 0.0, "time_shift": 1.0, "optimizer": "adamw"}
+    return [name for name, off in options.items() if getattr(settings, name) == off]
 
 
 def open_denoiser(path: str) -> DiTTransformer2DModel:

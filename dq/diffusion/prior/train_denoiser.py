@@ -20,6 +20,7 @@ from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.diffusion.latents import LatentCache
+from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler, shift_time, time_shift
 from dq.diffusion.prior.denoiser_recipe import denoiser_recipe, no_pipeline, open_denoiser
 from dq.diffusion.prior.training import MAX_BYTES, finished, fit, publish, seeded
 from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiTTransformer2DModel
 
-BETAS = (1e-4, 2e-2)  # linear, of DiT
-TIMESTEPS = 1000
-MIN_SNR = 5.0  # gamma
 SHOWN_CLASSES, SHOWN_COLUMNS, SHOWN_STEPS, SHOWN_GUIDANCE = 20, 8, 20, 2.0
 # layers, heads, width of a head. S to XL are those of Peebles & Xie (2023, table 1).
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -46,23 +44,27 @@ def train_denoiser(
     *,
     class_names: Sequence[str],
     accelerator: Accelerator,
+    flipped: LatentCache | None = None,
 ) -> Path:
     """Train a `DiTTransformer2DModel` on cached latents; `prior.output_dir` becomes a folder of a stock `DiTPipeline`.
 
     The latents are normalised to mean 0 and deviation 1 in every channel, and the codec saved beside the denoiser is
     one that gives such latents (`normalized`); fine-tuning keeps the codec that the checkpoint was trained with. The
     class is the null class for a share `dropout` of the rows. All latents are held in memory as float16. Giving the
-    same command again continues.
+    same command again continues. The held-out loss is that of unflipped images at unshifted noise levels without the
+    contrastive term, so that it compares trainings of different options.
 
     Args:
         codec: the one that made the latents; saved beside the denoiser unless it is there already.
+        flipped: latents of the mirrored images, for `prior.denoiser.flip`.
 
     Returns:
         The folder; at once if this very training is done.
 
     Raises:
         InputError: if the latents exceed 8 GiB, or classes or patches do not fit them, or the checkpoint to start from
-            is one for another codec, other classes or another size of latents.
+            is one for another codec, other classes or another size of latents, or mirrored images are not given where
+            `flip` needs them.
         RunError: if the folder holds another training or another codec, or the loss is not finite.
     """
     import diffusers
@@ -77,7 +79,9 @@ def train_denoiser(
         raise InputError(
             f"there are {classes} class names but latents of {len(cache.class_names)} classes; give one each"
         )
-    latents, labels = _latents(cache)
+    if settings.flip and flipped is None:
+        raise InputError("prior.denoiser.flip=true needs the latents of the mirrored images; give them as `flipped`")
+    latents, labels, mirrored = _latents(cache, flipped if settings.flip else None)
     identity_map = torch.zeros(channels), torch.ones(channels)
     # a checkpoint knows the latents of its own codec, whatever their scale in these data
     wanted = settings.normalize == "channel" and settings.init is None
@@ -86,12 +90,18 @@ def train_denoiser(
     if ours is codec:  # its latents are normal already
         mean, std = identity_map
     model = new_denoiser(prior, cache.shape, classes, codec=ours)
-    scheduler = new_scheduler(settings.objective)
-    objective = DenoiserLoss(model, settings.objective, settings.weighting)
+    shift = time_shift(settings.time_shift, cache.shape)
+    scheduler = new_scheduler(settings.objective, shift)
+    objective = DenoiserLoss(model, settings.objective, settings.weighting, contrastive=settings.contrastive)
     held, kept = _held_out(len(latents), settings.held_out, prior.seed)
 
-    def rows_of(rows: Tensor, g: torch.Generator, levels: Tensor, null: Tensor) -> dict[str, Tensor]:
-        z = (latents[rows].float() - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    def rows_of(
+        rows: Tensor, g: torch.Generator, levels: Tensor, null: Tensor, mirror: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        z = latents[rows]
+        if mirrored is not None and mirror is not None:
+            z = torch.where(mirror.view(-1, 1, 1, 1), mirrored[rows], z)
+        z = (z.float() - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
         noise = torch.randn(len(rows), channels, side, side, generator=g)
         # the null class is the row after the last class
         return {"latents": z, "noise": noise, "level": levels, "labels": torch.where(null, classes, labels[rows])}
@@ -105,7 +115,13 @@ def train_denoiser(
             levels = torch.randn(b, generator=g).sigmoid()
         else:
             levels = torch.rand(b, generator=g)
-        return rows_of(rows, g, levels, null)
+        mirror = None
+        if mirrored is not None:  # draws of its own, so that all others are those of a training without
+            mirror = torch.rand(b, generator=generator(prior.seed, "denoiser flip", step)) < 0.5
+        values = rows_of(rows, g, shift_time(levels, shift), null, mirror)
+        if settings.contrastive:  # of the whole batch, so that its parts and processes change nothing
+            values["other"] = (values["noise"] - values["latents"]).roll(1, 0)
+        return values
 
     def score() -> float:
         """Unweighted loss on the held-out latents, each at its own noise level, the levels evenly spread."""
@@ -164,64 +180,6 @@ def train_denoiser(
         )
     accelerator.wait_for_everyone()
     return folder
-
-
-class DenoiserLoss(nn.Module):
-    """Squared error of the prediction per latent, for noise prediction on DiT's linear betas (Peebles & Xie 2023) or
-    for flow matching on straight paths (Liu et al. 2023; Esser et al. 2024).
-
-    noise: x = sqrt(a_t) z + sqrt(1 - a_t) noise, target noise, weights 1 or min(SNR, 5) / SNR (Hang et al. 2023).
-    flow: x = (1 - s) z + s noise, target noise - z; time handed to the model is 1000 s, as diffusers does it.
-    """
-
-    alphas: Tensor  # (1000,) float64, share of the signal
-
-    def __init__(self, model: DiTTransformer2DModel, objective: str = "noise", weighting: str = "uniform"):
-        super().__init__()
-        self.model = model
-        self.objective = objective
-        self.weighting = weighting
-        alphas = torch.cumprod(1 - torch.linspace(BETAS[0], BETAS[1], TIMESTEPS, dtype=torch.float64), 0)
-        self.register_buffer("alphas", alphas, persistent=False)  # goes to the device with the model
-
-    def forward(self, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Terms (b,) for latents and noise (b, C, h, w), noise levels (b,) in [0, 1), and class ids (b,); `error` is
-        the squared error without weights."""
-        z, view = latents.float(), (-1, 1, 1, 1)
-        weight: Tensor | float = 1.0
-        if self.objective == "flow":
-            t = level * TIMESTEPS
-            noisy = torch.lerp(z, noise, level.view(view))
-            target = noise - z
-        else:
-            t = (level * TIMESTEPS).long()
-            a = self.alphas[t]
-            noisy = a.sqrt().float().view(view) * z + (1 - a).sqrt().float().view(view) * noise
-            target = noise
-            if self.weighting == "min_snr":
-                weight = (MIN_SNR * (1 - a) / a).clamp(max=1.0).float()
-        out = self.model(noisy, timestep=t, class_labels=labels).sample.float()
-        # a learned variance, if the checkpoint has one, follows and is left as it is
-        error = (out[:, : z.shape[1]] - target).square().mean((1, 2, 3))
-        return {"loss": weight * error, "error": error}
-
-
-def new_scheduler(objective: str) -> Any:
-    """The sampler that a prior is saved with."""
-    import diffusers
-
-    if objective == "flow":
-        # and not FlowMatchEulerDiscreteScheduler, with which the stock DiTPipeline cannot sample
-        return diffusers.DPMSolverMultistepScheduler(
-            num_train_timesteps=TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
-        )
-    return diffusers.DDIMScheduler(
-        num_train_timesteps=TIMESTEPS,
-        beta_start=BETAS[0],
-        beta_end=BETAS[1],
-        beta_schedule="linear",
-        clip_sample=False,
-    )
 
 
 def new_denoiser(
@@ -377,20 +335,30 @@ def _held_out(n: int, at_most: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[:k].sort().values, order[k:].sort().values
 
 
-def _latents(cache: LatentCache) -> tuple[Tensor, Tensor]:
-    """All latents (n, C, h, w) float16 and their labels (n,) int64."""
-    shards: list[Tensor] = []
+def _latents(cache: LatentCache, flipped: LatentCache | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All latents (n, C, h, w) float16, their labels (n,) int64, and the latents of the mirrored images.
+
+    Raises:
+        InputError: if they exceed 8 GiB, or the mirrored images are others.
+    """
+    caches = [cache] if flipped is None else [cache, flipped]
+    shards: list[list[Tensor]] = [[] for _ in caches]
     size = 0
     for c in range(len(cache.class_names)):
-        shards.append(cache.load(c)[0])
-        size += shards[-1].nbytes
+        values, rows = zip(*(each.load(c) for each in caches))
+        if not torch.equal(rows[0], rows[-1]):
+            raise InputError(f"{caches[-1].folder} holds other images than {cache.folder}; delete it to encode again")
+        for shard, value in zip(shards, values):
+            shard.append(value)
+            size += value.nbytes
         if size > MAX_BYTES:
             raise InputError(
                 f"the latents in {cache.folder} exceed the {MAX_BYTES >> 30} GiB that training holds in memory; "
                 "lower codec.resolution, or train on a part of the data"
             )
-    counts = torch.tensor([len(z) for z in shards])
-    return torch.cat(shards), torch.repeat_interleave(torch.arange(len(shards)), counts)
+    counts = torch.tensor([len(z) for z in shards[0]])
+    labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return torch.cat(shards[0]), labels, torch.cat(shards[1]) if flipped is not None else None
 
 
 def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor:

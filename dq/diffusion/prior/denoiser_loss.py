@@ -1,0 +1,122 @@
+"""What a denoiser is trained to predict: noise levels, losses, and the scheduler that walks back from them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+BETAS = (1e-4, 2e-2)  # linear, of DiT
+TIMESTEPS = 1000
+MIN_SNR = 5.0  # gamma
+REFERENCE_DIMENSION = 4096  # of the latents for which an unshifted time was tuned
+
+
+def time_shift(setting: float | Literal["auto"], shape: tuple[int, int, int]) -> float:
+    """Shift s of a flow's time for latents of `shape` (C, h, w): the setting, or for "auto" by their dimension,
+
+        s = sqrt(C h w / 4096),
+
+    because many values of one image average the noise away, so that more of them need more noise (Esser et al. 2024,
+    equation 23, by the number of pixels; Zheng et al. 2025 by the dimension).
+    """
+    return math.sqrt(math.prod(shape) / REFERENCE_DIMENSION) if setting == "auto" else setting
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Shifted time t' = s t / (1 + (s - 1) t) for t in [0, 1] of any shape; 0 and 1 stay, s below 1 means less noise.
+
+    diffusers' schedulers do the same to their sigmas under the names `flow_shift` and `shift`.
+    """
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
+def contrastive_error(out: Tensor, target: Tensor, other: Tensor, weight: float) -> Tensor:
+    """Contrastive flow matching: mean (v - u)^2 - weight * mean (v - u')^2, (b,), for v = `out`, u = `target` and
+    u' = `other`, all (b, C, h, w)
+    (Stoica et al. 2025).
+
+    u' is the target of another item of the batch. The least error is at v = (E[u | x] - weight E[u']) / (1 - weight):
+    velocities are pushed away from the mean of all of them, and are longer by 1 / (1 - weight), as in the paper.
+    """
+    attraction, repulsion = ((out - u).square().mean((1, 2, 3)) for u in (target, other))
+    return attraction - weight * repulsion
+
+
+class DenoiserLoss(nn.Module):
+    """Squared error of the prediction per latent, for noise prediction on DiT's linear betas (Peebles & Xie 2023) or
+    for flow matching on straight paths (Liu et al. 2023; Esser et al. 2024).
+
+    noise: x = sqrt(a_t) z + sqrt(1 - a_t) noise, target noise, weights 1 or min(SNR, 5) / SNR (Hang et al. 2023).
+    flow: x = (1 - s) z + s noise, target noise - z; time handed to the model is 1000 s, as diffusers does it.
+
+    Args:
+        contrastive: weight of `contrastive_error`; only for a flow, and only where `other` is given.
+    """
+
+    alphas: Tensor  # (1000,) float64, share of the signal
+
+    def __init__(
+        self,
+        model: DiTTransformer2DModel,
+        objective: str = "noise",
+        weighting: str = "uniform",
+        *,
+        contrastive: float = 0.0,
+    ):
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.weighting = weighting
+        self.contrastive = contrastive
+        alphas = torch.cumprod(1 - torch.linspace(BETAS[0], BETAS[1], TIMESTEPS, dtype=torch.float64), 0)
+        self.register_buffer("alphas", alphas, persistent=False)  # goes to the device with the model
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor, other: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Terms (b,) for latents and noise (b, C, h, w), noise levels (b,) in [0, 1), class ids (b,) and targets of
+        other items (b, C, h, w); `error` is the squared error without weights and without those."""
+        z, view = latents.float(), (-1, 1, 1, 1)
+        weight: Tensor | float = 1.0
+        if self.objective == "flow":
+            t = level * TIMESTEPS
+            noisy = torch.lerp(z, noise, level.view(view))
+            target = noise - z
+        else:
+            t = (level * TIMESTEPS).long()
+            a = self.alphas[t]
+            noisy = a.sqrt().float().view(view) * z + (1 - a).sqrt().float().view(view) * noise
+            target = noise
+            if self.weighting == "min_snr":
+                weight = (MIN_SNR * (1 - a) / a).clamp(max=1.0).float()
+        out = self.model(noisy, timestep=t, class_labels=labels).sample.float()
+        # a learned variance, if the checkpoint has one, follows and is left as it is
+        prediction = out[:, : z.shape[1]]
+        error = (prediction - target).square().mean((1, 2, 3))
+        if other is None:
+            return {"loss": weight * error, "error": error}
+        return {"loss": contrastive_error(prediction, target, other, self.contrastive), "error": error}
+
+
+def new_scheduler(objective: str, shift: float = 1.0) -> Any:
+    """The sampler that a prior is saved with; `shift` of its time grid is for a flow."""
+    import diffusers
+
+    if objective == "flow":
+        # and not FlowMatchEulerDiscreteScheduler, with which the stock DiTPipeline cannot sample
+        return diffusers.DPMSolverMultistepScheduler(
+            num_train_timesteps=TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
+    return diffusers.DDIMScheduler(
+        num_train_timesteps=TIMESTEPS,
+        beta_start=BETAS[0],
+        beta_end=BETAS[1],
+        beta_schedule="linear",
+        clip_sample=False,
+    )
