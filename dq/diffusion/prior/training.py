@@ -238,7 +238,7 @@ def new_optimizers(recipe: Recipe, objective: nn.Module) -> dict[str, torch.opti
     hidden, rest = muon_groups(objective, recipe.output_layers)
     if recipe.optimizer == "adamw":
         hidden, rest = {}, {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     optimizers: dict[str, torch.optim.Optimizer] = {
         "moment": torch.optim.AdamW(list(rest.values()), fused=True, **options)
     }
