@@ -65,6 +65,8 @@ class TrainDenoiserConfig(Checked):
     contrastive: float = 0.0  # flow: weight of the distance to another item's target (Stoica et al. 2025, there 0.05)
     # flow: noise levels t become s t / (1 + (s - 1) t), training and sampling; auto: s = sqrt(size of a latent / 4096)
     time_shift: float | Literal["auto"] = 1.0
+    intermediate_head: float = 0.0  # weight of the loss of an output layer behind a third of the blocks, e.g. 0.5
+    early: float = 0.0  # share of the steps after which an average is kept for autoguidance, e.g. 0.125
     steps: int = 3000
     batch_size: int = 128
     accumulate: int = 1  # a batch goes through in so many parts
@@ -93,6 +95,8 @@ class TrainDenoiserConfig(Checked):
             raise InputError(f"contrastive is a weight in [0, 1), not {self.contrastive}")
         if self.time_shift != "auto" and not 0 < self.time_shift < float("inf"):
             raise InputError(f"time_shift must be auto or a positive number, not {self.time_shift}")
+        if not 0 <= self.early < 1:
+            raise InputError(f"early is a share of the steps in [0, 1), not {self.early}")
         for name, off in (("contrastive", 0), ("time_shift", 1)):
             value = getattr(self, name)
             if self.objective != "flow" and value != off:

@@ -99,6 +99,9 @@ class GenerateConfig(Checked):
     rescale: Literal["none", "norm"] = "none"  # norm: points are as long as the median latent of their class
     guidance_scale: float = 4.0
     guidance_snr: tuple[float, ...] = ()  # least and largest SNR at which there is guidance; none: everywhere
+    # scales of guidance away from the model's intermediate head and from its early average; 1: none
+    internal_guidance: float = 1.0
+    autoguidance: float = 1.0
     mode_guidance: float = (
         0.0  # share of the way to the prototype by which the predicted x_0 is moved (after MGD3) ...
     )
@@ -119,6 +122,9 @@ class GenerateConfig(Checked):
         for name in ("mode_guidance", "mode_stop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share and must lie in [0, 1], not {getattr(self, name)!r}")
+        for name in ("internal_guidance", "autoguidance"):
+            if getattr(self, name) != 1 and self.mode == "img2img":
+                raise InputError(f"{name} is of a DiT's own weaker versions; set mode=dit, or {name}=1")
         if self.noise == "inversion" and self.images_per_prototype > 1:
             raise InputError(
                 f"noise=inversion gives the same image every time: set images_per_prototype=1 (now "

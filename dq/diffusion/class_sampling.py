@@ -18,6 +18,7 @@ from dq.diffusion.sampling import (
     guided,
     null_class,
 )
+from dq.diffusion.weaker_models import ClassPredict
 
 
 @torch.no_grad()
@@ -30,6 +31,7 @@ def sample_latents(
     guidance_scale: float,
     num_inference_steps: int,
     noise: Tensor | None = None,
+    predict: ClassPredict | None = None,
 ) -> Tensor:
     """Latents of classes, denoised over the whole time grid from Gaussian noise times the scheduler's
     `init_noise_sigma`.
@@ -43,6 +45,7 @@ def sample_latents(
         classes: class of each latent, an index of the DiT's own.
         generators: one CPU generator per latent, of which it draws all its randomness.
         noise: (B, C, h, w), in place of a draw from the generators.
+        predict: in place of the transformer's own prediction; see `dq.diffusion.weaker_models`.
 
     Returns:
         (B, C, h, w) float32 in the denoiser's space, on its device.
@@ -65,7 +68,7 @@ def sample_latents(
     # flow-matching schedulers have no initial deviation: their state is the noise itself
     sigma = float(getattr(trajectory, "init_noise_sigma", 1.0))
     return denoise_noisy(
-        guided(dit_prediction(transformer), cond, null_class(transformer, cond), guidance_scale),
+        guided(predict or dit_prediction(transformer), cond, null_class(transformer, cond), guidance_scale),
         trajectory,
         sigma * noise.to(transformer.device),
         start,

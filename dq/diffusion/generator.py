@@ -42,7 +42,6 @@ from dq.diffusion.sampling import (
     choose_scheduler,
     choose_start,
     denoise,
-    dit_prediction,
     fresh_scheduler,
     guided,
     invert,
@@ -51,6 +50,7 @@ from dq.diffusion.sampling import (
     null_class,
     toward,
 )
+from dq.diffusion.weaker_models import ClassPredict, WeakerModels
 
 IMAGES_AT_ONCE = 32
 NEEDS = {
@@ -91,6 +91,7 @@ class LatentGenerator(DiffusionPipeline):
             scheduler=scheduler,
         )
         # JSON turns integer keys into text; keep them text always
+        self.weaker = WeakerModels(None)
         self.register_to_config(id2label={str(k): v for k, v in id2label.items()} if id2label else None)
 
     # --- loading and saving ---------------------------------------------------------------------------------------
@@ -130,9 +131,11 @@ class LatentGenerator(DiffusionPipeline):
         check_components(index, str(path), components)
         try:
             with loading():
-                return super().from_pretrained(
+                pipe = super().from_pretrained(
                     str(path), **{**fetched, **weights, **components, "dtype": dtype, "use_safetensors": True}
                 )
+            pipe.weaker = WeakerModels(files)
+            return pipe
         except (AttributeError, OSError, ValueError, NotImplementedError, SafetensorError) as e:
             said = " ".join(str(e).split())[:200]
             raise InputError(
@@ -241,6 +244,7 @@ class LatentGenerator(DiffusionPipeline):
                     f"codec.resolution={resolution} gives {side}x{side} latents but the DiT takes "
                     f"{self.transformer.config.sample_size}x{self.transformer.config.sample_size}"
                 )
+            self.prediction(config.internal_guidance, config.autoguidance)
             return self.condition_ids(class_names, config.class_map)
         return list(range(len(class_names)))
 
@@ -383,7 +387,9 @@ class LatentGenerator(DiffusionPipeline):
         if config.mode != "decode":
             scheduler, start = self._walk(config)
             if config.mode == "dit":
-                predict, cond, null = self._dit(labels, condition_ids, z.device)
+                predict = self.prediction(config.internal_guidance, config.autoguidance)
+                cond = self._classes(labels, condition_ids, z.device)
+                null = null_class(self.transformer, cond)
             else:
                 predict, cond, null = self._unet([class_names[c] for c in labels], config)
             plain = guided(predict, cond, null, 1.0)
@@ -394,13 +400,14 @@ class LatentGenerator(DiffusionPipeline):
         with torch.no_grad():
             return to_unit(decode_latents(self.vae, z), image_size).cpu()
 
-    def _dit(
-        self, labels: Sequence[int], condition_ids: Sequence[int] | None, device: torch.device
-    ) -> tuple[Any, Tensor, Tensor]:
-        """The model as a function of (x, t, class), the classes (B,) and the null class (B,)."""
+    def prediction(self, internal_guidance: float = 1.0, autoguidance: float = 1.0) -> ClassPredict:
+        """The DiT as a function of (x, t, class), guided by its weaker versions; see `WeakerModels.prediction`."""
+        return self.weaker.prediction(self.transformer, internal_guidance, autoguidance)
+
+    def _classes(self, labels: Sequence[int], condition_ids: Sequence[int] | None, device: torch.device) -> Tensor:
+        """The DiT's classes (B,)."""
         ids = condition_ids or range(int(self.transformer.config.num_embeds_ada_norm))
-        cond = torch.tensor([ids[c] for c in labels], device=device)
-        return dit_prediction(self.transformer), cond, null_class(self.transformer, cond)
+        return torch.tensor([ids[c] for c in labels], device=device)
 
     def _unet(self, names: Sequence[str], config: GenerateConfig) -> tuple[Any, Tensor, Tensor]:
         """The model as a function of (x, t, text), the embedded prompts (B, L, D) and negative prompts (B, L, D)."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from models import tiny_dit
 from small_prior import (
     NAMES,
     Saying,
@@ -22,14 +25,18 @@ from torch import nn
 
 from dq.config.prior import TrainDenoiserConfig
 from dq.config.reader import from_dict
+from dq.config.schema import GenerateConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.seeds import generator
 from dq.diffusion.codec import encode_latents, to_signed
+from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.prior import training
 from dq.diffusion.prior.denoiser_loss import DenoiserLoss, contrastive_error, new_scheduler, shift_time, time_shift
 from dq.diffusion.prior.denoiser_recipe import denoiser_recipe
 from dq.diffusion.prior.train_denoiser import train_denoiser
+from dq.diffusion.sampling import dit_prediction
+from dq.diffusion.weaker_models import HiddenStates, head_output, new_head
 from dq.networks.optimizers import muon_groups
 
 FLOW = {"objective": "flow", "weighting": "logit_normal"}
@@ -187,8 +194,6 @@ def test_muon_takes_an_orthogonal_step_on_hidden_matrices_alone(tmp_path):
 def test_a_prior_with_every_option_resumes_and_opens_in_the_stock_pipeline(
     made, flipped, accelerator, tmp_path, monkeypatch
 ):
-    from diffusers import DiTPipeline
-
     options = {"class_names": NAMES, "accelerator": accelerator, "flipped": flipped}
     folders = [tmp_path / "whole", tmp_path / "resumed"]
     train_denoiser(made.cache, made.codec, prior_in(folders[0], denoiser=ALL | SHORT), **options)
@@ -222,9 +227,10 @@ def test_options_that_are_off_are_no_part_of_a_training(made, accelerator, tmp_p
             "key", made.codec, prior_in(tmp_path, denoiser=FLOW | changes), NAMES, accelerator
         ).identity
 
-    assert not {"flip", "contrastive", "time_shift", "optimizer"} & identity().keys()
-    for name in ("flip", "contrastive", "time_shift", "optimizer"):
-        assert identity(**{name: ALL[name]}) == identity() | {name: ALL[name]}
+    on = ALL | {"intermediate_head": 0.5, "early": 0.125}
+    for name in ("flip", "contrastive", "time_shift", "optimizer", "intermediate_head", "early"):
+        assert name not in identity()
+        assert identity(**{name: on[name]}) == identity() | {name: on[name]}
 
 
 @pytest.mark.parametrize(
@@ -237,9 +243,127 @@ def test_options_that_are_off_are_no_part_of_a_training(made, accelerator, tmp_p
         (FLOW | {"contrastive": 0.1, "batch_size": 1}, "contrastive compares items of a batch; set batch_size"),
         (FLOW | {"time_shift": 0}, "time_shift must be auto or a positive number, not 0"),
         (FLOW | {"time_shift": "half"}, "time_shift must be a number, not 'half', or 'auto'"),
+        ({"early": 1.0}, r"early is a share of the steps in \[0, 1\), not 1.0"),
         ({"optimizer": "sgd"}, "optimizer must be one of 'adamw', 'muon'"),
     ],
 )
 def test_wrong_combinations_are_one_sentence(settings, message):
     with pytest.raises(InputError, match=message):
         from_dict(TrainDenoiserConfig, settings)
+
+
+# --- weaker versions ----------------------------------------------------------------------------------------------
+
+WEAKER = FLOW | {"intermediate_head": 0.5, "early": 0.5}
+
+
+@pytest.fixture(scope="module")
+def weakened(made, accelerator, tmp_path_factory):
+    """A prior with an intermediate head and an early average, whose predictions are all different."""
+    folder = tmp_path_factory.mktemp("weaker")
+    prior = prior_in(folder, denoiser=WEAKER | SHORT | {"num_layers": 2, "lr": 0.02})
+    return train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
+
+
+def noisy_points() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(3, 2, 4, 4, generator=generator("points")), torch.tensor(400.0), torch.arange(3)
+
+
+def test_the_head_loss_is_that_of_the_hidden_states_behind_a_third_of_the_blocks(made):
+    model = tiny_dit(in_channels=2)
+    for p in (head := new_head(model)).parameters():
+        nn.init.normal_(p, std=0.2)
+    assert [new_head(SimpleNamespace(config=SimpleNamespace(**dict(model.config, num_layers=n)))).config["depth"]
+            for n in (1, 4, 7, 12)] == [1, 1, 2, 4]  # fmt: skip
+    z, noise = (torch.randn(4, 2, 4, 4, generator=generator("head", i)) for i in range(2))
+    batch = {"latents": z, "noise": noise, "level": torch.full((4,), 0.4), "labels": torch.tensor([0, 1, 2, 3])}
+    plain = DenoiserLoss(model, "flow")(**batch)
+    terms = DenoiserLoss(model, "flow", head=head, head_weight=0.5)(**batch)
+    # a DiT of that one block alone, with the head as its output layer, predicts what the head does
+    short = tiny_dit(in_channels=2)
+    short.load_state_dict(model.state_dict())
+    short.transformer_blocks = short.transformer_blocks[:1]
+    short.proj_out_1.load_state_dict(head.proj_out_1.state_dict())
+    short.proj_out_2.load_state_dict(head.proj_out_2.state_dict())
+    weak = DenoiserLoss(short, "flow")(**batch)
+    torch.testing.assert_close(terms["head_error"], weak["error"])
+    assert torch.equal(terms["error"], plain["error"])
+    torch.testing.assert_close(terms["loss"], plain["error"] + 0.5 * weak["error"])
+    assert (weak["error"] - plain["error"]).abs().min() > 1e-3
+
+
+def test_internal_guidance_of_one_is_the_last_layer_and_grows_linearly(weakened):
+    pipe = LatentGenerator.from_pretrained(weakened)
+    x, t, y = noisy_points()
+    with torch.no_grad():
+        final, once, twice, thrice = (pipe.prediction(w)(x, t, y) for w in (1.0, 1.0 + 1e-9, 2.0, 3.0))
+        assert torch.equal(final, dit_prediction(pipe.transformer)(x, t, y))
+        torch.testing.assert_close(once, final)
+        torch.testing.assert_close(thrice - twice, twice - final)
+        head = pipe.weaker._open_head(pipe.transformer)
+        weak = final - (twice - final)  # D_i = D_f - (D_2 - D_f)
+        states = HiddenStates(pipe.transformer, head.config["depth"])
+        pipe.transformer(x, timestep=t.expand(3), class_labels=y)
+        torch.testing.assert_close(weak, head_output(pipe.transformer, head, states.take(), t.expand(3), y))
+    assert (twice - final).abs().max() > 1e-3
+
+
+def test_autoguidance_leads_away_from_the_early_average(weakened):
+    pipe = LatentGenerator.from_pretrained(weakened)
+    early = DiTTransformer2DModel.from_pretrained(weakened, subfolder="transformer_early")
+    x, t, y = noisy_points()
+    with torch.no_grad():
+        d0, d1 = (dit_prediction(m)(x, t, y) for m in (early, pipe.transformer))
+        torch.testing.assert_close(pipe.prediction(autoguidance=2.5)(x, t, y), d0 + 2.5 * (d1 - d0))
+    assert (d1 - d0).abs().max() > 1e-3
+
+
+def test_the_folder_stays_one_of_the_stock_pipeline(weakened):
+    pipe = DiTPipeline.from_pretrained(weakened)
+    pipe.set_progress_bar_config(disable=True)
+    assert {p.name for p in weakened.iterdir() if p.is_dir()} == {
+        "vae", "transformer", "transformer_head", "transformer_early", "scheduler", "samples",
+    }  # fmt: skip
+    assert not any("head" in name for name in pipe.transformer.state_dict())
+    stock = pipe([0, 2], guidance_scale=1.0, num_inference_steps=3, generator=generator("stock"), output_type="np")
+    ours = LatentGenerator.from_pretrained(weakened)(
+        [0, 2], guidance_scale=1.0, num_inference_steps=3, generator=generator("stock"), output_type="np"
+    )
+    # the stock pipeline gives the model times cut to whole numbers
+    assert abs(stock.images - ours.images).max() < 0.01
+
+
+def test_weaker_versions_are_resumed_bit_for_bit(made, weakened, accelerator, tmp_path, monkeypatch):
+    prior = prior_in(tmp_path, denoiser=WEAKER | SHORT | {"num_layers": 2, "lr": 0.02})
+    with interrupted_at_save(monkeypatch, 2):
+        train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
+    assert (tmp_path / "transformer_early").is_dir()  # of step 2
+    train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
+    for folder in ("transformer", "transformer_early"):
+        assert_same_model(tmp_path / folder, weakened / folder)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "transformer_head" / file).read_bytes() == (
+            weakened / "transformer_head" / file
+        ).read_bytes()
+
+
+def test_guided_images_differ_and_a_missing_version_is_named(made, weakened):
+    config = GenerateConfig(mode="dit", strength=0.7, snr=None, num_inference_steps=4, guidance_scale=1.5)
+    pipe, points = LatentGenerator.from_pretrained(weakened), torch.randn(3, 2, 4, 4, generator=generator("points"))
+
+    def images(**changes):
+        chosen = dataclasses.replace(config, **changes)
+        pipe.check_inputs(chosen, 8, NAMES)
+        return pipe.synthesize(points, [0, 1, 2], [generator(i) for i in range(3)], chosen, class_names=NAMES)
+
+    plain = images()
+    for name in ("internal_guidance", "autoguidance"):
+        assert not torch.equal(images(**{name: 2.0}), plain)
+        with pytest.raises(
+            InputError, match=rf"generate\.{name} needs transformer_\w+/, which .* lacks; train it with"
+        ):
+            LatentGenerator.from_pretrained(made.folder).check_inputs(
+                dataclasses.replace(config, **{name: 2.0}), 8, NAMES
+            )
+        with pytest.raises(InputError, match=f"{name} is of a DiT's own weaker versions; set mode=dit"):
+            GenerateConfig(mode="img2img", **{name: 2.0})

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dq.diffusion.weaker_models import HiddenStates, IntermediateHead, head_output
+
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
@@ -57,6 +59,8 @@ class DenoiserLoss(nn.Module):
 
     Args:
         contrastive: weight of `contrastive_error`; only for a flow, and only where `other` is given.
+        head: predicts the same from the hidden states of an earlier block.
+        head_weight: of the head's loss, which is added to that of the model.
     """
 
     alphas: Tensor  # (1000,) float64, share of the signal
@@ -68,12 +72,17 @@ class DenoiserLoss(nn.Module):
         weighting: str = "uniform",
         *,
         contrastive: float = 0.0,
+        head: IntermediateHead | None = None,
+        head_weight: float = 0.5,
     ):
         super().__init__()
         self.model = model
         self.objective = objective
         self.weighting = weighting
         self.contrastive = contrastive
+        self.head = head
+        self.head_weight = head_weight
+        self.states = HiddenStates(model, head.config["depth"]) if head is not None else None
         alphas = torch.cumprod(1 - torch.linspace(BETAS[0], BETAS[1], TIMESTEPS, dtype=torch.float64), 0)
         self.register_buffer("alphas", alphas, persistent=False)  # goes to the device with the model
 
@@ -97,11 +106,21 @@ class DenoiserLoss(nn.Module):
                 weight = (MIN_SNR * (1 - a) / a).clamp(max=1.0).float()
         out = self.model(noisy, timestep=t, class_labels=labels).sample.float()
         # a learned variance, if the checkpoint has one, follows and is left as it is
-        prediction = out[:, : z.shape[1]]
+        loss, error = self._loss(out[:, : z.shape[1]], target, other, weight)
+        if self.head is None or self.states is None:
+            return {"loss": loss, "error": error}
+        weak = head_output(self.model, self.head, self.states.take(), t, labels).float()
+        head_loss, head_error = self._loss(weak, target, other, weight)
+        return {"loss": loss + self.head_weight * head_loss, "error": error, "head_error": head_error}
+
+    def _loss(
+        self, prediction: Tensor, target: Tensor, other: Tensor | None, weight: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and squared error (b,) of a prediction (b, C, h, w)."""
         error = (prediction - target).square().mean((1, 2, 3))
         if other is None:
-            return {"loss": weight * error, "error": error}
-        return {"loss": contrastive_error(prediction, target, other, self.contrastive), "error": error}
+            return weight * error, error
+        return contrastive_error(prediction, target, other, self.contrastive), error
 
 
 def new_scheduler(objective: str, shift: float = 1.0) -> Any:

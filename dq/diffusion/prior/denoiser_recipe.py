@@ -68,12 +68,14 @@ def denoiser_recipe(
         compile=settings.compile,
         optimizer=settings.optimizer,
         output_layers=OUTPUT_LAYERS,
+        extra_saves=(max(1, round(settings.early * settings.steps)),) if settings.early else (),
     )
 
 
 def unused_options(settings: TrainDenoiserConfig) -> list[str]:
     """Options that are off: no part of a training's identity, so that folders from before them still count."""
     options = {"flip": False, "contrastive": 0.0, "time_shift": 1.0, "optimizer": "adamw"}
+    options |= {"intermediate_head": 0.0, "early": 0.0}
     return [name for name, off in options.items() if getattr(settings, name) == off]
 
 

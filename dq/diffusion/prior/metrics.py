@@ -262,6 +262,8 @@ def plan_draw(
         image_size=bench.image_size,
         seed=seed,
         batch_size=generate.batch_size,
+        internal_guidance=generate.internal_guidance,
+        autoguidance=generate.autoguidance,
     )
 
 

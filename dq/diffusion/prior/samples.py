@@ -30,6 +30,8 @@ class Draw:
     image_size: int  # side in px
     seed: int
     batch_size: int  # changes samples by rounding at most
+    internal_guidance: float = 1.0
+    autoguidance: float = 1.0
 
     @property
     def labels(self) -> Tensor:
@@ -42,7 +44,9 @@ class Draw:
         numbers = [self.num_inference_steps, self.image_size, self.seed, guidance_scale]
         dtype = str(self.pipe.transformer.dtype)
         where = [type(self.scheduler).__name__, settings, list(self.condition_ids), list(self.counts), dtype]
-        return [self.pipe.digest("dit"), *numbers, *where]
+        weaker = [self.internal_guidance, self.autoguidance]
+        # left out where there is none, so that samples from before there was any still count
+        return [self.pipe.digest("dit"), *numbers, *where, *([weaker] if weaker != [1, 1] else [])]
 
 
 def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Tensor:
@@ -52,6 +56,7 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
     scale.
     """
     places = [(c, i) for c, n in enumerate(draw.counts) for i in range(n)]
+    predict = draw.pipe.prediction(draw.internal_guidance, draw.autoguidance)
     parts = []
     starts = range(0, len(places), draw.batch_size)
     for first in progress(starts, desc=f"samples, guidance {guidance_scale:g}", unit="batch", main=main):
@@ -63,6 +68,7 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
             [generator(draw.seed, "prior sample", c, i) for c, i in batch],
             guidance_scale=guidance_scale,
             num_inference_steps=draw.num_inference_steps,
+            predict=predict,
         )
         with torch.no_grad():
             unit = to_unit(decode_latents(draw.pipe.vae, latents), draw.image_size)

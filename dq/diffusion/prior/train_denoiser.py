@@ -24,6 +24,7 @@ from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler, shift_
 from dq.diffusion.prior.denoiser_recipe import denoiser_recipe, no_pipeline, open_denoiser
 from dq.diffusion.prior.training import MAX_BYTES, finished, fit, publish, seeded
 from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
+from dq.diffusion.weaker_models import new_head, save_early, save_head
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +93,10 @@ def train_denoiser(
     model = new_denoiser(prior, cache.shape, classes, codec=ours)
     shift = time_shift(settings.time_shift, cache.shape)
     scheduler = new_scheduler(settings.objective, shift)
-    objective = DenoiserLoss(model, settings.objective, settings.weighting, contrastive=settings.contrastive)
+    head = new_head(model) if settings.intermediate_head else None
+    options: dict[str, Any] = {"contrastive": settings.contrastive, "head_weight": settings.intermediate_head}
+    objective = DenoiserLoss(model, settings.objective, settings.weighting, head=head, **options)
+    dtype = DTYPES[settings.save_dtype]
     held, kept = _held_out(len(latents), settings.held_out, prior.seed)
 
     def rows_of(
@@ -134,6 +138,8 @@ def train_denoiser(
         return total / len(held)
 
     def on_save(step: int) -> dict[str, float]:
+        if step in recipe.extra_saves:
+            save_early(model, folder, dtype)
         y = torch.arange(min(classes, SHOWN_CLASSES)).repeat_interleave(SHOWN_COLUMNS)
         noise = torch.randn(len(y), channels, side, side, generator=generator(prior.seed, "denoiser", "samples"))
         ours.to(accelerator.device)
@@ -158,6 +164,8 @@ def train_denoiser(
             copy.deepcopy(ours).float().save_pretrained(whole)
             os.replace(whole, folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
+        if head is not None:
+            save_head(head, folder, dtype)
         index = {
             "_class_name": "DiTPipeline",
             "_diffusers_version": diffusers.__version__,
@@ -175,9 +183,7 @@ def train_denoiser(
             "channel_std": std.tolist(),
         }
         # last, because the denoiser's folder is what marks the training as done
-        publish(
-            recipe, copy.deepcopy(model).to(DTYPES[settings.save_dtype]).save_pretrained, numbers, fitted, accelerator
-        )
+        publish(recipe, copy.deepcopy(model).to(dtype).save_pretrained, numbers, fitted, accelerator)
     accelerator.wait_for_everyone()
     return folder
 

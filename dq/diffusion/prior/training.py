@@ -59,6 +59,7 @@ class Recipe:
     compile: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
     output_layers: tuple[str, ...] = ()  # muon: see `muon_groups`
+    extra_saves: tuple[int, ...] = ()  # steps at which there is a save, whatever `save_every`
     auto: Dtypes | None = None  # what `dtype: auto` stands for in the folder
 
     @property
@@ -132,8 +133,8 @@ def fit(
             DDP sums gradients over processes only for what passes through `forward`. Parameters that need no gradient
             are neither trained nor averaged.
         batch: the whole batch of a step on the CPU, the same in every process, each tensor with batch_size rows.
-        on_save: called by the main process every `save_every` steps and at the last, while `objective` holds the
-            averaged parameters; draws samples and returns numbers for the log.
+        on_save: called by the main process every `save_every` steps, at `extra_saves` and at the last, while
+            `objective` holds the averaged parameters; draws samples and returns numbers for the log.
         save: writes the model that `objective` holds into a folder; used when the training diverges.
         score: loss on held-out data of whatever parameters `objective` holds. It chooses among several averages;
             without it the first decay is taken.
@@ -202,7 +203,7 @@ def fit(
                 if not math.isfinite(float(norm)):
                     _diverged(recipe, objective, save, "gradient", done, accelerator)
                 bar.set_postfix(loss=f"{float(means['loss']) * world:.4f}", refresh=False)
-            if done % recipe.save_every == 0 or done == recipe.steps:
+            if done % recipe.save_every == 0 or done == recipe.steps or done in recipe.extra_saves:
                 logged = {k: float(accelerator.reduce(v, "sum")) / (done - since) for k, v in sums.items()}
                 broken = next((k for k, v in logged.items() if not math.isfinite(v)), None)
                 if broken:

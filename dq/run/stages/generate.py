@@ -34,6 +34,7 @@ from dq.run.folder import SPEED, Run, class_file, copies_of
 from dq.run.stages.cluster import load_prototypes, prototype_folder
 
 LONGEST = 32  # images of a unit
+ADDED = ("internal_guidance", "autoguidance")  # settings that came later
 
 
 def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None) -> Path:
@@ -56,7 +57,11 @@ def image_identity(run: Run, cache: LatentCache, ipc: int, method: str) -> list[
 
 
 def _deciding(config: GenerateConfig) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(config).items() if k not in (*SPEED, "revision")}
+    """The settings that decide images. Those of `ADDED` are left out at their defaults, so that folders from before
+    they were there keep their digests."""
+    defaults = to_dict(GenerateConfig())
+    settings = {k: v for k, v in to_dict(config).items() if k not in (*SPEED, "revision")}
+    return {k: v for k, v in settings.items() if k not in ADDED or v != defaults[k]}
 
 
 def _asked(run: Run, cache: LatentCache, ipc: int, method: str) -> str:
