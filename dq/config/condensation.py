@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dq.config.refinement import RefineConfig
@@ -70,6 +71,42 @@ class DistributionMatching(Condensation):
         super().__post_init__()
         if self.alpha is not None and not 0 <= self.alpha < 1:
             raise InputError(f"alpha is a share of the layers in [0, 1), not {self.alpha:g}")
+
+
+@dataclass(frozen=True)
+class SpectralMatching(Condensation):
+    """Neural characteristic function matching (NCFM, Wang et al., CVPR 2025), with the released settings of CIFAR-10
+    where the methods of this file do not share one."""
+
+    stage: Literal["spectral"] = "spectral"
+    steps: int = 20_000
+    real_batch: int = 1024
+    frequencies: int = 4096  # points t at which characteristic functions are compared in a step
+    amplitude: float = 0.5  # weight of the difference of amplitudes (alpha), which is about diversity
+    phase: float = 0.5  # weight of the difference of phases (beta), which is about realism
+    # gaussian: t is standard normal; network: t comes from a small network that is trained to enlarge the loss
+    sampler: Literal["gaussian", "network"] = "gaussian"
+    sampler_lr: float = 1e-3  # SGD, with the momentum of the images
+    # folder of `dq train-experts`: networks are random points between the first and the last parameters of an expert,
+    # as published, with the experts' preprocessing; None: freshly drawn ones, as distribution matching has them
+    experts: str | None = None
+
+    def unread(self) -> tuple[str, ...]:
+        held_out = ("held_out",) if self.experts and self.checks else ()
+        return (*super().unread(), *held_out, *("sampler_lr",) * (self.sampler == "gaussian"))
+
+    def paths(self) -> dict[str, str]:
+        return {} if self.experts is None else {"experts": str(Path(self.experts) / "experts.json")}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frequencies < 1 or min(self.amplitude, self.phase) < 0 or self.amplitude + self.phase == 0:
+            raise InputError(
+                "spectral needs frequencies of at least 1 and weights amplitude and phase of at least 0, not both 0: "
+                f"not {self.frequencies}, {self.amplitude:g} and {self.phase:g}"
+            )
+        if self.sampler == "network" and self.frequencies < 2:
+            raise InputError("sampler=network standardizes over frequencies: set frequencies to at least 2")
 
 
 # passes over the classes for a drawn network, and epochs of the network on the set between two of them, by the images

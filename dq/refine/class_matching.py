@@ -1,10 +1,10 @@
 """Learning the images of a set by SGD so that each class resembles real images of its class in some measure, which
-`dq.refine.distribution_matching` and `dq.refine.gradient_matching` define."""
+`dq.refine.distribution_matching`, `dq.refine.gradient_matching` and `dq.refine.spectral_matching` define."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.data.zca import Whitening, fit_whitening, is_grey
 from dq.diffusion.image_codec import ImageCodec
-from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, record_check, split_off
+from dq.networks.trajectories import Experts
+from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check, split_off
 from dq.refine.inputs import check_set
 from dq.refine.method import Batch, Callback, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
@@ -55,6 +56,32 @@ class ClassBatches:
 Gradient = Callable[[Tensor, int, dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
+def class_gradients(
+    loss_of: Callable[[int, Tensor], Tensor], x: Tensor, rows: dict[int, Tensor], shared: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The sum over classes of a loss, (), and its gradients, with the graph of one class in memory at a time.
+
+    Args:
+        loss_of: loss () of a class and its images (m, 3, S, S).
+        x: (n, 3, S, S) images.
+        rows: of each class in `x`.
+        shared: tensors of which the losses of all classes are functions.
+
+    Returns:
+        The sum, its gradient with respect to `x`, (n, 3, S, S), and those with respect to `shared`.
+    """
+    total, g = torch.zeros((), device=x.device), torch.zeros_like(x)
+    g_shared = [torch.zeros_like(v) for v in shared]
+    for c, class_rows in rows.items():
+        part = x[class_rows].requires_grad_(True)
+        with torch.enable_grad():
+            loss = loss_of(c, part)
+        g[class_rows], *more = torch.autograd.grad(loss, [part, *shared])
+        g_shared = [a + b for a, b in zip(g_shared, more, strict=True)]
+        total += loss.detach()
+    return total, g, g_shared
+
+
 def learn_images(
     images: Tensor,
     labels: Tensor,
@@ -65,6 +92,7 @@ def learn_images(
     *,
     classes: int,
     weights: Tensor | None = None,
+    experts: Experts | None = None,
     codec: ImageCodec | None = None,
     seed: int,
     device: torch.device | str = "cpu",
@@ -82,6 +110,8 @@ def learn_images(
         steps: updates of the images.
         real: the train images.
         gradient_of: the gradient, for batches of real images.
+        experts: whose preprocessing the images have, and whose held-out images serve for checks; None: mean and std,
+            and a share `config.held_out`.
         codec: whose latents are learned, with `mode=latent`.
         device: where all of it happens.
 
@@ -94,8 +124,8 @@ def learn_images(
     """
     check_set(images, labels, classes, real, weights if config.weighted else None)
     device, callback = torch.device(device), callback or Callback()
-    seen, held = split_off(real, config.held_out) if config.checks else (real, None)
-    whitening = fit_whitening(real.images, zca=False).to(device)
+    seen, held = (real, None) if not config.checks else _divided(real, config, experts)
+    whitening = (experts.whitening if experts else fit_whitening(real.images, zca=False)).to(device)
     rendering = Rendering.of(config.stage, config.mode, whitening, codec, config.chunk)
     # what a decoder makes of grey images need not be grey, so that the three channels count apart
     grey = config.mode == "pixel" and is_grey(real.images)
@@ -156,6 +186,13 @@ def learn_images(
     )
 
 
+def _divided(real: RealImages, config: Condensation, experts: Experts | None) -> tuple[RealImages, RealImages]:
+    """Train images to compare with, and held-out ones."""
+    if experts is None:
+        return split_off(real, config.held_out)
+    return divide(real, experts.held_out_rows(real.labels))
+
+
 def image_weights(config: Condensation, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """How much each image counts, (n,), 1 unless the settings ask for its weight in the set; and its share in its
     class, (n,), which sums to 1 in every class."""
@@ -171,6 +208,10 @@ class ClassMatchingMethod(Method):
 
     def needs(self, stage: Any) -> Needs:
         return Needs(teachers=False, real_images=True, codec=stage.mode == "latent")
+
+    def options(self, resources: Resources) -> dict[str, Any]:
+        """Further arguments of `learn`."""
+        return {}
 
     def run(
         self,
@@ -192,6 +233,7 @@ class ClassMatchingMethod(Method):
             classes=resources.classes,
             weights=batch.weights,
             codec=resources.codec,
+            **self.options(resources),
             seed=derive_seed(seed, stage.stage),
             device=resources.device,
             resume=resume,

@@ -19,7 +19,14 @@ from dq.core.seeds import derive_seed
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
-from dq.refine.class_matching import ClassBatches, ClassMatchingMethod, Gradient, image_weights, learn_images
+from dq.refine.class_matching import (
+    ClassBatches,
+    ClassMatchingMethod,
+    Gradient,
+    class_gradients,
+    image_weights,
+    learn_images,
+)
 from dq.refine.method import Callback, Context, Cost, RealImages, Refined, State
 
 
@@ -97,16 +104,13 @@ def refine(
         def gradient(x: Tensor, step: int, carried: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             net = make_net(config.net, classes, x.shape[-1], seed=derive_seed(seed, "network", step)).to(device)
             net.requires_grad_(False)
-            total, g = torch.zeros((), device=device), torch.zeros_like(x)
-            for c, own in rows.items():
-                part = x[own].requires_grad_(True)
-                real_features = _features(net, batches.images(c, step, device), config.alpha)
-                with torch.enable_grad():
-                    learned = _features(net, batches.augment(part, c, step), config.alpha)
-                    loss = torch.stack([distance(r, s, shares[own]) for r, s in zip(real_features, learned)]).sum()
-                (g[own],) = torch.autograd.grad(loss, [part])
-                total += loss.detach()
-            return total, g
+
+            def loss_of(c: int, part: Tensor) -> Tensor:
+                features = block_features(net, batches.images(c, step, device), config.alpha)
+                learned = block_features(net, batches.augment(part, c, step), config.alpha)
+                return torch.stack([distance(r, s, shares[rows[c]]) for r, s in zip(features, learned)]).sum()
+
+            return class_gradients(loss_of, x, rows)[:2]
 
         return gradient
 
@@ -127,7 +131,12 @@ def refine(
     )
 
 
-def _features(net: nn.Module, x: Tensor, alpha: float | None) -> Sequence[Tensor]:
+def block_features(net: nn.Module, x: Tensor, alpha: float | None) -> Sequence[Tensor]:
+    """Pooled maps (B, C, h, w) of the matched blocks of a network for images (B, 3, S, S).
+
+    Raises:
+        InputError: for a network that has no pooled blocks.
+    """
     with block_outputs(net, alpha) as outputs:
         net(x)
     return outputs

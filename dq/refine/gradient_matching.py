@@ -19,7 +19,14 @@ from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
-from dq.refine.class_matching import ClassBatches, ClassMatchingMethod, Gradient, image_weights, learn_images
+from dq.refine.class_matching import (
+    ClassBatches,
+    ClassMatchingMethod,
+    Gradient,
+    class_gradients,
+    image_weights,
+    learn_images,
+)
 from dq.refine.method import Callback, Context, Cost, RealImages, Refined, State
 
 TINY = 1e-6  # beside products of norms, as released
@@ -117,18 +124,16 @@ def refine(
             else:
                 carried["theta"] = train(carried["theta"], x, step)
             theta = carried["theta"].detach().requires_grad_(True)
-            total, g = torch.zeros((), device=device), torch.zeros_like(x)
-            for c, own in rows.items():
-                seen = batches.images(c, step, device)
+
+            def loss_of(c: int, part: Tensor) -> Tensor:
+                seen, own = batches.images(c, step, device), rows[c]
                 loss = F.cross_entropy(net(theta, seen), torch.full((len(seen),), c, device=device))
                 (of_real,) = torch.autograd.grad(loss, theta)
-                part = x[own].requires_grad_(True)
                 losses = F.cross_entropy(net(theta, batches.augment(part, c, step)), y[own], reduction="none")
                 (of_learned,) = torch.autograd.grad((shares[own] * losses).sum(), theta, create_graph=True)
-                d = distance(of_real, of_learned, net, config.alpha)
-                (g[own],) = torch.autograd.grad(d, [part])
-                total += d.detach()
-            return total, g
+                return distance(of_real, of_learned, net, config.alpha)
+
+            return class_gradients(loss_of, x, rows)[:2]
 
         return gradient
 

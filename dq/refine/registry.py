@@ -9,6 +9,7 @@ from dq.refine.fadrm import FadrmMethod
 from dq.refine.frepo import FrepoMethod
 from dq.refine.gradient_matching import GradientMethod
 from dq.refine.method import Method
+from dq.refine.spectral_matching import SpectralMethod
 from dq.refine.teddy import TeddyMethod
 from dq.refine.trajectory import TrajectoryMethod
 
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     "trajectory": TrajectoryMethod(),
     "gradient": GradientMethod(),
     "distribution": DistributionMethod(),
+    "spectral": SpectralMethod(),
 }
 
 

@@ -1,4 +1,4 @@
-"""Distribution and gradient matching: formulas, chosen layers, siamese augmentation, resuming, and what they learn."""
+"""Distribution, gradient and spectral matching: formulas, chosen layers, augmentation, resuming, what they learn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from models import tiny_kl
 from sklearn.datasets import load_digits
 
-from dq.config.condensation import Condensation, DistributionMatching, GradientMatching
+from dq.config.condensation import Condensation, DistributionMatching, GradientMatching, SpectralMatching
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
@@ -23,7 +23,7 @@ from dq.data.zca import fit_whitening
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
-from dq.refine import distribution_matching, gradient_matching
+from dq.refine import distribution_matching, gradient_matching, spectral_matching
 from dq.refine.class_matching import ClassBatches, image_weights
 from dq.refine.method import Callback, Context, RealImages
 from dq.refine.starts import rows_by_class
@@ -45,7 +45,7 @@ def first_of_each(real: RealImages, ipc: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def with_steps(config: Condensation, steps: int) -> Condensation:
-    if isinstance(config, DistributionMatching):
+    if not isinstance(config, GradientMatching):
         return dataclasses.replace(config, steps=steps)
     return dataclasses.replace(config, networks=-(-steps // 3), passes=min(3, steps))
 
@@ -53,8 +53,9 @@ def with_steps(config: Condensation, steps: int) -> Condensation:
 METHODS = [
     (distribution_matching.refine, DistributionMatching(steps=6, **SMALL)),
     (gradient_matching.refine, GradientMatching(networks=2, passes=3, net_epochs=2, **SMALL)),
+    (spectral_matching.refine, SpectralMatching(steps=6, lr=0.1, frequencies=32, sampler="network", **SMALL)),
 ]
-both = pytest.mark.parametrize(("refine", "config"), METHODS, ids=["dm", "dc"])
+every = pytest.mark.parametrize(("refine", "config"), METHODS, ids=["dm", "dc", "ncfm"])
 
 
 def test_the_distance_of_distributions_is_that_of_weighted_means():
@@ -138,7 +139,7 @@ def test_real_and_learned_images_are_augmented_alike(digits):
     assert all(tuple(x.flatten().tolist()) in rows for x in real)
 
 
-@both
+@every
 def test_a_loop_over_classes_in_plain_words_gives_the_same_first_step(refine, config, digits):
     images, labels = first_of_each(digits, 2)
     config = with_steps(config, 1)
@@ -152,6 +153,15 @@ def test_a_loop_over_classes_in_plain_words_gives_the_same_first_step(refine, co
         for c in range(10):
             a = net.features(batches.images(c, 0, torch.device("cpu"))).mean(0)
             total = total + (a - net.features(x[labels == c]).mean(0)).square().sum()
+    elif isinstance(config, SpectralMatching):
+        net = make_net(config.net, 10, 8, seed=derive_seed(3, "network", 0))
+        t = spectral_matching.Frequencies(config, 64, 3, torch.device("cpu")).draw(0, {}).detach()
+        for c in range(10):
+            pair = batches.images(c, 0, torch.device("cpu")), x[labels == c]
+            a, b = (F.normalize(net.features(v).flatten(1)).double() for v in pair)
+            a, b = ((1j * (v @ t.T.double())).exp().mean(0) for v in (a, b))
+            squared = 0.5 * (a.abs() - b.abs()) ** 2 + (a.abs() * b.abs() - (a * b.conj()).real)
+            total = total + 300 * squared.sqrt().mean()
     else:
         net = make_net(config.net, 10, 8, seed=derive_seed(3, "network", 0))
         for c in range(10):
@@ -169,7 +179,7 @@ def test_a_loop_over_classes_in_plain_words_gives_the_same_first_step(refine, co
     assert torch.allclose(result.images, expected, atol=2e-4)
 
 
-@both
+@every
 def test_resumed_equals_uninterrupted(refine, config, digits, monkeypatch):
     monkeypatch.setattr("dq.refine.class_matching.SAVE_SECONDS", 0.0)
     images, labels = first_of_each(digits, 1)
@@ -181,7 +191,7 @@ def test_resumed_equals_uninterrupted(refine, config, digits, monkeypatch):
         assert torch.equal(rest.trace, whole.trace)
 
 
-@both
+@every
 def test_an_image_of_weight_two_is_the_image_twice(refine, config, digits):
     images, labels = first_of_each(digits, 2)
     weights = torch.ones(20)
@@ -206,7 +216,7 @@ def test_shares_of_a_class_sum_to_one():
     assert image_weights(DistributionMatching(), labels, weights)[1].tolist() == [0.5, 0.5, 1.0]
 
 
-@both
+@every
 def test_images_of_a_grey_data_set_stay_grey(refine, config, digits):
     grey = RealImages(digits.images[:, :1].expand(-1, 3, -1, -1), digits.labels)
     images, labels = first_of_each(grey, 1)
@@ -216,7 +226,7 @@ def test_images_of_a_grey_data_set_stay_grey(refine, config, digits):
         assert not torch.allclose(out, images, atol=1e-3)
 
 
-@both
+@every
 def test_latents_move_along_the_gradient_of_the_images_they_are_decoded_to(refine, config, digits, monkeypatch):
     monkeypatch.setattr("dq.refine.class_matching.SAVE_SECONDS", 0.0)
     images, labels = first_of_each(digits, 2)
@@ -244,13 +254,13 @@ def test_latents_move_along_the_gradient_of_the_images_they_are_decoded_to(refin
 
 
 @pytest.mark.slow
-@both
+@every
 def test_learned_images_teach_more_than_those_they_start_from(refine, config, digits):
     train = RealImages(digits.images[:1200], digits.labels[:1200])
     config = dataclasses.replace(config, real_batch=64, checks=1, check_nets=3, check_epochs=60)
     images, labels = first_of_each(train, 1)
     still = dataclasses.replace(with_steps(config, 1), lr=1e-9)
-    config = with_steps(config, 150 if isinstance(config, DistributionMatching) else 60)
+    config = with_steps(config, 60 if isinstance(config, GradientMatching) else 150)
     before = refine(images, labels, still, train, classes=10).facts["checks"]
     after = refine(images, labels, config, train, classes=10).facts["checks"]
     assert max(a for _, a in after) > max(a for _, a in before) + 0.05
@@ -267,6 +277,7 @@ def toy(n: int = 40, classes: int = 2) -> RealImages:
 
 DM = DistributionMatching(net="convnet2w4", steps=6, real_batch=16)
 DC = GradientMatching(net="convnet2w4", networks=3, passes=2, net_epochs=1, real_batch=16)
+SM = SpectralMatching(net="convnet2w4", steps=6, real_batch=16, frequencies=16)
 BOTH = pytest.mark.parametrize(
     ("module", "config"), [(distribution_matching, DM), (gradient_matching, DC)], ids=["dm", "dc"]
 )
@@ -302,7 +313,9 @@ def test_loops_follow_the_images_per_class() -> None:
         gradient_matching.resolve(GradientMatching(net="convnet3-bn"), Context(32, 0, 10, 10))
 
 
-@pytest.mark.parametrize("config", [DM, DC, dataclasses.replace(DM, mode="latent")], ids=["dm", "dc", "dm latents"])
+@pytest.mark.parametrize(
+    "config", [DM, DC, SM, dataclasses.replace(DM, mode="latent")], ids=["dm", "dc", "ncfm", "dm latents"]
+)
 def test_it_is_a_stage_of_a_run(config: Condensation, toy_source: Any, accelerator: Any, tmp_path: Path) -> None:
     from dq.run.distill import DistillPipeline
     from dq.run.planning.plan import plan

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_kl
+from small_experts import NET, experts_in
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -22,23 +23,12 @@ from dq.config.trajectories import PRESETS, Trajectory
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors, write_json
 from dq.diffusion.image_codec import ImageCodec
-from dq.networks.train_experts import train_experts
 from dq.networks.trajectories import Experts, flat_accuracy, open_experts
 from dq.refine import held_out, trajectory
 from dq.refine.held_out import mean_accuracy
 from dq.refine.method import Batch, Callback, Context, RealImages, Refined, Resources, State
 from dq.refine.trajectory import TrajectoryMethod, correct_rows, expert_labels, refine, resolve
 from dq.refine.unroll import MetaGradient, matching_loss
-
-NET = "convnet2w4"
-
-
-def experts_in(folder: Path, source: Any, accelerator: Any, **more: Any) -> Path:
-    t = {"net": NET, "epochs": 6, "batch_size": 8, "lr": 0.2, "optimizer": "sgd", "whiten": True, "number": 2}
-    t |= {"augment": "none", "output_dir": str(folder / "experts"), **more}
-    values = {f"train_experts.{k}": v for k, v in t.items()} | {"source.image_size": 8, "cache_dir": str(folder / "c")}
-    config = apply_settings(RunConfig(), {**values, "evaluate.validation_images": 6})
-    return train_experts(config, source, accelerator=accelerator)
 
 
 @pytest.fixture(scope="module")
