@@ -1,8 +1,8 @@
-"""Selection rules on features: random, herding, k-center."""
+"""Selection rules on features: random, herding, k-center, facility location."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.core.seeds import generator
+
+SIMILARITY_BYTES = 1 << 30  # of a matrix of similarities that is held; rows of a larger one are computed when needed
+EVALUATED_ROWS = 512  # candidates that are evaluated at once, at most ...
+FIRST_ROWS = 16  # ... and first of all in a step
 
 
 def random_rows(labels: np.ndarray, ipc: int, seed: int) -> np.ndarray:
@@ -85,8 +89,128 @@ def k_center_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
     return np.array(chosen, np.int64)
 
 
+def facility_location(
+    points: Tensor, k: int, *, weights: Tensor | None = None, candidates: Tensor | None = None, name: str = "the data"
+) -> np.ndarray:
+    """Greedy maximum of the facility location function (Wei et al. 2015, "Submodularity in data subset selection").
+
+        F(A) = sum_i w_i max_{j in A} max(0, cos(points_i, candidates_j))
+
+    Greedy picks reach (1 - 1/e) of the optimum (Nemhauser et al. 1978). Evaluation is lazy (Minoux 1978): gains never
+    grow, so that an earlier gain bounds the present one, and only candidates whose bound exceeds the best gain are
+    evaluated. Cosines are rounded to float32 and gains summed in float64 in an order of their own, in which rounding
+    keeps gains from growing too: picks equal those of plain greedy evaluation. Ties go to the lowest row. A vector of
+    length 0 is similar to nothing.
+
+    Args:
+        points: (n, d) float, what is to be covered.
+        k: number of picks; fewer candidates give all that there are.
+        weights: (n,) non-negative weights w of the points; None: 1.
+        candidates: (m, d) float, what may be picked; None: the points themselves.
+        name: how messages name the points, e.g. "class 3".
+
+    Returns:
+        (min(k, m),) int64 rows of the candidates in the order of picking.
+
+    Raises:
+        InputError: for values that are NaN or infinite, other shapes, or weights that are negative or all zero.
+    """
+    if k < 1:
+        raise InputError(f"a selection needs at least 1 image per class, not {k}")
+    x = _directions(points, name)
+    c = x if candidates is None else _directions(candidates, f"the candidates of {name}")
+    if c.shape[1] != x.shape[1]:
+        raise InputError(
+            f"candidates of {name} have {c.shape[1]} features and the points {x.shape[1]}; give those of one network"
+        )
+    w = np.ones(len(x)) if weights is None else weights.detach().cpu().double().numpy()
+    if w.shape != (len(x),) or not (np.isfinite(w).all() and (w >= 0).all() and w.any()):
+        raise InputError(f"weights of {name} must be ({len(x)},), finite, non-negative and not all zero")
+
+    def similarities(rows: np.ndarray) -> np.ndarray:
+        return (c[rows] @ x.T).clip(0).astype(np.float32)
+
+    k = min(k, len(c))
+    if 4 * len(c) * len(x) > SIMILARITY_BYTES:
+        return _lazy_greedy(similarities, w, len(c), k)
+    blocks = np.array_split(np.arange(len(c)), -(-len(c) // EVALUATED_ROWS))
+    matrix = np.concatenate([similarities(rows) for rows in blocks])
+    return _lazy_greedy(lambda rows: matrix[rows], w, len(c), k)
+
+
+def _lazy_greedy(
+    similarities: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, candidates: int, k: int
+) -> np.ndarray:
+    """The k picks of `facility_location`, from a function that gives rows (b, n) float32 of the similarity matrix."""
+    cover = np.zeros(len(weights), np.float32)  # similarity of each point to its nearest pick
+    bounds = np.full(candidates, np.inf)
+    picks = np.empty(k, np.int64)
+    for t in range(k):
+        stale = np.ones(candidates, bool)
+        stale[picks[:t]] = False
+        best, best_gain, size = candidates, -np.inf, FIRST_ROWS
+        while True:
+            rows = np.flatnonzero(stale & (bounds >= best_gain))
+            rows = rows[(bounds[rows] > best_gain) | (rows < best)]  # of equal gains the lowest row wins
+            if not len(rows):
+                break
+            # the largest bounds first, in growing blocks: one block evaluates what many bounds would ask for
+            rows = rows[np.argsort(-bounds[rows], kind="stable")[:size]]
+            size = min(2 * size, EVALUATED_ROWS)
+            gains = (np.maximum(similarities(rows) - cover, 0) * weights).sum(1)
+            bounds[rows], stale[rows] = gains, False
+            gain = gains.max()
+            row = rows[gains == gain].min()
+            if gain > best_gain or (gain == best_gain and row < best):
+                best, best_gain = int(row), float(gain)
+        picks[t] = best
+        cover = np.maximum(cover, similarities(picks[t : t + 1])[0])
+    return picks
+
+
+def _directions(x: Tensor, name: str) -> np.ndarray:
+    """Rows of x (n, d) divided by their lengths, float64; rows of length 0 stay."""
+    if x.ndim != 2 or not x.numel():
+        raise InputError(f"features of {name} must be a non-empty (n, d) array, not {tuple(x.shape)}")
+    x = x.detach().cpu().double()
+    bad = (~torch.isfinite(x)).any(1).nonzero()
+    if len(bad):
+        raise InputError(
+            f"features of {name} have NaN or infinite values, first in row {int(bad[0])}; make them again"
+        )
+    x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # squares of large values overflow
+    return (x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)).numpy()
+
+
+def facility_rows(features: Tensor, labels: np.ndarray, ipc: int, weights: Tensor | None = None) -> np.ndarray:
+    """Rows of the greedy facility location of every class; see `facility_location`.
+
+    Args:
+        features: (n, d) float, of a network; compared by their cosines.
+        labels: (n,) class indices.
+        ipc: images per class; a class with fewer gives all that it has.
+        weights: (n,) non-negative weights of the images, such as their difficulty; None: 1.
+
+    Returns:
+        (rows,) int64 in class order, within a class in the order of picking.
+    """
+    if weights is not None and weights.shape != (len(labels),):
+        raise InputError(f"weights must be ({len(labels)},), one per label, not {tuple(weights.shape)}")
+    chosen = []
+    for label, rows, x in _classes(features, labels, ipc):
+        w = None if weights is None else weights[torch.from_numpy(rows)]
+        chosen.append(rows[facility_location(x, ipc, weights=w, name=f"class {label}")])
+    return np.concatenate(chosen)
+
+
 def _centred_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Of every class: its index, its rows, and its features (n, d) as float64 with mean zero."""
+    for label, rows, x in _classes(features, labels, ipc):
+        yield label, rows, x - x.mean(0)
+
+
+def _classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Of every class: its index, its rows, and its features (n, d) as float64."""
     if ipc < 1:
         raise InputError(f"a selection needs at least 1 image per class, not {ipc}")
     if features.ndim != 2 or len(features) != len(labels):
@@ -99,4 +223,4 @@ def _centred_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator
             raise InputError(
                 f"features have NaN or infinite values, first in row {rows[int(bad[0])]}; make them again"
             )
-        yield int(label), rows, x - x.mean(0)
+        yield int(label), rows, x

@@ -1,0 +1,107 @@
+"""Selection rules on features, scores and cells: known answers, plain greedy evaluation, and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dq.core.errors import InputError
+from dq.data import coresets
+from dq.data.coresets import facility_location, facility_rows
+
+
+def features(n: int, d: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + 0.3
+
+
+def coverage(picks: list[int], points: Tensor, weights: Tensor, candidates: Tensor) -> float:
+    """F(A) by its definition."""
+    cosines = torch.nn.functional.cosine_similarity(points[:, None], candidates[picks][None], dim=2).clamp(min=0)
+    return float((weights * cosines.amax(1)).sum())
+
+
+def plain_greedy(k: int, points: Tensor, weights: Tensor, candidates: Tensor) -> list[int]:
+    picks: list[int] = []
+    for _ in range(k):
+        free = [j for j in range(len(candidates)) if j not in picks]
+        # two points that are nearest to one another gain the same, up to rounding: the lowest row wins
+        picks.append(max(free, key=lambda j: round(coverage([*picks, j], points, weights, candidates), 9)))
+    return picks
+
+
+# --- facility location --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_lazy_picks_equal_plain_greedy_ones(weighted: bool, others: bool, seed: int) -> None:
+    x = features(40, seed=seed).double()
+    candidates = features(30, seed=seed + 9).double() if others else x
+    w = torch.rand(40, generator=torch.Generator().manual_seed(seed)).double() if weighted else torch.ones(40)
+    picks = facility_location(x, 12, weights=w if weighted else None, candidates=candidates if others else None)
+    assert picks.tolist() == plain_greedy(12, x, w.double(), candidates)
+
+
+def test_picks_depend_on_no_block_and_no_memory(monkeypatch) -> None:
+    x, w = features(300, 8), torch.rand(300, generator=torch.Generator().manual_seed(0))
+    picks = facility_location(x, 40, weights=w).tolist()
+    monkeypatch.setattr(coresets, "FIRST_ROWS", 1)
+    monkeypatch.setattr(coresets, "EVALUATED_ROWS", 1)
+    assert facility_location(x, 40, weights=w).tolist() == picks
+    monkeypatch.setattr(coresets, "SIMILARITY_BYTES", 0)
+    assert facility_location(x, 40, weights=w).tolist() == picks
+
+
+def test_facility_location_by_hand() -> None:
+    # three along x, two along y, one along -x: lengths do not count, opposite directions are not similar
+    x = torch.tensor([[0.0, 5.0], [1.0, 0.0], [2.0, 0.0], [9.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert facility_location(x, 3).tolist() == [1, 0, 5]
+    assert facility_location(x, 9).tolist() == [1, 0, 5, 2, 3, 4]  # nothing is left to gain: by row
+    assert facility_location(x, 2, weights=torch.tensor([1.0, 1, 1, 1, 1, 9])).tolist() == [5, 1]
+    # the candidates are others than the points, and zero is similar to nothing
+    assert facility_location(x, 2, candidates=torch.tensor([[0.0, 0.0], [-3.0, 0.0], [0.0, 2.0]])).tolist() == [2, 1]
+
+
+def test_a_weight_counts_as_copies_and_scale_changes_nothing() -> None:
+    x = features(20)
+    counts = torch.randint(1, 4, (20,), generator=torch.Generator().manual_seed(0))
+    copies = x.repeat_interleave(counts, 0)
+    picks = facility_location(x, 8, weights=counts)
+    assert picks.tolist() == facility_location(copies, 8, candidates=x).tolist()
+    assert picks.tolist() == facility_location(1e200 * x.double(), 8, weights=0.25 * counts).tolist()
+
+
+def test_equal_features_are_picked_by_row_and_small_classes_whole() -> None:
+    labels = np.array([1, 0, 1, 1, 2, 1])
+    rows = facility_rows(torch.full((6, 5), 0.3), labels, 3)
+    assert rows.tolist() == [1, 0, 2, 3, 4]
+    assert rows.dtype == np.int64
+    assert facility_rows(torch.zeros(6, 5), labels, 9).tolist() == [1, 0, 2, 3, 5, 4]
+    x, one = features(30), np.zeros(30, np.int64)
+    assert facility_rows(x, one, 4).tolist() == facility_location(x, 4).tolist()
+    w = torch.arange(30.0)
+    assert facility_rows(x, one, 4, w).tolist() == facility_location(x, 4, weights=w).tolist() != [0, 1, 2, 3]
+
+
+def test_facility_location_refuses_what_it_cannot_use() -> None:
+    x, labels = features(6), np.array([0, 0, 0, 1, 1, 1])
+    with pytest.raises(InputError, match=r"weights of class 1 must be \(3,\), finite, non-negative and not all zero"):
+        facility_rows(x, labels, 2, torch.tensor([1.0, 1, 1, 0, 0, 0]))
+    for bad in (-1.0, torch.nan):
+        with pytest.raises(InputError, match="weights of the data must be"):
+            facility_location(x, 2, weights=torch.tensor([1.0, 1, 1, 1, 1, bad]))
+    with pytest.raises(InputError, match=r"weights must be \(6,\), one per label, not \(5,\)"):
+        facility_rows(x, labels, 2, torch.ones(5))
+    with pytest.raises(InputError, match="first in row 4"):
+        facility_rows(torch.where(torch.arange(6)[:, None] == 4, torch.nan, x), labels, 2)
+    with pytest.raises(InputError, match="candidates of the data have NaN or infinite values, first in row 0"):
+        facility_location(x, 2, candidates=torch.full((2, 6), torch.inf))
+    with pytest.raises(InputError, match="candidates of the data have 3 features and the points 6"):
+        facility_location(x, 2, candidates=torch.ones(2, 3))
+    with pytest.raises(InputError, match="at least 1 image per class, not 0"):
+        facility_location(x, 0)
+    with pytest.raises(InputError, match=r"non-empty \(n, d\) array, not \(0, 6\)"):
+        facility_location(x[:0], 2)
