@@ -4,7 +4,7 @@ free-support Wasserstein barycentre that such points should be."""
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +49,16 @@ def _costs(cost: Any, axes: int) -> Tensor:
     return cost if cost.is_floating_point() else cost.double()
 
 
-def exact_plan(cost: Any, a: Any = None, b: Any = None) -> Tensor:
-    """Optimal transport plan (n, k) float64 for a cost (n, k), by POT's network simplex.
+class ExactTransport(NamedTuple):
+    """A solved transport problem between masses a (n,) and b (k,)."""
+
+    plan: Tensor  # (n, k) float64, sums to 1
+    value: float  # sum of plan times cost
+    potentials: Tensor  # (k,) float64, an optimal dual solution on the side of b
+
+
+def exact_transport(cost: Any, a: Any = None, b: Any = None) -> ExactTransport:
+    """Solve optimal transport for a cost (n, k), by POT's network simplex in float64.
 
     Args:
         a, b: (n,) and (k,) non-negative masses, scaled to sum to 1; None: uniform.
@@ -64,7 +72,12 @@ def exact_plan(cost: Any, a: Any = None, b: Any = None) -> Tensor:
     plan, log = ot.emd(weight_a, weight_b, cost.double().cpu().numpy(), numItermax=10_000_000, log=True)
     if log["warning"]:
         raise RuntimeError(f"the transport solver did not finish on a {n} x {k} problem: {log['warning']}")
-    return torch.from_numpy(plan)
+    return ExactTransport(torch.from_numpy(plan), float(log["cost"]), torch.from_numpy(np.asarray(log["v"])))
+
+
+def exact_plan(cost: Any, a: Any = None, b: Any = None) -> Tensor:
+    """Optimal transport plan (n, k) float64 for a cost (n, k); see `exact_transport`."""
+    return exact_transport(cost, a, b).plan
 
 
 def _shares(weights: Tensor) -> np.ndarray:

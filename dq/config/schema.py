@@ -110,6 +110,11 @@ class GenerateConfig(Checked):
     negative_prompt: str = "cartoon, anime, painting"
     class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
     images_per_prototype: int = 1
+    candidates: int = 1  # draws for every image that is kept, of which `select` keeps one
+    # correct: the first that `select_teacher` classifies rightly; confident: the one of highest p(y); transport: those
+    # whose features are together nearest to those of the class's real images
+    select: Literal["none", "correct", "confident", "transport"] = "none"
+    select_teacher: TeacherConfig | None = None  # should differ from those that label
     image_dtype: Literal["uint8", "float32"] = "uint8"
     dtype: Dtype = "auto"
     batch_size: int = 32
@@ -130,6 +135,9 @@ class GenerateConfig(Checked):
                 f"noise=inversion gives the same image every time: set images_per_prototype=1 (now "
                 f"{self.images_per_prototype}), or noise=random"
             )
+        if self.candidates > 1 and (self.noise == "inversion" or self.mode == "decode"):
+            why = "noise=inversion" if self.noise == "inversion" else "mode=decode"
+            raise InputError(f"{why} gives the same image every time: set candidates=1 (now {self.candidates})")
 
 
 @dataclass(frozen=True)

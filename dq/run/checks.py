@@ -18,6 +18,7 @@ from dq.run.folder import check_folder, check_methods, resolved_method, settle_d
 from dq.run.refinement import check_codec_path, experts_of, needs_codec, planned, stages_of
 from dq.run.stages.evaluate import check_evaluation
 from dq.run.stages.prune import check_pruning
+from dq.run.stages.select import selecting_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +31,7 @@ ENCODES = ("run", "encode", "generate")  # verbs that load the generator
 CLUSTERS = ("run", "encode", "prune", "cluster", "generate")  # verbs that cluster, or whose images are clustered
 LABELS = ("run", "label", "evaluate")
 REFINES = ("run", "generate", "refine")
+DRAWS = ("run", "generate")
 
 
 def check_run(
@@ -81,6 +83,31 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
             for stage in stages_of(config, method):
                 experts_of(source, config.image_size, method_of(stage).needs(stage))
     check_teachers(_teachers_of(config, verb), len(source.class_names), config.image_size)
+    if verb in DRAWS:
+        warn_of_selectors(config, len(source.class_names))
+
+
+def warn_of_selectors(config: RunConfig, classes: int) -> None:
+    """Warn where a teacher that selects among candidates is one of those that label: students learn its labels, and
+    gain by what it mistakes (see `docs/generation.md`)."""
+    here = [t for t in config.teachers if t.net not in (POOL, "transformers") and t.path != PRETRAINED]
+    labelling: set[str] = set()
+    for method in config.methods:
+        selecting = _selects(config, method)
+        if selecting is None or not here:
+            continue
+        labelling = labelling or {load_teacher(t, classes, config.image_size).digest for t in here}
+        if selecting.path != PRETRAINED and load_teacher(selecting, classes, config.image_size).digest in labelling:
+            log.warning(
+                "generate.select_teacher of method %r is one of the teachers that label, so that its own mistakes "
+                "decide which images are kept; name a teacher of another training",
+                method,
+            )
+
+
+def _selects(config: RunConfig, method: str) -> TeacherConfig | None:
+    resolved = resolved_method(config, method)
+    return selecting_teacher(resolved.method, resolved.generate)
 
 
 def check_counts(config: RunConfig, source: ImageSource) -> None:
@@ -160,6 +187,8 @@ def check_teachers(teachers: Iterable[TeacherConfig], classes: int, image_size: 
 
 def _teachers_of(config: RunConfig, verb: str) -> list[TeacherConfig]:
     used: list[TeacherConfig] = list(config.teachers)
+    if verb in DRAWS:
+        used += [t for m in config.methods if (t := _selects(config, m)) is not None]
     for stage in (s for m in config.methods for s in stages_of(config, m)) if verb in REFINES else ():
         used += [*stage.teachers, *stage.judges]
     return used

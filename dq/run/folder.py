@@ -109,6 +109,15 @@ def copies_of(method: MethodConfig, generate: GenerateConfig) -> int:
     return 1 if single else generate.images_per_prototype
 
 
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """A section's settings without those that change speed alone, in it and in its selecting teacher."""
+    kept = {k: v for k, v in settings.items() if k not in SPEED}
+    if kept.get("select_teacher"):
+        passed = (*SPEED, "check_images")
+        kept["select_teacher"] = {k: v for k, v in kept["select_teacher"].items() if k not in passed}
+    return kept
+
+
 def class_file(folder: Path, label: int) -> Path:
     """The file of a class in a folder of prototypes or images."""
     return folder / f"class-{label:05d}.safetensors"
@@ -182,6 +191,36 @@ def check_methods(config: RunConfig) -> None:
                 f"method {method!r} has cluster.space={space.space}, which needs a teacher; "
                 "set teachers.0.net and teachers.0.path, or cluster.space=latents"
             )
+        check_selection(config, method)
+
+
+def check_selection(config: RunConfig, method: str) -> None:
+    """Whether candidates of a method, the rule that selects among them and its teacher go together.
+
+    Raises:
+        InputError: for candidates without a rule, a rule without candidates or teacher, or a pool as teacher.
+    """
+    m, _, g, _ = resolved_method(config, method)
+    if m.representative == "real" or (g.candidates == 1 and g.select == "none"):
+        return
+    if g.select == "none":
+        raise InputError(
+            f"method {method!r} has generate.candidates={g.candidates} and generate.select=none, which would keep the "
+            "first alone; set generate.select to correct, confident or transport, or candidates=1"
+        )
+    if g.candidates == 1:
+        raise InputError(
+            f"method {method!r} has generate.select={g.select} and one candidate; set generate.candidates to 2 or more"
+        )
+    if g.select_teacher is None or not (g.select_teacher.path or g.select_teacher.net == "transformers"):
+        raise InputError(
+            f"method {method!r} has generate.select={g.select}, which needs a teacher; set "
+            "generate.select_teacher.net and generate.select_teacher.path"
+        )
+    if g.select_teacher.net == "pool":
+        raise InputError(
+            f"method {method!r} has a pool as generate.select_teacher, which is one network; name one of its members"
+        )
 
 
 def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
@@ -262,9 +301,10 @@ def _holds_something(folder: Path) -> bool:
 def _changed(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     for section in IDENTITY:
         if isinstance(a[section], dict) and isinstance(b[section], dict):
-            for key in a[section]:
-                if a[section][key] != b[section][key] and key not in SPEED:
-                    yield f"{section}.{key}: {a[section][key]} -> {b[section][key]}"
+            old, new = deciding(a[section]), deciding(b[section])
+            for key in old:
+                if old[key] != new[key]:
+                    yield f"{section}.{key}: {old[key]} -> {new[key]}"
         elif isinstance(a[section], list):
             # teachers may be named later, and may lie elsewhere
             old_list, new_list = ([{k: v for k, v in x.items() if k not in SPEED} for x in y[section]] for y in (a, b))

@@ -31,6 +31,7 @@ from dq.run.stages.cluster import clusterings, load_prototypes, prototype_folder
 from dq.run.stages.encode import cache_of
 from dq.run.stages.evaluate import describe_evaluation, outdated_rows
 from dq.run.stages.generate import nearest_images
+from dq.run.stages.select import selection_sentences
 
 log = logging.getLogger("dq")
 MAX_CLASSES, MAX_COLUMNS, MAX_POINTS = 20, 10, 2000
@@ -81,6 +82,7 @@ def write_report(run: Run) -> Path:
         path = figures / f"grid-ipc{ipc}-{method}.png"
         save_image(set_grid(small, [nearest_images(run, p) for p in few]), path)
         body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{embed(path)}")
+    body += _selections(run, present)
     body += _refinement(run)
     body.append("<h2>Quantization</h2>")
     for ipc, resolved in clusterings(run):
@@ -201,6 +203,25 @@ def _accuracy(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> list[st
             rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
         body += ["<h2>Differences of pairs of seeds, 95 % intervals</h2>", html_table(head, rows)]
     return body
+
+
+def _selections(run: Run, present: Sequence[tuple[int, str]]) -> list[str]:
+    """Of every set that was selected from candidates: the rule, its teacher, and what was kept; nothing if there is
+    none."""
+    rows, sentences = [], []
+    for ipc, method in present:
+        provenance = read_json(run.folder / "dataset" / f"ipc{ipc}-{method}" / "provenance.json")
+        s = provenance["generate"].get("selection")
+        if s:
+            drawn, kept = (f"{100 * s[name]:.1f} %" for name in ("probability_drawn", "probability_kept"))
+            w2 = f"{s['w2_first']:.3f} to {s['w2']:.3f}" if "w2" in s else ""
+            rows.append([method, ipc, s["rule"], s["candidates"], s["teacher"], s["images"], drawn, kept, w2])
+            sentences += [f"{method} at IPC {ipc}: {sentence}." for sentence in selection_sentences(s)]
+    if not rows:
+        return []
+    head = ["method", "IPC", "rule", "candidates", "teacher", "images", "p(y) of all", "p(y) of the kept"]
+    body = ["<h2>Selection among candidates</h2>", html_table([*head, "W2, first draws to the kept"], rows)]
+    return body + [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
 
 
 def _refinement(run: Run) -> list[str]:

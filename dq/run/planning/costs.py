@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dq.config.pruning import PruneConfig
-from dq.config.reader import to_dict
-from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
+from dq.config.schema import ClusterConfig, GenerateConfig, RunConfig
 from dq.core.processes import cut
 from dq.core.seeds import digest_of
 from dq.data.image_cache import LEAST, MOST
 from dq.evaluation.baselines import BY_FEATURES
+from dq.run.planning.sets import Asked, asked_sets
 
 if TYPE_CHECKING:
     from dq.data.source import ImageSource
@@ -76,47 +76,6 @@ def busiest(costs: Sequence[float], processes: int) -> float:
 # --- the stages ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One set of a run: how it is made and how many images it has."""
-
-    ipc: int
-    method: str
-    how: MethodConfig
-    cluster: ClusterConfig
-    generate: GenerateConfig
-    prune: PruneConfig
-    images: int
-
-    @property
-    def points(self) -> str:
-        """Names the prototypes, which several methods may share."""
-        from dq.run.stages.cluster import cluster_settings
-        from dq.run.stages.prune import prune_settings
-
-        return digest_of([self.ipc, cluster_settings(self.cluster), prune_settings(self.prune)])
-
-    @property
-    def drawn(self) -> str:
-        """Names the drawn images, which methods that differ in weights or refinement share."""
-        settings = "real" if self.how.representative == "real" else to_dict(self.generate)
-        return digest_of([self.points, self.how.representative, settings])
-
-
-def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
-    """The sets of a run, ipc by ipc."""
-    from dq.run.folder import copies_of, resolved_method
-
-    counts = source.class_counts()
-    found = []
-    for ipc in config.ipc:
-        for method in config.methods:
-            resolved = resolved_method(config, method)
-            images = int(counts.clip(max=ipc).sum()) * copies_of(resolved.method, resolved.generate)
-            found.append(Asked(ipc, method, *resolved, images))
-    return found
-
-
 def stage_plans(
     config: RunConfig,
     source: ImageSource,
@@ -139,7 +98,7 @@ def stage_plans(
         _encode(counts, cells, processes),
         _prune(config, counts, processes),
         _cluster(sets, counts, cells, processes),
-        _generate(config, sets, walked, processes),
+        _generate(config, sets, sum(counts), walked, processes),
         _refine(config, sets, counts, processes),
         _label(config, sets, processes),
         _evaluate(config, source, sets, processes),
@@ -207,21 +166,40 @@ def pixel_bytes(config: RunConfig, image_dtype: str = "uint8") -> int:
     return 3 * config.image_size**2 * (4 if image_dtype == "float32" else 1)
 
 
-def _generate(config: RunConfig, sets: Sequence[Asked], walked: int | None, processes: int) -> StagePlan:
+def _generate(config: RunConfig, sets: Sequence[Asked], images: int, walked: int | None, processes: int) -> StagePlan:
+    """Drawing, and what a selecting teacher looks at; `images` are those of train."""
+    from dq.run.stages.select import BY_FEATURES
+
     distinct = {s.drawn: s for s in sets}
-    total = sum(s.images for s in distinct.values())
-    plan = StagePlan("generate", f"{total} images")
+    total = sum(s.draws for s in distinct.values())
+    kept = sum(s.images for s in distinct.values())
+    plan = StagePlan("generate", f"{total} images" + (f", of which {kept} are kept" if kept < total else ""))
+    compared: set[str] = set()
     for s in distinct.values():
         if s.how.representative == "real":
             plan.call("read", s.images)
         else:
-            plan.call("decode", s.images)
+            plan.call("decode", s.draws)
             if s.generate.mode != "decode":
                 steps = s.generate.num_inference_steps if walked is None else walked
-                plan.call("denoise", s.images * steps)
+                plan.call("denoise", s.draws * steps)
+        if s.draws > s.images:
+            looks = 2 if s.generate.select in BY_FEATURES else 1  # probabilities, and features
+            operation = select_operation(s.generate)
+            plan.call(operation, s.draws * looks)
+            if looks == 2 and operation not in compared:  # real images, once for each teacher
+                compared.add(operation)
+                plan.call("read", images)
+                plan.call(operation, images)
         plan.bytes = (plan.bytes or 0) + s.images * pixel_bytes(config, s.generate.image_dtype)
     plan.share = -(-total // processes) / total
     return plan
+
+
+def select_operation(generate: GenerateConfig) -> str:
+    """Names a forward pass of the teacher that selects among candidates."""
+    teacher = generate.select_teacher
+    return f"select {teacher.net} {teacher.path}" if teacher else "select"
 
 
 def _refine(config: RunConfig, sets: Sequence[Asked], counts: list[int], processes: int) -> StagePlan:

@@ -58,10 +58,11 @@ def plan(config: RunConfig, source: ImageSource) -> str:
     """What a run would do: classes, units, disk, model calls."""
     from dq.core.processes import cut
     from dq.data.image_cache import LEAST, MOST
+    from dq.run.planning.sets import asked_sets
 
     counts = source.class_counts()
     n, classes = int(counts.sum()), len(counts)
-    copies = config.generate.images_per_prototype if config.generate.mode != "decode" else 1
+    sets = asked_sets(config, source)
     lines = [
         f"source      {source.origin}: {n} train images, {classes} classes of {counts.min()} to {counts.max()}, "
         f"test split {source.test_name or 'missing'}",
@@ -78,15 +79,16 @@ def plan(config: RunConfig, source: ImageSource) -> str:
     for ipc in config.ipc:
         prototypes = int(counts.clip(max=ipc).sum())
         short = [source.class_names[c] for c in range(classes) if counts[c] < ipc]
-        images = prototypes * copies
+        images = sum(s.images for s in sets if s.ipc == ipc)
+        draws = sum(s.draws for s in sets if s.ipc == ipc)
         lines.append(
             f"ipc {ipc:<7d} {prototypes} prototypes, {len(config.methods)} methods "
-            f"({', '.join(config.methods)}), {images * len(config.methods)} images, "
-            f"{images * pixels * len(config.methods) / 1e6:.1f} MB of pixels, "
-            f"up to {images * walked * len(config.methods)} denoiser calls"
+            f"({', '.join(config.methods)}), {images} images, "
+            + (f"chosen from {draws} draws, " if draws > images else "")
+            + f"{images * pixels / 1e6:.1f} MB of pixels, up to {draws * walked} denoiser calls"
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
-    sizes = {(m, str(ipc)): int(counts.clip(max=ipc).sum()) * copies for ipc in config.ipc for m in config.methods}
+    sizes = {(s.method, str(s.ipc)): s.images for s in sets}
     lines += _plan_refinement(config, sizes, counts.tolist())
     lines += plan_evaluation(config, counts, sizes)
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")

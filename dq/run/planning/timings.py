@@ -27,20 +27,22 @@ from dq.run.planning.clock import Speed, random_pixels, timed
 from dq.run.planning.costs import (
     StagePlan,
     agent_operation,
-    asked_sets,
     cluster_operation,
     estimate_lines,
     refine_operation,
     seconds_of,
+    select_operation,
     stage_plans,
 )
 from dq.run.planning.refining import refining_speed
+from dq.run.planning.sets import asked_sets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dq.data.source import ImageSource
     from dq.diffusion.generator import LatentGenerator
+    from dq.networks.teacher import Teacher
 
 log = logging.getLogger("dq")
 
@@ -253,18 +255,24 @@ def _teachers(
     checked = functools.partial(load_teachers, image_size=config.image_size, device=device)
     side = config.image_size
     real = not source.fingerprint.startswith("like ")
-    if config.teachers and real:
-        teachers = checked(config.teachers, source)
-        batch = max(t.batch_size for t in teachers)
 
+    def looking(teachers: Sequence[Teacher]) -> Speed:
         def look(images: torch.Tensor) -> None:
             pooled_logits(teachers, images)
 
-        yield "teacher", timed(look, batch, device=device, prepare=functools.partial(random_pixels, side=side))
+        batch = max(t.batch_size for t in teachers)
+        return timed(look, batch, device=device, prepare=functools.partial(random_pixels, side=side))
+
+    if config.teachers and real:
+        yield "teacher", looking(checked(config.teachers, source))
     done = set()
+    for s in asked_sets(config, source) if real else ():
+        settings, name = s.generate.select_teacher, select_operation(s.generate)
+        if settings is not None and s.draws > s.images and name not in done:
+            done.add(name)
+            yield name, looking(checked([settings], source))
     for method in config.methods if real else ():
-        settings = asked_settings(config, method)
-        for stage, asked in zip(stages_of(config, method), settings):
+        for stage, asked in zip(stages_of(config, method), asked_settings(config, method)):
             name = refine_operation(asked)
             if name in done:
                 continue

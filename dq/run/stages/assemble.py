@@ -24,10 +24,11 @@ from dq.distilled.format import has_set
 from dq.distilled.parquet import write_set
 from dq.distilled.set import DistilledSet
 from dq.run import refinement as chain
-from dq.run.folder import SPEED, Run, class_file
+from dq.run.folder import Run, class_file, deciding
 from dq.run.stages.cluster import load_prototypes, prototype_folder
 from dq.run.stages.encode import cache_of
 from dq.run.stages.features import known_features
+from dq.run.stages.generate import folder_selection
 from dq.run.stages.label import _find_labels, _image_folders
 from dq.run.stages.prune import prune_identity
 from dq.run.stages.refine import SOFT_LABELS
@@ -70,7 +71,7 @@ class Parts:
             soft_labels = next((tensors[name] for name in SOFT_LABELS if name in tensors), None)
             if soft_labels is None and self.labels:
                 soft_labels = read_tensors(class_file(self.labels, p.label))[0]["logits"]
-            copies = meta["copies"]
+            copies = torch.as_tensor(meta["copies"]).expand(len(p.counts))
             weights = p.weights(m.weights, m.normalize).repeat_interleave(copies)
             yield DistilledSet(
                 images=tensors["images"],
@@ -96,6 +97,12 @@ class Parts:
         with open_tensors(class_file(self.images, 0)) as f:
             labelled = bool(set(SOFT_LABELS) & set(f.keys()))
         by = {"by": "the teachers of the last stage of refinement"} if labelled else None
+        labels = by or (read_metadata(class_file(self.labels, 0)) if self.labels else None)
+        start = read_metadata(class_file(self.images, 0))["start"]
+        selection = folder_selection(self.images, len(self.run.source.class_names))
+        if selection and labels and "digests" in labels:
+            selection["labels_too"] = selection["digest"] in labels["digests"]
+        drawing = {"start": start} | ({"selection": selection} if selection else {})
         return {
             **{k: v for k, v in read_json(self.run.folder / "provenance.json").items() if k != "settings"},
             "ipc": self.ipc,
@@ -103,9 +110,9 @@ class Parts:
             "codec": to_dict(self.run.config.codec),
             **_prune_provenance(self.run, prune_config),
             "cluster": _cluster_provenance(self.run, cluster_config),
-            "generate": {**to_dict(generate_config), "start": read_metadata(class_file(self.images, 0))["start"]},
+            "generate": {**to_dict(generate_config), **drawing},
             "refine": chain.provenance(self.run, self.method, self.images),
-            "labels": by or (read_metadata(class_file(self.labels, 0)) if self.labels else None),
+            "labels": labels,
         }
 
     @functools.cached_property
@@ -135,9 +142,10 @@ def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
     # a setting that came later had the value that is now its default
     before = {"cluster": to_dict(ClusterConfig()), "generate": to_dict(GenerateConfig())}
     for section, settings in now.items():
-        for key, value in settings.items():
-            made_with = s.provenance[section].get(key, before.get(section, {}).get(key))
-            if key not in SPEED and made_with != value:
+        earlier = deciding({**before.get(section, {}), **s.provenance[section]})
+        for key, value in deciding(settings).items():
+            made_with = earlier.get(key)
+            if made_with != value:
                 raise InputError(
                     f"the set {name} was made with {section}.{key}={made_with}, not {value}; "
                     "run `dq label` to put it together again, or `dq run`"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.core.trackers import report
 from dq.data.pruning import Pruned, clusters_in_band
 from dq.diffusion.latents import LatentCache
+from dq.networks.features import FeatureCache
 from dq.run.folder import ResolvedMethod, Run, class_file
 from dq.run.stages.features import features_of, prepare_features
 from dq.run.stages.prune import Pruning, load_pruning, prune_identity
@@ -183,19 +184,39 @@ class _ClassPoints:
         return dataclasses.replace(self, z=self.z[at], x=self.x[at], rows=self.rows[members.cpu()], weights=weights)
 
 
-def _class_points(
-    run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, label: int, pruning: Pruning
-) -> _ClassPoints:
+class ClassImages(NamedTuple):
+    """The images of a class that are quantized: those that pruning keeps."""
+
+    z: Tensor  # (n, C, h, w) latents
+    features: Tensor | None  # (n, D) of a teacher
+    rows: Tensor  # (n,) of the source
+    pruned: Pruned | None
+    weights: Tensor | None  # (n,)
+
+
+def class_images(
+    cache: LatentCache, label: int, ipc: int, pruning: Pruning, features: FeatureCache | None = None
+) -> ClassImages:
+    """The images of a class that are quantized, with their features in a cache. Where whole clusters are pruned, these
+    are all: which clusters are kept is known behind the clustering alone."""
     prune = pruning.settings
     z, rows = cache.load(label)
-    f = features_of(run).load_rows(label, rows) if cfg.uses_features else None
+    f = None if features is None else features.load_rows(label, rows)
     pruned = pruning.of_class(label, rows, ipc)
     if pruned is not None and prune.where == "filter":
         z, rows, f = z[pruned.kept], rows[pruned.kept], None if f is None else f[pruned.kept]
-    z = z.to(run.device)
     weigh = pruned is not None and prune.where == "weight"
     weights = pruned.weights(prune.outside_weight) if pruned is not None and weigh else None
-    return _ClassPoints(z, embed(z, None if f is None else f.to(run.device), cfg), rows, pruned, weights)
+    return ClassImages(z, f, rows, pruned, weights)
+
+
+def _class_points(
+    run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, label: int, pruning: Pruning
+) -> _ClassPoints:
+    c = class_images(cache, label, ipc, pruning, features_of(run) if cfg.uses_features else None)
+    z = c.z.to(run.device)
+    f = None if c.features is None else c.features.to(run.device)
+    return _ClassPoints(z, embed(z, f, cfg), c.rows, c.pruned, c.weights)
 
 
 def _prototypes(

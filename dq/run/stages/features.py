@@ -12,9 +12,11 @@ from typing import Any
 
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
+from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.networks.features import FeatureCache, extract_features, open_features
+from dq.networks.teacher import Teacher
 from dq.networks.teacher_check import check_teacher
 from dq.networks.teacher_loading import load_teacher
 from dq.run.folder import Run
@@ -29,18 +31,32 @@ def prepare_features(run: Run) -> FeatureCache:
     Raises:
         InputError: if the teacher cannot be loaded or is near chance on real images.
     """
-    began = time.perf_counter()
     c = run.config
     teacher = load_teacher(c.teachers[0], len(run.source.class_names), c.image_size, run.device)
-    cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
-    if cache.missing():
-        check_teacher(teacher, run.source, c.teachers[0], c.image_size)
-    extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
-    run.finish("features", began, images=int(run.source.class_counts().sum()), cache=cache.key)
+    cache = features_by(run, teacher, c.teachers[0])
     if run.main:
         known = {"key": cache.key, "digest": teacher.digest, "teacher": _first_teacher(c)}
         write_json(run.folder / "features.json", known)
     run.accelerator.wait_for_everyone()
+    return cache
+
+
+def features_by(run: Run, teacher: Teacher, settings: TeacherConfig) -> FeatureCache:
+    """Put a teacher's features of every train image into their cache.
+
+    Args:
+        settings: those that it was loaded by.
+
+    Raises:
+        InputError: if it is near chance on real images.
+    """
+    began = time.perf_counter()
+    side = run.config.image_size
+    cache = open_features(run.config.cache_dir, run.source, side, teacher.digest)
+    if cache.missing():
+        check_teacher(teacher, run.source, settings, side)
+    extract_features(run.source, teacher, cache, side, mine=run.mine, main=run.main)
+    run.finish("features", began, images=int(run.source.class_counts().sum()), cache=cache.key)
     return cache
 
 

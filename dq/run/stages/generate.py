@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from dq.cluster.prototypes import Prototypes
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig
 from dq.core.errors import InputError
-from dq.core.files import is_done, open_tensors, read_json, read_tensors, write_json, write_tensors
+from dq.core.files import is_done, open_tensors, read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.memory import in_pieces
 from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
@@ -30,22 +32,33 @@ from dq.data.images import read_images
 from dq.diffusion.codec import Codec, codec_digest
 from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.latents import LatentCache
-from dq.run.folder import SPEED, Run, class_file, copies_of
+from dq.run.folder import Run, class_file, copies_of, deciding
 from dq.run.stages.cluster import load_prototypes, prototype_folder
+from dq.run.stages.select import Selector, make_selector, selecting_teachers, selection_sentences, selection_summary
+
+log = logging.getLogger("dq")
 
 LONGEST = 32  # images of a unit
-ADDED = ("internal_guidance", "autoguidance")  # settings that came later
+SPOOL = 2 << 30  # bytes of candidates that wait on disk at a time, or those of one class
+# settings that came later
+ADDED = ("internal_guidance", "autoguidance", "candidates", "select", "select_teacher")
 
 
-def image_folder(run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None) -> Path:
-    """Where the images of a method are. Methods that differ in weights alone share them."""
+def image_folder(
+    run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None, teacher_digest: str | None = None
+) -> Path:
+    """Where the images of a method are. Methods that differ in weights alone share them.
+
+    Args:
+        teacher_digest: of the teacher that selects among candidates, if there are any.
+    """
     resolved = run.resolved(method)
     m, generate_config = resolved.method, resolved.generate
     identity = image_identity(run, cache, ipc, method)
     if m.representative == "real":  # needs no generator
         identity.append(["real", run.source.preprocess])
     else:
-        identity.append([_deciding(generate_config), pipe_digest])
+        identity.append([_deciding(generate_config), pipe_digest, *([teacher_digest] if teacher_digest else [])])
     return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
 
 
@@ -60,7 +73,7 @@ def _deciding(config: GenerateConfig) -> dict[str, Any]:
     """The settings that decide images. Those of `ADDED` are left out at their defaults, so that folders from before
     they were there keep their digests."""
     defaults = to_dict(GenerateConfig())
-    settings = {k: v for k, v in to_dict(config).items() if k not in (*SPEED, "revision")}
+    settings = {k: v for k, v in deciding(to_dict(config)).items() if k != "revision"}
     return {k: v for k, v in settings.items() if k not in ADDED or v != defaults[k]}
 
 
@@ -100,9 +113,10 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
     index: dict[str, dict[str, str]] = {}
     digests: dict[str, str] = {}
     draws: dict[Path, Draw] = {}
+    teachers = selecting_teachers(run)
     for method in run.config.methods:
         resolved = run.resolved(method)
-        m, cfg = resolved.method, resolved.generate
+        m, cfg, teacher = resolved.method, resolved.generate, teachers.get(method)
         digest = None
         ids: list[int] = []
         if m.representative != "real":
@@ -111,19 +125,31 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
             digest = digests.setdefault(cfg.mode, "") or pipe.digest(cfg.mode)
             digests[cfg.mode] = digest
         for ipc in run.config.ipc:
-            folder = image_folder(run, cache, ipc, method, digest)
+            folder = image_folder(run, cache, ipc, method, digest, teacher.digest if teacher else None)
             load_prototypes(run, cache, ipc, resolved)  # complains if there are none
-            draws.setdefault(folder, Draw(run, folder, prototype_folder(run, cache, ipc, resolved), m, cfg, ids))
+            if folder not in draws:
+                selector = make_selector(run, cache, ipc, resolved, teacher) if teacher else None
+                points = prototype_folder(run, cache, ipc, resolved)
+                draws[folder] = Draw(run, folder, points, m, cfg, ids, selector)
             index[f"{ipc}/{method}"] = {"folder": folder.name, "asked": _asked(run, cache, ipc, method)}
     drawn = _draw_all(run, pipe, list(draws.values()))
-    run.accelerator.wait_for_everyone()
-    for draw in draws.values():
-        _gather_parts(draw)
     run.finish("generate", began, images=drawn)
     if run.main:
         path = run.folder / "images" / "index.json"
         write_json(path, {**(read_json(path) if is_done(path) else {}), **index})
+        for draw in draws.values():
+            if draw.selector is not None:
+                summary = folder_selection(draw.folder, len(run.source.class_names))
+                for sentence in selection_sentences(summary):
+                    log.warning("generate: %s", sentence)
     run.accelerator.wait_for_everyone()
+
+
+def folder_selection(folder: Path, classes: int) -> dict[str, Any]:
+    """What was recorded of the selection among candidates of the images in a folder; empty if there was none."""
+    metas = (read_metadata(class_file(folder, label)) for label in range(classes))
+    facts = [m["selection"] for m in metas if "selection" in m]
+    return selection_summary(facts) if facts else {}
 
 
 def check_codec(codec: Codec, cache: LatentCache) -> None:
@@ -140,9 +166,12 @@ def check_codec(codec: Codec, cache: LatentCache) -> None:
         )
 
 
-@dataclass(frozen=True)
+Unit = tuple[int, range, bool]  # see `Draw.units`
+
+
+@dataclass(frozen=True, eq=False)
 class Draw:
-    """The images of one method at one ipc. Its units of work are stretches of the images of a class."""
+    """The images of one method at one ipc. Its units of work are stretches of the draws of a class."""
 
     run: Run
     folder: Path
@@ -150,31 +179,45 @@ class Draw:
     method: MethodConfig
     config: GenerateConfig
     condition_ids: list[int]  # the generator's class index of every class
+    selector: Selector | None = None  # None: every draw is kept
 
     @property
     def real(self) -> bool:
         return self.method.representative == "real"
 
     @property
-    def copies(self) -> int:
-        return copies_of(self.method, self.config)
+    def candidates(self) -> int:
+        return self.config.candidates if self.selector is not None else 1
 
     @functools.cached_property
-    def units(self) -> list[tuple[int, range, bool]]:
-        """Class, which of its images, and whether they are all of the class."""
-        counts = []
+    def numbers(self) -> list[list[int]]:
+        """Images of every prototype, by class."""
+        copies = copies_of(self.method, self.config)
+        found = []
         for label in range(len(self.run.source.class_names)):
             with open_tensors(class_file(self.prototypes, label)) as f:
-                counts.append(int(f.get_slice("counts").get_shape()[0]) * self.copies)
+                found.append([copies] * int(f.get_slice("counts").get_shape()[0]))
+        return found
+
+    def pool(self, label: int) -> list[tuple[int, int]]:
+        """Prototype and number of every draw of a class. Each stretch as long as the set has images holds one draw for
+        each of them: the first that of a set without candidates, and more candidates add stretches."""
+        numbers = self.numbers[label]
+        return [(k, j * n + i) for j in range(self.candidates) for k, n in enumerate(numbers) for i in range(n)]
+
+    @functools.cached_property
+    def units(self) -> list[Unit]:
+        """Class, which of its draws, and whether they are all images of the class."""
+        counts = [sum(numbers) * self.candidates for numbers in self.numbers]
         longest = max(map(len, cut(sum(counts), least=1, most=LONGEST)))
         found = []
         for label, n in enumerate(counts):
             number = -(-n // longest)
             pieces = [range(i * n // number, (i + 1) * n // number) for i in range(number)]
-            found += [(label, piece, number == 1) for piece in pieces]
+            found += [(label, piece, number == 1 and self.selector is None) for piece in pieces]
         return found
 
-    def file(self, unit: tuple[int, range, bool]) -> Path:
+    def file(self, unit: Unit) -> Path:
         """Where the images of a unit go: to the file of their class at once if they are all of it."""
         label, piece, whole = unit
         if whole:
@@ -184,36 +227,72 @@ class Draw:
 
 def _draw_all(run: Run, pipe: LatentGenerator, draws: list[Draw]) -> int:
     """Draw what is missing of this process's share; returns how many images that were."""
-    units = [(draw, unit) for draw in draws for unit in draw.units]
-    mine = [units[i] for i in run.mine([float(len(piece)) for _, (_, piece, _) in units])]
-    classes = {class_file(draw.folder, label) for draw, (label, _, _) in mine}
-    whole = {path for path in classes if is_done(path)}
-    todo = [(d, u) for d, u in mine if class_file(d.folder, u[0]) not in whole and not is_done(d.file(u))]
-    total = sum(len(piece) for _, (_, piece, _) in todo)
-    with progress([], desc="generate", total=total, unit="img", main=run.main and bool(todo)) as bar:
-        began = time.perf_counter()
-        for draw in draws:
-            own = [unit for d, unit in todo if d is draw]
-            meta = _meta(draw, pipe)
-            for unit, images in _copied(draw, own) if draw.real else _generated(draw, pipe, own):
-                write_tensors(draw.file(unit), {"images": images}, meta)
-                unit_done("generate", run.source.class_names[unit[0]], time.perf_counter() - began, images=len(images))
-                began = time.perf_counter()
-                bar.update(len(images))
+    spools = list(_spools(run, draws))
+    todo = [_missing(run, units) for units in spools]  # before any process puts the first class together
+    run.accelerator.wait_for_everyone()
+    total = sum(len(piece) for units in todo for _, (_, piece, _) in units)
+    with progress([], desc="generate", total=total, unit="img", main=run.main and bool(total)) as bar:
+        for every, missing in zip(spools, todo):
+            _draw_units(run, pipe, missing, bar)
+            run.accelerator.wait_for_everyone()
+            _gather(run, every)
     return total
 
 
-def _meta(draw: Draw, pipe: LatentGenerator) -> dict[str, Any]:
+def _spools(run: Run, draws: list[Draw]) -> Iterator[list[tuple[Draw, Unit]]]:
+    """Units that are drawn before their classes are put together: all without candidates; of those with candidates as
+    many classes as `SPOOL` bytes of images allow, since most of these are not kept."""
+    yield [(draw, unit) for draw in draws for unit in draw.units if draw.selector is None]
+    spool: list[tuple[Draw, Unit]] = []
+    room = SPOOL
+    for draw in draws:
+        image = 3 * run.config.image_size**2 * (1 if draw.config.image_dtype == "uint8" else 4)
+        for label, units in itertools.groupby(draw.units if draw.selector else (), key=lambda unit: unit[0]):
+            needed = len(draw.pool(label)) * image
+            if spool and needed > room:
+                yield spool
+                spool, room = [], SPOOL
+            spool += [(draw, unit) for unit in units]
+            room -= needed
+    if spool:
+        yield spool
+
+
+def _missing(run: Run, units: list[tuple[Draw, Unit]]) -> list[tuple[Draw, Unit]]:
+    """What is not there yet of this process's share."""
+    mine = [units[i] for i in run.mine([float(len(piece)) for _, (_, piece, _) in units])]
+    classes = {class_file(draw.folder, label) for draw, (label, _, _) in mine}
+    complete = {path for path in classes if is_done(path)}
+    return [(d, u) for d, u in mine if class_file(d.folder, u[0]) not in complete and not is_done(d.file(u))]
+
+
+def _draw_units(run: Run, pipe: LatentGenerator, todo: list[tuple[Draw, Unit]], bar: Any) -> None:
+    began = time.perf_counter()
+    for draw in dict.fromkeys(draw for draw, _ in todo):
+        own = [unit for d, unit in todo if d is draw]
+        start = _start(draw, pipe)
+        for unit, images in _copied(draw, own) if draw.real else _generated(draw, pipe, own):
+            meta = {"start": start, "copies": _copies(draw.numbers[unit[0]])}
+            write_tensors(draw.file(unit), {"images": images}, meta)
+            unit_done("generate", run.source.class_names[unit[0]], time.perf_counter() - began, images=len(images))
+            began = time.perf_counter()
+            bar.update(len(images))
+
+
+def _start(draw: Draw, pipe: LatentGenerator) -> dict[str, Any] | None:
     start = None if draw.real else pipe.start(draw.config)
-    return {"start": dataclasses.asdict(start) if start else None, "copies": draw.copies}
+    return dataclasses.asdict(start) if start else None
 
 
-def _generated(
-    draw: Draw, pipe: LatentGenerator, todo: list[tuple[int, range, bool]]
-) -> Iterator[tuple[tuple[int, range, bool], Tensor]]:
+def _copies(numbers: list[int]) -> int | list[int]:
+    """Images of every prototype of a class as the record of its file has them: one number where all are equal."""
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
     """Units with their images, drawn in batches that run across units and classes."""
     run, cfg = draw.run, draw.config
-    queue = [(unit, *divmod(i, draw.copies)) for unit in todo for i in unit[1]]
+    queue = [(unit, k, i) for unit in todo for k, i in draw.pool(unit[0])[unit[1].start : unit[1].stop]]
     points: dict[int, Tensor] = {}
     done: list[Tensor] = []
     for first in range(0, len(queue), cfg.batch_size):
@@ -236,9 +315,9 @@ def _generated(
         images = in_pieces("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
         if cfg.image_dtype == "uint8":
             images = (images * 255).round().to(torch.uint8)
-        for (unit, k, i), image in zip(batch, images):
+        for (unit, _, _), image in zip(batch, images):
             done.append(image)
-            if k * draw.copies + i + 1 == unit[1].stop:
+            if len(done) == len(unit[1]):
                 yield unit, torch.stack(done)
                 done = []
 
@@ -248,27 +327,39 @@ def _points(draw: Draw, label: int) -> Tensor:
     return p.points(draw.method.representative, rescale=draw.config.rescale)
 
 
-def _copied(draw: Draw, todo: list[tuple[int, range, bool]]) -> Iterator[tuple[tuple[int, range, bool], Tensor]]:
+def _copied(draw: Draw, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
     for unit in todo:
         label, piece, _ = unit
         yield unit, nearest_images(draw.run, Prototypes.load(class_file(draw.prototypes, label)), piece)
 
 
-def _gather_parts(draw: Draw) -> None:
-    """One file per class from those of its stretches, which go when it is there."""
-    classes: dict[int, list[Path]] = {}
-    for unit in draw.units:
+def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
+    """One file per class from those of its stretches, which go when it is there; candidates that are not kept go with
+    them."""
+    classes: dict[tuple[Draw, int], list[Path]] = {}
+    for draw, unit in units:
         if not unit[2]:
-            classes.setdefault(unit[0], []).append(draw.file(unit))
-    labels = list(classes)
-    for i in draw.run.mine([float(len(classes[c])) for c in labels]):
-        path = class_file(draw.folder, labels[i])
-        parts = classes[labels[i]]
-        if not is_done(path):
-            found = [read_tensors(p) for p in parts]
-            write_tensors(path, {"images": torch.cat([t["images"] for t, _ in found])}, found[0][1])
-        for part in parts:
+            classes.setdefault((draw, unit[0]), []).append(draw.file(unit))
+    keys = list(classes)
+    mine = [keys[i] for i in run.mine([float(len(classes[key])) for key in keys])]
+    for draw, label in mine:
+        if not is_done(class_file(draw.folder, label)):
+            _gather_class(draw, label, classes[draw, label])
+        for part in classes[draw, label]:
             part.unlink(missing_ok=True)
+
+
+def _gather_class(draw: Draw, label: int, parts: list[Path]) -> None:
+    """The file of a class: all of its draws, or those that are selected, with a record of every candidate."""
+    path, meta = class_file(draw.folder, label), read_metadata(parts[0])
+    if draw.selector is None:
+        write_tensors(path, {"images": torch.cat([read_tensors(p)[0]["images"] for p in parts])}, meta)
+        return
+    began = time.perf_counter()
+    p = Prototypes.load(class_file(draw.prototypes, label))
+    kept = draw.selector.keep(p, draw.numbers[label], draw.pool(label), parts)
+    write_tensors(path, {"images": kept.images, **kept.record}, {**meta, "selection": kept.facts})
+    unit_done("select", p.name, time.perf_counter() - began, candidates=len(draw.pool(label)))
 
 
 def nearest_images(run: Run, p: Prototypes, which: range | None = None) -> Tensor:

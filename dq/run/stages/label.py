@@ -31,7 +31,7 @@ def label(run: Run) -> None:
     began = time.perf_counter()
     teachers = load_teachers(c.teachers, run.source, c.image_size, run.device)
     digest = digest_of([t.digest for t in teachers])
-    meta = {"teachers": [t.name for t in teachers], "digest": digest}
+    meta = {"teachers": [t.name for t in teachers], "digest": digest, "digests": [t.digest for t in teachers]}
     folders = sorted(set(_image_folders(run).values()))
     units = [(f, label) for f in folders for label in range(len(run.source.class_names))]
     mine = [units[i] for i in run.mine([1.0] * len(units))]

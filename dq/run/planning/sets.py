@@ -1,0 +1,62 @@
+"""The sets of a run as a plan sees them: settings, numbers of images and of draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dq.config.pruning import PruneConfig
+from dq.config.reader import to_dict
+from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
+from dq.core.seeds import digest_of
+
+if TYPE_CHECKING:
+    from dq.data.source import ImageSource
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One set of a run: how it is made and how many images it has."""
+
+    ipc: int
+    method: str
+    how: MethodConfig
+    cluster: ClusterConfig
+    generate: GenerateConfig
+    prune: PruneConfig
+    images: int
+
+    @property
+    def draws(self) -> int:
+        """Images that are drawn, candidates included."""
+        from dq.run.stages.select import selecting_teacher
+
+        return self.images * (self.generate.candidates if selecting_teacher(self.how, self.generate) else 1)
+
+    @property
+    def points(self) -> str:
+        """Names the prototypes, which several methods may share."""
+        from dq.run.stages.cluster import cluster_settings
+        from dq.run.stages.prune import prune_settings
+
+        return digest_of([self.ipc, cluster_settings(self.cluster), prune_settings(self.prune)])
+
+    @property
+    def drawn(self) -> str:
+        """Names the drawn images, which methods that differ in weights or refinement share."""
+        settings = "real" if self.how.representative == "real" else to_dict(self.generate)
+        return digest_of([self.points, self.how.representative, settings])
+
+
+def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
+    """The sets of a run, ipc by ipc."""
+    from dq.run.folder import copies_of, resolved_method
+
+    counts = source.class_counts()
+    found = []
+    for ipc in config.ipc:
+        for method in config.methods:
+            resolved = resolved_method(config, method)
+            images = int(counts.clip(max=ipc).sum()) * copies_of(resolved.method, resolved.generate)
+            found.append(Asked(ipc, method, *resolved, images))
+    return found

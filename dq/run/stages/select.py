@@ -1,0 +1,211 @@
+"""Candidates of a class in the generate stage: several draws of every prototype, of which a rule keeps as many as the
+set has images.
+
+Draws wait in the files of their stretches until all of a class are there; images of one stretch are in memory at a
+time, and of all others what the selecting teacher says of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dq.cluster.prototypes import Prototypes, cell_means
+from dq.cluster.selection import Selection, select_confident, select_correct, select_transport
+from dq.cluster.transport import squared_cost
+from dq.config.reader import to_dict
+from dq.config.schema import GenerateConfig, MethodConfig
+from dq.config.teachers import TeacherConfig
+from dq.core.files import read_tensors
+from dq.core.seeds import digest_of
+from dq.diffusion.latents import LatentCache
+from dq.networks.features import FeatureCache
+from dq.networks.teacher import Teacher
+from dq.networks.teacher_check import check_teacher
+from dq.networks.teacher_loading import load_teacher
+from dq.run.folder import ResolvedMethod, Run
+from dq.run.stages.cluster import ClassImages, class_images
+from dq.run.stages.features import features_by
+from dq.run.stages.prune import Pruning, load_pruning
+
+log = logging.getLogger("dq")
+
+BY_FEATURES = ("transport",)  # rules that compare candidates with the real images of the class
+
+SUMMED = ("prototypes", "images", "lacking", "changes")  # over classes; the means of other numbers are taken
+
+
+class Kept(NamedTuple):
+    """The images of a class after selection."""
+
+    images: Tensor  # (M, 3, H, W), prototype by prototype
+    record: dict[str, Tensor]  # of every candidate: pool_prototype, pool_draw, pool_probability, _correct, _kept (N,)
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """The rule of a method, its teacher, and the real images that candidates are compared with."""
+
+    config: GenerateConfig
+    teacher: Teacher
+    cache: LatentCache
+    ipc: int
+    pruning: Pruning
+    features: FeatureCache | None  # None: the rule compares with no real images
+
+    def keep(
+        self, p: Prototypes, numbers: Sequence[int], pool: Sequence[tuple[int, int]], parts: Sequence[Path]
+    ) -> Kept:
+        """Choose among the candidates of a class.
+
+        Args:
+            numbers: images of every prototype.
+            pool: prototype and number of every draw, in the order of the files.
+            parts: files of the draws.
+        """
+        logits, features = [], []
+        for part in parts:
+            images = read_tensors(part)[0]["images"]
+            logits.append(self.teacher.logits(images))
+            if self.features is not None:
+                features.append(self.teacher.features(images))
+        said = torch.cat(logits)
+        probability, correct = said.softmax(1)[:, p.label], said.argmax(1) == p.label
+        prototype = torch.tensor([k for k, _ in pool])
+        if self.config.select == "correct":
+            chosen = select_correct(correct, probability, prototype, numbers)
+        elif self.config.select == "confident":
+            chosen = select_confident(probability, prototype, numbers)
+        else:
+            chosen = self._by_features(p, torch.cat(features), prototype, numbers)
+        keeps = torch.zeros(len(pool), dtype=torch.bool)
+        keeps[chosen.rows] = True
+        record = {
+            "pool_prototype": prototype,
+            "pool_draw": torch.tensor([d for _, d in pool]),
+            "pool_probability": probability,
+            "pool_correct": correct,
+            "pool_kept": keeps,
+        }
+        facts = {
+            "rule": self.config.select,
+            "candidates": self.config.candidates,
+            "teacher": self.teacher.name,
+            "digest": self.teacher.digest,
+            "prototypes": len(numbers),
+            "images": len(chosen.rows),
+            "probability_drawn": float(probability.mean()),
+            "probability_kept": float(probability[keeps].mean()),
+            **chosen.facts,
+        }
+        return Kept(_picked(parts, chosen.rows), record, facts)
+
+    def _by_features(self, p: Prototypes, features: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Selection:
+        real = class_images(self.cache, p.label, self.ipc, self.pruning, self.features)
+        assert real.features is not None
+        masses = p.counts if p.masses is None else p.masses
+        return select_transport(
+            real.features,
+            features,
+            prototype,
+            numbers,
+            masses,
+            centers=_cell_features(p, real),
+            weights=real.weights,
+        )
+
+
+def _cell_features(p: Prototypes, real: ClassImages) -> Tensor:
+    """Mean features (K, D) of the images whose latents are nearest to each centroid; where none is, those of the
+    image nearest to it. They are where a search begins, so that cells of another space need not be known."""
+    assert real.features is not None
+    cost = squared_cost(real.z.flatten(1).float(), p.centroids.flatten(1))
+    cells = cost.argmin(1)
+    means = real.features[cost.argmin(0)].double()
+    present, labels = cells.unique(return_inverse=True)
+    means[present] = cell_means(real.features.double(), labels, len(present), real.weights)
+    return means
+
+
+def _picked(parts: Sequence[Path], rows: Tensor) -> Tensor:
+    """Images of the pool in the order of `rows`, read file by file."""
+    images: dict[int, Tensor] = {}
+    wanted, first = set(rows.tolist()), 0
+    for part in parts:
+        batch = read_tensors(part)[0]["images"]
+        images |= {first + i: batch[i].clone() for i in range(len(batch)) if first + i in wanted}
+        first += len(batch)
+    return torch.stack([images[row] for row in rows.tolist()])
+
+
+def make_selector(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod, teacher: Teacher) -> Selector:
+    """What chooses among the candidates of a method; computes the features of real images where they are needed."""
+    config = resolved.generate
+    assert config.select_teacher is not None
+    compares = config.select in BY_FEATURES
+    features = features_by(run, teacher, config.select_teacher) if compares else None
+    return Selector(config, teacher, cache, ipc, load_pruning(run, resolved.prune), features)
+
+
+def selecting_teachers(run: Run) -> dict[str, Teacher]:
+    """The selecting teacher of every method that has one, checked on real images.
+
+    Raises:
+        InputError: if one cannot be loaded or is near chance.
+    """
+    loaded: dict[str, Teacher] = {}
+    by_method = {}
+    for method in run.config.methods:
+        resolved = run.resolved(method)
+        settings = selecting_teacher(resolved.method, resolved.generate)
+        if settings is not None:
+            key = digest_of(to_dict(settings))
+            if key not in loaded:
+                side = run.config.image_size
+                loaded[key] = load_teacher(settings, len(run.source.class_names), side, run.device)
+                check_teacher(loaded[key], run.source, settings, side)
+            by_method[method] = loaded[key]
+    return by_method
+
+
+def selecting_teacher(method: MethodConfig, generate: GenerateConfig) -> TeacherConfig | None:
+    """The teacher that chooses among the candidates of a method; None if there are none to choose from."""
+    return None if method.representative == "real" or generate.select == "none" else generate.select_teacher
+
+
+def selection_summary(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the classes of a set recorded of their selection: settings of the first, sums of counts, means of the
+    rest."""
+    classes = list(facts)
+    summary = dict(classes[0])
+    for key, value in classes[0].items():
+        values = [c[key] for c in classes]
+        if key in SUMMED:
+            summary[key] = sum(values)
+        elif isinstance(value, float):
+            summary[key] = sum(values) / len(values)
+    return summary
+
+
+def selection_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of a selection should be told."""
+    sentences = []
+    if summary.get("lacking"):
+        least = "no candidate" if summary["images"] == summary["prototypes"] else "fewer candidates than images"
+        sentences.append(
+            f"{summary['lacking']} of {summary['prototypes']} prototypes have {least} that the teacher "
+            f"{summary['teacher']} classifies rightly; the most confident others stand in"
+        )
+    if summary.get("labels_too"):
+        sentences.append(
+            f"the teacher {summary['teacher']} that selects among candidates labels the set too, so that students "
+            "gain by its own mistakes"
+        )
+    return sentences

@@ -1,0 +1,126 @@
+"""Rules that select among candidates: known answers, exhaustive search, and bounds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from dq.cluster.selection import lower_bounds, select_confident, select_correct, select_transport
+from dq.cluster.transport import exact_transport, squared_cost
+from dq.core.errors import InputError
+
+# draws of three prototypes in the order of the pool: the first of each, then the second of each, ...
+PROTOTYPE = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
+P = torch.tensor([0.2, 0.6, 0.1, 0.7, 0.9, 0.3, 0.8, 0.5, 0.3])
+
+
+def test_confident_keeps_the_highest_probability_of_each_and_the_earlier_of_equals() -> None:
+    assert select_confident(P, PROTOTYPE, [1, 1, 1]).rows.tolist() == [6, 4, 5]
+    assert select_confident(P, PROTOTYPE, [2, 1, 3]).rows.tolist() == [3, 6, 4, 2, 5, 8]
+    assert select_confident(P, PROTOTYPE, [0, 1, 1]).rows.tolist() == [4, 5]
+
+
+def test_correct_keeps_the_first_that_is_right_and_fills_up_with_the_most_confident() -> None:
+    right = P > 0.4
+    chosen = select_correct(right, P, PROTOTYPE, [1, 1, 1])
+    assert chosen.rows.tolist() == [3, 1, 5]  # prototype 2 has none: the most confident stands in
+    assert chosen.facts == {"lacking": 1}
+    chosen = select_correct(right, P, PROTOTYPE, [3, 2, 1])
+    assert chosen.rows.tolist() == [0, 3, 6, 1, 4, 5]
+    assert chosen.facts == {"lacking": 2}
+
+
+def test_too_few_candidates_are_refused() -> None:
+    with pytest.raises(InputError, match="prototype 1 has 3 candidates and keeps 4"):
+        select_confident(P, PROTOTYPE, [1, 4, 1])
+    with pytest.raises(InputError, match="prototype 2 has 3 candidates and keeps 0"):
+        select_confident(P, PROTOTYPE, [1, 1])
+    with pytest.raises(InputError, match="prototype 1 has no mass"):
+        x = torch.zeros(2, 2)
+        select_transport(x, x, [0, 1], [1, 1], [1, 0], centers=x)
+
+
+def problem(seed: int, k: int, m: int, n: int = 12, d: int = 2) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    centers = 2 * torch.randn(k, d, generator=g)
+    cells = torch.arange(n) % k
+    real = centers[cells] + torch.randn(n, d, generator=g)
+    return {
+        "real": real,
+        "candidates": centers.repeat(m, 1) + 1.5 * torch.randn(k * m, d, generator=g),
+        "prototype": torch.arange(k).repeat(m),
+        "masses": torch.bincount(cells),
+        "centers": torch.stack([real[cells == i].mean(0) for i in range(k)]),
+        "weights": torch.rand(n, generator=g) + 0.1,
+    }
+
+
+def cost_of(p: dict[str, Tensor], rows: Tensor, b: Tensor) -> float:
+    return exact_transport(squared_cost(p["real"].double(), p["candidates"][rows].double()), p["weights"], b).value
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_change_of_one_image_lowers_the_transport_cost(seed: int) -> None:
+    k, m = 3, 4
+    p = problem(seed, k, m)
+    chosen = select_transport(numbers=[1] * k, **p)
+    assert p["prototype"][chosen.rows].tolist() == [0, 1, 2]
+    cost = cost_of(p, chosen.rows, p["masses"])
+    assert chosen.facts["w2"] ** 2 == pytest.approx(cost, rel=1e-9)
+    assert chosen.facts["w2"] <= chosen.facts["w2_start"]
+    every = {
+        draws: cost_of(p, torch.tensor([k * d + i for i, d in enumerate(draws)]), p["masses"])
+        for draws in itertools.product(range(m), repeat=k)
+    }
+    own = tuple((chosen.rows // k).tolist())
+    neighbours = [c for draws, c in every.items() if sum(a != b for a, b in zip(draws, own)) == 1]
+    assert cost <= min(neighbours) * (1 + 1e-9)
+    assert cost <= min(every.values()) * 1.05  # no guarantee, but near on all of these
+    assert chosen.facts["w2_first"] ** 2 == pytest.approx(every[0, 0, 0], rel=1e-9)
+
+
+def test_coordinate_descent_moves_away_from_its_start() -> None:
+    changes = [select_transport(numbers=[1] * 4, **problem(seed, 4, 6)).facts for seed in range(6)]
+    assert sum(c["changes"] for c in changes) > 0
+    assert all((c["w2"] < c["w2_start"]) == (c["changes"] > 0) for c in changes)
+
+
+def test_one_image_has_the_best_of_all_candidates_and_two_of_a_prototype_differ() -> None:
+    p = problem(1, 1, 5)
+    best = min(range(5), key=lambda i: cost_of(p, torch.tensor([i]), torch.ones(1)))
+    assert select_transport(numbers=[1], **p).rows.tolist() == [best]
+    p = problem(2, 2, 4)
+    chosen = select_transport(numbers=[2, 1], **p)
+    assert p["prototype"][chosen.rows].tolist() == [0, 0, 1]
+    assert len(set(chosen.rows.tolist())) == 3
+    share = p["masses"].double() / torch.tensor([2, 1])  # the images of a prototype share its mass
+    cost = cost_of(p, chosen.rows, share.repeat_interleave(torch.tensor([2, 1])))
+    assert chosen.facts["w2"] ** 2 == pytest.approx(cost, rel=1e-9)
+
+
+def test_a_weight_is_a_repeated_image_and_a_shift_changes_nothing() -> None:
+    p = problem(3, 3, 4)
+    p["weights"] = torch.tensor([1, 2, 3] * 4)
+    chosen = select_transport(numbers=[1] * 3, **p)
+    repeated = {**p, "real": p["real"].repeat_interleave(p["weights"], 0), "weights": None}
+    assert torch.equal(select_transport(numbers=[1] * 3, **repeated).rows, chosen.rows)
+    moved = {k: v + 100 if k in ("real", "candidates", "centers") else v for k, v in p.items()}
+    assert torch.equal(select_transport(numbers=[1] * 3, **moved).rows, chosen.rows)
+
+
+def test_bounds_are_below_the_costs_and_tight_for_the_present_image() -> None:
+    p = problem(4, 4, 5)
+    cost = squared_cost(p["real"].double(), p["candidates"].double())
+    a, b = (p[name].double() / p[name].double().sum() for name in ("weights", "masses"))
+    rows = torch.tensor([0, 1, 2, 3])
+    solved = exact_transport(cost[:, rows], a, b)
+    for i in range(4):
+        options = (p["prototype"] == i).nonzero()[:, 0]
+        bounds = lower_bounds(cost, rows, i, options, a, b, solved.potentials)
+        for option, bound in zip(options, bounds):
+            exact = exact_transport(cost[:, torch.where(torch.arange(4) == i, option, rows)], a, b).value
+            assert bound <= exact * (1 + 1e-9)
+        assert bounds[0] == pytest.approx(solved.value, rel=1e-9)

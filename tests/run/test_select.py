@@ -1,0 +1,235 @@
+"""Candidates in the generate stage: identities of draws, dividing, interrupting, records, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from models import tiny_dit, tiny_kl
+from refining import bn_teacher
+from runs import full
+
+from dq.cli.main import main
+from dq.config.overrides import apply_settings
+from dq.config.pruning import PruneConfig
+from dq.config.reader import from_dict, to_dict
+from dq.config.schema import GenerateConfig, RunConfig
+from dq.core.errors import InputError
+from dq.core.files import read_metadata, read_tensors
+from dq.core.seeds import digest_of
+from dq.run.distill import DistillPipeline
+from dq.run.folder import Run, check_methods, deciding, open_run
+from dq.run.planning.costs import stage_plans
+from dq.run.planning.plan import like_source, plan
+from dq.run.stages import generate as draw
+from dq.run.stages.cluster import class_images, cluster
+from dq.run.stages.encode import cache_of, encode
+from dq.run.stages.generate import ADDED, generate
+from dq.run.stages.prune import Pruning
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DistillPipeline:
+    return DistillPipeline(vae=tiny_kl(), transformer=tiny_dit(), scheduler=DDIMScheduler(clip_sample=False))
+
+
+@pytest.fixture(scope="module")
+def selecting(toy_images, tmp_path_factory) -> dict[str, Any]:
+    return bn_teacher(*toy_images["train"], tmp_path_factory.mktemp("selecting"), "teacher", 0)
+
+
+def drawn(out: Path, source: Any, accelerator: Any, pipe: DistillPipeline, *, draw: bool = True, **settings) -> Run:
+    data = {
+        "output_dir": str(out / "run"),
+        "cache_dir": str(out / "cache"),
+        "codec": {"resolution": 8},
+        "generate": {"mode": "dit", "num_inference_steps": 3, "batch_size": 16, **settings},
+        "ipc": [3],
+    }
+    run = open_run(from_dict(RunConfig, data), source, accelerator)
+    cluster(run, encode(run, pipe.vae))
+    if draw:
+        generate(run, pipe, cache_of(run))
+    return run
+
+
+def classes(out: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    return [read_tensors(f) for f in sorted(out.glob("run/images/*/class-*.safetensors"))]
+
+
+def same_sets(out: Path, other: Path) -> bool:
+    """Whether two runs keep the same candidates; other batches may move a float, and a pixel by a grey level."""
+    pairs = list(zip(classes(out), classes(other), strict=True))
+    names = ("pool_kept", "pool_prototype", "pool_draw")
+    assert not list(out.glob("run/images/*/part-*"))
+    return all(
+        all(torch.equal(a[name], b[name]) for name in names)
+        and (a["images"].int() - b["images"].int()).abs().max() <= 1
+        and torch.allclose(a["pool_probability"], b["pool_probability"], atol=1e-3)
+        for (a, _), (b, _) in pairs
+    )
+
+
+def test_settings_that_came_later_leave_old_folders_their_names() -> None:
+    old = {k: v for k, v in deciding(to_dict(GenerateConfig())).items() if k != "revision" and k not in ADDED}
+    assert draw._deciding(GenerateConfig()) == old
+    assert "images_per_prototype" in old
+    assert draw._deciding(GenerateConfig(mode="dit", candidates=2))["candidates"] == 2
+
+
+def test_where_a_teacher_lies_decides_nothing(selecting) -> None:
+    def digest(**changes: Any) -> str:
+        settings = {"mode": "dit", "candidates": 2, "select": "correct", "select_teacher": {**selecting, **changes}}
+        return digest_of(draw._deciding(from_dict(GenerateConfig, settings)))
+
+    assert digest() == digest(path="elsewhere", batch_size=3, check_images=7)
+    assert digest() != digest(mean=[0.4] * 3)
+
+
+@pytest.mark.parametrize("rule", ["correct", "confident", "transport"])
+def test_more_candidates_extend_fewer_and_the_first_draw_is_that_without(
+    rule: str, tmp_path: Path, toy_source, accelerator, pipe, selecting
+) -> None:
+    drawn(tmp_path / "all", toy_source, accelerator, pipe, images_per_prototype=4)
+    settings = {"select": rule, "select_teacher": selecting}
+    drawn(tmp_path / "two", toy_source, accelerator, pipe, candidates=2, **settings)
+    drawn(tmp_path / "four", toy_source, accelerator, pipe, candidates=4, **settings)
+    several = set()
+    for (all_, _), (two, _), (four, meta) in zip(*(classes(tmp_path / n) for n in ("all", "two", "four"))):
+        keep, prototype, number = four["pool_kept"], four["pool_prototype"], four["pool_draw"]
+        assert prototype[keep].sort().values.tolist() == [0, 1, 2]
+        order = prototype[keep].argsort()
+        rows = (prototype * 4 + number)[keep][order]
+        assert torch.equal(four["images"], all_["images"][rows])  # each is the draw of its number
+        assert torch.equal(two["pool_probability"], four["pool_probability"][:6])
+        assert torch.equal(four["pool_draw"], torch.arange(4).repeat_interleave(3))
+        assert (meta["copies"], meta["selection"]["rule"]) == (1, rule)
+        several |= set(number[keep].tolist())
+    assert len(several) > 1  # not the first of each
+    assert not list(tmp_path.glob("*/run/images/*/part-*"))
+
+
+def test_what_is_kept_is_what_the_rule_says(tmp_path: Path, toy_source, accelerator, pipe, selecting, caplog) -> None:
+    settings = {"candidates": 3, "select_teacher": selecting, "images_per_prototype": 2}
+    drawn(tmp_path / "confident", toy_source, accelerator, pipe, select="confident", **settings)
+    drawn(tmp_path / "correct", toy_source, accelerator, pipe, select="correct", **settings)
+    lacking = 0
+    for (confident, _), (correct, meta) in zip(classes(tmp_path / "confident"), classes(tmp_path / "correct")):
+        p, prototype = confident["pool_probability"], confident["pool_prototype"]
+        for k in range(3):
+            own = prototype == k
+            assert int(own.sum()) == 6
+            best = p[own].sort(descending=True).values[:2]
+            assert torch.equal(p[own & confident["pool_kept"]].sort(descending=True).values, best)
+            lacking += int(correct["pool_correct"][own].sum()) < 2
+            right = (own & correct["pool_correct"]).nonzero()[:2, 0]
+            assert correct["pool_kept"][right].all()
+        assert len(confident["images"]) == len(correct["images"]) == 6
+        assert meta["selection"]["images"] == 6
+    assert lacking > 0
+    least = (
+        f"{lacking} of 9 prototypes have fewer candidates than images that the teacher convnet3-bn classifies rightly"
+    )
+    assert least in caplog.text
+
+
+def test_a_killed_selection_and_small_spools_end_with_the_same_images(
+    tmp_path: Path, toy_source, accelerator, pipe, selecting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"candidates": 4, "select": "transport", "select_teacher": selecting}
+    drawn(tmp_path / "one", toy_source, accelerator, pipe, **settings)
+    monkeypatch.setattr(draw, "SPOOL", 1)  # class by class
+    drawn(tmp_path / "small", toy_source, accelerator, pipe, **settings)
+    assert same_sets(tmp_path / "small", tmp_path / "one")
+    run = drawn(tmp_path / "killed", toy_source, accelerator, pipe, draw=False, **settings)
+    write, budget = draw.write_tensors, 0
+
+    def stop(path: Path, *rest: Any) -> None:
+        nonlocal budget
+        budget -= 1
+        if budget < 0:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(draw, "write_tensors", stop)
+    for writes in (5, 8, 3):  # within a class, between two, and at the end of one
+        budget = writes
+        with pytest.raises(KeyboardInterrupt):
+            generate(run, pipe, cache_of(run))
+    budget = 1000
+    generate(run, pipe, cache_of(run))
+    assert same_sets(tmp_path / "killed", tmp_path / "one")
+
+
+@pytest.mark.parametrize("where", ["filter", "weight"])
+def test_candidates_are_compared_with_what_pruning_keeps(
+    where: str, tmp_path: Path, toy_source, accelerator, pipe
+) -> None:
+    run = drawn(tmp_path, toy_source, accelerator, pipe, draw=False)
+    settings = PruneConfig(policy="hard", share=0.5, where=where, keep_per_ipc=1, keep_share=0.1)  # type: ignore[arg-type]
+    real = class_images(cache_of(run), 0, 3, Pruning(settings, torch.arange(24.0), seed=0))
+    if where == "filter":
+        assert (real.rows.tolist(), len(real.z), real.weights) == (list(range(5)), 5, None)
+    else:
+        assert real.weights is not None
+        assert real.weights.tolist() == [1.0] * 5 + [settings.outside_weight] * 4
+
+
+def test_what_does_not_go_together_is_refused_first(selecting) -> None:
+    def refused(message: str, **settings: Any) -> None:
+        config = apply_settings(RunConfig(), {f"generate.{k}": v for k, v in {"mode": "dit", **settings}.items()})
+        with pytest.raises(InputError, match=message):
+            check_methods(config)
+
+    refused("candidates=4 and generate.select=none, which would keep the first alone", candidates=4)
+    refused("select=correct and one candidate", select="correct", select_teacher=selecting)
+    refused("which needs a teacher; set generate.select_teacher.net", candidates=2, select="confident")
+    refused(
+        "a pool as generate.select_teacher",
+        candidates=2, select="confident", select_teacher={"net": "pool", "path": "x"},
+    )  # fmt: skip
+    for same in ({"mode": "decode"}, {"mode": "dit", "noise": "inversion"}):
+        with pytest.raises(InputError, match=r"gives the same image every time: set candidates=1 \(now 2\)"):
+            from_dict(GenerateConfig, {**same, "candidates": 2})
+
+
+def test_candidates_multiply_the_cost_of_drawing(selecting) -> None:
+    source = like_source("4x20")
+    chosen = {"candidates": 3, "select": "transport", "select_teacher": selecting}
+    methods = {"plain": {}, "transport": {"override": {"generate": chosen}}}
+    changes = {"methods": methods, "ipc": [2], "generate.mode": "dit", "evaluate.students": []}
+    config = apply_settings(RunConfig(), changes)
+    plans = {p.stage: p for p in stage_plans(config, source, latent=(4, 8, 8), walked=5)}
+    calls = plans["generate"].calls
+    assert (calls["decode"], calls["denoise"]) == (8 + 24, 5 * (8 + 24))
+    # probabilities and features of 24 draws, features of 80 real images
+    assert calls[f"select convnet3-bn {selecting['path']}"] == 2 * 24 + 80
+    assert plans["generate"].units == "32 images, of which 16 are kept"
+    assert plans["generate"].bytes == 16 * 3 * 64 * 64
+    assert "16 images, chosen from 32 draws, 0.2 MB of pixels, up to 1600 denoiser calls" in plan(config, source)
+
+
+def test_a_run_selects_labels_and_says_by_whom(world: Path, tmp_path: Path, teachers, caplog) -> None:
+    label = {"net": "convnet3", "path": str(world / "teacher.safetensors"), "mean": [0.5] * 3, "std": [0.5] * 3}
+    other, same = ({"candidates": 2, "select": "correct", "select_teacher": t} for t in (teachers[0], label))
+    prior = {**other, "snr": None, "strength": 1.0}
+    methods = {"other": {"override": {"generate": other}}, "same": {"override": {"generate": same}}}
+    methods |= {"prior": {"weights": "uniform", "override": {"generate": prior}}, "real": {"representative": "real"}}
+    file = full(world, tmp_path, ipc=[2], methods=methods, evaluate__students=[])
+    assert main(["run", "--config", str(file), "--cpu"]) == 0
+    assert "generate.select_teacher of method 'same' is one of the teachers that label" in caplog.text
+    assert "of method 'other'" not in caplog.text
+    sets = {m: json.loads((tmp_path / f"run/dataset/ipc2-{m}/provenance.json").read_text()) for m in methods}
+    assert sets["other"]["generate"]["selection"]["labels_too"] is False
+    assert sets["same"]["generate"]["selection"]["labels_too"] is True
+    assert sets["prior"]["generate"]["start"]["strength"] == 1.0
+    assert "selection" not in sets["real"]["generate"]
+    page = (tmp_path / "run/report.html").read_text()
+    assert page.count("<td>correct</td>") == 3
+    assert "same at IPC 2: the teacher convnet3 that selects among candidates labels the set too" in page
+    files = sorted((tmp_path / "run/images").glob("*/class-00000.safetensors"))
+    assert sum("selection" in read_metadata(f) for f in files) == 3
