@@ -201,6 +201,15 @@ def streaming() -> str:
     return table(head, body)
 
 
+def allocator() -> str:
+    rows = read("allocator.csv")
+    head = ["work", "time of the defaults, against kept", "peak memory, kept against defaults", "pages asked for"]
+    pages = [f"{float(r['faults_kept']):,.0f} of {float(r['faults_default']):,.0f}" for r in rows]
+    names = {"convnet3w32": "steps of ConvNet-3, width 32", "encode": "encoding with the codec of the CIFAR-10 prior"}
+    body = [[names[r["work"]], r["time_ratio"], r["memory_ratio"], p] for r, p in zip(rows, pages, strict=True)]
+    return table(head, body)
+
+
 def processes() -> str:
     rows = read("processes.csv")
     head = ["stage", "images", "processes", "times the throughput of one", "least", "largest", "repeats"]
@@ -238,6 +247,7 @@ TABLES = {
     "scale": scale,
     "estimate_check": estimate_check,
     "streaming": streaming,
+    "allocator": allocator,
     "processes": processes,
     "difficulty": difficulty,
     "fuzz": fuzz,

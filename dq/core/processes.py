@@ -11,6 +11,7 @@ import torch
 
 from dq.core.devices import launcher_arguments, set_threads
 from dq.core.errors import RunError
+from dq.core.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,7 +25,7 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
     device, and the world size is compared with the launcher's. Other devices are taken only if the variable
     ACCELERATE_TORCH_DEVICE names one: Apple's `mps` has no float64, which k-means and the denoiser's schedule use.
 
-    Torch's threads are bounded by the share of the cores that this process has.
+    Torch's threads are bounded by the share of the cores that this process has, and freed memory is kept.
 
     Raises:
         RunError: if the processes on this machine are more than its GPUs, or do not see one another.
@@ -49,6 +50,7 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
             "launch with `accelerate launch --multi_gpu --num_processes N -m dq.cli ...` or torchrun"
         )
     set_threads()
+    keep_freed_memory()
     return accelerator
 
 

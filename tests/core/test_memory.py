@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import ctypes
+import resource
+import sys
+
 import pytest
 import torch
+from forking import Forked
 from models import tiny_kl
 
 from dq.core import memory
-from dq.core.memory import in_pieces
+from dq.core.memory import in_pieces, keep_freed_memory
 from dq.diffusion.codec import encode_latents, to_signed
 
 
@@ -180,3 +185,33 @@ def test_images_are_drawn_alike_when_memory_is_short(toy_source, tmp_path, monke
     )
     assert sizes == [9, 4, 4, 1]
     assert torch.equal(whole.images, pieces.images)
+
+
+def pages_asked_for() -> int:
+    """Pages that the kernel hands out while a block of 32 MB is allocated, filled and freed thirty times."""
+    torch.zeros(8 * 2**20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(30):
+        torch.zeros(8 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_blocks_are_kept_unless_the_environment_sets_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+
+    def kept() -> int:
+        libc = ctypes.CDLL(None)
+        assert libc.mallopt(-3, 2**17) == libc.mallopt(-1, 2**17) == 1  # glibc's defaults, whatever this process had
+        before = pages_asked_for()
+        return 0 if keep_freed_memory() and pages_asked_for() < before / 10 else 1
+
+    def left_alone() -> int:
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+        return int(keep_freed_memory())
+
+    for work in (kept, left_alone):
+        process = Forked(work)
+        _, errors = process.communicate(60)
+        assert process.returncode == 0, errors
