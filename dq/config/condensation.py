@@ -79,6 +79,7 @@ class SpectralMatching(Condensation):
     where the methods of this file do not share one."""
 
     stage: Literal["spectral"] = "spectral"
+    lr: float = 0.1
     steps: int = 20_000
     real_batch: int = 1024
     frequencies: int = 4096  # points t at which characteristic functions are compared in a step

@@ -11,6 +11,7 @@ has no weights.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dq.config.condensation import SpectralMatching
 from dq.core.errors import InputError
+from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator, seeded
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
-from dq.networks.trajectories import Experts
+from dq.networks.trajectories import MANIFEST, Experts
 from dq.networks.zoo import make_net
 from dq.refine.class_matching import (
     ClassBatches,
@@ -46,8 +48,15 @@ def resolve(config: SpectralMatching, context: Context) -> SpectralMatching:
     """The settings as they are.
 
     Raises:
-        InputError: for a network that gathers statistics over batches, or has no pooled blocks.
+        InputError: for a network that gathers statistics over batches, has no pooled blocks, or is not the experts'.
     """
+    if config.experts is not None:
+        name = read_json(Path(config.experts) / MANIFEST)["facts"]["net"]
+        if name != config.net:
+            raise InputError(
+                f"the experts in {config.experts} are {name}, but spectral has net={config.net}; train others, or set "
+                f"net={name}"
+            )
     net = FlatNet(config.net, context.classes or 2, context.side).net
     with block_outputs(net, None):
         return config
@@ -104,6 +113,7 @@ class Frequencies:
         self.net: nn.Sequential | None = None
         if config.sampler == "network":
             self.net = frequency_network(size, derive_seed(seed, "frequencies")).to(device)
+        self.parameters = [] if self.net is None else list(self.net.parameters())
 
     def draw(self, step: int, carried: dict[str, Tensor]) -> Tensor:
         """Frequencies (k, d) of a step, with a graph if a network makes them, whose parameters are in `carried`."""
@@ -112,15 +122,14 @@ class Frequencies:
         if self.net is None:
             return t
         if "frequencies.value" in carried:
-            vector_to_parameters(carried["frequencies.value"], self.net.parameters())
+            vector_to_parameters(carried["frequencies.value"], self.parameters)
         with torch.enable_grad():
             return self.net(t)
 
     def learn(self, t: Tensor, gradient: Tensor, carried: dict[str, Tensor]) -> None:
         """Move the network uphill by SGD, given the gradient (k, d) of the loss with respect to what `draw` gave."""
-        parameters = list(self.net.parameters()) if self.net is not None else []
-        uphill = parameters_to_vector(torch.autograd.grad(t, parameters, gradient))
-        value = parameters_to_vector(parameters).detach()
+        uphill = parameters_to_vector(torch.autograd.grad(t, self.parameters, gradient))
+        value = parameters_to_vector(self.parameters).detach()
         theta = Learned(value, carried.get("frequencies.velocity", torch.zeros_like(value)))
         theta.step(-uphill, self.config.sampler_lr, self.config.momentum)
         carried["frequencies.value"], carried["frequencies.velocity"] = theta.value, theta.velocity
@@ -218,7 +227,7 @@ def refine(
 
 
 def check_experts(config: SpectralMatching, experts: Experts | None, classes: int, side: int) -> None:
-    """Whether the experts are those of the settings.
+    """Whether there are experts where the settings name some, and they saw images like those of the set.
 
     Raises:
         InputError: if not.
@@ -227,10 +236,10 @@ def check_experts(config: SpectralMatching, experts: Experts | None, classes: in
         raise InputError("spectral takes experts where its settings name their folder, and only there")
     if experts is not None:
         net = experts.net
-        if (net.name, net.classes, net.side) != (config.net, classes, side):
+        if (net.classes, net.side) != (classes, side):
             raise InputError(
-                f"the experts in {experts.folder} are {net.name} of {net.classes} classes and {net.side} px, but "
-                f"spectral has net={config.net}, {classes} classes and {side} px; train others, or set net={net.name}"
+                f"the experts in {experts.folder} saw {net.classes} classes and images of {net.side} px, but the set "
+                f"has {classes} classes and {side} px; train experts on such images"
             )
 
 

@@ -24,7 +24,7 @@ from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
 from dq.refine import distribution_matching, gradient_matching, spectral_matching
-from dq.refine.class_matching import ClassBatches, image_weights
+from dq.refine.class_matching import ClassBatches, class_gradients, image_weights
 from dq.refine.method import Callback, Context, RealImages
 from dq.refine.starts import rows_by_class
 
@@ -127,6 +127,23 @@ def test_siamese_augmentation_treats_all_images_and_batches_alike(operation):
     assert torch.allclose(of(x)[1:2], of(x[1:2]), atol=1e-6)
     same = of(x[:1].expand(4, -1, -1, -1))
     assert torch.allclose(same, same[:1].expand_as(same))
+
+
+def test_gradients_of_classes_are_those_of_their_sum():
+    x, labels = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.tensor([2, 0, 2, 1, 0])
+    rows = {c: (labels == c).nonzero()[:, 0] for c in range(3)}
+    t = torch.randn(2, 2, dtype=torch.float64)
+
+    def loss_of(c, images):
+        return ((c + 1) * (images @ t_leaf).sin()).square().mean()
+
+    t_leaf = t.clone().requires_grad_(True)
+    loss, g, (g_t,) = class_gradients(loss_of, x, rows, [t_leaf])
+    leaf = x.clone().requires_grad_(True)
+    total = sum(loss_of(c, leaf[labels == c]) for c in range(3))
+    expected = torch.autograd.grad(total, [leaf, t_leaf])
+    torch.testing.assert_close([loss.double(), g, g_t], [total.detach(), *expected], rtol=1e-6, atol=1e-6)
+    assert class_gradients(loss_of, x, rows)[2] == []
 
 
 def test_real_and_learned_images_are_augmented_alike(digits):

@@ -155,10 +155,12 @@ def test_experts_bring_their_preprocessing_and_held_out_images(
     for settings, given, message in (
         ({"experts": None}, experts, "takes experts where its settings name their folder"),
         ({}, None, "takes experts where its settings name their folder"),
-        ({"net": "convnet2w8"}, experts, r"are convnet2w4 of 3 classes and 8 px, but spectral has net=convnet2w8"),
+        ({"net": "convnet2w8"}, experts, "are convnet2w4, but spectral has net=convnet2w8; train others, or set net="),
     ):
         with pytest.raises(InputError, match=message):
             refine(batch.images, labels, dataclasses.replace(config, **settings), real, classes=3, experts=given)
+    with pytest.raises(InputError, match="saw 3 classes and images of 8 px, but the set has 4 classes and 8 px"):
+        refine(batch.images, labels, config, real, classes=4, experts=experts)
 
 
 @pytest.mark.parametrize(
