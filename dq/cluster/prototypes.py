@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,37 @@ def image_weights(counts: Any, kind: WeightKind = "sqrt", normalize: Normalizati
     return w.float()
 
 
+def images_by_mass(masses: Any, total: int) -> list[int]:
+    """Whole numbers of images in proportion to masses, by largest remainders, each at least 1; they sum to `total`.
+
+    Where the least of 1 takes more than the remainders give, the prototypes that are furthest above their share have
+    one less. Ties go to the earlier prototype.
+
+    Args:
+        masses: (K,) positive.
+        total: at least K.
+
+    Raises:
+        InputError: for masses that are not positive, or fewer images than prototypes.
+    """
+    masses = as_weights(masses, len(as_tensor(masses, "masses")), "masses of prototypes").double()
+    k = len(masses)
+    if not (masses > 0).all():
+        raise InputError(f"prototype {int((masses <= 0).nonzero()[0])} has no mass and no share of the images")
+    if total < k:
+        raise InputError(f"{total} images are too few for {k} prototypes, which have at least one each")
+    share = masses / masses.sum() * total
+    numbers = share.floor().clamp(min=1)
+    while int(numbers.sum()) != total:
+        missing = (share - numbers).mul(1e9).round()  # equal masses are ties whatever their rounding
+        if numbers.sum() < total:
+            numbers[int(missing.argmax())] += 1
+        else:
+            spare = torch.where(numbers > 1, -missing, -torch.inf)
+            numbers[k - 1 - int(spare.flip(0).argmax())] -= 1
+    return numbers.long().tolist()
+
+
 @dataclass(frozen=True)
 class Prototypes:
     """Quantizer of one class in the denoiser's latent space, largest cell first. K may be below the ipc asked for.
@@ -78,6 +110,25 @@ class Prototypes:
     def weights(self, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
         """Training weights, (K,) float32; see `image_weights`."""
         return image_weights(self.counts if self.masses is None else self.masses, kind, normalize)
+
+    def image_weights(
+        self, numbers: int | Sequence[int], kind: WeightKind = "sqrt", normalize: Normalization = "none"
+    ) -> Tensor:
+        """Training weights (N,) float32 of images, prototype by prototype; those of a prototype share its mass.
+
+        A prototype without images has no weight: the others stand for the class by their own masses. With equal
+        numbers these are the `weights`, repeated.
+
+        Args:
+            numbers: images of every prototype, one number for all or (K,).
+        """
+        if isinstance(numbers, int):
+            return self.weights(kind, normalize).repeat_interleave(numbers)
+        each = torch.tensor(numbers)
+        masses = (self.counts if self.masses is None else self.masses).double() / each.clamp(min=1)
+        w = image_weights(masses.repeat_interleave(each), kind, normalize)
+        # normalised to sqrt(K) over K prototypes, as with equal numbers
+        return w * (len(w) / int((each > 0).sum())) ** 0.5 if normalize == "sqrt_k" else w
 
     def points(
         self, representative: Literal["centroid", "medoid", "real"], *, rescale: Literal["none", "norm"] = "none"

@@ -27,7 +27,7 @@ LEAST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("guidance_scale", "internal_guidance", "autoguidance"), (1, True)),
     "intermediate_head": (0, True),
     **dict.fromkeys(("num_inference_steps", "images_per_prototype", "check_images", "tests", "epochs"), (1, True)),
-    "candidates": (1, True),
+    **dict.fromkeys(("candidates", "prototypes_per_class"), (1, True)),
     **dict.fromkeys(("accumulate", "shuffle", "top_k", "validation_images", "patch_factor"), (1, True)),
     **dict.fromkeys(("seeds", "full_seeds", "save_every", "patch_size", "num_layers"), (1, True)),
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "latent_channels", "layers_per_block"), (1, True)),

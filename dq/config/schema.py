@@ -69,6 +69,8 @@ class ClusterConfig(Checked):
     n_init: int = 1  # restarts; the lowest distortion wins
     n_iter: int = 100  # Lloyd iterations (barycentre: rounds) at most
     tol: float = 1e-4  # stop when the distortion falls by less than this share; 0: when no label changes
+    # prototypes of a class; None: ipc. Fewer have several images each, by mass: a class has ipc images in any case
+    prototypes_per_class: int | None = None
     on_small: Literal["clamp", "raise"] = "clamp"  # a class with fewer distinct images than ipc
     batch_size: int = 256  # clvq: samples per step
     passes: int = 1  # clvq: passes over the class
@@ -77,6 +79,10 @@ class ClusterConfig(Checked):
     transport: Literal["exact", "entropic"] = "exact"  # barycentre
     entropy: float = 0.01  # barycentre: entropic regularisation in units of the mean squared distance
     uniform_w2: bool = True  # also solve the transport problem of the uniformly weighted points
+
+    def prototypes(self, ipc: int) -> int:
+        """Clusters of a class at `ipc` images per class."""
+        return self.prototypes_per_class or ipc
 
     @property
     def uses_features(self) -> bool:

@@ -120,9 +120,9 @@ def check_counts(config: RunConfig, source: ImageSource) -> None:
     """
     from dq.cluster.kmeans import too_small
 
-    ipc = max(config.ipc)
     for method in config.methods:
         cluster = resolved_method(config, method).cluster
+        ipc = cluster.prototypes(max(config.ipc))
         small = (source.class_counts() < ipc).nonzero()[0].tolist() if cluster.on_small == "raise" else []
         if small:
             name, images = source.class_names[small[0]], int(source.class_counts()[small[0]])

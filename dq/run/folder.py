@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -109,6 +109,14 @@ def copies_of(method: MethodConfig, generate: GenerateConfig) -> int:
     return 1 if single else generate.images_per_prototype
 
 
+def images_per_class(resolved: ResolvedMethod, ipc: int, class_counts: Sequence[int]) -> list[int]:
+    """Images of every class in the set of a method. A class with fewer train images than `ipc` gives fewer, unless
+    `cluster.prototypes_per_class` has its prototypes share `ipc` images."""
+    copies = copies_of(resolved.method, resolved.generate)
+    fixed = resolved.cluster.prototypes_per_class is not None
+    return [(ipc if fixed else min(int(n), ipc)) * copies for n in class_counts]
+
+
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
     """A section's settings without those that change speed alone, in it and in its selecting teacher."""
     kept = {k: v for k, v in settings.items() if k not in SPEED}
@@ -191,7 +199,36 @@ def check_methods(config: RunConfig) -> None:
                 f"method {method!r} has cluster.space={space.space}, which needs a teacher; "
                 "set teachers.0.net and teachers.0.path, or cluster.space=latents"
             )
+        check_prototypes(config, method)
         check_selection(config, method)
+
+
+def check_prototypes(config: RunConfig, method: str) -> None:
+    """Whether a method with fewer prototypes than images can draw several images of a prototype.
+
+    Raises:
+        InputError: if there are more prototypes than images, or a prototype has one image and no other.
+    """
+    m, cluster, g, _ = resolved_method(config, method)
+    number = cluster.prototypes_per_class
+    if number is None:
+        return
+    if number > min(config.ipc):
+        raise InputError(
+            f"method {method!r} has cluster.prototypes_per_class={number}, more than ipc={min(config.ipc)}, and every "
+            f"prototype has an image; set it to at most {min(config.ipc)}, or null for ipc"
+        )
+    single = (
+        "representative=real" if m.representative == "real"
+        else "generate.mode=decode" if g.mode == "decode"
+        else "generate.noise=inversion" if g.noise == "inversion"
+        else None
+    )  # fmt: skip
+    if single and number < max(config.ipc):
+        raise InputError(
+            f"method {method!r} has cluster.prototypes_per_class={number} below ipc={max(config.ipc)}, but {single} "
+            "gives one image of a prototype; set prototypes_per_class=null for this method"
+        )
 
 
 def check_selection(config: RunConfig, method: str) -> None:

@@ -27,7 +27,7 @@ from dq.networks.trajectories import Experts, open_experts
 from dq.refine.method import Context, Needs, RealImages
 from dq.refine.optimize import TERMS
 from dq.refine.registry import method_of
-from dq.run.folder import Run
+from dq.run.folder import Run, images_per_class, resolved_method
 
 log = logging.getLogger("dq")
 
@@ -143,7 +143,7 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
         for ipc in config.ipc if len(class_counts) else ():
             size = round(sum(class_counts) / len(class_counts))
             one = refinement.resolve(stage, dataclasses.replace(context, ipc=ipc, class_size=size))
-            refinement.batches(one, [min(n, ipc) for n in class_counts])
+            refinement.batches(one, images_per_class(resolved_method(config, method), ipc, class_counts))
         cost = refinement.cost(resolved, context)
         plans.append(Planned(stage.stage, cost.steps, cost.batch_size, cost.checks))
     return plans

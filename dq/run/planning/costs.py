@@ -144,10 +144,10 @@ def _cluster(sets: Sequence[Asked], counts: Sequence[int], cells: int | None, pr
     )
     costs: list[float] = []
     for s in distinct.values():
-        plan.call(cluster_operation(s.cluster, s.ipc), sum(counts))
-        costs += [float(n * s.ipc) for n in counts]
+        plan.call(cluster_operation(s.cluster, s.prototypes), sum(counts))
+        costs += [float(n * s.prototypes) for n in counts]
         if plan.bytes is not None and cells is not None:
-            plan.bytes += sum(min(n, s.ipc) for n in counts) * (cells * POINT_CELL + POINT)
+            plan.bytes += sum(min(n, s.prototypes) for n in counts) * (cells * POINT_CELL + POINT)
     if any(s.cluster.uses_features for s in sets):
         plan.call("read", sum(counts))
         plan.call("teacher", sum(counts))

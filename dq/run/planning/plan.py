@@ -77,8 +77,9 @@ def plan(config: RunConfig, source: ImageSource) -> str:
         walked = g.num_inference_steps
     pixels = config.image_size**2 * 3
     for ipc in config.ipc:
-        prototypes = int(counts.clip(max=ipc).sum())
-        short = [source.class_names[c] for c in range(classes) if counts[c] < ipc]
+        prototypes = int(counts.clip(max=config.cluster.prototypes(ipc)).sum())
+        fixed = config.cluster.prototypes_per_class is not None  # small classes have ipc images, too
+        short = [] if fixed else [source.class_names[c] for c in range(classes) if counts[c] < ipc]
         images = sum(s.images for s in sets if s.ipc == ipc)
         draws = sum(s.draws for s in sets if s.ipc == ipc)
         lines.append(

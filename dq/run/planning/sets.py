@@ -27,6 +27,11 @@ class Asked:
     images: int
 
     @property
+    def prototypes(self) -> int:
+        """Of a class that is large enough."""
+        return self.cluster.prototypes(self.ipc)
+
+    @property
     def draws(self) -> int:
         """Images that are drawn, candidates included."""
         from dq.run.stages.select import selecting_teacher
@@ -50,13 +55,13 @@ class Asked:
 
 def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
     """The sets of a run, ipc by ipc."""
-    from dq.run.folder import copies_of, resolved_method
+    from dq.run.folder import images_per_class, resolved_method
 
-    counts = source.class_counts()
+    counts = source.class_counts().tolist()
     found = []
     for ipc in config.ipc:
         for method in config.methods:
             resolved = resolved_method(config, method)
-            images = int(counts.clip(max=ipc).sum()) * copies_of(resolved.method, resolved.generate)
+            images = sum(images_per_class(resolved, ipc, counts))
             found.append(Asked(ipc, method, *resolved, images))
     return found

@@ -226,11 +226,11 @@ def _clustering(
     z = torch.randn(n, *shape, generator=generator("speeds")).to(device)
     done = set()
     for s in asked_sets(config, source):
-        name, cfg = cluster_operation(s.cluster, s.ipc), s.cluster
+        name, cfg = cluster_operation(s.cluster, s.prototypes), s.cluster
         if name in done or cfg.space != "latents":
             continue
         done.add(name)
-        k = min(s.ipc, n)
+        k = min(s.prototypes, n)
 
         def work(size: int, cfg: Any = cfg, k: int = k) -> None:
             x = z[:size].flatten(1)

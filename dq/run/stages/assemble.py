@@ -71,8 +71,8 @@ class Parts:
             soft_labels = next((tensors[name] for name in SOFT_LABELS if name in tensors), None)
             if soft_labels is None and self.labels:
                 soft_labels = read_tensors(class_file(self.labels, p.label))[0]["logits"]
+            weights = p.image_weights(meta["copies"], m.weights, m.normalize)
             copies = torch.as_tensor(meta["copies"]).expand(len(p.counts))
-            weights = p.weights(m.weights, m.normalize).repeat_interleave(copies)
             yield DistilledSet(
                 images=tensors["images"],
                 labels=torch.full_like(p.counts, p.label).repeat_interleave(copies),

@@ -67,6 +67,8 @@ def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
         del settings["feature_weight"]
     if cluster.space == "latents":
         del settings["space"]
+    if cluster.prototypes_per_class is None:
+        del settings["prototypes_per_class"]
     return settings
 
 
@@ -223,22 +225,24 @@ def _prototypes(
     run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int], pruning: Pruning
 ) -> list[Prototypes]:
     """Prototypes of classes that are clustered at once."""
-    prune = pruning.settings
+    prune, number = pruning.settings, cfg.prototypes(ipc)
     data = [_class_points(run, cache, ipc, cfg, c, pruning) for c in labels]
     names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
     seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
     results: list[Clustering] = []
     if prune.active and prune.where == "cluster":  # more clusters, of which ipc are left
         for i, (d, seed, name) in enumerate(zip(data, seeds, names)):
-            k = min(math.ceil(ipc * d.pruned.cells), max(ipc, len(d.x))) if d.pruned is not None else ipc
+            k = min(math.ceil(number * d.pruned.cells), max(number, len(d.x))) if d.pruned is not None else number
             (result,) = kmeans_many([d.x], k, config=cfg, seeds=[seed], names=[name])
             if d.pruned is not None:
-                result, members = select_clusters(result, clusters_in_band(result.labels, d.pruned, ipc), asked=ipc)
+                result, members = select_clusters(
+                    result, clusters_in_band(result.labels, d.pruned, number), asked=number
+                )
                 data[i] = d.of(members)
             results.append(result)
     else:
         weights = [d.weights for d in data]
-        results = kmeans_many([d.x for d in data], ipc, config=cfg, weights=weights, seeds=seeds, names=names)
+        results = kmeans_many([d.x for d in data], number, config=cfg, weights=weights, seeds=seeds, names=names)
     made = []
     for c, d, result in zip(labels, data, results):
         numbers = quantization_stats(d.x, result, weights=d.weights, with_uniform=cfg.uniform_w2)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.cluster.prototypes import Prototypes
+from dq.cluster.prototypes import Prototypes, images_by_mass
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig
 from dq.core.errors import InputError
@@ -130,7 +130,8 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
             if folder not in draws:
                 selector = make_selector(run, cache, ipc, resolved, teacher) if teacher else None
                 points = prototype_folder(run, cache, ipc, resolved)
-                draws[folder] = Draw(run, folder, points, m, cfg, ids, selector)
+                budget = None if resolved.cluster.prototypes_per_class is None else ipc * copies_of(m, cfg)
+                draws[folder] = Draw(run, folder, points, m, cfg, ids, selector, budget)
             index[f"{ipc}/{method}"] = {"folder": folder.name, "asked": _asked(run, cache, ipc, method)}
     drawn = _draw_all(run, pipe, list(draws.values()))
     run.finish("generate", began, images=drawn)
@@ -180,6 +181,7 @@ class Draw:
     config: GenerateConfig
     condition_ids: list[int]  # the generator's class index of every class
     selector: Selector | None = None  # None: every draw is kept
+    budget: int | None = None  # images of a class, given to its prototypes by mass; None: as many to each
 
     @property
     def real(self) -> bool:
@@ -196,7 +198,8 @@ class Draw:
         found = []
         for label in range(len(self.run.source.class_names)):
             with open_tensors(class_file(self.prototypes, label)) as f:
-                found.append([copies] * int(f.get_slice("counts").get_shape()[0]))
+                masses = f.get_tensor("masses" if "masses" in f.keys() else "counts")  # noqa: SIM118  (not a dict)
+            found.append([copies] * len(masses) if self.budget is None else images_by_mass(masses, self.budget))
         return found
 
     def pool(self, label: int) -> list[tuple[int, int]]:

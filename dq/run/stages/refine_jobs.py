@@ -15,7 +15,7 @@ from dq.config.reader import to_dict
 from dq.config.refinement import RefineConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import is_done, open_tensors, read_json, read_tensors, write_json, write_tensors
+from dq.core.files import is_done, open_tensors, read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.diffusion.codec import Codec, load_codec
 from dq.diffusion.image_codec import ImageCodec
@@ -27,7 +27,7 @@ from dq.refine.anchors import anchors_by_class, patch_anchors
 from dq.refine.batches import Rows
 from dq.refine.method import Batch, Context, Cost, Method, Needs, Resources
 from dq.refine.registry import method_of
-from dq.run.folder import Run, class_file, copies_of
+from dq.run.folder import Run, class_file
 from dq.run.refinement import batch_file, check_codec_path, experts_of, stage_settings
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
@@ -92,7 +92,7 @@ def job_of(
     stage = method.resolve(stage, context)
     needs = method.needs(stage)
     counts = tuple(_count(class_file(source, i)) for i in range(len(classes)))
-    weights = _weights_of(run, ipc, name) if stage.weighted else None
+    weights = _weights_of(run, ipc, name, source) if stage.weighted else None
     identity: list[Any] = [
         source.name,
         stage_settings(stage),
@@ -113,13 +113,15 @@ def job_of(
     return Job(stage, method, needs, cost, level, ipc, source, folder, counts, batches, teachers, judges, weights)
 
 
-def _weights_of(run: Run, ipc: int, method: str) -> dict[int, Tensor]:
-    """Weights of the images of a set, by class."""
+def _weights_of(run: Run, ipc: int, method: str, images: Path) -> dict[int, Tensor]:
+    """Weights of the images of a set, by class; `images` is their folder."""
     resolved = run.resolved(method)
-    m, cfg = resolved.method, resolved.generate
-    copies = copies_of(m, cfg)
+    m = resolved.method
     points = load_prototypes(run, cache_of(run), ipc, resolved)
-    return {p.label: p.weights(m.weights, m.normalize).repeat_interleave(copies, 0) for p in points}
+    numbers = {
+        label: read_metadata(class_file(images, label))["copies"] for label in range(len(run.source.class_names))
+    }
+    return {p.label: p.image_weights(numbers[p.label], m.weights, m.normalize) for p in points}
 
 
 def _file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
