@@ -22,7 +22,7 @@ from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load
 from dq.diffusion.latents import LatentCache
 from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler, shift_time, time_shift
 from dq.diffusion.prior.denoiser_recipe import denoiser_recipe, no_pipeline, open_denoiser
-from dq.diffusion.prior.training import MAX_BYTES, finished, fit, publish, seeded
+from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
 from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 from dq.diffusion.weaker_models import new_head, save_early, save_head
 
@@ -68,8 +68,6 @@ def train_denoiser(
             `flip` needs them.
         RunError: if the folder holds another training or another codec, or the loss is not finite.
     """
-    import diffusers
-
     folder = Path(prior.output_dir)
     recipe = denoiser_recipe(cache.key, codec, prior, class_names, accelerator)
     settings = resolve_dtypes(prior.denoiser, recipe.auto or {})
@@ -159,22 +157,9 @@ def train_denoiser(
         score=score if len(held) else None,
     )
     if accelerator.is_main_process:
-        if not (folder / "vae").exists():
-            whole = recipe.scratch / "vae"
-            copy.deepcopy(ours).float().save_pretrained(whole)
-            os.replace(whole, folder / "vae")
-        scheduler.save_pretrained(folder / "scheduler")
+        _write_stock_parts(recipe, ours, scheduler, class_names)
         if head is not None:
             save_head(head, folder, dtype)
-        index = {
-            "_class_name": "DiTPipeline",
-            "_diffusers_version": diffusers.__version__,
-            "id2label": {str(i): name for i, name in enumerate(class_names)},
-            "scheduler": ["diffusers", type(scheduler).__name__],
-            "transformer": ["diffusers", "DiTTransformer2DModel"],
-            "vae": ["diffusers", type(codec).__name__],
-        }
-        write_json(folder / "model_index.json", index, checksum=False)
         numbers = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "train_images": len(kept),
@@ -186,6 +171,27 @@ def train_denoiser(
         publish(recipe, copy.deepcopy(model).to(dtype).save_pretrained, numbers, fitted, accelerator)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _write_stock_parts(recipe: Recipe, codec: Codec, scheduler: Any, class_names: Sequence[str]) -> None:
+    """Write what a stock `DiTPipeline` needs beside the transformer: codec, scheduler and index."""
+    import diffusers
+
+    folder = recipe.folder
+    if not (folder / "vae").exists():
+        complete = recipe.scratch / "vae"
+        copy.deepcopy(codec).float().save_pretrained(complete)
+        os.replace(complete, folder / "vae")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "id2label": {str(i): name for i, name in enumerate(class_names)},
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", type(codec).__name__],
+    }
+    write_json(folder / "model_index.json", index, checksum=False)
 
 
 def new_denoiser(
