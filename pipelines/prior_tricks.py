@@ -101,9 +101,8 @@ def main() -> None:
     rows = []
     for name in args.variants:
         rows.append(measured(args, name))
-        write_text(args.csv, to_csv(rows))
+        write_text(args.csv, f"# {shlex.join(['python', *sys.argv])}\n" + to_csv(rows))
         print(rows[-1], flush=True)
-    write_text(args.csv.with_suffix(".txt"), shlex.join(["python", *sys.argv]) + "\n")
 
 
 if __name__ == "__main__":

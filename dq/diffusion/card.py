@@ -69,9 +69,12 @@ def markdown_text(head: list[str], rows: list[list[str]]) -> str:
 def protocol_text(records: list[dict[str, Any]]) -> str:
     """How the numbers of the table were got, in a few sentences."""
     r = records[0]
+    names = {"internal_guidance": "internal guidance", "autoguidance": "autoguidance"}
+    weaker = "".join(f" with {text} {r[name]:g}" for name, text in names.items() if name in r)
     return (
         f"{r['images']} images a row, at most {r['per_class']} of each of {r['classes']} classes, at "
-        f"{r['image_size']} px; samples from pure noise by {r['scheduler']} in {r['steps']} steps, seed {r['seed']}. "
+        f"{r['image_size']} px; samples from pure noise by {r['scheduler']} in {r['steps']} steps{weaker}, "
+        f"seed {r['seed']}. "
         f"Fréchet (squared) and kernel distance, density and coverage (k = {r['neighbours']}) are against real test "
         f"images, in {r['features']} features of the teacher {r['teacher']}: not comparable with numbers in Inception "
         "features, and the Fréchet distance falls with the number of images, so read it beside that of real train "

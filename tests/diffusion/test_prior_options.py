@@ -34,6 +34,7 @@ from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.prior import training
 from dq.diffusion.prior.denoiser_loss import DenoiserLoss, contrastive_error, new_scheduler, shift_time, time_shift
 from dq.diffusion.prior.denoiser_recipe import denoiser_recipe
+from dq.diffusion.prior.samples import Draw, sample_images
 from dq.diffusion.prior.train_denoiser import train_denoiser
 from dq.diffusion.sampling import dit_prediction
 from dq.diffusion.weaker_models import HiddenStates, head_output, new_head
@@ -367,3 +368,15 @@ def test_guided_images_differ_and_a_missing_version_is_named(made, weakened):
             )
         with pytest.raises(InputError, match=f"{name} is of a DiT's own weaker versions; set mode=dit"):
             GenerateConfig(mode="img2img", **{name: 2.0})
+
+
+def test_samples_are_kept_apart_by_their_guidance(weakened):
+    def draw(**scales):
+        pipe = LatentGenerator.from_pretrained(weakened)
+        return Draw(pipe, pipe.scheduler, [0, 1, 2], [1, 1, 1], 3, 8, 0, 8, **scales)
+
+    plain, guided = draw(), draw(internal_guidance=2.0)
+    assert plain.weaker_guidance == {}
+    assert guided.weaker_guidance == {"internal_guidance": 2.0}
+    assert guided.identity(1.0) == [*plain.identity(1.0), {"internal_guidance": 2.0}]
+    assert not torch.equal(sample_images(plain, 1.0), sample_images(guided, 1.0))

@@ -369,6 +369,7 @@ def _facts(draw: Draw, bench: RealData, config: PriorReportConfig, train: Sequen
         "teacher": "+".join(t.name for t in bench.teachers),
         "neighbours": config.neighbours,
         "steps": draw.num_inference_steps,
+        **draw.weaker_guidance,
         "scheduler": type(draw.scheduler).__name__,
         "seed": draw.seed,
         "dq": __version__,

@@ -44,9 +44,15 @@ class Draw:
         numbers = [self.num_inference_steps, self.image_size, self.seed, guidance_scale]
         dtype = str(self.pipe.transformer.dtype)
         where = [type(self.scheduler).__name__, settings, list(self.condition_ids), list(self.counts), dtype]
-        weaker = [self.internal_guidance, self.autoguidance]
-        # left out where there is none, so that samples from before there was any still count
-        return [self.pipe.digest("dit"), *numbers, *where, *([weaker] if weaker != [1, 1] else [])]
+        weaker = [self.weaker_guidance] if self.weaker_guidance else []
+        return [self.pipe.digest("dit"), *numbers, *where, *weaker]
+
+    @property
+    def weaker_guidance(self) -> dict[str, float]:
+        """Scales of guidance by weaker versions of the model, without those that are off: samples and records from
+        before there were any are those of today."""
+        scales = {"internal_guidance": self.internal_guidance, "autoguidance": self.autoguidance}
+        return {name: scale for name, scale in scales.items() if scale != 1}
 
 
 def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Tensor:
