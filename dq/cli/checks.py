@@ -191,7 +191,8 @@ def _check_sets(args: argparse.Namespace, config: RunConfig, source: ImageSource
     if args.protocol == "ddr":
         side = check_ddr(sets, source, **options)
     else:
-        side = check_sets(sets, source, **options, ipcs=config.ipc if args.ipc else ())[0]
+        ipcs = config.ipc if args.ipc else ()
+        side = check_sets(sets, source, **options, ipcs=ipcs, difficulty=config.prune)[0]
     check_teachers(config.teachers, len(source.class_names), side)
     return sets
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from dq.cli.completion import SHELLS
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
-from dq.config.students import LabelKind
+from dq.config.students import Baseline, LabelKind, default_baselines
 from dq.core.errors import InputError
 from dq.run.planning.plan import LIKE
 
@@ -117,7 +117,7 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--student", action="append", metavar="NET", help="a network by name; may be repeated")
     p.add_argument("--dataset", help="whose published settings of the protocol to take, e.g. cifar100")
     p.add_argument("--teacher", action="append", metavar="NET=PATH", help="who labels views; may be repeated")
-    p.add_argument("--baselines", metavar="NAME[,NAME]", help="random, herding, k-center, nearest, patches, full")
+    p.add_argument("--baselines", metavar="NAME[,NAME]", help=f"any of {', '.join(get_args(Baseline))}")
     p.add_argument("--seeds", type=int, help="students per set")
     _option(p, "--image_size", type=int, help="side in px at which students train")
     _option(
@@ -194,8 +194,11 @@ def _early_flags(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Settings that the options of `evaluate` stand for."""
     flags: dict[str, Any] = {"evaluate.seeds": args.seeds, "source.image_size": args.image_size}
+    settings = {s.partition("=")[0].strip() for group in args.set for s in group}
     if args.baselines is not None:
         flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]
+    elif not (args.config or args.protocol == "ddr" or settings & {"evaluate", "evaluate.baselines"}):
+        flags["evaluate.baselines"] = list(default_baselines(config.teachers))
     if args.protocol or args.student or args.dataset:
         students = [dict(s) for s in config.evaluate.students]
         if args.student:

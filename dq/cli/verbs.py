@@ -172,7 +172,7 @@ def run_verb(
     from dq.run.stages.evaluate import evaluate_run, label_run
     from dq.run.stages.generate import generate
     from dq.run.stages.label import label
-    from dq.run.stages.prune import kept_text, prune
+    from dq.run.stages.prune import kept_text, prune, scored_settings
     from dq.run.stages.refine import refine
 
     if pipe is None and verb in ENCODES:
@@ -184,7 +184,8 @@ def run_verb(
     whole = ("encode", "prune", "cluster", "generate", "refine", "label", "evaluate", "report")
     needed = {"generate": ("generate", "refine", "label"), "refine": ("refine", "label")}.get(verb, (verb,))
     idle = {"evaluate": not config.evaluate.students, "refine": not any(stages_of(config, m) for m in config.methods)}
-    idle["prune"] = verb == "run" and not any(run.resolved(m).prune.active for m in config.methods)
+    pruned = any(run.resolved(m).prune.active for m in config.methods)
+    idle["prune"] = verb == "run" and not (pruned or scored_settings(config))
     names = [n for n in (whole if verb == "run" else needed) if not idle.get(n)]
     known = expected_seconds(config, source, accelerator.num_processes, Speeds.load(speeds)) if speeds else {}
     way = StageTimer(names, known)
@@ -245,6 +246,7 @@ def _evaluate_sets(
         "folder": Path(config.output_dir),
         "cache_dir": Path(config.cache_dir),
         "accelerator": accelerator,
+        "difficulty": config.prune,
     }
     if args.ipc:
         options["ipcs"] = config.ipc

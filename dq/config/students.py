@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dq.config.reader import Checked
 from dq.core.errors import InputError
 
+log = logging.getLogger("dq")
+
 # auto: what the device is fast in, or what the folder was begun with (`dq.config.dtypes`)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LabelKind = Literal["logits", "probabilities", "regression"]  # what the label vectors of a set are
-Baseline = Literal["random", "herding", "k-center", "nearest", "patches", "full"]
+Baseline = Literal[
+    "random",
+    "herding",
+    "k-center",
+    "nearest",
+    "facility",
+    "facility_cad",
+    "bps",
+    "window",
+    "forgetting",
+    "confidence",
+    "patches",
+    "full",
+]
+TAUGHT: tuple[Baseline, ...] = ("facility", "facility_cad", "bps", "confidence", "patches")  # need a teacher
 
 
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}  # prefix of a name -> module
@@ -167,6 +185,7 @@ class EvaluateConfig(Checked):
     baselines: tuple[Baseline, ...] = ("random", "nearest", "full")
     # patches: a baseline image is a mosaic of factor x factor crops; None: RDED's, 2 from 128 px and ipc 2, else 1
     patch_factor: int | None = None
+    window_start: float = 0.5  # window: share of the other images of a class that are easier than those of the window
     validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
     # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate
     students: tuple[dict[str, Any], ...] = ({"protocol": "classic"},)
@@ -175,3 +194,13 @@ class EvaluateConfig(Checked):
         super().__post_init__()
         if len(set(self.baselines)) < len(self.baselines):
             raise InputError(f"baselines={list(self.baselines)} names one twice; give every baseline once")
+        if not 0 <= self.window_start <= 1:
+            raise InputError(f"window_start is a share and must lie in [0, 1], not {self.window_start:g}")
+
+
+def default_baselines(teachers: Sequence[Any]) -> tuple[Baseline, ...]:
+    """Baselines of an evaluation that names none: random images and, with a teacher, the strongest selection."""
+    if teachers:
+        return ("random", "facility")
+    log.info("baselines: random images alone, since no teacher is named whose features 'facility' could select by")
+    return ("random",)

@@ -1,7 +1,8 @@
-"""Selection rules on features: random, herding, k-center, facility location."""
+"""Selection rules on features, scores and cells: which images of every class to take."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,6 +15,8 @@ from dq.core.seeds import generator
 SIMILARITY_BYTES = 1 << 30  # of a matrix of similarities that is held; rows of a larger one are computed when needed
 EVALUATED_ROWS = 512  # candidates that are evaluated at once, at most ...
 FIRST_ROWS = 16  # ... and first of all in a step
+BOUNDARY_SHARE = 0.2  # of a class that is near the decision boundary: the upper end of BPS's 10 to 20 %
+MIXTURE_POINTS = 10  # entropies that two Gaussians are fitted to, at least
 
 
 def random_rows(labels: np.ndarray, ipc: int, seed: int) -> np.ndarray:
@@ -56,7 +59,7 @@ def herding_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
         (rows,) int64 in class order, within a class in the order of picking.
     """
     chosen = []
-    for _, rows, x in _centred_classes(features, labels, ipc):
+    for _, rows, x in centred_classes(features, labels, ipc):
         square = x.square().sum(1)
         total = torch.zeros_like(x[0])
         free = torch.zeros_like(square)  # infinite where a point is taken
@@ -77,7 +80,7 @@ def k_center_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
     far; ties go to the lowest row. Arguments and result as for `herding_rows`.
     """
     chosen = []
-    for _, rows, x in _centred_classes(features, labels, ipc):
+    for _, rows, x in centred_classes(features, labels, ipc):
         pick = int(x.square().sum(1).argmin())
         distance = torch.full_like(x[:, 0], torch.inf)
         for _ in range(min(ipc, len(rows))):
@@ -203,13 +206,133 @@ def facility_rows(features: Tensor, labels: np.ndarray, ipc: int, weights: Tenso
     return np.concatenate(chosen)
 
 
-def _centred_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+def window_rows(scores: Tensor, labels: np.ndarray, ipc: int, start: float = 0.5) -> np.ndarray:
+    """Rows of `ipc` images of neighboring difficulty in every class.
+
+    Of n images from easy to hard, round(start (n - ipc)) stay before the window: 0 takes the easiest, 1 the hardest.
+    Windows of EL2N are due to Paul et al. (2021, arXiv 2107.07075), who train on all sizes; here the size is the ipc.
+
+    Args:
+        scores: (n,) difficulty, larger is harder; of equal ones the lowest row counts as the harder.
+        labels: (n,) class indices.
+        ipc: images per class; a class with fewer gives all that it has.
+        start: in [0, 1].
+
+    Returns:
+        (rows,) int64 in class order, within a class from hard to easy.
+    """
+    if not 0 <= start <= 1:
+        raise InputError(f"a window starts at a share in [0, 1] of the images from easy to hard, not {start:g}")
+    chosen = []
+    for rows, values in _scored_classes(scores, labels, ipc):
+        size = min(ipc, len(rows))
+        first = len(rows) - size - round(start * (len(rows) - size))
+        chosen.append(rows[np.argsort(-values, kind="stable")[first : first + size]])
+    return np.concatenate(chosen)
+
+
+def median_rows(scores: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
+    """Rows of the images of every class whose scores are nearest to the class's median, the nearest first.
+
+    With a teacher's probabilities of the class these are images of median confidence. Ties go to the lowest row; other
+    arguments and result as for `herding_rows`.
+    """
+    chosen = []
+    for rows, values in _scored_classes(scores, labels, ipc):
+        chosen.append(rows[np.argsort(np.abs(values - np.median(values)), kind="stable")[:ipc]])
+    return np.concatenate(chosen)
+
+
+def largest_remainder(masses: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers (k,) that sum to `total`, in proportion to counts (k,) int64 (Hamilton's method). Of equal
+    remainders the first is rounded up."""
+    numbers, remainders = np.divmod(total * masses, masses.sum())
+    numbers[np.argsort(-remainders, kind="stable")[: total - numbers.sum()]] += 1
+    return numbers
+
+
+def boundary_band(entropy: np.ndarray, share: float = BOUNDARY_SHARE) -> tuple[float, float]:
+    """Least and largest entropy of images near the decision boundary but for the noisy ones.
+
+    The highest `share` of the entropies is described by a mixture of two Gaussians; the band reaches from the lower
+    mean to where the weighted densities cross. Without two components, as for equal entropies or fewer than
+    `MIXTURE_POINTS`, nothing counts as noise.
+
+    Args:
+        entropy: (n,) of a teacher's predictions for the images of one class.
+        share: of the class that is near the boundary.
+    """
+    top = np.sort(entropy)[-max(1, math.ceil(share * len(entropy))) :]
+    whole = float(top[0]), float(top[-1])
+    spread = float(top.std())
+    if len(top) < MIXTURE_POINTS or spread <= 1e-9 * max(1.0, whole[1]):
+        return whole
+    from sklearn.mixture import GaussianMixture
+
+    scaled = (top - top.mean()) / spread
+    mixture = GaussianMixture(2, max_iter=500, random_state=0).fit(scaled[:, None])
+    low, high = np.argsort(mixture.means_[:, 0])
+    (m, n), (v, u) = mixture.means_[[low, high], 0], mixture.covariances_[[low, high], 0, 0]
+    log_ratio = np.log(mixture.weights_[low] / mixture.weights_[high]) - 0.5 * np.log(v / u)
+    # log of the ratio of the weighted densities, a polynomial of the entropy
+    roots = np.roots([0.5 / u - 0.5 / v, m / v - n / u, log_ratio - 0.5 * m**2 / v + 0.5 * n**2 / u])
+    between = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and m < r.real < n]
+    crossing = min(between, default=float(n))
+    return float(m * spread + top.mean()), float(crossing * spread + top.mean())
+
+
+def boundary_prototype_rows(
+    labels: np.ndarray, ipc: int, *, cells: np.ndarray, distances: np.ndarray, entropy: np.ndarray
+) -> np.ndarray:
+    """Rows of prototypes and boundary images of every cell of every class (after BPS, "boundary and prototype").
+
+    Cells share the images in proportion to their masses (`largest_remainder`). Half of a cell's share, rounded up, is
+    nearest to its center; the other half has the highest entropy in the class's `boundary_band`. A cell with too few
+    images in the band goes on with the highest entropies below it, then with the lowest above it.
+
+    The paper's cells are communities of a graph; these are whatever cells they are given, as of k-means.
+
+    Args:
+        labels: (n,) class indices.
+        ipc: images per class; a class with fewer gives all that it has.
+        cells: (n,) index of the cell of each image within its class, from 0.
+        distances: (n,) of each image to the center of its cell.
+        entropy: (n,) of a teacher's predictions.
+
+    Returns:
+        (rows,) int64 in class order, within a class by cells, prototypes first.
+    """
+    chosen = []
+    for rows, values in _scored_classes(torch.as_tensor(entropy), labels, ipc):
+        band = boundary_band(values)
+        budgets = largest_remainder(np.bincount(cells[rows]), min(ipc, len(rows)))
+        for cell, budget in enumerate(budgets.tolist()):
+            inside = np.flatnonzero(cells[rows] == cell)
+            near = inside[np.argsort(distances[rows[inside]], kind="stable")]
+            prototypes, others = near[: budget - budget // 2], near[budget - budget // 2 :]
+            noisy = values[others] > band[1]
+            order = np.lexsort((others, np.where(noisy, values[others], -values[others]), noisy))
+            chosen.append(rows[np.concatenate([prototypes, others[order[: budget // 2]]])])
+    return np.concatenate(chosen)
+
+
+def _scored_classes(scores: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of every class its rows (n,) and scores (n,) float64."""
+    if scores.shape != (len(labels),):
+        raise InputError(f"scores must be ({len(labels)},), one per label, not {tuple(scores.shape)}")
+    for _, rows, values in _classes(scores[:, None], labels, ipc, "scores"):
+        yield rows, values[:, 0].numpy()
+
+
+def centred_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Of every class: its index, its rows, and its features (n, d) as float64 with mean zero."""
     for label, rows, x in _classes(features, labels, ipc):
         yield label, rows, x - x.mean(0)
 
 
-def _classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+def _classes(
+    features: Tensor, labels: np.ndarray, ipc: int, what: str = "features"
+) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Of every class: its index, its rows, and its features (n, d) as float64."""
     if ipc < 1:
         raise InputError(f"a selection needs at least 1 image per class, not {ipc}")
@@ -220,7 +343,5 @@ def _classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[i
         x = features[torch.from_numpy(rows)].detach().cpu().double()
         bad = (~torch.isfinite(x)).any(1).nonzero()
         if len(bad):
-            raise InputError(
-                f"features have NaN or infinite values, first in row {rows[int(bad[0])]}; make them again"
-            )
+            raise InputError(f"{what} have NaN or infinite values, first in row {rows[int(bad[0])]}; make them again")
         yield int(label), rows, x

@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dq.cluster.kmeans import kmeans
+from dq.cluster.kmeans import Clustering, kmeans
+from dq.config.students import Baseline
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.version import __version__
-from dq.data.coresets import _centred_classes, herding_rows, k_center_rows, random_rows
+from dq.data.coresets import (
+    boundary_prototype_rows,
+    centred_classes,
+    facility_rows,
+    herding_rows,
+    k_center_rows,
+    median_rows,
+    random_rows,
+    window_rows,
+)
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.distilled.set import DistilledSet
@@ -27,8 +37,19 @@ from dq.networks.teacher import Teacher
 
 log = logging.getLogger("dq")
 
-BASELINES = ("random", "herding", "k-center", "nearest", "patches")
-BY_FEATURES = ("herding", "k-center", "nearest")
+BASELINES = tuple(name for name in get_args(Baseline) if name != "full")
+BY_FEATURES = ("herding", "k-center", "nearest", "facility", "facility_cad", "bps")
+BY_SCORE = {  # difficulty of `dq.networks.difficulty`, or what a teacher says (`RealData.predictions`)
+    "facility_cad": "cad",
+    "bps": "entropy",
+    "window": "el2n",
+    "forgetting": "forgetting",
+    "confidence": "probability",
+}
+BY_PREDICTION = ("bps", "confidence")
+BY_DIFFICULTY = tuple(name for name in BY_SCORE if name not in BY_PREDICTION)
+CLUSTERED = ("nearest", "bps")
+Scores = Callable[[str], Tensor]  # name of a score -> (n,) float, by row of the train split
 
 
 def nearest_rows(features: Tensor, labels: np.ndarray, ipc: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,14 +68,43 @@ def nearest_rows(features: Tensor, labels: np.ndarray, ipc: int, seed: int) -> t
         (rows,) and (rows,) int64: rows in class order, within a class the largest cell first, and points per cell.
     """
     chosen, counts = [], []
-    for label, rows, x in _centred_classes(features, labels, ipc):
-        found = kmeans(x, min(ipc, len(rows)), seed=derive_seed(seed, "nearest", label), name=f"class {label}")
-        distance = (x - found.centroids[found.labels]).square().sum(1)
-        for cell, count in enumerate(found.counts.tolist()):
-            own = (found.labels == cell).nonzero()[:, 0]
-            chosen.append(rows[int(own[distance[own].argmin()])])
+    for rows, cells, distance in _cells(features, labels, ipc, derive_name="nearest", seed=seed):
+        for cell, count in enumerate(cells.counts.tolist()):
+            inside = (cells.labels == cell).nonzero()[:, 0]
+            chosen.append(rows[int(inside[distance[inside].argmin()])])
             counts.append(count)
     return np.array(chosen, np.int64), np.array(counts, np.int64)
+
+
+def bps_rows(features: Tensor, labels: np.ndarray, ipc: int, entropy: Tensor, seed: int) -> np.ndarray:
+    """Rows of prototypes and boundary images of the k-means cells of every class; see `boundary_prototype_rows`.
+
+    A class has one cell for every two of its images, so that an average cell gives a prototype and a boundary image:
+    the paper's communities have no number that could be taken.
+
+    Args:
+        features: (n, d) float.
+        labels: (n,) class indices.
+        ipc: images per class; a class with fewer gives all that it has.
+        entropy: (n,) of a teacher's predictions.
+        seed: of the start points of k-means.
+
+    Returns:
+        (rows,) int64 in class order.
+    """
+    cells, distances = np.zeros(len(labels), np.int64), np.zeros(len(labels))
+    for rows, clustering, distance in _cells(features, labels, -(-ipc // 2), derive_name="bps", seed=seed):
+        cells[rows], distances[rows] = clustering.labels.numpy(), distance.numpy()
+    return boundary_prototype_rows(labels, ipc, cells=cells, distances=distances, entropy=entropy.numpy())
+
+
+def _cells(
+    features: Tensor, labels: np.ndarray, k: int, *, derive_name: str, seed: int
+) -> Iterator[tuple[np.ndarray, Clustering, Tensor]]:
+    """Of every class: its rows (n,), at most k cells, and squared distances (n,) float64 to their centroids."""
+    for label, rows, x in centred_classes(features, labels, k):
+        cells = kmeans(x, min(k, len(rows)), seed=derive_seed(seed, derive_name, label), name=f"class {label}")
+        yield rows, cells, (x - cells.centroids[cells.labels]).square().sum(1)
 
 
 # --- sets ---------------------------------------------------------------------------------------------------------
@@ -68,8 +118,10 @@ def select(
     image_size: int,
     seed: int = 0,
     features: Tensor | Callable[[], Tensor] | None = None,
+    scores: Scores | None = None,
     teacher: Teacher | None = None,
     candidates: np.ndarray | None = None,
+    window_start: float = 0.5,
     pool: int = 300,
     crops: int = 5,
     factor: int = 1,
@@ -78,14 +130,17 @@ def select(
     """A set of real images chosen by one of `BASELINES`, with weights 1, in class order.
 
     Args:
-        name: "random", "herding", "k-center", "nearest" or "patches".
+        name: one of `BASELINES`.
         ipc: images per class; a smaller class gives all that it has.
         image_size: side of the images in px.
-        seed: of random, nearest and patches; the other two are deterministic.
-        features: (n, d) float for the rows of the train split, or a function that makes them; for herding, k-center
-            and nearest.
+        seed: of random, nearest, bps and patches; the others are deterministic.
+        features: (n, d) float for the rows of the train split, or a function that makes them; for herding, k-center,
+            nearest, facility, facility_cad and bps.
+        scores: gives by name (n,) float for the rows of the train split: "cad" for facility_cad, "entropy" for bps,
+            "el2n" for window, "forgetting", and "probability" of the class for confidence.
         teacher: for patches.
         candidates: (m,) ascending int64 rows of the train split that may be chosen; None: all.
+        window_start: of window; see `dq.data.coresets.window_rows`.
         pool: of patches; see `patch_images`, also for crops, factor and rank.
 
     Raises:
@@ -126,17 +181,12 @@ def select(
         )
         images, rows = found.images, found.rows
     else:
-        if name == "random":
-            rows = random_rows(labels, ipc, seed)
-        else:
-            x = _features(name, features, source, candidates)
-            record["feature_size"] = x.shape[1]
-            if name == "herding":
-                rows = herding_rows(x, labels, ipc)
-            elif name == "k-center":
-                rows = k_center_rows(x, labels, ipc)
-            else:
-                rows, counts = nearest_rows(x, labels, ipc, seed)
+        x = _features(name, features, source, candidates) if name in BY_FEATURES else None
+        score = _score(name, scores, source, candidates) if name in BY_SCORE else None
+        record |= {} if x is None else {"feature_size": x.shape[1]}
+        record |= {} if score is None else {"score": BY_SCORE[name]}
+        record |= {"window_start": window_start} if name == "window" else {}
+        rows, counts = _rule(name, labels, ipc, seed=seed, x=x, score=score, window_start=window_start)
         rows = rows if candidates is None else candidates[rows]
         images, kept, bad = read_images(source.train, rows, image_size, source.preprocess, on_bad=source.on_bad_image)
         if bad:
@@ -147,6 +197,44 @@ def select(
             rows = np.array(kept, np.int64)
         record["unreadable"] = len(bad)
     return _assemble(source, images, rows, counts, ipc, record)
+
+
+def _rule(
+    name: str,
+    labels: np.ndarray,
+    ipc: int,
+    *,
+    seed: int,
+    x: Tensor | None,
+    score: Tensor | None,
+    window_start: float,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows (rows,) that a rule picks among images with these labels (n,), and points per cell where it has any."""
+    if name == "nearest" and x is not None:
+        return nearest_rows(x, labels, ipc, seed)
+    if name == "bps" and x is not None and score is not None:
+        return bps_rows(x, labels, ipc, score, seed), None
+    if x is not None:
+        rule = {"herding": herding_rows, "k-center": k_center_rows}.get(name)
+        return facility_rows(x, labels, ipc, score) if rule is None else rule(x, labels, ipc), None
+    if score is not None:
+        if name == "confidence":
+            return median_rows(score, labels, ipc), None
+        # the images that are forgotten most often, as DeepCore takes them
+        return window_rows(score, labels, ipc, window_start if name == "window" else 1.0), None
+    return random_rows(labels, ipc, seed), None
+
+
+def _score(name: str, scores: Scores | None, source: ImageSource, candidates: np.ndarray | None) -> Tensor:
+    """The score (m,) of the candidates that a rule goes by."""
+    if scores is None:
+        raise InputError(
+            f"the selection {name!r} goes by scores of the images ({BY_SCORE[name]}); give scores, or choose 'random'"
+        )
+    values, n = scores(BY_SCORE[name]), len(source.train)
+    if values.shape != (n,):
+        raise InputError(f"scores must be ({n},), one per train image, not {tuple(values.shape)}")
+    return values if candidates is None else values[torch.from_numpy(candidates)]
 
 
 def _candidate_labels(source: ImageSource, candidates: np.ndarray | None) -> np.ndarray:
@@ -212,7 +300,7 @@ def _assemble(
             "ipc": ipc,
             # what the columns of the dataset card ask for
             "method": {"name": record["name"], "representative": "real", "weights": "uniform"},
-            "cluster": {"engine": "torch" if record["name"] == "nearest" else "no clustering"},
+            "cluster": {"engine": "torch" if record["name"] in CLUSTERED else "no clustering"},
             "generate": {"mode": "none"},
             "labels": None,
             "selection": record,

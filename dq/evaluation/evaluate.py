@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from dq.config.dtypes import folder_dtypes, record_dtypes, resolve_dtypes
+from dq.config.pruning import DifficultyConfig
 from dq.config.reader import from_dict, to_dict
-from dq.config.students import Baseline, EvaluateConfig, StudentConfig
+from dq.config.students import Baseline, EvaluateConfig, StudentConfig, default_baselines
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import as_path, check_name, is_same_folder
@@ -23,9 +24,10 @@ from dq.data.load import Loadable, load_source
 from dq.data.source import ImageSource
 from dq.distilled.external import check_classes, load_set
 from dq.distilled.set import DistilledSet
+from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty
 from dq.evaluation.results import Results, Row
 from dq.evaluation.student import check_bounded, check_label_kind
-from dq.evaluation.trainings import Entry, Work, baseline_entries, students_of, train_all, trainings_of, write_tables
+from dq.evaluation.trainings import students_of, train_all, trainings_of, write_tables
 from dq.networks.real_data import check_taught, load_real_data
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def check_sets(
     teachers: Sequence[TeacherConfig] = (),
     image_size: int | None = None,
     ipcs: Sequence[int] = (),
+    difficulty: DifficultyConfig | None = None,
 ) -> tuple[int, list[int], dict[tuple[int, str], StudentConfig]]:
     """What can be known of an evaluation before its first training.
 
@@ -82,6 +85,7 @@ def check_sets(
     keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
     students = students_of(config, keys, len(source.class_names), side, teachers)
     check_taught(config, students.values(), teachers)
+    check_difficulty(config.baselines, difficulty or DifficultyConfig(), len(source.class_names), side)
     if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and not teachers:
         bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
         if bare:
@@ -104,8 +108,12 @@ def evaluate_records(
     cache_dir: Path,
     accelerator: Accelerator,
     ipcs: Sequence[int] = (),
+    difficulty: DifficultyConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Train on sets of any origin and on baselines of equal size (and of `ipcs`); files and resume as in a run.
+
+    Args:
+        difficulty: how difficulty is measured, for baselines that go by it; None: as by default.
 
     Raises:
         InputError: if a set has other classes than the source, or an empty one.
@@ -113,7 +121,8 @@ def evaluate_records(
     begun = "float32" if (folder / "eval").is_dir() else None  # before such a record was kept
     dtypes = folder_dtypes(folder, accelerator, begun=begun)
     config = resolve_dtypes(config, dtypes)
-    checked = check_sets(sets, source, config=config, teachers=teachers, image_size=image_size, ipcs=ipcs)
+    options: dict[str, Any] = {"config": config, "teachers": teachers, "image_size": image_size}
+    checked = check_sets(sets, source, **options, ipcs=ipcs, difficulty=difficulty)
     side, per_class, students = checked
     bench = load_real_data(
         source,
@@ -123,6 +132,7 @@ def evaluate_records(
         cache_dir=cache_dir,
         teachers=teachers,
         device=accelerator.device,
+        difficulty=difficulty,
     )
     work = Work(folder, accelerator)
     accelerator.wait_for_everyone()
@@ -166,8 +176,9 @@ def evaluate(
     protocol: str = "classic",
     students: Student | Sequence[Student] | None = None,
     n_seeds: int = 3,
-    baselines: Sequence[Baseline] = ("random",),
+    baselines: Sequence[Baseline] | None = None,
     teachers: TeacherConfig | Sequence[TeacherConfig] = (),
+    difficulty: DifficultyConfig | None = None,
     image_size: int | None = None,
     output_dir: str | Path | None = None,
     cache_dir: str | Path = "runs/cache",
@@ -183,8 +194,9 @@ def evaluate(
         students: a network by name, or `StudentConfig` or a mapping of its settings; several for a cross-architecture
             table; None: the network of the protocol.
         n_seeds: trainings of each student.
-        baselines: any of random, herding, k-center, nearest, patches, full.
-        teachers: who labels views, where the protocol needs labels.
+        baselines: any of `dq.config.students.Baseline`; None: random, and facility where there is a teacher.
+        teachers: who labels views, where the protocol needs labels; the first is who baselines are selected by.
+        difficulty: how difficulty is measured, for the baselines facility_cad, window and forgetting.
         image_size: side in px at which students train; None: the set's.
         output_dir: where records and labels are kept, so that the same call continues; None: nowhere.
         accelerator: where to train; None: the accelerator of this machine if there is one.
@@ -214,11 +226,13 @@ def evaluate(
     if accelerator is not None and not hasattr(accelerator, "device"):
         raise InputError(f"accelerator is an accelerate.Accelerator, not {accelerator!r}")
     cache = as_path(cache_dir, "cache_dir")
-    if not isinstance(baselines, (str, list, tuple)):
+    if baselines is not None and not isinstance(baselines, (str, list, tuple)):
         raise InputError(f"baselines are names such as ('random',), not {type(baselines).__name__}")
     several = teachers if isinstance(teachers, (list, tuple)) else (teachers,)
     if not all(isinstance(t, TeacherConfig) for t in several):
         raise InputError(f"teachers are TeacherConfig(...), one or several, not {teachers!r}")
+    if baselines is None:
+        baselines = default_baselines(several)
     chosen = [baselines] if isinstance(baselines, str) else list(baselines)
     config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": chosen, "students": specs}, "evaluate")
     with tempfile.TemporaryDirectory() as scratch:
@@ -228,6 +242,7 @@ def evaluate(
             config=config,
             teachers=tuple(several),
             image_size=image_size,
+            difficulty=difficulty,
             folder=folder or Path(scratch),
             cache_dir=cache if folder else Path(scratch),
             accelerator=accelerator or make_accelerator(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import platform
@@ -13,24 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from dq.config.protocols import student_config
 from dq.config.reader import to_dict
 from dq.config.students import EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig, only_teacher
-from dq.core.errors import InputError, RunError
-from dq.core.files import Damaged, is_done, read_json, write_json, write_text
-from dq.core.processes import shard
+from dq.core.errors import RunError
+from dq.core.files import is_done, read_json, write_json, write_text
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.text import format_bytes
 from dq.core.trackers import report
 from dq.core.version import __version__
-from dq.distilled.external import bare_set, check_classes
-from dq.distilled.set import DistilledSet
-from dq.evaluation.baselines import BY_FEATURES, select
+from dq.distilled.external import check_classes
+from dq.evaluation.entries import Entry, Work, prepare_selections
 from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv, warn_of_lost_rows
 from dq.evaluation.student import Data, check_whitening, fixed_labels, train_student, training_data
 from dq.labels.compute import online_labels
@@ -40,23 +36,9 @@ from dq.networks.real_data import RealData, check_whitened
 from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 log = logging.getLogger("dq")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a table: a set as it is for a seed. Loaded when its turn comes, since sets may be large."""
-
-    name: str  # method, baseline or foreign set
-    ipc: str  # "10", or "full"
-    images: int
-    identity: str  # of what `load` gives
-    load: Callable[[], DistilledSet]
-    seeds: tuple[int, ...]  # that train on it; a random subset serves one seed
-    origin: str = "selected from train"  # where it came from, for the record
-    step_size: float | None = None  # that was learned with the set
 
 
 @dataclass(frozen=True)
@@ -72,21 +54,6 @@ class Training:
     @property
     def cost(self) -> float:
         return float(self.entry.images * self.config.epochs)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Where an evaluation keeps its files, and who does what."""
-
-    folder: Path
-    accelerator: Accelerator
-
-    @property
-    def main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
-
-    def mine(self, costs: Sequence[float]) -> list[int]:
-        return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -126,69 +93,6 @@ def students_of(
                 )
             found[(j, ipc)] = student
     return found
-
-
-def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
-    """Selection baselines and the full data. Each selected set is saved once.
-
-    Args:
-        sizes: images per class of the baselines for each ipc of the table, which differ where several images are drawn
-            from one prototype.
-    """
-    counts = np.bincount(bench.source.train.labels[bench.candidates], minlength=bench.classes)
-    seeds = tuple(range(evaluate.seeds))
-    entries = []
-    for key, ipc in sizes.items():
-        images = int(counts.clip(max=ipc).sum())
-        for name in evaluate.baselines:
-            if name == "full":
-                continue
-            # only a random subset is another one for another seed
-            for group in [(s,) for s in seeds] if name == "random" else [seeds]:
-                factor = evaluate.patch_factor or (2 if bench.image_size >= 128 and ipc >= 2 else 1)
-                settings: list[Any] = [bench.world, name, ipc, group[0], factor]
-                if name in (*BY_FEATURES, "patches"):
-                    settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
-                identity = digest_of(settings)
-                load = functools.partial(_selected, bench, work, name, ipc, group[0], factor, identity)
-                entries.append(Entry(name, key, images, identity, load, group))
-    if "full" in evaluate.baselines:
-        identity = digest_of([bench.world, "full"])
-        load = functools.partial(_full, bench)
-        entries.append(Entry("full", "full", len(bench.candidates), identity, load, seeds[: evaluate.full_seeds]))
-    return entries
-
-
-def _selected(bench: RealData, work: Work, name: str, ipc: int, seed: int, factor: int, identity: str) -> DistilledSet:
-    folder = _baseline_folder(work, name, ipc, seed, identity)
-    try:
-        return DistilledSet.load(folder, "set")
-    except (InputError, Damaged) as e:  # not there, or not any more
-        if isinstance(e, Damaged):
-            log.warning("%s; it is made anew", e)
-            (folder / "set" / "provenance.json").unlink(missing_ok=True)
-    made = select(
-        name,
-        bench.source,
-        ipc,
-        image_size=bench.image_size,
-        seed=seed,
-        features=bench.features,
-        teacher=bench.teachers[0] if bench.teachers else None,
-        candidates=bench.candidates,
-        factor=factor,
-    )
-    made.save(folder, "set")
-    return DistilledSet.load(folder, "set")
-
-
-def _baseline_folder(work: Work, name: str, ipc: int, seed: int, identity: str) -> Path:
-    return work.folder / "baselines" / f"ipc{ipc}-{name}-seed{seed}-{identity}"
-
-
-def _full(bench: RealData) -> DistilledSet:
-    images, labels = bench.read(bench.source.train, bench.candidates)
-    return bare_set(images, labels, bench.source.class_names, origin="all of train")
 
 
 def trainings_of(
@@ -392,9 +296,7 @@ def train_all(trainings: Sequence[Training], bench: RealData, work: Work) -> lis
     """Do all trainings, one file each, divided over processes; returns their records in order."""
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not is_done(t.file)}
     selections = [e for e in needed.values() if e.ipc != "full"]
-    if work.main and any(e.name in BY_FEATURES for e in selections):
-        bench.features()  # once, before the processes share the selections
-    work.accelerator.wait_for_everyone()
+    prepare_selections([e.name for e in selections], bench, work)
     for i in work.mine([float(e.images) for e in selections]):
         selections[i].load()  # selected sets are saved by one process and read by the others
     work.accelerator.wait_for_everyone()

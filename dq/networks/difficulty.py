@@ -214,6 +214,13 @@ class DifficultyCache:
             raise InputError(f"the runs in {self.folder} are of one epoch and have no score {score!r}; choose another")
         return torch.stack([t[score] for t in tensors]), tensors[0]["rows"]
 
+    def by_row(self, score: str, runs: int, n: int) -> Tensor:
+        """Mean scores over runs of all n train images, (n,) float32 by row; NaN for those that cannot be read."""
+        scores, rows = self.runs(score, runs)
+        by_row = torch.full((n,), torch.nan)
+        by_row[rows] = scores.mean(0)
+        return by_row
+
     def orders(self, source: ImageSource, score: str, runs: int) -> list[Tensor]:
         """Rows (n_c,) int64 of train of every class, from easy to hard; see `easy_to_hard`."""
         scores, rows = self.runs(score, runs)

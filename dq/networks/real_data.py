@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.pruning import DifficultyConfig
+from dq.config.students import TAUGHT, EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_tensors, write_tensors
@@ -48,6 +49,8 @@ class RealData:
     validation_rows: np.ndarray  # of train; empty if no student chooses its epoch on them
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    # how the difficulty of train images is measured, for baselines that go by it
+    difficulty: DifficultyConfig = dataclasses.field(default_factory=DifficultyConfig)
     _cache: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
@@ -159,15 +162,37 @@ class RealData:
     def _pooled_features(self) -> Tensor:
         path = self.cache_dir / f"features-{digest_of([self.world[:4], 'pooled'])}.safetensors"
         if not is_done(path):
-            rows = np.arange(len(self.source.train))
-            chunks = np.array_split(rows, max(1, len(rows) // READ_AT_ONCE))
-            found = []
-            for chunk in progress(chunks, desc="features", unit="chunk"):
-                images, _ = self.read(self.source.train, chunk)
-                _check_complete(len(images), len(chunk))
-                found.append(_pooled(images))
-            write_tensors(path, {"features": torch.cat(found)})
+            write_tensors(path, {"features": self._of_train(lambda images, _: _pooled(images), "features")})
         return read_tensors(path)[0]["features"]
+
+    def predictions(self) -> dict[str, Tensor]:
+        """What the first teacher says of all train images, for selection baselines: `probability` (n,) float32 of the
+        image's class, and `entropy` (n,) of the prediction. Kept in the cache folder.
+
+        Raises:
+            InputError: if an image cannot be read.
+        """
+        teacher = self.teachers[0]
+        path = self.cache_dir / f"predictions-{digest_of([self.world[:4], teacher.digest])}.safetensors"
+        if not is_done(path):
+
+            def look(images: Tensor, labels: Tensor) -> Tensor:
+                p = teacher.logits(images).softmax(1)
+                return torch.stack([p.gather(1, labels[:, None])[:, 0], torch.special.entr(p).sum(1)], 1)
+
+            probability, entropy = self._of_train(look, "predictions").T.contiguous()
+            write_tensors(path, {"probability": probability.clone(), "entropy": entropy.clone()})
+        return read_tensors(path)[0]
+
+    def _of_train(self, look: Callable[[Tensor, Tensor], Tensor], desc: str) -> Tensor:
+        """Rows (n, ...) that `look` gives for images and labels of all of train."""
+        rows = np.arange(len(self.source.train))
+        parts = []
+        for chunk in progress(np.array_split(rows, max(1, len(rows) // READ_AT_ONCE)), desc=desc, unit="chunk"):
+            images, labels = self.read(self.source.train, chunk)
+            _check_complete(len(images), len(chunk))
+            parts.append(look(images, labels))
+        return torch.cat(parts)
 
 
 def _check_complete(found: int, wanted: int) -> None:
@@ -216,6 +241,7 @@ def load_real_data(
     cache_dir: Path,
     teachers: Sequence[TeacherConfig],
     device: torch.device,
+    difficulty: DifficultyConfig | None = None,
 ) -> RealData:
     """Set validation images aside, load and check the teachers, measure channel statistics."""
     rows = rows_set_aside(source, evaluate, students)
@@ -230,6 +256,7 @@ def load_real_data(
         validation_rows=rows,
         mean=(),
         std=(),
+        difficulty=DifficultyConfig() if difficulty is None else difficulty,
     )
     sample = torch.randperm(len(source.train), generator=generator("statistics"))[:STATISTICS_IMAGES]
     values = bench.read(source.train, sample.numpy())[0].float() / 255
@@ -253,5 +280,6 @@ def check_taught(
         return
     if any(s.labels == "soft" for s in students):
         raise InputError("students with labels=soft need a teacher; set teachers, or use labels=hard")
-    if "patches" in evaluate.baselines and evaluate.students:
-        raise InputError("the baseline 'patches' is scored by a teacher; set teachers, or leave it out of baselines")
+    taught = [b for b in evaluate.baselines if b in TAUGHT]
+    if taught and evaluate.students:
+        raise InputError(f"the baseline {taught[0]!r} needs a teacher; set teachers, or leave it out of baselines")

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.data import coresets
-from dq.data.coresets import facility_location, facility_rows
+from dq.data.coresets import (
+    boundary_band,
+    boundary_prototype_rows,
+    facility_location,
+    facility_rows,
+    largest_remainder,
+    median_rows,
+    window_rows,
+)
 
 
 def features(n: int, d: int = 6, seed: int = 0) -> Tensor:
@@ -105,3 +113,80 @@ def test_facility_location_refuses_what_it_cannot_use() -> None:
         facility_location(x, 0)
     with pytest.raises(InputError, match=r"non-empty \(n, d\) array, not \(0, 6\)"):
         facility_location(x[:0], 2)
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def test_windows_by_hand() -> None:
+    scores, one = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.4]), np.zeros(5, np.int64)
+    assert window_rows(scores, one, 2, 0.0).tolist() == [3, 1]  # the easiest two, the harder first
+    assert window_rows(scores, one, 2, 1.0).tolist() == [0, 4]
+    assert window_rows(scores, one, 1, 0.5).tolist() == [2]
+    assert window_rows(scores, one, 9).tolist() == [0, 4, 2, 3, 1]
+    assert window_rows(torch.ones(5), one, 2, 1.0).tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"a window starts at a share in \[0, 1\]"):
+        window_rows(scores, one, 2, 1.5)
+
+
+def test_median_scores_by_hand() -> None:
+    scores, labels = torch.tensor([0.5, 0.9, 0.1, 0.35, 0.3, 0.9]), np.array([0, 1, 0, 0, 0, 0])
+    assert median_rows(scores, labels, 3).tolist() == [3, 4, 0, 1]  # 0.35 is the median of 0.1 0.3 0.35 0.5 0.9
+    assert median_rows(torch.zeros(6), labels, 2).tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("rule", [window_rows, median_rows])
+def test_rules_by_scores_refuse_what_they_cannot_use(rule) -> None:
+    labels = np.array([1, 0, 0])
+    with pytest.raises(InputError, match="scores have NaN or infinite values, first in row 2; make them again"):
+        rule(torch.tensor([0.0, 1.0, torch.nan]), labels, 1)
+    with pytest.raises(InputError, match=r"scores must be \(3,\), one per label, not \(2,\)"):
+        rule(torch.zeros(2), labels, 1)
+    with pytest.raises(InputError, match="at least 1 image per class, not 0"):
+        rule(torch.zeros(3), labels, 0)
+
+
+# --- boundary and prototype ---------------------------------------------------------------------------------------
+
+
+def test_largest_remainders_sum_to_the_total_and_ask_for_no_more_than_there_is() -> None:
+    assert largest_remainder(np.array([5, 3, 1, 1]), 5).tolist() == [3, 2, 0, 0]  # 2.5 1.5 .5 .5
+    assert largest_remainder(np.array([1, 1, 1]), 2).tolist() == [1, 1, 0]
+    g = np.random.default_rng(0)
+    for _ in range(50):
+        masses = g.integers(1, 40, g.integers(1, 9))
+        total = int(g.integers(0, masses.sum() + 1))
+        numbers = largest_remainder(masses, total)
+        assert numbers.sum() == total
+        assert (numbers <= masses).all()
+        assert (np.abs(numbers - total * masses / masses.sum()) < 1).all()
+
+
+def test_the_band_ends_where_the_densities_of_boundary_and_noise_cross() -> None:
+    g = np.random.default_rng(0)
+    easy, near, noise = (g.normal(m, s, n) for m, s, n in ((0.0, 0.01, 8000), (1.0, 0.1, 1000), (2.0, 0.1, 1000)))
+    low, high = boundary_band(np.concatenate([easy, near, noise]), 0.2)
+    assert low == pytest.approx(1, abs=0.02)
+    assert high == pytest.approx(1.5, abs=0.02)  # equal weights and widths cross halfway
+    rare = boundary_band(np.concatenate([easy[:7200], near, noise[:800]]), 0.2)[1]
+    assert high < rare < 1.55  # rarer noise begins later
+    assert boundary_band(np.full(100, 0.7)) == (0.7, 0.7)
+    assert boundary_band(np.array([0.3])) == (0.3, 0.3)
+    assert boundary_band(np.arange(20.0), 0.2) == (16, 19)  # too few for a mixture
+
+
+def test_cells_give_prototypes_and_images_of_the_boundary_by_hand(monkeypatch) -> None:
+    monkeypatch.setattr(coresets, "boundary_band", lambda entropy: (0.5, 0.8))
+    labels = np.array([0] * 8 + [1])
+    cells = np.array([0, 0, 0, 0, 0, 1, 1, 1, 0])
+    distances = np.array([5.0, 4, 3, 2, 1, 1, 2, 3, 0])
+    entropy = np.array([0.6, 0.9, 0.7, 0.1, 0.2, 0.3, 0.99, 0.95, 0.5])
+    options = {"cells": cells, "distances": distances, "entropy": entropy}
+    # 5 and 3 images share 4 as 2.5 and 1.5: 3 and 1. Of the first cell 4 and 3 are nearest, 2 has the highest entropy
+    # in the band; the second cell has a prototype alone, and class 1 one image
+    assert boundary_prototype_rows(labels, 4, **options).tolist() == [4, 3, 2, 5, 8]
+    # 4 and 2 of 6: the second cell has but noise beside its prototype, and takes the least
+    assert boundary_prototype_rows(labels, 6, **options).tolist() == [4, 3, 2, 0, 5, 7, 8]
+    assert sorted(boundary_prototype_rows(labels, 99, **options).tolist()) == list(range(9))
+    with pytest.raises(InputError, match="first in row 3"):
+        boundary_prototype_rows(labels, 2, **options | {"entropy": np.where(np.arange(9) == 3, np.nan, entropy)})

@@ -684,6 +684,13 @@ def test_only_a_configuration_or_a_flag_brings_the_full_data(tmp_path):
     assert resolved("--config", str(tmp_path / "c.yaml")).evaluate.baselines == RunConfig().evaluate.baselines
     assert resolved("--set", "evaluate.baselines=[full]").evaluate.baselines == ("full",)
     assert resolved("--baselines", "random,full").evaluate.baselines == ("random", "full")
+    teacher = ("--teacher", "resnet18=teachers/resnet18")
+    assert resolved(*teacher).evaluate.baselines == ("random", "facility")
+    assert resolved(*teacher, "--set", "evaluate.baselines=[random]").evaluate.baselines == ("random",)
+    assert resolved(*teacher, "--baselines", "random").evaluate.baselines == ("random",)
+    assert (
+        resolved(*teacher, "--config", str(tmp_path / "c.yaml")).evaluate.baselines == RunConfig().evaluate.baselines
+    )
 
 
 def planned(call: list[str], capsys: pytest.CaptureFixture) -> tuple[int, float]:
@@ -753,7 +760,8 @@ def test_what_cannot_be_trained_is_refused_at_once(world, tmp_path, capsys):
         (["--set", "evaluate.students=[]"], "there is no student to train; name one with --student"),
         (["--ipc", "0"], "ipc"),
         (["--set", "evaluate.students=[{labels: fixed, epochs: 1}]"], "'mine' has no labels for labels=fixed"),
-        (["--baselines", "patches"], "'patches' is scored by a teacher"),
+        (["--baselines", "patches"], "'patches' needs a teacher"),
+        (["--baselines", "random,facility"], "the baseline 'facility' needs a teacher; set teachers, or leave it out"),
     ):
         assert main(arguments(world, tmp_path, *HARD, *more)) == 2, more
         assert message in capsys.readouterr().err

@@ -520,7 +520,7 @@ def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
         evaluate(small, toy_source, protocol="rded", students="convnet3")
     with pytest.raises(InputError, match="'set' has no labels for labels=fixed; set teachers"):
         evaluate(small, toy_source, labels="fixed", epochs=1)
-    with pytest.raises(InputError, match="'patches' is scored by a teacher"):
+    with pytest.raises(InputError, match="'patches' needs a teacher"):
         evaluate(small, toy_source, baselines=("patches",))
     with pytest.raises(InputError, match=r"baselines.0 must be one of 'random'"):
         evaluate(small, toy_source, baselines=("herd",))

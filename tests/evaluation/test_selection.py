@@ -19,7 +19,7 @@ from dq.data.load import load_source
 from dq.data.source import ImageSource
 from dq.data.tensors import from_tensors
 from dq.distilled.set import DistilledSet
-from dq.evaluation.baselines import BASELINES, nearest_rows, select
+from dq.evaluation.baselines import BASELINES, BY_SCORE, bps_rows, nearest_rows, select
 from dq.networks.patches import best_crops, crop_boxes, mosaics, patch_images, rank_order
 from dq.networks.teacher import Teacher
 
@@ -153,6 +153,21 @@ def test_permuted_rows_give_the_same_points(rule) -> None:
     assert order[rule(x[order], labels[order], 7)].tolist() == rule(x, labels, 7).tolist()
 
 
+def test_bps_takes_prototypes_and_boundary_images_of_every_cell() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([5 * torch.eye(4)[c] + 0.1 * torch.randn(25, 4, generator=g) for c in range(4)])
+    labels, entropy = np.zeros(100, np.int64), torch.rand(100, generator=g)
+    rows = bps_rows(x, labels, 8, entropy, 0)  # four cells of equal mass, two images of each
+    assert sorted((rows // 25).tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    centers = torch.stack([x[25 * c : 25 * c + 25].mean(0) for c in range(4)])
+    near, boundary = rows[::2], rows[1::2]
+    for row in near:
+        distance = (x[row // 25 * 25 :][:25] - centers[row // 25]).norm(dim=1)
+        assert row % 25 == int(distance.argmin())
+    assert float(entropy[boundary].min()) > 0.7
+    assert bps_rows(x, labels, 1, entropy, 0).tolist() == [int((x - x.mean(0)).norm(dim=1).argmin())]
+
+
 def test_rules_refuse_what_they_cannot_use() -> None:
     bad = LINE.clone()
     bad[2] = torch.nan
@@ -259,10 +274,25 @@ def toy_features(source) -> torch.Tensor:
     return pixels.flatten(1).float() / 255
 
 
+def toy_scores(name: str) -> torch.Tensor:
+    assert name in BY_SCORE.values()
+    return torch.rand(24, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", BY_SCORE)
+def test_selections_by_scores_need_scores_of_all_images(toy_source, name: str) -> None:
+    options = {"image_size": 8, "features": toy_features(toy_source)}
+    with pytest.raises(InputError, match=f"the selection '{name}' goes by scores of the images"):
+        select(name, toy_source, 2, **options)
+    with pytest.raises(InputError, match=r"scores must be \(24,\), one per train image, not \(3,\)"):
+        select(name, toy_source, 2, **options, scores=lambda name: torch.ones(3))
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_selected_sets(toy_source, tmp_path: Path, name: str) -> None:
     candidates = np.array([r for r in range(24) if r % 4], np.int64)
     options = {"image_size": 8, "features": lambda: toy_features(toy_source), "teacher": conv_teacher(64)}
+    options |= {"scores": toy_scores}
     s = select(name, toy_source, 2, candidates=candidates, **options)
     assert s.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert s.prototype.tolist() == [0, 1] * 3
@@ -318,8 +348,8 @@ def test_unreadable_images_are_left_out_where_that_is_wished(toy_source) -> None
 
 
 def test_selection_refuses_what_it_cannot_do(toy_source) -> None:
-    with pytest.raises(InputError, match="no selection is called 'forgetting'; choose random, herding"):
-        select("forgetting", toy_source, 1, image_size=8)
+    with pytest.raises(InputError, match="no selection is called 'forgettable'; choose random, herding"):
+        select("forgettable", toy_source, 1, image_size=8)
     with pytest.raises(InputError, match="'herding' compares images by features"):
         select("herding", toy_source, 1, image_size=8)
     with pytest.raises(InputError, match=r"features must be \(24, d\) float, .* not \(23, 4\)"):

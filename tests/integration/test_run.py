@@ -603,7 +603,7 @@ def test_faults_of_the_label_and_evaluate_stages_are_found_before_the_first(
     assert "need a teacher" in fails([*file, "--set", "teachers=[]"], capsys)
     hard = ["--set", "teachers=[]", "--set", "evaluate.students=[{epochs: 1}]"]
     said = fails([*file, *hard, "--set", "evaluate.baselines=[patches]"], capsys)
-    assert "'patches' is scored by a teacher" in said
+    assert "'patches' needs a teacher" in said
     assert not (tmp_path / "cache").exists()
 
 

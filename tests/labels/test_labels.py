@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from dq.config.protocols import student_config
-from dq.config.students import EvaluateConfig, RelabelConfig, StudentConfig, ViewConfig
+from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
 from dq.data.views import Views, apply_views, batches, parts
 from dq.distilled.external import bare_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation import trainings as stage
+from dq.evaluation.entries import Entry, Work
 from dq.evaluation.student import train_student
 from dq.labels.compute import label_epoch, mean_logits, online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
@@ -654,12 +655,12 @@ def bench(toy_source, tmp_path) -> RealData:
 
 
 def training(s: DistilledSet, config: StudentConfig, name: str = "mine", images: int | None = None) -> stage.Training:
-    entry = stage.Entry(name, "8", images or len(s), f"identity of {name}", lambda: s, (0, 1))
+    entry = Entry(name, "8", images or len(s), f"identity of {name}", lambda: s, (0, 1))
     return stage.Training(entry, 0, config, 0, Path("unused"))
 
 
 def test_labels_that_are_there_are_not_made_again(bench, tmp_path):
-    t, work = training(small_set(22), student(epochs=8)), stage.Work(tmp_path, alone())
+    t, work = training(small_set(22), student(epochs=8)), Work(tmp_path, alone())
     stage.write_labels([t, t], bench, work)
     folder = stage.label_folder(work, t, bench)
     files = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in folder.glob("*.safetensors")}
@@ -678,7 +679,7 @@ def test_labels_that_are_there_are_not_made_again(bench, tmp_path):
 
 def test_a_process_that_comes_late_leaves_no_gap(bench, tmp_path):
     t = training(small_set(22), student(epochs=8))
-    stage.write_labels([t], bench, stage.Work(tmp_path / "one", alone()))
+    stage.write_labels([t], bench, Work(tmp_path / "one", alone()))
     barrier, looked = threading.Barrier(2), threading.Event()
     first, late = alone(), alone()
     for rank, process in enumerate((first, late)):
@@ -687,7 +688,7 @@ def test_a_process_that_comes_late_leaves_no_gap(bench, tmp_path):
 
     def write_first() -> None:
         own = dataclasses.replace(bench, teachers=(make_teacher(classes=3),))
-        stage.write_labels([t], own, stage.Work(tmp_path / "two", first))
+        stage.write_labels([t], own, Work(tmp_path / "two", first))
         looked.set()
 
     thread = threading.Thread(target=write_first)
@@ -696,10 +697,10 @@ def test_a_process_that_comes_late_leaves_no_gap(bench, tmp_path):
     late.wait_for_everyone = lambda: (barrier.wait(timeout=20), met.append(1), len(met) == 2 and thread.join())
     thread.start()
     looked.wait(timeout=20)  # the first has waited, or has written all that it took for its own
-    stage.write_labels([t], bench, stage.Work(tmp_path / "two", late))
+    stage.write_labels([t], bench, Work(tmp_path / "two", late))
     thread.join()
     one, two = (
-        {f.name: f.read_bytes() for f in stage.label_folder(stage.Work(tmp_path / n, alone()), t, bench).iterdir()}
+        {f.name: f.read_bytes() for f in stage.label_folder(Work(tmp_path / n, alone()), t, bench).iterdir()}
         for n in ("one", "two")
     )
     assert one == two
@@ -707,7 +708,7 @@ def test_a_process_that_comes_late_leaves_no_gap(bench, tmp_path):
 
 def test_recipes_share_labels_only_if_their_batches_are_the_same(bench, tmp_path):
     # 19 images: in one part a last batch of 3, in two parts it joins the batch before
-    s, work = small_set(19), stage.Work(tmp_path, alone())
+    s, work = small_set(19), Work(tmp_path, alone())
     recipes = [student(RelabelConfig(), accumulate=a, lr=lr) for a in (1, 2) for lr in (0.1, 0.2)]
     trainings = [training(s, c) for c in recipes]
     stage.write_labels(trainings, bench, work)
@@ -724,7 +725,7 @@ def test_a_set_smaller_than_announced_is_labelled_all_the_same(bench, tmp_path, 
     s, config = small_set(15), student(epochs=16)
     # three epochs of the announced images to a file, but four of the real ones
     monkeypatch.setattr("dq.labels.plan.SHARD_BYTES", 3 * label_bytes(22, 1, 3, config.relabel, 8, VIEWS).total)
-    t, work = training(s, config, images=22), stage.Work(tmp_path, alone())
+    t, work = training(s, config, images=22), Work(tmp_path, alone())
     assert make_plan(s.images, bench.teachers, 3, config).shard_epochs == 4
     stage.write_labels([t], bench, work)
     source = read_labels(stage.label_folder(work, t, bench), s.images)
@@ -734,50 +735,17 @@ def test_a_set_smaller_than_announced_is_labelled_all_the_same(bench, tmp_path, 
 
 def test_a_full_disk_is_seen_before_anything_is_written(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    work = stage.Work(tmp_path, alone())
+    work = Work(tmp_path, alone())
     with pytest.raises(RunError, match=r"the soft labels need .* kB but .* has 1 kB left; set relabel.bits=8"):
         stage.write_labels([training(small_set(22), student())], bench, work)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_online_and_full_data_labels_are_never_stored(bench, tmp_path):
-    work = stage.Work(tmp_path, alone())
+    work = Work(tmp_path, alone())
     online = training(small_set(22), student(RelabelConfig(storage="online")))
     full = training(small_set(22), student())
     full = dataclasses.replace(full, entry=dataclasses.replace(full.entry, ipc="full"))
     hard = training(small_set(22), StudentConfig())
     stage.write_labels([online, full, hard], bench, work)
     assert not (tmp_path / "labels").exists()
-
-
-# --- baselines as entries -----------------------------------------------------------------------------------------
-
-
-def test_baselines_are_as_many_as_the_images_of_the_sets(bench, tmp_path):
-    work = stage.Work(tmp_path, alone())
-    evaluate = EvaluateConfig(seeds=2, baselines=("random", "nearest", "full"))
-    held_out = dataclasses.replace(bench, validation_rows=np.array([23]))  # of the class of 7
-    found = stage.baseline_entries(held_out, evaluate, work, {"2": 4, "5": 7})
-    # under the ipc of the table, one random subset per seed; the last class has 6 images left
-    assert [(e.name, e.ipc, e.images, e.seeds) for e in found] == [
-        ("random", "2", 12, (0,)),
-        ("random", "2", 12, (1,)),
-        ("nearest", "2", 12, (0, 1)),
-        ("random", "5", 20, (0,)),
-        ("random", "5", 20, (1,)),
-        ("nearest", "5", 20, (0, 1)),
-        ("full", "full", 23, (0,)),
-    ]
-    assert all(len(e.load()) == e.images for e in found)
-
-
-@pytest.mark.parametrize(("side", "ipc", "factor"), [(128, 2, 2), (128, 1, 1), (64, 2, 1)])
-def test_patches_are_mosaics_as_in_rded_unless_told(bench, tmp_path, side, ipc, factor):
-    def identity(**settings) -> str:
-        evaluate = EvaluateConfig(baselines=("patches",), **settings)
-        large = dataclasses.replace(bench, image_size=side)
-        (entry,) = stage.baseline_entries(large, evaluate, stage.Work(tmp_path, alone()), {str(ipc): ipc})
-        return entry.identity
-
-    assert identity() == identity(patch_factor=factor)
-    assert identity() != identity(patch_factor=3 - factor)

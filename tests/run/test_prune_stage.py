@@ -29,7 +29,7 @@ from dq.run.planning.costs import agent_operation, stage_plans
 from dq.run.planning.plan import plan
 from dq.run.stages import cluster as stage
 from dq.run.stages.encode import cache_of, encode
-from dq.run.stages.prune import Pruning, check_pruning, prune
+from dq.run.stages.prune import Pruning, check_pruning, prune, scored_settings
 
 SCORES = {"runs": 2, "score_epoch": 2, "batch_size": 8, "lr": 0.02, "augment": "none", "dtype": "float32"}
 METHODS = {
@@ -268,6 +268,20 @@ def test_a_pipeline_prunes_and_the_set_says_how(tmp_path: Path, toy_source) -> N
     assert torch.equal(made.images, again.images)
     options["prune"] = dataclasses.replace(options["prune"], policy="easy")
     assert pipe.distill(toy_source, **options).provenance["prune"]["policy"] == "easy"
+
+
+@pytest.mark.parametrize(("baselines", "runs"), [(["random"], 0), (["window", "forgetting"], 1)])
+def test_scores_that_baselines_go_by_are_made_by_the_stage(
+    tmp_path: Path, toy_source, accelerator, baselines: list[str], runs: int
+) -> None:
+    run = opened(tmp_path / "run", toy_source, accelerator, methods={"plain": {}}, evaluate={"baselines": baselines})
+    assert len(scored_settings(run.config)) == runs
+    assert len(prune(run)) == runs
+    assert len(find_difficulty(run.config.cache_dir, toy_source, 8, run.config.prune).missing(2)) == 2 - 2 * runs
+    plain = opened(tmp_path / "run", toy_source, accelerator, evaluate={"baselines": baselines, "students": []})
+    assert len(scored_settings(plain.config)) == len(
+        scored_settings(opened(tmp_path / "run", toy_source, accelerator).config)
+    )
 
 
 def test_the_plan_counts_the_passes_of_the_agents(tmp_path: Path, toy_source) -> None:

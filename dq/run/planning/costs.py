@@ -15,7 +15,7 @@ from dq.config.schema import ClusterConfig, GenerateConfig, RunConfig
 from dq.core.processes import cut
 from dq.core.seeds import digest_of
 from dq.data.image_cache import LEAST, MOST
-from dq.evaluation.baselines import BY_FEATURES
+from dq.evaluation.baselines import BY_FEATURES, BY_PREDICTION
 from dq.run.planning.sets import Asked, asked_sets
 
 if TYPE_CHECKING:
@@ -275,6 +275,9 @@ def _evaluate(config: RunConfig, source: ImageSource, sets: Sequence[Asked], pro
             plan.call("read", t.images * t.copies)
     n = float(counts.sum())
     plan.each = {"read": tests + n * ("full" in e.baselines) + n * any(b in BY_FEATURES for b in e.baselines)}
+    if any(b in BY_PREDICTION for b in e.baselines):
+        plan.each["read"] += n
+        plan.call("teacher", n)
     if config.teachers:
         plan.each["read"] += sum(t.check_images for t in config.teachers)
     plan.units = f"{number} trainings"

@@ -16,13 +16,11 @@ from dq.core.files import read_json, read_jsonl, write_json
 from dq.data.source import ImageSource
 from dq.distilled.card import EVALUATION, write_dataset_card
 from dq.distilled.format import PROVENANCE
+from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty
 from dq.evaluation.results import Row
 from dq.evaluation.student import check_bounded, check_label_kind
 from dq.evaluation.trainings import (
-    Entry,
     Training,
-    Work,
-    baseline_entries,
     students_of,
     train_all,
     trainings_of,
@@ -53,6 +51,8 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     size = config.image_size
     students = students_of(e, ipcs, len(source.class_names), size, config.teachers)
     check_taught(e, students.values(), config.teachers)
+    if e.students:
+        check_difficulty(e.baselines, config.prune, len(source.class_names), size)
     alone = not config.teachers and (e.baselines or not all(labelled(config, m) for m in config.methods))
     if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and alone:
         raise InputError("students with labels=fixed need a teacher; set teachers, or use labels=hard")
@@ -82,6 +82,7 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
         cache_dir=Path(c.cache_dir),
         teachers=c.teachers,
         device=run.device,
+        difficulty=c.prune,
     )
     work = Work(run.folder, run.accelerator)
     entries = []

@@ -30,6 +30,7 @@ from dq.core.files import write_text
 from dq.core.seeds import digest_of
 from dq.data.pruning import Pruned, kept_band, prune_class
 from dq.data.source import ImageSource
+from dq.evaluation.baselines import BY_DIFFICULTY
 from dq.networks.difficulty import (
     DifficultyCache,
     difficulty_recipe,
@@ -68,18 +69,21 @@ def difficulty_of(config: RunConfig, source: ImageSource, prune: PruneConfig) ->
 
 
 def scored_settings(config: RunConfig, *, always: bool = False) -> list[PruneConfig]:
-    """The settings of the distinct runs of agents that methods need, of equal ones those with the most runs.
+    """The settings of the distinct runs of agents that methods and baselines need, of equal ones those with the most
+    runs.
 
     Args:
-        always: those of the run itself where no method needs any.
+        always: those of the run itself where nothing needs any.
     """
     return [max(settings, key=lambda p: p.runs) for settings in _by_agent(config, always)]
 
 
 def _by_agent(config: RunConfig, always: bool) -> list[list[PruneConfig]]:
-    """The settings that methods need, those of equal runs of agents together."""
-    wanted = [resolved_method(config, m).prune for m in config.methods]
-    wanted = [p for p in wanted if p.uses_scores] or [config.prune] * always
+    """The settings that methods and baselines need, those of equal runs of agents together."""
+    wanted = [p for m in config.methods if (p := resolved_method(config, m).prune).uses_scores]
+    baselines = set(config.evaluate.baselines if config.evaluate.students else ())
+    if baselines & set(BY_DIFFICULTY) or (always and not wanted):
+        wanted.append(config.prune)
     groups: dict[str, list[PruneConfig]] = {}
     for p in wanted:
         groups.setdefault(digest_of([p.path, to_dict(difficulty_recipe(p)), p.cad_window, p.seed]), []).append(p)
@@ -208,9 +212,7 @@ def load_pruning(run: Run, settings: PruneConfig) -> Pruning:
     if not settings.uses_scores:
         return Pruning(settings, None, run.config.seed)
     cache = difficulty_of(run.config, run.source, settings)
-    scores, rows = cache.runs(settings.score, settings.runs)
-    by_row = torch.full((len(run.source.train),), torch.nan)
-    by_row[rows] = scores.mean(0)
+    by_row = cache.by_row(settings.score, settings.runs, len(run.source.train))
     return Pruning(settings, by_row, run.config.seed, str(cache.folder))
 
 

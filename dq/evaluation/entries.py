@@ -1,0 +1,166 @@
+"""Lines of a table: sets of any origin, selected real images, and all of train, each loaded when its turn comes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from dq.config.pruning import DifficultyConfig
+from dq.config.students import Baseline, EvaluateConfig
+from dq.core.errors import InputError
+from dq.core.files import Damaged
+from dq.core.processes import shard
+from dq.core.seeds import digest_of
+from dq.distilled.external import bare_set
+from dq.distilled.set import DistilledSet
+from dq.evaluation.baselines import BY_DIFFICULTY, BY_FEATURES, BY_PREDICTION, select
+from dq.networks.difficulty import DifficultyCache, find_difficulty, make_difficulty
+from dq.networks.real_data import RealData
+from dq.networks.zoo import make_net
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("dq")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table: a set as it is for a seed. Loaded when its turn comes, since sets may be large."""
+
+    name: str  # method, baseline or foreign set
+    ipc: str  # "10", or "full"
+    images: int
+    identity: str  # of what `load` gives
+    load: Callable[[], DistilledSet]
+    seeds: tuple[int, ...]  # that train on it; a random subset serves one seed
+    origin: str = "selected from train"  # where it came from, for the record
+    step_size: float | None = None  # that was learned with the set
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where an evaluation keeps its files, and who does what."""
+
+    folder: Path
+    accelerator: Accelerator
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def mine(self, costs: Sequence[float]) -> list[int]:
+        return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
+
+
+def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
+    """Selection baselines and the full data. Each selected set is saved once.
+
+    Args:
+        sizes: images per class of the baselines for each ipc of the table, which differ where several images are drawn
+            from one prototype.
+    """
+    counts = np.bincount(bench.source.train.labels[bench.candidates], minlength=bench.classes)
+    seeds = tuple(range(evaluate.seeds))
+    entries = []
+    for key, ipc in sizes.items():
+        images = int(counts.clip(max=ipc).sum())
+        for name in evaluate.baselines:
+            if name == "full":
+                continue
+            # only a random subset is another one for another seed
+            for group in [(s,) for s in seeds] if name == "random" else [seeds]:
+                factor = evaluate.patch_factor or (2 if bench.image_size >= 128 and ipc >= 2 else 1)
+                settings: list[Any] = [bench.world, name, ipc, group[0], factor]
+                if name in (*BY_FEATURES, *BY_PREDICTION, "patches"):
+                    settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
+                if name in BY_DIFFICULTY:
+                    settings += [_difficulty(bench).key, bench.difficulty.runs]
+                if name == "window":
+                    settings.append(evaluate.window_start)
+                folder = work.folder / "baselines" / f"ipc{ipc}-{name}-seed{group[0]}-{digest_of(settings)}"
+                options: dict[str, Any] = {"seed": group[0], "factor": factor, "window_start": evaluate.window_start}
+                load = functools.partial(_selected, bench, folder, name, ipc, options)
+                identity = digest_of(settings)
+                entries.append(Entry(name, key, images, identity, load, group))
+    if "full" in evaluate.baselines:
+        identity = digest_of([bench.world, "full"])
+        load = functools.partial(_full, bench)
+        entries.append(Entry("full", "full", len(bench.candidates), identity, load, seeds[: evaluate.full_seeds]))
+    return entries
+
+
+def _selected(bench: RealData, folder: Path, name: str, ipc: int, options: dict[str, Any]) -> DistilledSet:
+    try:
+        return DistilledSet.load(folder, "set")
+    except (InputError, Damaged) as e:  # not there, or not any more
+        if isinstance(e, Damaged):
+            log.warning("%s; it is made anew", e)
+            (folder / "set" / "provenance.json").unlink(missing_ok=True)
+    made = select(
+        name,
+        bench.source,
+        ipc,
+        image_size=bench.image_size,
+        features=bench.features,
+        scores=functools.partial(_score, bench),
+        teacher=bench.teachers[0] if bench.teachers else None,
+        candidates=bench.candidates,
+        **options,
+    )
+    made.save(folder, "set")
+    return DistilledSet.load(folder, "set")
+
+
+def _difficulty(bench: RealData) -> DifficultyCache:
+    return find_difficulty(bench.cache_dir, bench.source, bench.image_size, bench.difficulty)
+
+
+def _score(bench: RealData, score: str) -> Tensor:
+    """A score (n,) of all train images: a teacher's, or of difficulty."""
+    if score in ("probability", "entropy"):
+        return bench.predictions()[score]
+    return _difficulty(bench).by_row(score, bench.difficulty.runs, len(bench.source.train))
+
+
+def prepare_selections(names: Iterable[str], bench: RealData, work: Work) -> None:
+    """Make what these baselines go by, before processes share them: features and predictions once, by the main
+    process, and runs of difficulty scores by all."""
+    chosen = set(names)
+    if work.main and chosen & set(BY_FEATURES):
+        bench.features()
+    if work.main and chosen & set(BY_PREDICTION):
+        bench.predictions()
+    if chosen & set(BY_DIFFICULTY):
+        options: Any = {"device": bench.device, "mine": work.mine, "main": work.main}
+        make_difficulty(bench.cache_dir, bench.source, bench.image_size, bench.difficulty, **options)
+    work.accelerator.wait_for_everyone()
+
+
+def check_difficulty(
+    baselines: Sequence[Baseline], difficulty: DifficultyConfig, classes: int, image_size: int
+) -> None:
+    """Whether an agent can score the train images as baselines need it.
+
+    Raises:
+        InputError: for a network that does not fit the images, or runs too short for a deviation over epochs.
+    """
+    if set(baselines) & set(BY_DIFFICULTY):
+        make_net(difficulty.net, classes, image_size, seed=0)
+    if "facility_cad" in baselines and difficulty.trained_epochs < 2:
+        raise InputError(
+            "the baseline 'facility_cad' goes by a deviation over epochs and difficulty is scored after 1; set "
+            "prune.score_epoch to 2 or more, or leave it out of baselines"
+        )
+
+
+def _full(bench: RealData) -> DistilledSet:
+    images, labels = bench.read(bench.source.train, bench.candidates)
+    return bare_set(images, labels, bench.source.class_names, origin="all of train")
