@@ -2,8 +2,10 @@
 
 Both are saved in folders beside those of the stock pipeline, which ignores them:
 
-    transformer_head/   config.json (depth and sizes)  model.safetensors
-    transformer_early/  config.json  diffusion_pytorch_model.safetensors, a `DiTTransformer2DModel`
+    transformer_head/   config.json (depth and sizes)  model.safetensors  training.json
+    transformer_early/  config.json  diffusion_pytorch_model.safetensors, a `DiTTransformer2DModel`  training.json
+
+`training.json` has the digest of the training, which must be that of the transformer.
 """
 
 from __future__ import annotations
@@ -151,6 +153,7 @@ class WeakerModels:
             weights = self.files.file(f"{HEAD}/model.safetensors") if self.files else None
             if config is None or weights is None:
                 raise self._missing("internal_guidance", HEAD, "prior.denoiser.intermediate_head=0.5")
+            self._check_training(HEAD)
             self._head = IntermediateHead(**config)
             self._head.load_state_dict(load_file(weights))
         return self._head.eval().requires_grad_(False).to(model.device, model.dtype)
@@ -161,26 +164,35 @@ class WeakerModels:
         if self._early is None:
             if self.files is None or self.files.file(f"{EARLY}/config.json") is None:
                 raise self._missing("autoguidance", EARLY, "prior.denoiser.early=0.125")
+            self._check_training(EARLY)
             options = {"subfolder": EARLY, "use_safetensors": True, **self.files.options}
             self._early = DiTTransformer2DModel.from_pretrained(self.files.path, **options)
         return self._early.eval().requires_grad_(False).to(model.device, model.dtype)
+
+    def _check_training(self, folder: str) -> None:
+        assert self.files is not None
+        records = [self.files.json(f"{part}/training.json") or {} for part in (folder, "transformer")]
+        if records[0].get("digest") != records[1].get("digest"):
+            raise InputError(f"{folder}/ of {self.files.path} is of another training than transformer/; delete it")
 
     def _missing(self, setting: str, folder: str, training: str) -> InputError:
         where = self.files.path if self.files else "the model"
         return InputError(f"generate.{setting} needs {folder}/, which {where} lacks; train it with {training}")
 
 
-def save_head(head: IntermediateHead, folder: Path, dtype: torch.dtype) -> None:
-    """Write a head's folder in a prior's folder, complete or not at all."""
+def save_head(head: IntermediateHead, folder: Path, dtype: torch.dtype, digest: str) -> None:
+    """Write a head's folder in a prior's folder, complete or not at all; `digest` is that of the training."""
     with _new_folder(folder / HEAD) as new:
         save_file({k: v.to(dtype).contiguous() for k, v in head.state_dict().items()}, new / "model.safetensors")
         write_json(new / "config.json", head.config, checksum=False)
+        write_json(new / "training.json", {"digest": digest})
 
 
-def save_early(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write the present parameters of a DiT as the early average in a prior's folder, complete or not at all."""
+def save_early(model: Any, folder: Path, dtype: torch.dtype, digest: str) -> None:
+    """Write the present parameters of a DiT as the early average in a prior's folder; see `save_head`."""
     with _new_folder(folder / EARLY) as new:
         copy.deepcopy(model).to(dtype).save_pretrained(new)
+        write_json(new / "training.json", {"digest": digest})
 
 
 @contextlib.contextmanager

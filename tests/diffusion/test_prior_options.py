@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -346,6 +347,18 @@ def test_weaker_versions_are_resumed_bit_for_bit(made, weakened, accelerator, tm
         assert (tmp_path / "transformer_head" / file).read_bytes() == (
             weakened / "transformer_head" / file
         ).read_bytes()
+
+
+def test_weaker_versions_of_another_training_are_refused(weakened, tmp_path):
+    shutil.copytree(weakened, tmp_path / "prior")
+    record = tmp_path / "prior" / "transformer" / "training.json"
+    record.write_text(record.read_text().replace(read_json(record)["digest"], "other").replace("checksum", "old"))
+    pipe = LatentGenerator.from_pretrained(tmp_path / "prior")
+    for name in ("internal_guidance", "autoguidance"):
+        with pytest.raises(
+            InputError, match=r"transformer_\w+/ of .* is of another training than transformer/; delete"
+        ):
+            pipe.prediction(**{name: 2.0})
 
 
 def test_guided_images_differ_and_a_missing_version_is_named(made, weakened):

@@ -137,7 +137,7 @@ def train_denoiser(
 
     def on_save(step: int) -> dict[str, float]:
         if step in recipe.extra_saves:
-            save_early(model, folder, dtype)
+            save_early(model, folder, dtype, recipe.digest)
         y = torch.arange(min(classes, SHOWN_CLASSES)).repeat_interleave(SHOWN_COLUMNS)
         noise = torch.randn(len(y), channels, side, side, generator=generator(prior.seed, "denoiser", "samples"))
         ours.to(accelerator.device)
@@ -159,7 +159,7 @@ def train_denoiser(
     if accelerator.is_main_process:
         _write_stock_parts(recipe, ours, scheduler, class_names)
         if head is not None:
-            save_head(head, folder, dtype)
+            save_head(head, folder, dtype, recipe.digest)
         numbers = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "train_images": len(kept),
