@@ -14,6 +14,7 @@ from dq.cluster.inputs import as_points, as_tensor, as_weights
 from dq.cluster.lloyd import cell_sums
 from dq.core.errors import InputError
 from dq.core.numbers import whole_number
+from dq.core.sinkhorn import sinkhorn
 
 
 def squared_cost(x: Any, y: Any) -> Tensor:
@@ -85,27 +86,17 @@ def _shares(weights: Tensor) -> np.ndarray:
 
 
 def sinkhorn_plan(cost: Any, *, entropy: float, n_iter: int = 1000, tol: float = 1e-6) -> Tensor:
-    """Entropic transport plans between uniform weights, for a batch of costs (B, n, k), in the log domain.
+    """Entropic transport plans between uniform weights, for a batch of costs (B, n, k); see `dq.core.sinkhorn`.
 
-    `entropy` is in units of the mean cost of each problem. The last update is on the points' side, so that every
-    column sums to exactly 1/k; rows are off by `tol` at most unless `n_iter` ran out.
+    `entropy` is in units of the mean cost of each problem. Every column sums to exactly 1/k; rows are off by `tol` at
+    most unless `n_iter` ran out.
     """
     cost = _costs(cost, 3)
     n_iter = whole_number(n_iter, "n_iter")
     if not entropy > 0:
         raise InputError(f"entropy must be more than 0, not {entropy!r}; for no entropy use exact_plan")
-    B, n, k = cost.shape
     scaled = -cost / (entropy * cost.mean((1, 2), keepdim=True).clamp(min=1e-30))
-    log_a, log_b = -math.log(n), -math.log(k)
-    v = scaled.new_zeros(B, 1, k)
-    for _ in range(n_iter):
-        u = log_a - (scaled + v).logsumexp(2, keepdim=True)
-        v_new = log_b - (scaled + u).logsumexp(1, keepdim=True)
-        moved = (v_new - v).abs().amax()
-        v = v_new
-        if moved < tol:
-            break
-    return (scaled + u + v).exp()
+    return sinkhorn(scaled, log_a=-math.log(cost.shape[1]), log_b=-math.log(cost.shape[2]), n_iter=n_iter, tol=tol)
 
 
 def balanced_labels(plan: Tensor) -> Tensor:

@@ -112,6 +112,15 @@ class GenerateConfig(Checked):
         0.0  # share of the way to the prototype by which the predicted x_0 is moved (after MGD3) ...
     )
     mode_stop: float = 0.5  # ... in this first share of the walked steps
+    # share of the way to all prototypes of the class with their masses, by entropic transport (after DMGD) ...
+    measure_guidance: float = 0.0
+    measure_interval: tuple[float, ...] = (0.1, 0.4)  # ... between these shares of the walked steps
+    measure_entropy: float = 0.1  # in units of the mean cost
+    measure_iterations: int = 5
+    measure_weights: Literal["uniform", "mass"] = "uniform"  # of the images; mass: that of each one's own prototype
+    repulsion: float = 0.0  # rate at which images of a class are kept apart (log-determinant of their cosines) ...
+    repulsion_interval: tuple[float, ...] = (0.0, 0.5)  # ... between these shares of the walked steps
+    repulsion_ridge: float = 0.1
     prompt: str = "{name}"
     negative_prompt: str = "cartoon, anime, painting"
     class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
@@ -130,7 +139,11 @@ class GenerateConfig(Checked):
         interval = self.guidance_snr
         if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             raise InputError(f"guidance_snr must be two rising ratios such as [0.05, 5], not {list(interval)}")
-        for name in ("mode_guidance", "mode_stop"):
+        for name in ("measure_interval", "repulsion_interval"):
+            shares = getattr(self, name)
+            if not (len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1):
+                raise InputError(f"{name} must be two rising shares such as [0.1, 0.4], not {list(shares)}")
+        for name in ("mode_guidance", "mode_stop", "measure_guidance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share and must lie in [0, 1], not {getattr(self, name)!r}")
         for name in ("internal_guidance", "autoguidance"):
@@ -144,6 +157,11 @@ class GenerateConfig(Checked):
         if self.candidates > 1 and (self.noise == "inversion" or self.mode == "decode"):
             why = "noise=inversion" if self.noise == "inversion" else "mode=decode"
             raise InputError(f"{why} gives the same image every time: set candidates=1 (now {self.candidates})")
+
+    @property
+    def together(self) -> bool:
+        """Whether the images of a class are walked together, since each depends on the others."""
+        return self.mode != "decode" and (self.measure_guidance > 0 or self.repulsion > 0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dq.core.errors import InputError
 
@@ -66,3 +68,13 @@ def _index(
             "map it with generate.class_map: {name: the generator's name or index}"
         )
     return matches[0]
+
+
+def class_number(value: Any) -> int:
+    """A whole number of Python, NumPy, torch or text."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(int(value) if isinstance(value, str) else value)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"a class label is a whole number or a class name, not {value!r}") from e

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,9 +31,10 @@ from dq.core.model_files import open_model
 from dq.core.numbers import whole_number
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, digest_of_tensors
-from dq.diffusion.class_names import class_indices
+from dq.diffusion.class_names import class_indices, class_number
 from dq.diffusion.class_sampling import noise_of_images, sample_latents
 from dq.diffusion.codec import codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
+from dq.diffusion.guidance import by_prototypes, in_chunks
 from dq.diffusion.loading import FILES, WEIGHTS, check_components, check_options, loading, take_dtype
 from dq.diffusion.sampling import (
     Start,
@@ -48,7 +48,6 @@ from dq.diffusion.sampling import (
     is_random,
     limited,
     null_class,
-    toward,
 )
 from dq.diffusion.weaker_models import ClassPredict, WeakerModels
 
@@ -349,8 +348,8 @@ class LatentGenerator(DiffusionPipeline):
         """The DiT's index of a class by its index or name."""
         total = int(self.transformer.config.num_embeds_ada_norm)
         if isinstance(label, str):
-            return self.condition_ids([label])[0] if self.config.id2label else self._class_index(_whole(label))
-        index = _whole(label)
+            return self.condition_ids([label])[0] if self.config.id2label else self._class_index(class_number(label))
+        index = class_number(label)
         if not 0 <= index < total:
             raise InputError(f"this model has no class {label}; its classes are 0 to {total - 1}")
         return index
@@ -365,24 +364,29 @@ class LatentGenerator(DiffusionPipeline):
         class_names: Sequence[str],
         condition_ids: Sequence[int] | None = None,
         image_size: int | None = None,
+        masses: Tensor | None = None,
     ) -> Tensor:
         """Draw images from latent points: noise to the start, denoise under the class, decode.
 
         The model runs in its own precision, the walk between its calls in float32. `config` also says how the point is
-        noised (`noise`), where on the walk there is guidance (`guidance_snr`), and how much of the way to the point
-        the predicted image is moved (`mode_guidance`, `mode_stop`); see `dq.diffusion.sampling`.
+        noised (`noise`), where on the walk there is guidance (`guidance_snr`), see `dq.diffusion.sampling`, and how
+        prototypes guide the predicted images, see `dq.diffusion.guidance`.
 
         Args:
             latents: (B, C, h, w) float32 in the denoiser's space.
             labels: class of each point; points of different classes share a batch.
-            generators: one CPU generator per image; an image depends on nothing else in the batch. Not advanced with
+            generators: one CPU generator per image; an image depends on nothing else in the batch, unless
+                `config.together`: then this is a class, of `batch_size` images at a time. Not advanced with
                 `noise="inversion"`.
             condition_ids: the generator's index per class, from `check_inputs`.
             image_size: side in px of the result; None keeps the codec's.
+            masses: (B,) of the images, where the prototypes of the class guide them as a measure; None: uniform.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1] on the CPU.
         """
+        if config.together and len(set(labels)) > 1:
+            raise InputError("guidance of a class needs images of one class; call once for each class")
         z = latents.to(self._execution_device)
         if config.mode != "decode":
             scheduler, start = self._walk(config)
@@ -392,13 +396,15 @@ class LatentGenerator(DiffusionPipeline):
                 null = null_class(self.transformer, cond)
             else:
                 predict, cond, null = self._unet([class_names[c] for c in labels], config)
+            predict = in_chunks(predict, config.batch_size) if config.together else predict
             plain = guided(predict, cond, null, 1.0)
             steps = limited(guided(predict, cond, null, config.guidance_scale), plain, scheduler, config.guidance_snr)
-            steps = toward(steps, scheduler, start, z, share=config.mode_guidance, stop=config.mode_stop)
+            steps = by_prototypes(steps, scheduler, start, z, config, masses)
             clean, noise = invert(plain, scheduler, z, start) if config.noise == "inversion" else (z, None)
             z = denoise(steps, scheduler, clean, start, generators, noise=noise)
         with torch.no_grad():
-            return to_unit(decode_latents(self.vae, z), image_size).cpu()
+            parts = z.split(config.batch_size if config.together else max(1, len(z)))
+            return torch.cat([to_unit(decode_latents(self.vae, part), image_size).cpu() for part in parts])
 
     def prediction(self, internal_guidance: float = 1.0, autoguidance: float = 1.0) -> ClassPredict:
         """The DiT as a function of (x, t, class), guided by its weaker versions; see `WeakerModels.prediction`."""
@@ -438,13 +444,3 @@ class LatentGenerator(DiffusionPipeline):
     def _native_resolution(self) -> int | None:
         model = self.transformer or self.unet
         return int(model.config.sample_size) * downscale(self.vae) if model is not None else None
-
-
-def _whole(value: Any) -> int:
-    """A whole number of Python, NumPy, torch or text."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(int(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError) as e:
-        raise InputError(f"a class label is a whole number or a class name, not {value!r}") from e

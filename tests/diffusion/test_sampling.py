@@ -9,6 +9,7 @@ import torch
 
 from dq.core.errors import InputError, RunError
 from dq.core.seeds import generator
+from dq.diffusion.guidance import toward
 from dq.diffusion.sampling import (
     FLOW_SCHEDULERS,
     NOISE_SCHEDULERS,
@@ -26,7 +27,6 @@ from dq.diffusion.sampling import (
     limited,
     model_times,
     prediction_type,
-    toward,
 )
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

@@ -540,6 +540,14 @@ def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Pa
         {"mode_stop": 0.6},
         {"snr": 0.2},
         {"images_per_prototype": 2},
+        {"measure_guidance": 0.1},
+        {"measure_interval": [0.1, 0.5]},
+        {"measure_entropy": 0.2},
+        {"measure_iterations": 6},
+        {"measure_weights": "mass"},
+        {"repulsion": 0.1},
+        {"repulsion_interval": [0.1, 0.5]},
+        {"repulsion_ridge": 0.2},
     ]
     methods = {"plain": {}, "same": {"override": {"generate.batch_size": 3}}}
     methods |= {f"m{i}": {"override": {f"generate.{k}": v for k, v in knob.items()}} for i, knob in enumerate(knobs)}

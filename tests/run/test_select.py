@@ -213,6 +213,16 @@ def test_candidates_multiply_the_cost_of_drawing(selecting) -> None:
     assert "16 images, chosen from 32 draws, 0.2 MB of pixels, up to 1600 denoiser calls" in plan(config, source)
 
 
+def test_classes_that_are_walked_together_are_the_units_of_a_plan(selecting) -> None:
+    guided = {"measure_guidance": 0.1, "candidates": 2, "select": "correct", "select_teacher": selecting}
+    changes = {"ipc": [5], "generate.mode": "dit", "evaluate.students": []}
+    changes |= {f"generate.{k}": v for k, v in guided.items()}
+    config = apply_settings(RunConfig(), changes)
+    plans = stage_plans(config, like_source("3x20"), latent=(4, 8, 8), walked=5, processes=4)
+    share = next(p.share for p in plans if p.stage == "generate")
+    assert share == 2 / 6  # six units of five images on four processes
+
+
 def test_a_run_selects_labels_and_says_by_whom(world: Path, tmp_path: Path, teachers, caplog) -> None:
     label = {"net": "convnet3", "path": str(world / "teacher.safetensors"), "mean": [0.5] * 3, "std": [0.5] * 3}
     other, same = ({"candidates": 2, "select": "correct", "select_teacher": t} for t in (teachers[0], label))

@@ -193,6 +193,11 @@ def _generate(config: RunConfig, sets: Sequence[Asked], images: int, walked: int
                 plan.call(operation, images)
         plan.bytes = (plan.bytes or 0) + s.images * pixel_bytes(config, s.generate.image_dtype)
     plan.share = -(-total // processes) / total
+    if any(s.together for s in distinct.values()):  # there, a class is a unit, once for each candidate
+        units = [1.0] * sum(s.draws for s in distinct.values() if not s.together)
+        for s in distinct.values():
+            units += [float(n) for n in s.class_images] * (s.draws // s.images) if s.together else []
+        plan.share = busiest(units, processes)
     return plan
 
 

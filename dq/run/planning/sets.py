@@ -24,7 +24,16 @@ class Asked:
     cluster: ClusterConfig
     generate: GenerateConfig
     prune: PruneConfig
-    images: int
+    class_images: tuple[int, ...]  # of every class
+
+    @property
+    def images(self) -> int:
+        return sum(self.class_images)
+
+    @property
+    def together(self) -> bool:
+        """Whether the images of a class are walked together."""
+        return self.generate.together and self.how.representative != "real"
 
     @property
     def prototypes(self) -> int:
@@ -62,6 +71,5 @@ def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
     for ipc in config.ipc:
         for method in config.methods:
             resolved = resolved_method(config, method)
-            images = sum(images_per_class(resolved, ipc, counts))
-            found.append(Asked(ipc, method, *resolved, images))
+            found.append(Asked(ipc, method, *resolved, tuple(images_per_class(resolved, ipc, counts))))
     return found

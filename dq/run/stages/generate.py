@@ -41,7 +41,11 @@ log = logging.getLogger("dq")
 LONGEST = 32  # images of a unit
 SPOOL = 2 << 30  # bytes of candidates that wait on disk at a time, or those of one class
 # settings that came later
-ADDED = ("internal_guidance", "autoguidance", "candidates", "select", "select_teacher")
+ADDED = (
+    *("internal_guidance", "autoguidance", "candidates", "select", "select_teacher"),
+    *("measure_guidance", "measure_interval", "measure_entropy", "measure_iterations", "measure_weights"),
+    *("repulsion", "repulsion_interval", "repulsion_ridge"),
+)
 
 
 def image_folder(
@@ -188,6 +192,11 @@ class Draw:
         return self.method.representative == "real"
 
     @property
+    def together(self) -> bool:
+        """Whether one draw of every image of a class is a unit, since they guide one another."""
+        return self.config.together and not self.real
+
+    @property
     def candidates(self) -> int:
         return self.config.candidates if self.selector is not None else 1
 
@@ -215,7 +224,7 @@ class Draw:
         longest = max(map(len, cut(sum(counts), least=1, most=LONGEST)))
         found = []
         for label, n in enumerate(counts):
-            number = -(-n // longest)
+            number = self.candidates if self.together else -(-n // longest)
             pieces = [range(i * n // number, (i + 1) * n // number) for i in range(number)]
             found += [(label, piece, number == 1 and self.selector is None) for piece in pieces]
         return found
@@ -292,19 +301,30 @@ def _copies(numbers: list[int]) -> int | list[int]:
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
+def _batches(draw: Draw, todo: list[Unit]) -> Iterator[list[tuple[Unit, int, int]]]:
+    """Unit, prototype and number of draws that are walked at once: across units and classes, or a unit alone where the
+    images of a class guide one another."""
+    units = [[(unit, k, i) for k, i in draw.pool(unit[0])[unit[1].start : unit[1].stop]] for unit in todo]
+    if draw.together:
+        yield from units
+        return
+    queue = list(itertools.chain(*units))
+    for first in range(0, len(queue), draw.config.batch_size):
+        yield queue[first : first + draw.config.batch_size]
+
+
 def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
-    """Units with their images, drawn in batches that run across units and classes."""
+    """Units with their images, drawn in batches."""
     run, cfg = draw.run, draw.config
-    queue = [(unit, k, i) for unit in todo for k, i in draw.pool(unit[0])[unit[1].start : unit[1].stop]]
-    points: dict[int, Tensor] = {}
+    points: dict[int, tuple[Tensor, Tensor]] = {}
     done: list[Tensor] = []
-    for first in range(0, len(queue), cfg.batch_size):
-        batch = queue[first : first + cfg.batch_size]
+    for batch in _batches(draw, todo):
         labels = [unit[0] for unit, _, _ in batch]
         points = {c: points[c] if c in points else _points(draw, c) for c in dict.fromkeys(labels)}
-        z = torch.stack([points[unit[0]][k] for unit, k, _ in batch])
+        z = torch.stack([points[unit[0]][0][k] for unit, k, _ in batch])
+        masses = torch.stack([points[unit[0]][1][k] for unit, k, _ in batch])
 
-        def synthesize(s: slice, batch=batch, labels=labels, z=z) -> Tensor:
+        def synthesize(s: slice, batch=batch, labels=labels, z=z, masses=masses) -> Tensor:
             return pipe.synthesize(
                 z[s],
                 labels[s],
@@ -313,9 +333,13 @@ def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[
                 class_names=run.source.class_names,
                 condition_ids=draw.condition_ids,
                 image_size=run.config.image_size,
+                masses=masses[s],
             )
 
-        images = in_pieces("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
+        if draw.together:  # in chunks of its own
+            images = synthesize(slice(None))
+        else:
+            images = in_pieces("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
         if cfg.image_dtype == "uint8":
             images = (images * 255).round().to(torch.uint8)
         for (unit, _, _), image in zip(batch, images):
@@ -325,9 +349,11 @@ def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[
                 done = []
 
 
-def _points(draw: Draw, label: int) -> Tensor:
+def _points(draw: Draw, label: int) -> tuple[Tensor, Tensor]:
+    """Latents (K, C, h, w) that stand for the cells of a class, and the mass (K,) of an image of each."""
     p = Prototypes.load(class_file(draw.prototypes, label))
-    return p.points(draw.method.representative, rescale=draw.config.rescale)
+    masses = (p.counts if p.masses is None else p.masses).float() / torch.tensor(draw.numbers[label])
+    return p.points(draw.method.representative, rescale=draw.config.rescale), masses
 
 
 def _copied(draw: Draw, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
