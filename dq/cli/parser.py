@@ -113,7 +113,7 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
         metavar="[NAME=]PATH",
         help="a set of any origin: a set's or run's folder, images by class, Parquet, .safetensors, .npz; repeatable",
     )
-    p.add_argument("--protocol", help="preset: classic, frepo, hard, sre2l, rded, edc, fadrm; or ddr: DD-Ranking")
+    p.add_argument("--protocol", help="preset: classic, frepo, hard, sre2l, rded, edc, fadrm, rd3; or ddr: DD-Ranking")
     p.add_argument("--student", action="append", metavar="NET", help="a network by name; may be repeated")
     p.add_argument("--dataset", help="whose published settings of the protocol to take, e.g. cifar100")
     p.add_argument("--teacher", action="append", metavar="NET=PATH", help="who labels views; may be repeated")

@@ -105,13 +105,13 @@ class StudentConfig(Checked):
     epochs: int = 300
     batch_size: int = 256
     accumulate: int = 1  # a batch goes through in so many parts; batch norm sees the parts
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: of hidden matrices and kernels, adamw of the rest
     lr: float = 0.01
     # lr is the step size that was learned with a set, where there is one and the optimizer is sgd
     learned_lr: bool = False
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    decay_vectors: bool | None = None  # also of biases and norms; None: with sgd they decay, with adamw they do not
+    decay_vectors: bool | None = None  # also of biases and norms; None: with sgd they decay, else they do not
     schedule: Literal["step", "multistep", "cosine", "cos2", "linear", "constant"] = "step"
     lr_floor: float = 0.0  # cosine: the share of lr at which it ends
     zeta: float = 1.0  # cosine and linear: end at 0 for 1, at half of lr for 2

@@ -1,14 +1,18 @@
-"""Which parameters of a network which optimizer takes."""
+"""Which parameters of a network which optimizer takes, and Muon with AdamW as one optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from dq.core.errors import InputError
 
 
 def muon_groups(
-    model: nn.Module, output_layers: Sequence[str] = ()
+    model: nn.Module, output_layers: Sequence[str] = (), *, convolutions: bool = False
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Hidden matrices, for Muon, and all other parameters, for AdamW, both by name (Jordan et al. 2024).
 
@@ -16,11 +20,96 @@ def muon_groups(
     and biases go to AdamW. Parameters that need no gradient are in neither.
 
     Args:
-        output_layers: last parts of the names of modules that are output layers; none: the last linear layer.
+        output_layers: last parts of the names of modules that are output layers; none: the last linear layer, or the
+            last convolution where there is no linear layer and convolutions count.
+        convolutions: whether kernels (out, in, h, w) of convolutions are hidden matrices (out, in h w), the first
+            layer's included, as in Jordan's networks for CIFAR-10.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    outputs = {n for n in linear if n.rpartition(".")[2] in output_layers} if output_layers else set(list(linear)[-1:])
-    matrices = {f"{name}.weight".lstrip(".") for name in linear if name not in outputs}
+    kernels = {name: m for name, m in model.named_modules() if convolutions and isinstance(m, nn.Conv2d)}
+    layers = [*linear, *kernels]
+    outputs = {n for n in layers if n.rpartition(".")[2] in output_layers}
+    outputs = outputs if output_layers else set(list(linear or kernels)[-1:])
+    matrices = {f"{name}.weight".lstrip(".") for name in layers if name not in outputs}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {name: p for name, p in trained.items() if name in matrices}
     return hidden, {name: p for name, p in trained.items() if name not in hidden}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for hidden matrices and AdamW for all other parameters, as one optimizer.
+
+    `torch.optim.Muon` takes parameters of two dimensions alone: it is given the kernels of convolutions as matrices
+    (out, in h w) that share their memory. Its updates are scaled to the size of AdamW's, 0.2 sqrt(max(out, in)) times
+    the orthogonal matrix (Liu et al. 2025), so that both take the same learning rate and weight decay.
+
+    Args:
+        hidden: parameters of two or four dimensions.
+        rest: groups of the other parameters, as `torch.optim.AdamW` takes them.
+        lr: of both.
+        weight_decay: of the hidden matrices.
+
+    Raises:
+        InputError: if nothing is hidden, or this torch has no Muon.
+    """
+
+    def __init__(
+        self, hidden: Sequence[nn.Parameter], rest: Sequence[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise InputError(f"optimizer=muon needs torch 2.9 or newer, not {torch.__version__}; take adamw")
+        if not hidden:
+            raise InputError("optimizer=muon needs a network with hidden matrices, and this one has none; take adamw")
+        super().__init__([*hidden, *(p for group in rest for p in group["params"])], {"lr": lr})
+        self.hidden = tuple(hidden)
+        self.matrices = tuple(nn.Parameter(as_matrix(p.detach(), p)) for p in hidden)
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        self.muon = torch.optim.Muon(self.matrices, **options)
+        self.adamw = torch.optim.AdamW(rest, lr=lr)
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step of both optimizers."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for matrix, p in zip(self.matrices, self.hidden):
+            matrix.data = as_matrix(p.detach(), p)
+            matrix.grad = None if p.grad is None else as_matrix(p.grad, p)
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of both, whatever `set_to_none` says of zeros."""
+        for p in self.hidden:
+            p.grad = None
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States by number, hidden matrices first, and the groups of both."""
+        first, second = self.muon.state_dict(), self.adamw.state_dict()
+        states = first["state"] | {len(self.hidden) + i: state for i, state in second["state"].items()}
+        return {"state": states, "param_groups": [*first["param_groups"], *second["param_groups"]]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        groups, n = state_dict["param_groups"], len(self.hidden)
+        first = {i: state for i, state in state_dict["state"].items() if i < n}
+        second = {i - n: state for i, state in state_dict["state"].items() if i >= n}
+        self.muon.load_state_dict({"state": first, "param_groups": groups[:1]})
+        self.adamw.load_state_dict({"state": second, "param_groups": groups[1:]})
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def as_matrix(x: Tensor, p: Tensor) -> Tensor:
+    """x, of the shape of p, as a matrix (out, rest) in the order of p's memory; of p itself a view.
+
+    Kernels in the layout `channels_last` become (out, h w in): orthogonalization does not depend on the order of
+    columns.
+    """
+    if p.ndim == 4 and not p.is_contiguous():
+        return x.permute(0, 2, 3, 1).reshape(len(x), -1)
+    return x.reshape(len(x), -1)

@@ -24,6 +24,7 @@ from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
 from dq.data.augment import augment
 from dq.data.views import Views, apply_views, batches, draw_views, parts
+from dq.networks.optimizers import MuonAdamW, muon_groups
 from dq.networks.zoo import fast_layout, make_net
 
 AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory
@@ -77,8 +78,8 @@ def fit(
 
     The loss of a batch of B images is (1/B) sum_i w_i l_i, with 1/B and not 1/sum w, so that an image weighs the same
     in whatever batch it falls; see `image_losses` for l_i. In a batch mixed with kept share k, an image's weight is
-    k w_i + (1 - k) w_partner. The KL shrinks gradients by about T^2. AdamW does not notice, and the published
-    soft-label recipes, all AdamW, leave it so; SGD would hardly train, hence with `optimizer: sgd` the KL is
+    k w_i + (1 - k) w_partner. The KL shrinks gradients by about T^2. AdamW and Muon do not notice, and the
+    published soft-label recipes, all AdamW, leave it so; SGD would hardly train, hence with `optimizer: sgd` the KL is
     multiplied by T^2.
 
     Initial weights, batch order, views, augmentation and dropout are drawn from generators derived from `seed` (views
@@ -361,12 +362,16 @@ def learning_rate(config: StudentConfig, epoch: int, epochs: int) -> float:
 
 def make_optimizer(net: nn.Module, config: StudentConfig) -> torch.optim.Optimizer:
     """SGD decays every parameter, AdamW only those with more than one dimension, each as most published recipes do;
-    `decay_vectors` chooses otherwise."""
+    `decay_vectors` chooses otherwise. Muon takes hidden matrices and kernels; AdamW, as before, the others."""
     decay_vectors = config.optimizer == "sgd" if config.decay_vectors is None else config.decay_vectors
-    matrices = [p for p in net.parameters() if p.ndim > 1]
+    hidden = list(muon_groups(net, convolutions=True)[0].values()) if config.optimizer == "muon" else []
+    taken = set(map(id, hidden))
+    matrices = [p for p in net.parameters() if p.ndim > 1 and id(p) not in taken]
     vectors = [p for p in net.parameters() if p.ndim <= 1]  # biases and norms
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
     groups.append({"params": vectors, "weight_decay": config.weight_decay if decay_vectors else 0.0})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.optimizer == "muon":
+        return MuonAdamW(hidden, groups, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr)

@@ -7,6 +7,7 @@ import pytest
 from dq.config.protocols import FOLDER, list_protocols, student_config
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
+from dq.networks.training import learning_rate
 from dq.networks.zoo import make_net
 
 # classes, side in px
@@ -62,7 +63,18 @@ def test_every_published_data_set_of_a_protocol_may_be_named():
 
 def test_the_files_are_what_the_names_say():
     assert sorted(list_protocols()) == sorted(p.stem for p in FOLDER.glob("*.yaml"))
-    assert set(list_protocols()) == {"classic", "edc", "fadrm", "frepo", "hard", "rded", "sre2l"}
+    assert set(list_protocols()) == {"classic", "edc", "fadrm", "frepo", "hard", "rd3", "rded", "sre2l"}
+
+
+def test_rd3_is_one_recipe_for_all():
+    for dataset in DATA:
+        for ipc in (1, 50):
+            c = preset("rd3", dataset, ipc, named=False)
+            assert (c.net, c.labels, c.epochs, c.batch_size) == ("resnet18", "soft", 400, 50)
+            assert (c.optimizer, c.lr) == ("adamw", 1e-3)
+            assert (c.schedule, c.views.flip, c.views.mix) == ("cosine", 0.5, "cutmix")
+            assert c.views.crop_scale == (0.08, 1.0)
+    assert learning_rate(c, 400, 400) > c.lr / 2  # half a cosine
 
 
 # --- fadrm --------------------------------------------------------------------------------------------------------

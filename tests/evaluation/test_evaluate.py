@@ -505,10 +505,11 @@ def fitted(config: StudentConfig, on_epoch: Callable[[int, float], None], **more
     [
         {"schedule": "step", "augment": "dsa"},
         {"optimizer": "adamw", "schedule": "cosine", "ema": 0.9, "net": "resnet20", "lr": 0.003},
+        {"optimizer": "muon", "schedule": "cosine", "net": "resnet20", "lr": 0.003},
         {"optimizer": "adamw", "ema": 0.9, "labels": "fixed", "accumulate": 2, "lr": 0.003},
         {"views": ViewConfig(crop_scale=(0.5, 1), flip=0.5, jitter=0.4, mix="cutmix"), "net": "resnet20"},
     ],
-    ids=["sgd-step", "adamw-ema", "fixed-parts", "views"],
+    ids=["sgd-step", "adamw-ema", "muon", "fixed-parts", "views"],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, changes):
     config = dataclasses.replace(WILD, epochs=9, tests=9, **changes)
