@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from dq.cluster.kmeans import Clustering
 from dq.cluster.lloyd import cell_sums, squared_distances
 from dq.core.errors import InputError
 from dq.core.files import read_tensors, write_tensors
+from dq.data.coresets import largest_remainder
 
 WeightKind = Literal["uniform", "mass", "sqrt"]
 Normalization = Literal["none", "class", "sqrt_k"]
@@ -61,8 +63,7 @@ def image_weights(counts: Any, kind: WeightKind = "sqrt", normalize: Normalizati
 def images_by_mass(masses: Any, total: int) -> list[int]:
     """Whole numbers of images in proportion to masses, by largest remainders, each at least 1; they sum to `total`.
 
-    Where the least of 1 takes more than the remainders give, the prototypes that are furthest above their share have
-    one less. Ties go to the earlier prototype.
+    What the least of 1 takes is given by the prototypes that are furthest above their share; of equal ones the later.
 
     Args:
         masses: (K,) positive.
@@ -71,22 +72,17 @@ def images_by_mass(masses: Any, total: int) -> list[int]:
     Raises:
         InputError: for masses that are not positive, or fewer images than prototypes.
     """
-    masses = as_weights(masses, len(as_tensor(masses, "masses")), "masses of prototypes").double()
-    k = len(masses)
-    if not (masses > 0).all():
-        raise InputError(f"prototype {int((masses <= 0).nonzero()[0])} has no mass and no share of the images")
-    if total < k:
-        raise InputError(f"{total} images are too few for {k} prototypes, which have at least one each")
-    share = masses / masses.sum() * total
-    numbers = share.floor().clamp(min=1)
-    while int(numbers.sum()) != total:
-        missing = (share - numbers).mul(1e9).round()  # equal masses are ties whatever their rounding
-        if numbers.sum() < total:
-            numbers[int(missing.argmax())] += 1
-        else:
-            spare = torch.where(numbers > 1, -missing, -torch.inf)
-            numbers[k - 1 - int(spare.flip(0).argmax())] -= 1
-    return numbers.long().tolist()
+    given = as_tensor(masses, "masses").double()
+    w = as_weights(given, len(given), "masses of prototypes").cpu().numpy()
+    if not (w > 0).all():
+        raise InputError(f"prototype {int((w <= 0).nonzero()[0][0])} has no mass and no share of the images")
+    if total < len(w):
+        raise InputError(f"{total} images are too few for {len(w)} prototypes, which have at least one each")
+    numbers = largest_remainder(w, total).clip(min=1)
+    while numbers.sum() > total:
+        above = np.where(numbers > 1, numbers - total * w / w.sum(), -np.inf)
+        numbers[len(w) - 1 - above[::-1].argmax()] -= 1
+    return numbers.astype(int).tolist()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dq.cluster.inputs import as_points, as_tensor, as_weights
 from dq.cluster.transport import ExactTransport, exact_transport, squared_cost
 from dq.core.errors import InputError
+from dq.data.coresets import facility_location
 
 IMPROVEMENT = 1e-10  # relative; a smaller fall of the transport cost is rounding
 
@@ -62,6 +63,51 @@ def select_confident(probability: Any, prototype: Any, numbers: Sequence[int]) -
     p = as_tensor(probability, "probability").double()
     prototype, numbers = _checked_pool(prototype, numbers)
     return Selection(_first_of_each(-p, prototype, numbers), {})
+
+
+def select_facility(
+    real: Any,
+    candidates: Any,
+    prototype: Any,
+    numbers: Sequence[int],
+    *,
+    weights: Any = None,
+    one_per_prototype: bool = True,
+) -> Selection:
+    """Candidates that cover the real images of the class best: facility location over cosines of features, greedily;
+    see `dq.data.coresets.facility_location`.
+
+    Args:
+        real: (n, d) features of the class's images.
+        candidates: (N, d) those of the pool.
+        prototype: (N,) int64, of every candidate.
+        numbers: images of every prototype.
+        weights: (n,) of the real images; None: uniform.
+        one_per_prototype: every prototype keeps its number (greedy picks reach half of the optimum); False: any of the
+            pool may be kept, as many as all prototypes have images, so that some have more and others none (1 - 1/e).
+
+    Returns:
+        The selection; facts `coverage` and `coverage_first`, the mean cosine of a real image to the nearest candidate
+        that is kept, and to the nearest of the earliest ones, and the number of `unrepresented` prototypes.
+
+    Raises:
+        InputError: if a prototype has fewer candidates than it is to keep.
+    """
+    prototype, numbers = _checked_pool(prototype, numbers)
+    x, pool = as_points(real, "real", finite=True), as_points(candidates, "candidates", finite=True)
+    w = x.new_ones(len(x)) if weights is None else as_weights(weights, len(x), "weights of real images")
+    quotas = (prototype, numbers) if one_per_prototype else None
+    picks = facility_location(x, sum(numbers), weights=w, candidates=pool, quotas=quotas, name="the class")
+    rows = torch.from_numpy(picks)
+    rows = rows[(prototype[rows] * len(pool) + rows).argsort()]
+    first = _first_of_each(torch.arange(len(pool)), prototype, numbers)
+
+    def coverage(kept: Tensor) -> float:
+        a, b = (torch.nn.functional.normalize(v.double(), dim=1) for v in (x, pool[kept]))
+        return float((w.double() * (a @ b.T).clamp(min=0).amax(1)).sum() / w.double().sum())
+
+    absent = len(numbers) - len(prototype[rows].unique())
+    return Selection(rows, {"coverage_first": coverage(first), "coverage": coverage(rows), "unrepresented": absent})
 
 
 def select_transport(

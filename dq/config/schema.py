@@ -126,10 +126,11 @@ class GenerateConfig(Checked):
     class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
     images_per_prototype: int = 1
     candidates: int = 1  # draws for every image that is kept, of which `select` keeps one
-    # correct: the first that `select_teacher` classifies rightly; confident: the one of highest p(y); transport: those
-    # whose features are together nearest to those of the class's real images
-    select: Literal["none", "correct", "confident", "transport"] = "none"
+    # correct: the first that `select_teacher` classifies rightly; confident: the one of highest p(y); facility: those
+    # whose features cover the class's real images best; transport: those that are together nearest to them
+    select: Literal["none", "correct", "confident", "facility", "transport"] = "none"
     select_teacher: TeacherConfig | None = None  # should differ from those that label
+    one_per_prototype: bool = True  # facility: False lets prototypes have several images, and others none
     image_dtype: Literal["uint8", "float32"] = "uint8"
     dtype: Dtype = "auto"
     batch_size: int = 32

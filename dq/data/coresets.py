@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -93,7 +93,13 @@ def k_center_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
 
 
 def facility_location(
-    points: Tensor, k: int, *, weights: Tensor | None = None, candidates: Tensor | None = None, name: str = "the data"
+    points: Tensor,
+    k: int,
+    *,
+    weights: Tensor | None = None,
+    candidates: Tensor | None = None,
+    quotas: tuple[Tensor, Sequence[int]] | None = None,
+    name: str = "the data",
 ) -> np.ndarray:
     """Greedy maximum of the facility location function (Wei et al. 2015, "Submodularity in data subset selection").
 
@@ -110,10 +116,12 @@ def facility_location(
         k: number of picks; fewer candidates give all that there are.
         weights: (n,) non-negative weights w of the points; None: 1.
         candidates: (m, d) float, what may be picked; None: the points themselves.
+        quotas: group (m,) int64 of every candidate, and how many of each group may be picked; None: any. Greedy picks
+            reach half of the optimum then (Fisher et al. 1978).
         name: how messages name the points, e.g. "class 3".
 
     Returns:
-        (min(k, m),) int64 rows of the candidates in the order of picking.
+        (min(k, m),) int64 rows of the candidates in the order of picking, or as many as the quotas allow.
 
     Raises:
         InputError: for values that are NaN or infinite, other shapes, or weights that are negative or all zero.
@@ -133,23 +141,28 @@ def facility_location(
     def similarities(rows: np.ndarray) -> np.ndarray:
         return (c[rows] @ x.T).clip(0).astype(np.float32)
 
-    k = min(k, len(c))
+    groups, most = np.arange(len(c)), np.ones(len(c), np.int64)
+    if quotas is not None:
+        groups, most = quotas[0].cpu().numpy(), np.asarray(quotas[1], np.int64)
+    k = min(k, int(np.minimum(np.bincount(groups, minlength=len(most)), most).sum()))
     if 4 * len(c) * len(x) > SIMILARITY_BYTES:
-        return _lazy_greedy(similarities, w, len(c), k)
+        return _lazy_greedy(similarities, w, groups, most, k)
     blocks = np.array_split(np.arange(len(c)), -(-len(c) // EVALUATED_ROWS))
     matrix = np.concatenate([similarities(rows) for rows in blocks])
-    return _lazy_greedy(lambda rows: matrix[rows], w, len(c), k)
+    return _lazy_greedy(lambda rows: matrix[rows], w, groups, most, k)
 
 
 def _lazy_greedy(
-    similarities: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, candidates: int, k: int
+    similarities: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, groups: np.ndarray, most: np.ndarray, k: int
 ) -> np.ndarray:
-    """The k picks of `facility_location`, from a function that gives rows (b, n) float32 of the similarity matrix."""
+    """The k picks of `facility_location`, from a function that gives rows (b, n) float32 of the similarity matrix; at
+    most `most` (g,) of every group."""
+    candidates, left = len(groups), most.copy()
     cover = np.zeros(len(weights), np.float32)  # similarity of each point to its nearest pick
     bounds = np.full(candidates, np.inf)
     picks = np.empty(k, np.int64)
     for t in range(k):
-        stale = np.ones(candidates, bool)
+        stale = left[groups] > 0
         stale[picks[:t]] = False
         best, best_gain, size = candidates, -np.inf, FIRST_ROWS
         while True:
@@ -167,6 +180,7 @@ def _lazy_greedy(
             if gain > best_gain or (gain == best_gain and row < best):
                 best, best_gain = int(row), float(gain)
         picks[t] = best
+        left[groups[best]] -= 1
         cover = np.maximum(cover, similarities(picks[t : t + 1])[0])
     return picks
 
@@ -244,9 +258,10 @@ def median_rows(scores: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
 
 
 def largest_remainder(masses: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers (k,) that sum to `total`, in proportion to counts (k,) int64 (Hamilton's method). Of equal
+    """Whole numbers (k,) int64 that sum to `total`, in proportion to masses (k,) (Hamilton's method). Of equal
     remainders the first is rounded up."""
-    numbers, remainders = np.divmod(total * masses, masses.sum())
+    shares, remainders = np.divmod(total * masses, masses.sum())
+    numbers = shares.astype(np.int64)
     numbers[np.argsort(-remainders, kind="stable")[: total - numbers.sum()]] += 1
     return numbers
 

@@ -243,7 +243,7 @@ def check_selection(config: RunConfig, method: str) -> None:
     if g.select == "none":
         raise InputError(
             f"method {method!r} has generate.candidates={g.candidates} and generate.select=none, which would keep the "
-            "first alone; set generate.select to correct, confident or transport, or candidates=1"
+            "first alone; set generate.select to correct, confident, facility or transport, or candidates=1"
         )
     if g.candidates == 1:
         raise InputError(

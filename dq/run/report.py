@@ -214,13 +214,14 @@ def _selections(run: Run, present: Sequence[tuple[int, str]]) -> list[str]:
         s = provenance["generate"].get("selection")
         if s:
             drawn, kept = (f"{100 * s[name]:.1f} %" for name in ("probability_drawn", "probability_kept"))
-            w2 = f"{s['w2_first']:.3f} to {s['w2']:.3f}" if "w2" in s else ""
+            measures = ((n, s[f"{n}_first"], s[n]) for n in ("w2", "coverage") if n in s)
+            w2 = ", ".join(f"{name} {first:.3f} to {last:.3f}" for name, first, last in measures)
             rows.append([method, ipc, s["rule"], s["candidates"], s["teacher"], s["images"], drawn, kept, w2])
             sentences += [f"{method} at IPC {ipc}: {sentence}." for sentence in selection_sentences(s)]
     if not rows:
         return []
     head = ["method", "IPC", "rule", "candidates", "teacher", "images", "p(y) of all", "p(y) of the kept"]
-    body = ["<h2>Selection among candidates</h2>", html_table([*head, "W2, first draws to the kept"], rows)]
+    body = ["<h2>Selection among candidates</h2>", html_table([*head, "from the first draws to the kept"], rows)]
     return body + [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dq.cluster.selection import lower_bounds, select_confident, select_correct, select_transport
+from dq.cluster.selection import lower_bounds, select_confident, select_correct, select_facility, select_transport
 from dq.cluster.transport import exact_transport, squared_cost
 from dq.core.errors import InputError
 
@@ -41,6 +41,39 @@ def test_too_few_candidates_are_refused() -> None:
     with pytest.raises(InputError, match="prototype 1 has no mass"):
         x = torch.zeros(2, 2)
         select_transport(x, x, [0, 1], [1, 1], [1, 0], centers=x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_facility_is_greedy_within_the_prototypes_and_over_all(seed: int) -> None:
+    k, m = 3, 4
+    p = problem(seed, k, m)
+    real, pool = (torch.nn.functional.normalize(p[name].double(), dim=1) for name in ("real", "candidates"))
+    cosines = (real @ pool.T).clamp(min=0)
+    w = p["weights"].double()
+
+    def coverage(rows: list[int]) -> float:
+        return float((w * cosines[:, rows].amax(1)).sum() / w.sum())
+
+    def greedy(quota: int) -> list[int]:
+        rows: list[int] = []
+        for _ in range(k):
+            free = [j for j in range(k * m) if j not in rows and sum(i % k == j % k for i in rows) < quota]
+            rows.append(max(free, key=lambda j: coverage([*rows, j])))
+        return rows
+
+    arguments = (p["real"], p["candidates"], p["prototype"], [1] * k)
+    each = select_facility(*arguments, weights=p["weights"])
+    assert p["prototype"][each.rows].tolist() == [0, 1, 2]
+    assert sorted(each.rows.tolist()) == sorted(greedy(1))
+    free = select_facility(*arguments, weights=p["weights"], one_per_prototype=False)
+    assert sorted(free.rows.tolist()) == sorted(greedy(k))
+    assert free.facts["unrepresented"] == k - len(set((free.rows % k).tolist()))
+    assert each.facts["unrepresented"] == 0
+    for chosen in (each, free):
+        assert chosen.facts["coverage"] == pytest.approx(coverage(chosen.rows.tolist()))
+        assert chosen.facts["coverage_first"] == pytest.approx(coverage([0, 1, 2]))
+    combinations = itertools.product(*([i + k * d for d in range(m)] for i in range(k)))
+    assert each.facts["coverage"] >= max(coverage(list(c)) for c in combinations) / 2
 
 
 def problem(seed: int, k: int, m: int, n: int = 12, d: int = 2) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from dq.run.folder import Run, check_methods, deciding, open_run
 from dq.run.planning.costs import stage_plans
 from dq.run.planning.plan import like_source, plan
 from dq.run.stages import generate as draw
+from dq.run.stages.assemble import assemble, load_set_of_run
 from dq.run.stages.cluster import class_images, cluster
 from dq.run.stages.encode import cache_of, encode
 from dq.run.stages.generate import ADDED, generate
@@ -90,7 +91,7 @@ def test_where_a_teacher_lies_decides_nothing(selecting) -> None:
     assert digest() != digest(mean=[0.4] * 3)
 
 
-@pytest.mark.parametrize("rule", ["correct", "confident", "transport"])
+@pytest.mark.parametrize("rule", ["correct", "confident", "facility", "transport"])
 def test_more_candidates_extend_fewer_and_the_first_draw_is_that_without(
     rule: str, tmp_path: Path, toy_source, accelerator, pipe, selecting
 ) -> None:
@@ -163,6 +164,28 @@ def test_a_killed_selection_and_small_spools_end_with_the_same_images(
     budget = 1000
     generate(run, pipe, cache_of(run))
     assert same_sets(tmp_path / "killed", tmp_path / "one")
+
+
+def test_prototypes_without_an_image_are_counted_and_their_weight_left_out(
+    tmp_path: Path, toy_source, accelerator, pipe, selecting, caplog
+) -> None:
+    settings = {"candidates": 4, "select": "facility", "select_teacher": selecting, "one_per_prototype": False}
+    run = drawn(tmp_path, toy_source, accelerator, pipe, **settings)
+    absent = 0
+    for tensors, meta in classes(tmp_path):
+        numbers = torch.bincount(tensors["pool_prototype"][tensors["pool_kept"]], minlength=3)
+        assert torch.tensor(meta["copies"]).expand(3).tolist() == numbers.tolist()
+        assert len(tensors["images"]) == 3
+        absent += int((numbers == 0).sum())
+    assert absent > 0
+    assert f"{absent} of 9 prototypes have no image, since others cover" in caplog.text
+    assemble(run)
+    for label in range(3):
+        s = load_set_of_run(run, 3, "ddoq")
+        own = s.labels == label
+        number = torch.bincount(s.prototype[own], minlength=3)[s.prototype[own]]
+        share = s.counts[own] / number
+        assert torch.allclose(s.weights[own], (3 * share / share.sum()).sqrt())
 
 
 @pytest.mark.parametrize("where", ["filter", "weight"])

@@ -42,7 +42,7 @@ LONGEST = 32  # images of a unit
 SPOOL = 2 << 30  # bytes of candidates that wait on disk at a time, or those of one class
 # settings that came later
 ADDED = (
-    *("internal_guidance", "autoguidance", "candidates", "select", "select_teacher"),
+    *("internal_guidance", "autoguidance", "candidates", "select", "select_teacher", "one_per_prototype"),
     *("measure_guidance", "measure_interval", "measure_entropy", "measure_iterations", "measure_weights"),
     *("repulsion", "repulsion_interval", "repulsion_ridge"),
 )
@@ -387,7 +387,8 @@ def _gather_class(draw: Draw, label: int, parts: list[Path]) -> None:
     began = time.perf_counter()
     p = Prototypes.load(class_file(draw.prototypes, label))
     kept = draw.selector.keep(p, draw.numbers[label], draw.pool(label), parts)
-    write_tensors(path, {"images": kept.images, **kept.record}, {**meta, "selection": kept.facts})
+    meta |= {"copies": _copies(kept.numbers), "selection": kept.facts}
+    write_tensors(path, {"images": kept.images, **kept.record}, meta)
     unit_done("select", p.name, time.perf_counter() - began, candidates=len(draw.pool(label)))
 
 

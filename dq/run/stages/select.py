@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dq.cluster.prototypes import Prototypes, cell_means
-from dq.cluster.selection import Selection, select_confident, select_correct, select_transport
+from dq.cluster.selection import Selection, select_confident, select_correct, select_facility, select_transport
 from dq.cluster.transport import squared_cost
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig
@@ -36,15 +36,15 @@ from dq.run.stages.prune import Pruning, load_pruning
 
 log = logging.getLogger("dq")
 
-BY_FEATURES = ("transport",)  # rules that compare candidates with the real images of the class
-
-SUMMED = ("prototypes", "images", "lacking", "changes")  # over classes; the means of other numbers are taken
+BY_FEATURES = ("facility", "transport")  # rules that compare candidates with the real images of the class
+SUMMED = ("prototypes", "images", "lacking", "changes", "unrepresented")  # over classes; other facts are averaged
 
 
 class Kept(NamedTuple):
     """The images of a class after selection."""
 
     images: Tensor  # (M, 3, H, W), prototype by prototype
+    numbers: list[int]  # images of every prototype
     record: dict[str, Tensor]  # of every candidate: pool_prototype, pool_draw, pool_probability, _correct, _kept (N,)
     facts: dict[str, Any]
 
@@ -105,11 +105,16 @@ class Selector:
             "probability_kept": float(probability[keeps].mean()),
             **chosen.facts,
         }
-        return Kept(_picked(parts, chosen.rows), record, facts)
+        each = torch.bincount(prototype[chosen.rows], minlength=len(numbers)).tolist()
+        return Kept(_picked(parts, chosen.rows), each, record, facts)
 
     def _by_features(self, p: Prototypes, features: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Selection:
         real = class_images(self.cache, p.label, self.ipc, self.pruning, self.features)
         assert real.features is not None
+        if self.config.select == "facility":
+            one = self.config.one_per_prototype
+            options: dict[str, Any] = {"weights": real.weights, "one_per_prototype": one}
+            return select_facility(real.features, features, prototype, numbers, **options)
         masses = p.counts if p.masses is None else p.masses
         return select_transport(
             real.features,
@@ -202,6 +207,11 @@ def selection_sentences(summary: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"{summary['lacking']} of {summary['prototypes']} prototypes have {least} that the teacher "
             f"{summary['teacher']} classifies rightly; the most confident others stand in"
+        )
+    if summary.get("unrepresented"):
+        sentences.append(
+            f"{summary['unrepresented']} of {summary['prototypes']} prototypes have no image, since others cover the "
+            "real images better"
         )
     if summary.get("labels_too"):
         sentences.append(
