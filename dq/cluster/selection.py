@@ -129,14 +129,12 @@ def select_transport(
     cost never rises. At the end no change of a single image lowers it; several at once might, so that it need not be
     the least over all combinations (with one image it is).
 
-    Every cost is exact. Candidates whose lower bound (the dual solution of the others, and the best potential of the
-    new point) is not below the best cost are not solved.
+    Every cost is exact. Candidates whose bound (see `lower_bounds`) is not below the best cost are not solved.
 
     Args:
         real: (n, d) features of the class's images.
         candidates: (N, d) those of the pool.
-        prototype: (N,) int64, of every candidate.
-        numbers: candidates that every prototype keeps.
+        prototype, numbers: as for `select_correct`.
         masses: (K,) positive, of the prototypes.
         centers: (K, d) mean features of the cells.
         weights: (n,) of the real images; None: uniform.
@@ -154,18 +152,17 @@ def select_transport(
         empty = int((masses <= 0).nonzero()[0])
         raise InputError(f"prototype {empty} has no mass, so no candidate can stand for it; leave it out")
     x, pool = as_points(real, "real", finite=True).double(), as_points(candidates, "candidates", finite=True).double()
-    a = None if weights is None else as_weights(weights, len(x), "weights of real images").double()
-    cost = squared_cost(x, pool)
+    a = x.new_ones(len(x)) if weights is None else as_weights(weights, len(x), "weights of real images").double()
+    a, cost, number = (a / a.sum()).cpu(), squared_cost(x, pool).cpu(), torch.tensor(numbers)
     middle = as_points(centers, "centers").double().to(pool)
     distance = (pool - middle[prototype.to(pool.device)]).square().sum(1)
-    number = torch.tensor(numbers)
-    b = (masses / number.clamp(min=1)).repeat_interleave(number)
+    b = (masses.cpu() / number.clamp(min=1)).repeat_interleave(number)
+    b = b / b.sum()
     first = _first_of_each(torch.arange(len(pool)), prototype, numbers)
     rows = _first_of_each(distance.cpu(), prototype, numbers)
     solved = exact_transport(cost[:, rows], a, b)
     facts = {"w2_first": _root(exact_transport(cost[:, first], a, b).value), "w2_start": _root(solved.value)}
-    a = torch.full((len(x),), 1 / len(x), dtype=torch.float64) if a is None else (a / a.sum()).cpu()
-    b, cost, changes, unchanged, i = b / b.sum(), cost.cpu(), 0, 0, 0
+    changes, unchanged, i = 0, 0, 0
     while unchanged < len(rows):
         better = _best_change(cost, rows, i, prototype, a, b, solved)
         unchanged += 1

@@ -170,7 +170,7 @@ def measure_step(
 def repulsion_step(clean: Tensor, *, rate: float, ridge: float) -> Tensor:
     """A step that keeps the images of a class apart: -rate |x|^2 grad of -log det(K + ridge I), K their cosines.
 
-    The published step (CVPR 2026, known to us from a note) moves the noisy latents. Here it moves the predicted
+    The published step (CVPR 2026, of which we have a note alone) moves the noisy latents. Here it moves the predicted
     images, whose directions are not those of the noise, and |x|^2 makes it grow with the latents, so that `rate` does
     not depend on their length. The gradient is closed: with u = x / |x| it is -2 (K + ridge I)^-1 u, less its part
     along u, over |x|.
@@ -193,7 +193,7 @@ def in_chunks(predict: ClassPredict, size: int) -> ClassPredict:
     """A model that is called on `size` images at a time, or fewer where memory is short; the same result, up to the
     rounding with which batch sizes differ."""
 
-    def whole(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def chunked(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         def part(first: int) -> Tensor:
             rows = slice(first, first + size)
             xs, conditions = x[rows], condition[rows]
@@ -201,4 +201,4 @@ def in_chunks(predict: ClassPredict, size: int) -> ClassPredict:
 
         return torch.cat([part(first) for first in range(0, len(x), size)])
 
-    return whole
+    return chunked

@@ -76,8 +76,8 @@ class Selector:
             logits.append(self.teacher.logits(images))
             if self.features is not None:
                 features.append(self.teacher.features(images))
-        said = torch.cat(logits)
-        probability, correct = said.softmax(1)[:, p.label], said.argmax(1) == p.label
+        scores = torch.cat(logits)
+        probability, correct = scores.softmax(1)[:, p.label], scores.argmax(1) == p.label
         prototype = torch.tensor([k for k, _ in pool])
         if self.config.select == "correct":
             chosen = select_correct(correct, probability, prototype, numbers)
@@ -129,7 +129,7 @@ class Selector:
 
 def _cell_features(p: Prototypes, real: ClassImages) -> Tensor:
     """Mean features (K, D) of the images whose latents are nearest to each centroid; where none is, those of the
-    image nearest to it. They are where a search begins, so that cells of another space need not be known."""
+    image nearest to it. They are where a search begins, so that cells of another space are not needed."""
     assert real.features is not None
     cost = squared_cost(real.z.flatten(1).float(), p.centroids.flatten(1))
     cells = cost.argmin(1)
