@@ -115,6 +115,7 @@ def _evaluate_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--protocol", help="preset: classic, frepo, hard, sre2l, rded, edc, fadrm, rd3; or ddr: DD-Ranking")
     p.add_argument("--student", action="append", metavar="NET", help="a network by name; may be repeated")
+    p.add_argument("--labels", metavar="KIND[,KIND]", help="hard, fixed, soft: a column of the table for each")
     p.add_argument("--dataset", help="whose published settings of the protocol to take, e.g. cifar100")
     p.add_argument("--teacher", action="append", metavar="NET=PATH", help="who labels views; may be repeated")
     p.add_argument("--baselines", metavar="NAME[,NAME]", help=f"any of {', '.join(get_args(Baseline))}")
@@ -199,7 +200,7 @@ def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, An
         flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]
     elif not (args.config or args.protocol == "ddr" or settings & {"evaluate", "evaluate.baselines"}):
         flags["evaluate.baselines"] = list(default_baselines(config.teachers))
-    if args.protocol or args.student or args.dataset:
+    if args.protocol or args.student or args.dataset or args.labels:
         students = [dict(s) for s in config.evaluate.students]
         if args.student:
             if len(students) > 1:
@@ -209,6 +210,8 @@ def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, An
             students = [{**s, "protocol": args.protocol} for s in students]
         if args.dataset:
             students = [{**s, "dataset": args.dataset} for s in students]
+        if args.labels:
+            students = [{**s, "labels": args.labels.split(",")} for s in students]
         flags["evaluate.students"] = students
     return flags
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,6 +178,33 @@ class StudentConfig(Checked):
         return self.labels == "soft" or (self.labels == "fixed" and self.loss != "mse")
 
 
+def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A student for each kind of labels, where `labels` lists several; else the student itself.
+
+    What a kind of labels excludes is switched off in its own column alone: mixes for fixed labels, which describe one
+    image; augmentation behind the views, jitter and lighting for soft ones, which belong to the view that the teacher
+    saw.
+
+    Raises:
+        InputError: for an empty list, or a kind that stands in it twice.
+    """
+    kinds = student.get("labels")
+    if not isinstance(kinds, (list, tuple)):
+        return [dict(student)]
+    if not kinds or any(kinds.count(kind) > 1 for kind in kinds):
+        raise InputError(f"labels lists kinds such as [hard, fixed, soft], each once, not {list(kinds)}")
+    off: dict[Any, dict[str, Any]] = {"fixed": {"mix": "none"}, "soft": {"jitter": 0.0, "lighting": 0.0}}
+    students = []
+    for kind in kinds:
+        settings = {**student, "labels": kind}
+        if kind in off:
+            settings["views"] = {**student.get("views", {}), **off[kind]}
+        if kind == "soft":
+            settings["augment"] = "none"
+        students.append(settings)
+    return students
+
+
 @dataclass(frozen=True)
 class EvaluateConfig(Checked):
     seeds: int = 3
@@ -187,11 +214,13 @@ class EvaluateConfig(Checked):
     patch_factor: int | None = None
     window_start: float = 0.5  # window: share of the other images of a class that are easier than those of the window
     validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
-    # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate
+    # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate. `labels` may be a list,
+    # which stands for a student of each kind (see `label_columns`)
     students: tuple[dict[str, Any], ...] = ({"protocol": "classic"},)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "students", tuple(c for s in self.students for c in label_columns(s)))
         if len(set(self.baselines)) < len(self.baselines):
             raise InputError(f"baselines={list(self.baselines)} names one twice; give every baseline once")
         if not 0 <= self.window_start <= 1:

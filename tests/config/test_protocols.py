@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dq.config.protocols import FOLDER, list_protocols, student_config
-from dq.config.students import StudentConfig
+from dq.config.reader import from_dict
+from dq.config.students import EvaluateConfig, StudentConfig
 from dq.core.errors import InputError
 from dq.networks.training import learning_rate
 from dq.networks.zoo import make_net
@@ -75,6 +76,28 @@ def test_rd3_is_one_recipe_for_all():
             assert (c.schedule, c.views.flip, c.views.mix) == ("cosine", 0.5, "cutmix")
             assert c.views.crop_scale == (0.08, 1.0)
     assert learning_rate(c, 400, 400) > c.lr / 2  # half a cosine
+
+
+def test_a_list_of_labels_is_a_student_of_each_kind():
+    spec = {"protocol": "rd3", "labels": ["hard", "fixed", "soft"], "views": {"flip": 0.0, "jitter": 0.4}}
+    evaluate = from_dict(EvaluateConfig, {"students": [spec, {"net": "convnet3"}]}, "evaluate")
+    assert [s.get("labels") for s in evaluate.students] == ["hard", "fixed", "soft", None]
+    hard, fixed, soft = (student_config(s, ipc="10", classes=10, image_size=32) for s in evaluate.students[:3])
+    assert {c.views.flip for c in (hard, fixed, soft)} == {0.0}
+    assert [c.views.mix for c in (hard, fixed, soft)] == ["cutmix", "none", "cutmix"]
+    assert [c.views.jitter for c in (hard, fixed, soft)] == [0.4, 0.4, 0.0]
+    assert {(c.epochs, c.batch_size, c.lr, c.views.crop_scale) for c in (hard, fixed, soft)} == {
+        (400, 50, 1e-3, (0.08, 1))
+    }
+    classic = EvaluateConfig(students=({"protocol": "classic", "labels": ["hard", "soft"]},)).students
+    dsa, views = (student_config(s, ipc="10", classes=10, image_size=32) for s in classic)
+    assert (dsa.augment, views.augment) == ("dsa", "none")
+    assert EvaluateConfig(students=evaluate.students) == evaluate
+    for wrong in ([], ["hard", "hard"]):
+        with pytest.raises(InputError, match=r"labels lists kinds such as \[hard, fixed, soft\]"):
+            EvaluateConfig(students=({"labels": wrong},))
+    with pytest.raises(InputError, match="labels must be one of 'hard'"):
+        student_config(EvaluateConfig(students=({"labels": ["firm"]},)).students[0], ipc="1", classes=2, image_size=8)
 
 
 # --- fadrm --------------------------------------------------------------------------------------------------------

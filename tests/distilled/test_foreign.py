@@ -29,6 +29,7 @@ from dq.data.splits import resized
 from dq.distilled.external import bare_set, load_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation.dd_ranking import LEARNING_RATES, _best_rates, _last, ddr_groups, evaluate_ddr
+from dq.evaluation.results import read_records
 from dq.evaluation.student import train_student
 from dq.networks.training import normalizer
 from dq.networks.zoo import make_net
@@ -727,6 +728,22 @@ def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
     assert main(call) == 0
     files = list(tmp_path.glob("run/labels/*/*.safetensors"))
     assert expected == pytest.approx(sum(f.stat().st_size for f in files), rel=0.05)
+
+
+def test_kinds_of_labels_stand_side_by_side(world, tmp_path, capsys):
+    student = (
+        "{net: convnet3-bn, epochs: 2, batch_size: 6, optimizer: adamw, lr: 1e-3, augment: none, views: {mix: cutmix}}"
+    )
+    call = arguments(world, tmp_path, "--teacher", f"convnet3-bn={world / 'teacher'}", "--labels", "hard,fixed,soft")
+    assert main([*call, "--seeds", "1", "--set", f"evaluate.students=[{student}]"]) == 0
+    table = capsys.readouterr().out
+    for kind in ("hard", "fixed", "soft"):
+        assert f"convnet3-bn, {kind}, IPC 2" in table
+    assert [r["labels"] for r in records(tmp_path)] == ["hard"] * 2 + ["fixed"] * 2 + ["soft"] * 2
+    rows = read_records(tmp_path / "run" / "eval" / "summary.csv")
+    assert [(r["set"], r["labels"]) for r in rows] == [
+        (s, k) for k in ("hard", "fixed", "soft") for s in ("mine", "random")
+    ]
 
 
 def test_quiet_shows_no_bars(world, tmp_path, capsys, monkeypatch):
