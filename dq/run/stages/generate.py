@@ -371,7 +371,8 @@ def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
             classes.setdefault((draw, unit[0]), []).append(draw.file(unit))
     keys = list(classes)
     mine = [keys[i] for i in run.mine([float(len(classes[key])) for key in keys])]
-    for draw, label in mine:
+    selects = any(draw.selector is not None for draw, _ in mine)
+    for draw, label in progress(mine, desc="select", unit="class", main=run.main and selects):
         if not is_done(class_file(draw.folder, label)):
             _gather_class(draw, label, classes[draw, label])
         for part in classes[draw, label]:
