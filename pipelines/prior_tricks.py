@@ -15,6 +15,7 @@ import csv
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,8 +58,10 @@ def trained(args: argparse.Namespace, training: dict[str, object]) -> tuple[Path
     if not record.is_file():
         seconds = []
         for steps in CALIBRATION:
-            probe = {"prior.output_dir": args.work / f"{name}-{steps}", "prior.denoiser.steps": steps}
-            seconds.append(dq("train-denoiser", args, settings | probe))
+            probe = args.work / "probe"
+            shutil.rmtree(probe, ignore_errors=True)  # also one that was broken off, whose rest would be too fast
+            changes = {"prior.output_dir": probe, "prior.denoiser.steps": steps}
+            seconds.append(dq("train-denoiser", args, settings | changes))
         write_json(record, (seconds[1] - seconds[0]) / (CALIBRATION[1] - CALIBRATION[0]))
     step = float(read_json(record))
     steps = round(args.seconds / step)
@@ -98,6 +101,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path("results/prior_tricks.csv"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings for dq")
     args = parser.parse_args()
+    # latents are encoded before anything is timed
+    dq("train-denoiser", args, {"prior.output_dir": args.work / "encoded", "prior.denoiser.steps": 1})
     rows = []
     for name in args.variants:
         rows.append(measured(args, name))
