@@ -213,6 +213,9 @@ class EvaluateConfig(Checked):
     # patches: a baseline image is a mosaic of factor x factor crops; None: RDED's, 2 from 128 px and ipc 2, else 1
     patch_factor: int | None = None
     window_start: float = 0.5  # window: share of the other images of a class that are easier than those of the window
+    redundancy: bool = (
+        False  # also test students of a first slice of every set on its next (`dq.evaluation.redundancy`)
+    )
     validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
     # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate. `labels` may be a list,
     # which stands for a student of each kind (see `label_columns`)

@@ -247,7 +247,7 @@ def evaluate_ddr(
     side = check_ddr(
         sets, source, config=config, teachers=teachers, image_size=image_size, hard_augmented=hard_augmented
     )
-    config = dataclasses.replace(config, full_seeds=1)
+    config = dataclasses.replace(config, full_seeds=1, redundancy=False)
     own, ipc = [dict(s) for s in config.students], next(iter(sets.values())).ipc
     groups = ddr_groups(own, hard_augmented=hard_augmented)
     found: dict[str, list[dict[str, Any]]] = {}

@@ -43,6 +43,7 @@ class Entry:
     seeds: tuple[int, ...]  # that train on it; a random subset serves one seed
     origin: str = "selected from train"  # where it came from, for the record
     step_size: float | None = None  # that was learned with the set
+    test: Callable[[], tuple[Tensor, Tensor]] | None = None  # images and labels to test on; None: the test split
 
 
 @dataclass(frozen=True)

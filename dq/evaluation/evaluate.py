@@ -25,9 +25,10 @@ from dq.data.source import ImageSource
 from dq.distilled.external import check_classes, load_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty
+from dq.evaluation.redundancy import train_with_redundancy
 from dq.evaluation.results import Results, Row
 from dq.evaluation.student import check_bounded, check_label_kind
-from dq.evaluation.trainings import students_of, train_all, trainings_of, write_tables
+from dq.evaluation.trainings import students_of, trainings_of, write_tables
 from dq.networks.real_data import check_taught, load_real_data
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def evaluate_records(
         for name, s in sets.items()
     ]
     entries += baseline_entries(bench, config, work, {str(i): i for i in per_class})
-    return train_all(trainings_of(entries, students, bench, config, work), bench, work)
+    return train_with_redundancy(trainings_of(entries, students, bench, config, work), bench, work, config)
 
 
 def evaluate_sets(

@@ -43,10 +43,13 @@ class Row:
     protocol: str  # name of the preset
     settings: str  # all settings of the training
     krr: tuple[float, ...] = ()  # by kernel ridge regression on the students' features, per seed, with loss=mse
+    redundancy: tuple[float, ...] = ()  # accuracy of students of one slice on the next, per seed, where measured
 
     def record(self) -> dict[str, Any]:
         last, best = mean_std(self.last), mean_std(self.best)
         krr = dict(zip(("krr_mean", "krr_std"), mean_std(self.krr))) if self.krr else {}
+        names = ("redundancy_mean", "redundancy_std")
+        redundancy = dict(zip(names, mean_std(self.redundancy))) if self.redundancy else {}
         return {
             "set": self.set,
             "ipc": self.ipc,
@@ -65,7 +68,7 @@ class Row:
             "label_bytes": self.label_bytes,
             "protocol": self.protocol,
             "settings": self.settings,
-            **{k: None if v is None else round(v, 5) for k, v in krr.items()},
+            **{k: None if v is None else round(v, 5) for k, v in (krr | redundancy).items()},
         }
 
 
@@ -135,6 +138,7 @@ def summarize(records: list[dict[str, Any]]) -> list[Row]:
                 best=tuple(r["best"] for r in group),
                 seconds=sum(r["train_seconds"] for r in group) / len(group),
                 krr=tuple(r["krr"] for r in group if r.get("krr") is not None),
+                redundancy=tuple(r["redundancy"] for r in group if r.get("redundancy") is not None),
             )
         )
     return rows
@@ -253,7 +257,12 @@ def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def markdown_table(rows: list[Row], *, which: str = "last") -> str:
-    """Accuracy in percent, mean ± std over seeds: one line per set, one column per recipe and ipc."""
+    """Accuracy in percent, mean ± std over seeds: one line per set, one column per recipe and ipc.
+
+    Args:
+        which: "last" epoch, "best" epoch, or "redundancy" of the rows that have one.
+    """
+    rows = [r for r in rows if getattr(r, which)]
     columns = list(dict.fromkeys((r.recipe, r.student, r.labels, r.ipc) for r in rows))
     columns.sort(key=lambda c: (c[0], _order(c[3])))
     names = list(dict.fromkeys(r.set for r in rows))
@@ -265,11 +274,12 @@ def markdown_table(rows: list[Row], *, which: str = "last") -> str:
         found = [cells.get((name, *c)) for c in columns]
         text = [_cell(r, which) if r else "" for r in found]
         lines.append(f"| {name} | " + " | ".join(text) + " |")
-    seeds = "/".join(str(n) for n in sorted({len(r.last) for r in rows}))
+    seeds = "/".join(str(n) for n in sorted({len(getattr(r, which)) for r in rows}))
     chosen = sorted({r.selected_on for r in rows} - {"none"})
-    what = "last epoch" if which == "last" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
+    what = "last epoch" if which != "best" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
     used = "; ".join(dict.fromkeys(f"{r.protocol}, {r.student}: {r.settings}" for r in rows))
-    note = f"Top-1 test accuracy in %, {what}, mean ± std over {seeds} seed{'s' * (seeds != '1')}."
+    tested = "Redundancy: accuracy on the next slice of a set" if which == "redundancy" else "Top-1 test accuracy"
+    note = f"{tested} in %, {what}, mean ± std over {seeds} seed{'s' * (seeds != '1')}."
     if which == "last" and any(r.krr for r in rows):
         note += " In parentheses: kernel ridge regression on the students' features."
     return "\n".join([*lines, "", note, f"Protocols: {used}."])
@@ -346,7 +356,9 @@ def compare(rows: list[Row]) -> list[Comparison]:
 def tables_text(rows: list[Row]) -> str:
     """What is printed of an evaluation: last epochs, best epochs where some were chosen, and what follows."""
     best = any(r.selected_on != "none" for r in rows)
-    parts = [markdown_table(rows), *([markdown_table(rows, which="best")] if best else []), statements(rows)]
+    parts = [markdown_table(rows), *([markdown_table(rows, which="best")] if best else [])]
+    parts += [markdown_table(rows, which="redundancy")] if any(r.redundancy for r in rows) else []
+    parts.append(statements(rows))
     return "\n\n".join(p for p in parts if p)
 
 

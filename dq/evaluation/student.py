@@ -89,7 +89,7 @@ def train_student(
     _check(images, labels, num_classes, config, weights, soft_labels, bounded)
     for what, pair in (("test", test), ("validation", validation)):
         if pair is not None:
-            _check_pair(what, *pair, num_classes)
+            _check_pair(what, *pair, num_classes, bounded=bounded)
             _check_sides(images, pair[0], what)
     device = torch.device(device)
     watch = {"test": test, "validation": validation}[config.select] if config.tests > 1 else None

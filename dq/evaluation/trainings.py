@@ -220,6 +220,7 @@ def train_one(
     s = t.entry.load()
     check_classes(s, f"the set {t.entry.name!r}")
     data = training_data(s, bench.image_size)
+    test = bench.test(t.config.test_scale) if t.entry.test is None else t.entry.test()
     check_whitening(s, t.entry.name, t.config, bench)
     config = t.config.for_step_size(s.step_size)
     size = 0
@@ -236,7 +237,7 @@ def train_one(
         data.labels,
         num_classes=bench.classes,
         config=config,
-        test=bench.test(t.config.test_scale),
+        test=test,
         validation=bench.validation(t.config.test_scale),
         weights=data.weights,
         soft_labels=data.soft_labels,
@@ -262,7 +263,7 @@ def train_one(
         "label_bytes": size,
         **dataclasses.asdict(result),
         "config": to_dict(config),
-        "test_images": len(bench.test(t.config.test_scale)[1]),
+        "test_images": len(test[1]),
         "teachers": [
             {"name": x.name, "digest": x.digest, "mean": x.mean, "std": x.std, "classes": x.classes}
             for x in bench.teachers
@@ -292,8 +293,14 @@ def _label_source(t: Training, data: Data, bench: RealData, work: Work) -> tuple
     return read_labels(folder, data.images), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-def train_all(trainings: Sequence[Training], bench: RealData, work: Work) -> list[dict[str, Any]]:
-    """Do all trainings, one file each, divided over processes; returns their records in order."""
+def train_all(
+    trainings: Sequence[Training], bench: RealData, work: Work, *, what: str = "evaluate"
+) -> list[dict[str, Any]]:
+    """Do all trainings, one file each, divided over processes; returns their records in order.
+
+    Args:
+        what: is measured, for progress and trackers.
+    """
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not is_done(t.file)}
     selections = [e for e in needed.values() if e.ipc != "full"]
     prepare_selections([e.name for e in selections], bench, work)
@@ -308,7 +315,7 @@ def train_all(trainings: Sequence[Training], bench: RealData, work: Work) -> lis
     # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
     todo.sort(key=lambda i: trainings[i].cost)
     total = round(sum(trainings[i].cost for i in todo))
-    with progress([], desc="evaluate", total=total, unit="img", main=work.main and bool(todo)) as bar:
+    with progress([], desc=what, total=total, unit="img", main=work.main and bool(todo)) as bar:
         done = 0.0
         for i in todo:
             t = trainings[i]
@@ -323,11 +330,11 @@ def train_all(trainings: Sequence[Training], bench: RealData, work: Work) -> lis
             _checkpoint(t).unlink(missing_ok=True)
             done += t.cost
             name = f"{t.entry.name} ipc {t.entry.ipc} {t.config.net} {t.config.labels} seed {t.seed}"
-            unit_done("evaluate", name, time.perf_counter() - began, last=record["last"], best=record["best"])
+            unit_done(what, name, time.perf_counter() - began, last=record["last"], best=record["best"])
     work.accelerator.wait_for_everyone()
     # the record may come from another evaluation's full data, under another number of recipe
     records = [{**read_json(t.file), "recipe": t.recipe} for t in trainings]
-    report(work.accelerator, training_numbers(records))
+    report(work.accelerator, training_numbers(records, what))
     return records
 
 
@@ -343,10 +350,10 @@ def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
     return rows
 
 
-def training_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def training_numbers(records: Sequence[Mapping[str, Any]], what: str = "evaluate") -> dict[str, float]:
     """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
     found: dict[str, float] = {}
     for r in records:
-        name = f"evaluate/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
+        name = f"{what}/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
         found |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
     return found

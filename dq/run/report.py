@@ -181,11 +181,14 @@ def _accuracy(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> list[st
         return f"{100 * float(r[f'{which}_mean']):.1f}{std}"
 
     names = recipe_names(records)
-    head = ["set", "IPC", "images", "student and labels", "seeds", "last %", "best %", "best chosen on", "label bytes"]
+    sliced = ["redundancy"] if any(r.get("redundancy_mean") for r in records) else []
+    head = ["set", "IPC", "images", "student and labels", "seeds", "last %", "best %", "best chosen on"]
+    head += [*(f"{which} %" for which in sliced), "label bytes"]
     rows = []
     for r in records:
         row = [r["set"], r["ipc"], r["images"], names[int(r["recipe"])], r["seeds"]]
-        row += [percent(r, "last"), percent(r, "best"), r["selected_on"], r["label_bytes"]]
+        row += [percent(r, "last"), percent(r, "best"), r["selected_on"]]
+        row += [*(percent(r, which) if r[f"{which}_mean"] else "" for which in sliced), r["label_bytes"]]
         rows.append([*row, f"{r['protocol']}: {r['settings']}"])
     body.append(html_table([*head, "protocol"], rows))
     for name, figure in results_figures(records, new_figure):

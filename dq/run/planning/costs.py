@@ -275,7 +275,7 @@ def _evaluate(config: RunConfig, source: ImageSource, sets: Sequence[Asked], pro
             plan.call("teacher", kept.views)
             plan.bytes = (plan.bytes or 0) + kept.bytes
     for t in trainings(config, counts, {}, config.ipc):
-        if t.ipc != "full" and t.student == 0:  # the selected images, kept for all students
+        if t.ipc != "full" and t.student == 0 and t.number >= 0:  # the selected images, kept for all students
             plan.bytes = (plan.bytes or 0) + t.images * t.copies * pixel_bytes(config)
             plan.call("read", t.images * t.copies)
     n = float(counts.sum())

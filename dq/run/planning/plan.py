@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -170,12 +171,14 @@ class StoredLabels(NamedTuple):
 def trainings(
     config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = ()
 ) -> Iterator[Trainings]:
-    """All trainings of an evaluation; those on the full data come last.
+    """All trainings of an evaluation; those on slices, for redundancy, have negative numbers, and those on the full
+    data come last.
 
     Args:
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.
     """
+    from dq.evaluation.redundancy import slice_size
     from dq.evaluation.trainings import students_of
 
     e = config.evaluate
@@ -192,6 +195,11 @@ def trainings(
         for (j, key), s in students.items():
             if key == ipc:
                 yield Trainings(number, ipc, n, j, s, e.seeds, copies)
+                size = slice_size(int(ipc)) * e.redundancy
+                if size:
+                    images = int(counts.clip(max=size).sum())
+                    once = dataclasses.replace(s, tests=1)
+                    yield Trainings(-1 - number, ipc, images, j, once, e.seeds, copies)
     for (j, key), s in students.items():
         if key == "full":
             yield Trainings(len(entries), key, int(counts.sum()), j, s, e.full_seeds, 1)

@@ -17,12 +17,12 @@ from dq.data.source import ImageSource
 from dq.distilled.card import EVALUATION, write_dataset_card
 from dq.distilled.format import PROVENANCE
 from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty
+from dq.evaluation.redundancy import train_with_redundancy
 from dq.evaluation.results import Row
 from dq.evaluation.student import check_bounded, check_label_kind
 from dq.evaluation.trainings import (
     Training,
     students_of,
-    train_all,
     trainings_of,
     write_labels,
     write_tables,
@@ -117,7 +117,7 @@ def evaluate_run(run: Run) -> list[Row]:
     """The evaluate stage: all methods and baselines of a run, all students, all seeds; one file per training."""
     began = time.perf_counter()
     trainings, bench, work = prepare_run(run)
-    rows = write_tables(train_all(trainings, bench, work), work)
+    rows = write_tables(train_with_redundancy(trainings, bench, work, run.config.evaluate), work)
     run.finish("evaluate", began, trainings=len(trainings))
     return rows
 
