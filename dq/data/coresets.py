@@ -278,10 +278,10 @@ def boundary_band(entropy: np.ndarray, share: float = BOUNDARY_SHARE) -> tuple[f
         share: of the class that is near the boundary.
     """
     top = np.sort(entropy)[-max(1, math.ceil(share * len(entropy))) :]
-    whole = float(top[0]), float(top[-1])
+    full_range = float(top[0]), float(top[-1])
     spread = float(top.std())
-    if len(top) < MIXTURE_POINTS or spread <= 1e-9 * max(1.0, whole[1]):
-        return whole
+    if len(top) < MIXTURE_POINTS or spread <= 1e-9 * max(1.0, full_range[1]):
+        return full_range
     from sklearn.mixture import GaussianMixture
 
     scaled = (top - top.mean()) / spread
@@ -305,7 +305,7 @@ def boundary_prototype_rows(
     nearest to its center; the other half has the highest entropy in the class's `boundary_band`. A cell with too few
     images in the band goes on with the highest entropies below it, then with the lowest above it.
 
-    The paper's cells are communities of a graph; these are whatever cells they are given, as of k-means.
+    The paper's cells are communities of a graph, and its order of the images near the boundary is not at hand.
 
     Args:
         labels: (n,) class indices.

@@ -68,7 +68,7 @@ def nearest_rows(features: Tensor, labels: np.ndarray, ipc: int, seed: int) -> t
         (rows,) and (rows,) int64: rows in class order, within a class the largest cell first, and points per cell.
     """
     chosen, counts = [], []
-    for rows, cells, distance in _cells(features, labels, ipc, derive_name="nearest", seed=seed):
+    for rows, cells, distance in _cells(features, labels, ipc, purpose="nearest", seed=seed):
         for cell, count in enumerate(cells.counts.tolist()):
             inside = (cells.labels == cell).nonzero()[:, 0]
             chosen.append(rows[int(inside[distance[inside].argmin()])])
@@ -93,17 +93,17 @@ def bps_rows(features: Tensor, labels: np.ndarray, ipc: int, entropy: Tensor, se
         (rows,) int64 in class order.
     """
     cells, distances = np.zeros(len(labels), np.int64), np.zeros(len(labels))
-    for rows, clustering, distance in _cells(features, labels, -(-ipc // 2), derive_name="bps", seed=seed):
+    for rows, clustering, distance in _cells(features, labels, -(-ipc // 2), purpose="bps", seed=seed):
         cells[rows], distances[rows] = clustering.labels.numpy(), distance.numpy()
     return boundary_prototype_rows(labels, ipc, cells=cells, distances=distances, entropy=entropy.numpy())
 
 
 def _cells(
-    features: Tensor, labels: np.ndarray, k: int, *, derive_name: str, seed: int
+    features: Tensor, labels: np.ndarray, k: int, *, purpose: str, seed: int
 ) -> Iterator[tuple[np.ndarray, Clustering, Tensor]]:
     """Of every class: its rows (n,), at most k cells, and squared distances (n,) float64 to their centroids."""
     for label, rows, x in centred_classes(features, labels, k):
-        cells = kmeans(x, min(k, len(rows)), seed=derive_seed(seed, derive_name, label), name=f"class {label}")
+        cells = kmeans(x, min(k, len(rows)), seed=derive_seed(seed, purpose, label), name=f"class {label}")
         yield rows, cells, (x - cells.centroids[cells.labels]).square().sum(1)
 
 

@@ -122,6 +122,8 @@ def evaluate_records(
     begun = "float32" if (folder / "eval").is_dir() else None  # before such a record was kept
     dtypes = folder_dtypes(folder, accelerator, begun=begun)
     config = resolve_dtypes(config, dtypes)
+    # runs resolve it too, and share the scores
+    difficulty = resolve_dtypes(difficulty or DifficultyConfig(), dtypes)
     options: dict[str, Any] = {"config": config, "teachers": teachers, "image_size": image_size}
     checked = check_sets(sets, source, **options, ipcs=ipcs, difficulty=difficulty)
     side, per_class, students = checked

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from dq.config.dtypes import device_dtypes, resolve_dtypes
 from dq.config.pruning import DifficultyConfig
 from dq.config.students import EvaluateConfig, default_baselines
 from dq.core.errors import InputError
 from dq.data.coresets import facility_rows, median_rows, window_rows
 from dq.evaluation.baselines import BASELINES, BY_DIFFICULTY
 from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty, prepare_selections
+from dq.evaluation.evaluate import evaluate_sets
 from dq.networks.difficulty import find_difficulty
 from dq.networks.real_data import RealData, check_taught
 from dq.networks.teacher import Teacher
@@ -97,6 +99,17 @@ def test_an_identity_names_what_a_selection_goes_by(bench, tmp_path: Path) -> No
     taught = dataclasses.replace(bench, teachers=(teacher(1),))
     assert changed(names(taught)) == set(BASELINES) - {"random", "window", "forgetting"}
     assert changed(names(window_start=0.25)) == {"window"}
+
+
+def test_an_evaluation_shares_its_scores_with_runs(toy_source, tmp_path: Path, accelerator) -> None:
+    cache, difficulty = tmp_path / "cache", dataclasses.replace(AGENT, dtype="auto", score_epoch=1)
+    config = EvaluateConfig(seeds=1, baselines=("window",), students=({"net": "convnet3w32", "epochs": 1},))
+    options = {"config": config, "cache_dir": cache, "accelerator": accelerator, "difficulty": difficulty}
+    rows = evaluate_sets({}, toy_source, folder=tmp_path / "run", image_size=8, ipcs=[2], **options)
+    assert [(r.set, r.images) for r in rows] == [("window", 6)]
+    resolved = resolve_dtypes(difficulty, device_dtypes("cpu"))  # as a run has it
+    folder = find_difficulty(cache, toy_source, 8, resolved).folder
+    assert [f for f in cache.iterdir() if f.name.startswith("difficulty-")] == [folder]
 
 
 @pytest.mark.parametrize("name", ["facility", "facility_cad", "bps", "confidence", "patches"])
