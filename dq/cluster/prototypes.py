@@ -102,6 +102,8 @@ class Prototypes:
     medoid_rows: Tensor  # (K,) int64, the rows of the source that the medoids are
     stats: dict[str, Any]  # see `quantization_stats` and `latent_stats`
     masses: Tensor | None = None  # (K,) float64, weights of the images of each cell; None: every image weighs 1
+    rows: Tensor | None = None  # (n,) int64, the rows of the source that are quantized; None: of a version before
+    cells: Tensor | None = None  # (n,) int32, the cell of each of them
 
     def weights(self, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
         """Training weights, (K,) float32; see `image_weights`."""
@@ -157,6 +159,19 @@ class Prototypes:
         norms = points.flatten(1).norm(dim=1).clamp(min=1e-12)
         return points * (self.stats["median_norm"] / norms).view(-1, 1, 1, 1)
 
+    def members(self) -> tuple[Tensor, Tensor]:
+        """Rows (n,) int64 of the source that are quantized, and the cell (n,) int32 of each.
+
+        Raises:
+            InputError: for prototypes from a version that did not keep them.
+        """
+        if self.rows is None or self.cells is None:
+            raise InputError(
+                f"the prototypes of class {self.label} {self.name!r} do not say which images are in their cells; "
+                "delete prototypes/ of the run and run `dq cluster` again"
+            )
+        return self.rows, self.cells
+
     def save(self, path: Path) -> None:
         tensors = {
             "centroids": self.centroids,
@@ -164,7 +179,9 @@ class Prototypes:
             "sse": self.sse,
             "medoids": self.medoids,
             "medoid_rows": self.medoid_rows,
-        } | ({} if self.masses is None else {"masses": self.masses})
+        }
+        more = {"masses": self.masses, "rows": self.rows, "cells": self.cells}
+        tensors |= {k: v for k, v in more.items() if v is not None}
         write_tensors(path, tensors, {"label": self.label, "name": self.name, "stats": self.stats})
 
     @staticmethod
@@ -220,6 +237,8 @@ def make_prototypes(
         medoid_rows=rows[first.cpu()],
         stats=stats,
         masses=None if weights is None else result.masses.cpu(),
+        rows=rows.cpu(),
+        cells=result.labels.int().cpu(),
     )
 
 

@@ -31,7 +31,7 @@ class Condensation(RefineConfig):
     check_nets: int = 2
     check_epochs: int = 300
     held_out: float = 0.05  # share of train for checks, at most 0.2, which is not compared then
-    compose: Literal["index", "dealt", "whole"] = "whole"
+    compose: Literal["index", "dealt", "rank", "whole"] = "whole"
     dtype: Dtype = "float32"  # of the networks; nothing else is allowed
 
     def unread(self) -> tuple[str, ...]:

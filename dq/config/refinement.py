@@ -45,8 +45,8 @@ class RefineConfig(Checked):
     weighted: bool = False  # a batch counts its images by their weights in the set
     dtype: Dtype = "auto"  # of the teachers; statistics and pixels are in float32
     # index: the first image of every class, then the second, ...; dealt: every batch takes from all classes alike;
-    # whole: the whole set is one batch
-    compose: Literal["index", "dealt", "whole"] = "index"
+    # rank: a batch has the images of one rank alone; whole: the whole set is one batch
+    compose: Literal["index", "dealt", "rank", "whole"] = "index"
     min_classes: int = 5  # different classes that a batch must hold (all, if there are fewer)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,9 +105,34 @@ class MatchingConfig(RefineConfig):
     crop_scale: tuple[float, ...] = (0.08, 1.0)  # one random resized crop a step for the whole batch; none: no crop
     crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
     flip: float = 0.5  # probability that a step sees the batch mirrored
+    # groups of the real images of a class, one for each of its images in the set (PSM, arXiv 2609.34299). gps: as many
+    # from easy to hard, by their distance to the teachers' statistics; cells: those of its prototypes
+    groups: Literal["none", "gps", "cells"] = "none"
+    # what a batch is matched to. running: what the teachers' layers keep; group: the statistics of the groups of its
+    # rank, with compose=rank
+    statistics: Literal["running", "group"] = "running"
+
+    def unread(self) -> tuple[str, ...]:
+        return (*super().unread(), *(("groups", "statistics") if self.groups == "none" else ()))
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether a setting reads the groups."""
+        return self.statistics == "group"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reads_groups and self.groups == "none":
+            raise InputError("statistics=group and anchors=group need groups: set groups=gps or groups=cells")
+        if self.groups != "none" and not self.reads_groups:
+            raise InputError(
+                f"groups={self.groups} decides nothing here: set statistics=group, or anchors=group of fadrm, or "
+                "leave groups out"
+            )
+        if self.statistics == "group" and self.compose != "rank":
+            raise InputError(
+                f"statistics=group matches a batch to the groups of its rank: set compose=rank, not {self.compose}"
+            )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"betas must be two decays in [0, 1), not {list(self.betas)}")
         ViewConfig(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio, flip=self.flip)
@@ -128,11 +153,11 @@ class FADRM(MatchingConfig):
     jitter: int | None = None  # px of circular shift at most
     batch_size: int | None = None  # images optimised together; several of a class where there are fewer classes
     alpha: float = 0.5  # share of the optimised image in the merge behind each block but the last
-    # init: the images that come in; real_patch: the crops of real images that the first teacher knows best; file: a
-    # set that `dq.load_set` opens
-    anchors: Literal["init", "real_patch", "file"] = "init"
+    # init: the images that come in; real_patch: the crops of real images that the first teacher knows best; group:
+    # for each image such a crop of an image of its group; file: a set that `dq.load_set` opens
+    anchors: Literal["init", "real_patch", "group", "file"] = "init"
     anchor_path: str | None = None
-    anchor_rank: Literal["easy", "medium"] = "easy"  # real_patch: lowest cross-entropy, or nearest to the median
+    anchor_rank: Literal["easy", "medium"] = "easy"  # of patches: lowest cross-entropy, or nearest to the median
     start: Literal["anchor", "image"] = "anchor"  # what the first block starts from
     # patches, prototypes: every merge takes the nearest of the class's patches of real images, or of its images in the
     # set, in features (after RETA)
@@ -141,13 +166,18 @@ class FADRM(MatchingConfig):
     retrieve_complexity: float = 0.0  # of an anchor's total variation in the choice, features having unit length
 
     def unread(self) -> tuple[str, ...]:
-        patches = self.anchors == "real_patch" or self.retrieve == "patches"
+        patches = self.anchors in ("real_patch", "group") or self.retrieve == "patches"
         return (
+            *super().unread(),
             *(() if patches else ("anchor_rank",)),
             *(("start",) if self.anchors == "init" else ()),
             *(() if self.retrieve == "patches" else ("retrieve_pool",)),
             *(("retrieve_complexity",) if self.retrieve == "none" else ()),
         )
+
+    @property
+    def reads_groups(self) -> bool:
+        return self.statistics == "group" or self.anchors == "group"
 
     def paths(self) -> dict[str, str]:
         return {} if self.anchor_path is None else {"anchor_path": self.anchor_path}
@@ -235,7 +265,7 @@ class FRePo(RefineConfig):
     fit_temperature: bool = False
     # share of train for checks and the temperature, at most 0.2, which the regression then does not see
     held_out: float = 0.05
-    compose: Literal["index", "dealt", "whole"] = "whole"
+    compose: Literal["index", "dealt", "rank", "whole"] = "whole"
     dtype: Dtype = "float32"  # of all networks; nothing else is allowed
 
     @property

@@ -164,7 +164,7 @@ class Trajectory(RefineConfig):
     checks: int = 0
     check_nets: int = 2
     check_epochs: int = 300
-    compose: Literal["index", "dealt", "whole"] = "whole"
+    compose: Literal["index", "dealt", "rank", "whole"] = "whole"
     dtype: Dtype = "float32"  # of all networks; nothing else is allowed
 
     @property

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from dq.core.seeds import digest_of
 from dq.data.image_cache import ImageCache, fill, write_manifest
 from dq.data.source import ImageSource
 from dq.networks.teacher import Teacher
+
+C = TypeVar("C", bound=ImageCache)
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,28 @@ class FeatureCache(ImageCache):
 
 def open_features(cache_dir: str | Path, source: ImageSource, image_size: int, teacher_digest: str) -> FeatureCache:
     """The feature cache of this combination of data, teacher, image side in px and preprocessing."""
-    identity = {
+    return open_teacher_cache(
+        FeatureCache, "features", cache_dir, source, teacher_identity(source, image_size, teacher_digest)
+    )
+
+
+def teacher_identity(source: ImageSource, image_size: int, teacher_digest: str) -> dict[str, Any]:
+    """What decides what a teacher sees in the train images."""
+    return {
         "data": source.fingerprint,
         "teacher": teacher_digest,
         "image_size": image_size,
         "preprocess": source.preprocess,
         "on_bad_image": "raise",  # decides whether there is a result, never which
     }
+
+
+def open_teacher_cache(
+    kind: type[C], name: str, cache_dir: str | Path, source: ImageSource, identity: Mapping[str, Any]
+) -> C:
+    """The cache of this identity, in a folder whose name begins with `name`."""
     key = digest_of(identity)
-    cache = FeatureCache(Path(cache_dir) / f"features-{key}", source.class_names, key, len(source.train))
+    cache = kind(Path(cache_dir) / f"{name}-{key}", source.class_names, key, len(source.train))
     write_manifest(cache.folder, {**identity, "origin": source.origin})
     return cache
 

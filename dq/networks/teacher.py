@@ -56,7 +56,7 @@ class Teacher:
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, C) float32 on the CPU of images (N, 3, H, W), uint8 or float in [0, 1], in evaluation mode."""
         with evaluation_mode(self.net):
-            return self._look(images, lambda x: self(x).cpu())
+            return self.in_batches(images, lambda x: self(x).cpu())
 
     def features(self, images: Tensor) -> Tensor:
         """What the last linear layer sees of images (N, 3, H, W), in evaluation mode: (N, D) float32 on the CPU. For
@@ -68,10 +68,11 @@ class Teacher:
                 self(x)
                 return seen[-1].flatten(1).float().cpu()
 
-            return self._look(images, look)
+            return self.in_batches(images, look)
 
-    def _look(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `look` gives for all images, in batches that fit."""
+    def in_batches(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `look` gives for all images (N, 3, H, W), in batches that fit: float pixels (B, 3, H, W) in [0, 1] on
+        the teacher's device."""
 
         def one(x: Tensor) -> Tensor:
             return in_pieces("teacher", len(x), lambda s: look(x[s]), like=(self.digest, *x.shape[1:]))

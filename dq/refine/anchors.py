@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +28,16 @@ def patch_anchors(
     image_size: int,
     rank: str,
     seed: int,
+    candidates: np.ndarray | None = None,
+    pool: int = PATCH_POOL,
 ) -> Tensor:
     """The best-known crops of `number` real images of a class, (number, 3, S, S) uint8, in the order of `rank`.
 
     FADRM's own starting images come from an unpublished script; their names say that they were cut as RDED cuts them.
+
+    Args:
+        candidates: ascending rows of the train split that may be used; None: all.
+        pool: images whose crops are scored.
 
     Raises:
         InputError: if the class has fewer images.
@@ -42,13 +49,14 @@ def patch_anchors(
         image_size=image_size,
         seed=seed,  # the same patches as those of the baseline `patches`
         classes=[label],
-        pool=max(PATCH_POOL, number),
+        candidates=candidates,
+        pool=max(pool, number),
         rank=rank,  # type: ignore[arg-type]
     ).images
     if len(found) < number:
         raise InputError(
-            f"class {label} {source.class_names[label]!r} has {len(found)} images for {number} anchors; "
-            "use anchors=init, fewer images per class, or a smaller retrieve_pool"
+            f"{'a group of ' * (candidates is not None)}class {label} {source.class_names[label]!r} has {len(found)} "
+            f"images for {number} anchors; use anchors=init, fewer images per class, or a smaller retrieve_pool"
         )
     return found
 

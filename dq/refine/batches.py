@@ -18,7 +18,8 @@ def compose_batches(
     "index": the first image of every class, then the second, and so on, cut into nearly equal pieces of at most
     `batch_size`, so that none is a small rest (FADRM's released code cuts at `batch_size` and leaves one). "dealt":
     images in class order dealt out in turn, so that every batch takes from all classes alike, whatever their sizes.
-    "whole": all images are one batch, in class order.
+    "rank": images of one rank alone are together, in nearly equal pieces of at most `batch_size`. "whole": all images
+    are one batch, in class order.
 
     Args:
         counts: images of each class.
@@ -32,16 +33,31 @@ def compose_batches(
     rows = [(c, r) for c, n in enumerate(counts) for r in range(n)]
     if compose in ("dealt", "whole"):
         batches = [rows[j::number] for j in range(number)]
+    elif compose == "rank":
+        ranks = [[(c, r) for c, n in enumerate(counts) if r < n] for r in range(max(counts, default=0))]
+        batches = [piece for rank in ranks for piece in _cut(rank, -(-len(rank) // batch_size))]
+        number = len(batches)
     else:
         rows.sort(key=lambda row: (row[1], row[0]))
-        edges = [total * j // number for j in range(number + 1)]
-        batches = [rows[a:b] for a, b in itertools.pairwise(edges)]
+        batches = _cut(rows, number)
+    other = "or " if compose == "rank" else "set compose=dealt, or "  # ranks cannot be dealt out
     needed = min(min_classes, sum(n > 0 for n in counts))
     for j, batch in enumerate(batches):
         held = len({c for c, _ in batch})
         if held < needed:
             raise InputError(
                 f"batch {j} of {number} of the refinement would hold {held} classes, fewer than {needed}: raise its "
-                f"batch_size (now {batch_size}), set compose=dealt, or lower min_classes"
+                f"batch_size (now {batch_size}), {other}lower min_classes"
             )
     return batches
+
+
+def largest_batch(compose: str, batch_size: int, classes: int | None) -> int:
+    """Images of a batch at most; those of one rank are at most as many as there are classes."""
+    return min(batch_size, classes) if compose == "rank" and classes else batch_size
+
+
+def _cut(rows: Rows, number: int) -> list[Rows]:
+    """Rows in nearly equal pieces."""
+    edges = [len(rows) * j // number for j in range(number + 1)]
+    return [rows[a:b] for a, b in itertools.pairwise(edges)]

@@ -17,7 +17,16 @@ from dq.config.refinement import FADRM
 from dq.core.errors import InputError
 from dq.networks.teacher import Teacher
 from dq.refine.anchors import make_pool, nearest_anchors
-from dq.refine.matched import MatchedTeacher, alone, check_alone, match_teachers, matched_teachers, matching_facts
+from dq.refine.batches import largest_batch
+from dq.refine.matched import (
+    MatchedTeacher,
+    alone,
+    check_alone,
+    match_teachers,
+    matched_teachers,
+    matching_facts,
+    with_statistics,
+)
 from dq.refine.matching import resolve_depth
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
 from dq.refine.optimize import optimize
@@ -184,9 +193,11 @@ class FadrmMethod(Method):
         return Needs(
             patches=patches,
             rank=stage.anchor_rank,
-            anchors={"init": None, "real_patch": "anchors", "file": "file"}[stage.anchors],
+            anchors={"init": None, "real_patch": "anchors", "group": "group", "file": "file"}[stage.anchors],
             file=stage.anchor_path,
             candidates={"none": None, "patches": "candidates", "prototypes": "set"}[stage.retrieve],
+            groups=None if stage.groups == "none" else stage.groups,
+            group_statistics=stage.statistics == "group",
             class_features=stage.class_weight > 0,
         )
 
@@ -219,7 +230,7 @@ class FadrmMethod(Method):
             batch.weights,
             stage,
             resources.matched,
-            critics=matched_teachers(stage, schedule_of(stage), resources),
+            critics=with_statistics(matched_teachers(stage, schedule_of(stage), resources), batch.statistics),
             anchors=batch.images if batch.anchors is None else batch.anchors,
             retrieve=retrieve,
             seed=seed,
@@ -232,4 +243,6 @@ class FadrmMethod(Method):
         return dataclasses.replace(alone(stage), anchors="init", anchor_path=None, retrieve="none", steps=steps)
 
     def cost(self, stage: FADRM, context: Context) -> Cost:
-        return Cost(sum(schedule_of(stage).steps), stage.batch_size or 1)
+        return Cost(
+            sum(schedule_of(stage).steps), largest_batch(stage.compose, stage.batch_size or 1, context.classes)
+        )

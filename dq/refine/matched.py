@@ -18,6 +18,7 @@ from dq.core.errors import InputError
 from dq.networks.teacher import Teacher, evaluation_mode
 from dq.refine.matching import Layer, StatMatcher, layer_weights, trace_layers
 from dq.refine.method import Batch, Resources
+from dq.refine.moments import Moments
 from dq.refine.views import Schedule, draw_view, look, resample
 
 M = TypeVar("M", bound=MatchingConfig)
@@ -35,6 +36,7 @@ class MatchedTeacher:
     r_bn: float
     classes: int  # outputs of the teacher
     class_means: Tensor | None = None  # (C, d) mean last feature of the real images of each class
+    targets: tuple[Moments, ...] | None = None  # (C_l,) by layer, which are matched; None: the running statistics
 
 
 def match_teachers(
@@ -82,6 +84,7 @@ def check_alone(config: MatchingConfig) -> None:
         "bn_share": config.bn_share is not None,
         "class_weight": config.class_weight > 0,
         "depth.drop=null": config.depth.drop is None,
+        "statistics=group": config.statistics == "group",
     }
     for name, set_ in needs.items():
         if set_:
@@ -93,7 +96,9 @@ def check_alone(config: MatchingConfig) -> None:
 def alone(config: M) -> M:
     """Settings without what a batch alone cannot follow; see `check_alone`."""
     depth = dataclasses.replace(config.depth, drop=config.depth.drop or 0.0)
-    return dataclasses.replace(config, bn_share=None, class_weight=0.0, depth=depth)
+    return dataclasses.replace(
+        config, bn_share=None, class_weight=0.0, depth=depth, groups="none", statistics="running"
+    )
 
 
 @torch.no_grad()
@@ -128,7 +133,8 @@ def _ratio(
     sums = []
     seen = look(pixels, draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=number))
     for weights in (critic.kept, critic.weights):
-        with StatMatcher(critic.layers, weights, norm=config.norm, image_weights=image_weights) as matcher:
+        options: dict[str, Any] = {"norm": config.norm, "image_weights": image_weights, "targets": critic.targets}
+        with StatMatcher(critic.layers, weights, **options) as matcher:
             critic.teacher(seen)
             sums.append(float(matcher.distance()))
     return sums[1] / sums[0] if sums[0] > 0 else 1.0
@@ -164,7 +170,8 @@ def calibrate(
         # with renorm=scale the sum of the kept layers begins as large as that of all
         kept = critic.weights if config.depth.renorm == "scale" else critic.kept
         weights = None if image_weights is None else image_weights.to(device)
-        matcher = StatMatcher(critic.layers, kept, norm=config.norm, image_weights=weights)
+        options: dict[str, Any] = {"norm": config.norm, "image_weights": weights, "targets": critic.targets}
+        matcher = StatMatcher(critic.layers, kept, **options)
         with evaluating([critic.teacher]), matcher:
             for step in range(CALIBRATION_VIEWS):
                 view = draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=step)
@@ -202,11 +209,25 @@ def matched_teachers(
     return tuple(dataclasses.replace(t, r_bn=rate) for t, rate in zip(matched, rates))
 
 
+def with_statistics(
+    matched: Sequence[MatchedTeacher], statistics: Sequence[Moments] | None
+) -> tuple[MatchedTeacher, ...]:
+    """Teachers whose layers are matched to the statistics of a batch, see `Batch.statistics`; None: as they are."""
+    if statistics is None:
+        return tuple(matched)
+    teachers = []
+    for t, moments in zip(matched, statistics):
+        split = moments.split([a.channels for a in t.layers])
+        targets = tuple(Moments(m.mean.to(a.mean), m.var.to(a.var)) for m, a in zip(split, t.layers))
+        teachers.append(dataclasses.replace(t, targets=targets))
+    return tuple(teachers)
+
+
 def matching_facts(
     config: MatchingConfig, schedule: Schedule, resources: Resources, first: Batch, *, seed: int
 ) -> dict[str, Any]:
     """What all batches share: name, digest, layers and r_bn of every teacher; see `calibrate`."""
-    matched = matched_teachers(config, schedule, resources, calibrated=False)
+    matched = with_statistics(matched_teachers(config, schedule, resources, calibrated=False), first.statistics)
     rates = [t.r_bn for t in matched]
     if matched and config.bn_share is not None:
         rates = calibrate(

@@ -5,7 +5,7 @@ For the inputs f_l of the teacher's batch norm layers, l in the order in which t
     S(x) = sum_l w_l ( | v_l - Var f_l(x) |_2 + | m_l - Mean f_l(x) |_2 ),
 
 Mean and biased Var per channel over batch and pixels, m_l and v_l the running statistics (Yin et al. 2020; unsquared
-and w_0 = 10 as in SRe2L and FADRM).
+and w_0 = 10 as in SRe2L and FADRM), or those of a group of real images (`dq.refine.groups`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dq.config.refinement import DepthConfig, MatchingConfig
 from dq.core.errors import InputError
 from dq.refine.method import Context
+from dq.refine.moments import Moments
 
 M = TypeVar("M", bound=MatchingConfig)
 
@@ -210,6 +211,7 @@ class StatMatcher:
         *,
         norm: Literal["l2", "squared"] = "l2",
         image_weights: Tensor | None = None,
+        targets: Sequence[Moments] | None = None,
     ) -> None:
         """
         Args:
@@ -217,8 +219,11 @@ class StatMatcher:
             weights: (L,), of `layer_weights`; layers of weight 0 are not read.
             norm: "l2" as above, "squared" for squared norms (Teddy's formula).
             image_weights: (B,) weights of the images of a batch in its statistics; None: all alike.
+            targets: (C_l,) of every layer, on its device, in place of its running statistics; None: these.
         """
         self.weights = weights.tolist()
+        running = [Moments(a.mean, a.var) for a in layers] if targets is None else targets
+        self.targets = [m for m, w in zip(running, self.weights) if w]
         self.layers = [a for a, w in zip(layers, self.weights) if w]
         self.weights = [w for w in self.weights if w]
         self.norm = norm
@@ -267,9 +272,9 @@ class StatMatcher:
     def terms(self) -> list[Tensor]:
         """The distance of every read layer in the last forward pass, without its weight, shallow layers first."""
         found = []
-        for layer in self.layers:
+        for layer, target in zip(self.layers, self.targets):
             mean, var = self._seen[layer.name]
-            differences = (layer.var - var, layer.mean - mean)
+            differences = (target.var - var, target.mean - mean)
             if self.norm == "l2":
                 found.append(sum(torch.linalg.vector_norm(d) for d in differences))
             else:

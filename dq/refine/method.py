@@ -20,6 +20,7 @@ from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
 from dq.networks.trajectories import Experts
 from dq.refine.batches import Rows, compose_batches
+from dq.refine.moments import Moments
 
 V = TypeVar("V")
 
@@ -42,9 +43,12 @@ class Needs:
     teachers: bool = True  # those of the stage, else those of the run
     patches: Mapping[str, int | None] = field(default_factory=dict)  # real patches per class by name; None: as images
     rank: str = "easy"  # which patches come first: "easy" or "medium"
-    anchors: str | None = None  # which of `patches`, or "file", are the anchors of the images; None: the images
+    # which of `patches`, "file", or "group", patches of the groups, are the anchors of the images; None: the images
+    anchors: str | None = None
     file: str | None = None  # a set whose images, class by class, are the anchors
     candidates: str | None = None  # which of `patches`, or "set", are candidate anchors of a class
+    groups: str | None = None  # of the real images of a class, one for each image: "gps" or "cells"
+    group_statistics: bool = False  # batch norm statistics of the groups, in `Batch.statistics`
     class_features: bool = False  # mean features of the real images of each class
     real_images: bool = False  # all train images, in memory
     experts: str | None = None  # folder of trajectories
@@ -76,6 +80,8 @@ class Batch:
     labels: Tensor  # (B,) int64
     weights: Tensor | None = None  # (B,) in the set, for stages with `weighted`
     anchors: Tensor | None = None  # (B, 3, S, S) float32 in [0, 1], of `Needs.anchors`
+    # of `Needs.group_statistics`: for each matched teacher, moments (sum C_l,) of its batch norm layers' inputs
+    statistics: tuple[Moments, ...] | None = None
 
 
 @dataclass(frozen=True)

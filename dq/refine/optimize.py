@@ -121,7 +121,9 @@ def optimize(
         if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):
             first = resample(x0, schedule.sizes[0])
             ratios = [_ratio(c, first * std + mean, config, schedule, seed, i, weights) for i, c in enumerate(critics)]
-        matchers = [StatMatcher(c.layers, c.kept, norm=config.norm, image_weights=weights) for c in critics]
+        matchers = [
+            StatMatcher(c.layers, c.kept, norm=config.norm, image_weights=weights, targets=c.targets) for c in critics
+        ]
 
         def step_loss(x: Tensor, step: int) -> Tensor:
             """The terms of the loss (4,) at a step."""

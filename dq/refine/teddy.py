@@ -18,6 +18,7 @@ from torch import Tensor
 from dq.config.refinement import Teddy
 from dq.networks.pool import member_of_step
 from dq.networks.teacher import Teacher, pooled_logits
+from dq.refine.batches import largest_batch
 from dq.refine.matched import (
     MatchedTeacher,
     alone,
@@ -26,6 +27,7 @@ from dq.refine.matched import (
     match_teachers,
     matched_teachers,
     matching_facts,
+    with_statistics,
 )
 from dq.refine.matching import StatMatcher, resolve_depth
 from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
@@ -100,7 +102,11 @@ class TeddyMethod(Method):
         return resolve_depth(stage, context)
 
     def needs(self, stage: Teddy) -> Needs:
-        return Needs(class_features=stage.class_weight > 0)
+        return Needs(
+            groups=None if stage.groups == "none" else stage.groups,
+            group_statistics=stage.statistics == "group",
+            class_features=stage.class_weight > 0,
+        )
 
     def prepare(self, stage: Teddy, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
         return matching_facts(stage, schedule_of(stage, side=resources.side), resources, first, seed=seed)
@@ -115,13 +121,14 @@ class TeddyMethod(Method):
         resume: State | None = None,
         callback: Callback | None = None,
     ) -> Refined:
+        matched = matched_teachers(stage, schedule_of(stage, side=resources.side), resources)
         return refine(
             batch.images,
             batch.labels,
             batch.weights,
             stage,
             resources.matched,
-            critics=matched_teachers(stage, schedule_of(stage, side=resources.side), resources),
+            critics=with_statistics(matched, batch.statistics),
             labellers=resources.teachers,
             seed=seed,
             resume=resume,
@@ -132,7 +139,7 @@ class TeddyMethod(Method):
         return dataclasses.replace(alone(stage), steps=min(stage.steps, 4), ensemble_labels=False)
 
     def cost(self, stage: Teddy, context: Context) -> Cost:
-        return Cost(stage.steps, stage.batch_size)
+        return Cost(stage.steps, largest_batch(stage.compose, stage.batch_size, context.classes))
 
 
 @torch.no_grad()

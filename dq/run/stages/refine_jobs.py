@@ -32,6 +32,7 @@ from dq.run.refinement import batch_file, check_codec_path, experts_of, stage_se
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import check_codec
+from dq.run.stages.refine_groups import prepare_groups, read_statistics
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Job:
     cost: Cost
     level: int  # stages before it
     ipc: int
+    name: str  # of a method of the run
     source: Path  # folder of class files
     folder: Path
     counts: tuple[int, ...]
@@ -110,7 +112,9 @@ def job_of(
         identity.append(experts.digest)
     folder = run.folder / "images" / f"ipc{ipc:05d}-{stage.stage}-{digest_of(identity)}"
     batches, cost = method.batches(stage, counts), method.cost(stage, context)
-    return Job(stage, method, needs, cost, level, ipc, source, folder, counts, batches, teachers, judges, weights)
+    return Job(
+        stage, method, needs, cost, level, ipc, name, source, folder, counts, batches, teachers, judges, weights
+    )
 
 
 def _weights_of(run: Run, ipc: int, method: str, images: Path) -> dict[int, Tensor]:
@@ -160,6 +164,7 @@ def prepare(run: Run, job: Job) -> None:
         for teacher in job.matched:
             cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
             extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
+    group_facts = prepare_groups(run, job) if job.needs.groups else {}
     run.accelerator.wait_for_everyone()
     manifest = job.folder / "manifest.json"
     if run.main and not is_done(manifest):
@@ -167,6 +172,7 @@ def prepare(run: Run, job: Job) -> None:
         facts = {
             "settings": stage_settings(job.stage),
             **job.method.prepare(job.stage, resources_of(run, job), read_batch(job, 0), seed=seed),
+            **group_facts,
             "batches": len(job.batches),
             "images_per_batch": [min(map(len, job.batches)), max(map(len, job.batches))],
             "classes_per_batch": min(len({c for c, _ in b}) for b in job.batches),
@@ -216,7 +222,8 @@ def read_batch(job: Job, number: int) -> Batch:
     rows = job.batches[number]
     weights = None if job.weights is None else torch.stack([job.weights[c][r] for c, r in rows])
     anchors = None if job.needs.anchors is None else _read_rows(job.folder / job.needs.anchors, rows)
-    return Batch(_read_rows(job.source, rows), torch.tensor([c for c, _ in rows]), weights, anchors)
+    statistics = read_statistics(job.folder, rows[0][1], len(job.matched)) if job.needs.group_statistics else None
+    return Batch(_read_rows(job.source, rows), torch.tensor([c for c, _ in rows]), weights, anchors, statistics)
 
 
 def _count(path: Path) -> int:
