@@ -240,7 +240,7 @@ class FadrmMethod(Method):
 
     def brief(self, stage: FADRM) -> FADRM:
         steps = (2,) * len(stage.steps or ())
-        return dataclasses.replace(alone(stage), anchors="init", anchor_path=None, retrieve="none", steps=steps)
+        return alone(stage, anchors="init", anchor_path=None, retrieve="none", steps=steps)
 
     def cost(self, stage: FADRM, context: Context) -> Cost:
         return Cost(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from torch import Tensor, nn
 from dq.networks.teacher import Teacher, evaluation_mode
 from dq.refine.matching import Layer
 from dq.refine.moments import Moments
+
+
+@dataclass(frozen=True)
+class ClassGroups:
+    """The real images of a class in groups."""
+
+    rows: list[Tensor]  # of each group: rows of the train split, ascending; together all images that are quantized
+    of_image: list[int]  # the group of each image of the class in the set, ascending
 
 
 def image_moments(teacher: Teacher, layers: Sequence[Layer], images: Tensor) -> Moments:
@@ -75,8 +84,18 @@ def cut_by_score(rows: Tensor, scores: Tensor, number: int) -> list[Tensor]:
     return [ordered[a:b].sort().values for a, b in itertools.pairwise(edges)]
 
 
-def group_of_rank(rank: int, *, images: int, groups: int) -> int:
-    """The group of the image of a rank among so many images of its class. Where there are as many groups as images, it
-    is the rank; several images of a prototype share its cell, and those of a class with few real images share groups.
+def groups_by_score(rows: Tensor, scores: Tensor, images: int) -> ClassGroups:
+    """Real images (n,) of a class in groups of nearly equal size, one for each of its images in the set; with fewer
+    real images than these, each is a group, and images that follow one another share it."""
+    number = min(images, len(rows))
+    return ClassGroups(cut_by_score(rows, scores, number), [rank * number // images for rank in range(images)])
+
+
+def groups_by_cell(rows: Tensor, cells: Tensor, copies: Sequence[int]) -> ClassGroups:
+    """Real images (n,) of a class in the cells (n,) of its prototypes; images of a prototype share its cell.
+
+    Args:
+        copies: images of each prototype in the set.
     """
-    return rank * groups // images
+    of_image = [k for k, n in enumerate(copies) for _ in range(n)]
+    return ClassGroups([rows[cells == k].sort().values for k in range(len(copies))], of_image)

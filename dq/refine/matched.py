@@ -93,12 +93,11 @@ def check_alone(config: MatchingConfig) -> None:
             )
 
 
-def alone(config: M) -> M:
-    """Settings without what a batch alone cannot follow; see `check_alone`."""
+def alone(config: M, **changes: Any) -> M:
+    """Settings without what a batch alone cannot follow, see `check_alone`, and with other changes."""
     depth = dataclasses.replace(config.depth, drop=config.depth.drop or 0.0)
-    return dataclasses.replace(
-        config, bn_share=None, class_weight=0.0, depth=depth, groups="none", statistics="running"
-    )
+    changes |= {"bn_share": None, "class_weight": 0.0, "depth": depth, "groups": "none", "statistics": "running"}
+    return dataclasses.replace(config, **changes)
 
 
 @torch.no_grad()

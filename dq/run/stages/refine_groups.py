@@ -6,7 +6,6 @@ processes, and what is there is not made again. What a job reads of them is copi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from torch import Tensor
 from dq.config.refinement import MatchingConfig
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError, RunError
-from dq.core.files import is_done, open_tensors, read_tensors, write_tensors
+from dq.core.files import is_done, open_tensors, read_metadata, read_tensors, write_tensors
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.data.image_cache import ImageCache, fill, write_manifest
 from dq.data.images import read_images
 from dq.networks.features import open_teacher_cache, teacher_identity
 from dq.refine.anchors import PATCH_POOL, patch_anchors
-from dq.refine.groups import cut_by_score, group_of_rank, image_moments, mean_rank
+from dq.refine.groups import ClassGroups, groups_by_cell, groups_by_score, image_moments, mean_rank
 from dq.refine.matched import MatchedTeacher, match_teachers
 from dq.refine.moments import Moments, gps, pool_moments
 from dq.run.folder import Run, class_file
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from dq.run.stages.refine_jobs import Job
 
 STATISTICS = "group_statistics.safetensors"  # in the folder of a job
-Groups = list[list[Tensor]]  # by class and group: rows of the train split, ascending
+Groups = list[ClassGroups]  # by class
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
         names = ", ".join(t.teacher.name for t in matched)
         raise InputError(f"groups need a teacher with batch norm, and {names} has none; add one, or set groups=none")
     groups = _groups_of(run, job, matched)
-    sizes = [len(rows) for by_class in groups for rows in by_class]
+    sizes = [len(rows) for of_class in groups for rows in of_class.rows]
     facts: dict[str, Any] = {"by": job.needs.groups, "groups": len(sizes), "images": [min(sizes), max(sizes)]}
     if job.needs.group_statistics:
         folders = [_class_statistics(run, t, groups) if t.layers else None for t in matched]
         facts["statistics"] = [None if f is None else f.name for f in folders]
         run.accelerator.wait_for_everyone()
         if run.main and not is_done(job.folder / STATISTICS):
-            write_tensors(job.folder / STATISTICS, _rank_statistics(job, folders))
+            write_tensors(job.folder / STATISTICS, _rank_statistics(groups, folders))
     if job.needs.anchors == "group":
         for label in run.mine([float(n) for n in job.counts]):
             path = class_file(job.folder / "group", label)
@@ -88,7 +87,7 @@ def read_statistics(folder: Path, rank: int, teachers: int) -> tuple[Moments, ..
 
 
 def _groups_of(run: Run, job: Job, matched: Sequence[MatchedTeacher]) -> Groups:
-    """The groups of every class; those by GPS are at most as many as its images in the set, and as its real images."""
+    """The groups of every class, of the images that are quantized."""
     scores = [_scores(run, t) for t in matched if t.layers] if job.needs.groups == "gps" else []
     run.accelerator.wait_for_everyone()  # scores are divided over processes
     groups: Groups = []
@@ -96,9 +95,11 @@ def _groups_of(run: Run, job: Job, matched: Sequence[MatchedTeacher]) -> Groups:
         rows, cells = p.members()
         if scores:
             ranks = mean_rank([_scores_of(cache, p.label, rows) for cache in scores])
-            groups.append(cut_by_score(rows, ranks, min(job.counts[p.label], len(rows))))
+            groups.append(groups_by_score(rows, ranks, job.counts[p.label]))
         else:
-            groups.append([rows[cells == k].sort().values for k in range(len(p.counts))])
+            copies = read_metadata(class_file(job.source, p.label))["copies"]
+            copies = [copies] * len(p.counts) if isinstance(copies, int) else copies
+            groups.append(groups_by_cell(rows, cells, copies))
     return groups
 
 
@@ -149,17 +150,17 @@ def _class_statistics(run: Run, matched: MatchedTeacher, groups: Groups) -> Path
     """Put the statistics of all groups under a teacher into the cache: a file of each class with images (G,), mean and
     var (G, sum C_l)."""
     teacher, config = matched.teacher, run.config
-    content = {f"{c}-{g}": rows for c, by_class in enumerate(groups) for g, rows in enumerate(by_class)}
+    content = {f"{c}-{g}": rows for c, of_class in enumerate(groups) for g, rows in enumerate(of_class.rows)}
     identity = teacher_identity(run.source, config.image_size, teacher.digest)
     identity |= {"groups": digest_of_tensors(content), "layers": [a.name for a in matched.layers]}
     folder = Path(config.cache_dir) / f"group-statistics-{digest_of(identity)}"
     write_manifest(folder, {**identity, "origin": run.source.origin})
-    sizes = [sum(map(len, by_class)) for by_class in groups]
+    sizes = [sum(map(len, of_class.rows)) for of_class in groups]
     todo = [c for c in run.mine([float(n) for n in sizes]) if not is_done(class_file(folder, c))]
     total = sum(sizes[c] for c in todo)
     with progress([], desc="group statistics", total=total, unit="img", main=run.main and bool(todo)) as bar:
         for label in todo:
-            statistics = [_statistics(run, matched, rows, bar) for rows in groups[label]]
+            statistics = [_statistics(run, matched, rows, bar) for rows in groups[label].rows]
             tensors = {name: torch.stack([s[name] for s in statistics]) for name in statistics[0]}
             write_tensors(class_file(folder, label), tensors)
             elapsed = bar.format_dict["elapsed"]
@@ -191,20 +192,19 @@ def _statistics(run: Run, matched: MatchedTeacher, rows: Tensor, bar: Any) -> di
     return {"images": torch.tensor(sum(counts)), "mean": mean.float(), "var": var.float()}
 
 
-def _rank_statistics(job: Job, folders: Sequence[Path | None]) -> dict[str, Tensor]:
+def _rank_statistics(groups: Groups, folders: Sequence[Path | None]) -> dict[str, Tensor]:
     """The statistics of the groups of each rank, over the classes that have an image of this rank: `mean-i` and
     `var-i` (R, sum C_l) of matched teacher i, with no channels for one without batch norm."""
-    ranks = range(max(job.counts))
+    ranks = range(max(len(of_class.of_image) for of_class in groups))
     tensors: dict[str, Tensor] = {}
     for i, folder in enumerate(folders):
         if folder is None:
             tensors |= {f"{name}-{i}": torch.zeros(len(ranks), 0) for name in ("mean", "var")}
             continue
-        classes = [read_tensors(class_file(folder, label))[0] for label in range(len(job.counts))]
+        classes = [(read_tensors(class_file(folder, c))[0], of_class.of_image) for c, of_class in enumerate(groups)]
         pooled = []
         for rank in ranks:
-            at = [(t, n) for t, n in zip(classes, job.counts) if rank < n]
-            of = [(t, group_of_rank(rank, images=n, groups=len(t["images"]))) for t, n in at]
+            of = [(t, of_image[rank]) for t, of_image in classes if rank < len(of_image)]
             parts = Moments(*(torch.stack([t[name][g] for t, g in of]) for name in ("mean", "var")))
             pooled.append(pool_moments(parts, torch.stack([t["images"][g] for t, g in of])))
         means, variances = zip(*pooled)
@@ -215,25 +215,22 @@ def _rank_statistics(job: Job, folders: Sequence[Path | None]) -> dict[str, Tens
 # --- anchors ------------------------------------------------------------------------------------------------------
 
 
-def _group_anchors(run: Run, job: Job, label: int, groups: Sequence[Tensor]) -> Tensor:
+def _group_anchors(run: Run, job: Job, label: int, groups: ClassGroups) -> Tensor:
     """A patch of a real image of its group for every image of a class, (n_c, 3, S, S) uint8. Together the groups have
     as many candidates as a class with anchors=real_patch."""
-    count = job.counts[label]
-    group_of = functools.partial(group_of_rank, images=count, groups=len(groups))
     anchors = []
-    for g, rows in enumerate(groups):
-        number = sum(group_of(rank) == g for rank in range(count))
+    for g in sorted(set(groups.of_image)):
         anchors.append(
             patch_anchors(
                 run.source,
                 label,
-                number,
+                groups.of_image.count(g),
                 teacher=job.matched[0],
                 image_size=run.config.image_size,
                 rank=job.needs.rank,
                 seed=run.config.seed,
-                candidates=rows.numpy(),
-                pool=PATCH_POOL // len(groups),
+                candidates=groups.rows[g].numpy(),
+                pool=PATCH_POOL // len(groups.rows),
             )
         )
     return torch.cat(anchors)
