@@ -33,10 +33,10 @@ def matched_of(teacher, **settings) -> MatchedTeacher:
 def distance(matched: MatchedTeacher, images: torch.Tensor) -> float:
     """S of a batch to what a teacher is matched to."""
     weights = torch.ones(len(matched.layers))
-    with torch.no_grad(), evaluating([matched.teacher]):
-        with StatMatcher(matched.layers, weights, targets=matched.targets) as matcher:
-            matched.teacher(images)
-            return float(matcher.distance())
+    matcher = StatMatcher(matched.layers, weights, targets=matched.targets)
+    with torch.no_grad(), evaluating([matched.teacher]), matcher:
+        matched.teacher(images)
+        return float(matcher.distance())
 
 
 def test_gps_is_the_formula_on_the_inputs_of_each_layer() -> None:
