@@ -41,6 +41,7 @@ from dq.run.folder import Run, class_file
 from dq.run.refinement import INDEX, asked, files_of, needs_codec, planned, real_images, stages_of
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import drawn_folders
+from dq.run.stages.refine_groups import prepare_groups
 from dq.run.stages.refine_jobs import Job, as_bytes, image_codec, job_of, prepare, read_batch, resources_of
 
 log = logging.getLogger("dq")
@@ -94,7 +95,7 @@ def _run_level(run: Run, jobs: list[Job], codec: ImageCodec | None) -> None:
     jobs = [job for job, done in zip(jobs, finished) if not done]
     run.accelerator.wait_for_everyone()  # every process has seen the same files before the first is written
     for job in jobs:
-        prepare(run, job)
+        prepare(run, job, prepare_groups(run, job) if job.needs.groups else {})
     run.accelerator.wait_for_everyone()
     units = [(job, j) for job in jobs for j in range(len(job.batches))]
     costs = [float(len(job.batches[j]) * max(1, job.cost.steps)) for job, j in units]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from dq.config.refinement import MatchingConfig
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError, RunError
-from dq.core.files import is_done, open_tensors, read_metadata, read_tensors, write_tensors
+from dq.core.files import is_done, read_metadata, read_tensors, write_tensors
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.data.image_cache import ImageCache, fill, write_manifest
@@ -30,11 +30,8 @@ from dq.refine.moments import Moments, gps, pool_moments
 from dq.run.folder import Run, class_file
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
+from dq.run.stages.refine_jobs import STATISTICS, Job
 
-if TYPE_CHECKING:
-    from dq.run.stages.refine_jobs import Job
-
-STATISTICS = "group_statistics.safetensors"  # in the folder of a job
 Groups = list[ClassGroups]  # by class
 
 
@@ -73,14 +70,6 @@ def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
             if not is_done(path):
                 write_tensors(path, {"images": _group_anchors(run, job, label, groups[label])})
     return {"groups": facts}
-
-
-def read_statistics(folder: Path, rank: int, teachers: int) -> tuple[Moments, ...]:
-    """The statistics that the batch of a rank is matched to, of every matched teacher of a job: (sum C_l,) each."""
-    with open_tensors(folder / STATISTICS) as f:
-        rows = slice(rank, rank + 1)
-        read = [(f.get_slice(f"mean-{i}")[rows][0], f.get_slice(f"var-{i}")[rows][0]) for i in range(teachers)]
-    return tuple(Moments(mean, var) for mean, var in read)
 
 
 # --- groups -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ from dq.networks.teacher_loading import load_teachers
 from dq.refine.anchors import anchors_by_class, patch_anchors
 from dq.refine.batches import Rows
 from dq.refine.method import Batch, Context, Cost, Method, Needs, Resources
+from dq.refine.moments import Moments
 from dq.refine.registry import method_of
 from dq.run.folder import Run, class_file
 from dq.run.refinement import batch_file, check_codec_path, experts_of, stage_settings
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import check_codec
-from dq.run.stages.refine_groups import prepare_groups, read_statistics
+
+STATISTICS = "group_statistics.safetensors"  # in the folder of a job, of the groups of each rank
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,12 @@ def _file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
     return anchors_by_class(s.images_uint8(), s.labels, counts, run.source.class_names, path)
 
 
-def prepare(run: Run, job: Job) -> None:
-    """What all batches of a job share: anchors and candidates by class, features of real classes, the manifest."""
+def prepare(run: Run, job: Job, facts: Mapping[str, Any]) -> None:
+    """What all batches of a job share: anchors and candidates by class, features of real classes, the manifest.
+
+    Args:
+        facts: of its groups, for the manifest.
+    """
     c = run.config
     for label in run.mine([float(n) for n in job.counts]):
         for name, number in job.needs.patches.items():
@@ -164,20 +170,19 @@ def prepare(run: Run, job: Job) -> None:
         for teacher in job.matched:
             cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
             extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
-    group_facts = prepare_groups(run, job) if job.needs.groups else {}
     run.accelerator.wait_for_everyone()
     manifest = job.folder / "manifest.json"
     if run.main and not is_done(manifest):
         seed = derive_seed(c.seed, "calibrate")
-        facts = {
+        manifest_facts = {
             "settings": stage_settings(job.stage),
             **job.method.prepare(job.stage, resources_of(run, job), read_batch(job, 0), seed=seed),
-            **group_facts,
+            **facts,
             "batches": len(job.batches),
             "images_per_batch": [min(map(len, job.batches)), max(map(len, job.batches))],
             "classes_per_batch": min(len({c for c, _ in b}) for b in job.batches),
         }
-        write_json(manifest, facts)
+        write_json(manifest, manifest_facts)
 
 
 def resources_of(run: Run, job: Job) -> Resources:
@@ -224,6 +229,14 @@ def read_batch(job: Job, number: int) -> Batch:
     anchors = None if job.needs.anchors is None else _read_rows(job.folder / job.needs.anchors, rows)
     statistics = read_statistics(job.folder, rows[0][1], len(job.matched)) if job.needs.group_statistics else None
     return Batch(_read_rows(job.source, rows), torch.tensor([c for c, _ in rows]), weights, anchors, statistics)
+
+
+def read_statistics(folder: Path, rank: int, teachers: int) -> tuple[Moments, ...]:
+    """The statistics that the batch of a rank is matched to, of every matched teacher of a job: (sum C_l,) each."""
+    with open_tensors(folder / STATISTICS) as f:
+        rows = slice(rank, rank + 1)
+        read = [(f.get_slice(f"mean-{i}")[rows][0], f.get_slice(f"var-{i}")[rows][0]) for i in range(teachers)]
+    return tuple(Moments(mean, var) for mean, var in read)
 
 
 def _count(path: Path) -> int:
