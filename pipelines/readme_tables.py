@@ -21,6 +21,8 @@ from refinement_tables import (
     frepo_continual,
     frepo_membership,
     frepo_step,
+    matched,
+    matched_differences,
     questions,
     refined_images,
     refinement,
@@ -242,6 +244,9 @@ def fuzz() -> str:
     return table(head, [[kind, *(str(n[k]) for k in keys)] for kind, n in sums.items()])
 
 
+TRAJECTORY_PAIRS = [("datm", "start"), ("pad", "start"), ("datm", "random-real"), ("pad", "datm")]
+MATCHING_PAIRS = [(a, b) for a in ("distribution", "gradient") for b in ("nearest-real", "random")]
+
 TABLES = {
     "faults": faults,
     "scale": scale,
@@ -254,8 +259,13 @@ TABLES = {
     "frepo_anchors": frepo_anchors,
     "frepo_step": frepo_step,
     "unroll": unroll,
-    "matching": lambda: accuracy("fashion_matching"),
-    "matching_differences": lambda: differences("fashion_matching"),
+    "trajectory": lambda: matched("trajectory", "fixed"),
+    "trajectory_hard": lambda: matched("trajectory", "hard"),
+    "trajectory_differences": lambda: matched_differences("trajectory", "fixed", TRAJECTORY_PAIRS),
+    "matching": lambda: matched("matching", "hard"),
+    "matching_differences": lambda: matched_differences("matching", "hard", MATCHING_PAIRS),
+    "pruning": lambda: accuracy("cifar10_prune"),
+    "pruning_refinement": lambda: accuracy("cifar10_prune_refine"),
     "frepo_digits": lambda: with_ridge("digits_frepo"),
     "frepo_fashion": lambda: with_ridge("fashion_frepo", "fashion_frepo_ipc10"),
     "frepo_fashion_checks": lambda: checks("fashion_frepo"),

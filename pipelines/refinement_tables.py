@@ -164,3 +164,37 @@ def frepo_step() -> str:
     keys = ("n", "chunk", "chunked_over_one_pass", "chunked_step_over_one_pass_step", "network_activation_ratio")
     keys += ("saved_bytes_ratio", "step_over_plain_step", "largest_relative_difference")
     return table(head, [[r[k] for k in keys] for r in read("frepo_step.csv")])
+
+
+MATCHED = {
+    "Fashion-MNIST, IPC 1": "fashion_{}_ipc1",
+    "Fashion-MNIST, IPC 10": "fashion_{}",
+    "CIFAR-10, IPC 1": "cifar10_{}_ipc1",
+    "CIFAR-10, IPC 10": "cifar10_{}",
+}
+
+
+def matched(kind: str, labels: str) -> str:
+    """Sets against data sets and ipc, for students of one kind of labels; mean ± std in percent."""
+    cells = {
+        (r["set"], name): f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}"
+        for name, folder in MATCHED.items()
+        for r in read(f"{folder.format(kind)}/accuracy.csv")
+        if r["labels"] == labels
+    }
+    sets = dict.fromkeys(name for name, _ in cells)
+    return table(["set", *MATCHED], [[s, *[cells.get((s, name), "") for name in MATCHED]] for s in sets])
+
+
+def matched_differences(kind: str, labels: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Paired differences with 95 % intervals, in points; in bold where the interval leaves zero out."""
+    cells = {}
+    for name, folder in MATCHED.items():
+        for r in read(f"{folder.format(kind)}/comparisons.csv"):
+            if r["labels"] == labels:
+                d, low, high = (100 * float(r[k]) for k in ("difference", "low", "high"))
+                for pair, sign in (((r["set"], r["against"]), 1), ((r["against"], r["set"]), -1)):
+                    text = f"{sign * d:+.1f} ({min(sign * low, sign * high):+.1f} to {max(sign * low, sign * high):+.1f})"
+                    cells[(*pair, name)] = text if r["verdict"] == "undecided" else f"**{text}**"
+    body = [[f"{a} - {b}", *[cells.get((a, b, name), "") for name in MATCHED]] for a, b in pairs]
+    return table(["difference, points", *MATCHED], body)
