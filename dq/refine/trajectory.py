@@ -42,7 +42,7 @@ log = logging.getLogger("dq")
 
 TERMS = ("matching_loss", "start_epoch", "step_size")  # columns of the trace
 LARGE_STEP = 1.0  # learning rate of a student
-MANY = 1_000_000  # images of a class whose number is not known
+MANY = 1_000_000  # images of a class whose number is not known, or a loss that no step has
 FIRST_PROBABILITY = 0.9  # of an image's class, where labels are learned and start from classes
 
 
@@ -422,7 +422,8 @@ class TrajectoryMethod(Method):
         # few steps of the student, whose number decides the memory of the exact gradient
         inner = min(stage.student_steps or 1, 3)
         short = dataclasses.replace(stage, steps=min(stage.steps, 2), student_steps=inner)
-        return dataclasses.replace(short, start="drawn", first_labels="classes", checks=0)
+        # few steps move a student so little that the loss may exceed any threshold; they are there for their time
+        return dataclasses.replace(short, start="drawn", first_labels="classes", checks=0, threshold=MANY)
 
     def cost(self, stage: Trajectory, context: Context) -> Cost:
         return Cost(stage.steps * (stage.student_steps or 1), None, stage.checks * stage.check_nets)

@@ -478,6 +478,7 @@ def test_costs_are_in_steps_of_students_of_the_run_s_ipc(tmp_path: Path) -> None
     assert method.cost(stage, context).steps == 7 * 80
     short = method.brief(stage)
     assert (short.steps, short.student_steps, short.checks) == (2, 3, 0)
+    assert short.threshold > 1000 * stage.threshold  # a measurement of time warns of no skipped steps
     run = apply_settings(RunConfig(), {"ipc": [10], "refine": [to_dict(config)]})
     assert [p.steps for p in planned(run, "ddoq", [500] * 100)] == [7 * 80]
     with pytest.raises(InputError, match="has settings for 1, 10, 50, 100 images per class, not for 7"):
