@@ -45,15 +45,25 @@ def quantization_rows(metrics: Path) -> list[dict[str, object]]:
 
 
 def check_rows(run: Path) -> list[dict[str, object]]:
-    """One row per refined folder and check: which images it started from, steps, accuracy on held-out images."""
+    """One row per refined folder and check: its set, which images it started from, steps, accuracy on held-out
+    images."""
     rows = []
+    refined = read_json(run / "images" / "refined.json") if (run / "images" / "refined.json").exists() else {}
+    sets = {r["folder"]: name.partition("/")[2] for name, r in refined.items() if isinstance(r, dict)}
     for path in sorted((run / "images").glob("*/summary.json")):
         summary, settings = read_json(path), read_json(path.with_name("manifest.json"))["settings"]
         for steps, accuracy in summary.get("checks", []):
             representative = summary["from"].split("-")[1]
             drawn = "nearest real" if representative == "real" else f"drawn from each {representative}"
             origin = {"drawn": drawn, "real": "random real"}.get(settings.get("start", "drawn"), settings.get("start"))
-            rows.append({"stage": summary["method"], "start": origin, "images": summary["images"]})
+            rows.append(
+                {
+                    "set": sets.get(path.parent.name, ""),
+                    "stage": summary["method"],
+                    "start": origin,
+                    "images": summary["images"],
+                }
+            )
             rows[-1] |= {"steps": steps, "accuracy": accuracy}
     return rows
 

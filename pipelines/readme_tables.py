@@ -260,7 +260,7 @@ TABLES = {
     "frepo_step": frepo_step,
     "unroll": unroll,
     "trajectory": lambda: matched("trajectory", "fixed"),
-    "trajectory_hard": lambda: matched("trajectory", "hard"),
+    "trajectory_checks": lambda: checks("fashion_trajectory", by="set"),
     "trajectory_differences": lambda: matched_differences("trajectory", "fixed", TRAJECTORY_PAIRS),
     "matching": lambda: matched("matching", "hard"),
     "matching_differences": lambda: matched_differences("matching", "hard", MATCHING_PAIRS),

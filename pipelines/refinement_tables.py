@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from result_tables import read, read_numbered, table
+from result_tables import ROOT, read, read_numbered, table
 
 from dq.evaluation.statistics import format_mean_std
 
@@ -107,15 +107,13 @@ def with_ridge(*folders: str) -> str:
     )
 
 
-def checks(folder: str) -> str:
-    """Accuracy on held-out train images by steps, for each start."""
+def checks(folder: str, by: str = "start") -> str:
+    """Accuracy on held-out train images by steps, for each start or set."""
     rows = read(f"{folder}/checks.csv")
     steps = list(dict.fromkeys(r["steps"] for r in rows))
-    cells = {(r["start"], r["steps"]): f"{100 * float(r['accuracy']):.1f}" for r in rows}
-    starts = dict.fromkeys(r["start"] for r in rows)
-    return table(
-        ["start", *(f"{int(s):,} steps" for s in steps)], [[s, *(cells[s, t] for t in steps)] for s in starts]
-    )
+    cells = {(r[by], r["steps"]): f"{100 * float(r['accuracy']):.1f}" for r in rows}
+    names = dict.fromkeys(r[by] for r in rows)
+    return table([by, *(f"{int(s):,} steps" for s in steps)], [[s, *(cells[s, t] for t in steps)] for s in names])
 
 
 def unroll() -> str:
@@ -174,27 +172,36 @@ MATCHED = {
 }
 
 
+def matched_folders(kind: str) -> dict[str, str]:
+    """Folders of results of a kind of matching that are there, by the name of their column."""
+    folders = {name: folder.format(kind) for name, folder in MATCHED.items()}
+    return {name: f for name, f in folders.items() if (ROOT / "results" / f / "accuracy.csv").exists()}
+
+
 def matched(kind: str, labels: str) -> str:
     """Sets against data sets and ipc, for students of one kind of labels; mean ± std in percent."""
+    folders = matched_folders(kind)
     cells = {
         (r["set"], name): f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}"
-        for name, folder in MATCHED.items()
-        for r in read(f"{folder.format(kind)}/accuracy.csv")
+        for name, folder in folders.items()
+        for r in read(f"{folder}/accuracy.csv")
         if r["labels"] == labels
     }
     sets = dict.fromkeys(name for name, _ in cells)
-    return table(["set", *MATCHED], [[s, *[cells.get((s, name), "") for name in MATCHED]] for s in sets])
+    return table(["set", *folders], [[s, *[cells.get((s, name), "") for name in folders]] for s in sets])
 
 
 def matched_differences(kind: str, labels: str, pairs: Iterable[tuple[str, str]]) -> str:
     """Paired differences with 95 % intervals, in points; in bold where the interval leaves zero out."""
-    cells = {}
-    for name, folder in MATCHED.items():
-        for r in read(f"{folder.format(kind)}/comparisons.csv"):
+    cells, folders = {}, matched_folders(kind)
+    for name, folder in folders.items():
+        for r in read(f"{folder}/comparisons.csv"):
             if r["labels"] == labels:
                 d, low, high = (100 * float(r[k]) for k in ("difference", "low", "high"))
                 for pair, sign in (((r["set"], r["against"]), 1), ((r["against"], r["set"]), -1)):
-                    text = f"{sign * d:+.1f} ({min(sign * low, sign * high):+.1f} to {max(sign * low, sign * high):+.1f})"
+                    text = (
+                        f"{sign * d:+.1f} ({min(sign * low, sign * high):+.1f} to {max(sign * low, sign * high):+.1f})"
+                    )
                     cells[(*pair, name)] = text if r["verdict"] == "undecided" else f"**{text}**"
-    body = [[f"{a} - {b}", *[cells.get((a, b, name), "") for name in MATCHED]] for a, b in pairs]
-    return table(["difference, points", *MATCHED], body)
+    body = [[f"{a} - {b}", *[cells.get((a, b, name), "") for name in folders]] for a, b in pairs]
+    return table(["difference, points", *folders], body)
