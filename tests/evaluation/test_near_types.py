@@ -67,7 +67,7 @@ def test_class_names(names, tmp_path: Path) -> None:
         {"image_size": 8.0},
         {"image_size": "8"},
         {"baselines": ("random", "random")},
-        {"baselines": None},
+        {"baselines": 3},
         {"output_dir": 3},
         {"cache_dir": None},
         {"accelerator": "cpu"},

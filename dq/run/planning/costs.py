@@ -26,6 +26,7 @@ POINT_CELL = 8  # bytes of a prototype's number: centroid and medoid in float32
 ROW = 12  # bytes of a row number and a label beside each latent
 SCORED = 32  # bytes of an image's difficulty scores and its row, of one run
 POINT = 24  # bytes of mass, squared error and row beside each prototype
+MEMBER = 12  # bytes of the row and the cell of each image that is quantized
 
 
 @dataclass
@@ -148,6 +149,7 @@ def _cluster(sets: Sequence[Asked], counts: Sequence[int], cells: int | None, pr
         costs += [float(n * s.prototypes) for n in counts]
         if plan.bytes is not None and cells is not None:
             plan.bytes += sum(min(n, s.prototypes) for n in counts) * (cells * POINT_CELL + POINT)
+            plan.bytes += sum(counts) * MEMBER
     if any(s.cluster.uses_features for s in sets):
         plan.call("read", sum(counts))
         plan.call("teacher", sum(counts))
