@@ -61,7 +61,7 @@ def test_the_worked_example_of_the_documentation() -> None:
     plans = by_stage(stage_plans(settings, source, latent=(4, 32, 32), walked=28))
     assert plans["encode"].calls == {"read": 1_281_167, "encode": 1_281_167}
     assert plans["encode"].bytes == 1_281_167 * (4 * 32 * 32 * 2 + 12) == 10_510_694_068
-    assert plans["cluster"].bytes == 10_000 * (4 * 32 * 32 * 4 * 2 + 24) == 327_920_000
+    assert plans["cluster"].bytes == 10_000 * (4 * 32 * 32 * 4 * 2 + 24) + 1_281_167 * 12 == 343_294_004
     assert plans["cluster"].calls == {"cluster torch latents ipc 10": 1_281_167}
     assert plans["generate"].calls == {"decode": 10_000, "denoise": 280_000}
     assert plans["generate"].bytes == 10_000 * 3 * 256 * 256 == 1_966_080_000
@@ -100,7 +100,7 @@ def test_small_classes_have_fewer_prototypes() -> None:
     changes = {"ipc": [10], "generate.images_per_prototype": 3, "generate.mode": "dit", "evaluate.students": []}
     plans = by_stage(stage_plans(apply_settings(RunConfig(), changes), source, latent=(1, 2, 2), walked=5))
     assert plans["generate"].calls == {"decode": 36, "denoise": 180}
-    assert plans["cluster"].bytes == 12 * (4 * 8 + 24)
+    assert plans["cluster"].bytes == 12 * (4 * 8 + 24) + 12 * 12  # and the cell of each image
 
 
 def test_the_busiest_process_decides() -> None:
