@@ -135,7 +135,8 @@ def select(
         image_size: side of the images in px.
         seed: of random, nearest, bps and patches; the others are deterministic.
         features: (n, d) float for the rows of the train split, or a function that makes them; for herding, k-center,
-            nearest, facility, facility_cad and bps.
+            nearest, facility, facility_cad and bps. Rows of NaN, as scores of NaN, are images that cannot be read;
+            with `source.on_bad_image` skip they are left out.
         scores: gives by name (n,) float for the rows of the train split: "cad" for facility_cad, "entropy" for bps,
             "el2n" for window, "forgetting", and "probability" of the class for confidence.
         teacher: for patches.
@@ -162,7 +163,7 @@ def select(
         if candidates is None
         else {"rows": len(candidates), "digest": digest_of(candidates.tolist())},
     }
-    counts = None
+    counts, absent = None, 0
     if name == "patches":
         if teacher is None:
             raise InputError("the selection 'patches' needs a teacher; give one, or choose another selection")
@@ -183,6 +184,15 @@ def select(
     else:
         x = _features(name, features, source, candidates) if name in BY_FEATURES else None
         score = _score(name, scores, source, candidates) if name in BY_SCORE else None
+        compared = _compared([v for v in (x, score) if v is not None], source)
+        if compared is not None:
+            absent = len(compared) - int(compared.sum())
+            log.warning("%d train images that cannot be read are left out of the selection %r", absent, name)
+            candidates = (np.arange(len(source.train)) if candidates is None else candidates)[compared.numpy()]
+            labels = _candidate_labels(source, candidates)
+            x, score = (None if v is None else v[compared] for v in (x, score))
+        if name == "facility_cad" and score is not None:
+            score = _positive_weights(score, labels)
         record |= {} if x is None else {"feature_size": x.shape[1]}
         record |= {} if score is None else {"score": BY_SCORE[name]}
         record |= {"window_start": window_start} if name == "window" else {}
@@ -195,7 +205,7 @@ def select(
             )
             counts = None if counts is None else counts[np.isin(rows, kept)]
             rows = np.array(kept, np.int64)
-        record["unreadable"] = len(bad)
+        record["unreadable"] = len(bad) + absent
     return _assemble(source, images, rows, counts, ipc, record)
 
 
@@ -235,6 +245,32 @@ def _score(name: str, scores: Scores | None, source: ImageSource, candidates: np
     if values.shape != (n,):
         raise InputError(f"scores must be ({n},), one per train image, not {tuple(values.shape)}")
     return values if candidates is None else values[torch.from_numpy(candidates)]
+
+
+def _positive_weights(cad: Tensor, labels: np.ndarray) -> Tensor:
+    """CAD (m,) as weights: 1 in classes (m,) of which no image has any, since facility location needs a weight."""
+    weights = cad.clone()
+    for label in np.unique(labels):
+        rows = torch.from_numpy(labels == label)
+        if not bool(weights[rows].any()):
+            log.warning(
+                "CAD of class %d is 0 everywhere, and 'facility_cad' selects it without weights, as 'facility' does; "
+                "more epochs (prune.epochs, prune.score_epoch) may tell its images apart",
+                label,
+            )
+            weights[rows] = 1.0
+    return weights
+
+
+def _compared(values: list[Tensor], source: ImageSource) -> Tensor | None:
+    """Which candidates (m,) bool have features (m, d) and scores (m,); None: all, or those without are refused.
+
+    Features and scores of images that cannot be read are NaN.
+    """
+    complete = [~v.reshape(len(v), -1).isnan().all(1) for v in values]
+    if source.on_bad_image == "raise" or all(bool(c.all()) for c in complete):
+        return None
+    return torch.stack(complete).all(0)
 
 
 def _candidate_labels(source: ImageSource, candidates: np.ndarray | None) -> np.ndarray:

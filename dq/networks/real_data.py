@@ -144,10 +144,10 @@ class RealData:
     def features(self) -> Tensor:
         """Features (n, D) float32 of all train images, for selection baselines: the input of the first teacher's last
         layer, or without teachers the image shrunk to 8 x 8 px. Kept in the cache folder; those of a teacher are the
-        same files that a run clusters by.
+        same files that a run clusters by. Rows of images that cannot be read are NaN.
 
         Raises:
-            InputError: if an image cannot be read.
+            InputError: if an image cannot be read and `source.on_bad_image` is not skip, or none of a class can be.
         """
         if not self.teachers:
             return self._pooled_features()
@@ -155,9 +155,7 @@ class RealData:
         cache = open_features(self.cache_dir, self.source, self.image_size, t.digest)
         extract_features(self.source, t, cache, self.image_size)
         shards = [cache.load(label) for label in range(self.classes)]
-        rows = torch.cat([rows for _, rows in shards])
-        _check_complete(len(rows), len(self.source.train))
-        return torch.cat([features for features, _ in shards])[rows.argsort()]
+        return self._by_row(torch.cat([f for f, _ in shards]), torch.cat([rows for _, rows in shards]))
 
     def _pooled_features(self) -> Tensor:
         path = self.cache_dir / f"features-{digest_of([self.world[:4], 'pooled'])}.safetensors"
@@ -167,10 +165,10 @@ class RealData:
 
     def predictions(self) -> dict[str, Tensor]:
         """What the first teacher says of all train images, for selection baselines: `probability` (n,) float32 of the
-        image's class, and `entropy` (n,) of the prediction. Kept in the cache folder.
+        image's class, and `entropy` (n,) of the prediction. Kept in the cache folder. NaN for images that cannot be read.
 
         Raises:
-            InputError: if an image cannot be read.
+            InputError: if an image cannot be read and `source.on_bad_image` is not skip.
         """
         teacher = self.teachers[0]
         path = self.cache_dir / f"predictions-{digest_of([self.world[:4], teacher.digest])}.safetensors"
@@ -185,22 +183,23 @@ class RealData:
         return read_tensors(path)[0]
 
     def _of_train(self, look: Callable[[Tensor, Tensor], Tensor], desc: str) -> Tensor:
-        """Rows (n, ...) that `look` gives for images and labels of all of train."""
-        rows = np.arange(len(self.source.train))
-        parts = []
-        for chunk in progress(np.array_split(rows, max(1, len(rows) // READ_AT_ONCE)), desc=desc, unit="chunk"):
-            images, labels = self.read(self.source.train, chunk)
-            _check_complete(len(images), len(chunk))
-            parts.append(look(images, labels))
-        return torch.cat(parts)
+        """Rows (n, ...) that `look` gives for images and labels of all of train; NaN for those that cannot be read."""
+        s, parts, rows = self.source, [], []
+        chunks = np.array_split(np.arange(len(s.train)), max(1, len(s.train) // READ_AT_ONCE))
+        for chunk in progress(chunks, desc=desc, unit="chunk"):
+            images, kept, _ = read_images(s.train, chunk, self.image_size, s.preprocess, on_bad=s.on_bad_image)
+            if len(kept):
+                parts.append(look(images, torch.from_numpy(s.train.labels[kept])))
+                rows += kept
+        if not rows:
+            raise InputError(f"no train image of {s.origin} can be read; replace the split")
+        return self._by_row(torch.cat(parts), torch.tensor(rows))
 
-
-def _check_complete(found: int, wanted: int) -> None:
-    if found < wanted:
-        raise InputError(
-            "baselines by features need every train image, but some cannot be read; replace them, "
-            "or use the baselines random and full"
-        )
+    def _by_row(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Values (m, ...) of m rows of train as (n, ...) by row, NaN in the others."""
+        whole = torch.full((len(self.source.train), *values.shape[1:]), torch.nan)
+        whole[rows] = values.float()
+        return whole
 
 
 def _pooled(images: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from dq.config.pruning import DifficultyConfig
 from dq.config.students import EvaluateConfig, default_baselines
 from dq.core.errors import InputError
 from dq.data.coresets import facility_rows, median_rows, window_rows
-from dq.evaluation.baselines import BASELINES, BY_DIFFICULTY
+from dq.data.load import load_source
+from dq.evaluation.baselines import BASELINES, BY_DIFFICULTY, select
 from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty, prepare_selections
 from dq.evaluation.evaluate import evaluate_sets
 from dq.networks.difficulty import find_difficulty
@@ -80,6 +81,46 @@ def test_every_baseline_is_selected_once_and_read_again(bench, tmp_path: Path, t
     p = bench.teachers[0].logits(images).softmax(1)
     assert torch.allclose(bench.predictions()["entropy"], -(p * p.log()).sum(1), atol=1e-6)
     assert rows["confidence"] == median_rows(p[torch.arange(n), torch.from_numpy(labels)], labels, 2).tolist()
+
+
+def test_images_that_cannot_be_read_are_left_out_of_every_baseline(toy_source, bench, tmp_path: Path) -> None:
+    def read(row: int):
+        if row in (1, 9):
+            raise OSError("gone")
+        return toy_source.train.read(row)
+
+    split = dataclasses.replace(toy_source.train, read=read)
+    skipping = load_source(dataclasses.replace(toy_source, splits={"train": split}), on_bad_image="skip")
+    pooled = dataclasses.replace(bench, source=skipping, teachers=(), cache_dir=tmp_path / "pooled", _cache={})
+    taught = dataclasses.replace(bench, source=skipping, cache_dir=tmp_path / "taught", _cache={})
+    work = Work(tmp_path, alone())
+    for real, names in ((taught, BASELINES), (pooled, ("herding", "k-center", "nearest"))):
+        made = entries(real, tmp_path, *names)
+        prepare_selections(made, real, work)
+        for name, entry in made.items():
+            s = entry.load()
+            assert not {1, 9} & set(s.source_row.tolist()), name
+            if name != "random":  # draws before it reads
+                assert len(s) == 6, name
+    features, p = taught.features(), taught.predictions()["entropy"]
+    assert features.isnan().all(1).nonzero()[:, 0].tolist() == p.isnan().nonzero()[:, 0].tolist() == [1, 9]
+    assert torch.equal(features[10], bench.features()[10])
+    whole = select("facility", skipping, 30, image_size=8, features=features)
+    assert len(whole) == len(toy_source.train) - 2
+    assert whole.provenance["selection"]["unreadable"] == 2
+
+
+def test_a_class_without_cad_is_selected_without_weights(toy_source, bench, caplog) -> None:
+    features, labels = bench.features(), torch.from_numpy(toy_source.train.labels)
+    cad = torch.where(labels == 1, 0.0, torch.rand(len(labels), generator=torch.Generator().manual_seed(0)))
+    weighted, plain = (
+        select(name, toy_source, 3, image_size=8, features=features, scores=lambda _: cad)
+        for name in ("facility_cad", "facility")
+    )
+    of = [[r for r, y in zip(s.source_row.tolist(), s.labels.tolist()) if y == 1] for s in (weighted, plain)]
+    assert of[0] == of[1]
+    assert [r.getMessage()[:31] for r in caplog.records] == ["CAD of class 1 is 0 everywhere,"]
+    assert "prune.epochs" in caplog.text and "'facility'" in caplog.text
 
 
 def test_an_identity_names_what_a_selection_goes_by(bench, tmp_path: Path) -> None:

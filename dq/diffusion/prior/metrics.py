@@ -292,14 +292,16 @@ def measure_prior(
     real = _read(bench, source.test, test_rows, bench.image_size)
     train_images = _read(bench, source.train, _rows(source.train, draw.counts, draw.seed), bench.image_size)
     decoded = _through_codec(draw, _read(bench, source.test, test_rows, resolution))
-    train = bench.features()
+    features = bench.features()
+    readable = (~features.isnan().all(1)).nonzero()[:, 0]
+    train = features[readable]
     real_features = bench.teachers[0].features(real)
     usual, rows = nearest(real_features, train, config.neighbours)
 
     def rmse(images: Tensor, candidates: Tensor) -> float:
         least = []
         for x, i in zip(images.split(64), candidates.split(64)):
-            found = _read(bench, source.train, i.flatten().tolist(), bench.image_size)
+            found = _read(bench, source.train, readable[i.flatten()].tolist(), bench.image_size)
             least.append(least_rmse(x, found.unflatten(0, i.shape)))
         return float(torch.cat(least).min())
 
@@ -337,7 +339,7 @@ def measure_prior(
         distances, rows = nearest(features, train, config.neighbours)
         numbers = {**compared(features), **near(distances[:, 0]), "pixel_rmse": rmse(images, rows)}
         found.append({"row": f"guidance {g:g}", "guidance": g, "accuracy": right(images), **numbers})
-        samples[g], all_distances[g], closest[g] = images, distances[:, 0], rows[:, 0]
+        samples[g], all_distances[g], closest[g] = images, distances[:, 0], readable[rows[:, 0]]
     facts = _facts(draw, bench, config, train.shape)
     return PriorQuality([_record(r, facts) for r in found], labels, samples, all_distances, closest)
 
