@@ -177,7 +177,10 @@ class WeakerModels:
 
     def _missing(self, setting: str, folder: str, training: str) -> InputError:
         where = self.files.path if self.files else "the model"
-        return InputError(f"generate.{setting} needs {folder}/, which {where} lacks; train it with {training}")
+        return InputError(
+            f"generate.{setting} needs {folder}/, which {where} lacks; only a whole training makes it: "
+            f"train one with {training} in another prior.output_dir"
+        )
 
 
 def save_head(head: IntermediateHead, folder: Path, dtype: torch.dtype, digest: str) -> None:

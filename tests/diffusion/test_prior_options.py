@@ -27,7 +27,7 @@ from torch import nn
 from dq.config.prior import TrainDenoiserConfig
 from dq.config.reader import from_dict
 from dq.config.schema import GenerateConfig
-from dq.core.errors import InputError
+from dq.core.errors import InputError, RunError
 from dq.core.files import read_json
 from dq.core.seeds import generator
 from dq.diffusion.codec import encode_latents, to_signed
@@ -331,6 +331,29 @@ def test_every_option_resumes_bit_for_bit(made, flipped, weakened, accelerator, 
         assert (tmp_path / "transformer_head" / file).read_bytes() == (
             weakened / "transformer_head" / file
         ).read_bytes()
+
+
+def test_a_finished_training_that_lost_a_part_is_not_done(made, flipped, weakened, accelerator, tmp_path):
+    prior = prior_in(tmp_path / "prior", denoiser=WEAKER)
+    options = {"class_names": NAMES, "accelerator": accelerator, "flipped": flipped}
+    for part in ("transformer_early", "transformer_head", "scheduler"):
+        shutil.copytree(weakened, tmp_path / "prior")
+        assert train_denoiser(made.cache, made.codec, prior, **options) == tmp_path / "prior"
+        shutil.rmtree(tmp_path / "prior" / part)
+        with pytest.raises(RunError, match=rf"lacks {part}/.* of a finished denoiser.* another prior.output_dir"):
+            train_denoiser(made.cache, made.codec, prior, **options)
+        shutil.rmtree(tmp_path / "prior")
+    pipe = LatentGenerator.from_pretrained(made.folder)
+    for name in ("internal_guidance", "autoguidance"):
+        with pytest.raises(InputError, match=r"lacks; only a whole training makes it: .* another prior.output"):
+            pipe.prediction(**{name: 2.0})
+
+
+def test_the_stock_pipeline_of_few_classes_guides_only_at_a_scale_of_one(weakened):
+    pipe = DiTPipeline.from_pretrained(weakened)  # `docs/prior.md` says so
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(IndexError):
+        pipe([0, 2], num_inference_steps=2, output_type="np")
 
 
 def test_weaker_versions_of_another_training_are_refused(weakened, tmp_path):

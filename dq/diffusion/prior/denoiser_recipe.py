@@ -16,6 +16,7 @@ from dq.core.model_files import open_model
 from dq.core.seeds import digest_of_tensors
 from dq.diffusion.codec import Codec, codec_digest
 from dq.diffusion.prior.training import Recipe, training_dtypes
+from dq.diffusion.weaker_models import EARLY, HEAD
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,6 +61,11 @@ def denoiser_recipe(
         emas=settings.ema,
         save_every=settings.save_every,
         dtype=settings.dtype,
+        parts=(
+            *("model_index.json", "scheduler/scheduler_config.json", "vae/config.json"),
+            *((f"{HEAD}/training.json",) if settings.intermediate_head else ()),
+            *((f"{EARLY}/training.json",) if settings.early else ()),
+        ),
         auto=auto,
         schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,

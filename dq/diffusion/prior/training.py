@@ -60,6 +60,7 @@ class Recipe:
     optimizer: Literal["adamw", "muon"] = "adamw"
     output_layers: tuple[str, ...] = ()  # muon: see `muon_groups`
     extra_saves: tuple[int, ...] = ()  # steps at which there is a save, whatever `save_every`
+    parts: tuple[str, ...] = ()  # files in `folder` that the training leaves beside the product
     auto: Dtypes | None = None  # what `dtype: auto` stands for in the folder
 
     @property
@@ -98,7 +99,7 @@ def finished(recipe: Recipe) -> bool:
     """Whether this very training is done.
 
     Raises:
-        RunError: if the folder holds a model or a checkpoint of another training.
+        RunError: if the folder holds a model or a checkpoint of another training, or lacks a part of this one.
     """
     way_out = "choose another prior.output_dir, or delete that folder"
     record = recipe.product / "training.json"
@@ -107,6 +108,12 @@ def finished(recipe: Recipe) -> bool:
             raise RunError(f"{recipe.product} holds a model that was not trained here; {way_out}")
         if read_json(record)["digest"] != recipe.digest:
             raise RunError(f"{recipe.product} holds a {recipe.name} of other settings, data or classes; {way_out}")
+        lost = next((p for p in recipe.parts if not (recipe.folder / p).is_file()), None)
+        if lost is not None:
+            raise RunError(
+                f"{recipe.folder} lacks {lost} of a finished {recipe.name}, which only the whole training makes: put "
+                f"it back, choose another prior.output_dir, or delete {recipe.product} to train again"
+            )
         return True
     if is_done(recipe.checkpoint) and read_metadata(recipe.checkpoint)["digest"] != recipe.digest:
         raise RunError(
