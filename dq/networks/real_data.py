@@ -165,7 +165,8 @@ class RealData:
 
     def predictions(self) -> dict[str, Tensor]:
         """What the first teacher says of all train images, for selection baselines: `probability` (n,) float32 of the
-        image's class, and `entropy` (n,) of the prediction. Kept in the cache folder. NaN for images that cannot be read.
+        image's class, and `entropy` (n,) of the prediction; NaN for images that cannot be read. Kept in the
+        cache folder.
 
         Raises:
             InputError: if an image cannot be read and `source.on_bad_image` is not skip.

@@ -120,7 +120,8 @@ def test_a_class_without_cad_is_selected_without_weights(toy_source, bench, capl
     of = [[r for r, y in zip(s.source_row.tolist(), s.labels.tolist()) if y == 1] for s in (weighted, plain)]
     assert of[0] == of[1]
     assert [r.getMessage()[:31] for r in caplog.records] == ["CAD of class 1 is 0 everywhere,"]
-    assert "prune.epochs" in caplog.text and "'facility'" in caplog.text
+    assert "prune.epochs" in caplog.text
+    assert "'facility'" in caplog.text
 
 
 def test_an_identity_names_what_a_selection_goes_by(bench, tmp_path: Path) -> None:
