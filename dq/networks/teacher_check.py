@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,24 @@ from dq.core.seeds import generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.networks.teacher import Teacher
+
+TEACHERS = "teachers.N"  # the setting that messages name
+
+
+@contextlib.contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """A block whose refusals of a teacher name the setting that it stands in, such as generate.select_teacher.
+
+    Raises:
+        InputError: that of the block, with `setting` in place of teachers.N, or in front where it names no setting.
+    """
+    try:
+        yield
+    except InputError as e:
+        message = str(e)
+        if setting == TEACHERS or setting in message:
+            raise
+        raise InputError(message.replace(TEACHERS, setting) if TEACHERS in message else f"{setting}: {message}") from e
 
 
 def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> None:

@@ -27,6 +27,7 @@ from dq.data.source import ImageSource
 from dq.networks.pool import MANIFEST, reestimate_bn
 from dq.networks.prune_channels import prune
 from dq.networks.real_data import RealData
+from dq.networks.teacher_check import naming
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.train_teachers import teacher_bench, teacher_recipe, teacher_world
 from dq.networks.training import Pixels, accuracy, fit, normalizer
@@ -128,7 +129,8 @@ def check_pool(
     if importlib.util.find_spec("torch_pruning") is None:
         raise InputError("pruning needs torch-pruning, which is not installed; pip install 'dq-distill[pruning]'")
     assert p.base is not None
-    base = load_teacher(p.base, classes, size)
+    with naming("train_pool.base"):
+        base = load_teacher(p.base, classes, size)
     if base.classes is not None or base.image_size not in (None, size):
         raise InputError("a pool is pruned from a network that sees the images as they are and has just their classes")
     return _settings(config, source, accelerator, base.digest)
@@ -227,7 +229,8 @@ def _pruned(
     """Post generation: copies are units of work."""
     p, t = config.train_pool, config.train_teachers
     assert p.base is not None
-    base = load_teacher(p.base, bench.classes, bench.image_size, bench.device)
+    with naming("train_pool.base"):
+        base = load_teacher(p.base, bench.classes, bench.image_size, bench.device)
     recipe = dataclasses.replace(recipe, net=p.base.net, epochs=max(1, p.recovery_epochs), lr=p.recovery_lr, tests=1)
     pixels = normalizer(base.mean, base.std)
     names = [f"pruned-{i:04d}" for i in range(p.size)]

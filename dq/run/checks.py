@@ -12,13 +12,14 @@ from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.model_files import open_model
 from dq.data.source import ImageSource
+from dq.networks.teacher_check import TEACHERS, naming
 from dq.networks.teacher_loading import POOL, PRETRAINED, check_fetched, load_teacher, teacher_file
 from dq.refine.registry import method_of
 from dq.run.folder import check_folder, check_methods, resolved_method, settle_dtypes
-from dq.run.refinement import check_codec_path, experts_of, needs_codec, planned, stages_of
+from dq.run.refinement import check_codec_path, experts_of, needs_codec, planned, setting_of, stages_of
 from dq.run.stages.evaluate import check_evaluation
 from dq.run.stages.prune import check_pruning
-from dq.run.stages.select import selecting_teacher
+from dq.run.stages.select import select_setting, selecting_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,7 +83,8 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
             planned(config, method, source.class_counts().tolist())
             for stage in stages_of(config, method):
                 experts_of(source, config.image_size, method_of(stage).needs(stage))
-    check_teachers(_teachers_of(config, verb), len(source.class_names), config.image_size)
+    for teacher, setting in _teachers_of(config, verb).items():
+        check_teachers([teacher], len(source.class_names), config.image_size, setting)
     if verb in DRAWS:
         warn_of_selectors(config, len(source.class_names))
 
@@ -166,31 +168,43 @@ def open_generator(config: RunConfig, *, fetch: bool) -> tuple[LatentGenerator |
     return LatentGenerator.from_settings(config.codec, config.generate), []
 
 
-def check_teachers(teachers: Iterable[TeacherConfig], classes: int, image_size: int) -> None:
+def check_teachers(teachers: Iterable[TeacherConfig], classes: int, image_size: int, setting: str = TEACHERS) -> None:
     """Whether teachers can be loaded and name as many classes as the data. Published ones are not fetched for that.
+
+    Args:
+        setting: where they stand, for messages.
 
     Raises:
         InputError: for a file that is not there, weights of another network, or other classes.
     """
     for t in dict.fromkeys(teachers):
-        teacher_file(t)
-        if t.net == "transformers":
-            here = open_model(t.path)
-            if not (here.local or here.cached):
-                check_fetched(t, classes)
-                continue
-        if t.path == PRETRAINED:
-            check_fetched(t, classes)
-        elif t.net != POOL:
-            load_teacher(t, classes, image_size)
+        with naming(setting):
+            _check_teacher(t, classes, image_size)
 
 
-def _teachers_of(config: RunConfig, verb: str) -> list[TeacherConfig]:
-    used: list[TeacherConfig] = list(config.teachers)
-    if verb in DRAWS:
-        used += [t for m in config.methods if (t := _selects(config, m)) is not None]
-    for stage in (s for m in config.methods for s in stages_of(config, m)) if verb in REFINES else ():
-        used += [*stage.teachers, *stage.judges]
+def _check_teacher(t: TeacherConfig, classes: int, image_size: int) -> None:
+    teacher_file(t)
+    fetched = t.path == PRETRAINED
+    if t.net == "transformers":
+        here = open_model(t.path)
+        fetched = not (here.local or here.cached)
+    if fetched:
+        check_fetched(t, classes)
+    elif t.net != POOL:
+        load_teacher(t, classes, image_size)
+
+
+def _teachers_of(config: RunConfig, verb: str) -> dict[TeacherConfig, str]:
+    """Teachers that a stage loads, each with the first setting that names it."""
+    used = dict.fromkeys(config.teachers, TEACHERS)
+    for method in config.methods:
+        selecting = _selects(config, method) if verb in DRAWS else None
+        if selecting is not None:
+            used.setdefault(selecting, select_setting(config, method))
+        for level, stage in enumerate(stages_of(config, method) if verb in REFINES else ()):
+            for group in ("teachers", "judges"):
+                for t in getattr(stage, group):
+                    used.setdefault(t, f"{setting_of(config, method, level)}.{group}.N")
     return used
 
 

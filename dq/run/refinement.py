@@ -22,6 +22,7 @@ from dq.core.files import open_tensors, read_json, read_tensors
 from dq.core.seeds import digest_of
 from dq.data.images import read_images
 from dq.data.source import ImageSource
+from dq.networks.teacher_check import TEACHERS, naming
 from dq.networks.teacher_loading import POOL, PRETRAINED, teacher_file
 from dq.networks.trajectories import Experts, open_experts
 from dq.refine.method import Context, Needs, RealImages
@@ -43,6 +44,11 @@ def stages_of(config: RunConfig, method: str) -> tuple[RefineConfig, ...]:
     """The stages behind the generator for a method, in order."""
     own = config.methods[method].refine
     return config.refine if own is None else own
+
+
+def setting_of(config: RunConfig, method: str, level: int) -> str:
+    """The setting that names a stage of a method, for messages."""
+    return f"refine.{level}" if config.methods[method].refine is None else f"methods.{method}.refine.{level}"
 
 
 def stage_settings(stage: RefineConfig) -> dict[str, Any]:
@@ -122,16 +128,18 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
     stages = stages_of(config, method)
     for level, stage in enumerate(stages):
         refinement = method_of(stage)
-        teachers = stage.teachers or config.teachers
+        teachers, setting = stage.teachers or config.teachers, setting_of(config, method, level)
         if refinement.needs(stage).teachers and not teachers:
-            raise InputError(f"the stage {stage.stage!r} needs a teacher; set teachers, or refine.{level}.teachers")
-        for t in (*teachers, *stage.judges):
-            teacher_file(t)
+            raise InputError(f"the stage {stage.stage!r} needs a teacher; set teachers, or {setting}.teachers")
+        named = {TEACHERS: config.teachers} if not stage.teachers else {f"{setting}.teachers.N": stage.teachers}
+        for where, group in (named | {f"{setting}.judges.N": stage.judges}).items():
+            for t in group:
+                with naming(where):
+                    teacher_file(t)
         for name, path in stage.paths().items():
             if not Path(path).exists():
                 raise InputError(
-                    f"{name} of the stage {stage.stage!r} names {path}, which does not exist; correct "
-                    f"refine.{level}.{name}"
+                    f"{name} of the stage {stage.stage!r} names {path}, which does not exist; correct {setting}.{name}"
                 )
         ipc = config.ipc[0] if len(config.ipc) == 1 else None
         context = Context(config.image_size, sum(map(_matched, teachers)), ipc, classes=len(class_counts) or None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dq.config.schema import GenerateConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.files import read_metadata, read_tensors
 from dq.core.seeds import digest_of
+from dq.run.checks import check_settings
 from dq.run.distill import DistillPipeline
 from dq.run.folder import Run, check_methods, deciding, open_run
 from dq.run.planning.costs import stage_plans
@@ -200,6 +202,41 @@ def test_candidates_are_compared_with_what_pruning_keeps(
     else:
         assert real.weights is not None
         assert real.weights.tolist() == [1.0] * 5 + [settings.outside_weight] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "rest"),
+    [
+        ({"path": "nowhere"}, r"there is no teacher at nowhere; set {}\.path"),
+        ({"net": "resnet20"}, r"weights in .* are not a resnet20 .*; set {}\.net to"),
+        ({"net": "convnet99"}, r"^{}: .*convnet99"),
+        ({"net": "torchvision:nothing", "path": "pretrained"}, r"^{}: .*nothing"),
+        ({"classes": [0, 1]}, r"{}\.classes lists 2 different outputs"),
+        ({"image_size": 64}, r"{}\.image_size to the side it was trained at"),
+        ({"mean": [0.5, 0.5]}, r"{}\.mean="),
+    ],
+)
+def test_refusals_of_a_teacher_name_the_setting_it_stands_in(
+    changes: dict[str, Any], rest: str, tmp_path: Path, toy_source, selecting
+) -> None:
+    wrong = {**selecting, **changes}
+    choosing = {"mode": "dit", "candidates": 2, "select": "correct", "select_teacher": selecting}
+    stage = {"stage": "fadrm", "steps": [1], "teachers": [selecting]}
+    base = {"output_dir": str(tmp_path / "run"), "codec": {"resolution": 8}, "ipc": [2]}
+    own = {"x": {"override": {"generate": {"select_teacher": wrong}}}}
+    settings = {
+        "generate.select_teacher": {"generate": {**choosing, "select_teacher": wrong}},
+        "methods.x.override.generate.select_teacher": {"generate": choosing, "methods": own},
+        "refine.0.teachers.N": {"refine": [{**stage, "teachers": [wrong]}]},
+        "refine.0.judges.N": {"refine": [{**stage, "judges": [wrong]}]},
+        "methods.x.refine.0.judges.N": {"methods": {"x": {"refine": [{**stage, "judges": [wrong]}]}}},
+        "teachers.N": {"teachers": [wrong]},
+    }
+    for setting, changed in settings.items():
+        named = rest.format(re.escape(setting))
+        named = named.split(": ")[1] if setting == "teachers.N" and named.startswith("^") else named
+        with pytest.raises(InputError, match=named):
+            check_settings(from_dict(RunConfig, {**base, **changed}), toy_source, "run")
 
 
 def test_what_does_not_go_together_is_refused_first(selecting) -> None:

@@ -37,6 +37,7 @@ from dq.diffusion.codec import (
 )
 from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded, training_dtypes
 from dq.networks.teacher import Teacher
+from dq.networks.teacher_check import naming
 from dq.networks.teacher_loading import load_teacher
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def prepare_codec(
     judge = None
     if settings.perceptual is not None:
         # the data's own size, which is what the classifier was trained on
-        judge = load_teacher(settings.perceptual, len(source.class_names), size, device)
+        with naming("prior.codec.perceptual"):
+            judge = load_teacher(settings.perceptual, len(source.class_names), size, device)
     model = new_codec(prior, size)
     if size % downscale(model):
         raise InputError(

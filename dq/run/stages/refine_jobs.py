@@ -22,6 +22,7 @@ from dq.diffusion.image_codec import ImageCodec
 from dq.distilled.external import load_set
 from dq.networks.features import extract_features, open_features
 from dq.networks.teacher import Teacher
+from dq.networks.teacher_check import TEACHERS, naming
 from dq.networks.teacher_loading import load_teachers
 from dq.refine.anchors import anchors_by_class, patch_anchors
 from dq.refine.batches import Rows
@@ -29,7 +30,7 @@ from dq.refine.method import Batch, Context, Cost, Method, Needs, Resources
 from dq.refine.moments import Moments
 from dq.refine.registry import method_of
 from dq.run.folder import Run, class_file
-from dq.run.refinement import batch_file, check_codec_path, experts_of, stage_settings
+from dq.run.refinement import batch_file, check_codec_path, experts_of, setting_of, stage_settings
 from dq.run.stages.cluster import load_prototypes
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import check_codec
@@ -81,15 +82,16 @@ def job_of(
     """The stage `stage` of the method `name`, with its teachers loaded."""
     c = run.config
 
-    def load(configs: Sequence[TeacherConfig]) -> tuple[Teacher, ...]:
+    def load(configs: Sequence[TeacherConfig], group: str) -> tuple[Teacher, ...]:
         key = digest_of([to_dict(t) for t in configs])
         if key not in loaded:
-            loaded[key] = load_teachers(configs, run.source, c.image_size, run.device)
+            with naming(f"{setting_of(c, name, level)}.{group}.N" if getattr(stage, group) else TEACHERS):
+                loaded[key] = load_teachers(configs, run.source, c.image_size, run.device)
         return loaded[key]
 
     method = method_of(stage)
     named = stage.teachers or (c.teachers if method.needs(stage).teachers else ())
-    teachers, judges = load(named) if named else (), load(stage.judges) if stage.judges else ()
+    teachers, judges = load(named, "teachers") if named else (), load(stage.judges, "judges") if stage.judges else ()
     classes = run.source.class_counts()
     size = round(classes.sum() / len(classes))
     context = Context(c.image_size, sum(t.matched for t in teachers), ipc, len(classes), size)

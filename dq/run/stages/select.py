@@ -20,14 +20,14 @@ from dq.cluster.prototypes import Prototypes, cell_means
 from dq.cluster.selection import Selection, select_confident, select_correct, select_facility, select_transport
 from dq.cluster.transport import squared_cost
 from dq.config.reader import to_dict
-from dq.config.schema import GenerateConfig, MethodConfig
+from dq.config.schema import GenerateConfig, MethodConfig, RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.files import read_tensors
 from dq.core.seeds import digest_of
 from dq.diffusion.latents import LatentCache
 from dq.networks.features import FeatureCache
 from dq.networks.teacher import Teacher
-from dq.networks.teacher_check import check_teacher
+from dq.networks.teacher_check import check_teacher, naming
 from dq.networks.teacher_loading import load_teacher
 from dq.run.folder import ResolvedMethod, Run
 from dq.run.stages.cluster import ClassImages, class_images
@@ -174,8 +174,9 @@ def selecting_teachers(run: Run) -> dict[str, Teacher]:
             key = digest_of(to_dict(settings))
             if key not in loaded:
                 side = run.config.image_size
-                loaded[key] = load_teacher(settings, len(run.source.class_names), side, run.device)
-                check_teacher(loaded[key], run.source, settings, side)
+                with naming(select_setting(run.config, method)):
+                    loaded[key] = load_teacher(settings, len(run.source.class_names), side, run.device)
+                    check_teacher(loaded[key], run.source, settings, side)
             by_method[method] = loaded[key]
     return by_method
 
@@ -183,6 +184,12 @@ def selecting_teachers(run: Run) -> dict[str, Teacher]:
 def selecting_teacher(method: MethodConfig, generate: GenerateConfig) -> TeacherConfig | None:
     """The teacher that chooses among the candidates of a method; None if there are none to choose from."""
     return None if method.representative == "real" or generate.select == "none" else generate.select_teacher
+
+
+def select_setting(config: RunConfig, method: str) -> str:
+    """The setting that names the selecting teacher of a method, for messages."""
+    own = "select_teacher" in config.methods[method].override.get("generate", {})
+    return f"methods.{method}.override.generate.select_teacher" if own else "generate.select_teacher"
 
 
 def selection_summary(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
