@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,37 @@ def test_latents_move_along_the_gradient_of_the_images_they_are_decoded_to(refin
     assert torch.equal(again.images, learned.images)
     with pytest.raises(InputError, match="learns latents of a codec, and there is none"):
         refine(images, labels, latent, digits, classes=10)
+
+
+@every
+def test_latents_of_a_grey_data_set_move_along_all_channels(refine, config, digits, monkeypatch):
+    grey = RealImages(digits.images[:, :1].expand(-1, 3, -1, -1), digits.labels)
+    images, labels = first_of_each(grey, 1)
+    latent = dataclasses.replace(with_steps(config, 2), mode="latent", lr=0.01)
+    options = {"classes": 10, "codec": ImageCodec.of(tiny_kl(), 16, 8)}
+    learned = refine(images, labels, latent, grey, **options).images
+    assert not torch.allclose(learned[:, :1], learned[:, 1:], atol=1e-3)  # a decoder's images need not be grey
+    monkeypatch.setattr("dq.refine.class_matching.is_grey", lambda _: False)
+    assert torch.equal(refine(images, labels, latent, grey, **options).images, learned)
+
+
+@every
+def test_networks_are_drawn_again(refine, config, digits, monkeypatch):
+    seeds, module = [], inspect.getmodule(refine)
+    drawn = {spectral_matching: "draw_network", distribution_matching: "make_net"}.get(module)
+    owner, name = (FlatNet, "initial") if drawn is None else (module, drawn)
+    draw = getattr(owner, name)
+
+    def recorded(*args, **named):
+        seeds.append(named.get("seed", args[-1]))
+        return draw(*args, **named)
+
+    monkeypatch.setattr(owner, name, recorded)
+    images, labels = first_of_each(digits, 1)
+    refine(images, labels, config, digits, classes=10, seed=3)
+    times = 2 if drawn is None else 6  # gradient matching trains a network for some steps
+    assert seeds[-times:] == [derive_seed(3, "network", i) for i in range(times)]
+    assert len(set(seeds[-times:])) == times
 
 
 @pytest.mark.slow
