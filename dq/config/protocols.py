@@ -18,6 +18,7 @@ import yaml
 from dq.config.reader import from_dict, unknown_key
 from dq.config.students import StudentConfig, is_library_net
 from dq.core.errors import InputError
+from dq.core.text import short
 
 FOLDER = Path(__file__).parent / "presets" / "protocols"
 ALIASES = {"soft": "fadrm"}  # the usual preset of a family
@@ -56,6 +57,9 @@ def student_config(
     own = dict(spec)
     dataset = own.pop("dataset", None)
     name = own.get("protocol", "custom")
+    for key, value in (("protocol", name), ("dataset", dataset)):
+        if not isinstance(value, str | None):
+            raise InputError(f"{where}.{key} must be a name, not {short(value)}")
     if name in ALIASES:
         name = own["protocol"] = ALIASES[name]
     settings: dict[str, Any] = {}
@@ -120,6 +124,10 @@ def _epochs(epochs: Any, ipc: str, net: str) -> Any:
 
 @functools.cache
 def _preset(name: str) -> dict[str, Any]:
+    if name == "ddr":
+        raise InputError(
+            "ddr is scored by `dq evaluate --protocol ddr --distilled PATH` and is no protocol of evaluate.students"
+        )
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = [*(p.stem for p in sorted(FOLDER.glob("*.yaml"))), "custom"]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from dq.config.reader import Checked
 from dq.core.errors import InputError
+from dq.core.text import short
 
 log = logging.getLogger("dq")
 
@@ -186,19 +187,22 @@ def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
     saw.
 
     Raises:
-        InputError: for an empty list, or a kind that stands in it twice.
+        InputError: for an empty list, what is no kind, a kind that stands in it twice, or views that are no mapping.
     """
     kinds = student.get("labels")
     if not isinstance(kinds, (list, tuple)):
         return [dict(student)]
-    if not kinds or any(kinds.count(kind) > 1 for kind in kinds):
-        raise InputError(f"labels lists kinds such as [hard, fixed, soft], each once, not {list(kinds)}")
+    if not kinds or any(not isinstance(kind, str) or kinds.count(kind) > 1 for kind in kinds):
+        raise InputError(f"labels lists kinds such as [hard, fixed, soft], each once, not {short(list(kinds))}")
+    views = student.get("views", {})
+    if not isinstance(views, Mapping):
+        raise InputError(f"views of a student must be a mapping of settings, not {short(views)}")
     off: dict[Any, dict[str, Any]] = {"fixed": {"mix": "none"}, "soft": {"jitter": 0.0, "lighting": 0.0}}
     students = []
     for kind in kinds:
         settings = {**student, "labels": kind}
         if kind in off:
-            settings["views"] = {**student.get("views", {}), **off[kind]}
+            settings["views"] = {**views, **off[kind]}
         if kind == "soft":
             settings["augment"] = "none"
         students.append(settings)
