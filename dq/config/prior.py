@@ -103,6 +103,9 @@ class TrainDenoiserConfig(Checked):
                 raise InputError(f"{name}={value} belongs to flow matching; set objective=flow, or {name}={off}")
         if self.contrastive and self.batch_size < 2:
             raise InputError("contrastive compares items of a batch; set batch_size to at least 2")
+        # with a size or init these say how many blocks there are
+        if self.intermediate_head and self.num_layers < 2 and self.size is None and self.init is None:
+            raise InputError("intermediate_head lies before the last block: set num_layers to at least 2, or it to 0")
         fits = {"noise": ("uniform", "min_snr"), "flow": ("uniform", "logit_normal")}[self.objective]
         if self.weighting not in fits:
             raise InputError(

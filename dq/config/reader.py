@@ -44,7 +44,9 @@ LEAST: dict[str, tuple[float, bool]] = {
     "test_scale": (1, True),  # the centre of a smaller image would be no whole one
     **dict.fromkeys(("ema", "dropout", "lr", "jitter", "lighting", "gt_weight", "flip"), (0, True)),
     **dict.fromkeys(("r_bn", "first_bn_weight", "class_weight", "proximity", "ramp", "recovery_lr"), (0, True)),
-    **dict.fromkeys(("retrieve_complexity", "recovery_epochs", "online_lr", "net_lr", "label_margin"), (0, True)),
+    **dict.fromkeys(
+        ("retrieve_complexity", "recovery_epochs", "online_lr", "net_lr", "sampler_lr", "label_margin"), (0, True)
+    ),
     **dict.fromkeys(("threshold", "outer_temperature"), (0, False)),
     **dict.fromkeys(("bn_share", "weight"), (0, False)),
     **dict.fromkeys(("min_classes", "retrieve_pool", "size", "statistics_images", "runs", "score_epoch"), (1, True)),
@@ -82,6 +84,8 @@ class Checked:
                 if not (value >= least if inclusive else value > least) or value == float("inf"):
                     bound = f"at least {least:g}" if inclusive else f"more than {least:g}"
                     raise InputError(f"{f.name} must be {bound} and finite, not {short(value)}")
+            if isinstance(value, float) and math.isinf(value):
+                raise InputError(f"{f.name} must be finite, not {short(value)}")
 
 
 def from_dict(cls: type[C], data: Any, where: str = "") -> C:

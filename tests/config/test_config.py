@@ -3,13 +3,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 from dq.config.overrides import apply_settings
 from dq.config.protocols import list_protocols, student_config
-from dq.config.reader import dump_config, from_dict, to_dict
+from dq.config.reader import Checked, dump_config, from_dict, to_dict
 from dq.config.schema import ClusterConfig, MethodConfig, RunConfig, load_config
 from dq.config.students import EvaluateConfig, StudentConfig
 from dq.core.errors import InputError
@@ -115,6 +116,18 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("generate.noise=ddim", "generate.noise must be one of 'random', 'inversion'"),
         ("generate.rescale=yes", "generate.rescale must be one of 'none', 'norm'"),
         ("generate={noise: inversion, images_per_prototype: 2}", "set images_per_prototype=1"),
+        ("generate={mode: dit, candidates: 1001}", "generate.candidates of an image are at most 1000, not 1001"),
+        ("evaluate.students=[{labels: [hard, fixed], views: null}]", "views of a student must be a mapping .*, not "),
+        ("evaluate.students=[{labels: [soft], views: 3}]", "views of a student must be a mapping of settings, not 3"),
+        ("evaluate.students=[{labels: [[hard]]}]", "labels lists kinds such as .*, each once, not"),
+        ("evaluate.students=[{labels: [hard, 3]}]", "labels lists kinds such as .*, each once, not"),
+        ("refine=[{stage: spectral, sampler_lr: -1}]", "sampler_lr must be at least 0 and finite, not -1"),
+        ("refine=[{stage: spectral, sampler_lr: .inf}]", "sampler_lr must be at least 0 and finite, not inf"),
+        ("refine=[{stage: spectral, amplitude: .inf}]", "amplitude must be finite, not inf"),
+        ("refine=[{stage: spectral, phase: .inf}]", "phase must be finite, not inf"),
+        ("refine=[{stage: trajectory, first_step: .inf}]", "first_step must be finite, not inf"),
+        ("train_experts.rho=.inf", "train_experts.rho must be "),
+        ("prior.denoiser={intermediate_head: 0.5, num_layers: 1}", "set num_layers to at least 2"),
     ],
 )
 def test_wrong_settings_name_the_key_and_the_way_out(setting: str, message: str) -> None:
@@ -134,12 +147,31 @@ def test_wrong_settings_name_the_key_and_the_way_out(setting: str, message: str)
         ("evaluate.students.0.protocol=clasic", "unknown protocol 'clasic'; did you mean 'classic'"),
         ("evaluate.students.0.dataset=mnist", "protocol 'classic' has settings for .*, not for 'mnist'"),
         ("evaluate.students.0={dataset: cifar10}", "name a protocol, or leave dataset out"),
+        ("evaluate.students=[{protocol: ddr}]", "ddr is scored by `dq evaluate --protocol ddr --distilled PATH`"),
+        ("evaluate.students=[{protocol: [classic]}]", "evaluate.students.0.protocol must be a name, not"),
+        ("evaluate.students=[{protocol: classic, dataset: [a]}]", "evaluate.students.0.dataset must be a name, not"),
     ],
 )
 def test_wrong_settings_of_a_student_name_the_key_too(setting: str, message: str) -> None:
     """They are read once the preset is known, before anything is computed."""
     with pytest.raises(InputError, match=message):
         resolved(apply_settings(RunConfig(), [setting]))
+
+
+def settings_classes(cls: type) -> set[type]:
+    below = cls.__subclasses__()
+    return set(below).union(*(settings_classes(sub) for sub in below))
+
+
+@pytest.mark.parametrize("cls", sorted(settings_classes(Checked), key=lambda c: c.__name__), ids=lambda c: c.__name__)
+def test_no_number_is_infinite(cls: type) -> None:
+    """Tuples may be: a range of ratios is open at its end."""
+    types = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if types[field.name] is float or float in get_args(types[field.name]):
+            for value in (float("inf"), float("-inf"), float("nan")):
+                with pytest.raises(InputError, match=field.name):
+                    cls(**{field.name: value})
 
 
 @pytest.mark.parametrize(
