@@ -89,6 +89,12 @@ class ClusterConfig(Checked):
         return self.space in ("features", "joint")
 
 
+MOST_CANDIDATES = 1000  # of an image; far more than select among in any of the papers
+# kinds of guidance besides that by classes, and the scale at which each is off
+GUIDANCE = {"internal_guidance": 1.0, "autoguidance": 1.0}
+GUIDANCE |= dict.fromkeys(("mode_guidance", "measure_guidance", "repulsion"), 0.0)
+
+
 @dataclass(frozen=True)
 class GenerateConfig(Checked):
     mode: Literal["decode", "dit", "img2img"] = "decode"
@@ -158,6 +164,13 @@ class GenerateConfig(Checked):
         if self.candidates > 1 and (self.noise == "inversion" or self.mode == "decode"):
             why = "noise=inversion" if self.noise == "inversion" else "mode=decode"
             raise InputError(f"{why} gives the same image every time: set candidates=1 (now {self.candidates})")
+        if self.candidates > MOST_CANDIDATES:
+            raise InputError(f"candidates of an image are at most {MOST_CANDIDATES}, not {self.candidates}")
+
+    @property
+    def guidance(self) -> dict[str, float]:
+        """Kinds of guidance that are on, besides that by classes, and their scales."""
+        return {name: getattr(self, name) for name, off in GUIDANCE.items() if getattr(self, name) != off}
 
     @property
     def together(self) -> bool:

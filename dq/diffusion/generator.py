@@ -401,7 +401,8 @@ class LatentGenerator(DiffusionPipeline):
             steps = limited(guided(predict, cond, null, config.guidance_scale), plain, scheduler, config.guidance_snr)
             steps = by_prototypes(steps, scheduler, start, z, config, masses)
             clean, noise = invert(plain, scheduler, z, start) if config.noise == "inversion" else (z, None)
-            z = denoise(steps, scheduler, clean, start, generators, noise=noise)
+            scales = {"guidance_scale": config.guidance_scale, **config.guidance}
+            z = denoise(steps, scheduler, clean, start, generators, noise=noise, guidance=scales)
         with torch.no_grad():
             parts = z.split(config.batch_size if config.together else max(1, len(z)))
             return torch.cat([to_unit(decode_latents(self.vae, part), image_size).cpu() for part in parts])

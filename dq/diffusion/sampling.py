@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,6 +281,7 @@ def denoise(
     generators: Sequence[torch.Generator],
     *,
     noise: Tensor | None = None,
+    guidance: Mapping[str, float] | None = None,
 ) -> Tensor:
     """Noise `latents` (B, C, h, w) to `start` and walk back; image b draws all its randomness from generators[b].
 
@@ -290,6 +291,7 @@ def denoise(
     Args:
         predict: one for the whole walk, or one for every entry of `scheduler.timesteps`.
         noise: (B, C, h, w), in place of a draw from the generators.
+        guidance: settings of `generate` that guide `predict`, for messages.
 
     Returns:
         Latents of the same shape and dtype.
@@ -299,7 +301,8 @@ def denoise(
     """
     if noise is None:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
-    return denoise_noisy(predict, scheduler, add_noise(scheduler, latents, noise, start), start, generators)
+    noisy = add_noise(scheduler, latents, noise, start)
+    return denoise_noisy(predict, scheduler, noisy, start, generators, guidance=guidance)
 
 
 @torch.no_grad()
@@ -309,6 +312,8 @@ def denoise_noisy(
     noisy: Tensor,
     start: Start,
     generators: Sequence[torch.Generator],
+    *,
+    guidance: Mapping[str, float] | None = None,
 ) -> Tensor:
     """Denoise latents (B, C, h, w) that are at the noise level of `start`, in the scaling of the scheduler's `step`.
 
@@ -324,9 +329,11 @@ def denoise_noisy(
         at = predict if callable(predict) else predict[i]
         x = scheduler.step(at(scale(x, t), times[i]), t, x, **extra).prev_sample
     if not torch.isfinite(x).all():
+        scales = ", ".join(f"generate.{name}={scale:g}" for name, scale in (guidance or {}).items())
         raise RunError(
             "the denoiser ended in NaN or infinite latents; use --set generate.dtype=float32 (or bfloat16 in place of "
             f"float16), or in float32 another generate.scheduler or a start later than SNR {start.snr:.3g}"
+            + (f", or guide it less (now {scales})" if scales else "")
         )
     return x
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config.dtypes import device_dtypes, resolve_dtypes
-from dq.config.schema import RunConfig
+from dq.config.schema import GUIDANCE, RunConfig
 from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError
 from dq.core.model_files import open_model
 from dq.data.source import ImageSource
 from dq.networks.teacher_check import TEACHERS, naming
@@ -74,6 +75,7 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
         InputError: see `check_run`.
     """
     check_methods(config)
+    check_guidance(config)
     check_folder(config, source)
     if verb in CLUSTERS:
         check_counts(config, source)
@@ -87,6 +89,23 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
         check_teachers([teacher], len(source.class_names), config.image_size, setting)
     if verb in DRAWS:
         warn_of_selectors(config, len(source.class_names))
+
+
+def check_guidance(config: RunConfig) -> None:
+    """Whether every method that is guided walks a denoiser. `dq prior-report` walks one whatever the mode.
+
+    Raises:
+        InputError: for guidance of images that the codec alone decodes.
+    """
+    for method in config.methods:
+        m, _, g, _ = resolved_method(config, method)
+        if m.representative != "real" and g.mode == "decode" and g.guidance:
+            on = ", ".join(f"generate.{name}={scale:g}" for name, scale in g.guidance.items())
+            off = ", ".join(f"generate.{name}={GUIDANCE[name]:g}" for name in g.guidance)
+            raise InputError(
+                f"method {method!r} has {on}, but generate.mode=decode has no denoiser to guide; set generate.mode=dit "
+                f"or img2img, or {off}"
+            )
 
 
 def warn_of_selectors(config: RunConfig, classes: int) -> None:
@@ -214,6 +233,7 @@ def check_plan(
     """The generator for the plan of a run on images that are not here (`--like`): settings are checked, and models
     that are not on this machine are left out of the plan."""
     check_methods(config)
+    check_guidance(config)
     check_counts(config, source)
     check_pruning(config, source)
     wanted: Sequence[Any] = [p for p in (config.codec.path, config.generate.model) if p is not None]

@@ -14,7 +14,7 @@ from models import tiny_dit, tiny_kl
 
 from dq.config.reader import from_dict
 from dq.config.schema import GenerateConfig, RunConfig
-from dq.core.errors import InputError
+from dq.core.errors import InputError, RunError
 from dq.core.files import read_tensors
 from dq.core.seeds import generator
 from dq.core.sinkhorn import sinkhorn
@@ -199,6 +199,15 @@ def test_intervals_are_rising_shares(name: str) -> None:
     for wrong in ([0.5, 0.2], [0.1], [0.0, 1.2]):
         with pytest.raises(InputError, match=f"{name} must be two rising shares"):
             from_dict(GenerateConfig, {name: wrong})
+
+
+@pytest.mark.parametrize("settings", [{"repulsion": 1e30}, {"guidance_scale": 1e38}])
+def test_guidance_that_breaks_the_walk_is_named(pipe, settings: dict[str, float]) -> None:
+    (name,) = settings
+    with pytest.raises(
+        RunError, match=rf"ended in NaN or infinite latents; .* guide it less \(now .*generate\.{name}=1e"
+    ):
+        drawn(pipe, list(range(5)), **settings)
 
 
 # --- in a run -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from dq.config.schema import GenerateConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.files import read_metadata, read_tensors
 from dq.core.seeds import digest_of
-from dq.run.checks import check_settings
+from dq.run.checks import check_guidance, check_plan, check_settings
 from dq.run.distill import DistillPipeline
 from dq.run.folder import Run, check_methods, deciding, open_run
 from dq.run.planning.costs import stage_plans
@@ -237,6 +237,26 @@ def test_refusals_of_a_teacher_name_the_setting_it_stands_in(
         named = named.split(": ")[1] if setting == "teachers.N" and named.startswith("^") else named
         with pytest.raises(InputError, match=named):
             check_settings(from_dict(RunConfig, {**base, **changed}), toy_source, "run")
+
+
+@pytest.mark.parametrize(
+    "setting", ["internal_guidance=2", "autoguidance=2", "mode_guidance=0.1", "measure_guidance=0.1", "repulsion=0.1"]
+)
+def test_guidance_without_a_denoiser_is_refused(setting: str, accelerator) -> None:
+    name, _, value = setting.partition("=")
+    config = apply_settings(RunConfig(), [f"generate.{setting}"])
+    with pytest.raises(
+        InputError, match=rf"method 'ddoq' has generate.{setting}, but generate.mode=decode .* {name}="
+    ):
+        check_guidance(config)
+    check_guidance(apply_settings(config, ["methods.ddoq.override={generate.mode: dit}"]))
+    check_guidance(apply_settings(config, ["methods.ddoq.representative=real"]))
+    dit = apply_settings(RunConfig(), ["generate.mode=dit", f"generate.{setting}"])
+    check_guidance(dit)
+    with pytest.raises(InputError, match="has no denoiser to guide"):
+        check_plan(
+            apply_settings(dit, ["methods.ddoq.override={generate.mode: decode}"]), like_source("3x20"), accelerator
+        )
 
 
 def test_what_does_not_go_together_is_refused_first(selecting) -> None:
