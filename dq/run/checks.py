@@ -103,8 +103,8 @@ def check_guidance(config: RunConfig) -> None:
             on = ", ".join(f"generate.{name}={scale:g}" for name, scale in g.guidance.items())
             off = ", ".join(f"generate.{name}={GUIDANCE[name]:g}" for name in g.guidance)
             raise InputError(
-                f"method {method!r} has {on}, but generate.mode=decode has no denoiser to guide; set generate.mode=dit "
-                f"or img2img, or {off}"
+                f"method {method!r} has {on}, but generate.mode=decode has no denoiser to guide; set "
+                f"generate.mode=dit or img2img, or {off}"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from refining import bn_teacher
 from runs import full, launch
 
 from dq.cli.main import main
+from dq.cluster.prototypes import Prototypes
 from dq.config.overrides import apply_settings
 from dq.config.pruning import PruneConfig
 from dq.config.reader import from_dict, to_dict
@@ -29,10 +31,11 @@ from dq.run.planning.costs import stage_plans
 from dq.run.planning.plan import like_source, plan
 from dq.run.stages import generate as draw
 from dq.run.stages.assemble import assemble, load_set_of_run
-from dq.run.stages.cluster import class_images, cluster
+from dq.run.stages.cluster import ClassImages, class_images, cluster
 from dq.run.stages.encode import cache_of, encode
 from dq.run.stages.generate import ADDED, generate
 from dq.run.stages.prune import Pruning
+from dq.run.stages.select import Selector, _cell_features
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +207,41 @@ def test_candidates_are_compared_with_what_pruning_keeps(
         assert real.weights.tolist() == [1.0] * 5 + [settings.outside_weight] * 4
 
 
+def quantizer(centroids: torch.Tensor) -> Prototypes:
+    k = len(centroids)
+    counts, rows = torch.ones(k, dtype=torch.int64), torch.arange(k)
+    return Prototypes(0, "class", centroids, counts, counts.double(), centroids, rows, {})
+
+
+@pytest.mark.parametrize("where", ["filter", "weight"])
+@pytest.mark.parametrize("rule", ["facility", "transport"])
+def test_rules_by_features_see_what_pruning_keeps(
+    rule: Any, where: Any, tmp_path: Path, toy_source, accelerator, pipe
+) -> None:
+    """The few images that are kept have one feature vector, and the many that are pruned another."""
+    cache = cache_of(drawn(tmp_path, toy_source, accelerator, pipe, draw=False))
+    z, rows = cache.load(0)
+    ends, kept = torch.eye(2), torch.isin(rows, rows[:3])
+    scores = torch.ones(24).index_fill(0, rows[:3], 0.0)
+    settings = PruneConfig(policy="hard", share=0.7, where=where, keep_per_ipc=1, keep_share=0.1)
+    features: Any = SimpleNamespace(load_rows=lambda label, own: ends[(~kept).long()])
+    teacher: Any = None
+    for pruning, row in ((Pruning(settings, scores, seed=0), 0), (Pruning(PruneConfig(), None, seed=0), 1)):
+        selector = Selector(GenerateConfig(mode="dit", select=rule), teacher, cache, 1, pruning, features)
+        chosen = selector._by_features(quantizer(z.float().mean(0, keepdim=True)), ends, torch.tensor([0, 0]), [1])
+        assert chosen.rows.tolist() == [row]
+
+
+def test_features_of_a_cell_are_the_mean_of_its_own_images() -> None:
+    z = torch.tensor([0.0, 1.0, 10.0, 11.0]).view(4, 1, 1, 1)
+    features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 4.0], [0.0, 8.0]])
+    p = quantizer(torch.tensor([10.5, 0.5, 40.0]).view(3, 1, 1, 1))  # no image is nearest to the last
+    real = ClassImages(z, features, torch.arange(4), None, None)
+    assert _cell_features(p, real).tolist() == [[0, 6], [2, 0], [0, 8]]
+    weighed = real._replace(weights=torch.tensor([1.0, 3.0, 1.0, 1.0]))
+    assert _cell_features(p, weighed).tolist() == [[0, 6], [2.5, 0], [0, 8]]
+
+
 @pytest.mark.parametrize(
     ("changes", "rest"),
     [
@@ -243,10 +281,10 @@ def test_refusals_of_a_teacher_name_the_setting_it_stands_in(
     "setting", ["internal_guidance=2", "autoguidance=2", "mode_guidance=0.1", "measure_guidance=0.1", "repulsion=0.1"]
 )
 def test_guidance_without_a_denoiser_is_refused(setting: str, accelerator) -> None:
-    name, _, value = setting.partition("=")
+    name = setting.partition("=")[0]
     config = apply_settings(RunConfig(), [f"generate.{setting}"])
     with pytest.raises(
-        InputError, match=rf"method 'ddoq' has generate.{setting}, but generate.mode=decode .* {name}="
+        InputError, match=rf"method 'ddoq' has generate.{setting}, but generate.mode=decode .* or generate.{name}="
     ):
         check_guidance(config)
     check_guidance(apply_settings(config, ["methods.ddoq.override={generate.mode: dit}"]))
