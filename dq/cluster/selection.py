@@ -45,11 +45,11 @@ def select_correct(correct: Any, probability: Any, prototype: Any, numbers: Sequ
         The selection; `facts["lacking"]` is the number of prototypes with too few correct candidates.
 
     Raises:
-        InputError: if a prototype has fewer candidates than it is to keep.
+        InputError: if a prototype has fewer candidates than it is to keep, or a shape or value is another.
     """
-    correct, p = as_tensor(correct, "correct").bool(), as_tensor(probability, "probability").double()
     prototype, numbers = _checked_pool(prototype, numbers)
     n = len(prototype)
+    correct, p = _of_pool(correct, "correct", n).bool(), _of_pool(probability, "probability", n).double()
     rank_wrong = torch.empty(n, dtype=torch.int64)
     rank_wrong[(-p).argsort(stable=True)] = torch.arange(n)
     rows = _first_of_each(torch.where(correct, torch.arange(n), n + rank_wrong), prototype, numbers)
@@ -60,8 +60,8 @@ def select_correct(correct: Any, probability: Any, prototype: Any, numbers: Sequ
 def select_confident(probability: Any, prototype: Any, numbers: Sequence[int]) -> Selection:
     """The candidates of every prototype to whose class the teacher gives the highest probability; ties go to the
     earlier one. Arguments, result and errors as for `select_correct`."""
-    p = as_tensor(probability, "probability").double()
     prototype, numbers = _checked_pool(prototype, numbers)
+    p = _of_pool(probability, "probability", len(prototype)).double()
     return Selection(_first_of_each(-p, prototype, numbers), {})
 
 
@@ -91,10 +91,10 @@ def select_facility(
         that is kept, and to the nearest of the earliest ones, and the number of `unrepresented` prototypes.
 
     Raises:
-        InputError: if a prototype has fewer candidates than it is to keep.
+        InputError: if a prototype has fewer candidates than it is to keep, or a shape or value is another.
     """
     prototype, numbers = _checked_pool(prototype, numbers)
-    x, pool = as_points(real, "real", finite=True), as_points(candidates, "candidates", finite=True)
+    x, pool = _checked_features(real, candidates, len(prototype))
     w = x.new_ones(len(x)) if weights is None else as_weights(weights, len(x), "weights of real images")
     quotas = (prototype, numbers) if one_per_prototype else None
     picks = facility_location(x, sum(numbers), weights=w, candidates=pool, quotas=quotas, name="the class")
@@ -144,17 +144,21 @@ def select_transport(
         candidates, and the number of `changes`.
 
     Raises:
-        InputError: if a prototype has fewer candidates than it is to keep, or has no mass.
+        InputError: if a prototype has fewer candidates than it is to keep or has no mass, or a shape or value is
+            another.
     """
     prototype, numbers = _checked_pool(prototype, numbers)
     masses = as_weights(masses, len(numbers), "masses of prototypes").double()
     if not (masses > 0).all():
         empty = int((masses <= 0).nonzero()[0])
         raise InputError(f"prototype {empty} has no mass, so no candidate can stand for it; leave it out")
-    x, pool = as_points(real, "real", finite=True).double(), as_points(candidates, "candidates", finite=True).double()
+    x, pool = (v.double() for v in _checked_features(real, candidates, len(prototype)))
     a = x.new_ones(len(x)) if weights is None else as_weights(weights, len(x), "weights of real images").double()
     a, cost, number = (a / a.sum()).cpu(), squared_cost(x, pool).cpu(), torch.tensor(numbers)
-    middle = as_points(centers, "centers").double().to(pool)
+    middle = as_points(centers, "centers", finite=True).double().to(pool)
+    if middle.shape != (len(numbers), pool.shape[1]):
+        expected = (len(numbers), pool.shape[1])
+        raise InputError(f"centers must be {expected}, one for every prototype, not {tuple(middle.shape)}")
     distance = (pool - middle[prototype.to(pool.device)]).square().sum(1)
     b = (masses.cpu() / number.clamp(min=1)).repeat_interleave(number)
     b = b / b.sum()
@@ -228,7 +232,10 @@ def lower_bounds(
 
 def _checked_pool(prototype: Any, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Prototypes of the pool (N,) and how many candidates each keeps."""
-    prototype, wanted = as_tensor(prototype, "prototype").long().cpu(), [int(n) for n in numbers]
+    prototype = _indices(prototype, "prototype").cpu()
+    wanted = _indices(numbers, "numbers").tolist()
+    if not sum(wanted):
+        raise InputError("numbers must keep a candidate of at least one prototype; they are all 0")
     counts = torch.bincount(prototype, minlength=len(wanted)).tolist()
     short = next((k for k, n in enumerate(wanted) if counts[k] < n), None)
     if short is not None or len(counts) > len(wanted):
@@ -236,6 +243,33 @@ def _checked_pool(prototype: Any, numbers: Sequence[int]) -> tuple[Tensor, list[
         keeps = wanted[k] if k < len(wanted) else 0
         raise InputError(f"prototype {k} has {counts[k]} candidates and keeps {keeps}; draw as many, or fewer others")
     return prototype, wanted
+
+
+def _indices(value: Any, name: str) -> Tensor:
+    """Whole numbers (n,) of at least 0 as int64."""
+    x = as_tensor(value, name)
+    if x.ndim != 1 or not len(x) or x.is_floating_point() or x.dtype == torch.bool or x.min() < 0:
+        raise InputError(f"{name} must be a non-empty list of whole numbers of at least 0")
+    return x.long()
+
+
+def _of_pool(value: Any, name: str, n: int) -> Tensor:
+    """A finite number (n,) for every candidate of the pool, on the CPU."""
+    x = as_tensor(value, name).cpu()
+    if x.shape != (n,) or not torch.isfinite(x).all():
+        raise InputError(f"{name} must be ({n},) and finite, one for every candidate, not {tuple(x.shape)}")
+    return x
+
+
+def _checked_features(real: Any, candidates: Any, n: int) -> tuple[Tensor, Tensor]:
+    """Features of real images (m, d) and of the n candidates of the pool (n, d)."""
+    x, pool = as_points(real, "real", finite=True), as_points(candidates, "candidates", finite=True)
+    if pool.shape != (n, x.shape[1]):
+        raise InputError(
+            f"candidates must be {(n, x.shape[1])}, a row for every entry of prototype and a column for every feature "
+            f"of real, not {tuple(pool.shape)}"
+        )
+    return x, pool
 
 
 def _first_of_each(key: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Tensor:

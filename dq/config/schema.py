@@ -89,7 +89,7 @@ class ClusterConfig(Checked):
         return self.space in ("features", "joint")
 
 
-MOST_CANDIDATES = 1000  # of an image; far more than select among in any of the papers
+MOST_CANDIDATES = 1000  # of an image; a larger number is a typing error
 # kinds of guidance besides that by classes, and the scale at which each is off
 GUIDANCE = {"internal_guidance": 1.0, "autoguidance": 1.0}
 GUIDANCE |= dict.fromkeys(("mode_guidance", "measure_guidance", "repulsion"), 0.0)
@@ -165,7 +165,7 @@ class GenerateConfig(Checked):
             why = "noise=inversion" if self.noise == "inversion" else "mode=decode"
             raise InputError(f"{why} gives the same image every time: set candidates=1 (now {self.candidates})")
         if self.candidates > MOST_CANDIDATES:
-            raise InputError(f"candidates of an image are at most {MOST_CANDIDATES}, not {self.candidates}")
+            raise InputError(f"candidates must be at most {MOST_CANDIDATES}, not {self.candidates}")
 
     @property
     def guidance(self) -> dict[str, float]:

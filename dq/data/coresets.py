@@ -259,7 +259,16 @@ def median_rows(scores: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
 
 def largest_remainder(masses: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers (k,) int64 that sum to `total`, in proportion to masses (k,) (Hamilton's method). Of equal
-    remainders the first is rounded up."""
+    remainders the first is rounded up.
+
+    Raises:
+        InputError: for masses that are negative, not finite or all zero, or a negative total.
+    """
+    masses = np.asarray(masses)
+    if masses.ndim != 1 or not (np.isfinite(masses).all() and (masses >= 0).all() and masses.any()):
+        raise InputError("masses to share by must be a list of numbers: finite, non-negative and not all zero")
+    if total < 0:
+        raise InputError(f"a total to share must be at least 0, not {total}")
     shares, remainders = np.divmod(total * masses, masses.sum())
     numbers = shares.astype(np.int64)
     numbers[np.argsort(-remainders, kind="stable")[: total - numbers.sum()]] += 1

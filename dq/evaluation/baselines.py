@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dq.cluster.inputs import as_tensor
 from dq.cluster.kmeans import Clustering, kmeans
 from dq.config.students import Baseline
 from dq.core.errors import InputError
@@ -117,7 +118,7 @@ def select(
     *,
     image_size: int,
     seed: int = 0,
-    features: Tensor | Callable[[], Tensor] | None = None,
+    features: Tensor | np.ndarray | Callable[[], Tensor | np.ndarray] | None = None,
     scores: Scores | None = None,
     teacher: Teacher | None = None,
     candidates: np.ndarray | None = None,
@@ -134,9 +135,9 @@ def select(
         ipc: images per class; a smaller class gives all that it has.
         image_size: side of the images in px.
         seed: of random, nearest, bps and patches; the others are deterministic.
-        features: (n, d) float for the rows of the train split, or a function that makes them; for herding, k-center,
-            nearest, facility, facility_cad and bps. Rows of NaN, as scores of NaN, are images that cannot be read;
-            with `source.on_bad_image` skip they are left out.
+        features: (n, d) float tensor or array for the rows of the train split, or a function that makes them; for
+            herding, k-center, nearest, facility, facility_cad and bps. Rows of NaN, as scores of NaN, are images that
+            cannot be read; with `source.on_bad_image` skip they are left out.
         scores: gives by name (n,) float for the rows of the train split: "cad" for facility_cad, "entropy" for bps,
             "el2n" for window, "forgetting", and "probability" of the class for confidence.
         teacher: for patches.
@@ -241,7 +242,12 @@ def _score(name: str, scores: Scores | None, source: ImageSource, candidates: np
         raise InputError(
             f"the selection {name!r} goes by scores of the images ({BY_SCORE[name]}); give scores, or choose 'random'"
         )
-    values, n = scores(BY_SCORE[name]), len(source.train)
+    if not callable(scores):
+        raise InputError(
+            f"scores must be a function of a name such as {BY_SCORE[name]!r} that gives a tensor, not "
+            f"{type(scores).__name__}"
+        )
+    values, n = as_tensor(scores(BY_SCORE[name]), "scores"), len(source.train)
     if values.shape != (n,):
         raise InputError(f"scores must be ({n},), one per train image, not {tuple(values.shape)}")
     return values if candidates is None else values[torch.from_numpy(candidates)]
@@ -279,6 +285,8 @@ def _candidate_labels(source: ImageSource, candidates: np.ndarray | None) -> np.
     if candidates is None:
         labels = source.train.labels
     else:
+        if not isinstance(candidates, np.ndarray):
+            raise InputError(f"candidates must be an array of ascending int64 rows, not {type(candidates).__name__}")
         ascending = candidates.ndim == 1 and candidates.dtype == np.int64 and (np.diff(candidates) > 0).all()
         if not ascending or not len(candidates) or candidates[0] < 0 or candidates[-1] >= n:
             raise InputError(f"candidates must be ascending int64 rows in 0..{n - 1}, without repetition")
@@ -297,12 +305,15 @@ def _check_no_empty(source: ImageSource, sizes: np.ndarray, what: str) -> None:
 
 
 def _features(
-    name: str, features: Tensor | Callable[[], Tensor] | None, source: ImageSource, candidates: np.ndarray | None
+    name: str,
+    features: Tensor | np.ndarray | Callable[[], Tensor | np.ndarray] | None,
+    source: ImageSource,
+    candidates: np.ndarray | None,
 ) -> Tensor:
     """Features of the candidates."""
     if features is None:
         raise InputError(f"the selection {name!r} compares images by features; give features, or choose 'random'")
-    x = features() if callable(features) else features
+    x = as_tensor(features() if callable(features) else features, "features")
     n = len(source.train)
     if x.ndim != 2 or len(x) != n or not x.is_floating_point():
         raise InputError(f"features must be ({n}, d) float, a row per train image, not {tuple(x.shape)} {x.dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,49 @@ def test_too_few_candidates_are_refused() -> None:
     with pytest.raises(InputError, match="prototype 1 has no mass"):
         x = torch.zeros(2, 2)
         select_transport(x, x, [0, 1], [1, 1], [1, 0], centers=x)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prototype": [0, 1, 2, 0, 1, 2, 0, 1, -1]}, "prototype must be .* whole numbers of at least 0"),
+        ({"prototype": PROTOTYPE[:, None]}, "prototype must be a non-empty list"),
+        ({"prototype": PROTOTYPE.double()}, "prototype must be .* whole numbers"),
+        ({"prototype": []}, "prototype must be a non-empty list"),
+        ({"numbers": [-1, 1, 1]}, "numbers must be .* whole numbers of at least 0"),
+        ({"numbers": [0.5, 1, 1]}, "numbers must be .* whole numbers of at least 0"),
+        ({"numbers": []}, "numbers must be a non-empty list"),
+        ({"numbers": [0, 0, 0]}, "numbers must keep a candidate of at least one prototype"),
+        ({"probability": P[:4]}, r"probability must be \(9,\) and finite, one for every candidate, not \(4,\)"),
+        ({"probability": torch.cat([P[:8], torch.tensor([NAN])])}, r"probability must be \(9,\) and finite"),
+        ({"correct": torch.ones(10, dtype=torch.bool)}, r"correct must be \(9,\)"),
+        ({"candidates": torch.ones(7, 2)}, r"candidates must be \(9, 2\), a row for every entry .* not \(7, 2\)"),
+        ({"candidates": torch.ones(9, 3)}, r"candidates must be \(9, 2\), .* not \(9, 3\)"),
+        ({"real": torch.full((4, 2), NAN)}, "real has NaN or infinite values"),
+        ({"weights": torch.ones(3)}, r"weights of real images must be \(4,\)"),
+        ({"masses": [1.0, 1.0]}, r"masses of prototypes must be \(3,\)"),
+        ({"centers": torch.ones(2, 2)}, r"centers must be \(3, 2\), one for every prototype, not \(2, 2\)"),
+        ({"centers": torch.ones(3, 5)}, r"centers must be \(3, 2\)"),
+        ({"centers": torch.full((3, 2), NAN)}, "centers has NaN or infinite values"),
+    ],
+)
+def test_pools_of_another_shape_are_refused_in_one_sentence(change: dict[str, Any], message: str) -> None:
+    (name,) = change
+    pool = {"prototype": PROTOTYPE, "numbers": [1, 1, 1]}
+    teacher = {**pool, "probability": P}
+    features = {**pool, "real": torch.rand(4, 2), "candidates": torch.rand(9, 2), "weights": torch.ones(4)}
+    transport = {**features, "masses": torch.ones(3), "centers": torch.rand(3, 2)}
+    rules = [(select_confident, teacher), (select_correct, {**teacher, "correct": P > 0.4})]
+    rules += [(select_facility, features), (select_transport, transport)]
+    refusing = [(rule, arguments) for rule, arguments in rules if name in arguments]
+    assert refusing
+    for rule, arguments in refusing:
+        rule(**arguments)
+        with pytest.raises(InputError, match=message):
+            rule(**{**arguments, **change})
 
 
 @pytest.mark.parametrize("seed", range(4))

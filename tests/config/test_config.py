@@ -116,7 +116,7 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("generate.noise=ddim", "generate.noise must be one of 'random', 'inversion'"),
         ("generate.rescale=yes", "generate.rescale must be one of 'none', 'norm'"),
         ("generate={noise: inversion, images_per_prototype: 2}", "set images_per_prototype=1"),
-        ("generate={mode: dit, candidates: 1001}", "generate.candidates of an image are at most 1000, not 1001"),
+        ("generate={mode: dit, candidates: 1001}", "generate.candidates must be at most 1000, not 1001"),
         ("evaluate.students=[{labels: [hard, fixed], views: null}]", "views of a student must be a mapping .*, not "),
         ("evaluate.students=[{labels: [soft], views: 3}]", "views of a student must be a mapping of settings, not 3"),
         ("evaluate.students=[{labels: [[hard]]}]", "labels lists kinds such as .*, each once, not"),

@@ -149,6 +149,14 @@ def test_rules_by_scores_refuse_what_they_cannot_use(rule) -> None:
 # --- boundary and prototype ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("masses", [np.zeros(3), np.array([1.0, -1.0]), np.array([1.0, np.nan]), np.zeros(0)])
+def test_shares_of_no_mass_are_refused(masses: np.ndarray) -> None:
+    with pytest.raises(InputError, match="masses to share by must be a list of numbers: finite, non-negative"):
+        largest_remainder(masses, 4)
+    with pytest.raises(InputError, match="a total to share must be at least 0, not -1"):
+        largest_remainder(np.ones(2), -1)
+
+
 def test_largest_remainders_sum_to_the_total_and_ask_for_no_more_than_there_is() -> None:
     assert largest_remainder(np.array([5, 3, 1, 1]), 5).tolist() == [3, 2, 0, 0]  # 2.5 1.5 .5 .5
     assert largest_remainder(np.array([1, 1, 1]), 2).tolist() == [1, 1, 0]

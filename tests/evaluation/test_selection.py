@@ -320,6 +320,30 @@ def test_selected_sets(toy_source, tmp_path: Path, name: str) -> None:
     assert re.search(rf"\| `ipc2-{name}`[^|]*\| 6 \| 2 \| [^|]* \| {name} \(", (tmp_path / "README.md").read_text())
 
 
+@pytest.mark.parametrize("name", ["herding", "bps"])
+def test_arrays_select_as_tensors_do(toy_source, name: str) -> None:
+    x = toy_features(toy_source)
+    s = select(name, toy_source, 2, image_size=8, features=x, scores=toy_scores)
+    options = {"features": x.numpy(), "scores": lambda score: toy_scores(score).numpy()}
+    assert select(name, toy_source, 2, image_size=8, **options).source_row.tolist() == s.source_row.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("herding", {"features": "pixels"}, "features must be a tensor or an array of numbers, not"),
+        ("herding", {"features": lambda: None}, "features must be a tensor or an array of numbers, not"),
+        ("herding", {"features": np.ones((24, 3), int)}, r"features must be \(24, d\) float"),
+        ("window", {"scores": torch.ones(24)}, "scores must be a function of a name such as 'el2n' .*, not Tensor"),
+        ("window", {"scores": lambda name: None}, "scores must be a tensor or an array of numbers, not"),
+        ("random", {"candidates": [0, 9, 20]}, "candidates must be an array of ascending int64 rows, not list"),
+    ],
+)
+def test_what_cannot_be_selected_by_is_refused(toy_source, name: str, change, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        select(name, toy_source, 2, image_size=8, **change)
+
+
 def test_selection_without_candidates_equals_all_candidates(toy_source) -> None:
     for name in ("random", "herding"):
         a = select(name, toy_source, 3, image_size=8, features=toy_features(toy_source))
