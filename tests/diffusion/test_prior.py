@@ -331,7 +331,7 @@ def test_two_processes_give_what_one_gives(made, toy_source, accelerator, tmp_pa
     """A codec with shares of 2 and 3 rows, and a denoiser with four of 2, 2, 2 and 3, whose options must not depend
     on them."""
     codec, denoiser = SHORT | {"batch_size": 5}, SHORT | {"accumulate": 2, "objective": "flow", "contrastive": 0.05}
-    denoiser |= {"time_shift": "auto", "intermediate_head": 0.5, "early": 0.5}
+    denoiser |= {"time_shift": "auto", "intermediate_head": 0.5, "early": 0.5, "num_layers": 2}
     prior = prior_in(tmp_path / "one", codec=codec, denoiser=denoiser)
     train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     vae = load_codec(tmp_path / "one" / "vae")

@@ -208,7 +208,7 @@ def test_options_do_not_depend_on_the_parts_of_a_batch(made, flipped, accelerato
 def test_options_that_are_off_are_no_part_of_a_training(made, accelerator, tmp_path):
     def identity(**changes):
         return denoiser_recipe(
-            "key", made.codec, prior_in(tmp_path, denoiser=FLOW | changes), NAMES, accelerator
+            "key", made.codec, prior_in(tmp_path, denoiser=FLOW | {"num_layers": 2} | changes), NAMES, accelerator
         ).identity
 
     on = ALL | {"intermediate_head": 0.5, "early": 0.125}
