@@ -142,7 +142,7 @@ def test_clusters_whose_mean_rank_is_outside_go_first() -> None:
     [
         ({"policy": "pad", "share": 0.2}, "policy=pad has no share"),
         ({"policy": "hard", "share": 1.0}, r"share of policy=hard must lie in \[0, 1\), not 1"),
-        ({"policy": "window", "share": float("inf")}, "share of policy=window must lie in"),
+        ({"policy": "window", "share": float("inf")}, "share must be finite"),
         ({"policy": "easy", "share": -0.1}, "share of policy=easy must lie in"),
         ({"keep_share": 1.5}, "keep_share is a share of a class"),
         ({"outside_weight": 0.0}, "outside_weight must be more than 0"),
