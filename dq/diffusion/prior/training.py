@@ -7,7 +7,6 @@ averages, the optimiser's moments and the step, and a resumed training equals an
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import platform
@@ -29,7 +28,7 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.core.trackers import report
 from dq.diffusion.codec import DTYPES
 from dq.diffusion.prior.curves import draw_curves
-from dq.networks.optimizers import muon_groups
+from dq.networks.optimizers import MuonAdamW, muon_groups
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -161,8 +160,8 @@ def fit(
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     averages = [{name: p.detach().clone() for name, p in trained.items()} for _ in recipe.emas]
-    optimizers = new_optimizers(recipe, objective)
-    first, seconds = _restore(recipe, trained, averages, optimizers)
+    optimizer = new_optimizer(recipe, objective)
+    first, seconds = _restore(recipe, trained, averages, optimizer)
     _check_disk(recipe, sum(p.numel() * 4 for p in parameters))
     # no process may write before all have read
     accelerator.wait_for_everyone()
@@ -182,7 +181,7 @@ def fit(
     ) as bar:
         bar.initial = bar.n = first
         for step in range(first, recipe.steps):
-            for group in itertools.chain(*(o.param_groups for o in optimizers.values())):
+            for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * rate(step, recipe.steps, recipe.schedule, recipe.warmup_steps)
             objective.zero_grad(set_to_none=True)
             whole = batch(step)
@@ -195,8 +194,7 @@ def fit(
                     (terms["loss"].sum() * world / recipe.batch_size).backward()
                 means = {k: means.get(k, 0) + v.detach().sum() / recipe.batch_size for k, v in terms.items()}
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer in optimizers.values():
-                optimizer.step()
+            optimizer.step()
             for decay, average in zip(recipe.emas, averages):
                 # a short average at first, so that the start does not linger
                 decay = min(decay, (1 + step) / (10 + step))
@@ -226,7 +224,7 @@ def fit(
                     append_jsonl(recipe.folder / "metrics.jsonl", record)
                     report(accelerator, {f"{recipe.name}/{k}": v for k, v in (logged | numbers).items()}, done)
                     draw_curves(recipe.folder / "metrics.jsonl", recipe.folder / "samples" / "losses.png")
-                    _save(recipe, trained, averages, optimizers, done, seconds + time.perf_counter() - began)
+                    _save(recipe, trained, averages, optimizer, done, seconds + time.perf_counter() - began)
                 sums, since = {}, done
                 accelerator.wait_for_everyone()
     best, scores = _best(objective, averages, score) if main else (0, [])
@@ -236,23 +234,19 @@ def fit(
     return Fitted(spent, recipe.emas[best], scores[best] if scores else None)
 
 
-def new_optimizers(recipe: Recipe, objective: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """Optimizers of a training, by the prefix that their moments have in checkpoints.
+def new_optimizer(recipe: Recipe, objective: nn.Module) -> torch.optim.Optimizer:
+    """AdamW for all parameters, or Muon for hidden matrices and AdamW for the rest.
 
-    adamw: one for all parameters. muon: `torch.optim.Muon` for hidden matrices, AdamW for the rest. Muon's updates are
-    scaled to the size of AdamW's, 0.2 sqrt(max(out, in)) times the orthogonal matrix (Liu et al. 2025), so that both
-    take the same learning rate and weight decay.
+    Raises:
+        InputError: for Muon without hidden matrices, or with a torch that lacks it.
     """
-    hidden, rest = muon_groups(objective, recipe.output_layers)
-    if recipe.optimizer == "adamw":
-        hidden, rest = {}, {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "moment": torch.optim.AdamW(list(rest.values()), fused=True, **options)
-    }
-    if hidden:
-        optimizers["muon"] = torch.optim.Muon(list(hidden.values()), adjust_lr_fn="match_rms_adamw", **options)
-    return optimizers
+    decay = recipe.weight_decay
+    if recipe.optimizer == "muon":
+        hidden, rest = (list(p.values()) for p in muon_groups(objective, recipe.output_layers))
+        groups = [{"params": rest, "weight_decay": decay, "fused": True}]
+        return MuonAdamW(hidden, groups, lr=recipe.lr, weight_decay=decay)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=decay, fused=True)
 
 
 def _best(
@@ -379,16 +373,15 @@ def _save(
     recipe: Recipe,
     trained: dict[str, nn.Parameter],
     averages: list[dict[str, Tensor]],
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     step: int,
     seconds: float,
 ) -> None:
     tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in trained.items()}
     for i, average in enumerate(averages):
         tensors |= {f"average.{i}.{name}": v for name, v in average.items()}
-    for name, optimizer in optimizers.items():
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}.{i}.{k}": v for k, v in state.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"moment.{i}.{k}": v for k, v in state.items()}
     write_tensors(recipe.checkpoint, tensors, {"step": step, "digest": recipe.digest, "seconds": seconds})
 
 
@@ -396,7 +389,7 @@ def _restore(
     recipe: Recipe,
     trained: dict[str, nn.Parameter],
     averages: list[dict[str, Tensor]],
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float]:
     """Continue from the checkpoint if there is one; returns the number of steps done and the seconds they took."""
     if not is_done(recipe.checkpoint):
@@ -407,11 +400,10 @@ def _restore(
             p.copy_(tensors[f"parameter.{name}"])
             for i, average in enumerate(averages):
                 average[name].copy_(tensors[f"average.{i}.{name}"])
-    for prefix, optimizer in optimizers.items():
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, v in tensors.items():
-            if key.startswith(f"{prefix}."):
-                _, number, name = key.split(".")
-                moments.setdefault(int(number), {})[name] = v
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, v in tensors.items():
+        if key.startswith("moment."):
+            _, number, name = key.split(".")
+            moments.setdefault(int(number), {})[name] = v
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(metadata["step"]), float(metadata["seconds"])
