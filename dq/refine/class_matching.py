@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dq.diffusion.image_codec import ImageCodec
 from dq.networks.trajectories import Experts
 from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check, split_off
 from dq.refine.inputs import check_set
-from dq.refine.method import Batch, Callback, Method, Needs, RealImages, Refined, Resources, State
+from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
 from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
 from dq.refine.rendering import Rendering
@@ -208,6 +209,12 @@ class ClassMatchingMethod(Method):
 
     def needs(self, stage: Any) -> Needs:
         return Needs(teachers=False, real_images=True, codec=stage.mode == "latent")
+
+    def brief(self, stage: Any) -> Any:
+        return dataclasses.replace(stage, steps=min(stage.steps, 2), start="drawn", checks=0)
+
+    def cost(self, stage: Any, context: Context) -> Cost:
+        return Cost(stage.steps, None, stage.checks * stage.check_nets)
 
     def options(self, resources: Resources) -> dict[str, Any]:
         """Further arguments of `learn`."""

@@ -6,7 +6,6 @@ of the released code; the choice of layers is PAD's (arXiv 2408.03360).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,7 +26,7 @@ from dq.refine.class_matching import (
     image_weights,
     learn_images,
 )
-from dq.refine.method import Callback, Context, Cost, RealImages, Refined, State
+from dq.refine.method import Callback, Context, RealImages, Refined, State
 
 
 def resolve(config: DistributionMatching, context: Context) -> DistributionMatching:
@@ -62,7 +61,9 @@ def block_outputs(net: nn.Module, alpha: float | None) -> Iterator[list[Tensor]]
     layers = list(getattr(net, "features", ()))
     blocks = [m for m in layers if isinstance(m, nn.AvgPool2d | nn.MaxPool2d)]
     if not blocks:
-        raise InputError(f"distribution needs a network of pooled blocks, such as convnet3, not {type(net).__name__}")
+        raise InputError(
+            f"matching of features needs a network of pooled blocks, such as convnet3, not {type(net).__name__}"
+        )
     kept = blocks[-1:] if alpha is None else blocks[int(alpha * len(blocks)) :]
     outputs: list[Tensor] = []
     hooks = [m.register_forward_hook(lambda _module, _args, out: outputs.append(out)) for m in kept]
@@ -150,9 +151,3 @@ class DistributionMethod(ClassMatchingMethod):
 
     def resolve(self, stage: DistributionMatching, context: Context) -> DistributionMatching:
         return resolve(stage, context)
-
-    def brief(self, stage: DistributionMatching) -> DistributionMatching:
-        return dataclasses.replace(stage, steps=min(stage.steps, 2), start="drawn", checks=0)
-
-    def cost(self, stage: DistributionMatching, context: Context) -> Cost:
-        return Cost(stage.steps, None, stage.checks * stage.check_nets)

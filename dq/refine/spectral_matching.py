@@ -36,7 +36,7 @@ from dq.refine.class_matching import (
     learn_images,
 )
 from dq.refine.distribution_matching import block_features, block_outputs
-from dq.refine.method import Callback, Context, Cost, Needs, RealImages, Refined, Resources, State
+from dq.refine.method import Callback, Context, Needs, RealImages, Refined, Resources, State
 from dq.refine.momentum import Learned
 
 SCALE = 300.0  # of the loss, as released
@@ -257,9 +257,3 @@ class SpectralMethod(ClassMatchingMethod):
 
     def options(self, resources: Resources) -> dict[str, Any]:
         return {"experts": resources.experts}
-
-    def brief(self, stage: SpectralMatching) -> SpectralMatching:
-        return dataclasses.replace(stage, steps=min(stage.steps, 2), start="drawn", checks=0)
-
-    def cost(self, stage: SpectralMatching, context: Context) -> Cost:
-        return Cost(stage.steps, None, stage.checks * stage.check_nets)
