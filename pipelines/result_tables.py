@@ -44,8 +44,8 @@ def accuracy(folder: str) -> str:
     body = []
     for name in dict.fromkeys(r["set"] for r in rows):
         if name == "full":
-            found = [cells.get(("full", n, "full")) for n in names for _ in ipcs]
-            body.append(["full data", *[cell(r) if n % len(ipcs) == 0 else "" for n, r in enumerate(found)]])
+            full = [cells.get(("full", n, "full")) for n in names for _ in ipcs]
+            body.append(["full data", *[cell(r) if n % len(ipcs) == 0 else "" for n, r in enumerate(full)]])
         else:
             body.append([name, *[cell(cells.get((name, n, i))) for n in names for i in ipcs]])
     lines = [table(head, body), ""]
@@ -59,7 +59,7 @@ def accuracy(folder: str) -> str:
 
 def differences(folder: str) -> str:
     """What the tool says of pairs of sets, and by how much."""
-    said = {"better": "{0} beats {1}", "worse": "{1} beats {0}", "undecided": "undecided"}
+    verdicts = {"better": "{0} beats {1}", "worse": "{1} beats {0}", "undecided": "undecided"}
     rows = read_numbered(f"{folder}/comparisons.csv")
     names = recipe_names(rows)
     body = [
@@ -68,7 +68,7 @@ def differences(folder: str) -> str:
             f"{names[int(r['recipe'])]}, IPC {r['ipc']}",
             f"{100 * float(r['difference']):+.1f}",
             f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else "",
-            said[r["verdict"]].format(r["set"], r["against"]),
+            verdicts[r["verdict"]].format(r["set"], r["against"]),
         ]
         for r in rows
     ]

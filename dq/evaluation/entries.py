@@ -103,7 +103,7 @@ def _selected(bench: RealData, folder: Path, name: str, ipc: int, options: dict[
         return DistilledSet.load(folder, "set")
     except (InputError, Damaged) as e:  # not there, or not any more
         if isinstance(e, Damaged):
-            log.warning("%s; it is made anew", e)
+            log.warning("%s; it is made again", e)
             (folder / "set" / "provenance.json").unlink(missing_ok=True)
     made = select(
         name,

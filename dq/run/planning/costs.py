@@ -16,7 +16,7 @@ from dq.core.processes import cut
 from dq.core.seeds import digest_of
 from dq.data.image_cache import LEAST, MOST
 from dq.evaluation.baselines import BY_FEATURES, BY_PREDICTION
-from dq.run.planning.sets import Asked, asked_sets
+from dq.run.planning.sets import PlannedSet, planned_sets
 
 if TYPE_CHECKING:
     from dq.data.source import ImageSource
@@ -92,7 +92,7 @@ def stage_plans(
         walked: denoiser steps of an image; None: all of `num_inference_steps`.
         processes: among which the units are divided.
     """
-    sets = asked_sets(config, source)
+    sets = planned_sets(config, source)
     counts = source.class_counts().tolist()
     cells = latent[0] * latent[1] * latent[2] if latent else None
     plans = [
@@ -138,7 +138,7 @@ def agent_operation(prune: PruneConfig) -> str:
     return f"agent {prune.net} {prune.batch_size} {prune.augment} {prune.dtype}"
 
 
-def _cluster(sets: Sequence[Asked], counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:
+def _cluster(sets: Sequence[PlannedSet], counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:
     distinct = {s.points: s for s in sets}
     plan = StagePlan(
         "cluster", f"{len(distinct) * len(counts)} classes and settings", bytes=None if cells is None else 0
@@ -168,7 +168,9 @@ def pixel_bytes(config: RunConfig, image_dtype: str = "uint8") -> int:
     return 3 * config.image_size**2 * (4 if image_dtype == "float32" else 1)
 
 
-def _generate(config: RunConfig, sets: Sequence[Asked], images: int, walked: int | None, processes: int) -> StagePlan:
+def _generate(
+    config: RunConfig, sets: Sequence[PlannedSet], images: int, walked: int | None, processes: int
+) -> StagePlan:
     """Drawing, and what a selecting teacher looks at; `images` are those of train."""
     from dq.run.stages.select import BY_FEATURES
 
@@ -209,7 +211,7 @@ def select_operation(generate: GenerateConfig) -> str:
     return f"select {teacher.net} {teacher.path}" if teacher else "select"
 
 
-def _refine(config: RunConfig, sets: Sequence[Asked], counts: list[int], processes: int) -> StagePlan:
+def _refine(config: RunConfig, sets: Sequence[PlannedSet], counts: list[int], processes: int) -> StagePlan:
     from dq.run.refinement import asked_settings, planned, stages_of
 
     plan = StagePlan("refine", "")
@@ -237,7 +239,7 @@ def refine_operation(settings: Mapping[str, Any]) -> str:
     return f"refine {settings['stage']} {digest_of(settings, size=4)}"
 
 
-def _label(config: RunConfig, sets: Sequence[Asked], processes: int) -> StagePlan:
+def _label(config: RunConfig, sets: Sequence[PlannedSet], processes: int) -> StagePlan:
     """Labels of the images themselves, and the sets put together. Parquet keeps images as PNG: pixels are a bound."""
     plan = StagePlan("label", f"{len(sets)} sets")
     plan.bytes = float(sum(s.images * pixel_bytes(config, s.generate.image_dtype) for s in sets))
@@ -249,7 +251,7 @@ def _label(config: RunConfig, sets: Sequence[Asked], processes: int) -> StagePla
     return plan
 
 
-def _evaluate(config: RunConfig, source: ImageSource, sets: Sequence[Asked], processes: int) -> StagePlan:
+def _evaluate(config: RunConfig, source: ImageSource, sets: Sequence[PlannedSet], processes: int) -> StagePlan:
     from dq.run.planning.plan import trainings
 
     e, counts = config.evaluate, source.class_counts()

@@ -59,11 +59,11 @@ def plan(config: RunConfig, source: ImageSource) -> str:
     """What a run would do: classes, units, disk, model calls."""
     from dq.core.processes import cut
     from dq.data.image_cache import LEAST, MOST
-    from dq.run.planning.sets import asked_sets
+    from dq.run.planning.sets import planned_sets
 
     counts = source.class_counts()
     n, classes = int(counts.sum()), len(counts)
-    sets = asked_sets(config, source)
+    sets = planned_sets(config, source)
     lines = [
         f"source      {source.origin}: {n} train images, {classes} classes of {counts.min()} to {counts.max()}, "
         f"test split {source.test_name or 'missing'}",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlannedSet:
     """One set of a run: how it is made and how many images it has."""
 
     ipc: int
@@ -62,14 +62,14 @@ class Asked:
         return digest_of([self.points, self.how.representative, settings])
 
 
-def asked_sets(config: RunConfig, source: ImageSource) -> list[Asked]:
+def planned_sets(config: RunConfig, source: ImageSource) -> list[PlannedSet]:
     """The sets of a run, ipc by ipc."""
     from dq.run.folder import images_per_class, resolved_method
 
     counts = source.class_counts().tolist()
-    found = []
+    sets = []
     for ipc in config.ipc:
         for method in config.methods:
             resolved = resolved_method(config, method)
-            found.append(Asked(ipc, method, *resolved, tuple(images_per_class(resolved, ipc, counts))))
-    return found
+            sets.append(PlannedSet(ipc, method, *resolved, tuple(images_per_class(resolved, ipc, counts))))
+    return sets

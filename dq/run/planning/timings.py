@@ -35,7 +35,7 @@ from dq.run.planning.costs import (
     stage_plans,
 )
 from dq.run.planning.refining import refining_speed
-from dq.run.planning.sets import asked_sets
+from dq.run.planning.sets import planned_sets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -225,7 +225,7 @@ def _clustering(
     n = int(min(source.class_counts().max(), max(256, CLUSTER_NUMBERS // width)))
     z = torch.randn(n, *shape, generator=generator("speeds")).to(device)
     done = set()
-    for s in asked_sets(config, source):
+    for s in planned_sets(config, source):
         name, cfg = cluster_operation(s.cluster, s.prototypes), s.cluster
         if name in done or cfg.space != "latents":
             continue
@@ -266,7 +266,7 @@ def _teachers(
     if config.teachers and real:
         yield "teacher", looking(checked(config.teachers, source))
     done = set()
-    for s in asked_sets(config, source) if real else ():
+    for s in planned_sets(config, source) if real else ():
         settings, name = s.generate.select_teacher, select_operation(s.generate)
         if settings is not None and s.draws > s.images and name not in done:
             done.add(name)

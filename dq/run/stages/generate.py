@@ -204,12 +204,12 @@ class Draw:
     def numbers(self) -> list[list[int]]:
         """Images of every prototype, by class."""
         copies = copies_of(self.method, self.config)
-        found = []
+        result = []
         for label in range(len(self.run.source.class_names)):
             with open_tensors(class_file(self.prototypes, label)) as f:
                 masses = f.get_tensor("masses" if "masses" in f.keys() else "counts")  # noqa: SIM118  (not a dict)
-            found.append([copies] * len(masses) if self.budget is None else images_by_mass(masses, self.budget))
-        return found
+            result.append([copies] * len(masses) if self.budget is None else images_by_mass(masses, self.budget))
+        return result
 
     def pool(self, label: int) -> list[tuple[int, int]]:
         """Prototype and number of every draw of a class. Each stretch as long as the set has images holds one draw for
@@ -222,12 +222,12 @@ class Draw:
         """Class, which of its draws, and whether they are all images of the class."""
         counts = [sum(numbers) * self.candidates for numbers in self.numbers]
         longest = max(map(len, cut(sum(counts), least=1, most=LONGEST)))
-        found = []
+        result = []
         for label, n in enumerate(counts):
             number = self.candidates if self.together else -(-n // longest)
             pieces = [range(i * n // number, (i + 1) * n // number) for i in range(number)]
-            found += [(label, piece, number == 1 and self.selector is None) for piece in pieces]
-        return found
+            result += [(label, piece, number == 1 and self.selector is None) for piece in pieces]
+        return result
 
     def file(self, unit: Unit) -> Path:
         """Where the images of a unit go: to the file of their class at once if they are all of it."""
@@ -256,16 +256,16 @@ def _spools(run: Run, draws: list[Draw]) -> Iterator[list[tuple[Draw, Unit]]]:
     many classes as `SPOOL` bytes of images allow, since most of these are not kept."""
     yield [(draw, unit) for draw in draws for unit in draw.units if draw.selector is None]
     spool: list[tuple[Draw, Unit]] = []
-    room = SPOOL
+    free = SPOOL
     for draw in draws:
         image = 3 * run.config.image_size**2 * (1 if draw.config.image_dtype == "uint8" else 4)
         for label, units in itertools.groupby(draw.units if draw.selector else (), key=lambda unit: unit[0]):
             needed = len(draw.pool(label)) * image
-            if spool and needed > room:
+            if spool and needed > free:
                 yield spool
-                spool, room = [], SPOOL
+                spool, free = [], SPOOL
             spool += [(draw, unit) for unit in units]
-            room -= needed
+            free -= needed
     if spool:
         yield spool
 
