@@ -1,0 +1,53 @@
+"""A copy of a Parquet data set whose test split is a stratified part of train, to choose settings on.
+
+    python pipelines/hold_out.py DATA OUT --images 5000 --seed 0
+
+Writes OUT/train-00000-of-00001.parquet and OUT/test-00000-of-00001.parquet with the rows of DATA's train files; its
+test files are not read. Whatever is compared on OUT has seen no test image.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def stratified(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
+    """Mask of the rows that are held out: equally many of every class (a class with fewer rows is refused)."""
+    classes = np.unique(labels)
+    per_class = images // len(classes)
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(len(labels), bool)
+    for c in classes:
+        rows = np.flatnonzero(labels == c)
+        if not 0 < per_class < len(rows):
+            raise SystemExit(f"class {c} has {len(rows)} rows, of which {per_class} cannot be held out")
+        mask[rng.choice(rows, per_class, replace=False)] = True
+    return mask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label_column", default="label")
+    args = parser.parse_args()
+    files = sorted(args.data.rglob("train*.parquet"))
+    if not files:
+        raise SystemExit(f"there is no train*.parquet below {args.data}")
+    rows = pa.concat_tables([pq.read_table(f) for f in files])
+    mask = stratified(rows[args.label_column].to_numpy(), args.images, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split, keep in (("train", ~mask), ("test", mask)):
+        pq.write_table(rows.filter(pa.array(keep)), args.out / f"{split}-00000-of-00001.parquet")
+        print(f"{split}: {keep.sum()} rows")
+
+
+if __name__ == "__main__":
+    main()
