@@ -161,7 +161,7 @@ class Look:  # an empty module in the place of torch, whose import takes seconds
     def create_module(self, spec): pass
     def exec_module(self, module): pass
 sys.meta_path.insert(0, Look())
-{before}import dq
+{before}import dq, torch
 print(Look.policy, os.environ.get("OMP_WAIT_POLICY"))
 """
     env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"PYTHONPATH": str(ROOT), **own}
