@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from dq.core.errors import RunError
 from dq.core.files import sweep
+from dq.core.text import printable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("dq")
 
 LOCK = ".lock"
+HOLDER = ".lock.json"  # who holds the lock; written after it is acquired, and of no effect on it
+WAIT_S = 0.2  # for a command that is just ending
 
 
 @contextlib.contextmanager
@@ -38,13 +43,13 @@ def locked(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
     from accelerate.utils import broadcast_object_list
 
     folder = Path(folder)
-    handle: int | None = None
+    lock: FileLock | None = None
     refusal: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
-            handle = _acquire(folder / LOCK)
-        except BlockingIOError:
-            refusal[0] = f"{folder} is in use by {_holder(folder / LOCK)}; wait for it, or choose another --output_dir"
+            lock = _acquire(folder)
+        except Timeout:
+            refusal[0] = f"{folder} is in use by {_holder(folder)}; wait for it, or choose another --output_dir"
     if accelerator.is_local_main_process and not refusal[0]:
         sweep(folder)
     if accelerator.num_processes > 1:
@@ -54,41 +59,46 @@ def locked(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     finally:
-        if handle is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # before it is released, so that nobody waits on a lost file
-            os.close(handle)
+        if lock is not None and lock.is_locked:  # a forked child holds nothing
+            for name in (HOLDER, LOCK):  # before the release, so that nobody waits on a file that is gone
+                (folder / name).unlink(missing_ok=True)
+            lock.release()
             with contextlib.suppress(OSError):
                 folder.rmdir()  # a command that was refused leaves no empty folder
 
 
-def _acquire(path: Path) -> int | None:
-    """An open, locked file. Its holder may unlink it between our opening and our locking it; then it is another's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _acquire(folder: Path) -> FileLock | None:
+    """The lock of a folder, acquired, with a file beside it that names its holder; None without locks.
+
+    Raises:
+        Timeout: if another command holds it.
+    """
+    path = folder / LOCK
+    identity: list[os.stat_result] = []
+    lock = FileLock(path, WAIT_S, fallback_to_soft=False, on_acquired=lambda fd: identity.append(os.fstat(fd)))
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.acquire()
         except OSError as e:
-            os.close(handle)
-            if isinstance(e, BlockingIOError):
-                raise
             if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                log.warning("%s cannot be locked (%s); do not start a second command on it", path.parent, e.strerror)
+                log.warning("%s cannot be locked (%s); do not start a second command on it", folder, e.strerror)
                 return None
             raise
+        # NFS renames an open file that another unlinks, whereas filelock looks for a file without a name
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
+            if os.path.samestat(identity[-1], os.stat(path)):
                 break
-        os.close(handle)
-    facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    os.truncate(handle, 0)
-    os.pwrite(handle, json.dumps(facts).encode(), 0)
-    return handle
+        lock.release()
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])  # the verb; further arguments may be a token
+    facts = {"pid": os.getpid(), "host": socket.gethostname(), "command": printable(command)}
+    facts["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    (folder / HOLDER).write_text(json.dumps(facts) + "\n")
+    return lock
 
 
-def _holder(path: Path) -> str:
+def _holder(folder: Path) -> str:
     try:
-        facts = json.loads(path.read_text())
-        return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
-    except (OSError, ValueError, KeyError):
+        facts = json.loads((folder / HOLDER).read_text())
+        return f"process {facts['pid']} on {facts['host']} ({facts['command']}) since {facts['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
         return "another command"

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from forking import Forked
 
 from dq.core.errors import RunError
 from dq.core.files import temporary_beside
-from dq.core.locks import LOCK, locked
+from dq.core.locks import HOLDER, LOCK, locked
 from dq.core.processes import make_accelerator
 
 HOLD = """
@@ -41,7 +44,10 @@ def holder(folder: Path) -> subprocess.Popen:
 def test_a_second_command_is_refused_until_the_first_is_dead(tmp_path: Path, accelerator) -> None:
     process = holder(tmp_path / "run")
     try:
-        said = f"run is in use by process {process.pid} on .* since .*; wait for it, or choose another --output_dir"
+        said = (
+            rf"run is in use by process {process.pid} on \S+ \(-c {re.escape(str(tmp_path / 'run'))}\) since .*; "
+            "wait for it, or choose another --output_dir"
+        )
         with pytest.raises(RunError, match=said), locked(tmp_path / "run", accelerator):
             pass
         with locked(tmp_path / "other", accelerator):  # its own folder is nobody else's business
@@ -54,9 +60,9 @@ def test_a_second_command_is_refused_until_the_first_is_dead(tmp_path: Path, acc
     left.with_name(left.name.replace(str(os.getpid()), str(process.pid))).write_text("half")
     assert (tmp_path / "run" / LOCK).is_file()  # a crash leaves the file, and it holds nobody up
     with locked(tmp_path / "run", accelerator):
-        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / "run" / HOLDER).read_text())["pid"] == os.getpid()
         assert not list(left.parent.iterdir())
-    assert not (tmp_path / "run" / LOCK).exists()
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["deep"]
 
 
 def test_one_process_cannot_hold_a_folder_twice(tmp_path: Path, accelerator) -> None:
@@ -127,3 +133,55 @@ def test_the_lock_of_a_file_that_another_removed_meanwhile_is_none(
     os.close(third[0])
     with locked(tmp_path, accelerator):
         pass
+
+
+@pytest.mark.multi_process
+def test_a_forked_child_neither_holds_nor_releases_the_lock(tmp_path: Path, accelerator) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(tmp_path, accelerator))
+
+        def leave_and_wait() -> None:
+            stack.close()
+            (tmp_path / "left").touch()
+            time.sleep(600)
+
+        child = Forked(leave_and_wait)
+        try:
+            while not (tmp_path / "left").exists():  # until the time limit of the suite
+                assert child.poll() is None
+                time.sleep(0.01)
+            assert (tmp_path / LOCK).is_file()
+            stack.close()
+            with locked(tmp_path, accelerator):  # although the child lives
+                assert child.poll() is None
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told_of(
+    code: int, tmp_path: Path, accelerator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path, accelerator):
+        assert not (tmp_path / HOLDER).exists()
+    assert "cannot be locked" in caplog.text
+    assert "do not start a second command on it" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"pid": 1}', "{"])
+def test_a_damaged_file_of_the_holder_names_nobody(content: str, tmp_path: Path, accelerator) -> None:
+    with locked(tmp_path, accelerator):
+        (tmp_path / HOLDER).write_text(content)
+        with pytest.raises(RunError, match="is in use by another command; wait"), locked(tmp_path, accelerator):
+            pass
+
+
+def test_the_file_of_the_holder_has_no_token(tmp_path: Path, accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/dq", "run", "--token", "secret"])
+    with locked(tmp_path, accelerator):
+        assert json.loads((tmp_path / HOLDER).read_text())["command"] == "dq run"

@@ -278,7 +278,7 @@ def campaign(number: int, seed: int) -> dict:
             found["silent"] += records[-1]["silent"]
             now = contents(out)
             found["differing"] += [n for n in expected.keys() | now.keys() if expected.get(n) != now.get(n)]
-            found["leftovers"] += [str(f) for pattern in ("*.tmp", ".lock") for f in out.rglob(pattern)]
+            found["leftovers"] += [str(f) for pattern in ("*.tmp", ".lock*") for f in out.rglob(pattern)]
             shutil.rmtree(out)
             done = f"{len(found['faults'])} of {number} faults in {found['lives']} lives"
             print(f"{done}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
