@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import logging
 import time
@@ -18,7 +17,7 @@ from dq.config.reader import dump_config, to_dict
 from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig
 from dq.core.errors import InputError
-from dq.core.figures import embed, html_table, save_image
+from dq.core.figures import save_image
 from dq.core.files import write_json, write_text
 from dq.core.processes import shard
 from dq.data.grid import image_grid
@@ -32,7 +31,8 @@ from dq.diffusion.prior.samples import stored_samples
 from dq.evaluation.results import to_csv
 from dq.networks.real_data import RealData, load_real_data
 from dq.run.folder import open_run
-from dq.run.report import MAX_CLASSES, write_page
+from dq.run.pages import write_page
+from dq.run.report import MAX_CLASSES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,26 +129,25 @@ def _wants_card(settings: PriorReportConfig) -> bool:
 def _write_page(config: RunConfig, bench: RealData, quality: PriorQuality) -> None:
     folder, shown = Path(config.output_dir), config.prior_report.shown
     figures = folder / "figures"
-    body = ["<h1>Quality of a prior</h1>", html_table(*quality_table(quality.records))]
-    body.append(f"<p>{html.escape(protocol_text(quality.records))}</p>")
-    body.append("<h2>Samples</h2><p>Rows are classes; the noise of a place is the same in every grid.</p>")
+    samples, nearest = {}, {}
     for g, images in quality.samples.items():
-        path = figures / f"prior-samples-{g:g}.png"
+        samples[f"{g:g}"] = path = figures / f"prior-samples-{g:g}.png"
         save_image(image_grid(_by_class(images, quality.labels, shown), scale=_scale(images)), path)
-        body.append(f"<h3>Guidance {g:g}</h3>{embed(path)}")
-    body.append(
-        "<h2>Nearest train images</h2><p>The samples that lie nearest to a train image in the teacher's features, "
-        "nearest first, each with that train image at its right.</p>"
-    )
     for g, images in quality.samples.items():
-        path = figures / f"prior-nearest-{g:g}.png"
+        nearest[f"{g:g}"] = path = figures / f"prior-nearest-{g:g}.png"
         save_image(image_grid(_pairs(bench, quality, g, shown), scale=_scale(images)), path)
-        body.append(f"<h3>Guidance {g:g}</h3>{embed(path)}")
-    path = figures / "prior-losses.png"
-    if draw_curves(Path(str(config.generate.model)) / "metrics.jsonl", path):
-        body.append(f"<h2>Training</h2>{embed(path)}")
-    body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(config))}</pre>"]
-    write_page(folder / "prior_report.html", "quality of a prior", body)
+    losses = figures / "prior-losses.png"
+    write_page(
+        folder / "prior_report.html",
+        "prior_report.html",
+        title="quality of a prior",
+        quality=quality_table(quality.records),
+        protocol=protocol_text(quality.records),
+        samples=samples,
+        nearest=nearest,
+        losses=losses if draw_curves(Path(str(config.generate.model)) / "metrics.jsonl", losses) else None,
+        settings=dump_config(config),
+    )
 
 
 def _scale(images: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import logging
 from collections.abc import Sequence
@@ -17,14 +16,15 @@ from torch import Tensor
 from dq.cluster.prototypes import Prototypes
 from dq.config.reader import dump_config
 from dq.core.errors import InputError
-from dq.core.figures import embed, html_table, new_figure, save_figure, save_image
-from dq.core.files import read_json, write_text
+from dq.core.figures import new_figure, save_figure, save_image
+from dq.core.files import read_json
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.distilled.set import DistilledSet
 from dq.evaluation.figures import results_figures
 from dq.evaluation.results import read_records, recipe_names
 from dq.run.folder import Run
+from dq.run.pages import Table, write_page
 from dq.run.refinement import Trace, read_trace, refined_folders
 from dq.run.stages.assemble import load_set_of_run
 from dq.run.stages.cluster import clusterings, load_prototypes, prototype_folder
@@ -69,40 +69,49 @@ def write_report(run: Run) -> Path:
     describe_evaluation(run.folder)
     cache = cache_of(run)
     figures = run.folder / "figures"
-    body = ["<h1>Distilled sets</h1>", _facts(run)]
-    body += _accuracy(run.folder, outdated_rows(run.folder))
-    body.append(
-        "<h2>Images</h2><p>Rows are classes, columns prototypes by weight; at the right of each image stands "
-        "the real train image nearest to its prototype.</p>"
-    )
+    accuracy = accuracy_content(run.folder, outdated_rows(run.folder))
+    grids = []
     shown = sorted(present, key=lambda p: (p[0] != _shown_ipc(c.ipc), list(c.methods).index(p[1]), p[0]))
     for ipc, method in shown[:8]:
         small = load_set_of_run(run, ipc, method)
         few = itertools.islice(load_prototypes(run, cache, ipc, run.resolved(method)), MAX_CLASSES)
         path = figures / f"grid-ipc{ipc}-{method}.png"
         save_image(set_grid(small, [nearest_images(run, p) for p in few]), path)
-        body.append(f"<h3>{html.escape(method)}, IPC {ipc}</h3>{embed(path)}")
-    body += _selections(run, present)
-    body += _refinement(run)
-    body.append("<h2>Quantization</h2>")
+        grids.append((f"{method}, IPC {ipc}", path))
+    quantization: list[tuple[str, Table, Path | None]] = []
     for ipc, resolved in clusterings(run):
         points = list(load_prototypes(run, cache, ipc, resolved))
         name = prototype_folder(run, cache, ipc, resolved).name
         space = "" if resolved.cluster.space == "latents" else f", in the space {resolved.cluster.space!r}"
         policy = f", pruned by {resolved.prune.policy!r}" if resolved.prune.active else ""
-        title = f"IPC {ipc}, engine {points[0].stats['engine']}{space}{policy}"
-        body.append(f"<h3>{html.escape(title)}</h3>{_quantization_table(points)}")
-        if ipc > 1:
-            path = figures / f"{name}-sizes.png"
-            _plot_sizes(points, path)
-            body.append(embed(path))
+        heading = f"IPC {ipc}, engine {points[0].stats['engine']}{space}{policy}"
+        sizes = figures / f"{name}-sizes.png" if ipc > 1 else None
+        if sizes:
+            _plot_sizes(points, sizes)
+        quantization.append((heading, _quantization_table(points), sizes))
     ipc, first = next(((i, r) for i, r in clusterings(run) if i == _shown_ipc(c.ipc)), clusterings(run)[0])
-    path = figures / "latents.png"
-    _plot_latents(run, list(load_prototypes(run, cache, ipc, first)), path)
-    body += [f"<h2>Latents and prototypes, IPC {ipc}</h2>", embed(path)]
-    body += ["<h2>Settings</h2>", f"<pre>{html.escape(dump_config(c))}</pre>"]
-    body += ["<h2>Provenance</h2>", f"<pre>{html.escape((run.folder / 'provenance.json').read_text())}</pre>"]
-    return write_page(run.folder / "report.html", str(run.source.origin), body)
+    latents = figures / "latents.png"
+    _plot_latents(run, list(load_prototypes(run, cache, ipc, first)), latents)
+    counts = run.source.class_counts()
+    provenance = run.folder / "provenance.json"
+    return write_page(
+        run.folder / "report.html",
+        "report.html",
+        title=str(run.source.origin),
+        images=int(counts.sum()),
+        classes=len(counts),
+        fingerprint=run.source.fingerprint,
+        accuracy=accuracy,
+        grids=grids,
+        selection=_selections(run, present),
+        refinement=[_refinement(run, heading, folder) for heading, folder in refined_folders(run).items()],
+        quantization=quantization,
+        latents_ipc=ipc,
+        latents=latents,
+        settings=dump_config(c),
+        provenance=read_json(provenance),
+        provenance_text=provenance.read_text(),
+    )
 
 
 def write_results_report(folder: Path) -> Path:
@@ -112,31 +121,16 @@ def write_results_report(folder: Path) -> Path:
         InputError: if it holds no results.
     """
     ddr = folder / "eval" / "ddr.csv"
-    body = _accuracy(folder)
-    if ddr.is_file():
-        rows = read_records(ddr)
-        body += ["<h2>DD-Ranking</h2>", html_table(list(rows[0]), [list(r.values()) for r in rows])]
-    if not body:
+    accuracy = accuracy_content(folder)
+    rows = read_records(ddr) if ddr.is_file() else []
+    if not accuracy and not rows:
         raise InputError(
             f"{folder} holds no results (no eval/summary.csv); run `dq evaluate` first, or name a --config"
         )
-    return write_page(folder / "report.html", folder.name, ["<h1>Results</h1>", *body])
-
-
-def write_page(page: Path, title: str, body: list[str]) -> Path:
-    """Write a self-contained HTML page of these pieces; returns its path."""
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%;image-rendering:pixelated}"
-        "pre{background:#f6f6f6;padding:1em;overflow:auto}"
+    dd_ranking = (list(rows[0]), [list(r.values()) for r in rows]) if rows else None
+    return write_page(
+        folder / "report.html", "results.html", title=folder.name, accuracy=accuracy, dd_ranking=dd_ranking
     )
-    write_text(
-        page,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dq: {html.escape(title)}</title>'
-        f"<style>{style}</style><body>{''.join(body)}</body></html>\n",
-    )
-    return page
 
 
 def _shown_ipc(ipcs: tuple[int, ...]) -> int:
@@ -144,17 +138,7 @@ def _shown_ipc(ipcs: tuple[int, ...]) -> int:
     return 10 if 10 in ipcs else max((i for i in ipcs if i <= 20), default=min(ipcs))
 
 
-def _facts(run: Run) -> str:
-    counts = run.source.class_counts()
-    p = read_json(run.folder / "provenance.json")
-    return (
-        f"<p>{int(counts.sum())} train images of {len(counts)} classes from "
-        f"<code>{html.escape(run.source.origin)}</code> (fingerprint {run.source.fingerprint}); "
-        f"dq {p['dq']}, torch {p['versions']['torch']}, diffusers {p['versions']['diffusers']}; seed {p['seed']}.</p>"
-    )
-
-
-def _accuracy(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> list[str]:
+def accuracy_content(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
     """Tables and figures of the results in a folder; nothing if there are none.
 
     Args:
@@ -162,19 +146,19 @@ def _accuracy(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> list[st
     """
     summary, comparisons = folder / "eval" / "summary.csv", folder / "eval" / "comparisons.csv"
     if not summary.is_file():
-        return []
+        return {}
     every = read_records(summary)
     records = [r for r in every if (r["set"], r["ipc"]) not in outdated]
-    body = ["<h2>Accuracy</h2>"]
+    accuracy: dict[str, Any] = {"outdated": "", "table": None, "figures": [], "differences": None}
     if len(records) < len(every):
-        text = ", ".join(f"{name} at IPC {ipc}" for name, ipc in outdated)
-        log.warning("%s has rows of sets that were made anew since (%s); the report leaves them out", summary, text)
-        body.append(
-            f"<p>Left out, since the set was made anew after it was evaluated: {html.escape(text)}. "
-            "<code>dq evaluate</code> measures the set that is there.</p>"
+        accuracy["outdated"] = ", ".join(f"{name} at IPC {ipc}" for name, ipc in outdated)
+        log.warning(
+            "%s has rows of sets that were made anew since (%s); the report leaves them out",
+            summary,
+            accuracy["outdated"],
         )
     if not records:
-        return body
+        return accuracy
 
     def percent(r: dict[str, str], which: str) -> str:
         std = f" ± {100 * float(r[f'{which}_std']):.1f}" if r[f"{which}_std"] else ""
@@ -190,11 +174,11 @@ def _accuracy(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> list[st
         row += [percent(r, "last"), percent(r, "best"), r["selected_on"]]
         row += [*(percent(r, which) if r[f"{which}_mean"] else "" for which in sliced), r["label_bytes"]]
         rows.append([*row, f"{r['protocol']}: {r['settings']}"])
-    body.append(html_table([*head, "protocol"], rows))
+    accuracy["table"] = ([*head, "protocol"], rows)
     for name, figure in results_figures(records, new_figure):
         path = folder / "figures" / f"{name}.png"
         save_figure(figure, path)
-        body.append(embed(path))
+        accuracy["figures"].append(path)
     compared = read_records(comparisons) if comparisons.is_file() else []
     compared = [r for r in compared if not {(r[k], r["ipc"]) for k in ("set", "against")} & set(outdated)]
     if compared:
@@ -204,11 +188,11 @@ def _accuracy(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> list[st
             interval = f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else ""
             row = [r["set"], r["against"], r["ipc"], names[int(r["recipe"])], r["pairs"]]
             rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
-        body += ["<h2>Differences of pairs of seeds, 95 % intervals</h2>", html_table(head, rows)]
-    return body
+        accuracy["differences"] = (head, rows)
+    return accuracy
 
 
-def _selections(run: Run, present: Sequence[tuple[int, str]]) -> list[str]:
+def _selections(run: Run, present: Sequence[tuple[int, str]]) -> dict[str, Any]:
     """Of every set that was selected from candidates: the rule, its teacher, and what was kept; nothing if there is
     none."""
     rows, sentences = [], []
@@ -221,60 +205,50 @@ def _selections(run: Run, present: Sequence[tuple[int, str]]) -> list[str]:
             w2 = ", ".join(f"{name} {first:.3f} to {last:.3f}" for name, first, last in measures)
             rows.append([method, ipc, s["rule"], s["candidates"], s["teacher"], s["images"], drawn, kept, w2])
             sentences += [f"{method} at IPC {ipc}: {sentence}." for sentence in selection_sentences(s)]
-    if not rows:
-        return []
     head = ["method", "IPC", "rule", "candidates", "teacher", "images", "p(y) of all", "p(y) of the kept"]
-    body = ["<h2>Selection among candidates</h2>", html_table([*head, "from the first draws to the kept"], rows)]
-    return body + [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
+    table = ([*head, "from the first draws to the kept"], rows)
+    return {"table": table, "sentences": sentences} if rows else {}
 
 
-def _refinement(run: Run) -> list[str]:
-    """Of every refined folder: what teachers and judges said before and after, losses over steps, and images through
-    the blocks; nothing if there are none."""
-    folders = refined_folders(run)
-    body = ["<h2>Refinement</h2>"] if folders else []
-    for title, folder in folders.items():
-        summary = read_json(folder / "summary.json")
-        rows = []
-        for group in ("teachers", "judges"):
-            for a, b in zip(summary["before"][group], summary["after"][group]):
-                said = [f"{100 * x['accuracy']:.1f} %" for x in (a, b)] + [f"{x['cross_entropy']:.3f}" for x in (a, b)]
-                rows.append([f"{a['name']} ({group[:-1]})", *said])
-        for key, what in (("variation", "total variation"), ("anchor_distance", "distance to the anchor")):
-            rows.append([f"{what}, grey levels", *(f"{summary[w][key]:.2f}" for w in ("before", "after")), "", ""])
-        path = run.folder / "figures" / f"{folder.name}-losses.png"
-        trace = read_trace(folder)
-        body += [f"<h3>{html.escape(title)}</h3>", html_table(["", "before", "after", "CE before", "CE after"], rows)]
-        body += _recorded(summary)
-        if len(trace.losses):
-            body.append(_trace_table(trace))
-            save_figure(_loss_figure(trace), path)
-            body.append(embed(path))
-        if len(trace.losses) and trace.blocks is not None:
-            strip = trace.blocks
-            picture = run.folder / "figures" / f"{folder.name}-blocks.png"
-            side = strip.shape[-1]
-            grid = image_grid([list(images) for images in strip], scale=max(1, round(64 / side)))
-            save_image(grid, picture)
-            body.append(
-                "<p>The first images of the first batch: what they start from, and at the end of each block.</p>"
-                + embed(picture)
-            )
-    return body
+def _refinement(run: Run, heading: str, folder: Path) -> dict[str, Any]:
+    """Of a refined folder: measures of teachers and judges before and after, losses over steps, images after each
+    block, and what the method records of its work."""
+    summary = read_json(folder / "summary.json")
+    rows = []
+    for group in ("teachers", "judges"):
+        for a, b in zip(summary["before"][group], summary["after"][group]):
+            accuracies = [f"{100 * x['accuracy']:.1f} %" for x in (a, b)]
+            rows.append([f"{a['name']} ({group[:-1]})", *accuracies, *(f"{x['cross_entropy']:.3f}" for x in (a, b))])
+    for key, what in (("variation", "total variation"), ("anchor_distance", "distance to the anchor")):
+        rows.append([f"{what}, grey levels", *(f"{summary[w][key]:.2f}" for w in ("before", "after")), "", ""])
+    trace = read_trace(folder)
+    losses = run.folder / "figures" / f"{folder.name}-losses.png" if len(trace.losses) else None
+    if losses:
+        save_figure(_loss_figure(trace), losses)
+    blocks = run.folder / "figures" / f"{folder.name}-blocks.png" if losses and trace.blocks is not None else None
+    if blocks and trace.blocks is not None:
+        scale = max(1, round(64 / trace.blocks.shape[-1]))
+        save_image(image_grid([list(images) for images in trace.blocks], scale=scale), blocks)
+    checks = [[steps, f"{100 * accuracy:.1f} %"] for steps, accuracy in summary.get("checks") or ()]
+    return {
+        "heading": heading,
+        "measures": (["", "before", "after", "CE before", "CE after"], rows),
+        "checks": (["steps", "held-out train images, networks trained on the set"], checks) if checks else None,
+        "facts": _recorded(summary),
+        "trace": _trace_table(trace) if losses else None,
+        "losses": losses,
+        "blocks": blocks,
+    }
 
 
-def _recorded(summary: dict[str, Any]) -> list[str]:
-    """What a method records of its work on the whole set: accuracies on held-out images, skipped steps, ..."""
-    body = []
-    if summary.get("checks"):
-        rows = [[steps, f"{100 * accuracy:.1f} %"] for steps, accuracy in summary["checks"]]
-        body.append(html_table(["steps", "held-out train images, networks trained on the set"], rows))
+def _recorded(summary: dict[str, Any]) -> str:
+    """What a method records of its work on the whole set: skipped steps, ..."""
     shown = {k: v for k, v in summary.items() if k not in NOT_FACTS and not isinstance(v, dict)}
     parts = [f"{k.replace('_', ' ')} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in shown.items()]
-    return [*body, f"<p>{html.escape('; '.join(parts))}</p>"] if parts else body
+    return "; ".join(parts)
 
 
-def _trace_table(trace: Trace) -> str:
+def _trace_table(trace: Trace) -> Table:
     """Terms in five parts of the steps, as means."""
     steps = len(trace.losses)
     ends = sorted({max(1, round(steps * i / TRACE_PARTS)) for i in range(1, TRACE_PARTS + 1)})
@@ -282,7 +256,7 @@ def _trace_table(trace: Trace) -> str:
     for first, end in zip([0, *ends], ends, strict=False):
         values = trace.losses[first:end].mean(0).tolist()
         rows.append([f"{first + 1} to {end}", *(f"{v:.4g}" for v in values)])
-    return html_table(["steps", *(t.replace("_", " ") for t in trace.terms)], rows)
+    return ["steps", *(t.replace("_", " ") for t in trace.terms)], rows
 
 
 def _loss_figure(trace: Trace) -> Any:
@@ -298,7 +272,7 @@ def _loss_figure(trace: Trace) -> Any:
     return figure
 
 
-def _quantization_table(points: list[Prototypes]) -> str:
+def _quantization_table(points: list[Prototypes]) -> Table:
     head = [
         "class",
         "images",
@@ -326,7 +300,7 @@ def _quantization_table(points: list[Prototypes]) -> str:
     ]
     means = [np.mean([p.stats[k] for p in points]) for k in ("distortion", "explained", "w2_mass", "w2_uniform")]
     rows.append(["mean", "", "", f"{means[0]:.3f}", f"{means[1]:.1%}", f"{means[2]:.3f}", f"{means[3]:.3f}", "", ""])
-    return html_table(head, rows)
+    return head, rows
 
 
 def _plain(name: str) -> str:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,12 @@ def test_half_a_line_of_a_log_costs_that_line_alone(tmp_path: Path) -> None:
         assert events[0] == {"stage": "encode"}
         assert events[-1] == {"stage": "cluster"}
         assert len(events) == (3 if cut_at == len(whole) - 1 else 2)
+
+
+def test_every_file_that_is_no_module_is_in_the_wheel() -> None:
+    """Templates, presets, cards and stubs are found through the patterns of setuptools."""
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    files = {f for f in (root / "dq").rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
+    assert {f.name for f in files} >= {"py.typed", "__init__.pyi", "report.html", "dataset_card.md", "demo.yaml"}
+    assert files == {f for pattern in settings["dq"] for f in (root / "dq").glob(pattern)}

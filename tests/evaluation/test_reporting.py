@@ -30,7 +30,8 @@ from dq.evaluation.results import (
     to_csv,
 )
 from dq.evaluation.trainings import Work, write_tables
-from dq.run.report import _accuracy
+from dq.run.pages import write_page
+from dq.run.report import accuracy_content
 from dq.run.stages.evaluate import outdated_rows
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +225,11 @@ def test_recipes_are_named_by_what_differs() -> None:
     assert recipe_names([rows[0], far]) == {0: "resnet18, soft #1", 2: "resnet18, soft #3"}
 
 
+def accuracy_page(folder: Path) -> str:
+    accuracy = accuracy_content(folder, outdated_rows(folder))
+    return write_page(folder / "page.html", "results.html", title="", accuracy=accuracy, dd_ranking=None).read_text()
+
+
 def test_report_tells_students_of_other_labels_apart(tmp_path: Path) -> None:
     from dq.run.report import write_results_report
 
@@ -303,12 +309,12 @@ def test_the_report_leaves_out_rows_of_a_set_that_was_made_anew(tmp_path, accele
     ]
     write_tables(records, Work(tmp_path, accelerator))
     assert outdated_rows(tmp_path) == []
-    assert "Left out" not in "".join(_accuracy(tmp_path, outdated_rows(tmp_path)))
+    assert "Left out" not in accuracy_page(tmp_path)
     changed = s.images_uint8().clone()
     changed[0] = 255 - changed[0]
     dataclasses.replace(s, images=changed).save(tmp_path / "dataset", "ipc2-ours")
     assert outdated_rows(tmp_path) == [(name, "2")]
-    text = "".join(p for p in _accuracy(tmp_path, outdated_rows(tmp_path)) if "base64" not in p)
+    text = accuracy_page(tmp_path)
     assert f"made anew after it was evaluated: {name} at IPC 2" in text
     assert f"<td>{name}</td>" not in text
     assert "<td>random</td>" in text
