@@ -11,12 +11,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
+import hypothesis
 import pytest
 import torch
 from models import toy_splits
 from toy_world import make_world
 
 from dq.core import devices
+
+# the same examples in every run; pytest --hypothesis-profile=default draws others
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
