@@ -347,7 +347,8 @@ def test_own_results_inside_the_data_are_left_aside(tmp_path: Path, caplog: pyte
     small.save(root / "runs" / "dq" / "dataset", "ipc1-ddoq")
     after = load_source(root)
     assert (after.class_counts().tolist(), after.fingerprint) == ([2, 2], before.fingerprint)
-    assert not caplog.records or "runs, sets or models" in warning(caplog)
+    assert "1 runs, sets or models" in warning(caplog)
+    assert str(root / "runs") in warning(caplog)
     # the set itself is data, if it is asked for
     assert len(load_source(root / "runs" / "dq" / "dataset" / "ipc1-ddoq").train) == 2
     # beside tables as well

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -48,7 +49,10 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     page = (run / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "red" in page
+    headings = ["Accuracy", "Images", "Quantization", "IPC 1", "IPC 3", "Settings", "Provenance"]
+    assert [h for h in headings if not re.search(rf"<h[23]>[^<]*{h}[^<]*</h", page)] == []
+    for name, images in zip(("blue", "green", "red"), (7, 8, 9)):
+        assert f"<td>{name}</td><td>{images}</td>" in page
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for stage in ("encode", "cluster", "generate", "label", "evaluate"):
         assert any(e["stage"] == stage for e in events), stage

@@ -249,18 +249,18 @@ def test_a_scale_that_is_far_too_large_costs_no_step(images):
     """Gradients overflow until the scale has come down; the steps lost to that are walked again."""
     net = drawn(TinyNet())
     with torch.no_grad():
-        net.head.weight.mul_(2000)
+        net.head.weight.mul_(100)
     teacher = teacher_of(net)
     config = short(alpha=1.0, lr=0.02)
     kept = []
     found = run(images, [teacher], dataclasses.replace(config, dtype="float16"), callback=Callback(save=kept.append))
     exact = run(images, [teacher], config)
     moved = [(x.blocks[1] - x.blocks[0]).abs().mean() for x in (found, exact)]
-    assert moved[0] > 0.5 * moved[1]
-    if found.precision == "float16":
-        assert kept[0].facts["scale"] < 65536
-        again = run(images, [teacher], dataclasses.replace(config, dtype="float16"), resume=kept[0])
-        assert torch.equal(found.images, again.images)
+    assert float(moved[0]) == pytest.approx(float(moved[1]), rel=0.02)
+    assert found.precision == "float16"
+    assert kept[0].facts["scale"] < 65536
+    again = run(images, [teacher], dataclasses.replace(config, dtype="float16"), resume=kept[0])
+    assert torch.equal(found.images, again.images)
 
 
 def test_a_loss_that_is_no_number_is_said(images):
