@@ -100,7 +100,7 @@ def test_whitened_coordinates_have_unit_variance_and_no_correlation() -> None:
 
 def test_whitening_in_all_directions_is_warned_of() -> None:
     z, _ = one_class(9)
-    with pytest.warns(UserWarning, match="whitening 9 images in 8 directions puts all of them at one distance"):
+    with pytest.warns(UserWarning, match="whitening 9 images in 8 directions"):
         y = embed(z, None, config("whitened", dims=None))
     assert torch.pdist(y).std() < 1e-3 * torch.pdist(y).mean()
 
@@ -344,7 +344,7 @@ def test_another_teacher_has_another_folder_and_other_prototypes(
     names = [prototype_folder(run, cache, 2, run.resolved(m)).name for m in ("latents", "features")]
     other = write_teacher(tmp_path / "b.safetensors", *toy_images["train"], seed=1)
     moved = make_run(tmp_path, toy_source, accelerator, other, overrides("latents", "features"))
-    with pytest.raises(InputError, match="was clustered by the features of another teacher; run `dq cluster` again"):
+    with pytest.raises(InputError, match=r"features of another teacher.*`dq cluster`"):
         points(moved, "features")
     before = shards(tmp_path) | shards(tmp_path, "run/prototypes/*/class-*")
     clustered(moved)
@@ -362,7 +362,7 @@ def test_later_stages_do_not_need_the_teacher(
     mine = tmp_path / "t.safetensors"
     mine.write_bytes(teacher.read_bytes())
     run = make_run(tmp_path, toy_source, accelerator, mine, overrides("joint"))
-    with pytest.raises(InputError, match="has no features of a teacher yet; run `dq cluster` first"):
+    with pytest.raises(InputError, match=r"no features .*`dq cluster`"):
         features_of(run)
     clustered(run)
     mine.unlink()
@@ -379,7 +379,7 @@ def test_features_of_other_images_are_refused(tmp_path: Path, toy_source, accele
     assert tensors["labels"].tolist() == [1, 2, 2, 2, 2, 2, 2, 2]
     write_tensors(file, {k: v[:-1] for k, v in tensors.items()}, meta)
     more = make_run(tmp_path, toy_source, accelerator, teacher, overrides("features"), ipc=[2, 3])
-    with pytest.raises(RunError, match="has features of 6 images that are not the 7 images of class 2 'blue'; delete"):
+    with pytest.raises(RunError, match=r"6 images .* 7 images of class 2 'blue'; delete"):
         cluster(more, cache_of(more))
 
 

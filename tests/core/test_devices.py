@@ -180,9 +180,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(
-        RunError, match=r"2 processes on this machine would share 1 GPU\(s\); start at most 1, or give"
-    ):
+    with pytest.raises(RunError, match=r"2 processes .* 1 GPU.*at most 1, or give"):
         make_accelerator()
 
 

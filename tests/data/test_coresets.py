@@ -96,7 +96,7 @@ def test_equal_features_are_picked_by_row_and_small_classes_whole() -> None:
 
 def test_facility_location_refuses_what_it_cannot_use() -> None:
     x, labels = features(6), np.array([0, 0, 0, 1, 1, 1])
-    with pytest.raises(InputError, match=r"weights of class 1 must be \(3,\), finite, non-negative and not all zero"):
+    with pytest.raises(InputError, match=r"weights of class 1 must be \(3,\)"):
         facility_rows(x, labels, 2, torch.tensor([1.0, 1, 1, 0, 0, 0]))
     for bad in (-1.0, torch.nan):
         with pytest.raises(InputError, match="weights of the data must be"):
@@ -105,9 +105,9 @@ def test_facility_location_refuses_what_it_cannot_use() -> None:
         facility_rows(x, labels, 2, torch.ones(5))
     with pytest.raises(InputError, match="first in row 4"):
         facility_rows(torch.where(torch.arange(6)[:, None] == 4, torch.nan, x), labels, 2)
-    with pytest.raises(InputError, match="candidates of the data have NaN or infinite values, first in row 0"):
+    with pytest.raises(InputError, match=r"candidates .*NaN.*row 0\b"):
         facility_location(x, 2, candidates=torch.full((2, 6), torch.inf))
-    with pytest.raises(InputError, match="candidates of the data have 3 features and the points 6"):
+    with pytest.raises(InputError, match=r"candidates .* 3 features .* 6"):
         facility_location(x, 2, candidates=torch.ones(2, 3))
     with pytest.raises(InputError, match="at least 1 image per class, not 0"):
         facility_location(x, 0)
@@ -138,7 +138,7 @@ def test_median_scores_by_hand() -> None:
 @pytest.mark.parametrize("rule", [window_rows, median_rows])
 def test_rules_by_scores_refuse_what_they_cannot_use(rule) -> None:
     labels = np.array([1, 0, 0])
-    with pytest.raises(InputError, match="scores have NaN or infinite values, first in row 2; make them again"):
+    with pytest.raises(InputError, match=r"scores .*NaN.*row 2\b"):
         rule(torch.tensor([0.0, 1.0, torch.nan]), labels, 1)
     with pytest.raises(InputError, match=r"scores must be \(3,\), one per label, not \(2,\)"):
         rule(torch.zeros(2), labels, 1)
@@ -151,9 +151,9 @@ def test_rules_by_scores_refuse_what_they_cannot_use(rule) -> None:
 
 @pytest.mark.parametrize("masses", [np.zeros(3), np.array([1.0, -1.0]), np.array([1.0, np.nan]), np.zeros(0)])
 def test_shares_of_no_mass_are_refused(masses: np.ndarray) -> None:
-    with pytest.raises(InputError, match="masses to share by must be a list of numbers: finite, non-negative"):
+    with pytest.raises(InputError, match=r"masses .*finite, non-negative"):
         largest_remainder(masses, 4)
-    with pytest.raises(InputError, match="a total to share must be at least 0, not -1"):
+    with pytest.raises(InputError, match=r"total .*at least 0, not -1"):
         largest_remainder(np.ones(2), -1)
 
 

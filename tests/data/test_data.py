@@ -140,7 +140,7 @@ def test_image_folder_without_splits_and_its_fingerprint(tmp_path: Path) -> None
     assert again.fingerprint == source.fingerprint
     (root / "cat" / "1.png").write_bytes((root / "cat" / "0.png").read_bytes() + b"\0")
     assert load_source(root).fingerprint != source.fingerprint
-    with pytest.raises(InputError, match=r"has no test split \(it has train\); name one"):
+    with pytest.raises(InputError, match=r"no test split \(it has train\)"):
         _ = source.test
 
 
@@ -229,11 +229,11 @@ def test_missing_sources(config: dict, message: str) -> None:
 
 def test_missing_split_and_column(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "set", names=["x", "y", "z"])
-    with pytest.raises(InputError, match=r"has no split 'training'; it has train, test"):
+    with pytest.raises(InputError, match=r"no split 'training'.* train, test"):
         load_source(folder, train_split="training")
-    with pytest.raises(InputError, match=r"has no split 'dev'; it has train, test"):
+    with pytest.raises(InputError, match=r"no split 'dev'.* train, test"):
         load_source(folder, test_split="dev")
-    with pytest.raises(InputError, match="has no column 'picture'; it has img, label"):
+    with pytest.raises(InputError, match=r"no column 'picture'.* img, label"):
         load_source(folder, image_column="picture")
 
 

@@ -204,7 +204,7 @@ def test_split_names_of_tensors(tmp_path: Path) -> None:
     x, y = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
     source = load_source({"Training": (x, y), "TEST": (x, y - 9), "val": (x, y)})
     assert (source.train_name, source.test_name) == ("Training", "val")
-    with pytest.raises(InputError, match="split 'test' of tensors has no labels; leave it out"):
+    with pytest.raises(InputError, match=r"split 'test' .*no labels"):
         load_source({"train": (x, y), "test": (x, y - 9)})
 
 
@@ -226,7 +226,7 @@ def test_domains_and_parts_of_classes(tmp_path: Path) -> None:
     source = load_source(nested, train_split="a_train", test_split="a_test")
     assert (source.class_names, len(source.test)) == (("mug", "pen"), 4)
     parts = tree(tmp_path / "xray", *(f"{c}/{d}" for c in ("covid", "normal") for d in ("images", "masks")))
-    with pytest.raises(InputError, match=r"if they are parts of every class, set source.nested=join"):
+    with pytest.raises(InputError, match=r"source\.nested=join"):
         load_source(parts)
     assert load_source(parts, nested="join").class_counts().tolist() == [4, 4]
 
@@ -236,7 +236,7 @@ def test_a_flat_split_folder_is_refused_with_what_its_table_has(tmp_path: Path) 
     with pytest.raises(InputError, match=r"train of .* holds no class folders"):
         load_source(flat)
     (flat / "train.csv").write_text("id,breed\n")
-    with pytest.raises(InputError, match=r"train\.csv are read if it is called metadata\.csv"):
+    with pytest.raises(InputError, match=r"train\.csv .*metadata\.csv"):
         load_source(flat)
     (flat / "train" / "metadata.csv").write_text("file_name,category\n0.png,a\n1.png,b\n")
     with pytest.raises(InputError, match=r"columns file_name, category: name .* source.label_column=NAME"):
@@ -331,7 +331,7 @@ def test_links_are_followed_and_broken_ones_named(tmp_path: Path, caplog: pytest
     assert load_source(tmp_path / "data").class_counts().tolist() == [2, 5]
     assert "1 links to a folder above" in warning(caplog)
     (tmp_path / "data" / "oak" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(InputError, match=r"gone\.png points to a file that is not there.*on_bad_image=skip"):
+    with pytest.raises(InputError, match=r"gone\.png .*on_bad_image=skip"):
         load_source(tmp_path / "data")
     caplog.clear()
     assert len(load_source(tmp_path / "data", on_bad_image="skip").train) == 7
@@ -408,7 +408,7 @@ def test_dotted_names_of_a_tar_are_counted(tmp_path: Path, caplog: pytest.LogCap
     assert (len(source.train), source.class_names) == (1, ("1",))
     assert "1 images whose names have several dots (first: p.f.png in train-0.tar)" in warning(caplog)
     write("p.f")
-    with pytest.raises(InputError, match="has no row that is read: 1 images whose names have several dots"):
+    with pytest.raises(InputError, match=r"no row .*: 1 images .*several dots"):
         load_source(tmp_path, streaming=True)
 
 
@@ -455,7 +455,7 @@ def test_a_table_without_labels_leaves_the_class_folders(tmp_path: Path, caplog:
     assert "1 tables beside class folders" in warning(caplog)
     flat = tree(tmp_path / "flat", ".")
     (flat / "labels.csv").write_text("name,label\n")
-    with pytest.raises(InputError, match=r"labels\.csv are read if it is called metadata\.csv"):
+    with pytest.raises(InputError, match=r"labels\.csv .*metadata\.csv"):
         load_source(flat)
 
 

@@ -31,7 +31,7 @@ def test_soft_labels_are_converted_both_ways() -> None:
     q = labels_to_probabilities(y, 0.1)
     torch.testing.assert_close(q.sum(1), torch.ones(6, dtype=torch.float64))
     assert torch.equal(q.argmax(1), p.argmax(1))
-    with pytest.raises(InputError, match="temperature of soft labels must be more than 0, not 0"):
+    with pytest.raises(InputError, match=r"temperature .*more than 0, not 0"):
         labels_to_probabilities(y, 0.0)
 
 

@@ -38,7 +38,7 @@ def test_two_equals_are_refused_and_the_index_tells_them_apart(name: str, indice
 
 
 def test_a_mapping_names_classes_of_the_data() -> None:
-    with pytest.raises(InputError, match="class_map names 'crame', which is no class of the data; did you mean"):
+    with pytest.raises(InputError, match=r"class_map .*'crame'.*did you mean"):
         class_indices(["crane", "missile"], NAMES, 8, {"crame": "0"})
     with pytest.raises(InputError, match=r"lacks class 'crane' \(class_map: 'melon'\)"):
         class_indices(["crane"], NAMES, 8, {"crane": "melon"})

@@ -175,7 +175,7 @@ def test_posterior_sample_belongs_to_the_image_not_to_the_batch() -> None:
 def test_non_finite_latents_stop() -> None:
     codec = tiny_kl()
     codec.encoder.conv_out.bias.fill_(float("inf"))
-    with pytest.raises(RunError, match=r"NaN or infinite latents in float32; use --set codec.dtype=bfloat16"):
+    with pytest.raises(RunError, match=r"NaN .*float32; .*codec\.dtype=bfloat16"):
         encode_latents(codec, IMAGES)
 
 
@@ -202,7 +202,7 @@ def test_wrong_codecs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(InputError, match="is a UNet2DModel, not one of the autoencoders"):
         load_codec(tmp_path / "unet")
-    with pytest.raises(InputError, match="resolution=9 is not a multiple of the codec's downscaling factor 2"):
+    with pytest.raises(InputError, match=r"resolution=9 .*factor 2"):
         latent_shape(tiny_kl(), 9)
 
 

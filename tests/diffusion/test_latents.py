@@ -157,7 +157,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
     skip = load_source(source, on_bad_image="skip")
     cache = open_cache(tmp_path / "cache", skip, tiny_kl(), CODEC, seed=0)
     encode_source(skip, tiny_kl(), cache, CODEC, seed=0)
-    with pytest.raises(InputError, match="no image of class 1 'b' can be read; replace them or drop the class"):
+    with pytest.raises(InputError, match="no image of class 1 'b'"):
         cache.check()
 
 
@@ -166,7 +166,7 @@ def test_missing_files_are_named_and_damaged_ones_made_anew(
 ) -> None:
     codec = tiny_kl()
     cache = cache_in(tmp_path, toy_source, codec)
-    with pytest.raises(InputError, match=r"lacks 3 of 3 files, first part-000000.safetensors; run `dq encode` first"):
+    with pytest.raises(InputError, match=r"lacks 3 of 3 .*part-000000\.safetensors.*`dq encode`"):
         cache.load(1)
     encode_source(toy_source, codec, cache, CODEC, seed=0)
     whole = [cache.path(i).read_bytes() for i in range(3)]
@@ -188,6 +188,6 @@ def test_missing_files_are_named_and_damaged_ones_made_anew(
 def test_latents_that_do_not_fit_are_named(tmp_path: Path, toy_source) -> None:
     codec = tiny_kl(scaling_factor=1e9)
     cache = cache_in(tmp_path, toy_source, codec)
-    with pytest.raises(InputError, match=r"the latent of row 0 of split 'train' exceeds the float16 range"):
+    with pytest.raises(InputError, match=r"row 0 of split 'train' .*float16"):
         encode_source(toy_source, codec, cache, CODEC, seed=0)
     assert cache.missing() == [0, 1, 2]

@@ -305,7 +305,7 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
 
 def test_a_codec_that_does_not_fit_the_denoiser() -> None:
     pipe = DistillPipeline(vae=tiny_kl(latent_channels=3), transformer=tiny_dit(), scheduler=DDIMScheduler())
-    with pytest.raises(InputError, match="the codec has 3 latent channels but the denoiser takes 4"):
+    with pytest.raises(InputError, match=r"codec has 3 .*denoiser takes 4"):
         pipe.check_inputs(DIT, 8, NAMES)
     with pytest.raises(InputError, match=r"codec.resolution=16 gives 8x8 latents but the DiT takes 4x4"):
         dit_pipe().check_inputs(DIT, 16, NAMES)
@@ -326,9 +326,7 @@ def test_classes_are_matched_by_name_never_by_chance() -> None:
     assert pipe.condition_ids(NAMES) == [1, 3, 0]
     assert pipe.condition_ids(("a", "red"), {"a": "2"}) == [2, 1]
     assert pipe.condition_ids(("a",), {"a": "grey"}) == [2]
-    with pytest.raises(
-        InputError, match=r"the generator \(4 classes\) lacks class 'cat'; map it with generate.class_map"
-    ):
+    with pytest.raises(InputError, match=r"4 classes.* 'cat'.*generate\.class_map"):
         pipe.condition_ids(("red", "cat"))
     with pytest.raises(InputError, match="lacks class 'a'"):
         pipe.condition_ids(("a",), {"a": "9"})

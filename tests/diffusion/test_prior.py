@@ -194,7 +194,7 @@ def test_denoiser_comes_with_a_codec_of_normal_latents(plain, toy_source, accele
 def test_codec_of_the_folder_must_be_normal(plain, accelerator, tmp_path):
     plain.codec.save_pretrained(tmp_path / "vae")
     prior = prior_in(tmp_path, denoiser={"steps": 2})
-    with pytest.raises(RunError, match=r"vae gives latents that are not normalised by channel.*normalize=none"):
+    with pytest.raises(RunError, match=r"vae .*channel.*normalize=none"):
         train_denoiser(plain.cache, plain.codec, prior, class_names=NAMES, accelerator=accelerator)
     before = {p: p.read_bytes() for p in (tmp_path / "vae").iterdir()}
     prior = prior_in(tmp_path, denoiser={"steps": 2, "normalize": "none"})
@@ -451,9 +451,7 @@ def test_changed_settings_are_refused(made, toy_source, accelerator):
 def test_checkpoint_of_other_settings_is_refused(toy_source, accelerator, tmp_path, monkeypatch):
     with interrupted_at_save(monkeypatch, 2):
         train_codec(toy_source, CODEC, prior_in(tmp_path), accelerator=accelerator)
-    with pytest.raises(
-        RunError, match=r"\.training-codec holds an unfinished codec of other settings.*prior\.output_dir"
-    ):
+    with pytest.raises(RunError, match=r"\.training-codec .*other settings.*prior\.output_dir"):
         train_codec(toy_source, CODEC, prior_in(tmp_path, codec={"lr": 1e-3}), accelerator=accelerator)
 
 
@@ -464,16 +462,16 @@ def test_denoiser_checkpoint_of_other_settings_is_refused(made, accelerator, tmp
             made.cache, made.codec, prior_in(tmp_path, denoiser=short), class_names=NAMES, accelerator=accelerator
         )
     changed = prior_in(tmp_path, denoiser=short | {"ema": (0.5,)})
-    with pytest.raises(RunError, match=r"\.training-denoiser holds an unfinished denoiser of other settings"):
+    with pytest.raises(RunError, match=r"\.training-denoiser .*other settings"):
         train_denoiser(made.cache, made.codec, changed, class_names=NAMES, accelerator=accelerator)
 
 
 def test_models_of_others_are_kept(made, toy_source, accelerator, tmp_path):
     other = new_codec(prior_in(tmp_path, seed=5), 8)
     other.save_pretrained(tmp_path / "vae")
-    with pytest.raises(RunError, match="vae holds a model that was not trained here"):
+    with pytest.raises(RunError, match=r"vae .*not trained here"):
         train_codec(toy_source, CODEC, prior_in(tmp_path), accelerator=accelerator)
-    with pytest.raises(RunError, match="vae is not the codec that made these latents"):
+    with pytest.raises(RunError, match="vae is not the codec"):
         train_denoiser(made.cache, made.codec, prior_in(tmp_path), class_names=NAMES, accelerator=accelerator)
 
 
@@ -524,7 +522,7 @@ def test_nan_is_an_error_and_no_checkpoint(made, accelerator, tmp_path):
     prior = prior_in(tmp_path, denoiser={"lr": 1e30, "warmup_steps": 0, "save_every": 5})
     with pytest.raises(
         RunError,
-        match=r"loss of the denoiser became NaN or infinite before step 5; no earlier step was saved.*denoiser\.lr",
+        match=r"loss of the denoiser .*NaN.*step 5; .*denoiser\.lr",
     ):
         train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
     assert not (tmp_path / ".training-denoiser" / "checkpoint.safetensors").exists()

@@ -89,7 +89,7 @@ def test_mirrored_latents_must_be_given_and_be_those_of_the_same_images(made, to
     from dq.data.load import load_source
 
     prior = prior_in(tmp_path, denoiser={"flip": True})
-    with pytest.raises(InputError, match="flip=true needs the latents of the mirrored images"):
+    with pytest.raises(InputError, match=r"flip=true .*mirrored"):
         train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
     x, y = toy_images["train"] if isinstance(toy_images, dict) else toy_images[0]
     fewer = encoded(load_source((x[1:], y[1:]), class_names=list(NAMES)), tmp_path, made.codec, flip=True)

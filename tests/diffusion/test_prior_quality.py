@@ -128,7 +128,7 @@ def test_kernel_distance_is_unbiased_symmetric_and_seeded() -> None:
     assert kernel_distance(x, y, subsets=20) == (mean, std)
     assert kernel_distance(x, y, subsets=20, seed=1) != (mean, std)
     assert kernel_distance(x, y, subsets=1, size=40)[0] == pytest.approx(kernel_distance(y, x, subsets=1, size=40)[0])
-    with pytest.raises(InputError, match=r"20 subsets of 41 rows cannot be drawn from 40; choose 2 to 40 rows"):
+    with pytest.raises(InputError, match=r"20 subsets of 41 rows .* 2 to 40 rows"):
         kernel_distance(x, y, subsets=20, size=41)
 
 
@@ -192,7 +192,7 @@ def test_copies_of_train_images_are_found_and_new_images_are_not() -> None:
     assert i[350:, 0].tolist() == list(range(150))
     assert nearest_ratio(nearest(train[:100], train)[0][:, 0], usual)[1] < 1e-6
     assert nearest_ratio(usual, usual) == (pytest.approx(0.01), 1)
-    with pytest.raises(InputError, match="most test images are train images; name another split"):
+    with pytest.raises(InputError, match="test images are train images"):
         nearest_ratio(usual, torch.zeros(5))
 
 
@@ -309,7 +309,7 @@ def test_images_are_stored_by_what_decides_them(tmp_path: Path, monkeypatch) -> 
 def test_a_model_that_breaks_is_one_sentence() -> None:
     pipe = pipe_of(schedulers()["ddim"])
     torch.nn.init.constant_(pipe.transformer.proj_out_2.bias, math.inf)
-    with pytest.raises(RunError, match=r"ended in NaN or infinite latents; use --set generate\.dtype"):
+    with pytest.raises(RunError, match=r"NaN .*generate\.dtype"):
         sample_latents(
             pipe.transformer, pipe.scheduler, [0], [generator("test")], guidance_scale=2.0, num_inference_steps=2
         )

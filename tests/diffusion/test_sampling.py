@@ -259,7 +259,7 @@ def test_every_scheduler_that_can_be_named_ends_at_the_data(given, name: str, sn
     "name", ["EDMEulerScheduler", "CMStochasticIterativeScheduler", "SASolverScheduler", "Nonsense"]
 )
 def test_a_scheduler_for_other_models_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"generate.scheduler={name} is none that this model can be walked with"):
+    with pytest.raises(InputError, match=rf"generate\.scheduler={name} "):
         choose_scheduler(NOISE_GIVEN, name)
 
 
@@ -328,7 +328,7 @@ def test_noise_schedulers_refuse_flows(given, name: str) -> None:
 
 
 def test_flow_schedulers_refuse_noise() -> None:
-    with pytest.raises(InputError, match=r"but this one predicts noise \(DDIMScheduler\); set DDIMScheduler"):
+    with pytest.raises(InputError, match=r"predicts noise \(DDIMScheduler\); set DDIMScheduler"):
         choose_scheduler(NOISE_GIVEN, "FlowMatchEulerDiscreteScheduler")
 
 

@@ -84,7 +84,7 @@ def test_faults(tmp_path: Path) -> None:
     make().save(tmp_path, "b")
     with pytest.raises(InputError, match=r"has no set 'c'; it has a, b"):
         DistilledSet.load(tmp_path, "c")
-    with pytest.raises(InputError, match=r"several sets, and none is named; it has a, b: give the path .*/a$"):
+    with pytest.raises(InputError, match=r"several sets.* a, b: .*/a$"):
         DistilledSet.load(tmp_path)
     with pytest.raises(InputError, match="a distilled set of 6 images has 5 weights"):
         dataclasses.replace(make(), weights=torch.ones(5))
@@ -115,7 +115,7 @@ def test_any_path_to_a_set_opens_it(run: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_paths_without_one_set_name_those_that_are_there(run: Path) -> None:
     for load in (DistilledSet.load, load_set):
         for path in (run, run / "dataset"):
-            with pytest.raises(InputError, match=r"has no distilled set; give the folder of a set.*`dq label`"):
+            with pytest.raises(InputError, match=r"no distilled set.*`dq label`"):
                 load(path)
             (run / "dataset").mkdir(exist_ok=True)
     for name in ("ipc2-ddoq", "ipc2-d4m"):
@@ -128,7 +128,7 @@ def test_paths_without_one_set_name_those_that_are_there(run: Path) -> None:
                 load(path)
     with pytest.raises(InputError, match=r"no set .*/ipc3; .*dataset has ipc2-d4m, ipc2-ddoq$"):
         DistilledSet.load(run / "dataset" / "ipc3")
-    with pytest.raises(InputError, match=r"dataset has no set 'ipc3'; it has ipc2-d4m, ipc2-ddoq$"):
+    with pytest.raises(InputError, match=r"no set 'ipc3'.* ipc2-d4m, ipc2-ddoq$"):
         DistilledSet.load(run, "ipc3")
     # a folder of runs is none of sets
     with pytest.raises(InputError, match=r"has no distilled set"):
@@ -317,7 +317,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_parts_must_fit(tmp_path: Path) -> None:
     a, b, c = classes_of(make())
-    with pytest.raises(InputError, match="a part of the set has other classes than the first"):
+    with pytest.raises(InputError, match="other classes"):
         write_set(tmp_path, "x", [a, dataclasses.replace(b, class_names=("ant", "bee", "zebra"))], {})
     with pytest.raises(InputError, match="a part of the set has other soft_labels"):
         write_set(tmp_path, "x", [a, dataclasses.replace(c, soft_labels=torch.zeros(2, 3).half())], {})

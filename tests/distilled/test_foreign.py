@@ -115,7 +115,7 @@ def test_missing_other_and_empty_classes_are_named(tmp_path):
     with pytest.raises(InputError, match=r"class 2 'red' has no image in .*two; every class needs one"):
         load_set(tmp_path / "two", NAMES)
     folder_set(tmp_path / "other", ("blue", "green", "pink"))
-    with pytest.raises(InputError, match=r"has the classes blue, green, pink\.\.\., the data has blue, green, red"):
+    with pytest.raises(InputError, match=r"blue, green, pink\.\.\., the data has blue, green, red"):
         load_set(tmp_path / "other", NAMES)
     save_images(folder_set(tmp_path / "more") / "white", small()[0])
     with pytest.raises(InputError, match="white"):
@@ -193,7 +193,7 @@ def test_normalised_tensors_are_pixels_again(tmp_path, suffix):
     assert not again.bounded
     assert load_set(tmp_path / "mine", ("red", "blue", "green")).images.max() == s.images.max()
     # without mean and std nobody knows what they are
-    with pytest.raises(InputError, match=r"must lie in \[0, 1\]; scale them, or give the mean and std"):
+    with pytest.raises(InputError, match=r"\[0, 1\].*mean and std"):
         load_set(tensor_file(tmp_path / f"t{suffix}", images=normalized(pixels), labels=labels), NAMES)
 
 
@@ -227,7 +227,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, changes, message, suffix)
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_files_that_cannot_be_read_are_named(tmp_path, suffix):
     images, labels = small()
-    with pytest.raises(InputError, match=r"needs the tensors images and labels; it has data, labels"):
+    with pytest.raises(InputError, match=r"images and labels; .*data, labels"):
         load_set(tensor_file(tmp_path / f"keys{suffix}", data=images, labels=labels), NAMES)
     whole = tensor_file(tmp_path / f"torn{suffix}", images=images, labels=labels).read_bytes()
     for left in (len(whole) - 20, 40, 0):
@@ -247,14 +247,14 @@ def test_objects_in_npz_are_not_unpickled(tmp_path):
 @pytest.mark.parametrize("name", ["set.pt", "set.pth"])
 def test_files_of_torch_save_are_not_opened(tmp_path, name):
     torch.save({"images": small()[0], "labels": small()[1]}, tmp_path / name)
-    with pytest.raises(InputError, match=r"can run code; save the tensors as safetensors"):
+    with pytest.raises(InputError, match=r"can run code; .*safetensors"):
         load_set(tmp_path / name, NAMES)
 
 
 def test_anything_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     for path in (tmp_path / "notes.txt", tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=r"is not a distilled set that can be read; give a folder"):
+        with pytest.raises(InputError, match=r"is not a distilled set"):
             load_set(path, NAMES)
 
 
@@ -389,7 +389,7 @@ def test_parquet_columns_have_the_names_of_tensor_files_too_and_others_are_named
     assert load_set(tmp_path / "b", NAMES).soft_labels is None
     assert "left out 2 columns that mean nothing here (first: logits)" in caplog.text
     parquet(tmp_path / "c" / "train-00000-of-00001.parquet", weight=weights, weights=weights)
-    with pytest.raises(InputError, match=r"columns weight and weights, which mean the same; drop one"):
+    with pytest.raises(InputError, match=r"columns weight and weights"):
         load_set(tmp_path / "c", NAMES)
 
 
@@ -663,7 +663,7 @@ def test_protocol_and_dataset_apply_to_all_configured_students():
     # what is said of one student holds for all that are named
     one = ("--set", "evaluate.students=[{epochs: 5}]", "--student", "vgg11", "--student", "convnet3")
     assert list(resolved(*one).evaluate.students) == [{"epochs": 5, "net": "vgg11"}, {"epochs": 5, "net": "convnet3"}]
-    with pytest.raises(InputError, match=r"either with --student or in evaluate\.students, not in both"):
+    with pytest.raises(InputError, match=r"--student .*evaluate\.students"):
         resolved("--set", TWO, "--student", "vgg11")
 
 
@@ -954,7 +954,7 @@ def test_ddr_compares_sets_of_one_size(world, tmp_path):
     with pytest.raises(InputError, match="sets of equal size"):
         score()
     wide = dataclasses.replace(a, images=torch.zeros(6, 3, 16, 16, dtype=torch.uint8))
-    with pytest.raises(InputError, match=r"images of \[8, 16\] px; say at which size to train"):
+    with pytest.raises(InputError, match=r"images of \[8, 16\] px"):
         score(a, wide)
 
 

@@ -156,13 +156,13 @@ def test_an_evaluation_shares_its_scores_with_runs(toy_source, tmp_path: Path, a
 
 @pytest.mark.parametrize("name", ["facility", "facility_cad", "bps", "confidence", "patches"])
 def test_a_baseline_that_needs_a_teacher_is_refused_without_one(name: str) -> None:
-    with pytest.raises(InputError, match=f"the baseline '{name}' needs a teacher; set teachers, or leave it out"):
+    with pytest.raises(InputError, match=f"'{name}' needs a teacher; set teachers"):
         check_taught(EvaluateConfig(baselines=("random", name)), [], ())
     check_taught(EvaluateConfig(baselines=("random", "window", "forgetting")), [], ())
 
 
 def test_difficulty_that_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(InputError, match="'facility_cad' goes by a deviation over epochs and difficulty is scored"):
+    with pytest.raises(InputError, match=r"'facility_cad' .*difficulty"):
         check_difficulty(("facility_cad",), DifficultyConfig(score_epoch=1), 3, 8)
     with pytest.raises(InputError, match="convnet9"):
         check_difficulty(("window",), DifficultyConfig(net="convnet9"), 3, 8)

@@ -125,7 +125,7 @@ def test_parts_are_distilled_apart_and_networks_learn_their_union(
     assert len(calls.sets) == 2
     assert len(calls.real) == 2
     assert (tmp_path / "a.csv").read_text() == whole
-    with pytest.raises(InputError, match=r"a\.csv holds results of another command, .*; name another file with --csv"):
+    with pytest.raises(InputError, match=r"a\.csv .*another command.*--csv"):
         continual.main([*command, "--order_seed", "1"])
 
 
@@ -190,7 +190,7 @@ def test_members_and_others_are_disjoint_and_balanced(pipeline: Callable[[str], 
     members, others = chunks(labels, 5)
     assert sorted([*members, *others]) == list(range(40))
     assert np.bincount(labels[members]).tolist() == np.bincount(labels[others]).tolist() == [5, 5, 5, 5]
-    with pytest.raises(InputError, match="two chunks need 12 train images of a class, but class 0 has 10; lower"):
+    with pytest.raises(InputError, match=r"need 12 .*class 0 has 10; lower"):
         chunks(labels, 6)
 
 

@@ -74,7 +74,7 @@ def test_the_loss_is_half_the_squared_error_summed_over_classes() -> None:
     logits, target = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.0]])
     y = torch.zeros(1, dtype=torch.int64)
     assert image_losses(logits, y, y, 1.0, target, protocol(1)).tolist() == [0.5 * (0.25 + 4)]
-    with pytest.raises(InputError, match="loss=mse is for one label vector per image"):
+    with pytest.raises(InputError, match=r"loss=mse .*one label vector"):
         StudentConfig(labels="soft", augment="none", loss="mse")
 
 
@@ -209,5 +209,5 @@ def test_a_learned_set_and_random_images_are_scored_without_a_teacher(
 
     darker = {name: (x * 0.5, y) for name, (x, y) in toy_images.items()}
     other = load_source(darker, class_names=["red", "green", "blue"])
-    with pytest.raises(InputError, match="the set 'set' was learned behind the whitening of other images"):
+    with pytest.raises(InputError, match=r"'set' .*whitening of other images"):
         evaluate(s, other, **settings, output_dir=tmp_path / "other")

@@ -528,7 +528,7 @@ def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
     small = small_set(toy_images)
     with pytest.raises(InputError, match="labels=soft need a teacher"):
         evaluate(small, toy_source, protocol="rded", students="convnet3")
-    with pytest.raises(InputError, match="'set' has no labels for labels=fixed; set teachers"):
+    with pytest.raises(InputError, match=r"'set' .*labels=fixed; set teachers"):
         evaluate(small, toy_source, labels="fixed", epochs=1)
     with pytest.raises(InputError, match="'patches' needs a teacher"):
         evaluate(small, toy_source, baselines=("patches",))
@@ -536,7 +536,7 @@ def test_evaluate_refuses_what_it_cannot_do(toy_source, toy_images) -> None:
         evaluate(small, toy_source, baselines=("herd",))
     with pytest.raises(InputError, match="the set 'set' has other classes than"):
         evaluate(dataclasses.replace(small, class_names=("green", "red", "blue")), toy_source)
-    with pytest.raises(InputError, match="class 2 'blue' has no image in the set 'set'"):
+    with pytest.raises(InputError, match=r"class 2 'blue' .*'set'"):
         evaluate(dataclasses.replace(small, labels=small.labels.clamp(max=1)), toy_source)
 
 

@@ -258,11 +258,11 @@ def test_patches_of_small_classes(toy_source) -> None:
     assert toy_source.train.labels[found.rows].tolist() == [0, 0, 1, 1, 2]
     with pytest.raises(InputError, match="class 0 'red' has 9 images but a mosaic needs 16"):
         patch_images(toy_source, 3, factor=4, **options)
-    with pytest.raises(InputError, match="pool=11 images of a class are too few for 3 mosaics of 4"):
+    with pytest.raises(InputError, match=r"pool=11 .* 3 mosaics of 4"):
         patch_images(toy_source, 3, factor=2, pool=11, **options)
-    with pytest.raises(InputError, match="3 patches do not fit beside one another in 8 px"):
+    with pytest.raises(InputError, match=r"3 patches .* 8 px"):
         patch_images(toy_source, 3, factor=3, **options)
-    with pytest.raises(InputError, match="the teacher has 2 outputs and none for class 2"):
+    with pytest.raises(InputError, match=r"2 outputs .*class 2"):
         patch_images(toy_source, 3, **(options | {"teacher": conv_teacher(64, classes=2)}))
 
 
@@ -284,7 +284,7 @@ def test_selections_by_scores_need_scores_of_all_images(toy_source, name: str) -
     options = {"image_size": 8, "features": toy_features(toy_source)}
     with pytest.raises(InputError, match=f"the selection '{name}' goes by scores of the images"):
         select(name, toy_source, 2, **options)
-    with pytest.raises(InputError, match=r"scores must be \(24,\), one per train image, not \(3,\)"):
+    with pytest.raises(InputError, match=r"scores must be \(24,\), .*not \(3,\)"):
         select(name, toy_source, 2, **options, scores=lambda name: torch.ones(3))
 
 
@@ -372,7 +372,7 @@ def test_unreadable_images_are_left_out_where_that_is_wished(toy_source) -> None
 
 
 def test_selection_refuses_what_it_cannot_do(toy_source) -> None:
-    with pytest.raises(InputError, match="no selection is called 'forgettable'; choose random, herding"):
+    with pytest.raises(InputError, match="'forgettable'; choose random, herding"):
         select("forgettable", toy_source, 1, image_size=8)
     with pytest.raises(InputError, match="'herding' compares images by features"):
         select("herding", toy_source, 1, image_size=8)
@@ -380,7 +380,7 @@ def test_selection_refuses_what_it_cannot_do(toy_source) -> None:
         select("k-center", toy_source, 1, image_size=8, features=torch.zeros(23, 4))
     with pytest.raises(InputError, match="'patches' needs a teacher"):
         select("patches", toy_source, 1, image_size=8)
-    with pytest.raises(InputError, match="class 1 'green' has no candidates to select from"):
+    with pytest.raises(InputError, match="class 1 'green' has no candidates"):
         only = np.array([0, 1, 20], np.int64)
         select("random", toy_source, 1, image_size=8, candidates=only)
     for wrong in ([3, 1], [1, 1], [0, 24], [-1, 2], []):

@@ -111,7 +111,7 @@ def test_a_call_that_is_none_ends_in_a_sentence(pipe: DistillPipeline, arguments
 
 
 def test_a_codec_alone_generates_no_classes() -> None:
-    with pytest.raises(InputError, match="needs a transformer, which this model does not have"):
+    with pytest.raises(InputError, match="needs a transformer"):
         DistillPipeline(vae=tiny_kl())([0])
 
 
@@ -209,18 +209,18 @@ def test_results_are_a_table(toy_source) -> None:
     assert table["set"].tolist() == ["set", "random"]
     assert table["seeds"].tolist() == [1, 1]
     assert {"last_mean", "last_std", "protocol", "settings"} <= set(table.columns)
-    with pytest.raises(InputError, match=r"a DistilledSet or the path of one is evaluated, not list"):
+    with pytest.raises(InputError, match=r"DistilledSet .*not list"):
         evaluate([1], toy_source)
-    with pytest.raises(InputError, match=r"n_seeds is a whole number of at least 1, not 1\.5"):
+    with pytest.raises(InputError, match=r"n_seeds .*at least 1, not 1\.5"):
         evaluate(small(), toy_source, n_seeds=1.5)
-    with pytest.raises(InputError, match="a student is a network's name, a StudentConfig or a mapping, not int"):
+    with pytest.raises(InputError, match=r"student .*StudentConfig .*not int"):
         evaluate(small(), toy_source, students=[3])
 
 
 def test_what_label_vectors_are_is_stated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Logits, probabilities and regression targets survive saving; a set of before is logits, and that is logged."""
     soft = torch.softmax(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), 1)
-    with pytest.raises(InputError, match="could be probabilities, since every row is positive and sums to 1"):
+    with pytest.raises(InputError, match="could be probabilities"):
         small(soft=soft)
     for kind in ("logits", "probabilities", "regression"):
         small(soft=soft, kind=kind).save(tmp_path / kind, "x")
@@ -234,9 +234,9 @@ def test_what_label_vectors_are_is_stated(tmp_path: Path, caplog: pytest.LogCapt
     assert "does not say what its label vectors are" in caplog.text
     assert "`load_set` and `save` write it anew" in caplog.text
     write_json(path, {**record, "label_kind": "odds"})
-    with pytest.raises(dq.RunError, match="has label_kind='odds', which is none of logits, probabilities, regression"):
+    with pytest.raises(dq.RunError, match=r"label_kind='odds'.*logits, probabilities, regression"):
         load_set(tmp_path / "logits")
-    with pytest.raises(InputError, match="label_kind of a distilled set is one of logits, probabilities, regression"):
+    with pytest.raises(InputError, match=r"label_kind .*logits, probabilities, regression"):
         dataclasses.replace(small(), label_kind="odds")
     # the Parquet files alone say it too
     alone = tmp_path / "alone"
@@ -260,7 +260,7 @@ def test_label_vectors_that_teach_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are called probabilities but some are negative"):
         small(soft=-torch.ones(6, 3), kind="probabilities")
     np.savez(tmp_path / "far.npz", images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 10**9]))
-    with pytest.raises(InputError, match="go up to 1000000000, more classes than images; give class_names"):
+    with pytest.raises(InputError, match=r"up to 1000000000.*class_names"):
         load_set(tmp_path / "far.npz")
     np.savez(tmp_path / "short.npz", images=np.zeros((2, 3, 8, 8), np.uint8), labels=np.array([0, 1], np.uint16))
     assert load_set(tmp_path / "short.npz").labels.tolist() == [0, 1]

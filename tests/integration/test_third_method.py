@@ -175,9 +175,7 @@ def test_an_unknown_stage_is_an_error_everywhere(method: DarkenMethod, monkeypat
             from_dict(RunConfig, {"refine": [data]})
     assert STAGES["darken"] is Darken
     monkeypatch.delitem(METHODS, "darken")
-    with pytest.raises(
-        InputError, match="there is no method of refinement 'darken'; choose one of fadrm, teddy, frepo"
-    ):
+    with pytest.raises(InputError, match="'darken'; choose one of fadrm, teddy, frepo"):
         method_of(Darken())
     with pytest.raises(InputError, match="no method of refinement 'darken'"):
         planned(apply_settings(RunConfig(), {"refine": [{"stage": "darken"}]}), "ddoq")
@@ -193,9 +191,7 @@ def test_a_step_size_belongs_to_the_whole_set(
     monkeypatch.setattr(DarkenMethod, "batches", lambda self, stage, counts: compose_batches(counts, 3, min_classes=1))
     from dq.core.errors import RunError
 
-    with pytest.raises(
-        RunError, match="learned a step size for one of 2 batches, but a set has one; set compose=whole"
-    ):
+    with pytest.raises(RunError, match=r"step size .* 2 batches.*compose=whole"):
         distill(settings(tmp_path), toy_source, accelerator)
 
 

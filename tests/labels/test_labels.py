@@ -426,7 +426,7 @@ def test_top_k_without_a_tail_to_average_is_refused():
 def test_plans_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="need a teacher"):
         plan_for(pictures(), [], student())
-    with pytest.raises(InputError, match=r"batch_size=3 in 2 parts leaves batch statistics of single images"):
+    with pytest.raises(InputError, match=r"batch_size=3 in 2 parts"):
         plan_for(pictures(), [make_teacher()], student(batch_size=3))
     plan_for(pictures(), [make_teacher()], student(RelabelConfig(), batch_size=3))
 
@@ -561,7 +561,7 @@ def test_labels_of_other_images_are_refused(tmp_path):
     write(tmp_path, images, teachers, plan_for(images, teachers, student()))
     other = images.clone()
     other[[4, 9], 0, 0, 0] ^= 1
-    with pytest.raises(InputError, match=r"made for other images: 2 of 22 differ, first image 4; run `dq label`"):
+    with pytest.raises(InputError, match=r"other images: 2 of 22 .*image 4; run `dq label`"):
         read_labels(tmp_path, other)
     with pytest.raises(InputError, match=r"are for 22 images, not 21"):
         read_labels(tmp_path, images[:21])

@@ -135,7 +135,7 @@ def test_runs_are_resumed_and_added(scored: Path, toy_source, tmp_path: Path, mo
     again = find_difficulty(tmp_path, toy_source, 8, TOY)
     assert again.missing(2) == [1]
     before = again.path(0).stat().st_mtime_ns
-    with pytest.raises(InputError, match=r"lacks 1 of 2 runs of difficulty scores; run `dq prune` first"):
+    with pytest.raises(InputError, match=r"lacks 1 of 2 runs .*`dq prune`"):
         again.runs("el2n", 2)
     make_difficulty(tmp_path, toy_source, 8, TOY, device=CPU)
     assert again.path(0).stat().st_mtime_ns == before
@@ -158,13 +158,13 @@ def test_scores_of_other_images_are_refused(scored: Path, toy_source, toy_images
     named = dataclasses.replace(TOY, path=str(cache.folder))
     moved = make_difficulty(tmp_path, toy_source, 8, named, device=CPU)
     assert torch.equal(moved.runs("el2n", 2)[0], cache.runs("el2n", 2)[0])
-    with pytest.raises(InputError, match=r"has 2 of 5 runs; lower prune.runs, or leave prune.path out"):
+    with pytest.raises(InputError, match=r"2 of 5 runs; .*prune\.runs.*prune\.path"):
         make_difficulty(tmp_path, toy_source, 8, dataclasses.replace(named, runs=5), device=CPU)
     images, labels = toy_images["train"]
     other = load_source({**toy_images, "train": (images, labels.roll(1))}, class_names=["red", "green", "blue"])
     with pytest.raises(InputError, match=r"are of other images \(fingerprint .*\); leave prune.path out"):
         make_difficulty(tmp_path, other, 8, named, device=CPU)
-    with pytest.raises(InputError, match=r"holds no difficulty scores; name a folder difficulty-\.\.\. of a cache"):
+    with pytest.raises(InputError, match=r"no difficulty scores.*difficulty-"):
         find_difficulty(tmp_path, toy_source, 8, dataclasses.replace(TOY, path=str(tmp_path)))
 
 
@@ -180,7 +180,7 @@ def test_runs_of_one_epoch_have_no_cad(toy_source, tmp_path: Path) -> None:
     short = dataclasses.replace(TOY, runs=1, score_epoch=1)
     cache = make_difficulty(tmp_path, toy_source, 8, short, device=CPU)
     assert cache.runs("forgetting", 1)[0].shape == (1, len(toy_source.train))
-    with pytest.raises(InputError, match="are of one epoch and have no score 'cad'"):
+    with pytest.raises(InputError, match=r"one epoch .*'cad'"):
         cache.runs("cad", 1)
 
 

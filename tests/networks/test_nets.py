@@ -148,7 +148,7 @@ def test_small_resnets_have_a_choice_of_initialisation():
     for init, stem in (("torchvision", 0.111), ("fan_out", 0.0589)):
         assert deviation("resnet18", "layer1.0.conv1", init=init) == pytest.approx(0.0589, rel=0.02)
         assert deviation("resnet18", "conv1", init=init) == pytest.approx(stem, rel=0.05)
-    with pytest.raises(InputError, match=r"'resnet20' has one initialisation, resnet18, resnet50, resnet101 have"):
+    with pytest.raises(InputError, match=r"'resnet20' .*resnet18, resnet50, resnet101"):
         make_net("resnet20", 10, 32, init="fan_out", seed=0)
     with pytest.raises(InputError, match="init must be one of 'torchvision', 'fan_out', not 'normal'"):
         make_net("resnet18", 10, 32, init="normal", seed=0)

@@ -185,7 +185,7 @@ def test_prefixes_that_cannot_be_taken_off_are_named(convnet, tmp_path):
     state = {k: v.contiguous() for k, v in net.state_dict().items()}
     several = {f"{p}.{k}": v.clone() for k, v in state.items() for p in ("model", "ema")}
     save_file(several, tmp_path / "teacher.safetensors")
-    with pytest.raises(InputError, match=r"several networks, with the prefixes 'ema\.', 'model\.'; save the one"):
+    with pytest.raises(InputError, match=r"prefixes 'ema\.', 'model\.'"):
         load_teacher(config, 4, 8)
     other = {f"encoder.{k}": v.contiguous() for k, v in make_net("resnet20", 4, 8, seed=1).state_dict().items()}
     save_file(other, tmp_path / "teacher.safetensors")
@@ -210,13 +210,13 @@ def test_a_file_that_is_no_safetensors_is_told_what_to_do(convnet, tmp_path):
 
 def test_a_folder_without_model_safetensors_says_what_it_has(convnet, tmp_path):
     net, config = convnet
-    with pytest.raises(InputError, match=r"no model.safetensors but teacher.safetensors; set teachers.N.path to the"):
+    with pytest.raises(InputError, match=r"no model\.safetensors but teacher\.safetensors; set teachers\.N\.path"):
         load_teacher(dataclasses.replace(config, path=str(tmp_path)), 4, 8)
     (tmp_path / "hub").mkdir()
     torch.save(net.state_dict(), tmp_path / "hub" / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"no model.safetensors but pytorch_model.bin; .*save_file"):
         load_teacher(dataclasses.replace(config, path=str(tmp_path / "hub")), 4, 8)
-    with pytest.raises(InputError, match=r"the teacher 'convnet3' has no path; set teachers.N.path"):
+    with pytest.raises(InputError, match=r"'convnet3' has no path; set teachers\.N\.path"):
         load_teacher(TeacherConfig(net="convnet3"), 4, 8)
 
 
@@ -331,7 +331,7 @@ def test_transformers_classifier_gives_its_logits(resnet_folder):
         .logits[:, [2, 0]]
         .detach(),
     )
-    with pytest.raises(InputError, match="tiny has 4 outputs but the data has 3 classes"):
+    with pytest.raises(InputError, match=r"tiny has 4 outputs .* 3 classes"):
         load_teacher(TeacherConfig(net="transformers", path=str(folder)), 3, 32)
 
 
@@ -446,7 +446,7 @@ def test_published_weights_of_torchvision(tmp_path, monkeypatch):
     assert (teacher.mean, teacher.std) == IMAGENET
     expected = net(normalized(images(side=32), *IMAGENET)).detach()[:, [0, 217, 482]]
     torch.testing.assert_close(teacher.logits(images(side=32)), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match=r"has 1000 outputs but the data has 3 classes; set teachers.N.classes"):
+    with pytest.raises(InputError, match=r"1000 outputs .* 3 classes; set teachers\.N\.classes"):
         load_teacher(dataclasses.replace(config, classes=None), 3, 32)
 
 
@@ -468,7 +468,7 @@ def test_published_weights_of_timm(tmp_path, monkeypatch):
 
 def test_a_network_without_published_weights_is_named():
     pytest.importorskip("timm")
-    with pytest.raises(InputError, match=r"timm has no published weights of 'botnet50ts_256'; set teachers.N.path"):
+    with pytest.raises(InputError, match=r"'botnet50ts_256'; set teachers\.N\.path"):
         load_teacher(TeacherConfig(net="timm:botnet50ts_256", path="pretrained"), 10, 32)
 
 

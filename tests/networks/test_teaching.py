@@ -61,7 +61,7 @@ def test_it_loads_with_its_own_normalisation(taught, toy_source, toy_images) -> 
         assert (teacher.logits(images).argmax(1) == labels).all()
     other = load_teacher(dataclasses.replace(told, mean=(0.1,) * 3), 3, 8)
     assert (other.mean, list(other.std)) == ((0.1,) * 3, facts["std"])
-    with pytest.raises(InputError, match=r"was trained as a convnet3; set teachers.N.net to that"):
+    with pytest.raises(InputError, match=r"convnet3; set teachers\.N\.net"):
         load_teacher(TeacherConfig(net="resnet20", path=str(folder)), 3, 8)
 
 
@@ -75,7 +75,7 @@ def test_a_second_call_does_nothing(taught, toy_source, accelerator, monkeypatch
 
 @pytest.mark.parametrize("changes", [{"epochs": 13}, {"lr": 0.03}, {"seed": 1}, {"batch_size": 9}])
 def test_other_settings_need_another_folder(taught, toy_source, accelerator, changes) -> None:
-    with pytest.raises(RunError, match=r"convnet3 holds a teacher of other settings or data; choose another"):
+    with pytest.raises(RunError, match=r"convnet3 .*other settings or data"):
         train_teachers(config(taught, **changes), toy_source, accelerator=accelerator)
 
 

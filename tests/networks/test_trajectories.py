@@ -105,7 +105,7 @@ def test_orders_are_read_by_rows_of_the_split_without_held_out_ones(tmp_path: Pa
     rows = torch.tensor([0, 1, 2, 4, 5, 6, 7])  # row 3 is held out
     orders = read_orders(file, torch.tensor([0, 1, 0, 0, 1, 0, 1]), rows)
     assert [o.tolist() for o in orders] == [[5, 0, 2, 3], [4, 1, 6]]
-    with pytest.raises(InputError, match="does not order the 5 train images of class 0, each once, but 4"):
+    with pytest.raises(InputError, match=r"5 train images of class 0, .*but 4"):
         read_orders(file, torch.tensor([0, 0, 0, 0, 1, 0, 1]), rows)
     with pytest.raises(InputError, match="there is no file"):
         read_orders(tmp_path / "none", torch.tensor([0]), torch.tensor([0]))
@@ -321,7 +321,7 @@ def test_a_killed_training_goes_on_bit_for_bit(
 
 def test_experts_of_other_settings_and_broken_files_are_refused(source: Any, accelerator: Any, tmp_path: Path) -> None:
     folder = train_experts(settings(tmp_path), source, accelerator=accelerator)
-    with pytest.raises(RunError, match="holds experts of other settings or data; choose another train_experts"):
+    with pytest.raises(RunError, match=r"other settings or data; .*train_experts"):
         check_expert_training(settings(tmp_path, lr=0.2), source, accelerator)
     file = expert_file(folder, 1)
     content = file.read_bytes()
@@ -335,7 +335,7 @@ def test_experts_of_other_settings_and_broken_files_are_refused(source: Any, acc
     assert open_experts(folder).parameters(1, 3).shape == (FlatNet(NET, 3, 8).size,)
     other = train_experts(settings(tmp_path / "other", seed=1), source, accelerator=accelerator)
     file.write_bytes(expert_file(other, 1).read_bytes())
-    with pytest.raises(RunError, match=r"is of another training than experts\.json beside it"):
+    with pytest.raises(RunError, match=r"another training than experts\.json"):
         open_experts(folder)
     assert read_json(folder / "experts.json")["facts"]["net"] == NET
 
@@ -351,5 +351,5 @@ def test_the_order_of_a_curriculum_is_part_of_what_experts_are(source: Any, acce
     assert check_expert_training(config, source, accelerator).identity != identity
     train_experts(config, source, accelerator=accelerator)
     save_file({"class-00000": order["class-00000"]}, tmp_path / "order.safetensors")
-    with pytest.raises(InputError, match="does not order the 13 train images of class 1"):
+    with pytest.raises(InputError, match="13 train images of class 1"):
         check_expert_training(config, source, accelerator)

@@ -177,7 +177,7 @@ def test_images_start_from_what_is_asked_for() -> None:
         rows = (whitened - x).abs().amax((1, 2, 3)).lt(1e-6).nonzero()[:, 0]
         assert real.labels[rows].tolist() == [c]
     assert float(make("noise").std()) == pytest.approx(float(whitened.std()), rel=0.1)
-    with pytest.raises(InputError, match="needs train images of class 4, but there are none; set start=drawn"):
+    with pytest.raises(InputError, match=r"class 4, .*start=drawn"):
         first_values("real", images, labels + 4, real, Rendering(whitening), 0)
 
 
@@ -253,12 +253,12 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 def test_large_images_and_one_class_are_refused_with_the_reason() -> None:
     for side in (130, 224):
-        with pytest.raises(InputError, match=f"at most 128 px, not {side}: it whitens by a matrix of all pairs of pi"):
+        with pytest.raises(InputError, match=rf"at most 128 px, not {side}\b"):
             resolve(FRePo(), Context(side, 0))
     with pytest.raises(InputError, match="must be divisible by 2; set source"):
         resolve(FRePo(), Context(127, 0))
     assert resolve(FRePo(whiten=False), Context(127, 0)).nets == ("frepoconv4",)
-    with pytest.raises(InputError, match="needs at least two classes, but there is one"):
+    with pytest.raises(InputError, match="at least two classes"):
         resolve(FRePo(), Context(32, 0, classes=1))
 
 
@@ -272,7 +272,7 @@ def test_large_images_are_learned_as_interleaved_ones(monkeypatch: pytest.Monkey
 
 
 def test_devices_without_float64_are_refused() -> None:
-    with pytest.raises(InputError, match="solves in float64, which mps does not have"):
+    with pytest.raises(InputError, match=r"float64, .*mps"):
         learn(device="mps")
 
 

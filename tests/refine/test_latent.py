@@ -55,7 +55,7 @@ def test_a_codec_is_copied_to_float32_and_left_as_it_was() -> None:
     assert not any(p.requires_grad for p in c.codec.parameters())
     bytes_ = toy(4).images
     torch.testing.assert_close(c.encode(bytes_), c.encode(bytes_.float() / 255))
-    with pytest.raises(InputError, match="is not a multiple of the codec's downscaling factor 2"):
+    with pytest.raises(InputError, match="downscaling factor 2"):
         ImageCodec.of(vae, 7, 8)
 
 
@@ -189,9 +189,7 @@ def test_copies_are_moved_apart() -> None:
 
 def test_what_cannot_be_decoded_is_refused(toy_source: Any, accelerator: Any, tmp_path: Path) -> None:
     images, labels = drawn()
-    with pytest.raises(
-        InputError, match="mode=latent learns latents of a codec, and there is none; give one, or mode"
-    ):
+    with pytest.raises(InputError, match=r"mode=latent .*codec.*, or mode"):
         refine(images, labels, LATENT, toy(), classes=2)
     with pytest.raises(InputError, match="and there is none"):
         FrepoMethod().run(Batch(images, labels), LATENT, Resources(8, 2, real=toy()), seed=0)
@@ -200,14 +198,14 @@ def test_what_cannot_be_decoded_is_refused(toy_source: Any, accelerator: Any, tm
         def encode(self, x: Tensor) -> Tensor:
             return x
 
-    with pytest.raises(InputError, match="the codec Encoder cannot decode, so that no latents of it can be learned"):
+    with pytest.raises(InputError, match="Encoder cannot decode"):
         ImageCodec.of(Encoder(), 8, 8)
     # before anything of a run is done
     from dq.run.checks import check_generation, check_run
     from dq.run.distill import DistillPipeline
 
     config = settings_of(tmp_path, mode="latent")
-    with pytest.raises(InputError, match="learns latents of the codec, but no codec is named"):
+    with pytest.raises(InputError, match="no codec is named"):
         check_run(config, toy_source, "refine", accelerator=accelerator)
     pipe = DistillPipeline(vae=tiny_kl())
     pipe.vae.decode = None

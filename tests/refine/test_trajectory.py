@@ -250,7 +250,7 @@ def test_presets_have_the_paper_s_settings_and_own_settings_win(tmp_path: Path) 
             filled = resolve(dataclasses.replace(config, preset=dataset), Context(32, 0, ipc, 10, 5000))
             assert filled.start_epochs == row.start_epochs
             assert row.pad > row.datm
-    with pytest.raises(InputError, match="has settings for 1, 10, 50, 500, 1000 images per class, not for 20"):
+    with pytest.raises(InputError, match=r"for 1, 10, 50, 500, 1000 .*not for 20\b"):
         resolve(config, Context(32, 0, 20, 10, 5000))
     with pytest.raises(InputError, match="did you mean 'cifar10'"):
         resolve(dataclasses.replace(config, preset="cifar1"), Context(32, 0, 10, 10, 5000))
@@ -302,15 +302,13 @@ def test_experts_that_know_too_little_or_stand_still_are_refused(small: Trajecto
             return p
 
     still = Still(**{f.name: getattr(experts, f.name) for f in dataclasses.fields(experts)})
-    with pytest.raises(
-        InputError, match=r"compared parameters of expert \d are the same after \d and after \d epochs"
-    ):
+    with pytest.raises(InputError, match=r"parameters of expert \d .*after \d and after \d epochs"):
         learn(small, still)
     learn(dataclasses.replace(small, alpha=0.0, steps=1), still)
 
 
 def test_images_of_another_size_are_refused(small: Trajectory, experts: Experts) -> None:
-    with pytest.raises(InputError, match="saw images of 8 px, but those of the set have 16"):
+    with pytest.raises(InputError, match=r"8 px, .* 16"):
         refine(torch.rand(6, 3, 16, 16), LABELS, small, experts)
 
 
@@ -454,7 +452,7 @@ def test_latents_of_a_grey_data_set_move_along_all_channels(
 
 
 def test_latents_need_a_codec(latent: Trajectory, small: Trajectory, experts: Experts) -> None:
-    with pytest.raises(InputError, match="trajectory with mode=latent learns latents of a codec, and there is none"):
+    with pytest.raises(InputError, match=r"mode=latent .*codec"):
         learn(latent, experts)
     method = TrajectoryMethod()
     assert method.needs(latent).codec
@@ -500,7 +498,7 @@ def test_costs_are_in_steps_of_students_of_the_run_s_ipc(tmp_path: Path) -> None
     assert short.threshold > 1000 * stage.threshold  # a measurement of time warns of no skipped steps
     run = apply_settings(RunConfig(), {"ipc": [10], "refine": [to_dict(config)]})
     assert [p.steps for p in planned(run, "ddoq", [500] * 100)] == [7 * 80]
-    with pytest.raises(InputError, match="has settings for 1, 10, 50, 100 images per class, not for 7"):
+    with pytest.raises(InputError, match=r"for 1, 10, 50, 100 .*not for 7\b"):
         planned(apply_settings(run, {"ipc": [10, 7]}), "ddoq", [500] * 100)
 
 

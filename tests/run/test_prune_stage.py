@@ -154,7 +154,7 @@ def test_the_same_call_again_does_nothing_and_another_policy_clusters_anew(done,
     changed = {"kept": {"override": {"prune.policy": "easy", "prune.share": 0.3}}}
     other = opened(run.folder, toy_source, accelerator, methods=changed)
     assert stage.prototype_folder(other, cache_of(other), 2, other.resolved("kept")) != folder
-    with pytest.raises(InputError, match="has no prototypes for ipc 2; run `dq cluster` first"):
+    with pytest.raises(InputError, match=r"no prototypes for ipc 2; .*`dq cluster`"):
         stage.load_prototypes(other, cache_of(other), 2, other.resolved("kept"))
     by_method = clustered(other)["kept"]
     for p, order in zip(by_method, orders(other)):
@@ -185,14 +185,14 @@ def test_what_is_kept_is_written(done) -> None:
 def test_clusters_without_scores_are_refused(tmp_path: Path, toy_source, accelerator) -> None:
     run = opened(tmp_path / "run", toy_source, accelerator)
     encode(run, tiny_kl())
-    with pytest.raises(InputError, match=r"lacks 2 of 2 runs of difficulty scores; run `dq prune` first"):
+    with pytest.raises(InputError, match=r"lacks 2 of 2 runs .*`dq prune`"):
         stage.cluster(run, cache_of(run))
 
 
 def test_an_image_without_a_score_is_named() -> None:
     scores = torch.tensor([0.1, torch.nan, 0.3])
     pruning = Pruning(PruneConfig(policy="pad"), scores, 0, "cache/difficulty-1")
-    with pytest.raises(InputError, match=r"row 1 of train has a latent and no difficulty score; delete cache/diff"):
+    with pytest.raises(InputError, match=r"row 1 of train .*score; delete cache/diff"):
         pruning.of_class(0, torch.arange(3), 1)
 
 
