@@ -104,23 +104,29 @@ def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
 
 
 def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
-    """A card with this head and generated body, and with everything of an old one that is not generated."""
+    """A card with this head and generated body, and with everything of an old one that is not generated. A licence
+    in the head replaces all keys of the old one."""
+    from huggingface_hub import CardData
+
     kept, text = split_card(old)
-    merged = {k: v for k, v in {**kept, **head}.items() if v is not None}
+    if "license" in head:
+        kept = {k: v for k, v in kept.items() if k not in LICENSE or k in head}
+    merged = CardData()  # no RepoCard, which reads any head of others without limits of size and depth
+    for key, value in {**kept, **head}.items():
+        merged[key] = value
     begin = text.rfind(BEGIN)
     end = text.find(END, max(begin, 0))
     before, after = (text[:begin], text[end + len(END) :]) if 0 <= begin < end else (text.rstrip() + "\n\n", "\n")
-    dumped = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=10_000)
-    return f"---\n{dumped}---\n\n{before.lstrip()}{BEGIN}\n\n{body.strip()}\n\n{END}{after.rstrip()}\n"
+    return f"---\n{merged.to_yaml()}\n---\n\n{before.lstrip()}{BEGIN}\n\n{body.strip()}\n\n{END}{after.rstrip()}\n"
 
 
-def license_head(license: str | None, old: Mapping[str, Any]) -> dict[str, str | None]:
-    """The keys of a licence: the one given, else that of the old head, else unknown. None takes a key away."""
+def license_head(license: str | None, old: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a licence: the one given, else that of the old head, else unknown."""
     if license is None:
         return {k: old[k] for k in LICENSE if k in old} or {"license": UNKNOWN}
     if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
-        return {**dict.fromkeys(LICENSE), "license": license}
-    return {**dict.fromkeys(LICENSE), "license": "other", "license_name": license}
+        return {"license": license}
+    return {"license": "other", "license_name": license}
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dq.core.cards import ANY_REPO, joined_lists, license_head, merge_card, own_text, split_card, template
+from dq.core.cards import ANY_REPO, LICENSE, joined_lists, license_head, merge_card, own_text, split_card, template
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, readable, write_text
 
 
 def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
     """The README of a pipeline's folder: the text that `dq prior-report` wrote there, or what its files say."""
+    from huggingface_hub import ModelCardData
+
     kept, _ = split_card(old)
     local = folder / "README.md"
     own = own_text(local)
@@ -25,11 +26,11 @@ def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", licen
     elif (folder / "transformer" / "config.json").is_file():
         head, body = split_card(card_text(folder, licence=license or str(kept.get("license", ""))))
     else:
-        head = {"library_name": "diffusers", "tags": ["diffusers", "dataset-distillation"]}
+        head = ModelCardData(library_name="diffusers", tags=["diffusers", "dataset-distillation"]).to_dict()
         body = template("dq.diffusion", "pipeline_card.md").render(parts=model_parts(folder))
     body = body.replace(MARKER, "").replace(ANY_REPO, repo_id)
     stated = kept if "license" in kept else head
-    head |= license_head(license, stated)
+    head = {k: v for k, v in head.items() if k not in LICENSE} | license_head(license, stated)
     head["tags"] = joined_lists(kept.get("tags"), head.get("tags", []))
     return merge_card(old, head, body)
 
@@ -139,16 +140,23 @@ def card_text(
     records: list[dict[str, Any]] | None = None,
 ) -> str:
     """The text of `write_card`."""
+    from huggingface_hub import ModelCardData
+
     folder = Path(folder)
     if records is None and (folder / QUALITY).is_file():
         records = read_json(folder / QUALITY)["records"]
     denoiser, codec = model_part(folder / "transformer"), model_part(folder / "vae")
     names = _class_names(folder)
+    head = ModelCardData(
+        **(license_head(licence, {}) if licence else {}),
+        library_name="diffusers",
+        tags=["diffusers", "dit", "class-conditional", "dataset-distillation"],
+        datasets=[data_name] if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data_name) else None,
+    )
     return template("dq.diffusion", "prior_card.md").render(
         marker=MARKER,
         licence=licence,
-        licence_id=licence if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else "",
-        dataset=data_name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data_name) else "",
+        head=head.to_yaml(),
         data=data_name,
         command=command,
         denoiser=denoiser,
@@ -159,7 +167,6 @@ def card_text(
         training=_training([denoiser["training"], codec["training"]]),
         table=markdown_text(*quality_table(records)) if records else "",
         protocol=protocol_text(records) if records else "",
-        json=json.dumps,
     )
 
 

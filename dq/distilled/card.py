@@ -66,26 +66,28 @@ def dataset_card(
         alone: leave out configurations of others that `old` names.
         license, pretty_name: None keeps those of `old`.
     """
+    from huggingface_hub import DatasetCardData
+
     kept, _ = split_card(old)
     records = sorted((public(checked_provenance(r)) for r in records), key=lambda r: _natural(r["config_name"]))
     default = default_config(kept, [r["config_name"] for r in records])
     first = next(r for r in records if r["config_name"] == default)
     sources = list(dict.fromkeys(str((r.get("source") or {}).get("origin", UNKNOWN)) for r in records))
     quantized = any("selection" not in r and "cluster" in r for r in records)
-    head: dict[str, Any] = {
-        "pretty_name": pretty_name or kept.get("pretty_name") or f"{', '.join(sources)}, distilled",
+    hub_sources = [s for s in sources if is_hub_id(s)]
+    stated = hub_sources or "source_datasets" in kept
+    head = DatasetCardData(
+        pretty_name=pretty_name or kept.get("pretty_name") or f"{', '.join(sources)}, distilled",
         **license_head(license, kept),
-        "task_categories": ["image-classification"],
-        "annotations_creators": ["machine-generated"],
-        "size_categories": [_size(max(r["rows"] for r in records))],
-        "tags": joined_lists(
+        task_categories=["image-classification"],
+        annotations_creators=["machine-generated"],
+        size_categories=[_size(max(r["rows"] for r in records))],
+        source_datasets=joined_lists(kept.get("source_datasets"), hub_sources) if stated else None,
+        tags=joined_lists(
             kept.get("tags"), ["dataset-distillation", *(["optimal-quantization"] if quantized else []), "dq"]
         ),
-    }
-    hub_sources = [s for s in sources if is_hub_id(s)]
-    if hub_sources or "source_datasets" in kept:
-        head["source_datasets"] = joined_lists(kept.get("source_datasets"), hub_sources)
-    head |= _configs({} if alone else kept, records, default)
+        **_configs({} if alone else kept, records, default),
+    )
     rows = {
         r["config_name"]: found
         for r in records
@@ -103,7 +105,7 @@ def dataset_card(
         class_lists=_class_lists(records),
         statements=[_statement(r) for r in records],
     )
-    return merge_card(old, head, body)
+    return merge_card(old, head.to_dict(), body)
 
 
 def default_config(head: Mapping[str, Any], names: list[str]) -> str:

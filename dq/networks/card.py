@@ -21,26 +21,42 @@ from dq.core.cards import (
 
 def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
     """The README of a teacher, from the facts that `dq train-teachers` wrote beside its weights."""
+    from huggingface_hub import EvalResult, ModelCardData
+
     kept, _ = split_card(old)
+    name = repo_id.rpartition("/")[2]
     facts = public(facts)
     origin = str((facts.get("source") or {}).get("origin", UNKNOWN))
-    head: dict[str, Any] = {
-        **license_head(license, kept),
-        "library_name": "dq",
-        "pipeline_tag": "image-classification",
-        "tags": joined_lists(kept.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
-    }
-    if is_hub_id(origin) or "datasets" in kept:
-        head["datasets"] = joined_lists(kept.get("datasets"), [origin] if is_hub_id(origin) else [])
     accuracy, images = facts.get("validation_accuracy"), int(facts.get("validation_images") or 0)
+    datasets = [origin] if is_hub_id(origin) else []
+    head = ModelCardData(
+        **license_head(license, kept),
+        library_name="dq",
+        pipeline_tag="image-classification",
+        tags=joined_lists(kept.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
+        datasets=joined_lists(kept.get("datasets"), datasets) if datasets or "datasets" in kept else None,
+    )
+    if datasets and accuracy is not None:
+        head.model_name = name
+        head.eval_results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=origin,
+                dataset_name=origin,
+                dataset_split="train",
+                metric_type="accuracy",
+                metric_name="accuracy on images of the train split that were set aside",
+                metric_value=accuracy,
+            )
+        ]
     error = math.sqrt(accuracy * (1 - accuracy) / images) if accuracy is not None and images else None
     body = template("dq.networks", "teacher_card.md").render(
         facts=facts,
         origin=origin,
         repo_id=repo_id,
-        name=repo_id.rpartition("/")[2],
+        name=name,
         accuracy=None if accuracy is None else f"{100 * accuracy:.1f}",
         error=None if error is None else f"{100 * error:.1f}",
         wordnet=all(re.fullmatch(r"n\d{8}", str(n)) for n in facts.get("classes", [""])),
     )
-    return merge_card(old, head, body)
+    return merge_card(old, head.to_dict(), body)
