@@ -30,10 +30,10 @@ from refinement_tables import (
     unroll,
     with_ridge,
 )
-from result_tables import ROOT, accuracy, differences, read, table
+from result_tables import ROOT, accuracy, differences, read
 
 from dq.core.progress import duration
-from dq.core.text import format_bytes
+from dq.core.text import format_bytes, markdown_table
 
 
 def ablation(*names: str) -> str:
@@ -58,7 +58,7 @@ def ablation(*names: str) -> str:
         for factor, level in order
         if factor == wanted
     ]
-    return table(["arm", *[f"{s}, {kind}, IPC {ipc}" for s, kind, ipc in columns]], body)
+    return markdown_table(["arm", *[f"{s}, {kind}, IPC {ipc}" for s, kind, ipc in columns]], body)
 
 
 def prior_quality(folder: str) -> str:
@@ -68,7 +68,7 @@ def prior_quality(folder: str) -> str:
         json.loads(line) for line in (ROOT / "results" / folder / "prior_quality.jsonl").read_text().splitlines()
     ]
     head, body = quality_table(records)
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def label_storage(folder: str) -> str:
@@ -93,7 +93,7 @@ def label_storage(folder: str) -> str:
         "times smaller than N·E·C·2 bytes",
         "accuracy",
     ]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def quantization(folder: str) -> str:
@@ -119,7 +119,7 @@ def quantization(folder: str) -> str:
         for r in read(f"{folder}/quantization.csv")
         if r["ipc"] != "1"
     ]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def codecs() -> str:
@@ -134,7 +134,7 @@ def codecs() -> str:
         ]
         for r in [*read("codec_ceiling.csv"), *read("codec_own.csv")[1:]]
     ]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def clustering() -> str:
@@ -152,7 +152,7 @@ def clustering() -> str:
         for r in rows
         if r["method"].startswith(wanted) and "random" not in r["method"]
     ]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def student_speed() -> str:
@@ -162,7 +162,7 @@ def student_speed() -> str:
         [r["net"], r["loop"], f"{float(r['seconds_per_epoch']):.2f}", f"{float(r['ratio']):.2f}", r["against"]]
         for r in read("student.csv")
     ]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def faults() -> str:
@@ -173,7 +173,7 @@ def faults() -> str:
         [r["fault"], r["faults"], *(r[s] for s in stages), r["recomputed"], r["lost"], r["differing"] or ""]
         for r in rows
     ]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def scale() -> str:
@@ -187,20 +187,20 @@ def scale() -> str:
         times = [duration(float(r["seconds"])) if r and r["seconds"] else "" for r in own]
         size = format_bytes(sum(float(r["bytes"]) for r in own if r))
         body.append([name, ipc, processes, *times, size])
-    return table(["set", "ipc", "processes", *stages, "on disk"], body)
+    return markdown_table(["set", "ipc", "processes", *stages, "on disk"], body)
 
 
 def estimate_check() -> str:
     rows = read("scale/estimate_check.csv")
     head = ["stage", "estimated (s)", "took (s)", "took / estimated"]
-    return table(head, [[r["stage"], r["estimated_s"], r["took_s"], r["took_by_estimated"]] for r in rows])
+    return markdown_table(head, [[r["stage"], r["estimated_s"], r["took_s"], r["took_by_estimated"]] for r in rows])
 
 
 def streaming() -> str:
     rows = read("streaming.csv")
     head = ["rows", "peak memory (MB)", "against the first", "images / s"]
     body = [[f"{int(r['rows']):,}", r["peak_mb"], r["ratio"], r["images_per_s"]] for r in rows]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def allocator() -> str:
@@ -209,7 +209,7 @@ def allocator() -> str:
     pages = [f"{float(r['faults_kept']):,.0f} of {float(r['faults_default']):,.0f}" for r in rows]
     names = {"convnet3w32": "steps of ConvNet-3, width 32", "encode": "encoding with the codec of the CIFAR-10 prior"}
     body = [[names[r["work"]], r["time_ratio"], r["memory_ratio"], p] for r, p in zip(rows, pages, strict=True)]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def processes() -> str:
@@ -217,7 +217,7 @@ def processes() -> str:
     head = ["stage", "images", "processes", "times the throughput of one", "least", "largest", "repeats"]
     head.append("as many unrelated runs")
     keys = ("stage", "images", "processes", "ratio", "least", "largest", "repeats", "unrelated_runs")
-    return table(head, [[r[k] for k in keys] for r in rows])
+    return markdown_table(head, [[r[k] for k in keys] for r in rows])
 
 
 def difficulty() -> str:
@@ -225,7 +225,7 @@ def difficulty() -> str:
     rows = read("difficulty.csv")
     half = int(rows[0]["runs"]) // 2
     head = ["score", "two runs", f"two means of {half} runs", "with EL2N"]
-    return table(head, [[r["score"], r["two_runs"], r["two_halves"], r["with_el2n"]] for r in rows])
+    return markdown_table(head, [[r["score"], r["two_runs"], r["two_halves"], r["with_el2n"]] for r in rows])
 
 
 def fuzz() -> str:
@@ -241,7 +241,7 @@ def fuzz() -> str:
     sums["all"] = sum(sums.values(), Counter())
     head = ["input", "damaged", "odd", "taken", "refused in one sentence", "anything else"]
     keys = ("damaged", "odd", "accepted", "refused", "else")
-    return table(head, [[kind, *(str(n[k]) for k in keys)] for kind, n in sums.items()])
+    return markdown_table(head, [[kind, *(str(n[k]) for k in keys)] for kind, n in sums.items()])
 
 
 TRAJECTORY_PAIRS = [("datm", "start"), ("pad", "start"), ("datm", "random-real"), ("pad", "datm")]

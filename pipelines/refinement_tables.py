@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from result_tables import ROOT, read, read_numbered, table
+from result_tables import ROOT, read, read_numbered
 
+from dq.core.text import markdown_table
 from dq.evaluation.statistics import format_mean_std
 
 LABELLERS = {"one": "soft, one teacher", "plus": "soft, three architectures", "pool": "soft, pool", "hard": "hard"}
@@ -21,7 +22,9 @@ def refinement(folder: str) -> str:
         return "" if r is None else f"{100 * float(r['mean']):.1f} ± {100 * float(r['std']):.1f}"
 
     body = [[name, *[cell(cells.get((name, *c))) for c in columns]] for name in dict.fromkeys(r["set"] for r in rows)]
-    return table(["set", *[f"{LABELLERS[kind]}: {student}, IPC {ipc}" for kind, student, ipc in columns]], body)
+    return markdown_table(
+        ["set", *[f"{LABELLERS[kind]}: {student}, IPC {ipc}" for kind, student, ipc in columns]], body
+    )
 
 
 def questions(folder: str) -> str:
@@ -38,7 +41,7 @@ def questions(folder: str) -> str:
         return f"**{text}**" if r["verdict"] != "undecided" else text
 
     body = [[q, *[cell(cells.get((q, *s))) for s in students]] for q in dict.fromkeys(r["question"] for r in rows)]
-    return table(["difference, points", *[f"{student}, IPC {ipc}" for student, ipc in students]], body)
+    return markdown_table(["difference, points", *[f"{student}, IPC {ipc}" for student, ipc in students]], body)
 
 
 def refined_images(folder: str) -> str:
@@ -57,7 +60,7 @@ def refined_images(folder: str) -> str:
         for r in read(f"{folder}/refinement.csv")
     ]
     head = ["set", "stage", "teachers", "judge (ResNet-56)", "total variation", "distance to the anchor"]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def refinement_speed() -> str:
@@ -74,7 +77,7 @@ def refinement_speed() -> str:
         for r in read("refine.csv")
     ]
     head = ["teacher", "device", "plain loop", "dq", "times faster", "largest difference of a loss"]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def over_seeds(values: Iterable[tuple[str, str, float]]) -> str:
@@ -84,7 +87,7 @@ def over_seeds(values: Iterable[tuple[str, str, float]]) -> str:
         rows.setdefault(row, {}).setdefault(column, []).append(100 * value)
     columns = list(dict.fromkeys(c for cells in rows.values() for c in cells))
     body = [[name, *[format_mean_std(c[k]) if k in c else "" for k in columns]] for name, c in rows.items()]
-    return table(["%", *columns], body)
+    return markdown_table(["%", *columns], body)
 
 
 def with_ridge(*folders: str) -> str:
@@ -101,7 +104,7 @@ def with_ridge(*folders: str) -> str:
         return f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}{ridge}"
 
     head = ["set", *(f"`{protocol}`, {net}, IPC {ipc}" for net, protocol, ipc in columns)]
-    return table(
+    return markdown_table(
         head,
         [[name, *(cell(cells.get((name, *c))) for c in columns)] for name in dict.fromkeys(r["set"] for r in rows)],
     )
@@ -113,14 +116,16 @@ def checks(folder: str, by: str = "start") -> str:
     steps = list(dict.fromkeys(r["steps"] for r in rows))
     cells = {(r[by], r["steps"]): f"{100 * float(r['accuracy']):.1f}" for r in rows}
     names = dict.fromkeys(r[by] for r in rows)
-    return table([by, *(f"{int(s):,} steps" for s in steps)], [[s, *(cells[s, t] for t in steps)] for s in names])
+    return markdown_table(
+        [by, *(f"{int(s):,} steps" for s in steps)], [[s, *(cells[s, t] for t in steps)] for s in names]
+    )
 
 
 def unroll() -> str:
     """TESLA beside exact unrolling."""
     keys = ("steps", "exact_mb", "tesla_mb", "time", "cosine", "norms")
     head = ["steps of the student", "exact, MB", "TESLA, MB", "time, TESLA / exact", "cosine of gradients", "norms"]
-    return table(head, [[r[k] for k in keys] for r in read("unroll.csv")])
+    return markdown_table(head, [[r[k] for k in keys] for r in read("unroll.csv")])
 
 
 def frepo_continual(name: str) -> str:
@@ -153,7 +158,7 @@ def frepo_anchors() -> str:
         cells = [f"{o['accuracy']} ± {o['std']}".removesuffix(" ± ") if o else "" for o in (r, other)]
         expected = [o["expected"] if o else "" for o in (r, other)]
         body.append([f"{r['anchor']}, {r['data']}", r["n"], cells[0], expected[0], cells[1], expected[1]])
-    return table(["features", "images", "accuracy %", "expected", "with mirror images", "expected"], body)
+    return markdown_table(["features", "images", "accuracy %", "expected", "with mirror images", "expected"], body)
 
 
 def frepo_step() -> str:
@@ -161,7 +166,7 @@ def frepo_step() -> str:
     head += ["all that autograd saves", "step / plain loop", "largest difference"]
     keys = ("n", "chunk", "chunked_over_one_pass", "chunked_step_over_one_pass_step", "network_activation_ratio")
     keys += ("saved_bytes_ratio", "step_over_plain_step", "largest_relative_difference")
-    return table(head, [[r[k] for k in keys] for r in read("frepo_step.csv")])
+    return markdown_table(head, [[r[k] for k in keys] for r in read("frepo_step.csv")])
 
 
 MATCHED = {
@@ -188,7 +193,7 @@ def matched(kind: str, labels: str) -> str:
         if r["labels"] == labels
     }
     sets = dict.fromkeys(name for name, _ in cells)
-    return table(["set", *folders], [[s, *[cells.get((s, name), "") for name in folders]] for s in sets])
+    return markdown_table(["set", *folders], [[s, *[cells.get((s, name), "") for name in folders]] for s in sets])
 
 
 def matched_differences(kind: str, labels: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -204,4 +209,4 @@ def matched_differences(kind: str, labels: str, pairs: Iterable[tuple[str, str]]
                     )
                     cells[(*pair, name)] = text if r["verdict"] == "undecided" else f"**{text}**"
     body = [[f"{a} - {b}", *[cells.get((a, b, name), "") for name in folders]] for a, b in pairs]
-    return table(["difference, points", *folders], body)
+    return markdown_table(["difference, points", *folders], body)

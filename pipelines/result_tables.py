@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from dq.core.text import markdown_table
 from dq.evaluation.results import recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -13,11 +14,6 @@ ROOT = Path(__file__).parents[1]
 def read(name: str) -> list[dict[str, str]]:
     with open(ROOT / "results" / name, newline="") as f:
         return list(csv.DictReader(line for line in f if not line.startswith("#")))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(r) + " |" for r in lines)
 
 
 def read_numbered(path: str) -> list[dict[str, str]]:
@@ -48,7 +44,7 @@ def accuracy(folder: str) -> str:
             body.append(["full data", *[cell(r) if n % len(ipcs) == 0 else "" for n, r in enumerate(full)]])
         else:
             body.append([name, *[cell(cells.get((name, n, i))) for n in names for i in ipcs]])
-    lines = [table(head, body), ""]
+    lines = [markdown_table(head, body), ""]
     for n, name in names.items():
         protocols = {r["ipc"]: r for r in rows if int(r["recipe"]) == n}
         for ipc, r in protocols.items():
@@ -72,4 +68,4 @@ def differences(folder: str) -> str:
         ]
         for r in rows
     ]
-    return table(["sets", "student", "difference, points", "95 % interval", "verdict"], body)
+    return markdown_table(["sets", "student", "difference, points", "95 % interval", "verdict"], body)

@@ -312,13 +312,14 @@ def _report_prior(
     config: RunConfig, source: ImageSource, accelerator: Accelerator, pipe: LatentGenerator | None
 ) -> None:
     """Measure a prior; without `codec.path`, with the codec that lies in its folder."""
-    from dq.diffusion.card import markdown_text, quality_table
+    from dq.core.text import markdown_table
+    from dq.diffusion.card import quality_table
     from dq.run.prior_report import report_prior
 
     assert pipe is not None, "opened by check_verb"
     records = report_prior(with_codec_of_model(config), source, pipe, accelerator=accelerator)
     if records:
-        print(markdown_text(*quality_table(records)))
+        print(markdown_table(*quality_table(records)))
         for name in ("prior_quality.csv", "prior_report.html"):
             print(Path(config.output_dir) / name)
 

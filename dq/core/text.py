@@ -1,9 +1,10 @@
-"""Text of messages: shortened values, first lines, sizes."""
+"""Text of messages: shortened values, first lines, sizes, tables."""
 
 from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -33,3 +34,9 @@ def format_bytes(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:
+    """A Markdown table with the first `left` columns at the left and the others at the right."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

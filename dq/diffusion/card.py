@@ -12,6 +12,7 @@ from safetensors import safe_open
 from dq.core.cards import ANY_REPO, LICENSE, joined_lists, license_head, merge_card, own_text, split_card, template
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, readable, write_text
+from dq.core.text import markdown_table
 
 
 def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
@@ -59,12 +60,6 @@ def quality_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[s
         for r in records
     ]
     return head, rows
-
-
-def markdown_text(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, first column left and the others right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def protocol_text(records: list[dict[str, Any]]) -> str:
@@ -165,7 +160,7 @@ def card_text(
         shown=SHOWN_CLASSES,
         image_size=denoiser["side"] * _factor(codec["config"]),
         training=_training([denoiser["training"], codec["training"]]),
-        table=markdown_text(*quality_table(records)) if records else "",
+        table=markdown_table(*quality_table(records)) if records else "",
         protocol=protocol_text(records) if records else "",
     )
 

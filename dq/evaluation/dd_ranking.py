@@ -18,6 +18,7 @@ from dq.config.students import Baseline, EvaluateConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import write_text
+from dq.core.text import markdown_table
 from dq.data.source import ImageSource
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import check_sets, evaluate_records
@@ -149,16 +150,14 @@ class DDRScores:
 
     def __str__(self) -> str:
         names = ("hlr", "ior", "lrs", "ars")
-        lines = [
-            "| set | student | HLR (low is good) | IOR | LRS | ARS |",
-            "| --- | --- | ---: | ---: | ---: | ---: |",
+        body = [
+            [r["set"], r["student"], *(format_mean_std(r[n], digits=3) if r[n] else "" for n in names)]
+            for r in self.rows
         ]
-        for r in self.rows:
-            cells = [format_mean_std(r[n], digits=3) if r[n] else "" for n in names]
-            lines.append(f"| {r['set']} | {r['student']} | {' | '.join(cells)} |")
+        table = markdown_table(["set", "student", "HLR (low is good)", "IOR", "LRS", "ARS"], body, left=2)
         used = "; ".join(dict.fromkeys(f"{r['student']}: {r['protocol']}, {r['settings']}" for r in self.rows))
         note = f"DD-Ranking's scores from fractions; raw accuracies and tuned lr are in eval/ddr.csv. Recipes: {used}."
-        return "\n".join([*lines, "", note])
+        return "\n".join([table, "", note])
 
 
 def count_trainings(sets: int, students: int, seeds: int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from dq.config.reader import to_dict
 from dq.config.students import Baseline, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.files import read_jsonl
+from dq.core.text import markdown_table
 from dq.evaluation.statistics import Difference, format_mean_std, mean_std, paired_difference
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     return names
 
 
-def markdown_table(rows: list[Row], *, which: str = "last") -> str:
+def accuracy_table(rows: list[Row], *, which: str = "last") -> str:
     """Accuracy in percent, mean ± std over seeds: one line per set, one column per recipe and ipc.
 
     Args:
@@ -269,11 +270,8 @@ def markdown_table(rows: list[Row], *, which: str = "last") -> str:
     cells = {(r.set, r.recipe, r.student, r.labels, r.ipc): r for r in rows}
     recipes = recipe_names([r.record() for r in rows])
     head = [f"{recipes[n]}, {'full' if i == 'full' else f'IPC {i}'}" for n, _, _, i in columns]
-    lines = ["| set | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
-    for name in names:
-        found = [cells.get((name, *c)) for c in columns]
-        text = [_cell(r, which) if r else "" for r in found]
-        lines.append(f"| {name} | " + " | ".join(text) + " |")
+    found = ((name, [cells.get((name, *c)) for c in columns]) for name in names)
+    body = [[name, *(_cell(r, which) if r else "" for r in of_set)] for name, of_set in found]
     seeds = "/".join(str(n) for n in sorted({len(getattr(r, which)) for r in rows}))
     chosen = sorted({r.selected_on for r in rows} - {"none"})
     what = "last epoch" if which != "best" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
@@ -282,7 +280,7 @@ def markdown_table(rows: list[Row], *, which: str = "last") -> str:
     note = f"{tested} in %, {what}, mean ± std over {seeds} seed{'s' * (seeds != '1')}."
     if which == "last" and any(r.krr for r in rows):
         note += " In parentheses: kernel ridge regression on the students' features."
-    return "\n".join([*lines, "", note, f"Protocols: {used}."])
+    return "\n".join([markdown_table(["set", *head], body), "", note, f"Protocols: {used}."])
 
 
 def _cell(row: Row, which: str) -> str:
@@ -356,8 +354,8 @@ def compare(rows: list[Row]) -> list[Comparison]:
 def tables_text(rows: list[Row]) -> str:
     """What is printed of an evaluation: last epochs, best epochs where some were chosen, and what follows."""
     best = any(r.selected_on != "none" for r in rows)
-    parts = [markdown_table(rows), *([markdown_table(rows, which="best")] if best else [])]
-    parts += [markdown_table(rows, which="redundancy")] if any(r.redundancy for r in rows) else []
+    parts = [accuracy_table(rows), *([accuracy_table(rows, which="best")] if best else [])]
+    parts += [accuracy_table(rows, which="redundancy")] if any(r.redundancy for r in rows) else []
     parts.append(statements(rows))
     return "\n\n".join(p for p in parts if p)
 

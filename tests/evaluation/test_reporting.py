@@ -20,8 +20,8 @@ from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate
 from dq.evaluation.figures import results_figures
 from dq.evaluation.results import (
+    accuracy_table,
     compare,
-    markdown_table,
     recipe_names,
     settings_line,
     statements,
@@ -184,7 +184,7 @@ def test_comparisons_tell_two_students_of_one_network_apart() -> None:
 def test_table_orders_ipc_as_numbers() -> None:
     records = [record("a", s, 0.1 * (s + 1), ipc=i) for i in ("50", "1", "10") for s in range(2)]
     records += [record("full", 0, 0.8, ipc="full")]
-    lines = markdown_table(summarize(records)).splitlines()
+    lines = accuracy_table(summarize(records)).splitlines()
     assert (
         lines[0]
         == "| set | convnet3, hard, IPC 1 | convnet3, hard, IPC 10 | convnet3, hard, IPC 50 | convnet3, hard, full |"
@@ -195,14 +195,14 @@ def test_table_orders_ipc_as_numbers() -> None:
         "Top-1 test accuracy in %, last epoch, mean ± std over 1/2 seeds.",
         "Protocols: p, convnet3: all of them.",
     ]
-    best = markdown_table(summarize(records), which="best").splitlines()
+    best = accuracy_table(summarize(records), which="best").splitlines()
     assert best[2] == "| a | 90.0 ± 0.0 | 90.0 ± 0.0 | 90.0 ± 0.0 |  |"
     assert best[-2].startswith("Top-1 test accuracy in %, best epoch, chosen on validation, mean")
 
 
 def test_two_recipes_of_one_network_are_two_columns() -> None:
     records = [record("a", 0, 0.2), {**record("a", 0, 0.4), "recipe": 1}]
-    lines = markdown_table(summarize(records)).splitlines()
+    lines = accuracy_table(summarize(records)).splitlines()
     assert lines[0] == "| set | convnet3, hard #1, IPC 10 | convnet3, hard #2, IPC 10 |"
     assert lines[2] == "| a | 20.0 | 40.0 |"
 

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dq.core.text import markdown_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def cells(line: str) -> list[str]:
+    return line.removeprefix("| ").removesuffix(" |").split(" | ")
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_a_table_has_its_cells_and_alignments(left: int) -> None:
+    head, rows = ["set", "a", "b"], [["x", 1, 2.5], ["y", None, "3 %"]]
+    lines = markdown_table(head, rows, left=left).splitlines()
+    assert [cells(line) for line in (lines[0], *lines[2:])] == [[str(c) for c in row] for row in (head, *rows)]
+    assert lines[1].split() == ["|", *[x for i in range(3) for x in ("---" if i < left else "---:", "|")]]
+
+
+def test_a_cell_with_a_bar_is_one_cell() -> None:
+    line = markdown_table(["a", "b"], [["x|y", "z"]]).splitlines()[2]
+    assert line == "| x\\|y | z |"
+
+
+def test_tables_are_written_by_one_function() -> None:
+    places = [f for folder in ("dq", "pipelines") for f in (ROOT / folder).rglob("*.py") if '"---:"' in f.read_text()]
+    assert places == [ROOT / "dq" / "core" / "text.py"]
