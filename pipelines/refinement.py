@@ -36,7 +36,7 @@ from dq.data.load import load_source
 from dq.diffusion.generator import LatentGenerator
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate_sets
-from dq.evaluation.statistics import mean_std, paired_difference
+from dq.evaluation.statistics import holm, mean_std, paired_difference
 from dq.run.folder import open_run
 from dq.run.report import write_report
 from dq.run.stages.assemble import assemble
@@ -171,7 +171,9 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
                 d = paired_difference([one[s] for s in seeds], [two[s] for s in seeds], test_images=test_images)
                 row = {"question": question, "student": student, "ipc": ipc, "pairs": d.pairs}
                 row |= {k: round(getattr(d, k), 5) for k in ("mean", "low", "high")}
-                differences.append({**row, "verdict": d.verdict})
+                differences.append({**row, "verdict": d.verdict, "p_value": d.p_value})
+    corrected = iter(holm([r["p_value"] for r in differences if r["p_value"] is not None]))
+    differences = [{**r, "p_holm": None if r["p_value"] is None else next(corrected)} for r in differences]
     write_csv(out / "differences.csv", differences)
     steps = []
     for method in config.methods:

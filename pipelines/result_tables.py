@@ -68,4 +68,8 @@ def differences(folder: str) -> str:
         ]
         for r in rows
     ]
-    return markdown_table(["sets", "student", "difference, points", "95 % interval", "verdict"], body)
+    head = ["sets", "student", "difference, points", "95 % interval", "verdict"]
+    if "verdict_holm" in rows[0]:  # which earlier files lack
+        head.append("after Holm's correction")
+        body = [[*line, verdicts[r["verdict_holm"]].format(r["set"], r["against"])] for line, r in zip(body, rows)]
+    return markdown_table(head, body)

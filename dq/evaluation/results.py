@@ -14,7 +14,7 @@ from dq.config.reader import to_dict
 from dq.config.students import Baseline, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.files import read_jsonl
 from dq.core.text import markdown_table
-from dq.evaluation.statistics import Difference, format_mean_std, mean_std, paired_difference
+from dq.evaluation.statistics import Difference, format_mean_std, holm, mean_std, paired_difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -300,6 +300,13 @@ class Comparison:
     b: Row
     difference: Difference  # of last-epoch accuracies, a - b
     name: str  # of the recipe among those of the table
+    p_holm: float | None  # p value corrected for the number of comparisons; None with a single pair
+
+    @property
+    def verdict_holm(self) -> str:
+        """The verdict after Holm's correction for the number of comparisons."""
+        decided = self.p_holm is not None and self.p_holm < 1 - self.difference.confidence
+        return self.difference.verdict if decided else "undecided"
 
     def record(self) -> dict[str, Any]:
         d = self.difference
@@ -319,6 +326,9 @@ class Comparison:
             "high": None if single else round(d.high, 5),
             "confidence": d.confidence,
             "verdict": d.verdict,
+            "p_value": None if d.p_value is None else float(f"{d.p_value:.4g}"),
+            "p_holm": None if self.p_holm is None else float(f"{self.p_holm:.4g}"),
+            "verdict_holm": self.verdict_holm,
         }
 
     def __str__(self) -> str:
@@ -331,13 +341,14 @@ class Comparison:
             "worse": f"{self.b.set} beats {self.a.set}",
             "undecided": f"{d.pairs} seeds do not tell {self.a.set} from {self.b.set}",
         }[d.verdict]
-        return f"{where}: {said} ({gap})"
+        corrected = "" if self.verdict_holm == d.verdict else "; undecided after Holm's correction"
+        return f"{where}: {said} ({gap}{corrected})"
 
 
 def compare(rows: list[Row]) -> list[Comparison]:
     """What may be said of pairs of rows at equal ipc and recipe, over the seeds that both have: every set and baseline
     against random images, and sets against one another. Rows of unequal numbers of images are not compared."""
-    found = []
+    pairs = []
     names = recipe_names([r.record() for r in rows])
     for i, a in enumerate(rows):
         for b in [*rows[:i], *rows[i + 1 :]]:
@@ -346,9 +357,9 @@ def compare(rows: list[Row]) -> list[Comparison]:
             both = sorted(set(a.seeds) & set(b.seeds))
             if same and both and (sets or b.set == "random"):
                 x, y = ([dict(zip(r.seeds, r.last))[s] for s in both] for r in (a, b))
-                difference = paired_difference(x, y, test_images=a.test_images)
-                found.append(Comparison(a, b, difference, names[a.recipe]))
-    return found
+                pairs.append((a, b, paired_difference(x, y, test_images=a.test_images)))
+    corrected = iter(holm([d.p_value for _, _, d in pairs if d.p_value is not None]))
+    return [Comparison(a, b, d, names[a.recipe], None if d.p_value is None else next(corrected)) for a, b, d in pairs]
 
 
 def tables_text(rows: list[Row]) -> str:
@@ -365,7 +376,10 @@ def statements(rows: list[Row]) -> str:
     found = compare(rows)
     lines = [str(c) for c in found]
     if len(found) > 1:
-        lines.append(f"{len(found)} comparisons at 95 % each, not corrected for their number.")
+        decided = [c for c in found if c.difference.verdict != "undecided"]
+        hold = sum(c.verdict_holm != "undecided" for c in decided)
+        also = f"; {hold} of {len(decided)} differences hold after Holm's correction for it" if decided else ""
+        lines.append(f"{len(found)} comparisons at 95 % each, not corrected for their number{also}.")
     unequal = {(r.set, r.ipc) for r in rows for o in rows if o.set == "random" and o.ipc == r.ipc != "full"}
     unequal -= {(c.a.set, c.a.ipc) for c in found} | {("random", i) for _, i in unequal}
     lines += [

@@ -34,6 +34,7 @@ class Difference:
     high: float
     pairs: int
     confidence: float
+    p_value: float | None = None  # two-sided, of no difference; None with a single pair
 
     @property
     def verdict(self) -> str:
@@ -51,7 +52,7 @@ def paired_difference(
     two differ speak for one side. Without it, equal differences by chance of few seeds would look certain.
 
     The interval covers the seeds of training (and of the draw, for random subsets), not the making of the two sets;
-    several comparisons of one table are not corrected for one another.
+    several comparisons of one table are not corrected for one another: see `holm`.
 
     Raises:
         InputError: if the numbers of values differ.
@@ -64,5 +65,20 @@ def paired_difference(
     from scipy.stats import t
 
     drawn = (abs(mean) - mean**2) / test_images if test_images else 0.0
-    half = float(t.ppf(0.5 + confidence / 2, len(a) - 1)) * math.sqrt(std**2 / len(a) + drawn)
-    return Difference(mean, mean - half, mean + half, len(a), confidence)
+    error = math.sqrt(std**2 / len(a) + drawn)
+    half = float(t.ppf(0.5 + confidence / 2, len(a) - 1)) * error
+    p_value = 2 * float(t.sf(abs(mean) / error, len(a) - 1)) if error else float(mean == 0)
+    return Difference(mean, mean - half, mean + half, len(a), confidence, p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number: the familywise error rate of those below a level is at most that level.
+
+    The i-th smallest of m becomes max_{j <= i} min(1, (m - j + 1) p_j) (Holm, "A simple sequentially rejective
+    multiple test procedure", Scandinavian Journal of Statistics 6, 1979). scipy has no function for it.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -188,6 +188,9 @@ def accuracy_content(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> 
             interval = f"{100 * float(r['low']):+.1f} to {100 * float(r['high']):+.1f}" if r["low"] else ""
             row = [r["set"], r["against"], r["ipc"], names[int(r["recipe"])], r["pairs"]]
             rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
+        if "verdict_holm" in compared[0]:  # which files of earlier versions lack
+            head.append("after Holm's correction")
+            rows = [[*row, r["verdict_holm"]] for row, r in zip(rows, compared)]
         accuracy["differences"] = (head, rows)
     return accuracy
 

@@ -29,7 +29,7 @@ from dq.evaluation.results import (
     tables_text,
     to_csv,
 )
-from dq.evaluation.statistics import paired_difference
+from dq.evaluation.statistics import holm, paired_difference
 from dq.evaluation.trainings import Work, write_tables
 from dq.run.pages import write_page
 from dq.run.report import accuracy_content
@@ -114,7 +114,11 @@ def test_sets_are_compared_with_one_another_once_and_baselines_with_random_alone
         ("nearest", "random"),
     ]
     assert found["theirs", "ours"].difference.mean == pytest.approx(-0.2)
-    assert statements(rows).endswith("5 comparisons at 95 % each, not corrected for their number.")
+    last = statements(rows).splitlines()[-1]
+    decided = [c for c in compare(rows) if c.difference.verdict != "undecided"]
+    hold = sum(c.p_holm < 0.05 for c in decided)
+    assert last.startswith("5 comparisons at 95 % each, not corrected for their number")
+    assert f"{hold} of {len(decided)} differences hold after Holm's correction" in last
     # two sets need no random images between them, and one comparison no warning of many
     rows = summarize([record(name, s, level[name]) for name in ("theirs", "ours") for s in range(3)])
     assert statements(rows).startswith("convnet3, hard, IPC 10: ours beats theirs (-20.0 points")
@@ -229,6 +233,70 @@ def test_recipes_are_named_by_what_differs() -> None:
 def accuracy_page(folder: Path) -> str:
     accuracy = accuracy_content(folder, outdated_rows(folder))
     return write_page(folder / "page.html", "results.html", title="", accuracy=accuracy, dd_ranking=None).read_text()
+
+
+def test_holm_adjusts_as_by_hand_and_in_any_order() -> None:
+    p = [0.01, 0.04, 0.03, 0.005]
+    # sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1, and none below one before it
+    assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(p[::-1]) == holm(p)[::-1]
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("test_images", [None, 450])
+def test_a_p_value_is_below_a_level_where_the_interval_leaves_zero_out(test_images: int | None) -> None:
+    from scipy.stats import ttest_rel
+
+    a, b = [0.31, 0.33, 0.36], [0.3, 0.3, 0.3]
+    d = paired_difference(a, b, test_images=test_images)
+    assert d.p_value is not None
+    touching = paired_difference(a, b, test_images=test_images, confidence=1 - d.p_value)
+    assert touching.low == pytest.approx(0, abs=1e-12)
+    if test_images is None:
+        assert d.p_value == pytest.approx(ttest_rel(a, b).pvalue)
+    assert paired_difference([1.0], [0.0]).p_value is None
+    assert paired_difference([1.0, 1.0], [0.0, 0.0]).p_value == 0
+    assert paired_difference([1.0, 1.0], [1.0, 1.0]).p_value == 1
+
+
+def test_a_verdict_may_be_lost_by_the_correction_for_the_number_of_comparisons() -> None:
+    noise = (-0.01, 0.0, 0.01)  # of differences: standard error 0.00577
+    lasts = {"random": [0.2] * 3, "z": [0.9, 0.9001, 0.9]} | {n: [0.2324 + x for x in noise] for n in "abc"}
+    records = [{**record(n, s, v[s]), "test_images": 10**9} for n, v in lasts.items() for s in range(3)]
+    rows = summarize(records)
+    found = {(c.a.set, c.b.set): c for c in compare(rows)}
+    assert len(found) == 10
+    for name in "abc":
+        c = found[name, "random"]
+        assert c.difference.p_value == pytest.approx(0.03, abs=0.001)
+        # the four against z are smaller
+        assert c.p_holm == pytest.approx(6 * c.difference.p_value)
+        assert (c.record()["verdict"], c.record()["verdict_holm"]) == ("better", "undecided")
+        assert str(c).endswith("; undecided after Holm's correction)")
+    assert found["z", "random"].verdict_holm == "better"
+    assert "Holm" not in str(found["z", "random"])
+    assert statements(rows).splitlines()[-1] == (
+        "10 comparisons at 95 % each, not corrected for their number; 4 of 7 differences hold after Holm's correction "
+        "for it."
+    )
+    alone = summarize([r for r in records if r["set"] in ("a", "random")])
+    assert [c.verdict_holm for c in compare(alone)] == ["better"]
+
+
+def test_a_report_of_comparisons_without_the_corrected_verdict_is_written(tmp_path: Path) -> None:
+    from dq.run.report import write_results_report
+
+    rows = summarize([record(name, s, 0.2 + gap) for name, gap in (("a", 0.1), ("random", 0)) for s in range(3)])
+    compared = [c.record() for c in compare(rows)]
+    write_text(tmp_path / "eval" / "summary.csv", to_csv([r.record() for r in rows]))
+    for keys, corrected in ((list(compared[0]), True), (list(compared[0])[:-3], False)):
+        assert keys[-1] == ("verdict_holm" if corrected else "verdict")
+        write_text(tmp_path / "eval" / "comparisons.csv", to_csv([{k: c[k] for k in keys} for c in compared]))
+        page = write_results_report(tmp_path).read_text()
+        assert "<td>+10.0</td>" in page
+        assert ("after Holm" in page) == corrected
 
 
 def test_report_tells_students_of_other_labels_apart(tmp_path: Path) -> None:
