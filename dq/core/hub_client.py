@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dq")
 
 ATTEMPTS = 5  # at a commit while others commit too
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 8.0  # upper bounds of the waits between them
 TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{10,}|(?<=Bearer )[^\s;,'\")]+")
 Changes = Mapping[str, Path | bytes | None]  # content by path in the repository; None deletes
 
@@ -163,6 +166,15 @@ def open_repo(api: HfApi, repo_id: str, kind: str, revision: str | None) -> Repo
     return Repo(api, info.id, kind, str(info.sha), files)
 
 
+def backoff_seconds(attempt: int) -> float:
+    """Exponential backoff with full jitter: uniform in [0, min(longest, first 2^attempt)], of the system's entropy.
+
+    `http_backoff` of huggingface_hub repeats the same request without jitter; here every attempt is a commit on top of
+    another state, and those who collided must not meet again.
+    """
+    return random.SystemRandom().uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt))
+
+
 def commit_to(
     kind: str,
     repo_id: str,
@@ -212,5 +224,7 @@ def commit_to(
             except HfHubHTTPError as e:
                 if e.response is None or e.response.status_code not in (409, 412) or attempt + 1 == ATTEMPTS:
                     raise
-                log.info("%s has changed meanwhile; trying again", repo_id)
+                wait = backoff_seconds(attempt)
+                log.info("%s has changed meanwhile; trying again in %.1f s", repo_id, wait)
+                time.sleep(wait)
     raise AssertionError("unreachable")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -251,3 +253,21 @@ def test_every_file_that_is_no_module_is_in_the_wheel() -> None:
     files = {f for f in (root / "dq").rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
     assert {f.name for f in files} >= {"py.typed", "__init__.pyi", "report.html", "dataset_card.md", "demo.yaml"}
     assert files == {f for pattern in settings["dq"] for f in (root / "dq").glob(pattern)}
+
+
+def test_every_library_that_is_imported_at_run_time_is_declared() -> None:
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    optional = [r for group in project["optional-dependencies"].values() for r in group]
+    declared = {re.split(r"[<>=\[]", r)[0].replace("-", "_").lower() for r in [*project["dependencies"], *optional]}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn", "ot": "pot", "faiss": "faiss_cpu"}
+    imported = set()
+    for file in (root / "dq").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).split(".")[0])
+    imported -= {*sys.stdlib_module_names, "dq"}
+    assert {"torch", "httpx2", "filelock", "lazy_loader", "PIL"} <= imported
+    assert {names.get(m, m) for m in imported} <= declared

@@ -8,6 +8,7 @@ import html
 import io
 import json
 import logging
+import random
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sets import files_of, make, same
 
 from dq.core.cards import BEGIN, END, md, merge_card, public, split_card
 from dq.core.files import read_json, write_json
-from dq.core.hub_client import Redaction, redact
+from dq.core.hub_client import ATTEMPTS, Redaction, backoff_seconds, redact
 from dq.distilled.card import dataset_card
 from dq.distilled.set import DistilledSet
 from dq.run.stages.evaluate import describe_evaluation
@@ -304,9 +305,28 @@ def test_two_who_push_at_a_time_both_arrive(hub: Hub, home: Path) -> None:
     hub.run(HEAD + 'make(soft=True).push_to_hub("me/both", "b")', home)
     assert len(calls) == 2
     assert [c["config_name"] for c in card_of(hub, "me/both")[0]["configs"]] == ["a", "b", "z"]
-    hub.on_commit = lambda repo: 409
+    calls.clear()
+
+    def refuse(repo: Repository) -> int:
+        calls.append(1)
+        return 409
+
+    hub.on_commit = refuse
     said = hub.run(PUSH, home, "me/both", "5")
     assert said.startswith("cannot push to me/both: ")
+    assert len(calls) == ATTEMPTS
+
+
+def test_waits_between_commits_grow_to_a_bound_and_differ() -> None:
+    random.seed(0)
+    state = random.getstate()
+    waits = {attempt: [backoff_seconds(attempt) for _ in range(200)] for attempt in range(8)}
+    assert random.getstate() == state  # no result depends on a push
+    for attempt, seconds in waits.items():
+        bound = min(8.0, 0.5 * 2**attempt)
+        assert 0 <= min(seconds) < 0.2 * bound  # fails once in 2e19
+        assert 0.8 * bound < max(seconds) <= bound
+        assert len(set(seconds)) > 100
 
 
 @pytest.mark.usefixtures("pushed")
