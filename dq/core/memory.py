@@ -77,6 +77,7 @@ def list_in_pieces(what: str, size: int, call: Callable[[slice], T], *, like: tu
     """
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+    # not accelerate's find_executable_batch_size, which drops the rows that are done and empties the cache each time
     kind = (what, *like)
     done: list[T] = []
     start = 0

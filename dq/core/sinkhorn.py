@@ -21,6 +21,7 @@ def sinkhorn(
         n_iter: updates of each side at most, from 1.
         tol: stop when no potential moves by as much; 0: never, and no value is read from the device.
     """
+    # ot.batch of POT starts from zero potentials, where halves of a column are not as one, and reads a value back
     v = log_kernel.new_zeros(len(log_kernel), 1, log_kernel.shape[2])
     v = v + log_b if isinstance(log_b, Tensor) else v  # equal masses move all potentials alike
     for _ in range(n_iter):

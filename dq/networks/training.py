@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dq.config.dtypes import device_dtypes, resolve_dtypes
 from dq.config.reader import to_dict
@@ -150,7 +151,7 @@ def fit(
             state.optimizer.step()
             if state.average is not None:
                 now = [p.detach() for p in net.parameters()]
-                torch._foreach_lerp_(list(state.average.values()), now, 1 - config.ema)
+                get_ema_multi_avg_fn(config.ema)(list(state.average.values()), now, None)
         mean_loss = float(total) / len(y)
         state.seconds += time.perf_counter() - start
         if not math.isfinite(mean_loss):

@@ -2,7 +2,8 @@
 says of the samples.
 
 The functions on top see arrays of features (n, d) alone and compute in float64. Distances of features are Euclidean
-and exact to about 1e-8 of the features' norm.
+and exact to about 1e-8 of the features' norm. (torchmetrics and torch-fidelity have the first two of these distances
+with features of Inception's network, which they fetch, and torchvision.)
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dq.config.dtypes import USES, Dtypes, folder_dtypes, record_dtypes
 from dq.core.errors import InputError, RunError
@@ -198,7 +199,7 @@ def fit(
             for decay, average in zip(recipe.emas, averages):
                 # a short average at first, so that the start does not linger
                 decay = min(decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
+                get_ema_multi_avg_fn(decay)(list(average.values()), [p.detach() for p in parameters], None)
             means["grad_norm"] = norm / world
             sums = {k: sums.get(k, 0) + v for k, v in means.items()}
             done = step + 1
