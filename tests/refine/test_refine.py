@@ -259,8 +259,11 @@ def test_a_scale_that_is_far_too_large_costs_no_step(images):
     assert float(moved[0]) == pytest.approx(float(moved[1]), rel=0.02)
     assert found.precision == "float16"
     assert kept[0].facts["scale"] < 65536
+    steps: list[bool] = []
+    net.register_forward_pre_hook(lambda *_: steps.append(torch.is_grad_enabled()))
     again = run(images, [teacher], dataclasses.replace(config, dtype="float16"), resume=kept[0])
     assert torch.equal(found.images, again.images)
+    assert sum(steps) == sum(config.steps[1:])  # with the scale that was reached no step is lost
 
 
 def test_a_loss_that_is_no_number_is_said(images):
