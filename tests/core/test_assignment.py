@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +31,14 @@ def test_loads_differ_by_the_largest_unit_at_most(costs: list[float], world_size
     # Graham's bound of list scheduling
     bound = sum(costs) / world_size + (1 - 1 / world_size) * max(costs, default=0.0)
     assert max(load) <= bound * (1 + 1e-9)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.integers(1, 3))
+def test_the_largest_load_is_within_a_third_of_the_least_possible(costs: list[int], world_size: int) -> None:
+    """Graham's bound of largest first: 4/3 - 1/(3 m)."""
+    divisions = itertools.product(range(world_size), repeat=len(costs))
+    best = min(max(sum(c for c, r in zip(costs, d) if r == rank) for rank in range(world_size)) for d in divisions)
+    assert max(loads([float(c) for c in costs], world_size)) <= best * (4 / 3 - 1 / (3 * world_size)) + 1e-9
 
 
 @given(st.lists(st.integers(0, 1000), max_size=30), WORLDS, st.randoms(use_true_random=False))
