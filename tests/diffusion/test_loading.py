@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -108,44 +105,6 @@ def test_a_pipeline_that_lacks_a_part_is_refused(tmp_path: Path, part: str) -> N
 
 
 # --- names that are no model --------------------------------------------------------------------------------------
-
-NO_NETWORK = """
-import sys, time
-from dq.core.errors import InputError
-from dq.config.prior import PriorConfig, TrainCodecConfig, TrainDenoiserConfig
-from dq.diffusion.codec import load_codec
-from dq.diffusion.prior.train_codec import new_codec
-from dq.diffusion.prior.train_denoiser import new_denoiser
-from dq.config.teachers import TeacherConfig
-from dq.networks.teacher_loading import load_teacher
-from dq.run.distill import DistillPipeline
-for open_it in (
-    lambda: load_codec("checkpoints/cifr10"),
-    lambda: DistillPipeline.from_pretrained("checkpoints/cifr10"),
-    lambda: new_codec(PriorConfig(codec=TrainCodecConfig(init="checkpoints/cifr10")), 8),
-    lambda: new_denoiser(PriorConfig(denoiser=TrainDenoiserConfig(init="checkpoints/cifr10")), (4, 4, 4), 3),
-    lambda: load_teacher(TeacherConfig(net="transformers", path="checkpoints/cifr10"), 3, 8),
-):
-    began = time.perf_counter()
-    try:
-        open_it()
-    except InputError as e:
-        print(f"{time.perf_counter() - began:.1f} {e}")
-"""
-
-
-def test_a_name_without_network_is_refused_within_seconds(tmp_path: Path) -> None:
-    """Nothing listens at the endpoint, so that the connection is refused as it is without a network."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", NO_NETWORK], env=env, capture_output=True, text=True, timeout=120)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 5, done.stderr[-2000:]
-    for line in lines:
-        seconds, message = line.split(" ", 1)
-        assert float(seconds) < 10
-        assert "there is no model folder checkpoints/cifr10, and the Hub is not reached (" in message
-        assert "spelling" not in message
 
 
 def test_a_model_of_the_cache_needs_no_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

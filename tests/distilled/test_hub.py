@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,6 +43,15 @@ def hub(server: Hub):
     server.reset_faults()
     yield server
     assert server.unexpected == []
+
+
+@pytest.fixture(scope="module")
+def unreachable() -> Iterator[Hub]:
+    """Nothing listens at the endpoint, so that a connection is refused as it is without a network."""
+    hub = Hub(("dq.cli.main", "dq.distilled.hub", "dq.diffusion.prior.train_denoiser", "dq.run.distill"))
+    hub.server_close()
+    yield hub
+    hub.close()
 
 
 @pytest.fixture(scope="module")
@@ -523,20 +533,52 @@ def test_faults_are_one_sentence(hub: Hub, tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists()
 
 
-def test_no_network_and_no_token(hub: Hub, tmp_path: Path) -> None:
+def test_no_network_and_no_token(hub: Hub, unreachable: Hub, tmp_path: Path) -> None:
     make().save(tmp_path / "sets", "a")
     lines = ("push sets --repo_id x", "run --config demo --push_to_hub --repo_id x")
     (first, _, said), (second, out, early) = hub.verbs(tmp_path, *lines, token=None)
     assert (first, second, out) == (2, 2, "")
     assert "hf auth login" in said
     assert "pushing needs a token; log in with `hf auth login`, or give --token" in early
-    closed = Hub()
-    closed.server_close()
-    done = closed.cli(tmp_path, "push", "sets", "--repo_id", "x")
-    closed.close()
+    done = unreachable.cli(tmp_path, "push", "sets", "--repo_id", "x")
     assert done.returncode == 1
     assert "cannot push to x: the connection to the Hub failed" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+NO_NETWORK = """
+import sys, time
+from dq.core.errors import InputError
+from dq.config.prior import PriorConfig, TrainCodecConfig, TrainDenoiserConfig
+from dq.diffusion.codec import load_codec
+from dq.diffusion.prior.train_codec import new_codec
+from dq.diffusion.prior.train_denoiser import new_denoiser
+from dq.config.teachers import TeacherConfig
+from dq.networks.teacher_loading import load_teacher
+from dq.run.distill import DistillPipeline
+for open_it in (
+    lambda: load_codec("checkpoints/cifr10"),
+    lambda: DistillPipeline.from_pretrained("checkpoints/cifr10"),
+    lambda: new_codec(PriorConfig(codec=TrainCodecConfig(init="checkpoints/cifr10")), 8),
+    lambda: new_denoiser(PriorConfig(denoiser=TrainDenoiserConfig(init="checkpoints/cifr10")), (4, 4, 4), 3),
+    lambda: load_teacher(TeacherConfig(net="transformers", path="checkpoints/cifr10"), 3, 8),
+):
+    began = time.perf_counter()
+    try:
+        open_it()
+    except InputError as e:
+        print(f"{time.perf_counter() - began:.1f} {e}")
+"""
+
+
+def test_a_name_without_network_is_refused_within_seconds(unreachable: Hub, tmp_path: Path) -> None:
+    lines = unreachable.run(NO_NETWORK, tmp_path, token=None).splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        seconds, message = line.split(" ", 1)
+        assert float(seconds) < 10
+        assert "there is no model folder checkpoints/cifr10, and the Hub is not reached (" in message
+        assert "spelling" not in message
 
 
 @pytest.mark.slow
