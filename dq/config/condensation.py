@@ -2,95 +2,100 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
+from pydantic import Field, model_validator
+
+from dq.config.kinds import Count, NonNegative, Off, PathText, Preset, ShareBelowOne, Whole
 from dq.config.refinement import RefineConfig
-from dq.config.students import Dtype
+from dq.config.validation import settings
 from dq.core.errors import InputError
 
 
-@dataclass(frozen=True)
+@settings
 class Condensation(RefineConfig):
     """What these methods share. The whole set is one batch; labels stay what they are."""
 
-    net: str = "convnet3"  # of instance norm
-    # latent: latents of the run's codec are learned, and images are decoded; in none of the papers
-    mode: Literal["pixel", "latent"] = "pixel"
-    chunk: int | None = None  # mode=latent: images whose activations in the decoder are held at once; None: all
-    lr: float = 1.0  # of the images, or of the latents, SGD
-    momentum: float = 0.5
-    real_batch: int = 256  # real images of a class in a step
-    # drawn: the images that come in; real: as many random train images of each class (the papers); noise
-    start: Literal["drawn", "real", "noise"] = "drawn"
-    augment: Literal["dsa", "none"] = "dsa"  # the same draw for real and learned images of a class
-    # times, evenly spread, that networks trained on the set are tested on held-out train images, the best set being
-    # returned; 0: the last one. The released code chooses on the test split
-    checks: int = 0
-    check_nets: int = 2
-    check_epochs: int = 300
-    held_out: float = 0.05  # share of train for checks, at most 0.2, which is not compared then
-    compose: Literal["index", "dealt", "rank", "whole"] = "whole"
-    dtype: Dtype = "float32"  # of the networks; nothing else is allowed
+    net: Annotated[str, Field(description="network, of instance norm")] = "convnet3"
+    # latent: in none of the papers
+    mode: Annotated[
+        Literal["pixel", "latent"], Field(description="what is learned: pixels, or latents of the run's codec")
+    ] = "pixel"
+    chunk: Annotated[
+        Off[Count],
+        Field(description="mode=latent: images whose activations in the decoder are held at once; off: all"),
+    ] = None
+    lr: Annotated[NonNegative, Field(description="learning rate of the images, or of the latents, SGD")] = 1.0
+    momentum: Annotated[ShareBelowOne, Field(description="momentum of the images")] = 0.5
+    real_batch: Annotated[Count, Field(description="real images of a class in a step")] = 256
+    # real: the papers
+    start: Annotated[
+        Literal["drawn", "real", "noise"],
+        Field(description="first images: those that come in, as many random train images of each class, or noise"),
+    ] = "drawn"
+    augment: Annotated[
+        Literal["dsa", "none"],
+        Field(description="augmentation, with the same draw for real and learned images of a class"),
+    ] = "dsa"
+    # the released code chooses on the test split
+    checks: Annotated[
+        Whole,
+        Field(description="times that the set is tested on held-out train images, to keep the best; 0: the last"),
+    ] = 0
+    check_nets: Annotated[Count, Field(description="networks of a check")] = 2
+    check_epochs: Annotated[Count, Field(description="epochs of a network of a check")] = 300
+    held_out: Annotated[float, Field(gt=0, le=0.2, description="share of train for checks, which is not compared")] = (
+        0.05
+    )
+    compose: Annotated[Literal["whole"], Field(description="images of a batch: the whole set")] = "whole"
+    dtype: Annotated[Literal["float32"], Field(description="dtype of the networks")] = "float32"
 
     def unread(self) -> tuple[str, ...]:
         no_checks = self.checks == 0
         return (*("chunk",) * (self.mode == "pixel"), *("check_nets", "check_epochs", "held_out") * no_checks)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.checks < 0 or self.check_nets < 1 or self.check_epochs < 1 or not 0 < self.held_out <= 0.2:
-            raise InputError(
-                f"{self.stage} needs checks >= 0, check_nets and check_epochs >= 1 and a share held_out of at most 0.2"
-            )
-        if self.compose != "whole":
-            raise InputError(f"{self.stage} refines the whole set at once: set compose=whole, not {self.compose}")
-        if self.dtype != "float32":
-            raise InputError(f"{self.stage} works in float32: leave out dtype={self.dtype}")
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"chunk of {self.stage} must be at least 1, not {self.chunk}")
-        if self.real_batch < 1 or not self.momentum < 1:
-            raise InputError(
-                f"{self.stage} needs real_batch of at least 1 and momentum below 1, not {self.real_batch} and "
-                f"{self.momentum:g}"
-            )
 
-
-@dataclass(frozen=True)
+@settings
 class DistributionMatching(Condensation):
     """Distribution matching (DM, Zhao and Bilen, WACV 2023)."""
 
-    stage: Literal["distribution"] = "distribution"
-    steps: int = 20_000
-    # None: the last embedding alone, as published. A share in [0, 1): the outputs of all pooled blocks but the first
-    # int(alpha L) of L (PAD's second filter, whose paper does not say which layers its own DM compares)
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha is not None and not 0 <= self.alpha < 1:
-            raise InputError(f"alpha is a share of the layers in [0, 1), not {self.alpha:g}")
+    stage: Annotated[Literal["distribution"], Field(description="method of refinement")] = "distribution"
+    steps: Annotated[Whole, Field(description="updates of the set")] = 20_000
+    # A share: the outputs of all pooled blocks but the first int(alpha L) of L (PAD's second filter, whose paper does
+    # not say which layers its own DM compares)
+    alpha: Annotated[
+        Off[ShareBelowOne],
+        Field(description="share of the blocks, the first, that are not compared; off: the last embedding alone"),
+    ] = None
 
 
-@dataclass(frozen=True)
+@settings
 class SpectralMatching(Condensation):
     """Neural characteristic function matching (NCFM, Wang et al., CVPR 2025), with the released settings of CIFAR-10
     where the methods of this file do not share one."""
 
-    stage: Literal["spectral"] = "spectral"
-    lr: float = 0.1
-    steps: int = 20_000
-    real_batch: int = 1024
-    frequencies: int = 4096  # points t at which characteristic functions are compared in a step
-    amplitude: float = 0.5  # weight of the difference of amplitudes (alpha), which is about diversity
-    phase: float = 0.5  # weight of the difference of phases (beta), which is about realism
-    # gaussian: t is standard normal; network: t comes from a small network that is trained to enlarge the loss
-    sampler: Literal["gaussian", "network"] = "gaussian"
-    sampler_lr: float = 1e-3  # SGD, with the momentum of the images
-    # folder of `dq train-experts`: networks are random points between the first and the last parameters of an expert,
-    # as published, with the experts' preprocessing; None: freshly drawn ones, as distribution matching has them
-    experts: str | None = None
+    stage: Annotated[Literal["spectral"], Field(description="method of refinement")] = "spectral"
+    lr: Annotated[NonNegative, Field(description="learning rate of the images, or of the latents, SGD")] = 0.1
+    steps: Annotated[Whole, Field(description="updates of the set")] = 20_000
+    real_batch: Annotated[Count, Field(description="real images of a class in a step")] = 1024
+    frequencies: Annotated[
+        Count, Field(description="points t at which characteristic functions are compared in a step")
+    ] = 4096
+    amplitude: Annotated[NonNegative, Field(description="weight of the difference of amplitudes: diversity")] = 0.5
+    phase: Annotated[NonNegative, Field(description="weight of the difference of phases: realism")] = 0.5
+    sampler: Annotated[
+        Literal["gaussian", "network"],
+        Field(description="t is standard normal, or comes from a small network trained to enlarge the loss"),
+    ] = "gaussian"
+    sampler_lr: Annotated[
+        NonNegative, Field(description="learning rate of that network, SGD with the momentum of the images")
+    ] = 1e-3
+    # networks are random points between the first and the last parameters of an expert, as published, with the
+    # experts' preprocessing
+    experts: Annotated[
+        Off[PathText], Field(description="folder of `dq train-experts` to draw networks from; off: fresh networks")
+    ] = None
 
     def unread(self) -> tuple[str, ...]:
         held_out = ("held_out",) if self.experts and self.checks else ()
@@ -99,15 +104,13 @@ class SpectralMatching(Condensation):
     def paths(self) -> dict[str, str]:
         return {} if self.experts is None else {"experts": str(Path(self.experts) / "experts.json")}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.frequencies < 1 or min(self.amplitude, self.phase) < 0 or self.amplitude + self.phase == 0:
-            raise InputError(
-                "spectral needs frequencies of at least 1 and weights amplitude and phase of at least 0, not both 0: "
-                f"not {self.frequencies}, {self.amplitude:g} and {self.phase:g}"
-            )
+    @model_validator(mode="after")
+    def _check_spectral(self) -> Self:
+        if self.amplitude + self.phase == 0:
+            raise InputError("amplitude and phase are both 0, which leaves nothing to compare: set one above 0")
         if self.sampler == "network" and self.frequencies < 2:
             raise InputError("sampler=network standardizes over frequencies: set frequencies to at least 2")
+        return self
 
 
 # passes over the classes for a drawn network, and epochs of the network on the set between two of them, by the images
@@ -115,26 +118,23 @@ class SpectralMatching(Condensation):
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
-@dataclass(frozen=True)
+@settings
 class GradientMatching(Condensation):
     """Gradient matching (DC, Zhao et al., ICLR 2021; DSA, Zhao and Bilen, ICML 2021, with `augment: dsa`)."""
 
-    stage: Literal["gradient"] = "gradient"
-    lr: float = 0.1
-    networks: int = 1000  # that are drawn, one after another
-    passes: int | None = None  # updates of the images for a network; None: the published ones by ipc
-    net_epochs: int | None = None  # of the network on the set between two of them; likewise
-    net_lr: float = 0.01  # SGD
-    net_batch: int = 256
-    alpha: float = (
-        0.0  # share of the parameters, the shallowest, whose gradients are not compared (PAD's second filter)
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha < 1:
-            raise InputError(f"alpha is a share of the parameters in [0, 1), not {self.alpha:g}")
-        for name, low in (("networks", 0), ("passes", 1), ("net_epochs", 0), ("net_batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{name} of gradient must be at least {low}, not {value}")
+    stage: Annotated[Literal["gradient"], Field(description="method of refinement")] = "gradient"
+    lr: Annotated[NonNegative, Field(description="learning rate of the images, or of the latents, SGD")] = 0.1
+    networks: Annotated[Whole, Field(description="networks that are drawn, one after another")] = 1000
+    passes: Annotated[
+        Preset[Count], Field(description="updates of the images for a network; preset: the published ones by ipc")
+    ] = None
+    net_epochs: Annotated[
+        Preset[Whole], Field(description="epochs of the network on the set between two updates; preset: by ipc")
+    ] = None
+    net_lr: Annotated[NonNegative, Field(description="learning rate of the network, SGD")] = 0.01
+    net_batch: Annotated[Count, Field(description="images of a training step of the network")] = 256
+    # PAD's second filter
+    alpha: Annotated[
+        ShareBelowOne,
+        Field(description="share of the parameters, the shallowest, whose gradients are not compared"),
+    ] = 0.0

@@ -53,10 +53,14 @@ def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
             key, sep, text = s.partition("=")
             if not sep:
                 raise InputError(f"--set needs key=value, not {s!r}")
+            key = key.strip()
             try:
-                pairs[key.strip()] = read_yaml(text)
+                value = read_yaml(text)
             except (yaml.YAMLError, RecursionError, ValueError):  # impossible dates are ValueErrors
-                raise InputError(f"the value of {key.strip()!r} is not readable: {short(text)}") from None
+                raise InputError(f"the value of {key!r} is not readable: {short(text)}") from None
+            if key in pairs:
+                raise InputError(f"{key} is given twice, as {short(pairs[key])} and {short(value)}; leave one out")
+            pairs[key] = value
         settings = pairs
     data = to_dict(config)
     for key, value in settings.items():

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from dq.config.reader import from_dict, unknown_key
+from dq.config.reader import from_dict
 from dq.config.students import StudentConfig, is_library_net
+from dq.config.validation import unknown_key
 from dq.core.errors import InputError
 from dq.core.text import short
 
@@ -131,7 +132,7 @@ def _preset(name: str) -> dict[str, Any]:
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = [*(p.stem for p in sorted(FOLDER.glob("*.yaml"))), "custom"]
-        raise InputError(unknown_key(name, name, known).replace("setting", "protocol"))
+        raise InputError(unknown_key(name, name, known, kind="protocol"))
     preset = yaml.safe_load(path.read_text())
     for rule in preset["rules"]:
         for key in rule["when"]:

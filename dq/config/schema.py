@@ -5,80 +5,144 @@ Precedence is defaults < file < flags. How it is read, checked and changed is in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from pydantic import Field, model_validator
 
 import dq.config.condensation  # noqa: F401  (its stages are known by then)
+from dq.config.kinds import (
+    Auto,
+    Count,
+    Many,
+    Named,
+    NameOrIndex,
+    NonNegative,
+    Off,
+    PathText,
+    Positive,
+    Share,
+)
 from dq.config.prior import PriorConfig, PriorReportConfig
 from dq.config.pruning import PruneConfig
-from dq.config.reader import Checked, from_dict
+from dq.config.reader import from_dict
 from dq.config.refinement import RefineConfig
 from dq.config.students import Dtype, EvaluateConfig
 from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
 from dq.config.trajectories import TrainExpertsConfig
+from dq.config.validation import Checked, settings
 from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
 
 Tracker = Literal["trackio", "tensorboard", "wandb"]
 
 
-@dataclass(frozen=True)
+@settings
 class SourceConfig(Checked):
-    path: str = ""  # Hub data set id, local folder, or "sklearn:digits"
-    name: str | None = None  # configuration name of a Hub data set
-    revision: str | None = None
-    train_split: str = "train"
-    # None: the first that is there, in any case, of test, testing, validation, valid, val, eval, evaluation, dev;
-    # "none": there is no test split
-    test_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    # rows are read where they lie, on disk or on the Hub; nothing is copied. For Parquet files and WebDataset tars
-    streaming: bool = False
-    on_bad_image: Literal["raise", "skip"] = "raise"
-    # class folders that all hold the same folders: raise, or join the images of each (class/front, class/back)
-    nested: Literal["raise", "join"] = "raise"
-    preprocess: Literal["squash", "crop", "pad"] = "crop"  # how an image becomes a square
-    image_size: int | None = None  # side in px of distilled and test images; None: codec.resolution
+    """The image set."""
+
+    path: Annotated[PathText, Field(description="Hub data set id, local folder, or sklearn:digits")] = ""
+    name: Annotated[str | None, Field(description="configuration name of a Hub data set; null: its default")] = None
+    revision: Annotated[str | None, Field(description="branch, tag or commit on the Hub; null: main")] = None
+    train_split: Annotated[str, Field(description="name of the train split")] = "train"
+    # auto: in any case
+    test_split: Annotated[
+        Auto[str],
+        Field(description="name of the test split, or none; auto: the first of test, testing, validation, val, eval"),
+    ] = None
+    image_column: Annotated[Auto[str], Field(description="column of the images; auto: the only one")] = None
+    label_column: Annotated[Auto[str], Field(description="column of the labels; auto: the only one")] = None
+    # for Parquet files and WebDataset tars
+    streaming: Annotated[
+        bool, Field(description="read rows where they lie, on disk or on the Hub, and copy nothing")
+    ] = False
+    on_bad_image: Annotated[
+        Literal["raise", "skip"], Field(description="what to do with an image that cannot be read")
+    ] = "raise"
+    nested: Annotated[
+        Literal["raise", "join"],
+        Field(description="class folders that all hold the same folders: an error, or join the images of each"),
+    ] = "raise"
+    preprocess: Annotated[Literal["squash", "crop", "pad"], Field(description="how an image becomes a square")] = (
+        "crop"
+    )
+    image_size: Annotated[
+        Auto[Count], Field(description="side in px of distilled and test images; auto: codec.resolution")
+    ] = None
 
 
-@dataclass(frozen=True)
+@settings
 class CodecConfig(Checked):
-    path: str = ""  # model folder or Hub id of an autoencoder, or of a pipeline that has one under vae/
-    subfolder: str | None = None
-    revision: str | None = None
-    resolution: int = 64  # side in px of the images that the codec sees
-    posterior: Literal["mean", "sample"] = "mean"
-    dtype: Dtype = "auto"
-    batch_size: int = 64
+    """The autoencoder."""
+
+    path: Annotated[
+        PathText, Field(description="model folder or Hub id of an autoencoder, or of a pipeline that has one in vae/")
+    ] = ""
+    subfolder: Annotated[Auto[str], Field(description="folder of the autoencoder; auto: top, else vae")] = None
+    revision: Annotated[str | None, Field(description="branch, tag or commit on the Hub; null: main")] = None
+    resolution: Annotated[Count, Field(description="side in px of the images that the codec sees")] = 64
+    posterior: Annotated[Literal["mean", "sample"], Field(description="mean of the posterior, or a sample of it")] = (
+        "mean"
+    )
+    dtype: Annotated[Dtype, Field(description="dtype of the codec; auto: what the device is fast in")] = "auto"
+    batch_size: Annotated[Count, Field(description="images encoded at once")] = 64
 
 
-@dataclass(frozen=True)
+@settings
 class ClusterConfig(Checked):
-    engine: Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"] = "auto"
-    # where the images of a class are compared; features: those of the first teacher (see `dq.cluster.spaces.embed`)
-    space: Literal["latents", "pca", "whitened", "features", "joint"] = "latents"
-    # pca, whitened: principal directions of a class; None: 64, or as many as the class allows. Whitened needs far
-    # fewer than there are images in a class
-    dims: int | None = None
-    feature_weight: float = 1.0  # joint: of the features' variance, that of the latents being 1
-    init: Literal["race", "k-means++", "random"] = "race"  # race: the best of several k-means++ in a subspace
-    n_init: int = 1  # restarts; the lowest distortion wins
-    n_iter: int = 100  # Lloyd iterations (barycentre: rounds) at most
-    tol: float = 1e-4  # stop when the distortion falls by less than this share; 0: when no label changes
-    # prototypes of a class; None: ipc. Fewer have several images each, by mass: a class has ipc images in any case
-    prototypes_per_class: int | None = None
-    on_small: Literal["clamp", "raise"] = "clamp"  # a class with fewer distinct images than ipc
-    batch_size: int = 256  # clvq: samples per step
-    passes: int = 1  # clvq: passes over the class
-    expand: int = 1  # minibatch: batch = expand * ipc (D4M: 1 in the scripts, 10 by default)
-    drop_tail: bool = False  # minibatch: True loses the incomplete last batch, as D4M's code does
-    transport: Literal["exact", "entropic"] = "exact"  # barycentre
-    entropy: float = 0.01  # barycentre: entropic regularisation in units of the mean squared distance
-    uniform_w2: bool = True  # also solve the transport problem of the uniformly weighted points
+    """How the images of a class become prototypes."""
+
+    engine: Annotated[
+        Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"],
+        Field(description="k-means: faiss, torch; online: clvq, minibatch; barycentre: balanced cells"),
+    ] = "auto"
+    # features: those of the first teacher (see `dq.cluster.spaces.embed`)
+    space: Annotated[
+        Literal["latents", "pca", "whitened", "features", "joint"],
+        Field(description="space in which the images of a class are compared; joint: latents and features"),
+    ] = "latents"
+    # whitened needs far fewer than there are images in a class
+    dims: Annotated[
+        Auto[Count],
+        Field(description="pca, whitened: principal directions of a class; auto: 64, or as many as it allows"),
+    ] = None
+    feature_weight: Annotated[
+        NonNegative, Field(description="joint: weight of the features' variance, that of the latents being 1")
+    ] = 1.0
+    init: Annotated[
+        Literal["race", "k-means++", "random"],
+        Field(description="first prototypes; race: the best of several k-means++ in a subspace"),
+    ] = "race"
+    n_init: Annotated[Count, Field(description="restarts; the lowest distortion wins")] = 1
+    n_iter: Annotated[Count, Field(description="Lloyd iterations (barycentre: rounds) at most")] = 100
+    tol: Annotated[
+        NonNegative,
+        Field(description="stop when the distortion falls by less than this share; 0: when no label changes"),
+    ] = 1e-4
+    # a class has ipc images in any case
+    prototypes_per_class: Annotated[
+        Auto[Count], Field(description="prototypes of a class, which have several images each, by mass; auto: ipc")
+    ] = None
+    on_small: Annotated[
+        Literal["clamp", "raise"], Field(description="a class with fewer distinct images than ipc: take all, or stop")
+    ] = "clamp"
+    batch_size: Annotated[Count, Field(description="clvq: samples of a step")] = 256
+    passes: Annotated[Count, Field(description="clvq: passes over the class")] = 1
+    expand: Annotated[
+        Count, Field(description="minibatch: batch = expand * ipc (D4M: 1 in the scripts, 10 by default)")
+    ] = 1
+    drop_tail: Annotated[bool, Field(description="minibatch: lose the incomplete last batch, as D4M's code does")] = (
+        False
+    )
+    transport: Annotated[Literal["exact", "entropic"], Field(description="barycentre: transport problem")] = "exact"
+    entropy: Annotated[
+        Positive, Field(description="barycentre: entropic regularization in units of the mean squared distance")
+    ] = 0.01
+    uniform_w2: Annotated[
+        bool, Field(description="also solve the transport problem of the uniformly weighted points")
+    ] = True
 
     def prototypes(self, ipc: int) -> int:
         """Clusters of a class at `ipc` images per class."""
@@ -95,64 +159,106 @@ GUIDANCE = {"internal_guidance": 1.0, "autoguidance": 1.0}
 GUIDANCE |= dict.fromkeys(("mode_guidance", "measure_guidance", "repulsion"), 0.0)
 
 
-@dataclass(frozen=True)
+@settings
 class GenerateConfig(Checked):
-    mode: Literal["decode", "dit", "img2img"] = "decode"
-    model: str | None = None  # pipeline folder or Hub id; None: the codec alone
-    revision: str | None = None
-    # diffusers class name; None: the one that comes with the model. A model that predicts a flow needs FlowMatch...,
-    # or DPM-Solver++ or UniPC, whose flow sigmas are then switched on
-    scheduler: str | None = None
-    num_inference_steps: int = 50
-    snr: float | None = 0.1  # start at the grid step whose signal-to-noise ratio is nearest to this ...
-    strength: float | None = None  # ... or at this share of the steps, as diffusers counts it
-    # random: forward noise; inversion: the ODE backwards from the point, without guidance (Song et al. 2021; D3HR)
-    noise: Literal["random", "inversion"] = "random"
-    rescale: Literal["none", "norm"] = "none"  # norm: points are as long as the median latent of their class
-    guidance_scale: float = 4.0
-    guidance_snr: tuple[float, ...] = ()  # least and largest SNR at which there is guidance; none: everywhere
-    # scales of guidance away from the model's intermediate head and from its early average; 1: none
-    internal_guidance: float = 1.0
-    autoguidance: float = 1.0
-    mode_guidance: float = (
-        0.0  # share of the way to the prototype by which the predicted x_0 is moved (after MGD3) ...
-    )
-    mode_stop: float = 0.5  # ... in this first share of the walked steps
-    # share of the way to all prototypes of the class with their masses, by entropic transport (after DMGD) ...
-    measure_guidance: float = 0.0
-    measure_interval: tuple[float, ...] = (0.1, 0.4)  # ... between these shares of the walked steps
-    measure_entropy: float = 0.1  # in units of the mean cost
-    measure_iterations: int = 5
-    measure_weights: Literal["uniform", "mass"] = "uniform"  # of the images; mass: that of each one's own prototype
-    repulsion: float = 0.0  # rate at which images of a class are kept apart (log-determinant of their cosines) ...
-    repulsion_interval: tuple[float, ...] = (0.0, 0.5)  # ... between these shares of the walked steps
-    repulsion_ridge: float = 0.1
-    prompt: str = "{name}"
-    negative_prompt: str = "cartoon, anime, painting"
-    class_map: dict[str, str] | None = None  # class name of the source -> class name or index of the generator
-    images_per_prototype: int = 1
-    candidates: int = 1  # draws for every image that is kept, of which `select` keeps one
+    mode: Annotated[
+        Literal["decode", "dit", "img2img"],
+        Field(description="codec alone, class-conditional DiT, or Stable Diffusion from images and prompts"),
+    ] = "decode"
+    model: Annotated[Off[PathText], Field(description="pipeline folder or Hub id; off: the codec alone")] = None
+    revision: Annotated[str | None, Field(description="branch, tag or commit on the Hub; null: main")] = None
+    # a model that predicts a flow needs FlowMatch..., or DPM-Solver++ or UniPC, whose flow sigmas are then switched on
+    scheduler: Annotated[
+        Auto[str], Field(description="class name of a diffusers scheduler; auto: the model's own")
+    ] = None
+    num_inference_steps: Annotated[Count, Field(description="steps of the whole grid of the scheduler")] = 50
+    snr: Annotated[
+        Off[Positive], Field(description="start at the grid step whose signal-to-noise ratio is nearest to this")
+    ] = 0.1
+    strength: Annotated[
+        Off[Positive], Field(description="start at this share of the steps, in place of snr, as diffusers counts it")
+    ] = None
+    # without guidance (Song et al. 2021; D3HR)
+    noise: Annotated[
+        Literal["random", "inversion"], Field(description="forward noise, or the ODE backwards from the prototype")
+    ] = "random"
+    rescale: Annotated[
+        Literal["none", "norm"],
+        Field(description="norm: prototypes become as long as the median latent of their class"),
+    ] = "none"
+    guidance_scale: Annotated[
+        float, Field(ge=1, description="scale of classifier-free guidance by classes or prompts; 1: none")
+    ] = 4.0
+    guidance_snr: Annotated[
+        Many[Annotated[float, Field(ge=0, allow_inf_nan=True)]],
+        Field(description="least and largest SNR at which there is guidance; empty: everywhere"),
+    ] = ()
+    internal_guidance: Annotated[
+        float, Field(ge=1, description="scale of guidance away from the model's intermediate head; 1: none")
+    ] = 1.0
+    autoguidance: Annotated[
+        float, Field(ge=1, description="scale of guidance away from the model's early average; 1: none")
+    ] = 1.0
+    # after MGD3
+    mode_guidance: Annotated[
+        Share, Field(description="share of the way to the prototype by which the predicted x_0 is moved")
+    ] = 0.0
+    mode_stop: Annotated[Share, Field(description="share of the steps, the first, with mode_guidance")] = 0.5
+    # by entropic transport (after DMGD)
+    measure_guidance: Annotated[
+        Share, Field(description="share of the way to all prototypes of the class with their masses")
+    ] = 0.0
+    measure_interval: Annotated[
+        Many[Share], Field(description="shares of the steps between which there is measure_guidance")
+    ] = (0.1, 0.4)
+    measure_entropy: Annotated[
+        Positive, Field(description="entropic regularization of that transport in units of the mean cost")
+    ] = 0.1
+    measure_iterations: Annotated[Count, Field(description="Sinkhorn iterations of that transport")] = 5
+    measure_weights: Annotated[
+        Literal["uniform", "mass"], Field(description="weights of the images; mass: those of their own prototypes")
+    ] = "uniform"
+    # log-determinant of their cosines
+    repulsion: Annotated[NonNegative, Field(description="rate at which images of a class are kept apart")] = 0.0
+    repulsion_interval: Annotated[
+        Many[Share], Field(description="shares of the steps between which there is repulsion")
+    ] = (0.0, 0.5)
+    repulsion_ridge: Annotated[Positive, Field(description="ridge of the matrix of cosines")] = 0.1
+    prompt: Annotated[str, Field(description="img2img: prompt; {name} is the name of the class")] = "{name}"
+    negative_prompt: Annotated[str, Field(description="img2img: negative prompt")] = "cartoon, anime, painting"
+    class_map: Annotated[
+        Auto[Named[NameOrIndex]],
+        Field(description="class name of the source: class name or index of the generator; auto: by equal names"),
+    ] = None
+    images_per_prototype: Annotated[Count, Field(description="images of a prototype")] = 1
+    candidates: Annotated[
+        int, Field(ge=1, le=MOST_CANDIDATES, description="draws for every image, of which select keeps one")
+    ] = 1
     # correct: the first that `select_teacher` classifies rightly; confident: the one of highest p(y); facility: those
     # whose features cover the class's real images best; transport: those that are together nearest to them
-    select: Literal["none", "correct", "confident", "facility", "transport"] = "none"
-    select_teacher: TeacherConfig | None = None  # should differ from those that label
-    one_per_prototype: bool = True  # facility: False lets prototypes have several images, and others none
-    image_dtype: Literal["uint8", "float32"] = "uint8"
-    dtype: Dtype = "auto"
-    batch_size: int = 32
+    select: Annotated[
+        Literal["none", "correct", "confident", "facility", "transport"],
+        Field(description="which candidate is kept, by select_teacher's prediction or features"),
+    ] = "none"
+    select_teacher: Annotated[
+        Off[TeacherConfig], Field(description="teacher that selects; should differ from those that label")
+    ] = None
+    one_per_prototype: Annotated[
+        bool, Field(description="facility: one image of each prototype; false: some have several, others none")
+    ] = True
+    image_dtype: Annotated[Literal["uint8", "float32"], Field(description="dtype of stored images")] = "uint8"
+    dtype: Annotated[Dtype, Field(description="dtype of the generator; auto: what the device is fast in")] = "auto"
+    batch_size: Annotated[Count, Field(description="images drawn at once")] = 32
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _check_generate(self) -> Self:
         interval = self.guidance_snr
         if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             raise InputError(f"guidance_snr must be two rising ratios such as [0.05, 5], not {list(interval)}")
         for name in ("measure_interval", "repulsion_interval"):
             shares = getattr(self, name)
-            if not (len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1):
+            if not (len(shares) == 2 and shares[0] < shares[1]):
                 raise InputError(f"{name} must be two rising shares such as [0.1, 0.4], not {list(shares)}")
-        for name in ("mode_guidance", "mode_stop", "measure_guidance"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is a share and must lie in [0, 1], not {getattr(self, name)!r}")
         for name in ("internal_guidance", "autoguidance"):
             if getattr(self, name) != 1 and self.mode == "img2img":
                 raise InputError(f"{name} is of a DiT's own weaker versions; set mode=dit, or {name}=1")
@@ -164,8 +270,7 @@ class GenerateConfig(Checked):
         if self.candidates > 1 and (self.noise == "inversion" or self.mode == "decode"):
             why = "noise=inversion" if self.noise == "inversion" else "mode=decode"
             raise InputError(f"{why} gives the same image every time: set candidates=1 (now {self.candidates})")
-        if self.candidates > MOST_CANDIDATES:
-            raise InputError(f"candidates must be at most {MOST_CANDIDATES}, not {self.candidates}")
+        return self
 
     @property
     def guidance(self) -> dict[str, float]:
@@ -178,56 +283,89 @@ class GenerateConfig(Checked):
         return self.mode != "decode" and (self.measure_guidance > 0 or self.repulsion > 0)
 
 
-@dataclass(frozen=True)
+@settings
 class MethodConfig(Checked):
     """One way to make a set: which points, which representative, which weights. `override` changes settings of
     `prune`, `cluster` or `generate` for this method alone."""
 
-    representative: Literal["centroid", "medoid", "real"] = "centroid"
-    weights: Literal["uniform", "mass", "sqrt"] = "sqrt"
-    normalize: Literal["none", "class", "sqrt_k"] = "none"
-    override: dict[str, Any] = field(default_factory=dict)
-    refine: tuple[RefineConfig, ...] | None = None  # stages behind the generator, in this order; None: the run's
+    representative: Annotated[
+        Literal["centroid", "medoid", "real"],
+        Field(description="point of a cluster; real: the image nearest to the centroid"),
+    ] = "centroid"
+    weights: Annotated[
+        Literal["uniform", "mass", "sqrt"], Field(description="weight of an image by the images of its cluster")
+    ] = "sqrt"
+    normalize: Annotated[
+        Literal["none", "class", "sqrt_k"], Field(description="sum of the weights of a class: as it is, 1, or sqrt(k)")
+    ] = "none"
+    override: Annotated[
+        Named[Any],
+        Field(description="settings of prune, cluster or generate for this method alone, by dotted names"),
+    ] = field(default_factory=dict)
+    refine: Annotated[
+        Auto[Many[RefineConfig]], Field(description="stages of refinement of this method; auto: those of the run")
+    ] = None
 
 
-@dataclass(frozen=True)
+@settings
 class HubConfig(Checked):
     """Where and how something is pushed to the Hugging Face Hub. A token is no setting: it comes from --token,
     HF_TOKEN or the login, and is written nowhere."""
 
-    repo_id: str | None = None  # "name" in one's own namespace, or "owner/name"
-    private: bool | None = None  # of a repository that is made; None: as the owner's default is
-    revision: str | None = None  # branch, made if it is not there; None: main
-    create_pr: bool = False
-    commit_message: str | None = None
-    pretty_name: str | None = None  # this and what follows: None keeps what the card says
-    license: str | None = None  # of the set or the model: an identifier such as cc-by-4.0, or any text
-    source_license: str | None = None  # of the data that a set derives from
-    generator_license: str | None = None  # of the weights that drew it
+    repo_id: Annotated[str | None, Field(description="repository: name in your own namespace, or owner/name")] = None
+    private: Annotated[
+        Auto[bool], Field(description="whether a new repository is private; auto: as the owner's default is")
+    ] = None
+    revision: Annotated[str | None, Field(description="branch, made if it does not exist; null: main")] = None
+    create_pr: Annotated[bool, Field(description="open a pull request")] = False
+    commit_message: Annotated[str | None, Field(description="first line of the commit; null: a usual one")] = None
+    pretty_name: Annotated[str | None, Field(description="title of the card; null: what it has")] = None
+    license: Annotated[
+        str | None,
+        Field(description="license of the set or the model, e.g. cc-by-4.0, or any text; null: what the card has"),
+    ] = None
+    source_license: Annotated[
+        str | None, Field(description="license of the data that a set derives from; null: what the card has")
+    ] = None
+    generator_license: Annotated[
+        str | None, Field(description="license of the weights that drew it; null: what the card has")
+    ] = None
 
 
-@dataclass(frozen=True)
+@settings
 class RunConfig(Checked):
-    output_dir: str = "runs/dq"
-    cache_dir: str = "runs/cache"
-    seed: int = 0
-    source: SourceConfig = SourceConfig()
-    codec: CodecConfig = CodecConfig()
-    ipc: tuple[int, ...] = (10,)
-    prune: PruneConfig = PruneConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    generate: GenerateConfig = GenerateConfig()
-    refine: tuple[RefineConfig, ...] = ()  # stages that change the drawn images, in this order
-    methods: dict[str, MethodConfig] = field(default_factory=lambda: {"ddoq": MethodConfig()})
-    teachers: tuple[TeacherConfig, ...] = ()  # several: the mean of their logits
-    train_teachers: TrainTeachersConfig = TrainTeachersConfig()
-    train_pool: TrainPoolConfig = TrainPoolConfig()
-    train_experts: TrainExpertsConfig = TrainExpertsConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    prior: PriorConfig = PriorConfig()
-    prior_report: PriorReportConfig = PriorReportConfig()
-    hub: HubConfig = HubConfig()
-    report_to: tuple[Tracker, ...] = ()  # trackers that get settings and numbers; files below output_dir/logs
+    """All settings of a run."""
+
+    output_dir: Annotated[PathText, Field(description="the run folder")] = "runs/dq"
+    cache_dir: Annotated[
+        PathText, Field(description="folder of latents, features, scores and full-data baselines of all runs")
+    ] = "runs/cache"
+    seed: Annotated[int, Field(description="seed of the run")] = 0
+    source: Annotated[SourceConfig, Field(description="the image set")] = SourceConfig()
+    codec: Annotated[CodecConfig, Field(description="the autoencoder")] = CodecConfig()
+    ipc: Annotated[Many[Count], Field(description="images per class, one set for each")] = (10,)
+    prune: Annotated[PruneConfig, Field(description="images of a class that are left out")] = PruneConfig()
+    cluster: Annotated[ClusterConfig, Field(description="prototypes of a class")] = ClusterConfig()
+    generate: Annotated[GenerateConfig, Field(description="images of the prototypes")] = GenerateConfig()
+    refine: Annotated[Many[RefineConfig], Field(description="stages that change the drawn images, in this order")] = ()
+    methods: Annotated[Named[MethodConfig], Field(description="ways to make a set, by name")] = field(
+        default_factory=lambda: {"ddoq": MethodConfig()}
+    )
+    teachers: Annotated[
+        Many[TeacherConfig], Field(description="networks that label views; of several, the mean of their logits")
+    ] = ()
+    train_teachers: Annotated[TrainTeachersConfig, Field(description="training of teachers")] = TrainTeachersConfig()
+    train_pool: Annotated[TrainPoolConfig, Field(description="pool of weak teachers")] = TrainPoolConfig()
+    train_experts: Annotated[TrainExpertsConfig, Field(description="training of experts for trajectories")] = (
+        TrainExpertsConfig()
+    )
+    evaluate: Annotated[EvaluateConfig, Field(description="evaluation")] = EvaluateConfig()
+    prior: Annotated[PriorConfig, Field(description="training of a prior")] = PriorConfig()
+    prior_report: Annotated[PriorReportConfig, Field(description="report of a prior")] = PriorReportConfig()
+    hub: Annotated[HubConfig, Field(description="pushing to the Hub")] = HubConfig()
+    report_to: Annotated[
+        Many[Tracker], Field(description="trackers of settings and numbers, in files below output_dir/logs")
+    ] = ()
 
     @property
     def image_size(self) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from dq.config.reader import Checked
+from pydantic import BeforeValidator, Field, model_validator
+
+from dq.config.kinds import Auto, Count, Many, NonNegative, Off, Positive, PositiveShare, Share, Whole
+from dq.config.validation import Checked, settings
 from dq.core.errors import InputError
 from dq.core.text import short
 
@@ -42,101 +44,181 @@ def is_library_net(name: str) -> bool:
     return name.partition(":")[0] in LIBRARIES
 
 
-@dataclass(frozen=True)
+@settings
 class ViewConfig(Checked):
     """What a network sees of an image, in this order: RandAugment, patches shuffled, cropped, mirrored, colours
     changed, mixed with another image of the batch."""
 
-    rand_augment: int = 0  # operations of RandAugment per image (torchvision: 2), on 8-bit pixels
-    rand_magnitude: int = 9  # of these operations, 0 to 30
-    shuffle: int = 1  # the image is cut into so many strips of columns, then of rows, which change places (RDED)
-    crop_scale: tuple[float, ...] = ()  # random resized crop: least and largest share of the area; none: no crop
-    crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
-    crop_pad: float = 0.0  # random window of the image padded with black by this share of the side (CIFAR: 1/8)
-    flip: float = 0.0  # probability of a mirror image
-    jitter: float = 0.0  # brightness, contrast and saturation, each drawn in 1 +- this, in random order
-    lighting: float = 0.0  # standard deviation of the noise along the principal colours of ImageNet
-    mix: Literal["none", "cutmix", "mixup"] = "none"
-    mix_alpha: float = 1.0  # both parameters of the Beta law of the mixing share
+    rand_augment: Annotated[
+        Whole, Field(description="operations of RandAugment per image (torchvision: 2), on 8-bit pixels")
+    ] = 0
+    rand_magnitude: Annotated[int, Field(ge=0, le=30, description="magnitude of these operations")] = 9
+    shuffle: Annotated[
+        Count, Field(description="strips of columns, then of rows, that change places in an image (RDED); 1: off")
+    ] = 1
+    crop_scale: Annotated[
+        Many[PositiveShare],
+        Field(description="random resized crop: least and largest share of the area; empty: no crop"),
+    ] = ()
+    crop_ratio: Annotated[
+        Many[Positive], Field(description="random resized crop: least and largest ratio of the sides")
+    ] = (0.75, 4 / 3)
+    crop_pad: Annotated[
+        Share, Field(description="random window of the image padded with black by this share of the side (CIFAR: 1/8)")
+    ] = 0.0
+    flip: Annotated[Share, Field(description="probability of a mirror image")] = 0.0
+    jitter: Annotated[
+        NonNegative, Field(description="brightness, contrast and saturation change by a factor in 1 +- this")
+    ] = 0.0
+    lighting: Annotated[
+        NonNegative, Field(description="deviation of the noise along the principal colors of ImageNet")
+    ] = 0.0
+    mix: Annotated[Literal["none", "cutmix", "mixup"], Field(description="mix with another image of the batch")] = (
+        "none"
+    )
+    mix_alpha: Annotated[
+        Positive, Field(description="both parameters of the Beta distribution of the mixing share")
+    ] = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        low_high = self.crop_scale
-        if low_high and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1):
-            raise InputError(f"crop_scale must be two shares such as [0.08, 1], not {list(low_high)}")
-        if not (len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]):
-            raise InputError(f"crop_ratio must be two numbers such as [0.75, 1.33], not {list(self.crop_ratio)}")
+    @model_validator(mode="after")
+    def _check_crops(self) -> Self:
+        check_crops(self.crop_scale, self.crop_ratio)
         if self.crop_pad and self.crop_scale:
             raise InputError("crop_pad and crop_scale are two kinds of crops; set crop_pad=0, or crop_scale=[]")
-        if self.crop_pad > 1:
-            raise InputError(f"crop_pad is a share of the side and cannot be {self.crop_pad}")
-        if self.rand_magnitude > 30:
-            raise InputError(f"rand_magnitude lies between 0 and 30 and cannot be {self.rand_magnitude}")
-        if self.flip > 1:
-            raise InputError(f"flip is a probability and cannot be {self.flip}")
+        return self
 
 
-@dataclass(frozen=True)
+def check_crops(scale: Sequence[float], ratio: Sequence[float]) -> None:
+    """Refuse ranges of a random resized crop that are no ranges.
+
+    Raises:
+        InputError: that begins with the name of the setting.
+    """
+    if scale and not (len(scale) == 2 and scale[0] <= scale[1]):
+        raise InputError(f"crop_scale must be two shares such as [0.08, 1], not {list(scale)}")
+    if not (len(ratio) == 2 and ratio[0] <= ratio[1]):
+        raise InputError(f"crop_ratio must be two numbers such as [0.75, 1.33], not {list(ratio)}")
+
+
+@settings
 class RelabelConfig(Checked):
     """How teachers label every view of a student with `labels: soft`, and what is kept of it."""
 
-    storage: Literal["shards", "online"] = "shards"  # online: computed when needed, nothing stored, the same bits
-    statistics: Literal["running", "batch"] = "running"  # of the teachers' batch norm; batch: BSSL
-    average: Literal["logits", "probabilities"] = "logits"  # of several teachers, by their weights
-    dropout: bool = False  # with batch statistics: dropout on too, as train mode has it in the released code
-    bits: Literal[16, 8] = 16  # of a logit
-    top_k: int | None = None  # keep the largest logits, the others become their mean
-    epochs: int | None = None  # label epochs; fewer than the student's are used again and again
-    views: Literal["stored", "seed"] = "stored"  # seed: crops and mixes are drawn again at replay, and compared
-    seed: int = 42  # of order, crops and mixes
+    storage: Annotated[
+        Literal["shards", "online"],
+        Field(description="shards: stored in files; online: computed when needed; the same bits"),
+    ] = "shards"
+    statistics: Annotated[
+        Literal["running", "batch"], Field(description="batch norm statistics of the teachers; batch: BSSL")
+    ] = "running"
+    average: Annotated[
+        Literal["logits", "probabilities"], Field(description="what is averaged over teachers, by their weights")
+    ] = "logits"
+    dropout: Annotated[
+        bool, Field(description="with statistics=batch: dropout of the teachers is on, as in the released code")
+    ] = False
+    bits: Annotated[Literal[16, 8], Field(description="bits of a stored logit")] = 16
+    top_k: Annotated[
+        Off[Count], Field(description="keep so many of the largest logits, the others become their mean; off: all")
+    ] = None
+    epochs: Annotated[
+        Auto[Count], Field(description="label epochs; fewer than the student's are repeated; auto: the student's")
+    ] = None
+    views: Annotated[
+        Literal["stored", "seed"], Field(description="seed: crops and mixes are drawn again at replay and compared")
+    ] = "stored"
+    seed: Annotated[int, Field(description="seed of order, crops and mixes")] = 42
 
 
-@dataclass(frozen=True)
+@settings
 class StudentConfig(Checked):
     """All settings of one training. In a configuration a student is a mapping of these and of `protocol` (a preset,
     see `dq.config.protocols`) and `dataset` (whose published settings to take); `epochs` may be a mapping by ipc."""
 
-    protocol: str = "custom"  # where the settings come from
-    net: str = "convnet3"
-    norm: Literal["instance", "batch", "none"] | None = None  # in place of the network's usual one
-    # of ResNet-18, -50 and -101 up to 64 px: He's law but for the stem (RDED, SRe2L), or everywhere (IDC, Minimax);
-    # None: PyTorch's default
-    init: Literal["torchvision", "fan_out"] | None = None
-    labels: Literal["hard", "soft", "fixed"] = "hard"  # soft: a teacher's for every view; fixed: one per image
-    epochs: int = 300
-    batch_size: int = 256
-    accumulate: int = 1  # a batch goes through in so many parts; batch norm sees the parts
-    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: of hidden matrices and kernels, adamw of the rest
-    lr: float = 0.01
-    # lr is the step size that was learned with a set, where there is one and the optimizer is sgd
-    learned_lr: bool = False
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_vectors: bool | None = None  # also of biases and norms; None: with sgd they decay, else they do not
-    schedule: Literal["step", "multistep", "cosine", "cos2", "linear", "constant"] = "step"
-    lr_floor: float = 0.0  # cosine: the share of lr at which it ends
-    zeta: float = 1.0  # cosine and linear: end at 0 for 1, at half of lr for 2
-    milestones: tuple[float, ...] = (2 / 3, 5 / 6)  # multistep: shares of the epochs after which lr falls ...
-    step_factor: float = 0.2  # ... to this many times itself
-    warmup: int = 0  # epochs in which lr rises linearly from a hundredth; the schedule takes the others
-    views: ViewConfig = ViewConfig()
-    augment: Literal["dsa", "crop_flip", "frepo", "frepo_noflip", "none"] = "dsa"  # normalised; not with labels=soft
-    whiten: bool = False  # ZCA, fitted on the train split, instead of mean and std
-    zca: Literal["mtt", "frepo"] = "mtt"  # whose; frepo: behind mean and std, which are all for grey images
-    # soft and fixed labels; mse_gt: between logits, plus a share of the class; mse (fixed): half the squared error to
-    # regression labels, which classes give where a set has no label vectors
-    loss: Literal["kl", "mse_gt", "mse"] = "kl"
-    temperature: float = 4.0
-    gt_weight: float = 0.025  # of the cross-entropy with the class in mse_gt
-    ema: float = 0.0  # decay of the averaged parameters that are tested; 0: the parameters themselves
-    relabel: RelabelConfig = RelabelConfig()
-    test_scale: float = 1.0  # test images are resized to this many times the side, then the centre is cut out
-    select: Literal["validation", "test"] = "validation"  # where the best epoch is chosen; test is what papers print
-    tests: int = 1  # looks during a training, the last epoch included; 1: no choice of an epoch
-    dtype: Dtype = "auto"
+    protocol: Annotated[str, Field(description="preset that the settings come from; see `dq ls`")] = "custom"
+    net: Annotated[str, Field(description="network: a name of dq, timm:NAME or torchvision:NAME")] = "convnet3"
+    norm: Annotated[
+        Auto[Literal["instance", "batch", "none"]], Field(description="normalization; auto: the network's usual one")
+    ] = None
+    # fan_out without torchvision's stem: RDED and SRe2L have their own up to 64 px; IDC and Minimax use it everywhere
+    init: Annotated[
+        Auto[Literal["torchvision", "fan_out"]],
+        Field(description="ResNet-18, -50, -101 up to 64 px: He's init but for the stem, or all; auto: PyTorch's"),
+    ] = None
+    labels: Annotated[
+        Literal["hard", "soft", "fixed"],
+        Field(description="hard: classes; soft: a teacher's labels of every view; fixed: one label vector per image"),
+    ] = "hard"
+    epochs: Annotated[Count, Field(description="epochs; in a configuration also a mapping by ipc")] = 300
+    batch_size: Annotated[Count, Field(description="images of a training step")] = 256
+    accumulate: Annotated[
+        Count, Field(description="parts in which a batch passes through the network; batch norm sees the parts")
+    ] = 1
+    optimizer: Annotated[
+        Literal["sgd", "adamw", "muon"],
+        Field(description="muon: Muon for hidden matrices and kernels, AdamW for the rest"),
+    ] = "sgd"
+    lr: Annotated[NonNegative, Field(description="learning rate")] = 0.01
+    learned_lr: Annotated[
+        bool, Field(description="with sgd: lr is the step size learned with the set, where there is one")
+    ] = False
+    momentum: Annotated[NonNegative, Field(description="momentum of SGD and Muon")] = 0.9
+    weight_decay: Annotated[NonNegative, Field(description="weight decay")] = 5e-4
+    decay_vectors: Annotated[
+        Auto[bool], Field(description="whether biases and norms decay too; auto: with sgd, and not otherwise")
+    ] = None
+    schedule: Annotated[
+        Literal["step", "multistep", "cosine", "cos2", "linear", "constant"],
+        Field(description="schedule of the learning rate"),
+    ] = "step"
+    lr_floor: Annotated[Share, Field(description="cosine: share of lr at which it ends")] = 0.0
+    zeta: Annotated[Positive, Field(description="cosine and linear: end at 0 for 1, at half of lr for 2")] = 1.0
+    milestones: Annotated[
+        Many[PositiveShare], Field(description="multistep: ascending shares of the epochs after which lr falls")
+    ] = (2 / 3, 5 / 6)
+    step_factor: Annotated[Positive, Field(description="multistep: factor of lr at a milestone")] = 0.2
+    warmup: Annotated[
+        Whole, Field(description="epochs of linear warm-up from a hundredth of lr; the schedule takes the others")
+    ] = 0
+    views: Annotated[ViewConfig, Field(description="what the network sees of an image")] = ViewConfig()
+    augment: Annotated[
+        Literal["dsa", "crop_flip", "frepo", "frepo_noflip", "none"],
+        Field(description="augmentation of normalized images; not with labels=soft"),
+    ] = "dsa"
+    whiten: Annotated[
+        bool, Field(description="ZCA whitening, fitted on the train split, in place of mean and deviation")
+    ] = False
+    zca: Annotated[
+        Literal["mtt", "frepo"], Field(description="whose ZCA; frepo: after standardization, the only step for grey")
+    ] = "mtt"
+    loss: Annotated[
+        Literal["kl", "mse_gt", "mse"],
+        Field(
+            description="soft, fixed: kl; mse_gt: MSE of logits plus cross-entropy; mse (fixed): of regression labels"
+        ),
+    ] = "kl"
+    temperature: Annotated[Positive, Field(description="temperature of kl")] = 4.0
+    gt_weight: Annotated[NonNegative, Field(description="mse_gt: weight of the cross-entropy with the class")] = 0.025
+    ema: Annotated[
+        NonNegative,
+        Field(description="decay of the averaged parameters that are tested; 0: the parameters themselves"),
+    ] = 0.0
+    relabel: Annotated[RelabelConfig, Field(description="how teachers label views")] = RelabelConfig()
+    # the center of a smaller image would be no whole one
+    test_scale: Annotated[
+        float, Field(ge=1, description="test images are resized to this many times the side, then cut at the center")
+    ] = 1.0
+    select: Annotated[
+        Literal["validation", "test"],
+        Field(description="split on which the best epoch is chosen; test is what papers report"),
+    ] = "validation"
+    tests: Annotated[
+        Count, Field(description="tests during a training, the last epoch included; 1: no choice of an epoch")
+    ] = 1
+    dtype: Annotated[Dtype, Field(description="dtype of the training; auto: what the device is fast in")] = "auto"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _check_student(self) -> Self:
         v = self.views
         if self.labels == "soft" and (self.augment != "none" or v.jitter or v.lighting):
             raise InputError(
@@ -145,27 +227,18 @@ class StudentConfig(Checked):
             )
         if self.labels == "fixed" and v.mix != "none":
             raise InputError("labels=fixed describe one image and not a mix: set views.mix=none, or take labels=soft")
-        if self.whiten and (
-            v.rand_augment
-            or v.crop_scale
-            or v.crop_pad
-            or v.flip
-            or v.shuffle > 1
-            or v.jitter
-            or v.lighting
-            or v.mix != "none"
-        ):
+        changed = v.rand_augment or v.crop_scale or v.crop_pad or v.flip or v.shuffle > 1 or v.jitter or v.lighting
+        if self.whiten and (changed or v.mix != "none"):
             raise InputError("whiten works on whole images: leave views at its defaults and use augment")
-        if not all(0 < a < b <= 1 for a, b in zip((1e-9, *self.milestones), self.milestones)):
+        if not all(0 < a < b for a, b in zip((1e-9, *self.milestones), self.milestones)):
             raise InputError(f"milestones must be ascending shares such as [0.5, 0.75], not {list(self.milestones)}")
         if self.relabel.top_k and self.loss == "mse_gt":
-            raise InputError("relabel.top_k keeps logits up to a constant, which loss=mse_gt needs; set top_k=null")
+            raise InputError("relabel.top_k keeps logits up to a constant, which loss=mse_gt needs; set top_k=off")
         if self.loss == "mse" and self.labels == "soft":
             raise InputError("loss=mse is for one label vector per image: set labels=fixed, or loss=kl or mse_gt")
-        if not 0 <= self.lr_floor <= 1:
-            raise InputError(f"lr_floor is a share of lr in [0, 1], not {self.lr_floor:g}")
         if self.dtype == "float16":
-            raise InputError(f"student {self.net!r} cannot train in float16, which needs loss scaling; use bfloat16")
+            raise InputError(f"dtype=float16 needs loss scaling, which {self.net!r} is trained without; use bfloat16")
+        return self
 
     def for_step_size(self, step_size: float | None) -> StudentConfig:
         """The settings on a set with this learned step size: it is `lr`, if the student takes it."""
@@ -209,29 +282,56 @@ def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
     return students
 
 
-@dataclass(frozen=True)
-class EvaluateConfig(Checked):
-    seeds: int = 3
-    full_seeds: int = 1  # of the full-data baseline, which costs more than all the others together
-    baselines: tuple[Baseline, ...] = ("random", "nearest", "full")
-    # patches: a baseline image is a mosaic of factor x factor crops; None: RDED's, 2 from 128 px and ipc 2, else 1
-    patch_factor: int | None = None
-    window_start: float = 0.5  # window: share of the other images of a class that are easier than those of the window
-    redundancy: bool = (
-        False  # also test students of a first slice of every set on its next (`dq.evaluation.redundancy`)
-    )
-    validation_images: int = 1000  # stratified part of train that no baseline uses, if a student chooses its epoch
-    # settings of `StudentConfig`, `protocol` and `dataset`; none: `dq run` does not evaluate. `labels` may be a list,
-    # which stands for a student of each kind (see `label_columns`)
-    students: tuple[dict[str, Any], ...] = ({"protocol": "classic"},)
+def _student_columns(students: Any) -> Any:
+    """A student for each kind of labels, in a tuple."""
+    if not isinstance(students, (list, tuple)):
+        return students
+    columns: list[Any] = []
+    for i, student in enumerate(students):
+        try:
+            columns += label_columns(student) if isinstance(student, Mapping) else [student]
+        except InputError as e:
+            raise InputError(f"{i}.{e}") from None
+    return tuple(columns)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "students", tuple(c for s in self.students for c in label_columns(s)))
+
+@settings
+class EvaluateConfig(Checked):
+    """How sets are evaluated: students, seeds, baselines."""
+
+    seeds: Annotated[Count, Field(description="trainings of each student on each set")] = 3
+    full_seeds: Annotated[
+        Count, Field(description="trainings of each student on all of train, the most expensive baseline")
+    ] = 1
+    baselines: Annotated[Many[Baseline], Field(description="selections of real images that are evaluated too")] = (
+        *("random", "nearest", "full"),
+    )
+    patch_factor: Annotated[
+        Auto[Count],
+        Field(description="patches: factor x factor crops an image; auto: RDED's, 2 from 128 px and ipc 2, else 1"),
+    ] = None
+    window_start: Annotated[
+        Share, Field(description="window: share of the other images of a class that are easier than the window")
+    ] = 0.5
+    # see `dq.evaluation.redundancy`
+    redundancy: Annotated[
+        bool, Field(description="also test students of a first slice of every set on the next slice")
+    ] = False
+    validation_images: Annotated[
+        Count, Field(description="stratified part of train that no baseline uses, if a student chooses its epoch")
+    ] = 1000
+    # `labels` of a student may be a list, which stands for a student of each kind (see `label_columns`)
+    students: Annotated[
+        tuple[dict[str, Any], ...],
+        BeforeValidator(_student_columns),
+        Field(description="students as settings of StudentConfig, protocol and dataset; empty: no evaluation"),
+    ] = ({"protocol": "classic"},)
+
+    @model_validator(mode="after")
+    def _check_baselines(self) -> Self:
         if len(set(self.baselines)) < len(self.baselines):
             raise InputError(f"baselines={list(self.baselines)} names one twice; give every baseline once")
-        if not 0 <= self.window_start <= 1:
-            raise InputError(f"window_start is a share and must lie in [0, 1], not {self.window_start:g}")
+        return self
 
 
 def default_baselines(teachers: Sequence[Any]) -> tuple[Baseline, ...]:

@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from dq.config.reader import Checked
+from pydantic import BeforeValidator, Field, model_validator
+
+from dq.config.kinds import (
+    Auto,
+    Count,
+    Many,
+    NonNegative,
+    Off,
+    PathText,
+    Positive,
+    PositiveShare,
+    Preset,
+    Share,
+    ShareBelowOne,
+    Whole,
+)
 from dq.config.refinement import RefineConfig
-from dq.config.students import Dtype
+from dq.config.validation import Checked, settings
 from dq.core.errors import InputError
 
 
-@dataclass(frozen=True)
+def _pairs(value: Any) -> Any:
+    """Lists of lists as tuples of tuples."""
+    is_list = isinstance(value, (list, tuple))
+    return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value) if is_list else value
+
+
+@settings
 class CurriculumConfig(Checked):
     """PAD's data schedule of experts (arXiv 2408.03360, section 3.2): in every class the easy images first, then all,
     then without the easiest."""
 
-    order: str = ""  # safetensors file with the rows of each class from easy to hard, see `read_orders`
-    initial: float = 0.75  # share of a class, the easiest, in epoch 0 (the paper's IR)
-    complete_at: int = 20  # epoch, from 0, in which all images are in (AEE); the paper has 40 for CIFAR-100 and Tiny
-    # [epoch, share]: behind this epoch the easiest share of a class is left out. Released for CIFAR-10 alone
-    removals: tuple[tuple[float, ...], ...] = ((40, 0.1), (60, 0.2))
+    order: Annotated[
+        PathText, Field(description="safetensors file with the rows of each class from easy to hard (`dq prune`)")
+    ] = ""
+    initial: Annotated[
+        PositiveShare, Field(description="share of a class, the easiest, in epoch 0 (the paper's IR)")
+    ] = 0.75
+    complete_at: Annotated[
+        Whole, Field(description="epoch, from 0, with all images (AEE); the paper has 40 for CIFAR-100 and Tiny")
+    ] = 20
+    # released for CIFAR-10 alone
+    removals: Annotated[
+        tuple[tuple[NonNegative, ...], ...],
+        BeforeValidator(_pairs),
+        Field(description="[epoch, share]: from this epoch on the easiest share of a class is left out"),
+    ] = ((40, 0.1), (60, 0.2))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _check_curriculum(self) -> Self:
         if not self.order:
             raise InputError("order of a curriculum must name the file of the images' order; leave curriculum out")
-        if not 0 < self.initial <= 1 or self.complete_at < 0:
-            raise InputError(
-                f"a curriculum begins with a share initial in (0, 1] and is complete at an epoch of at least 0, not "
-                f"{self.initial:g} and {self.complete_at}"
-            )
         pairs = all(len(r) == 2 and 0 <= r[1] < 1 for r in self.removals)
         epochs = [r[0] for r in self.removals] if pairs else []
         if not pairs or epochs != sorted(set(epochs)) or any(e < self.complete_at for e in epochs):
@@ -39,41 +64,42 @@ class CurriculumConfig(Checked):
                 f"removals must list rising epochs of at least complete_at={self.complete_at}, each with a share in "
                 f"[0, 1), such as [[40, 0.1], [60, 0.2]], not {[list(r) for r in self.removals]}"
             )
+        return self
 
 
-@dataclass(frozen=True)
+@settings
 class TrainExpertsConfig(Checked):
     """Networks trained on real data whose parameters at the end of every epoch are kept, for matching of trajectories.
     Defaults are those of DATM and PAD; MTT has `optimizer: sgd` and 50 epochs."""
 
-    output_dir: str = "runs/experts"
-    number: int = 100
-    seed: int = 0
-    net: str = "convnet3"  # without statistics that are gathered over batches, so no batch norm
-    epochs: int = 100
-    batch_size: int = 256
-    optimizer: Literal["sgd", "gsam"] = "gsam"  # without momentum and decay; gsam passes twice through the network
-    lr: float = 0.01  # constant
-    rho: float = 0.01  # gsam: length of the step uphill
-    gsam_alpha: float = 0.3  # gsam: share of the part of the gradient that lies across the one uphill
-    augment: Literal["dsa", "crop_flip", "none"] = "dsa"
-    whiten: bool = True  # MTT's ZCA, fitted on these images, instead of mean and std
-    curriculum: CurriculumConfig | None = None  # None: all images in every epoch (DATM)
-    # experts that are trained as one batched model, with the same result up to rounding; None: 1 on a CPU, where more
-    # are slower (results/experts.csv), else 10
-    side_by_side: int | None = None
-    checkpoint_s: float = 60.0  # seconds between checkpoints
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.number < 1 or (self.side_by_side is not None and self.side_by_side < 1):
-            raise InputError(
-                f"number and side_by_side of experts must be at least 1, not {self.number} and {self.side_by_side}"
-            )
-        if self.rho < 0 or not 0 <= self.gsam_alpha <= 1:
-            raise InputError(
-                f"gsam needs rho of at least 0 and gsam_alpha in [0, 1], not {self.rho:g}, {self.gsam_alpha:g}"
-            )
+    output_dir: Annotated[PathText, Field(description="folder of the experts")] = "runs/experts"
+    number: Annotated[Count, Field(description="experts to train")] = 100
+    seed: Annotated[int, Field(description="seed of weights and batches")] = 0
+    net: Annotated[str, Field(description="network, without batch norm")] = "convnet3"
+    epochs: Annotated[Count, Field(description="epochs of the training")] = 100
+    batch_size: Annotated[Count, Field(description="images of a training step")] = 256
+    optimizer: Annotated[
+        Literal["sgd", "gsam"],
+        Field(description="without momentum and decay; gsam passes twice through the network"),
+    ] = "gsam"
+    lr: Annotated[NonNegative, Field(description="constant learning rate")] = 0.01
+    rho: Annotated[NonNegative, Field(description="gsam: length of the step uphill")] = 0.01
+    gsam_alpha: Annotated[
+        Share, Field(description="gsam: share of the part of the gradient that lies across the one uphill")
+    ] = 0.3
+    augment: Annotated[Literal["dsa", "crop_flip", "none"], Field(description="augmentation in training")] = "dsa"
+    whiten: Annotated[bool, Field(description="MTT's ZCA, fitted on these images, in place of mean and deviation")] = (
+        True
+    )
+    curriculum: Annotated[
+        Off[CurriculumConfig], Field(description="PAD's schedule of the data; off: all images in every epoch (DATM)")
+    ] = None
+    # on a CPU more than one are slower (results/experts.csv)
+    side_by_side: Annotated[
+        Auto[Count],
+        Field(description="experts trained as one batched model, the same up to rounding; auto: 1 on a CPU, else 10"),
+    ] = None
+    checkpoint_s: Annotated[Positive, Field(description="seconds between checkpoints")] = 60.0
 
 
 class Published(NamedTuple):
@@ -117,55 +143,89 @@ PRESETS: dict[str, dict[int, Published]] = {
 }
 # without a preset: that of CIFAR-10 at 10 images per class, with fewer steps of the student
 GENERAL = Published(20, 2, (0, 10, 20), 100, 0, 2, 100, 0.0, 1e-5, 0.0, 0.0, start="drawn")
-MINIMA = {"student_steps": 1, "expert_epochs": 1, "expand_every": 0, "inner_batch": 0, "chunk": 1}  # of `Trajectory`
 
 
-@dataclass(frozen=True)
+@settings
 class Trajectory(RefineConfig):
     """Matching of trajectories: images, soft labels and the student's learning rate are learned, so that a network's
     training on the set ends where an expert's on real images ends (MTT; DATM's soft labels and growing range of
     epochs; PAD's choice of parameters). The whole set is one batch. What is None comes from the preset."""
 
-    stage: Literal["trajectory"] = "trajectory"
-    experts: str = ""  # folder of `dq train-experts`, whose network and preprocessing the stage has
-    # latent: latents of the run's codec are learned, with `lr_images`, and images are decoded
-    mode: Literal["pixel", "latent"] = "pixel"
-    chunk: int | None = None  # mode=latent: images whose activations in the decoder are held at once; None: all
-    preset: str | None = None  # published settings by ipc: cifar10, cifar100, tinyimagenet; None: general ones
-    steps: int = 10_000  # updates of the set
-    student_steps: int | None = None  # of SGD on the set between two checkpoints of an expert (N)
-    expert_epochs: int | None = None  # between these two (M)
-    # [first, bound, last bound]: students start from an epoch drawn from `first` up to, without, the bound, which
-    # rises by one every `expand_every` steps; 0: it is the last one from the beginning
-    start_epochs: tuple[int, ...] | None = None
-    expand_every: int | None = None
-    inner_batch: int | None = None  # images of a student's step; 0: all
-    # share of the parameters that are not compared (PAD); without a preset None is the paper's rule by ipc
-    alpha: float | None = None
-    select: Literal["depth", "loss"] = "depth"  # which: the shallowest, or those that differ least
-    unroll: Literal["exact", "tesla"] = "exact"  # tesla: in the memory of one step, with approximate gradients
-    start: Literal["drawn", "real", "correct", "noise"] | None = None  # correct: real images that an expert knows
-    first_labels: Literal["experts", "classes"] = "experts"  # the mean logits of the experts that are right
-    learn_labels: bool = True
-    learn_step: bool = True
-    first_step: float = 0.01  # learning rate of the student at the start
-    lr_images: float | None = None
-    lr_labels: float | None = None
-    lr_step: float | None = None
-    momentum_images: float = 0.5
-    momentum_labels: float = 0.9
-    momentum_step: float = 0.5
-    least_step: float = 1e-6  # the learning rate is kept at or above this; the released code lets it become negative
-    threshold: float | None = None  # a step whose loss is larger changes nothing
-    augment: Literal["dsa", "crop_flip", "none"] = "dsa"  # of the student
-    min_accuracy: float | None = None  # of every expert on held-out images; None: twice that of chance
-    # times, evenly spread, that networks trained on the set are tested on the train images that were held out from the
-    # experts, the best set being returned; 0: the last one. The released code chooses on the test split
-    checks: int = 0
-    check_nets: int = 2
-    check_epochs: int = 300
-    compose: Literal["index", "dealt", "rank", "whole"] = "whole"
-    dtype: Dtype = "float32"  # of all networks; nothing else is allowed
+    stage: Annotated[Literal["trajectory"], Field(description="method of refinement")] = "trajectory"
+    experts: Annotated[
+        PathText, Field(description="folder of `dq train-experts`, whose network and preprocessing are used")
+    ] = ""
+    mode: Annotated[
+        Literal["pixel", "latent"], Field(description="what is learned: pixels, or latents of the run's codec")
+    ] = "pixel"
+    chunk: Annotated[
+        Off[Count],
+        Field(description="mode=latent: images whose activations in the decoder are held at once; off: all"),
+    ] = None
+    preset: Annotated[
+        Off[str], Field(description="published settings by ipc: cifar10, cifar100, tinyimagenet; off: general ones")
+    ] = None
+    steps: Annotated[Whole, Field(description="updates of the set")] = 10_000
+    student_steps: Annotated[
+        Preset[Count], Field(description="steps of SGD on the set between two checkpoints of an expert (N)")
+    ] = None
+    expert_epochs: Annotated[Preset[Count], Field(description="epochs between these two checkpoints (M)")] = None
+    # students start from an epoch drawn from `first` up to, without, the bound, which rises by one every
+    # `expand_every` steps
+    start_epochs: Annotated[
+        Preset[Many[Whole]], Field(description="[first, bound, last bound] of the epochs that students start from")
+    ] = None
+    expand_every: Annotated[
+        Preset[Whole], Field(description="steps after which the bound rises by one; 0: it is the last one at once")
+    ] = None
+    inner_batch: Annotated[Preset[Whole], Field(description="images of a student's step; 0: all")] = None
+    alpha: Annotated[
+        Preset[ShareBelowOne],
+        Field(description="share of the parameters that are not compared (PAD); without a preset its rule by ipc"),
+    ] = None
+    select: Annotated[
+        Literal["depth", "loss"],
+        Field(description="parameters that are not compared: the shallowest, or those that differ least"),
+    ] = "depth"
+    unroll: Annotated[
+        Literal["exact", "tesla"],
+        Field(description="tesla: in the memory of one step, with approximate gradients"),
+    ] = "exact"
+    start: Annotated[
+        Preset[Literal["drawn", "real", "correct", "noise"]],
+        Field(description="first images; correct: real images that an expert classifies correctly"),
+    ] = None
+    first_labels: Annotated[
+        Literal["experts", "classes"],
+        Field(description="first labels: mean logits of the experts that are right, or classes"),
+    ] = "experts"
+    learn_labels: Annotated[bool, Field(description="whether labels are learned")] = True
+    learn_step: Annotated[bool, Field(description="whether the student's learning rate is learned")] = True
+    first_step: Annotated[Positive, Field(description="learning rate of the student at the start")] = 0.01
+    lr_images: Annotated[Preset[NonNegative], Field(description="learning rate of images or latents")] = None
+    lr_labels: Annotated[Preset[NonNegative], Field(description="learning rate of labels")] = None
+    lr_step: Annotated[Preset[NonNegative], Field(description="learning rate of the student's learning rate")] = None
+    momentum_images: Annotated[ShareBelowOne, Field(description="momentum of images or latents")] = 0.5
+    momentum_labels: Annotated[ShareBelowOne, Field(description="momentum of labels")] = 0.9
+    momentum_step: Annotated[ShareBelowOne, Field(description="momentum of the student's learning rate")] = 0.5
+    # the released code lets it become negative
+    least_step: Annotated[Positive, Field(description="least learning rate of the student")] = 1e-6
+    threshold: Annotated[Preset[Positive], Field(description="a step whose loss is larger changes nothing")] = None
+    augment: Annotated[Literal["dsa", "crop_flip", "none"], Field(description="augmentation of the student")] = "dsa"
+    min_accuracy: Annotated[
+        Auto[Share], Field(description="least accuracy of every expert on held-out images; auto: twice that of chance")
+    ] = None
+    # the train images that were held out from the experts; the released code chooses on the test split
+    checks: Annotated[
+        Whole,
+        Field(description="times that the set is tested on held-out train images, to keep the best; 0: the last"),
+    ] = 0
+    check_nets: Annotated[Count, Field(description="networks of a check")] = 2
+    check_epochs: Annotated[Count, Field(description="epochs of a network of a check")] = 300
+    compose: Annotated[Literal["whole"], Field(description="images of a batch: the whole set")] = "whole"
+    dtype: Annotated[Literal["float32"], Field(description="dtype of all networks: steps of a student are small")] = (
+        "float32"
+    )
 
     @property
     def labels_images(self) -> bool:
@@ -183,35 +243,15 @@ class Trajectory(RefineConfig):
             *("lr_step", "momentum_step", "least_step") * (not self.learn_step),
         )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.compose != "whole":
-            raise InputError(f"trajectory refines the whole set at once: set compose=whole, not {self.compose}")
-        if self.dtype != "float32":
-            raise InputError(f"trajectory needs float32, since steps of a student are small: not dtype={self.dtype}")
+    @model_validator(mode="after")
+    def _check_trajectory(self) -> Self:
         if not self.experts:
             raise InputError("experts must name a folder of `dq train-experts`")
-        for name, low in MINIMA.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{name} of trajectory must be at least {low}, not {value}")
         e = self.start_epochs
-        if e is not None and not (len(e) == 3 and 0 <= e[0] < e[1] <= e[2]):
+        if e is not None and not (len(e) == 3 and e[0] < e[1] <= e[2]):
             raise InputError(f"start_epochs must be [first, bound, last bound], such as [0, 10, 20], not {list(e)}")
-        if self.alpha is not None and not 0 <= self.alpha < 1:
-            raise InputError(f"alpha is a share of the parameters in [0, 1), not {self.alpha:g}")
-        for name in ("lr_images", "lr_labels", "lr_step", "momentum_images", "momentum_labels", "momentum_step"):
-            value = getattr(self, name)
-            if value is not None and not (0 <= value < (1 if "momentum" in name else float("inf"))):
-                raise InputError(f"{name} of trajectory cannot be {value:g}")
-        if not 0 < self.least_step <= self.first_step < float("inf"):
-            raise InputError(
-                f"a learning rate must be positive: 0 < least_step <= first_step, not {self.least_step:g} and "
-                f"{self.first_step:g}"
-            )
-        if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:
-            raise InputError(f"min_accuracy is a share of images in [0, 1], not {self.min_accuracy:g}")
-        if self.checks < 0 or self.check_nets < 1 or self.check_epochs < 1:
-            raise InputError("trajectory needs checks >= 0, check_nets >= 1 and check_epochs >= 1")
+        if self.least_step > self.first_step:
+            raise InputError(f"least_step={self.least_step:g} must be at most first_step={self.first_step:g}")
         if self.start == "noise" and self.first_labels == "experts":
             raise InputError("experts see no class in noise; with start=noise set first_labels=classes")
+        return self

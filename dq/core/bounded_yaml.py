@@ -1,8 +1,10 @@
-"""YAML text read as plain data, within bounds."""
+"""YAML text read as plain data, within bounds, and written."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -10,6 +12,26 @@ import yaml
 MAX_VALUES = 100_000  # of a short text: a few lines of aliases can stand for billions
 MAX_DEPTH = 100  # Python's own limit is met where they are written again
 MAX_DIGITS = 256  # of a whole number; Python neither prints very long ones nor makes a float of them
+
+# YAML 1.1, which PyYAML reads, takes 1e-3 for text
+EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with numbers such as 1e-3."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that `Loader` would take for numbers."""
+
+
+for _resolver in (Loader, Dumper):
+    _resolver.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+
+
+def write_yaml(data: Any) -> str:
+    """YAML text of plain data, keys in their order."""
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_yaml(text: str) -> Any:
@@ -21,13 +43,13 @@ def read_yaml(text: str) -> Any:
             whole number is absurdly long, if values nest absurdly deep, or if its aliases stand for more than
             `MAX_VALUES` values and for more than the text has letters.
     """
-    loader = yaml.SafeLoader(text)
+    loader = Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
         # before anything is made of it: merging (<<) copies what an alias stands for
-        values, depth = _measure(node, {})
+        values, depth = _measure(node, {}, "")
         if values > max(MAX_VALUES, len(text)):
             raise ValueError(f"it stands for more than {max(MAX_VALUES, len(text)):,} values")
         if depth > MAX_DEPTH:
@@ -39,7 +61,7 @@ def read_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _measure(node: yaml.Node, known: dict[yaml.Node, tuple[float, float]]) -> tuple[float, float]:
+def _measure(node: yaml.Node, known: dict[yaml.Node, tuple[float, float]], path: str) -> tuple[float, float]:
     """Values of a node, each counted wherever an alias repeats it, and how deep they nest; both without end if it
     contains itself."""
     if isinstance(node, yaml.ScalarNode):
@@ -51,8 +73,22 @@ def _measure(node: yaml.Node, known: dict[yaml.Node, tuple[float, float]]) -> tu
         if isinstance(node, yaml.MappingNode):
             keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and k.value != "<<"]
             if len(set(keys)) < len(keys):
-                raise ValueError(f"a mapping has the key {Counter(keys).most_common(1)[0][0][:40]!r} twice")
-        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
-        found = [_measure(n, known) for n in inner]
-        known[node] = 1 + sum(values for values, _ in found), 1 + max((depth for _, depth in found), default=0)
+                key = Counter(keys).most_common(1)[0][0][:40]
+                line = [k.start_mark.line + 1 for k, _ in node.value if k.value == key][1]
+                raise ValueError(
+                    f"the key {f'{path}.{key}'.lstrip('.')[-200:]!r} is given twice, again in line {line}"
+                )
+        sizes = [_measure(n, known, at) for at, n in _children(node, path)]
+        known[node] = 1 + sum(values for values, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
     return known[node]
+
+
+def _children(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:
+    """Nodes inside a mapping or a list, with their dotted paths."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield path, key
+            yield f"{path}.{key.value}" if isinstance(key, yaml.ScalarNode) and len(path) < 200 else path, value
+    else:
+        for i, value in enumerate(node.value):
+            yield f"{path}.{i}", value

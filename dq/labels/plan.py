@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
+from dq.config.kinds import Count, Many, Whole
 from dq.config.reader import to_dict
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
+from dq.config.validation import Checked, settings
 from dq.core.errors import InputError
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.data.views import Views, draw_views
@@ -47,21 +51,21 @@ class EpochLabels:
 LabelSource = Callable[[int], EpochLabels]  # epoch from 1 -> its labels
 
 
-@dataclass(frozen=True)
-class LabelPlan:
+@settings
+class LabelPlan(Checked):
     """Everything that decides the labels of a set."""
 
-    images: int  # N
-    image_digest: str
-    side: int
-    classes: int
-    teachers: tuple[str, ...]  # digests
-    epochs: int  # label epochs; a longer training uses them again
-    batch_size: int
-    accumulate: int  # parts of a batch, which batch statistics are taken over
-    views: ViewConfig
-    relabel: RelabelConfig
-    shard_epochs: int  # label epochs per file
+    images: Annotated[Whole, Field(description="images of the set (N)")]
+    image_digest: Annotated[str, Field(description="digest of the images")]
+    side: Annotated[Count, Field(description="side of the images in px")]
+    classes: Annotated[Count, Field(description="number of classes")]
+    teachers: Annotated[Many[str], Field(description="digests of the teachers")]
+    epochs: Annotated[Whole, Field(description="label epochs; a longer training uses them again")]
+    batch_size: Annotated[Count, Field(description="images of a batch")]
+    accumulate: Annotated[Count, Field(description="parts of a batch, which batch statistics are taken over")]
+    views: Annotated[ViewConfig, Field(description="views of the images")]
+    relabel: Annotated[RelabelConfig, Field(description="how views are labeled and stored")]
+    shard_epochs: Annotated[Count, Field(description="label epochs of a file")]
 
     @property
     def digest(self) -> str:

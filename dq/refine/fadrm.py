@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dq.config.reader import unknown_key
 from dq.config.refinement import FADRM
+from dq.config.validation import unknown_key
 from dq.core.errors import InputError
 from dq.networks.teacher import Teacher
 from dq.refine.anchors import make_pool, nearest_anchors
@@ -75,7 +75,7 @@ def resolve(config: FADRM, *, side: int, teachers: int) -> FADRM:
             "jitter": 4 if small else round(side / 7),  # 32 of 224
         }
     elif config.preset not in PRESETS:
-        raise InputError(unknown_key(config.preset, config.preset, list(PRESETS)).replace("setting", "preset"))
+        raise InputError(unknown_key(config.preset, config.preset, list(PRESETS), kind="preset"))
     else:
         settings = dict(PRESETS[config.preset])
         own = {"one": settings.pop("one", {}), "plus": settings.pop("plus", {})}

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.config.reader import unknown_key
 from dq.config.trajectories import GENERAL, PRESETS, Trajectory
+from dq.config.validation import unknown_key
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator
@@ -55,7 +55,7 @@ def resolve(config: Trajectory, context: Context) -> Trajectory:
     published = GENERAL
     if config.preset is not None:
         if config.preset not in PRESETS:
-            raise InputError(unknown_key(config.preset, config.preset, list(PRESETS)).replace("setting", "preset"))
+            raise InputError(unknown_key(config.preset, config.preset, list(PRESETS), kind="preset"))
         preset = PRESETS[config.preset]
         if context.ipc is not None and context.ipc not in preset:
             raise InputError(

@@ -10,9 +10,10 @@ import yaml
 
 from dq.config.overrides import apply_settings
 from dq.config.protocols import list_protocols, student_config
-from dq.config.reader import Checked, dump_config, from_dict, to_dict
+from dq.config.reader import dump_config, from_dict, to_dict
 from dq.config.schema import ClusterConfig, MethodConfig, RunConfig, load_config
 from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.validation import Checked
 from dq.core.errors import InputError
 from dq.evaluation.trainings import students_of
 from dq.run.refinement import labelled
@@ -88,44 +89,57 @@ def test_settings_reach_nested_values_and_lists() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("cluster.enginee=torch", r"unknown setting 'cluster.enginee'; did you mean 'engine'\?"),
+        ("cluster.enginee=torch", r"unknown setting 'cluster.enginee'; did you mean 'cluster.engine'\?"),
         ("clutser.engine=torch", r"unknown setting 'clutser'; did you mean 'cluster'\?"),
         ("cluster.engine=gpu", "cluster.engine must be one of 'auto'"),
-        ("cluster.n_iter=many", "cluster.n_iter must be a whole number, not 'many'"),
+        ("cluster.n_iter=many", "cluster.n_iter must be a whole number of at least 1, not 'many'"),
         ("cluster.n_iter=true", "cluster.n_iter must be a whole number"),
         ("evaluate.students.4.lr=1", "the list has 1 entries"),
         ("seed.x=1", "its parent is the value 0"),
         ("seed", "--set needs key=value"),
         ("seed=[", "value of 'seed' is not readable"),
-        ("ipc=10", "ipc must be a list"),
+        ("ipc=ten", "ipc must be a whole number of at least 1, not 'ten'"),
+        ("ipc={a: 1}", "ipc must be a list, not {'a': 1}"),
         ("source=here", "source must be a mapping"),
-        ("codec.batch_size=0", "codec.batch_size must be at least 1 and finite, not 0"),
-        ("codec.resolution=-8", "codec.resolution must be at least 1"),
-        ("cluster.tol=.nan", "cluster.tol must be a number, not nan"),
-        ("cluster.entropy=0", "cluster.entropy must be more than 0"),
+        ("codec.batch_size=0", "codec.batch_size must be a whole number of at least 1, not 0"),
+        ("codec.resolution=-8", "codec.resolution must be a whole number of at least 1, not -8"),
+        ("cluster.tol=.nan", "cluster.tol must be a finite number of at least 0, not nan"),
+        ("cluster.entropy=0", "cluster.entropy must be a number of more than 0, not 0"),
         ("cluster.space=pixels", "cluster.space must be one of 'latents', 'pca', 'whitened', 'features', 'joint'"),
-        ("cluster.dims=0", "cluster.dims must be at least 1 and finite, not 0"),
-        ("cluster.feature_weight=-1", "cluster.feature_weight must be at least 0 and finite"),
-        ("evaluate.seeds=0", "evaluate.seeds must be at least 1"),
+        ("cluster.dims=0", "cluster.dims must be a whole number of at least 1 or 'auto', not 0"),
+        ("cluster.feature_weight=-1", "cluster.feature_weight must be a number of at least 0, not -1"),
+        ("evaluate.seeds=0", "evaluate.seeds must be a whole number of at least 1, not 0"),
         ("generate.guidance_snr=[1]", r"generate.guidance_snr must be two rising ratios such as \[0.05, 5\]"),
         ("generate.guidance_snr=[5, 1]", "generate.guidance_snr must be two rising ratios"),
-        ("generate.guidance_snr=[-1, 1]", "generate.guidance_snr must be two rising ratios"),
-        ("generate.guidance_snr=[.nan, 1]", "generate.guidance_snr must be two rising ratios"),
-        ("generate.mode_guidance=1.5", r"generate.mode_guidance is a share and must lie in \[0, 1\], not 1.5"),
-        ("generate.mode_stop=-0.1", "generate.mode_stop is a share"),
+        ("generate.guidance_snr=[-1, 1]", "generate.guidance_snr.0 must be a number of at least 0, not -1"),
+        ("generate.guidance_snr=[.nan, 1]", "generate.guidance_snr.0 must be a number of at least 0, not nan"),
+        ("generate.mode_guidance=1.5", r"generate.mode_guidance must be a number in \[0, 1\], not 1.5"),
+        ("generate.mode_stop=-0.1", r"generate.mode_stop must be a number in \[0, 1\], not -0.1"),
         ("generate.noise=ddim", "generate.noise must be one of 'random', 'inversion'"),
         ("generate.rescale=yes", "generate.rescale must be one of 'none', 'norm'"),
         ("generate={noise: inversion, images_per_prototype: 2}", "set images_per_prototype=1"),
-        ("generate={mode: dit, candidates: 1001}", "generate.candidates must be at most 1000, not 1001"),
+        (
+            "generate={mode: dit, candidates: 1001}",
+            r"generate.candidates must be a whole number in \[1, 1000\], not 1001",
+        ),
         ("evaluate.students=[{labels: [hard, fixed], views: null}]", "views of a student must be a mapping .*, not "),
         ("evaluate.students=[{labels: [soft], views: 3}]", "views of a student must be a mapping of settings, not 3"),
         ("evaluate.students=[{labels: [[hard]]}]", "labels lists kinds such as .*, each once, not"),
         ("evaluate.students=[{labels: [hard, 3]}]", "labels lists kinds such as .*, each once, not"),
-        ("refine=[{stage: spectral, sampler_lr: -1}]", "sampler_lr must be at least 0 and finite, not -1"),
-        ("refine=[{stage: spectral, sampler_lr: .inf}]", "sampler_lr must be at least 0 and finite, not inf"),
-        ("refine=[{stage: spectral, amplitude: .inf}]", "amplitude must be finite, not inf"),
-        ("refine=[{stage: spectral, phase: .inf}]", "phase must be finite, not inf"),
-        ("refine=[{stage: trajectory, first_step: .inf}]", "first_step must be finite, not inf"),
+        ("refine=[{stage: spectral, sampler_lr: -1}]", "refine.0.sampler_lr must be a number of at least 0, not -1"),
+        (
+            "refine=[{stage: spectral, sampler_lr: .inf}]",
+            "refine.0.sampler_lr must be a finite number of at least 0, not inf",
+        ),
+        (
+            "refine=[{stage: spectral, amplitude: .inf}]",
+            "refine.0.amplitude must be a finite number of at least 0, not inf",
+        ),
+        ("refine=[{stage: spectral, phase: .inf}]", "refine.0.phase must be a finite number of at least 0, not inf"),
+        (
+            "refine=[{stage: trajectory, first_step: .inf}]",
+            "refine.0.first_step must be a finite number of more than 0, not inf",
+        ),
         ("train_experts.rho=.inf", "train_experts.rho must be "),
         ("prior.denoiser={intermediate_head: 0.5, num_layers: 1}", "set num_layers to at least 2"),
     ],
@@ -138,10 +152,13 @@ def test_wrong_settings_name_the_key_and_the_way_out(setting: str, message: str)
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("evaluate.students.0.lr=.inf", "evaluate.students.0.lr must be at least 0 and finite"),
-        ("evaluate.students.0.temperature=0", "temperature must be more than 0"),
+        ("evaluate.students.0.lr=.inf", "evaluate.students.0.lr must be a finite number of at least 0, not inf"),
+        ("evaluate.students.0.temperature=0", "temperature must be a number of more than 0, not 0"),
         ("evaluate.students.0.learning_rate=1", "unknown setting 'evaluate.students.0.learning_rate'; did you mean"),
-        ("evaluate.students.0.views.mixx=cutmix", "evaluate.students.0.views.mixx'; did you mean 'mix'"),
+        (
+            "evaluate.students.0.views.mixx=cutmix",
+            "evaluate.students.0.views.mixx'; did you mean 'evaluate.students.0.views.mix'",
+        ),
         ("evaluate.students.0.views.crop_scale=[0.5]", r"evaluate.students.0.views.crop_scale must be two shares"),
         ("evaluate.students.0.labels=hrad", "evaluate.students.0.labels must be one of 'hard', 'soft', 'fixed'"),
         ("evaluate.students.0.protocol=clasic", "unknown protocol 'clasic'; did you mean 'classic'"),
@@ -180,7 +197,7 @@ def test_no_number_is_infinite(cls: type) -> None:
         (lambda: ClusterConfig(init="rndom"), "init must be one of 'race', 'k-means\\+\\+', 'random', not 'rndom'"),
         (lambda: ClusterConfig(on_small="rais"), "on_small must be one of"),
         (lambda: StudentConfig(optimizer="adma"), "optimizer must be one of"),
-        (lambda: StudentConfig(batch_size=0), "batch_size must be at least 1"),
+        (lambda: StudentConfig(batch_size=0), "batch_size must be a whole number of at least 1, not 0"),
     ],
 )
 def test_values_are_checked_in_python_too(make, message: str) -> None:
@@ -209,12 +226,21 @@ def test_every_shipped_configuration_loads(path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": "frepo", "label_margin": math.nan}, "label_margin must be a number"),
-        ({"stage": "frepo", "online_lr": -1}, "online_lr must be at least 0"),
+        (
+            {"stage": "frepo", "label_margin": math.nan},
+            "refine.0.label_margin must be a finite number of at least 0, not nan",
+        ),
+        ({"stage": "frepo", "online_lr": -1}, "refine.0.online_lr must be a number of at least 0, not -1"),
         ({"stage": "frepo", "nets": ["frepoconv3", "frepoconv4"], "pool_size": 1}, "raise pool_size"),
-        ({"stage": "gradient", "net_lr": -1.0}, "net_lr must be at least 0"),
-        ({"stage": "trajectory", "experts": "x", "threshold": 0}, "threshold must be more than 0"),
-        ({"stage": "trajectory", "experts": "x", "min_accuracy": 5}, r"share of images in \[0, 1\]"),
+        ({"stage": "gradient", "net_lr": -1.0}, "refine.0.net_lr must be a number of at least 0, not -1"),
+        (
+            {"stage": "trajectory", "experts": "x", "threshold": 0},
+            "threshold must be a number of more than 0 or 'preset', not 0",
+        ),
+        (
+            {"stage": "trajectory", "experts": "x", "min_accuracy": 5},
+            r"min_accuracy must be a number in \[0, 1\] or 'auto', not 5",
+        ),
     ],
 )
 def test_settings_of_refinement_that_no_method_could_use_are_named(settings, message):
@@ -225,7 +251,7 @@ def test_settings_of_refinement_that_no_method_could_use_are_named(settings, mes
 def test_a_key_twice_in_a_mapping_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("base: &b {seed: 1}\nseed: 1\nsource: {path: x, image_size: 8, path: y}\n")
-    with pytest.raises(InputError, match="'path' twice"):
+    with pytest.raises(InputError, match=r"key 'source.path' is given twice, again in line 3"):
         load_config(path)
     path.write_text("seed: 1\nmethods:\n  a: &a {weights: sqrt}\n  b: {<<: *a, weights: uniform}\n")
     assert load_config(path).methods["b"].weights == "uniform"  # a merged key may be set again

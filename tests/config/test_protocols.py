@@ -373,7 +373,7 @@ def test_own_settings_win_over_a_preset_and_leave_the_rest():
 
 def test_custom_has_no_preset():
     assert student_config({}, ipc="1", classes=10, image_size=32) == StudentConfig()
-    assert student_config({"lr": "1e-3"}, ipc="1", classes=10, image_size=32).lr == 1e-3
+    assert student_config({"lr": 1e-3}, ipc="1", classes=10, image_size=32).lr == 1e-3
     with pytest.raises(InputError, match="dataset chooses the settings of a protocol"):
         student_config({"dataset": "cifar10"}, ipc="1", classes=10, image_size=32)
 
@@ -392,9 +392,9 @@ def test_epochs_may_depend_on_ipc():
     [
         ({"protocol": "fadmr"}, r"unknown protocol 'fadmr'; did you mean 'fadrm'\?"),
         ({"protocol": "clasic"}, r"did you mean 'classic'\?"),
-        ({"protocol": "classic", "bach_size": 3}, r"bach_size'; did you mean 'batch_size'\?"),
-        ({"protocol": "fadrm", "views": {"flop": 1}}, r"views.flop'; did you mean 'flip'\?"),
-        ({"protocol": "fadrm", "relabel": {"topk": 1}}, r"relabel.topk'; did you mean 'top_k'\?"),
+        ({"protocol": "classic", "bach_size": 3}, r"bach_size'; did you mean 'student.batch_size'\?"),
+        ({"protocol": "fadrm", "views": {"flop": 1}}, r"views.flop'; did you mean 'student.views.flip'\?"),
+        ({"protocol": "fadrm", "relabel": {"topk": 1}}, r"relabel.topk'; did you mean 'student.relabel.top_k'\?"),
         ({"protocol": "fadrm", "relabel": {"bits": 4}}, "relabel.bits must be one of 16, 8, not 4"),
         ({"protocol": "fadrm", "augment": "dsa"}, "labels=soft belong to the view"),
         ({"protocol": "edc", "relabel": {"top_k": 2}}, "relabel.top_k keeps logits up to a constant"),

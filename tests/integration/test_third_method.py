@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
 from models import tiny_kl
+from pydantic import Field
 
+from dq.config import validation
+from dq.config.kinds import Auto, Whole
 from dq.config.overrides import apply_settings
 from dq.config.reader import dump_config, from_dict
 from dq.config.refinement import STAGES, RefineConfig
@@ -29,14 +31,14 @@ from dq.run.report import write_report
 from dq.run.stages.evaluate import check_evaluation, evaluate_run
 
 
-@dataclass(frozen=True)
+@validation.settings
 class Darken(RefineConfig):
     """Every step makes the images darker, and the whole set is one batch."""
 
     stage: Literal["darken"] = "darken"
-    steps: int = 4
-    amount: float | None = None
-    compose: Literal["index", "dealt", "whole"] = "whole"
+    steps: Annotated[Whole, Field(description="steps")] = 4
+    amount: Annotated[Auto[float], Field(description="factor of the brightness of a step; auto: 0.9")] = None
+    compose: Annotated[Literal["index", "dealt", "whole"], Field(description="images of a batch")] = "whole"
 
     @property
     def labels_images(self) -> bool:

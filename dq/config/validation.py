@@ -1,0 +1,224 @@
+"""Settings as frozen pydantic dataclasses, whose errors are one sentence with path, value and bound."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
+
+from dq.config.kinds import NoneAs
+from dq.core.errors import InputError
+from dq.core.text import short
+
+C = TypeVar("C")
+CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+class Checked:
+    """Base of all settings classes. A mapping is read as one, though scalars must be of their very type."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
+    __pydantic_validator__: ClassVar[Any]
+
+    @classmethod
+    def variant(cls, data: Any) -> type[Checked]:
+        """The class that plain data are to be read as: this one, unless a subclass chooses by the data."""
+        return cls
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        inner: Any = schema
+        while inner["type"] != "dataclass" and "schema" in inner:
+            inner = inner["schema"]
+        if inner["type"] == "dataclass":
+            inner["strict"] = False  # of mappings; fields have the strictness of the configuration
+        return schema
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def settings(cls: type[C]) -> type[C]:
+    """Make a frozen pydantic dataclass whose constructor raises `InputError`."""
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=CONFIG)(cls)
+    validate = made.__init__
+
+    @functools.wraps(validate)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            validate(self, *args, **kwargs)
+        except ValidationError as e:
+            raise InputError(sentence(e, made, kwargs)) from None
+
+    made.__init__ = init
+    return made
+
+
+def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> str:
+    """The first of the errors: path, what is expected, value.
+
+    Args:
+        cls: the class that was to be made of `data`.
+        where: path of the data themselves.
+    """
+    first = error.errors(include_url=False)[0]
+    kind, value = first["type"], first["input"]
+    path, hint = _locate(cls, data, first["loc"], where)
+    owner = _bare(hint)
+    if kind in ("unexpected_keyword_argument", "invalid_key"):
+        parent = path.rpartition(".")[0]
+        owner = _bare(_locate(cls, data, first["loc"][:-1], where)[1])
+        return unknown_key(path, path.rpartition(".")[2], list(owner.__pydantic_fields__), parent)
+    if kind == "value_error":
+        text = str(first["ctx"]["error"])
+        if not path:
+            return text
+        if is_settings(owner) and _first_name(text) in owner.__pydantic_fields__:
+            return f"{path}.{text}"
+        return f"{path} {text}" if text.startswith("must ") else f"{path}: {text}"
+    if kind in ("missing", "missing_argument"):
+        return f"{path} is missing"
+    name = path or "the configuration"
+    expectation = expected(hint)
+    if kind == "finite_number":
+        expectation = expectation.replace("a number", "a finite number", 1)
+    nearest = ""
+    if get_origin(owner) is Literal and isinstance(value, str):
+        close = nearest_name(value, [str(v) for v in get_args(owner)])
+        nearest = f"; did you mean {close!r}?" if close else ""
+    return f"{name} must be {expectation}, not {short(value)}{nearest}"
+
+
+def _first_name(text: str) -> str:
+    """The name that a message begins with."""
+    return text.split(" ")[0].partition("=")[0].partition(".")[0].rstrip(":,")
+
+
+def is_settings(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Checked)
+
+
+def unwrap(hint: Any) -> tuple[Any, list[Any]]:
+    """A type without `Annotated`, and the annotations from the outside in."""
+    notes: list[Any] = []
+    while get_origin(hint) is Annotated:
+        hint, *more = get_args(hint)
+        for note in more:
+            notes += note.metadata if isinstance(note, FieldInfo) else [note]
+    return hint, notes
+
+
+def optional(hint: Any) -> tuple[Any, bool]:
+    """A type without `None`, and whether that was allowed."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    some = [a for a in get_args(hint) if a is not type(None)]
+    return (some[0] if len(some) == 1 else Union[tuple(some)]), len(some) < len(get_args(hint))  # noqa: UP007
+
+
+def _bare(hint: Any) -> Any:
+    """A type without annotations and `None`."""
+    while True:
+        plain = optional(unwrap(hint)[0])[0]
+        if plain is hint:
+            return hint
+        hint = plain
+
+
+def field_hint(field: FieldInfo) -> Any:
+    """Type of a field with its annotations."""
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+
+
+def _locate(cls: Any, data: Any, loc: Sequence[Any], where: str) -> tuple[str, Any]:
+    """Dotted path of a place in data, and its type."""
+    path, hint, node = where, cls, data
+    for part in loc:
+        bare = _bare(hint)
+        if is_settings(bare):
+            fields = bare.variant(node).__pydantic_fields__
+            hint = field_hint(fields[part]) if part in fields else Any
+            node = node.get(part) if isinstance(node, dict) else getattr(node, str(part), None)
+        elif get_origin(bare) is tuple:
+            is_list = isinstance(node, (list, tuple))
+            hint, node = get_args(bare)[0], node[part] if is_list else node
+            if not is_list:  # a scalar that stands for a list of one
+                continue
+        elif get_origin(bare) is dict and part != "[key]":
+            hint, node = get_args(bare)[1], node.get(part) if isinstance(node, dict) else None
+        else:  # the member of a union
+            continue
+        path = f"{path}.{part}".lstrip(".")
+    bare = _bare(hint)
+    return path, bare.variant(node) if is_settings(bare) else hint
+
+
+def bounds(notes: Iterable[Any]) -> str:
+    """Bounds of a number in words such as "of at least 1" or "in [0, 1)"; "" without any."""
+    low = high = left = right = None
+    for note in notes:
+        for name in ("ge", "gt"):
+            if (value := getattr(note, name, None)) is not None:
+                low, left = value, name
+        for name in ("le", "lt"):
+            if (value := getattr(note, name, None)) is not None:
+                high, right = value, name
+    if low is not None and high is not None:
+        return f"in {'[' if left == 'ge' else '('}{low:g}, {high:g}{']' if right == 'le' else ')'}"
+    if low is not None:
+        return f"of at least {low:g}" if left == "ge" else f"of more than {low:g}"
+    if high is not None:
+        return f"of at most {high:g}" if right == "le" else f"of less than {high:g}"
+    return ""
+
+
+def none_word(hint: Any) -> str | None:
+    """The word for None in a type; "null" if it has none, None if the type does not allow None."""
+    inner, notes = unwrap(hint)
+    if not optional(inner)[1]:
+        return None
+    return next((n.word for n in notes if isinstance(n, NoneAs)), "null")
+
+
+def expected(hint: Any) -> str:
+    """What a setting must be: its type, its bound, and the word for None."""
+    inner, notes = unwrap(hint)
+    inner, _ = optional(inner)
+    word = none_word(hint)
+    core, more = unwrap(inner)
+    text = f"{_type_name(core)} {bounds([*notes, *more])}".rstrip()
+    return f"{text} or {word!r}" if word and word != "null" else text
+
+
+def _type_name(core: Any) -> str:
+    origin, args = get_origin(core), get_args(core)
+    if core in TYPE_NAMES:
+        return TYPE_NAMES[core]
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join(expected(a) for a in args)
+    if is_settings(core):
+        return "a mapping of settings"
+    return {tuple: "a list", dict: "a mapping"}.get(origin or core, "a value")
+
+
+def nearest_name(name: str, names: Sequence[str]) -> str | None:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def unknown_key(where: str, key: str, names: Sequence[str], parent: str = "", kind: str = "setting") -> str:
+    """The sentence on a name that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+    hint = f"did you mean {f'{parent}.{near[0]}'.lstrip('.')!r}?" if near else f"known: {', '.join(sorted(names))}"
+    return f"unknown {kind} {where!r}; {hint}"
