@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import typing
-from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 from dq.config.protocols import list_protocols
-from dq.config.schema import RunConfig, Tracker
+from dq.config.reference import setting_names
+from dq.config.schema import Tracker
 from dq.config.students import Baseline
 
-SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("config", "speeds", "save_speeds")
 FOLDERS = ("data", "output_dir", "cache_dir")
 # bash: `=` breaks a word, so that a value is not completed and no space must follow a key
@@ -29,23 +26,6 @@ COMPLETERS = {
     "baselines": "_dq_baselines",
     "report_to": "_dq_trackers",
 }
-
-
-def setting_names(config: Any = RunConfig) -> list[str]:
-    """Dotted names of all settings. Below lists and mappings, whose entries have names of their own, it stops."""
-    return list(_names(config, ""))
-
-
-def _names(cls: Any, prefix: str) -> Iterator[str]:
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        if get_origin(hint) not in (tuple, dict):
-            inner = next((a for a in (hint, *get_args(hint)) if dataclasses.is_dataclass(a)), None)
-            if inner is not None:
-                yield from _names(inner, f"{prefix}{f.name}.")
-                continue
-        yield f"{prefix}{f.name}"
 
 
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dq.cli.checks import check_verb
-from dq.cli.completion import completion_script
+from dq.cli.options import PRINTS
 from dq.cli.parser import build_parser, check_flags, resolve
-from dq.cli.verbs import check_push, output_folder, plan_verb, pull_verb, push_verb, work
 from dq.core.errors import InputError, RunError
-from dq.core.files import is_same_folder
-from dq.core.hub_client import Redaction, redact
+from dq.core.redaction import Redaction, redact
 
 log = logging.getLogger("dq")
 
@@ -34,28 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb is None:
         parser.print_help(sys.stderr)
         return 2
-    if args.verb == "completion":
-        print(completion_script(parser, args.shell))
-        return 0
-    token = getattr(args, "token", None)
-    _set_up_logging(quiet=args.quiet, verbose=args.verbose, token=token)
     try:
-        if args.verb == "doctor":
-            from dq.cli.doctor import doctor
-
-            return doctor(resolve(args), named=args.config is not None, cpu=args.cpu, as_json=args.json)
-        execute(args)
-        return 0
+        return _do(args, parser)
     except InputError as e:
-        print(redact(f"dq {args.verb}: {e}", token), file=sys.stderr)
+        print(redact(f"dq {args.verb}: {e}", args.token), file=sys.stderr)
         return 2
     except RunError as e:
-        print(redact(f"dq {args.verb}: {e}", token), file=sys.stderr)
+        print(redact(f"dq {args.verb}: {e}", args.token), file=sys.stderr)
         return 1
     except OSError as e:
         what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-        said = f"dq {args.verb}: {what}; check that the path is right and can be written"
-        print(redact(said, token), file=sys.stderr)
+        message = f"dq {args.verb}: {what}; check that the path is right and can be written"
+        print(redact(message, args.token), file=sys.stderr)
         return 1
     except RuntimeError as e:
         from dq.core.memory import is_out_of_memory
@@ -68,6 +55,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dq {args.verb}: interrupted; give the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _do(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Do what a verb says; imports are here, so that help and settings are printed without torch."""
+    if args.verb == "completion":
+        from dq.cli.completion import completion_script
+
+        print(completion_script(parser, args.shell))
+    elif args.verb in PRINTS:
+        from dq.cli.settings_verbs import VERB_FUNCTIONS
+
+        try:
+            VERB_FUNCTIONS[args.verb](args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has gone, such as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        _set_up_logging(quiet=args.quiet, verbose=args.verbose, token=args.token)
+        if args.verb == "doctor":
+            from dq.cli.doctor import doctor
+
+            return doctor(resolve(args), named=args.config is not None, cpu=args.cpu, as_json=args.json)
+        execute(args)
+    return 0
 
 
 def _warn_of_slow_dtypes(verb: str, config: Any, accelerator: Any) -> None:
@@ -99,7 +110,11 @@ def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """Do what a verb says."""
+    """Run a verb on a configuration."""
+    from dq.cli.checks import check_verb
+    from dq.cli.verbs import check_push, output_folder, plan_verb, pull_verb, push_verb, work
+    from dq.core.files import is_same_folder
+
     config = resolve(args)
     check_flags(args)
     if args.verb in ("push", "pull"):

@@ -1,161 +1,102 @@
-"""The options of the command line, and the configuration that they stand for."""
+"""The parser of the command line, and the configuration that its options stand for."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, get_args
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dq.cli.completion import SHELLS
-from dq.config.overrides import apply_settings
-from dq.config.schema import RunConfig, load_config
-from dq.config.students import Baseline, LabelKind, default_baselines
+from dq.cli.options import VERBS, add_options
 from dq.core.errors import InputError
-from dq.run.planning.plan import LIKE
 
-NO_CONFIG = (
-    "evaluate",
-    "report",
-    "push",
-    "pull",
-    "train-teachers",
-    "train-pool",
-    "train-experts",
-    "doctor",
-)  # need no --config
+if TYPE_CHECKING:
+    from dq.config.schema import RunConfig
 
-VERBS = {
-    "run": "all stages: encode, prune, cluster, generate, refine, label, evaluate, report",
-    "encode": "encode the images of every class into the latent cache",
-    "prune": "score the difficulty of the train images, and say how many of a class each policy keeps",
-    "cluster": "quantize every class: prototypes and their masses",
-    "generate": "draw the prototypes as images",
-    "refine": "put the drawn images through the stages of refinement: FADRM, Teddy, FRePo, trajectories",
-    "label": "label images and views with the teachers and assemble the sets",
-    "evaluate": "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
-    "report": "write report.html from what the run folder holds",
-    "push": "push the sets of a run, or a folder of sets, a pipeline or a teacher, to the Hugging Face Hub",
-    "pull": "copy sets, a pipeline or a teacher from the Hugging Face Hub to a folder",
-    "demo": "digits from scikit-learn: train a small prior, distil, evaluate; no download",
-    "train-codec": "train a small autoencoder on the source",
-    "train-denoiser": "train a small class-conditional DiT on the source's latents",
-    "prior-report": "measure a trained prior: samples against real images, copies, a page and a card",
-    "train-teachers": "train classifiers on the source, which label or score images later",
-    "train-pool": "make a pool of weak teachers for Teddy: early checkpoints, or pruned copies of a trained network",
-    "train-experts": "train networks on the source and keep their parameters after every epoch, to be matched",
-    "doctor": "look at packages, devices, disks and Hub, say what a run would use and what is wrong",
+FOLDERS_OF_SECTIONS = {  # verbs whose folder and seed are those of a section
+    "train-codec": ("prior.output_dir", "prior.seed"),
+    "train-denoiser": ("prior.output_dir", "prior.seed"),
+    "train-teachers": ("train_teachers.output_dir", "train_teachers.seed"),
+    "train-pool": ("train_pool.output_dir", "train_teachers.seed"),
+    "train-experts": ("train_experts.output_dir", "train_experts.seed"),
 }
 
 
-EXAMPLES = {"prune": "dq prune --config configs/cifar10_prune.yaml --ipc 1,10 --set prune.score=forgetting"}
+class Parser(argparse.ArgumentParser):
+    """Names the nearest verb or option for a typing error."""
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        args, unknown = self.parse_known_args(argv, namespace)
+        verb = getattr(args, "verb", None)
+        chosen = self._verb_parser(verb)
+        if unknown:
+            chosen.error(chosen._unread(verb, unknown[0], self))
+        if verb and VERBS[verb].needs_config and args.config is None:
+            chosen.error("the following arguments are required: --config")
+        return args
+
+    def _verb_parser(self, verb: str | None) -> Parser:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and verb in action.choices:
+                return action.choices[verb]
+        return self
+
+    def _unread(self, verb: str | None, argument: str, top: Parser) -> str:
+        """The sentence on an argument that a verb does not read."""
+        command = f"dq {verb}" if verb else "dq"
+        if not argument.startswith("-"):
+            return f"{command} takes no argument {argument!r}; see `{command} --help`"
+        name = argument.partition("=")[0]
+        near = difflib.get_close_matches(name, list(self._option_string_actions), n=1, cutoff=0.6)
+        others = sorted(v for v in VERBS if name in top._verb_parser(v)._option_string_actions)
+        if near and not others:
+            return f"{command} has no option {name}; did you mean {near[0]}?"
+        if others:
+            some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            return f"{command} does not read {name}, which is for {some}; leave it out"
+        return f"{command} has no option {name}; see `{command} --help`"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(value, list(action.choices), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(action.choices)}"
+            self.error(f"there is no verb {value!r}; {hint}")
+        super()._check_value(action, value)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser; every verb takes the same options."""
-    parser = argparse.ArgumentParser(prog="dq", description="Dataset distillation by optimal quantization.")
+def build_parser() -> Parser:
+    """The argument parser, in which every verb has the options that it reads."""
+    parser = Parser(prog="dq", description="Dataset distillation by optimal quantization.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for verb, text in VERBS.items():
-        example = f"example: {EXAMPLES[verb]}" if verb in EXAMPLES else None
-        p = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".", epilog=example)
-        if verb == "demo":
-            p.set_defaults(config="demo")
-        else:
-            p.add_argument(
-                "--config",
-                required=verb not in NO_CONFIG,
-                metavar="FILE",
-                help="YAML file; see configs/",
-            )
-        p.add_argument("--data", metavar="DIR", help="the image set: folder, Hub id or sklearn:digits (source.path)")
-        _option(p, "--output_dir", metavar="DIR", help="the run folder")
-        _option(p, "--cache_dir", metavar="DIR", help="where latents and full-data baselines are kept for all runs")
-        p.add_argument("--seed", type=int, help="the run's seed")
-        p.add_argument("--ipc", metavar="N[,N]", help="images per class, e.g. 1,10,50")
-        p.add_argument(
-            "--set",
-            action="append",
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="any setting by its dotted name, e.g. cluster.engine=torch generate.mode=dit",
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    for name, verb in VERBS.items():
+        p = verbs.add_parser(
+            name,
+            help=verb.about,
+            description=verb.about[0].upper() + verb.about[1:] + ".",
+            epilog=_epilog(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if verb == "evaluate":
-            _evaluate_options(p)
-        if verb == "doctor":
-            p.add_argument("--json", action="store_true", help="print the report as JSON")
-        if verb in ("run", "demo", "push", "pull"):
-            _hub_options(p, verb)
-        p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
-        trackers = "send settings and numbers to trackio, tensorboard or wandb (report_to)"
-        _option(p, "--report_to", action="append", metavar="NAME[,NAME]", help=trackers)
-        _plan_options(p)
-        said = p.add_mutually_exclusive_group()
-        said.add_argument("--quiet", action="store_true", help="warnings and results only")
-        said.add_argument("--verbose", action="store_true", help="lines for finished units, not bars")
-    p = verbs.add_parser("completion", help="print a script that lets a shell complete this command")
-    p.add_argument("shell", choices=SHELLS)
+        add_options(p, name)
+        if name == "demo":
+            p.set_defaults(config="demo")
     return parser
 
 
-def _plan_options(p: argparse.ArgumentParser) -> None:
-    _option(p, "--dry_run", action="store_true", help="print the plan with time and disk, and stop")
-    p.add_argument("--speeds", metavar="FILE", help="speeds measured before, instead of now; a run tells what is left")
-    _option(p, "--save_speeds", metavar="FILE", help="with --dry-run: keep the measured speeds in a JSON file")
-    p.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N processes")
-    p.add_argument("--like", metavar="SET", help=f"with --dry-run: plan for {', '.join(LIKE)} or CLASSESxIMAGES")
-
-
-def _evaluate_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--distilled",
-        action="append",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="a set of any origin: a set's or run's folder, images by class, Parquet, .safetensors, .npz; repeatable",
-    )
-    p.add_argument("--protocol", help="preset: classic, frepo, hard, sre2l, rded, edc, fadrm, rd3; or ddr: DD-Ranking")
-    p.add_argument("--student", action="append", metavar="NET", help="a network by name; may be repeated")
-    p.add_argument("--labels", metavar="KIND[,KIND]", help="hard, fixed, soft: a column of the table for each")
-    p.add_argument("--dataset", help="whose published settings of the protocol to take, e.g. cifar100")
-    p.add_argument("--teacher", action="append", metavar="NET=PATH", help="who labels views; may be repeated")
-    p.add_argument("--baselines", metavar="NAME[,NAME]", help=f"any of {', '.join(get_args(Baseline))}")
-    p.add_argument("--seeds", type=int, help="students per set")
-    _option(p, "--image_size", type=int, help="side in px at which students train")
-    _option(
-        p,
-        "--label_kind",
-        choices=get_args(LabelKind),
-        help="what the label vectors of the sets are, where they do not say it themselves",
-    )
-
-
-def _hub_options(p: argparse.ArgumentParser, verb: str) -> None:
-    p.add_argument("--token", help="of the Hub; better HF_TOKEN or `hf auth login`, which no list of processes shows")
-    p.add_argument("--revision", help="branch, tag or commit; a push makes a branch that is not there")
-    if verb == "pull":
-        p.add_argument("repo", metavar="REPO", help="repository: owner/name")
-        p.add_argument("--name", metavar="SET", help="one set of it; default: all")
-        return
-    if verb == "push":
-        p.add_argument("folder", nargs="?", metavar="FOLDER", help="what to push, in place of the run of --config")
-        p.add_argument("--only", metavar="NAME[,NAME]", help="sets by name, e.g. ipc10-ddoq; default: all")
-    else:
-        _option(p, "--push_to_hub", action="store_true", help="push the sets at the end")
-    for name in ("--repo_id", "--hub_model_id"):
-        _option(p, name, dest="repo_id", metavar="REPO", help="repository: name, or owner/name")
-    p.add_argument("--private", action="store_true", default=None, help="make the repository private")
-    p.add_argument("--license", metavar="ID", help="of what is pushed, e.g. cc-by-4.0")
-    _option(p, "--create_pr", action="store_true", default=None, help="open a pull request")
-    _option(p, "--commit_message", metavar="TEXT", help="the first line of the commit")
-
-
-def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
-    """An option that may be written with underscores or hyphens."""
-    parser.add_argument(name, *({name.replace("_", "-").replace("---", "--")} - {name}), **kwargs)
+def _epilog(name: str) -> str:
+    verb = VERBS[name]
+    settings = f"settings: {verb.settings} (explained by `dq config KEY`)\n" if verb.settings else ""
+    return f"{settings}example: dq {name} {verb.example}".rstrip()
 
 
 def resolve(args: argparse.Namespace) -> RunConfig:
     """Defaults < file < flags."""
+    from dq.config.overrides import apply_settings
+    from dq.config.schema import RunConfig, load_config
+
     config = load_config(args.config) if args.config else RunConfig()
     if args.verb == "evaluate":
         config = apply_settings(config, _early_flags(args))  # so that --set can say more of them
@@ -164,9 +105,9 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     flags["seed"] = args.seed
     if args.report_to:
         flags["report_to"] = [name for text in args.report_to for name in text.split(",") if name]
-    if args.verb in ("train-codec", "train-denoiser"):
-        flags["prior.seed"] = flags.pop("seed")
-        flags["prior.output_dir"] = flags.pop("output_dir")
+    if args.verb in FOLDERS_OF_SECTIONS:
+        folder, seed = FOLDERS_OF_SECTIONS[args.verb]
+        flags[folder], flags[seed] = flags.pop("output_dir"), flags.pop("seed")
     if args.ipc:
         try:
             flags["ipc"] = [int(k) for k in args.ipc.split(",")]
@@ -194,6 +135,8 @@ def _early_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Settings that the options of `evaluate` stand for."""
+    from dq.config.students import default_baselines
+
     flags: dict[str, Any] = {"evaluate.seeds": args.seeds, "source.image_size": args.image_size}
     settings = {s.partition("=")[0].strip() for group in args.set for s in group}
     if args.baselines is not None:
@@ -218,8 +161,6 @@ def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, An
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that this call would not read."""
-    if args.dry_run and args.verb in ("push", "pull"):
-        raise InputError(f"dq {args.verb} has no plan to print; leave out --dry_run")
     for name in ("like", "processes", "save_speeds"):
         if getattr(args, name) is not None and not args.dry_run:
             raise InputError(f"--{name} is for a plan; add --dry-run")
@@ -227,6 +168,3 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--speeds takes speeds from a file and --save_speeds measures them; give one of them")
     if args.processes is not None and args.processes < 1:
         raise InputError(f"--processes must be at least 1, not {args.processes}")
-    silent = ("report", "prior-report", "train-teachers", "train-pool", "train-experts", "push", "pull")
-    if args.report_to and args.verb in silent:
-        raise InputError(f"dq {args.verb} has nothing to tell trackers; leave out --report_to")

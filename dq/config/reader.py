@@ -47,14 +47,14 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _in_words(value: Any) -> Any:
+def in_words(value: Any) -> Any:
     """Plain data in which None of a setting is its word."""
     if is_settings(type(value)):
         items = {name: (getattr(value, name), field) for name, field in type(value).__pydantic_fields__.items()}
-        return {k: _word(f) if v is None else _in_words(v) for k, (v, f) in items.items()}
+        return {k: _word(f) if v is None else in_words(v) for k, (v, f) in items.items()}
     if isinstance(value, dict):
-        return {k: _in_words(v) for k, v in value.items()}
-    return [_in_words(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: in_words(v) for k, v in value.items()}
+    return [in_words(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _word(field: FieldInfo) -> str | None:
@@ -64,4 +64,4 @@ def _word(field: FieldInfo) -> str | None:
 
 def dump_config(config: Any) -> str:
     """YAML text of a config, with the words for None; `load_config` on it gives an equal one."""
-    return write_yaml(_in_words(config))
+    return write_yaml(in_words(config))

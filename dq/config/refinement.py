@@ -202,6 +202,10 @@ class MatchingConfig(RefineConfig):
         return self
 
 
+# released recipes, in `dq.refine.fadrm`
+FADRM_PRESETS = ("cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k")
+
+
 @settings
 class FADRM(MatchingConfig):
     """Data residual matching (arXiv 2506.24125). With several teachers it is FADRM+: one per step, in turn. What is

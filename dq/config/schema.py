@@ -32,10 +32,11 @@ from dq.config.refinement import RefineConfig
 from dq.config.students import Dtype, EvaluateConfig
 from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
 from dq.config.trajectories import TrainExpertsConfig
-from dq.config.validation import Checked, settings
+from dq.config.validation import Checked, nearest_name, settings
 from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
 
+PRESETS_FOLDER = Path(__file__).parent / "presets"  # configurations that come with the package
 Tracker = Literal["trackio", "tensorboard", "wandb"]
 
 
@@ -376,7 +377,12 @@ def load_config(path: str | Path) -> RunConfig:
     """Read a `RunConfig` from a YAML file, or by the name of one that ships with the package (e.g. "demo")."""
     path = Path(path)
     if not path.exists() and path.suffix == "" and path.parent == Path("."):
-        path = Path(__file__).parent / "presets" / f"{path.name}.yaml"
+        names = [p.stem for p in sorted(PRESETS_FOLDER.glob("*.yaml"))]
+        if path.name not in names:
+            close = nearest_name(path.name, names)
+            hint = f"did you mean {close!r}?" if close else "`dq ls` lists those that come with the package"
+            raise InputError(f"there is no configuration file {path}; {hint}")
+        path = PRESETS_FOLDER / f"{path.name}.yaml"
     if not path.is_file():
         raise InputError(f"there is no configuration file {path}; give the path of a YAML file with --config")
     try:
@@ -384,5 +390,5 @@ def load_config(path: str | Path) -> RunConfig:
     except (yaml.YAMLError, RecursionError, ValueError) as e:  # impossible dates are ValueErrors
         line = getattr(getattr(e, "problem_mark", None), "line", None)
         at = f" (line {line + 1})" if line is not None else f" ({e})" if isinstance(e, ValueError) else ""
-        raise InputError(f"{path} is not valid YAML{at}; correct it or start from a file in configs/") from None
+        raise InputError(f"{path} is not valid YAML{at}; correct it, or start from one of `dq ls`") from None
     return from_dict(RunConfig, data or {})

@@ -29,9 +29,12 @@ for _resolver in (Loader, Dumper):
     _resolver.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
-def write_yaml(data: Any) -> str:
+def write_yaml(data: Any, *, one_line: bool = False) -> str:
     """YAML text of plain data, keys in their order."""
-    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    width = 10**6 if one_line else 100
+    return yaml.dump(
+        data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=one_line
+    )
 
 
 def read_yaml(text: str) -> Any:

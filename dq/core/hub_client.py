@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dq.core.errors import InputError, RunError
 from dq.core.files import parse_json
+from dq.core.redaction import Redaction, redact
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -22,28 +23,10 @@ log = logging.getLogger("dq")
 
 ATTEMPTS = 5  # at a commit while others commit too
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 8.0  # upper bounds of the waits between them
-TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{10,}|(?<=Bearer )[^\s;,'\")]+")
 Changes = Mapping[str, Path | bytes | None]  # content by path in the repository; None deletes
 
 
 # --- tokens and errors --------------------------------------------------------------------------------------------
-
-
-def redact(text: str, token: str | None = None) -> str:
-    """Text without the token, and without anything that looks like one."""
-    return TOKEN.sub("***", text.replace(token, "***") if token else text)
-
-
-class Redaction(logging.Filter):
-    """Takes tokens out of what is logged."""
-
-    def __init__(self, token: str | None = None) -> None:
-        super().__init__()
-        self.token = token
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage(), self.token), None
-        return True
 
 
 def client(token: str | None) -> HfApi:

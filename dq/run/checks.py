@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config.dtypes import device_dtypes, resolve_dtypes
+from dq.config.methods import resolved_method
 from dq.config.schema import GUIDANCE, RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
@@ -16,7 +17,7 @@ from dq.data.source import ImageSource
 from dq.networks.teacher_check import TEACHERS, naming
 from dq.networks.teacher_loading import POOL, PRETRAINED, check_fetched, load_teacher, teacher_file
 from dq.refine.registry import method_of
-from dq.run.folder import check_folder, check_methods, resolved_method, settle_dtypes
+from dq.run.folder import check_folder, check_methods, settle_dtypes
 from dq.run.refinement import check_codec_path, experts_of, needs_codec, planned, setting_of, stages_of
 from dq.run.stages.evaluate import check_evaluation
 from dq.run.stages.prune import check_pruning

@@ -9,15 +9,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from dq.config.dtypes import Dtypes, folder_dtypes, note_slow, record_dtypes, resolve_dtypes
+from dq.config.methods import ResolvedMethod, resolved_method
 from dq.config.overrides import apply_settings
-from dq.config.pruning import PruneConfig
 from dq.config.reader import dump_config, to_dict
-from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig, load_config
+from dq.config.schema import GenerateConfig, MethodConfig, RunConfig, load_config
 from dq.config.students import Baseline
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, check_name, check_place, is_done, read_json, write_json, write_text
@@ -38,16 +38,6 @@ IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teachers")
 SPEED = ("batch_size", "path", "model", "on_bad_image", "on_small")
 # ... and of which these decide nothing before there is a folder of their results
 LATER = {"cluster": "prototypes", "generate": "images"}
-OVERRIDABLE = ("prune", "cluster", "generate")  # sections of which a method may have settings of its own
-
-
-class ResolvedMethod(NamedTuple):
-    """A method with the settings of pruning, clustering and generation that hold for it."""
-
-    method: MethodConfig
-    cluster: ClusterConfig
-    generate: GenerateConfig
-    prune: PruneConfig
 
 
 @dataclass(frozen=True)
@@ -85,24 +75,6 @@ class Run:
             log.debug("%s: %.1f s", stage, record["seconds"])
 
 
-def resolved_method(config: RunConfig, method: str) -> ResolvedMethod:
-    """A method with the settings that hold for it.
-
-    Raises:
-        InputError: for an override of something else.
-    """
-    m = config.methods[method]
-    override = dict(_flat(m.override))
-    for key in override:
-        if key.split(".")[0] not in OVERRIDABLE:
-            sections = f"{', '.join(f'{s}.*' for s in OVERRIDABLE[:-1])} and {OVERRIDABLE[-1]}.*"
-            raise InputError(f"methods.{method}.override may set {sections}, not {key!r}")
-        if key in ("generate.model", "generate.revision", "generate.dtype"):
-            raise InputError(f"methods.{method}.override cannot change {key}: one model draws all methods of a run")
-    changed = apply_settings(config, override) if override else config
-    return ResolvedMethod(m, changed.cluster, changed.generate, changed.prune)
-
-
 def copies_of(method: MethodConfig, generate: GenerateConfig) -> int:
     """Images of a prototype. Decoding twice gives the same image twice, and so does copying a real one."""
     single = generate.mode == "decode" or method.representative == "real"
@@ -129,15 +101,6 @@ def deciding(settings: dict[str, Any]) -> dict[str, Any]:
 def class_file(folder: Path, label: int) -> Path:
     """The file of a class in a folder of prototypes or images."""
     return folder / f"class-{label:05d}.safetensors"
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of nested settings, so that {cluster: {engine: torch}} changes one value and not the section."""
-    for key, value in settings.items():
-        if isinstance(value, dict) and f"{prefix}{key}" in OVERRIDABLE:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def settle_dtypes(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dq.config.methods import resolved_method
 from dq.config.reader import to_dict
 from dq.config.refinement import RefineConfig
 from dq.config.schema import RunConfig
@@ -28,7 +29,7 @@ from dq.networks.trajectories import Experts, open_experts
 from dq.refine.method import Context, Needs, RealImages
 from dq.refine.optimize import TERMS
 from dq.refine.registry import method_of
-from dq.run.folder import Run, images_per_class, resolved_method
+from dq.run.folder import Run, images_per_class
 
 log = logging.getLogger("dq")
 

@@ -141,7 +141,11 @@ CASES = {
     ),
     "stage without teacher": ("refine", ("refine=[{stage: fadrm}]",), "needs a teacher"),
     "unknown student": ("run", ("evaluate.students=[{net: convnet9x}]",), "convnet9x"),
-    "test images of half the side": ("run", ("evaluate.students=[{test_scale: 0.5}]",), "must be at least 1"),
+    "test images of half the side": (
+        "run",
+        ("evaluate.students=[{test_scale: 0.5}]",),
+        "must be a number of at least 1",
+    ),
     "whitening of large images": (
         "run",
         ("source.image_size=72", "evaluate.students=[{whiten: true}]"),

@@ -228,8 +228,8 @@ def test_options_that_are_off_are_no_part_of_a_training(made, accelerator, tmp_p
         (FLOW | {"contrastive": 1.0}, r"contrastive is a weight in \[0, 1\), not 1.0"),
         (FLOW | {"contrastive": 0.1, "batch_size": 1}, "contrastive compares items of a batch; set batch_size"),
         (FLOW | {"time_shift": 0}, "time_shift must be auto or a positive number, not 0"),
-        (FLOW | {"time_shift": "half"}, "time_shift must be a number, not 'half', or 'auto'"),
-        ({"early": 1.0}, r"early is a share of the steps in \[0, 1\), not 1.0"),
+        (FLOW | {"time_shift": "half"}, "time_shift must be a number of more than 0 or 'auto', not 'half'"),
+        ({"early": 1.0}, r"early must be a number in \[0, 1\), not 1.0"),
         ({"optimizer": "sgd"}, "optimizer must be one of 'adamw', 'muon'"),
     ],
 )

@@ -23,7 +23,8 @@ from sets import files_of, make, same
 
 from dq.core.cards import BEGIN, END, md, merge_card, public, split_card
 from dq.core.files import read_json, write_json
-from dq.core.hub_client import ATTEMPTS, Redaction, backoff_seconds, redact
+from dq.core.hub_client import ATTEMPTS, backoff_seconds
+from dq.core.redaction import Redaction, redact
 from dq.distilled.card import dataset_card
 from dq.distilled.set import DistilledSet
 from dq.run.stages.evaluate import describe_evaluation

@@ -770,7 +770,7 @@ def test_epochs_by_images_per_class():
     assert student_config({}, ipc="1", classes=10, image_size=32) == StudentConfig()
     with pytest.raises(InputError, match=r"epochs for 1, full .*'10'; add 'default'"):
         epochs({"1": 5, "full": 2}, "10")
-    with pytest.raises(InputError, match="epochs must be at least 1"):
+    with pytest.raises(InputError, match="epochs must be a whole number of at least 1"):
         epochs({"10": 0}, "10")
     assert len(train(dataclasses.replace(PLAIN, epochs=2))[1]) == 2
     assert len(train(dataclasses.replace(PLAIN, epochs=5))[1]) == 5

@@ -260,7 +260,7 @@ def fails(args: list[str], capsys: pytest.CaptureFixture, *, code: int = 2) -> s
 def test_misspelt_key(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = config(world, tmp_path)
     said = fails(["run", "--config", str(file), "--set", "cluster.engin=torch"], capsys)
-    assert "unknown setting 'cluster.engin'; did you mean 'engine'?" in said
+    assert "unknown setting 'cluster.engin'; did you mean 'cluster.engine'?" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -609,7 +609,7 @@ def test_faults_of_the_label_and_evaluate_stages_are_found_before_the_first(
     assert "there is no teacher at /nope" in fails([*file, "--set", "teachers.0.path=/nope"], capsys)
     assert "no network is called 'resnt20'" in fails([*file, "--set", "evaluate.students.1.net=resnt20"], capsys)
     said = fails([*file, "--set", "evaluate.students.1.epoch=3"], capsys)
-    assert "unknown setting 'evaluate.students.1.epoch'; did you mean 'epochs'?" in said
+    assert "unknown setting 'evaluate.students.1.epoch'; did you mean 'evaluate.students.1.epochs'?" in said
     said = fails([*file, "--set", "evaluate.students.1.epochs={1: 5}"], capsys)
     assert "has epochs for 1 but not for '3'; add 'default'" in said
     assert "unknown protocol 'clasic'" in fails([*file, "--set", "evaluate.students.0.protocol=clasic"], capsys)

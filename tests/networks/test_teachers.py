@@ -296,7 +296,7 @@ def test_teacher_file_is_known_before_anything_is_loaded(convnet, tmp_path):
 def test_settings_of_a_teacher_come_from_flags():
     config = apply_settings(TeacherConfig(), ["classes=[3, 1]", "image_size=224", "mean=[0.5]"])
     assert (config.classes, config.image_size, config.mean, config.std) == ((3, 1), 224, (0.5,), None)
-    with pytest.raises(InputError, match="image_size must be at least 1"):
+    with pytest.raises(InputError, match="image_size must be a whole number of at least 1"):
         TeacherConfig(image_size=0)
 
 

@@ -99,7 +99,7 @@ def plan(config: RunConfig, source: ImageSource) -> str:
 
 def _plan_pruning(config: RunConfig, counts: Any) -> list[str]:
     """Runs of agents, and how many images each policy keeps."""
-    from dq.run.folder import resolved_method
+    from dq.config.methods import resolved_method
     from dq.run.stages.prune import kept_counts, scored_settings
 
     lines = [

@@ -64,7 +64,8 @@ class PlannedSet:
 
 def planned_sets(config: RunConfig, source: ImageSource) -> list[PlannedSet]:
     """The sets of a run, ipc by ipc."""
-    from dq.run.folder import images_per_class, resolved_method
+    from dq.config.methods import resolved_method
+    from dq.run.folder import images_per_class
 
     counts = source.class_counts().tolist()
     sets = []

@@ -22,6 +22,7 @@ from dq.cluster.kmeans import Clustering, choose_engine, kmeans_many, quantizati
 from dq.cluster.lloyd import peak_bytes
 from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes, select_clusters
 from dq.cluster.spaces import embed
+from dq.config.methods import ResolvedMethod
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
@@ -33,7 +34,7 @@ from dq.core.trackers import report
 from dq.data.pruning import Pruned, clusters_in_band
 from dq.diffusion.latents import LatentCache
 from dq.networks.features import FeatureCache
-from dq.run.folder import ResolvedMethod, Run, class_file
+from dq.run.folder import Run, class_file
 from dq.run.stages.features import features_of, prepare_features
 from dq.run.stages.prune import Pruning, load_pruning, prune_identity
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dq.cluster.kmeans import choose_engine
+from dq.config.methods import resolved_method
 from dq.config.pruning import Policy, PruneConfig
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
@@ -40,7 +41,7 @@ from dq.networks.difficulty import (
     rank_agreement,
 )
 from dq.networks.zoo import make_net
-from dq.run.folder import Run, resolved_method
+from dq.run.folder import Run
 
 log = logging.getLogger("dq")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from dq.cluster.prototypes import Prototypes, cell_means
 from dq.cluster.selection import Selection, select_confident, select_correct, select_facility, select_transport
 from dq.cluster.transport import squared_cost
+from dq.config.methods import ResolvedMethod
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig, RunConfig
 from dq.config.teachers import TeacherConfig
@@ -29,7 +30,7 @@ from dq.networks.features import FeatureCache
 from dq.networks.teacher import Teacher
 from dq.networks.teacher_check import check_teacher, naming
 from dq.networks.teacher_loading import load_teacher
-from dq.run.folder import ResolvedMethod, Run
+from dq.run.folder import Run
 from dq.run.stages.cluster import ClassImages, class_images
 from dq.run.stages.features import features_by
 from dq.run.stages.prune import Pruning, load_pruning

@@ -1,0 +1,133 @@
+"""The verbs that explain, check and copy settings: config, validate, ls, cp. They start no run and load no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dq.core.errors import InputError
+
+if TYPE_CHECKING:
+    from dq.config.schema import RunConfig
+
+
+def config_verb(args: argparse.Namespace) -> None:
+    """Print all settings, a line each, or explain one or a section."""
+    from dq.config.reference import explain, reference
+
+    if args.key:
+        print(*explain(args.key), sep="\n")
+        return
+    rows = [r for r in reference() if not re.match(r"refine\.N\.(teachers|judges)\.N", r.key)]
+    names = [f"{r.key} ({r.stage})" if r.stage else r.key for r in rows]
+    kinds = [", ".join(filter(None, (r.type, r.bound))) for r in rows]
+    widths = [max(map(len, names)), min(44, max(map(len, kinds)))]
+    for name, kind, row in zip(names, kinds, rows):
+        default = row.default if len(row.default) <= 40 else f"{row.default[:37]}..."
+        print(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  default {default:<12}  {row.help}")
+
+
+def validate_verb(args: argparse.Namespace) -> None:
+    """Check a configuration as a run would read it, with its students and the overrides of its methods."""
+    from dq.config.overrides import apply_settings
+    from dq.config.schema import load_config
+
+    config = apply_settings(load_config(args.file), [s for group in args.set for s in group])
+    check_config(config)
+    print(f"{args.file}: no errors")
+
+
+def check_config(config: RunConfig) -> None:
+    """What is checked only when a run begins, of what can be known without its data.
+
+    Raises:
+        InputError: with the path of the setting.
+    """
+    from dq.config.methods import resolved_method
+    from dq.config.protocols import student_config
+    from dq.config.teachers import only_teacher
+
+    for method in config.methods:
+        resolved_method(config, method)
+    ipcs = [*map(str, config.ipc), *["full"] * ("full" in config.evaluate.baselines)]
+    for i, spec in enumerate(config.evaluate.students):
+        for ipc in ipcs:
+            student_config(
+                spec,
+                ipc=ipc,
+                classes=10,  # of the data, which are not read; presets depend on it and settings do not
+                image_size=config.image_size,
+                teacher=only_teacher(config.teachers),
+                where=f"evaluate.students.{i}",
+            )
+
+
+def ls_verb(args: argparse.Namespace) -> None:
+    """List what comes with the package: configurations, protocols of students, presets of stages."""
+    from dq.config.protocols import list_protocols
+    from dq.config.schema import PRESETS_FOLDER
+
+    print("configurations (--config NAME, `dq cp NAME FILE`)")
+    width = max(len(p.stem) for p in PRESETS_FOLDER.glob("*.yaml"))
+    for path in sorted(PRESETS_FOLDER.glob("*.yaml")):
+        print(f"  {path.stem:<{width}}  {_first_comment(path)}")
+    print("launchers (accelerate launch --config_file, `dq cp NAME FILE`)")
+    for path in sorted((PRESETS_FOLDER / "accelerate").iterdir()):
+        print(f"  {path.name}")
+    print("protocols (evaluate.students: [{protocol: NAME}], --protocol NAME, `dq cp NAME FILE`)")
+    for name, about in list_protocols().items():
+        print(f"  {name:<{width}}  {about}")
+    print("presets of stages (refine: [{stage: STAGE, preset: NAME}])")
+    for stage, names in _presets().items():
+        print(f"  {stage:<{width}}  {', '.join(names)}")
+
+
+def _presets() -> dict[str, list[str]]:
+    from dq.config.refinement import FADRM_PRESETS
+    from dq.config.trajectories import PRESETS
+
+    return {"fadrm": list(FADRM_PRESETS), "trajectory": list(PRESETS)}
+
+
+def _first_comment(path: Path) -> str:
+    """The first sentence of the comment at the head of a file."""
+    lines: list[str] = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#") or line.startswith("#  "):
+            break
+        lines.append(line.removeprefix("#").strip())
+    text = re.split(r"(?<=[.:])\s", " ".join(lines), maxsplit=1)[0].rstrip(".:")
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def cp_verb(args: argparse.Namespace) -> None:
+    """Copy a file that comes with the package."""
+    from dq.config.validation import unknown_key
+
+    files = dict(_files())
+    if args.name not in files:
+        raise InputError(unknown_key(args.name, args.name, list(files), kind="configuration or protocol"))
+    target = Path(args.file)
+    if target.is_dir():
+        target = target / files[args.name].name
+    if target.exists():
+        raise InputError(f"{target} exists already; choose another file, or delete it")
+    target.write_bytes(files[args.name].read_bytes())
+    print(target)
+
+
+def _files() -> Iterator[tuple[str, Path]]:
+    """Files that come with the package by name; configurations win over protocols of the same name."""
+    from dq.config.schema import PRESETS_FOLDER
+
+    for path in sorted((PRESETS_FOLDER / "accelerate").iterdir()):
+        yield path.name, path
+    for folder in (PRESETS_FOLDER / "protocols", PRESETS_FOLDER):
+        for path in sorted(folder.glob("*.yaml")):
+            yield path.stem, path
+
+
+VERB_FUNCTIONS = {"config": config_verb, "validate": validate_verb, "ls": ls_verb, "cp": cp_verb}

@@ -1,0 +1,133 @@
+"""The reference of all settings: key, type, bound, default and help, taken from the settings classes."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from dq.config.reader import in_words
+from dq.config.refinement import STAGES, RefineConfig
+from dq.config.schema import RunConfig
+from dq.config.students import StudentConfig
+from dq.config.validation import TYPE_NAMES, bounds, field_hint, is_settings, none_word, optional, unwrap
+from dq.core.bounded_yaml import write_yaml
+from dq.core.errors import InputError
+
+NUMBER, NAME = "N", "NAME"  # stand for an index of a list and a key of a mapping
+
+
+class Setting(NamedTuple):
+    """A row of the reference."""
+
+    key: str  # such as teachers.N.net
+    type: str
+    bound: str
+    default: str
+    help: str
+    stage: str = ""  # the method of refinement that has it
+
+    def __str__(self) -> str:
+        bound = f", {self.bound}" if self.bound else ""
+        stage = f" (stage: {self.stage})" if self.stage else ""
+        return f"{self.key}{stage}\n    {self.help}\n    {self.type}{bound}; default {self.default}"
+
+
+def reference() -> list[Setting]:
+    """All settings, in the order of a configuration."""
+    return list(_settings(RunConfig, ""))
+
+
+def explain(key: str) -> list[Setting]:
+    """The setting of a dotted name, or all of a section; the last part of a name is enough where it is a name.
+
+    Raises:
+        InputError: for a name that is none, with the nearest one.
+    """
+    rows = reference()
+    parts = key.split(".")
+    chosen = [r for r in rows if _matches(r.key.split("."), parts)]
+    chosen = chosen or [r for r in rows if len(parts) == 1 and r.key.rpartition(".")[2] == key]
+    if not chosen:
+        names = {r.key: r.key for r in reversed(rows)} | {r.key.rpartition(".")[2]: r.key for r in reversed(rows)}
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        hint = f"did you mean {names[near[0]]!r}?" if near else "`dq config` lists all"
+        raise InputError(f"unknown setting {key!r}; {hint}")
+    return chosen
+
+
+def _matches(row: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a row's key begins with these parts, where N is any number and NAME any name."""
+    return len(parts) <= len(row) and all(a in (b, NAME) or (a == NUMBER and b.isdigit()) for a, b in zip(row, parts))
+
+
+def setting_names(cls: Any = RunConfig) -> list[str]:
+    """Dotted names of all settings. Below lists and mappings, whose entries have names of their own, it stops."""
+    names: list[str] = []
+    for name, field in cls.__pydantic_fields__.items():
+        core = unwrap(optional(unwrap(field_hint(field))[0])[0])[0]
+        names += [f"{name}.{inner}" for inner in setting_names(core)] if is_settings(core) else [name]
+    return names
+
+
+def _settings(cls: Any, prefix: str, stage: str = "") -> Iterator[Setting]:
+    for name, field in cls.__pydantic_fields__.items():
+        hint, key = field_hint(field), f"{prefix}{name}"
+        core = unwrap(optional(unwrap(hint)[0])[0])[0]
+        inner = core
+        if get_origin(core) in (tuple, dict):
+            inner = unwrap(get_args(core)[0 if get_origin(core) is tuple else 1])[0]
+            deeper = f"{key}.{NUMBER if get_origin(core) is tuple else NAME}."
+        else:
+            deeper = f"{key}."
+        if not is_settings(core):
+            help_text = field.description or ""
+            yield Setting(key, type_text(hint), bound_text(hint), _default(field), help_text, stage)
+        if key == "evaluate.students":
+            yield from _settings(StudentConfig, f"{key}.{NUMBER}.")
+        elif inner is RefineConfig:
+            if not prefix:  # methods.NAME.refine has the same
+                for stage_name in STAGES:
+                    yield from _settings(STAGES[stage_name], deeper, stage_name)
+        elif is_settings(inner):
+            yield from _settings(inner, deeper, stage)
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return none_word(field_hint(field)) or "null"
+    return write_yaml([in_words(value)], one_line=True).strip()[1:-1]
+
+
+def type_text(hint: Any) -> str:
+    """A type in words such as "list of whole numbers or auto"."""
+    inner, _ = unwrap(hint)
+    core = unwrap(optional(inner)[0])[0]
+    word = none_word(hint)
+    return f"{_plain_type(core)} or {word}" if word else _plain_type(core)
+
+
+def _plain_type(core: Any) -> str:
+    args = get_args(core)
+    if get_origin(core) is tuple:
+        return f"list of {type_text(args[0])}"
+    if get_origin(core) is dict:
+        return f"mapping of names to {type_text(args[1])}"
+    if get_origin(core) is Literal:
+        return ", ".join(map(str, args))
+    if get_origin(core) in (Union, types.UnionType):
+        return " or ".join(type_text(a) for a in args)
+    return "settings" if is_settings(core) else TYPE_NAMES.get(core, "any value").removeprefix("a ")
+
+
+def bound_text(hint: Any) -> str:
+    """Bound of a number, or of the numbers of a list, in words such as "at least 1"."""
+    inner, notes = unwrap(hint)
+    core, more = unwrap(optional(inner)[0])
+    if get_origin(core) is tuple or get_origin(core) in (Union, types.UnionType):
+        return bound_text(get_args(core)[0])
+    return bounds([*notes, *more]).removeprefix("of ")
