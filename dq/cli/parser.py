@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         verb = getattr(args, "verb", None)
         chosen = self._verb_parser(verb)
         if unknown:
-            chosen.error(chosen._unread(verb, unknown[0], self))
+            chosen.error(chosen._unread(unknown[0], self))
         if verb and VERBS[verb].needs_config and args.config is None:
             chosen.error("the following arguments are required: --config")
         return args
@@ -41,20 +41,18 @@ class Parser(argparse.ArgumentParser):
                 return action.choices[verb]
         return self
 
-    def _unread(self, verb: str | None, argument: str, top: Parser) -> str:
+    def _unread(self, argument: str, top: Parser) -> str:
         """The sentence on an argument that a verb does not read."""
-        command = f"dq {verb}" if verb else "dq"
         if not argument.startswith("-"):
-            return f"{command} takes no argument {argument!r}; see `{command} --help`"
+            return f"there is no place for the argument {argument!r}; see `{self.prog} --help`"
         name = argument.partition("=")[0]
+        verbs = sorted(v for v in VERBS if name in top._verb_parser(v)._option_string_actions)
+        if verbs:
+            some = ", ".join(verbs[:3]) + (", ..." if len(verbs) > 3 else "")
+            return f"{name} is not read, but by {some}; leave it out"
         near = difflib.get_close_matches(name, list(self._option_string_actions), n=1, cutoff=0.6)
-        others = sorted(v for v in VERBS if name in top._verb_parser(v)._option_string_actions)
-        if near and not others:
-            return f"{command} has no option {name}; did you mean {near[0]}?"
-        if others:
-            some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            return f"{command} does not read {name}, which is for {some}; leave it out"
-        return f"{command} has no option {name}; see `{command} --help`"
+        hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
+        return f"there is no option {name}; {hint}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:

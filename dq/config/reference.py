@@ -114,7 +114,8 @@ def type_text(hint: Any) -> str:
 def _plain_type(core: Any) -> str:
     args = get_args(core)
     if get_origin(core) is tuple:
-        return f"list of {type_text(args[0])}"
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}
+        return f"list of {plural.get(unwrap(args[0])[0]) or type_text(args[0])}"
     if get_origin(core) is dict:
         return f"mapping of names to {type_text(args[1])}"
     if get_origin(core) is Literal:

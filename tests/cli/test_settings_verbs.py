@@ -1,0 +1,220 @@
+"""The verbs config, validate, ls and cp; options and help of all verbs; the time that they take."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from dq.cli.main import main
+from dq.cli.options import GROUPS, LABEL_KINDS, PRINTS, VERBS
+from dq.cli.parser import build_parser, resolve
+from dq.config.reference import explain, reference, setting_names
+from dq.config.refinement import FADRM_PRESETS
+from dq.config.schema import PRESETS_FOLDER, RunConfig, load_config
+from dq.config.students import LabelKind
+from dq.core.errors import InputError
+from dq.refine.fadrm import PRESETS
+
+LIMIT_S = 0.5  # of CPU time, of help and of what prints settings
+
+
+def called(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        code = main(list(args))
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["evaluate", "--help"],
+        ["config"],
+        ["config", "cluster.n_iter"],
+        ["validate", "cifar10_ddoq"],
+        ["validate", "no_such_file"],
+        ["runn"],
+    ],
+)
+def test_help_and_settings_are_printed_without_torch(args: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom dq.cli.main import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'datasets', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules)\n"
+        "print('heavy', sorted(heavy), file=sys.stderr)"
+    )
+    times = []
+    for _ in range(3):  # the least, since another process may have made one slow
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stderr.endswith("heavy []\n"), done.stderr
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if min(times) < LIMIT_S:
+            break
+    assert min(times) < LIMIT_S
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_one_example_that_parses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called(verb, "--help", capsys=capsys)
+    examples = [line for line in out.splitlines() if line.startswith("example: ")]
+    assert code == 0
+    assert len(examples) == 1
+    words = examples[0].removeprefix("example: dq ").split()
+    assert words[0] == verb
+    assert build_parser().parse_args(words).verb == verb
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_settings_that_help_names_exist(verb: str) -> None:
+    text = VERBS[verb].settings.partition(";")[0]
+    for name in text.split():
+        assert explain(name), (verb, name)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["runn", "--config", "demo"], "dq: there is no verb 'runn'; did you mean 'run'?"),
+        (["evalaute"], "there is no verb 'evalaute'; did you mean 'evaluate'?"),
+        (["run", "--confg", "x"], "dq run: there is no option --confg; did you mean --config?"),
+        (["run", "--config", "x", "--outputdir=y"], "there is no option --outputdir; did you mean --output"),
+        (["pull", "a/b", "--ipc", "3"], "dq pull: --ipc is not read, but by cluster, demo, encode, ...; leave it out"),
+        (["doctor", "--processes", "3"], "dq doctor: --processes is not read, but by "),
+        (["doctor", "--dry-run"], "dq doctor: --dry-run is not read, but by "),
+        (["push", "a", "--cpu"], "dq push: --cpu is not read, but by "),
+        (["train-teachers", "--report_to", "trackio"], "dq train-teachers: --report_to is not read, but by "),
+        (["train-pool", "--speeds", "x"], "--speeds is not read, but by "),
+        (["run"], "dq run: the following arguments are required: --config"),
+        (["ls", "x"], "dq ls: there is no place for the argument 'x'"),
+    ],
+)
+def test_wrong_verbs_and_options_are_named(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = called(*args, capsys=capsys)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in PRINTS])
+def test_options_that_a_verb_lacks_are_absent_and_not_undefined(verb: str) -> None:
+    repo = ["a/b"] if verb == "pull" else []
+    args = build_parser().parse_args([verb, *repo, *(["--config", "demo"] if VERBS[verb].needs_config else [])])
+    assert resolve(args) == (load_config("demo") if args.config else resolve(args))
+    assert (args.dry_run, args.cpu, args.like, args.processes) == (False, False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("verb", "folder", "seed"),
+    [
+        ("train-teachers", "train_teachers.output_dir", "train_teachers.seed"),
+        ("train-pool", "train_pool.output_dir", "train_teachers.seed"),
+        ("train-experts", "train_experts.output_dir", "train_experts.seed"),
+        ("train-codec", "prior.output_dir", "prior.seed"),
+        ("run", "output_dir", "seed"),
+    ],
+)
+def test_folder_and_seed_are_those_that_the_verb_reads(verb: str, folder: str, seed: str) -> None:
+    args = [verb, "--config", "demo", "--output_dir", "here", "--seed", "7"]
+    config = resolve(build_parser().parse_args(args))
+    for name, value in ((folder, "here"), (seed, 7)):
+        node: object = config
+        for part in name.split("."):
+            node = getattr(node, part)
+        assert node == value
+
+
+def test_tables_agree_with_the_code() -> None:
+    assert get_args(LabelKind) == LABEL_KINDS
+    assert tuple(PRESETS) == FADRM_PRESETS
+    assert {g for v in VERBS.values() for g in v.options.split()} == set(GROUPS)
+
+
+def test_the_reference_has_every_setting_with_help() -> None:
+    keys = {r.key for r in reference()}
+    for name in setting_names():
+        assert name in keys or any(k.startswith((f"{name}.N.", f"{name}.NAME.")) for k in keys), name
+    assert all(r.help and r.type and r.default for r in reference())
+
+
+def test_config_explains_one_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called("config", "cluster.dims", capsys=capsys)
+    assert code == 0
+    assert "principal directions" in out
+    assert "whole number or auto, at least 1; default auto" in out
+    assert called("config", "refine.0.ridge", capsys=capsys)[1].startswith("refine.N.ridge (stage: frepo)\n")
+    assert "teachers.N.net" in called("config", "teachers.3.net", capsys=capsys)[1]
+    assert "evaluate.students.N.views.flip" in called("config", "evaluate.students.0.views", capsys=capsys)[1]
+    assert "methods.NAME.weights" in called("config", "methods.fadrm.weights", capsys=capsys)[1]
+    assert "cluster.n_init" in called("config", "n_init", capsys=capsys)[1]  # the last part is enough
+    for wrong, near in (("cluster.n_itr", "cluster.n_iter"), ("n_itr", "cluster.n_iter")):
+        code, _, err = called("config", wrong, capsys=capsys)
+        assert code == 2
+        assert f"did you mean '{near}'?" in err
+    code, out, _ = called("config", capsys=capsys)
+    assert len(out.splitlines()) > 300
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cluster: {n_iter: 0}", "cluster.n_iter must be a whole number of at least 1, not 0"),
+        ("evaluate: {students: [{lrr: 1}]}", "unknown setting 'evaluate.students.0.lrr'; did you mean"),
+        ("evaluate: {students: [{protocol: clasic}]}", "did you mean 'classic'?"),
+        ("evaluate: {students: [{epochs: {1: 3}}]}", "has epochs for 1 but not for '10'"),
+        (
+            "methods: {a: {override: {cluster.enginee: torch}}}",
+            "methods.a.override: unknown setting 'cluster.engin",
+        ),
+        ("methods: {a: {override: {seed: 1}}}", "methods.a.override may set prune.*"),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice, again in line 2"),
+        ("a: [1", "is not valid YAML"),
+    ],
+)
+def test_validate_names_what_is_wrong(text: str, message: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    code, out, err = called("validate", str(path), capsys=capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_validate_accepts_all_that_comes_with_the_package(capsys) -> None:
+    for path in sorted(PRESETS_FOLDER.glob("*.yaml")):
+        assert called("validate", path.stem, capsys=capsys)[:2] == (0, f"{path.stem}: no errors\n")
+    code, _, err = called("validate", "demo", "--set", "ipc=0", capsys=capsys)
+    assert code == 2
+    assert "ipc must be a whole number of at least 1, not 0" in err
+
+
+def test_what_ls_lists_can_be_copied_and_read(tmp_path: Path, capsys) -> None:
+    out = called("ls", capsys=capsys)[1]
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert {"cifar10_ddoq", "demo", "classic", "gpu8.yaml"} <= set(names)
+    for name in ("cifar10_ddoq", "classic", "gpu8.yaml"):
+        assert called("cp", name, str(tmp_path / f"{name}.copy"), capsys=capsys)[0] == 0
+    assert load_config(tmp_path / "cifar10_ddoq.copy") == load_config("cifar10_ddoq")
+    code, _, err = called("cp", "cifar10_ddoq", str(tmp_path / "cifar10_ddoq.copy"), capsys=capsys)
+    assert code == 2
+    assert "exists already" in err
+    assert "did you mean 'cifar10_ddoq'?" in called("cp", "cifar10_ddog", str(tmp_path / "x"), capsys=capsys)[2]
+    with pytest.raises(InputError, match=r"no configuration file cifar10_ddog; did you mean 'cifar10_ddoq'\?"):
+        load_config("cifar10_ddog")
+
+
+def test_configurations_are_in_the_package() -> None:
+    """An installed wheel has what a checkout has in `configs/`, which is a link to it."""
+    root = Path(__file__).parents[2]
+    assert (root / "configs").resolve() == PRESETS_FOLDER.resolve()
+    assert os.readlink(root / "configs") == "dq/config/presets"
+    assert RunConfig() != load_config("imagenet1k_ddoq")
