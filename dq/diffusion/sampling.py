@@ -220,7 +220,7 @@ def choose_start(
     of DiT's linear grid 0.007), so SNR is the parameter that carries over.
     """
     if (snr is None) == (strength is None):
-        raise InputError("give exactly one of generate.snr and generate.strength; set the other to null")
+        raise InputError("give exactly one of generate.snr and generate.strength; set the other to off")
     order = int(getattr(scheduler, "order", 1))
     grid = grid_snr(scheduler)
     if strength is not None:
