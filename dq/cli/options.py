@@ -76,7 +76,7 @@ VERBS = {
     "report": Verb(
         "write report.html from what the run folder holds",
         "--output_dir runs/dq",
-        "config data output_dir cache_dir seed ipc set cpu",
+        STAGE_OPTIONS.replace("report_to ", ""),
         "output_dir; with --config all that `dq run` reads",
     ),
     "push": Verb(

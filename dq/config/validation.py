@@ -92,7 +92,7 @@ def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> st
     if kind == "finite_number":
         expectation = expectation.replace("a number", "a finite number", 1)
     nearest = ""
-    if get_origin(owner) is Literal and isinstance(value, str):
+    if get_origin(owner) is Literal and len(get_args(owner)) > 1 and isinstance(value, str):
         close = nearest_name(value, [str(v) for v in get_args(owner)])
         nearest = f"; did you mean {close!r}?" if close else ""
     return f"{name} must be {expectation}, not {short(value)}{nearest}"

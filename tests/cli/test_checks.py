@@ -55,7 +55,8 @@ def call(world: Path, out: Path, verb: str, *changes: str, flags: tuple[str, ...
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "c.yaml").write_text(yaml.safe_dump(settings))
-    sets = ["--set", *(c.replace("WORLD", str(world)) for c in changes)] if changes else []
+    last = {c.partition("=")[0]: c.replace("WORLD", str(world)) for c in changes}  # a key may be given once
+    sets = ["--set", *last.values()] if changes else []
     named = [f.replace("WORLD", str(world)) for f in flags]
     return [verb, "--config", str(out / "c.yaml"), "--cpu", "--quiet", *sets, *named]
 

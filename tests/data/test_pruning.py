@@ -142,10 +142,10 @@ def test_clusters_whose_mean_rank_is_outside_go_first() -> None:
     [
         ({"policy": "pad", "share": 0.2}, "policy=pad has no share"),
         ({"policy": "hard", "share": 1.0}, r"share of policy=hard must be a number in \[0, 1\), not 1"),
-        ({"policy": "window", "share": float("inf")}, "share must be finite"),
+        ({"policy": "window", "share": float("inf")}, "share must be a finite number of at least 0"),
         ({"policy": "easy", "share": -0.1}, "share must be a number of at least 0 or 'auto', not -0.1"),
         ({"keep_share": 1.5}, r"keep_share must be a number in \[0, 1\], not 1.5"),
-        ({"outside_weight": 0.0}, "outside_weight must be more than 0"),
+        ({"outside_weight": 0.0}, "outside_weight must be a number of more than 0, not 0"),
         ({"score": "cad", "epochs": 10}, "score=cad is a deviation over epochs and a run has 1"),
         ({"score_epoch": 50, "epochs": 40}, "score_epoch=50 comes after the last of 40 epochs"),
         ({"runs": 0}, "runs must be a whole number of at least 1"),

@@ -197,7 +197,9 @@ def test_full_guidance_ends_at_the_points(pipe) -> None:
 @pytest.mark.parametrize("name", ["measure_interval", "repulsion_interval"])
 def test_intervals_are_rising_shares(name: str) -> None:
     for wrong in ([0.5, 0.2], [0.1], [0.0, 1.2]):
-        with pytest.raises(InputError, match=f"{name} must be two rising shares"):
+        with pytest.raises(
+            InputError, match=rf"{name} must be two rising shares|{name}\.1 must be a number in \[0, 1\], not 1\.2"
+        ):
             from_dict(GenerateConfig, {name: wrong})
 
 

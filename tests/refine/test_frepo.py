@@ -237,13 +237,13 @@ def test_weights_count_where_they_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"compose": "index"}, "refines the whole set at once: set compose=whole, not index"),
+        ({"compose": "index"}, "compose must be 'whole', not 'index'"),
         ({"mode": "labels_only", "learn_labels": False}, "leaves nothing to learn"),
-        ({"dtype": "bfloat16"}, "needs features in float32"),
-        ({"held_out": 0.5}, "a share held_out of at most 0.2"),
-        ({"steps": 0}, "steps of frepo must be at least 1, not 0"),
-        ({"outer_temperature": 0.0}, "outer_temperature must be more than 0 and finite"),
-        ({"ridge": 0.0}, r"ridge is a share of the kernel's diagonal in \(0, 1\], not 0"),
+        ({"dtype": "bfloat16"}, "dtype must be 'float32', not 'bfloat16'"),
+        ({"held_out": 0.5}, r"held_out must be a number in \(0, 0.2\], not 0.5"),
+        ({"steps": 0}, "steps must be a whole number of at least 1 or 'preset', not 0"),
+        ({"outer_temperature": 0.0}, "outer_temperature must be a number of more than 0, not 0"),
+        ({"ridge": 0.0}, r"ridge must be a number in \(0, 1\], not 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:

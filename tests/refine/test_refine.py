@@ -379,15 +379,15 @@ def test_what_is_set_wins_over_the_preset():
     [
         ({"sizes": (32, 32), "steps": (1, 1, 1)}, r"sizes=\[32, 32\] has 2 blocks but steps=\[1, 1, 1\] has 3"),
         ({"sizes": (32, 24)}, r"the last of sizes=\[32, 24\] must be the side of the images, 32 px"),
-        ({"alpha": 1.1}, r"alpha is a share and must lie in \[0, 1\], not 1.1"),
-        ({"alpha": -0.1}, r"alpha is a share"),
+        ({"alpha": 1.1}, r"alpha must be a number in \[0, 1\], not 1.1"),
+        ({"alpha": -0.1}, r"alpha must be a number in \[0, 1\], not -0.1"),
         ({"steps": ()}, r"steps must list whole numbers of at least 1"),
         ({"preset": "cifar"}, r"unknown preset 'cifar'; did you mean 'cifar100'|'cifar10'"),
         ({"preset": "imagenet1k"}, r"preset 'imagenet1k' is for images of 224 px, not 32"),
         ({"anchors": "file"}, r"anchors=file and anchor_path belong together"),
         ({"crop_scale": (0.5, 0.1)}, r"crop_scale must be two shares"),
         ({"betas": (0.5,)}, r"betas must be two decays"),
-        ({"bn_share": 0.0}, r"bn_share must be more than 0"),
+        ({"bn_share": 0.0}, r"bn_share must be a number of more than 0 or 'off', not 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, said):

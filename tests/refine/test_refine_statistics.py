@@ -171,7 +171,7 @@ def test_weights_of_layers():
     assert layer_weights(layers, DepthConfig(drop=None), drop=0.67)[1].tolist() == [0, 0, 1]
     with pytest.raises(InputError, match="none of 3 layers"):
         layer_weights(layers, DepthConfig(drop=0.3, keep="shallow"))
-    with pytest.raises(InputError, match="drop is a share of the depth"):
+    with pytest.raises(InputError, match=r"drop must be a number in \[0, 1\) or \'auto\'"):
         DepthConfig(drop=1.0)
     with pytest.raises(InputError, match="keep=shallow keeps what drop leaves out"):
         DepthConfig(keep="shallow")

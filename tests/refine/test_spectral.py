@@ -166,9 +166,9 @@ def test_experts_bring_their_preprocessing_and_held_out_images(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frequencies": 0}, "needs frequencies of at least 1"),
-        ({"amplitude": -1.0}, "weights amplitude and phase of at least 0"),
-        ({"amplitude": 0.0, "phase": 0.0}, "not both 0"),
+        ({"frequencies": 0}, "frequencies must be a whole number of at least 1, not 0"),
+        ({"amplitude": -1.0}, "amplitude must be a number of at least 0, not -1"),
+        ({"amplitude": 0.0, "phase": 0.0}, "amplitude and phase are both 0"),
         ({"frequencies": 1, "sampler": "network"}, "standardizes over frequencies"),
     ],
 )

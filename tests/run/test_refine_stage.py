@@ -394,8 +394,8 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
         ({**TEDDY, "teachers": [{"net": "pool", "path": "nowhere"}]}, "there is no pool in nowhere"),
         ({**TEDDY, "teachers": [{"net": "resnet20", "path": "nowhere"}]}, "there is no teacher at nowhere"),
         ({"stage": "fadrn"}, "must be a mapping whose stage is one of 'fadrm', 'teddy'"),
-        ({**SHORT, "alfa": 1}, "unknown setting 'refine.0.alfa'; did you mean 'alpha'"),
-        ({**SHORT, "alpha": 2}, r"refine.0.alpha is a share"),
+        ({**SHORT, "alfa": 1}, "unknown setting 'refine.0.alfa'; did you mean 'refine.0.alpha'"),
+        ({**SHORT, "alpha": 2}, r"refine.0.alpha must be a number in \[0, 1\], not 2"),
         ({**SHORT, "batch_size": 1}, r"would hold 1 classes, fewer than 3"),
         (
             {**SHORT, "anchors": "file", "anchor_path": "nowhere"},
