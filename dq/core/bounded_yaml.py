@@ -29,7 +29,7 @@ for _resolver in (Loader, Dumper):
     _resolver.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
-def _text(dumper: yaml.Dumper, value: str) -> yaml.ScalarNode:
+def _text(dumper: Dumper, value: str) -> yaml.ScalarNode:
     # line breaks of Unicode are lost in any style but double quotes, in which they are escaped
     style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
