@@ -129,7 +129,8 @@ def draw_crops(
     # the image is square: the largest crop of an admissible ratio is all of it, or a strip if 1 is not admissible
     nearest = min(max(1.0, ratio[0]), ratio[1])
     none = ~fits.any(1)
-    w[none], h[none] = np.rint(side * min(1.0, nearest)), np.rint(side * min(1.0, 1 / nearest))
+    w[none] = max(1, np.rint(side * min(1.0, nearest)))
+    h[none] = max(1, np.rint(side * min(1.0, 1 / nearest)))
     top, left = np.floor(rng.random(n) * (side - h + 1)), np.floor(rng.random(n) * (side - w + 1))
     top[none], left[none] = (side - h[none]) // 2, (side - w[none]) // 2
     return np.stack([top, left, h, w], 1).astype(np.int16)

@@ -135,6 +135,11 @@ def test_crops_that_never_fit_are_the_largest_central_ones():
     assert wide.box.tolist() == [[4, 0, 8, 16]] * 21
     tall = draw(ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(0.5, 0.5)), side=16)
     assert tall.box.tolist() == [[0, 4, 16, 8]] * 21
+    # a side of half a pixel is one pixel
+    narrow = draw(ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(0.125, 0.125)), side=4)
+    assert narrow.box.tolist() == [[0, 1, 4, 1]] * 21
+    flat = draw(ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(8.0, 8.0)), side=4)
+    assert flat.box.tolist() == [[1, 0, 1, 4]] * 21
     whole = draw(ViewConfig(crop_scale=(1.0, 1.0)), n=500, side=16).box
     assert whole.tolist() == [[0, 0, 16, 16]] * 500
 
