@@ -20,7 +20,14 @@ from toy_world import make_world
 from dq.core import devices
 
 # the same examples in every run; pytest --hypothesis-profile=default draws others
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150)
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=150,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # the machine may be busy
+)
 hypothesis.settings.load_profile("repeatable")
 
 
