@@ -71,20 +71,28 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
         return Checked(sets=_check_sets(args, config, source))
     if args.verb == "demo":  # it trains its own prior
         check_prior_training("train-codec", config, source, accelerator)
-        if not (Path(config.codec.path) / "config.json").is_file():
-            from dq.run.checks import check_counts
-            from dq.run.folder import check_folder, check_methods, settle_dtypes
-            from dq.run.stages.evaluate import check_evaluation
-            from dq.run.stages.prune import check_pruning
+    checked = config
+    if args.verb in ("demo", "distill"):
+        from dq.networks.train_teachers import check_teacher_training
+        from dq.run.recipe import trained_selector, without_selection
 
-            check_methods(config)
-            check_folder(settle_dtypes(config, source, accelerator)[0], source)
-            check_counts(config, source)
-            check_pruning(config, source)
-            check_evaluation(config, source)
-            return Checked(unknown=["the prior is not trained yet"])
-    verb = "run" if args.verb == "demo" else args.verb
-    pipe, unknown = check_run(config, source, verb, accelerator=accelerator, fetch=not args.dry_run)
+        if not trained_selector(config):
+            check_teacher_training(config, source, accelerator)
+            checked = without_selection(config)
+    if args.verb == "demo" and not (Path(config.codec.path) / "config.json").is_file():
+        from dq.run.checks import check_counts
+        from dq.run.folder import check_folder, check_methods, settle_dtypes
+        from dq.run.stages.evaluate import check_evaluation
+        from dq.run.stages.prune import check_pruning
+
+        check_methods(config)
+        check_folder(settle_dtypes(config, source, accelerator)[0], source)
+        check_counts(config, source)
+        check_pruning(config, source)
+        check_evaluation(config, source)
+        return Checked(unknown=["the prior is not trained yet"])
+    verb = "run" if args.verb in ("demo", "distill") else args.verb
+    pipe, unknown = check_run(checked, source, verb, accelerator=accelerator, fetch=not args.dry_run)
     if pipe is None and not unknown and args.dry_run:  # a stage that needs no generator; the plan is of the whole run
         pipe, unknown = check_plan(config, source, accelerator)
     return Checked(pipe, unknown)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dq.cli.options import PRINTS
-from dq.cli.parser import build_parser, check_flags, resolve
+from dq.cli.parser import SHIPPED, build_parser, check_flags, resolve, sets_key
 from dq.core.errors import InputError, RunError
 from dq.core.redaction import Redaction, redact
 
@@ -85,7 +85,7 @@ def _warn_of_slow_dtypes(verb: str, config: Any, accelerator: Any) -> None:
     """One note on dtypes that the user named and this device is slow in, of the sections that the verb reads."""
     from dq.config.dtypes import slow_dtypes
 
-    trained = ("train_teachers", "prior") if verb.startswith("train-") or verb == "demo" else ()
+    trained = ("train_teachers", "prior") if verb.startswith("train-") or verb in SHIPPED else ()
     others = tuple(name for name in ("train_teachers", "prior") if name not in trained)
     if note := slow_dtypes(config, accelerator.device, without=others):
         log.warning("note: %s", note)
@@ -149,6 +149,11 @@ def execute(args: argparse.Namespace) -> None:
         log.warning("note: %s", note)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
         source = like_source(args.like) if args.like else load_source(config.source)
+    if args.verb in SHIPPED:
+        from dq.run.recipe import fill_recipe
+
+        sizes = args.verb == "distill" and not sets_key(args, "codec.resolution")
+        config = fill_recipe(config, source, sizes=sizes)
     _warn_of_slow_dtypes(args.verb, config, accelerator)
     checked = check_verb(args, config, source, accelerator)
     if args.dry_run:

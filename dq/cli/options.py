@@ -91,11 +91,17 @@ VERBS = {
         "pull output_dir",
         "",
     ),
+    "distill": Verb(
+        "the recommended recipe: a small set of the images in DATA, drawn by a diffusion prior, selected and scored",
+        "cifar10 --prior checkpoints/cifar10 --ipc 10 --output_dir runs/mine",
+        "folder prior output_dir cache_dir seed ipc set cpu report_to plan timings hub push_to_hub",
+        f"{RUN_SETTINGS} train_teachers hub report_to",
+    ),
     "demo": Verb(
         "digits from scikit-learn: train a small prior, distil, evaluate; no download",
         "--output_dir runs/demo",
         f"{STAGE_OPTIONS.removeprefix('config ')} hub push_to_hub",
-        f"{RUN_SETTINGS} prior hub report_to",
+        f"{RUN_SETTINGS} prior train_teachers hub report_to",
     ),
     "train-codec": Verb(
         "train a small autoencoder on the source",
@@ -164,7 +170,7 @@ PRINTS = ("config", "validate", "ls", "cp", "completion")
 ABSENT: dict[str, Any] = dict.fromkeys(
     (
         *("config", "data", "output_dir", "cache_dir", "seed", "ipc", "report_to", "speeds", "save_speeds"),
-        *("processes", "like", "token", "protocol"),
+        *("processes", "like", "token", "protocol", "prior"),
     )
 )
 ABSENT |= {"set": [], "cpu": False, "dry_run": False, "quiet": False, "verbose": False}
@@ -192,6 +198,15 @@ def _config(p: argparse.ArgumentParser) -> None:
 
 def _data(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", metavar="DIR", help="the image set: folder, Hub id or sklearn:digits (source.path)")
+
+
+def _folder(p: argparse.ArgumentParser) -> None:
+    p.add_argument("data", metavar="DATA", help="the image set: folder, Hub id or sklearn:digits (source.path)")
+
+
+def _prior(p: argparse.ArgumentParser) -> None:
+    text = "pipeline folder or Hub id of a class-conditional DiT, e.g. of `dq train-denoiser` (generate.model)"
+    p.add_argument("--prior", metavar="FOLDER", help=text)
 
 
 def _output_dir(p: argparse.ArgumentParser) -> None:
@@ -313,5 +328,6 @@ GROUPS = {
     **{"config": _config, "data": _data, "output_dir": _output_dir, "cache_dir": _cache_dir, "seed": _seed},
     **{"ipc": _ipc, "set": _set, "cpu": _cpu, "report_to": _report_to, "plan": _plan, "timings": _timings},
     **{"evaluate": _evaluate, "hub": _hub, "push_to_hub": _push_to_hub, "push": _push, "pull": _pull},
+    **{"folder": _folder, "prior": _prior},
     **{"doctor": _doctor, "key": _key, "file": _file, "copy": _copy, "shell": _shell},
 }

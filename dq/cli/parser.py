@@ -20,6 +20,7 @@ FOLDERS_OF_SECTIONS = {  # verbs whose folder and seed are those of a section
     "train-pool": ("train_pool.output_dir", "train_teachers.seed"),
     "train-experts": ("train_experts.output_dir", "train_experts.seed"),
 }
+SHIPPED = {"demo": "demo", "distill": "recommended"}  # verbs whose configuration comes with the package
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,8 +80,8 @@ def build_parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_options(p, name)
-        if name == "demo":
-            p.set_defaults(config="demo")
+        if name in SHIPPED:
+            p.set_defaults(config=SHIPPED[name])
     return parser
 
 
@@ -100,6 +101,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
         config = apply_settings(config, _early_flags(args))  # so that --set can say more of them
     config = apply_settings(config, [s for group in args.set for s in group])
     flags: dict[str, Any] = {"source.path": args.data, "output_dir": args.output_dir, "cache_dir": args.cache_dir}
+    flags["generate.model"] = args.prior
     flags["seed"] = args.seed
     if args.report_to:
         flags["report_to"] = [name for text in args.report_to for name in text.split(",") if name]
@@ -155,6 +157,11 @@ def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, An
             students = [{**s, "labels": args.labels.split(",")} for s in students]
         flags["evaluate.students"] = students
     return flags
+
+
+def sets_key(args: argparse.Namespace, key: str) -> bool:
+    """Whether `--set` gives a value to this setting."""
+    return any(s.partition("=")[0].strip() == key for group in args.set for s in group)
 
 
 def check_flags(args: argparse.Namespace) -> None:

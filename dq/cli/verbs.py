@@ -52,7 +52,13 @@ def plan_verb(
         return plan_prior_report(config, source)
     if args.verb.startswith("train-"):
         return plan_training(args.verb, config, source)
-    return plan_with_speeds(
+    first: list[str] = []
+    if args.verb in ("demo", "distill"):
+        from dq.run.recipe import trained_selector
+
+        if not trained_selector(config):
+            first = plan_training("train-teachers", config, source).splitlines()[1:]
+    plan = plan_with_speeds(
         config,
         source,
         accelerator,
@@ -62,14 +68,15 @@ def plan_verb(
         pipe=checked.pipe,
         unknown=checked.unknown,
     )
+    return "\n".join([*first, plan])
 
 
 def work(
     args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator, checked: Checked
 ) -> None:
     """What a verb writes."""
-    if args.verb == "demo":
-        _demo(config, source, accelerator, args.speeds)
+    if args.verb in ("demo", "distill"):
+        _distill(args, config, source, accelerator)
         _push_run(args, config, accelerator)
         return
     if args.verb in ("train-codec", "train-denoiser"):
@@ -324,15 +331,18 @@ def _report_prior(
             print(Path(config.output_dir) / name)
 
 
-def _demo(config: RunConfig, source: ImageSource, accelerator: Accelerator, speeds: str | None) -> None:
-    """Train the small prior, then run; everything that is there from an earlier call is used."""
+def _distill(args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> None:
+    """Train what the recipe needs and is not there, then run; all that an earlier call made is used."""
     from dq.core.locks import locked
+    from dq.run.recipe import train_selector
 
     began = time.perf_counter()
-    with locked(config.prior.output_dir, accelerator):
-        _train("train-codec", config, source, accelerator)
-        _train("train-denoiser", config, source, accelerator)
-    run_verb("run", config, source, accelerator, speeds)
+    if args.verb == "demo":
+        with locked(config.prior.output_dir, accelerator):
+            _train("train-codec", config, source, accelerator)
+            _train("train-denoiser", config, source, accelerator)
+    train_selector(config, source, accelerator)
+    run_verb("run", config, source, accelerator, args.speeds)
     if accelerator.is_main_process:
         print(f"{Path(config.output_dir) / 'dataset'} opens with datasets.load_dataset")
-        log.info("demo: %.0f s in all", time.perf_counter() - began)
+        log.info("%s: %.0f s in all", args.verb, time.perf_counter() - began)

@@ -48,6 +48,22 @@ def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
+def image_side(split: Split) -> int:
+    """The shorter side in px of the first image of a split that can be read.
+
+    Raises:
+        InputError: if none of the first hundred can be.
+    """
+    problem: InputError | None = None
+    for row in range(min(100, len(split))):
+        try:
+            with _opened(split, row) as image:
+                return min(image.size)
+        except InputError as e:
+            problem = problem or e
+    raise problem or InputError("there are no images to take the size of")
+
+
 def read_images(
     split: Split,
     rows: Sequence[int] | np.ndarray,
