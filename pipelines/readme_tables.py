@@ -291,6 +291,7 @@ TABLES = {
     "storage": lambda: label_storage("cifar10_label_storage"),
     "student": student_speed,
     "prior": lambda: prior_quality("cifar10_prior"),
+    "fashion_prior": lambda: prior_quality("fashion_prior"),
     "ablation": lambda: ablation("cifar10_ablation"),
 }
 
