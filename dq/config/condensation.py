@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dq.config.kinds import Count, NonNegative, Off, PathText, Preset, ShareBelowOne, Whole
+from dq.config.kinds import Auto, Count, NonNegative, Off, PathText, Preset, ShareBelowOne, Whole
 from dq.config.refinement import RefineConfig
 from dq.config.validation import settings
 from dq.core.errors import InputError
@@ -61,6 +61,11 @@ class DistributionMatching(Condensation):
     """Distribution matching (DM, Zhao and Bilen, WACV 2023)."""
 
     stage: Annotated[Literal["distribution"], Field(description="method of refinement")] = "distribution"
+    # an image moves the mean of its class by its share, so that its gradient falls with their number
+    lr: Annotated[
+        Auto[NonNegative],
+        Field(description="learning rate of the images, or of the latents, SGD; auto: the images of a class"),
+    ] = 1.0  # type: ignore[assignment]  # a number in the other methods
     steps: Annotated[Whole, Field(description="updates of the set")] = 20_000
     # A share: the outputs of all pooled blocks but the first int(alpha L) of L (PAD's second filter, whose paper does
     # not say which layers its own DM compares)

@@ -6,6 +6,7 @@ of the released code; the choice of layers is PAD's (arXiv 2408.03360).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -30,14 +31,14 @@ from dq.refine.method import Callback, Context, RealImages, Refined, State
 
 
 def resolve(config: DistributionMatching, context: Context) -> DistributionMatching:
-    """The settings as they are.
+    """The settings, with the images per class as `lr: auto`.
 
     Raises:
         InputError: for a network that gathers statistics over batches, or has no blocks to choose from.
     """
     net = FlatNet(config.net, context.classes or 2, context.side).net
     with block_outputs(net, config.alpha):
-        return config
+        return config if config.lr is not None else dataclasses.replace(config, lr=float(context.ipc or 1))
 
 
 def distance(real: Tensor, learned: Tensor, shares: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def refine(
     device = torch.device(device)
     shares = image_weights(config, labels, weights)[1].to(device)
     rows = {c: (labels == c).nonzero()[:, 0].to(device) for c in labels.unique().tolist()}
-    resolve(config, Context(images.shape[-1], 0, classes=classes))
+    config = resolve(config, Context(images.shape[-1], 0, ipc=len(images) // classes, classes=classes))
 
     def gradient_of(batches: ClassBatches) -> Gradient:
         def gradient(x: Tensor, step: int, carried: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

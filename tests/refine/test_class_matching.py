@@ -227,6 +227,20 @@ def test_an_image_of_weight_two_is_the_image_twice(refine, config, digits):
     assert torch.allclose(once.images[1:], twice.images[1:20], atol=1e-5)
 
 
+@pytest.mark.parametrize("ipc", [1, 3])
+def test_the_automatic_rate_of_distribution_matching_is_the_number_of_images_of_a_class(digits, ipc):
+    images, labels = first_of_each(digits, ipc)
+    config = DistributionMatching(steps=2, lr=None, **SMALL)
+    rate = distribution_matching.resolve(config, Context(8, 0, ipc=ipc, classes=10)).lr
+    assert rate == ipc
+    moved = [
+        distribution_matching.refine(images, labels, dataclasses.replace(config, lr=lr), digits, classes=10).images
+        for lr in (None, float(ipc))
+    ]
+    assert torch.equal(*moved)
+    assert not torch.equal(moved[0], images)
+
+
 def test_shares_of_a_class_sum_to_one():
     labels, weights = torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 5.0])
     counted, shares = image_weights(DistributionMatching(weighted=True), labels, weights)
