@@ -30,7 +30,7 @@ from refinement_tables import (
     unroll,
     with_ridge,
 )
-from result_tables import ROOT, accuracy, differences, read
+from result_tables import ROOT, accuracy, advantages, differences, read
 
 from dq.core.progress import duration
 from dq.core.text import format_bytes, markdown_table
@@ -291,6 +291,11 @@ TABLES = {
     "storage": lambda: label_storage("cifar10_label_storage"),
     "student": student_speed,
     "prior": lambda: prior_quality("cifar10_prior"),
+    "recommended_fashion": lambda: accuracy("fashion_recommended"),
+    "recommended_fashion_differences": lambda: advantages("fashion_recommended", "recommended"),
+    "recommended_cifar10": lambda: accuracy("cifar10_recommended"),
+    "recommended_cifar10_differences": lambda: advantages("cifar10_recommended", "recommended"),
+    "digits_differences": lambda: advantages("digits_demo", "recommended"),
     "fashion_prior": lambda: prior_quality("fashion_prior"),
     "ablation": lambda: ablation("cifar10_ablation"),
 }
