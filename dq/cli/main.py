@@ -152,7 +152,7 @@ def execute(args: argparse.Namespace) -> None:
     if args.verb in SHIPPED:
         from dq.run.recipe import fill_recipe
 
-        sizes = args.verb == "distill" and not sets_key(args, "codec.resolution")
+        sizes = args.verb == "distill" and not (args.like or sets_key(args, "codec.resolution"))
         config = fill_recipe(config, source, sizes=sizes)
     _warn_of_slow_dtypes(args.verb, config, accelerator)
     checked = check_verb(args, config, source, accelerator)

@@ -63,6 +63,11 @@ def test_without_prior_the_option_is_named(world, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_for_a_set_that_is_not_here_reads_no_image(world, tmp_path, capsys):
+    assert main([*call(world, tmp_path), "--dry-run", "--like", "3x500"]) == 0
+    assert "1500" in capsys.readouterr().out
+
+
 def test_one_command_gives_a_scored_set_and_repeats_nothing(world, tmp_path, capsys):
     assert main([*call(world, tmp_path), "--dry-run"]) == 0
     plan = capsys.readouterr().out
