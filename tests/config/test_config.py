@@ -218,7 +218,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 )
 def test_every_shipped_configuration_loads(path):
     config = load_config(path)
-    assert config.source.path
+    assert config.source.path or path.name == "recommended.yaml"  # the verb that runs it is told the images
     for method in config.methods:
         apply_settings(config, dict(config.methods[method].override))
 

@@ -816,8 +816,10 @@ def test_flags_that_a_push_does_not_read_are_refused(tmp_path: Path, capsys: pyt
     from dq.cli.main import main
 
     for flag in (["--dry-run"], ["--report_to", "tensorboard"]):
-        assert main(["push", str(tmp_path), "--repo_id", "me/x", *flag]) == 2
-        assert "leave out --" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stopped:
+            main(["push", str(tmp_path), "--repo_id", "me/x", *flag])
+        assert stopped.value.code == 2
+        assert f"{flag[0]} is not read" in capsys.readouterr().err
 
 
 def test_a_push_refuses_a_record_that_no_pull_would_take(tmp_path: Path) -> None:
