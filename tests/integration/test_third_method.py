@@ -35,7 +35,7 @@ from dq.run.stages.evaluate import check_evaluation, evaluate_run
 class Darken(RefineConfig):
     """Every step makes the images darker, and the whole set is one batch."""
 
-    stage: Literal["darken"] = "darken"
+    stage: Annotated[Literal["darken"], Field(description="method of refinement")] = "darken"
     steps: Annotated[Whole, Field(description="steps")] = 4
     amount: Annotated[Auto[float], Field(description="factor of the brightness of a step; auto: 0.9")] = None
     compose: Annotated[Literal["index", "dealt", "whole"], Field(description="images of a batch")] = "whole"
