@@ -293,6 +293,8 @@ TABLES = {
     "prior": lambda: prior_quality("cifar10_prior"),
     "recommended_fashion": lambda: accuracy("fashion_recommended"),
     "recommended_fashion_differences": lambda: advantages("fashion_recommended", "selected"),
+    "recommended_cifar10": lambda: accuracy("cifar10_recommended"),
+    "recommended_cifar10_differences": lambda: advantages("cifar10_recommended", "selected"),
     "digits_differences": lambda: advantages("digits_demo", "recommended-frepo"),
     "prior_continued": lambda: prior_quality("cifar10_prior_continued"),
     "fashion_prior": lambda: prior_quality("fashion_prior"),
