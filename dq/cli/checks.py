@@ -71,15 +71,13 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
         return Checked(sets=_check_sets(args, config, source))
     if args.verb == "demo":  # it trains its own prior
         check_prior_training("train-codec", config, source, accelerator)
-    checked = config
+    untrained = []
     if args.verb in ("demo", "distill"):
-        from dq.networks.train_teachers import check_teacher_training
-        from dq.run.recipe import trained_selector, without_selection
+        from dq.run.recipe import untrained_selector
 
-        if not trained_selector(config):
-            check_teacher_training(config, source, accelerator)
-            checked = without_selection(config)
-    if args.verb == "demo" and not (Path(config.codec.path) / "config.json").is_file():
+        teacher = untrained_selector(config, source, accelerator)
+        untrained = [teacher] if teacher else []
+    if args.verb == "demo" and not (Path(config.prior.output_dir) / "model_index.json").is_file():
         from dq.run.checks import check_counts
         from dq.run.folder import check_folder, check_methods, settle_dtypes
         from dq.run.stages.evaluate import check_evaluation
@@ -92,7 +90,9 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
         check_evaluation(config, source)
         return Checked(unknown=["the prior is not trained yet"])
     verb = "run" if args.verb in ("demo", "distill") else args.verb
-    pipe, unknown = check_run(checked, source, verb, accelerator=accelerator, fetch=not args.dry_run)
+    pipe, unknown = check_run(
+        config, source, verb, accelerator=accelerator, fetch=not args.dry_run, untrained=untrained
+    )
     if pipe is None and not unknown and args.dry_run:  # a stage that needs no generator; the plan is of the whole run
         pipe, unknown = check_plan(config, source, accelerator)
     return Checked(pipe, unknown)

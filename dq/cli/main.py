@@ -152,8 +152,13 @@ def execute(args: argparse.Namespace) -> None:
     if args.verb in SHIPPED:
         from dq.run.recipe import fill_recipe
 
-        sizes = args.verb == "distill" and not (args.like or sets_key(args, "codec.resolution"))
-        config = fill_recipe(config, source, sizes=sizes)
+        distill = args.verb == "distill"
+        config = fill_recipe(
+            config,
+            source,
+            resolution=distill and not sets_key(args, "codec.resolution"),
+            image_size=distill and not args.like,
+        )
     _warn_of_slow_dtypes(args.verb, config, accelerator)
     checked = check_verb(args, config, source, accelerator)
     if args.dry_run:

@@ -160,8 +160,10 @@ def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, An
 
 
 def sets_key(args: argparse.Namespace, key: str) -> bool:
-    """Whether `--set` gives a value to this setting."""
-    return any(s.partition("=")[0].strip() == key for group in args.set for s in group)
+    """Whether `--set` gives a value to this setting, alone or in its section."""
+    section, _, name = key.rpartition(".")
+    pairs = [s.partition("=") for group in args.set for s in group]
+    return any(k.strip() == key or (k.strip() == section and name in text) for k, _, text in pairs)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -54,9 +54,9 @@ def plan_verb(
         return plan_training(args.verb, config, source)
     first: list[str] = []
     if args.verb in ("demo", "distill"):
-        from dq.run.recipe import trained_selector
+        from dq.run.recipe import untrained_selector
 
-        if not trained_selector(config):
+        if untrained_selector(config, source, accelerator):
             first = plan_training("train-teachers", config, source).splitlines()[1:]
     plan = plan_with_speeds(
         config,

@@ -38,7 +38,13 @@ DRAWS = ("run", "generate")
 
 
 def check_run(
-    config: RunConfig, source: ImageSource, verb: str = "run", *, accelerator: Accelerator, fetch: bool = True
+    config: RunConfig,
+    source: ImageSource,
+    verb: str = "run",
+    *,
+    accelerator: Accelerator,
+    fetch: bool = True,
+    untrained: Sequence[TeacherConfig] = (),
 ) -> tuple[LatentGenerator | None, list[str]]:
     """Check all that can be known of a run, or of one of its stages, before its first image is encoded.
 
@@ -46,6 +52,7 @@ def check_run(
         verb: the stage, or "run" for all.
         fetch: whether models of the Hub that are not in its cache may be downloaded; if not they are only looked up,
             and what their files would say is not checked.
+        untrained: teachers that the verb trains first, whose files are not there yet.
 
     Returns:
         The generator, if the verb needs one and it is here; and why it is not.
@@ -56,7 +63,7 @@ def check_run(
     """
     check_methods(config)
     config = settle_dtypes(config, source, accelerator)[0]
-    check_settings(config, source, verb)
+    check_settings(config, source, verb, untrained)
     if verb in LABELS:
         check_evaluation(config, source)
     if verb == "refine":
@@ -69,7 +76,7 @@ def check_run(
     return pipe, reasons
 
 
-def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
+def check_settings(config: RunConfig, source: ImageSource, verb: str, untrained: Sequence[TeacherConfig] = ()) -> None:
     """Whether methods, run folder, stages of refinement and teachers of a run, or of one of its stages, can be.
 
     Raises:
@@ -87,8 +94,10 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str) -> None:
             for stage in stages_of(config, method):
                 experts_of(source, config.image_size, method_of(stage).needs(stage))
     for teacher, setting in _teachers_of(config, verb).items():
+        if teacher in untrained:
+            continue
         check_teachers([teacher], len(source.class_names), config.image_size, setting)
-    if verb in DRAWS:
+    if verb in DRAWS and not untrained:
         warn_of_selectors(config, len(source.class_names))
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dq.config.methods import resolved_method
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
-from dq.config.teachers import TeacherConfig
+from dq.config.teachers import TeacherConfig, TrainTeachersConfig
 from dq.core.errors import InputError
 from dq.core.model_files import open_model
 from dq.data.images import image_side
-from dq.networks.teacher import TEACHER_FACTS
+from dq.networks.train_teachers import check_teacher_training, train_teachers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,19 +20,23 @@ if TYPE_CHECKING:
     from dq.data.source import ImageSource
 
 
-def fill_recipe(config: RunConfig, source: ImageSource, *, sizes: bool = True) -> RunConfig:
+def fill_recipe(
+    config: RunConfig, source: ImageSource, *, resolution: bool = True, image_size: bool = True
+) -> RunConfig:
     """Fill in what depends on the prior and the data.
 
     Args:
-        sizes: whether `codec.resolution` becomes the side in px that the prior was made for, and `source.image_size`,
-            if it is not set, that of the first train image, or the former where it is less.
+        resolution: whether `codec.resolution` becomes the side in px that the prior was made for.
+        image_size: whether `source.image_size`, if it is not set, becomes the side of the first train image, or
+            `codec.resolution` where that is less.
 
     Returns:
         The settings, whose codec is that of the prior, and whose `generate.select_teacher`, if the rule of selection
-        needs one and none is named, is the first network of `train_teachers`, to be trained beside the run folder.
+        needs one and none is named, is the first network of `train_teachers`, to be trained beside the run folder,
+        unless `train_teachers.output_dir` names another.
 
     Raises:
-        InputError: if no prior is named, or it is no pipeline of a DiT.
+        InputError: if no prior is named, or it is no pipeline of a DiT, or there is no network to train.
     """
     prior = config.generate.model
     if not prior:
@@ -41,15 +44,18 @@ def fill_recipe(config: RunConfig, source: ImageSource, *, sizes: bool = True) -
     changes: dict[str, object] = {}
     if not config.codec.path:
         changes["codec.path"] = prior
-    if sizes:
-        side = native_resolution(prior)
-        changes["codec.resolution"] = side
-        if config.source.image_size is None:
-            changes["source.image_size"] = min(side, image_side(source.train))
+    side = native_resolution(prior) if resolution else config.codec.resolution
+    changes["codec.resolution"] = side
+    if image_size and config.source.image_size is None:
+        changes["source.image_size"] = min(side, image_side(source.train))
     if any(_selects_alone(config, method) for method in config.methods):
-        net, folder = config.train_teachers.nets[0], f"{config.output_dir}-teacher"
+        t = config.train_teachers
+        if not t.nets:
+            raise InputError("train_teachers.nets must name the network that selects, or set generate.select_teacher")
+        default = t.output_dir == TrainTeachersConfig().output_dir
+        folder = f"{Path(config.output_dir)}-teacher" if default else t.output_dir
         changes["train_teachers.output_dir"] = folder
-        changes["generate.select_teacher"] = {"net": net, "path": str(Path(folder) / net.replace(":", "_"))}
+        changes["generate.select_teacher"] = {"net": t.nets[0], "path": str(_teacher_folder(folder, t.nets[0]))}
     return apply_settings(config, changes)
 
 
@@ -66,33 +72,34 @@ def native_resolution(path: str) -> int:
             f"{path} is no pipeline of a DiT with transformer/ and vae/; name another prior, or use `dq run` with a "
             "configuration of your own"
         )
-    blocks = codec.get("block_out_channels") or codec.get("encoder_block_out_channels") or [0]
-    return int(denoiser["sample_size"]) * 2 ** (len(blocks) - 1)
+    blocks = codec.get("block_out_channels") or codec.get("encoder_block_out_channels")
+    side = denoiser.get("sample_size")
+    if not isinstance(blocks, list) or not isinstance(side, int) or side < 1:
+        raise InputError(f"the configurations in {path} lack sample_size or block_out_channels; get the prior again")
+    return side * 2 ** (len(blocks) - 1)
 
 
-def trained_selector(config: RunConfig) -> bool:
-    """Whether the teacher that selects is there, or none is needed."""
-    teacher = config.generate.select_teacher
-    return teacher is None or not _is_own(config, teacher) or (Path(teacher.path) / TEACHER_FACTS).is_file()
+def untrained_selector(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> TeacherConfig | None:
+    """The teacher that selects, if it is one that `train_teachers` makes and is not trained yet.
+
+    Raises:
+        InputError: see `check_teacher_training`.
+        RunError: if its folder holds a teacher of other settings or data.
+    """
+    teacher, t = config.generate.select_teacher, config.train_teachers
+    if teacher is None or teacher.net not in t.nets:
+        return None
+    if Path(teacher.path) != _teacher_folder(t.output_dir, teacher.net):
+        return None
+    done = {planned.recipe.net: planned.done for planned in check_teacher_training(config, source, accelerator)}
+    return None if done[teacher.net] else teacher
 
 
 def train_selector(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> None:
     """Train the teacher that selects among draws, if it is one that `train_teachers` makes and not there."""
-    if not trained_selector(config):
-        from dq.networks.train_teachers import train_teachers
-
+    if untrained_selector(config, source, accelerator):
         train_teachers(config, source, accelerator=accelerator)
         accelerator.wait_for_everyone()
-
-
-def without_selection(config: RunConfig) -> RunConfig:
-    """The settings without a selecting teacher, to be checked before there is one."""
-    generate = dataclasses.replace(config.generate, candidates=1, select="none", select_teacher=None)
-    methods = {
-        name: dataclasses.replace(m, override={k: v for k, v in m.override.items() if k != "generate"})
-        for name, m in config.methods.items()
-    }
-    return dataclasses.replace(config, generate=generate, methods=methods)
 
 
 def _selects_alone(config: RunConfig, method: str) -> bool:
@@ -101,6 +108,5 @@ def _selects_alone(config: RunConfig, method: str) -> bool:
     return generate.select != "none" and generate.select_teacher is None
 
 
-def _is_own(config: RunConfig, teacher: TeacherConfig) -> bool:
-    t = config.train_teachers
-    return teacher.net in t.nets and Path(teacher.path) == Path(t.output_dir) / teacher.net.replace(":", "_")
+def _teacher_folder(folder: str, net: str) -> Path:
+    return Path(folder) / net.replace(":", "_")

@@ -1,8 +1,10 @@
 """The recommended recipe: what it takes from the prior and the data, and the command that runs it."""
 
 import json
+import shutil
 
 import pytest
+from PIL import Image
 
 from dq.cli.main import main
 from dq.config.overrides import apply_settings
@@ -88,7 +90,76 @@ def test_one_command_gives_a_scored_set_and_repeats_nothing(world, tmp_path, cap
 
 def test_selection_by_a_method_alone_has_its_teacher_too(world):
     config = apply_settings(load_config("demo"), {"generate.model": str(world / "dit")})
-    filled = fill_recipe(config, load_source(str(world / "images")), sizes=False)
+    filled = fill_recipe(config, load_source(str(world / "images")), resolution=False, image_size=False)
     assert filled.generate.select == "none"
     assert filled.generate.select_teacher.path.startswith(f"{config.output_dir}-teacher")
     assert (filled.codec, filled.source) == (config.codec, config.source)
+
+
+def test_a_trailing_slash_names_the_same_folders(world):
+    assert settled(world, output_dir="out/").train_teachers.output_dir == "out-teacher"
+    assert settled(world, **{"train_teachers.output_dir": "mine"}).train_teachers.output_dir == "mine"
+
+
+def test_the_side_of_large_images_is_that_of_the_prior(world, tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (300, 200), (i, 0, 0)).save(folder / f"{i}.png")
+    config = apply_settings(load_config("recommended"), {"generate.model": str(world / "dit")})
+    side = native_resolution(str(world / "dit"))
+    assert side == 8  # latents of 4 x 4 at half the side
+    assert fill_recipe(config, load_source(str(tmp_path / "images"))).source.image_size == side
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "generate.candidates=1",
+        "methods.recommended.override={generate.candidates: 1}",
+        "methods.recommended.override={generate: {snr: -1}}",
+        "train_teachers.nets=[]",
+        "train_teachers.nets=convnet33",
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before_the_teacher_is_trained(world, tmp_path, capsys, setting):
+    assert main(call(world, tmp_path, setting) if "nets" not in setting else swap(call(world, tmp_path), setting)) == 2
+    assert capsys.readouterr().err.count("dq distill:") == 1
+    assert not (tmp_path / "run-teacher").exists()
+
+
+def swap(arguments, setting):
+    """The arguments with another value of a setting."""
+    key = setting.partition("=")[0]
+    return [setting if a.startswith(f"{key}=") else a for a in arguments]
+
+
+def test_dotted_overrides_of_a_method_are_checked_as_they_will_hold(world, tmp_path):
+    override = "methods.recommended.override={generate.candidates: 3}"
+    assert main([*call(world, tmp_path, override), "--dry-run"]) == 0
+
+
+def test_a_teacher_of_other_settings_is_not_taken_for_the_one_that_is_meant(world, tmp_path, capsys):
+    assert main(call(world, tmp_path)) == 0
+    changed = swap(call(world, tmp_path), "train_teachers.epochs=41")
+    capsys.readouterr()
+    assert main(changed) == 1
+    assert "teacher of other settings" in capsys.readouterr().err
+
+
+def test_a_finished_run_continues_without_its_teacher(world, tmp_path):
+    assert main(call(world, tmp_path)) == 0
+    shutil.rmtree(tmp_path / "run-teacher")
+    assert main(call(world, tmp_path)) == 0
+
+
+def test_a_prior_whose_sizes_are_missing_is_named(world, tmp_path):
+    shutil.copytree(world / "dit", tmp_path / "dit")
+    file = tmp_path / "dit" / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    for size in ([8, 8], None, 0):
+        file.write_text(json.dumps({**config, "sample_size": size}))
+        with pytest.raises(InputError, match="sample_size"):
+            native_resolution(str(tmp_path / "dit"))
