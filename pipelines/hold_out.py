@@ -15,19 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-
-def stratified(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
-    """Mask of the rows that are held out: equally many of every class (a class with fewer rows is refused)."""
-    classes = np.unique(labels)
-    per_class = images // len(classes)
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(len(labels), bool)
-    for c in classes:
-        rows = np.flatnonzero(labels == c)
-        if not 0 < per_class < len(rows):
-            raise SystemExit(f"class {c} has {len(rows)} rows, of which {per_class} cannot be held out")
-        mask[rng.choice(rows, per_class, replace=False)] = True
-    return mask
+from dq.data.coresets import random_rows
 
 
 def main() -> None:
@@ -42,7 +30,13 @@ def main() -> None:
     if not files:
         raise SystemExit(f"there is no train*.parquet below {args.data}")
     rows = pa.concat_tables([pq.read_table(f) for f in files])
-    mask = stratified(rows[args.label_column].to_numpy(), args.images, args.seed)
+    labels = rows[args.label_column].to_numpy()
+    classes, counts = np.unique(labels, return_counts=True)
+    per_class = args.images // len(classes)
+    if not 0 < per_class < counts.min():
+        raise SystemExit(f"classes have from {counts.min()} rows on, of which {per_class} cannot be held out")
+    mask = np.zeros(len(labels), bool)
+    mask[random_rows(labels, per_class, args.seed)] = True
     args.out.mkdir(parents=True, exist_ok=True)
     for split, keep in (("train", ~mask), ("test", mask)):
         pq.write_table(rows.filter(pa.array(keep)), args.out / f"{split}-00000-of-00001.parquet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from result_tables import ROOT, read, read_numbered
+from result_tables import ROOT, interval, read, read_numbered
 
 from dq.core.text import markdown_table
 from dq.evaluation.statistics import format_mean_std
@@ -36,9 +36,7 @@ def questions(folder: str) -> str:
     def cell(r: dict[str, str] | None) -> str:
         if r is None:
             return ""
-        low, high = 100 * float(r["low"]), 100 * float(r["high"])
-        text = f"{100 * float(r['mean']):+.1f} ({low:+.1f} to {high:+.1f})"
-        return f"**{text}**" if r["verdict"] != "undecided" else text
+        return interval(float(r["mean"]), float(r["low"]), float(r["high"]), bold=r["verdict"] != "undecided")
 
     body = [[q, *[cell(cells.get((q, *s))) for s in students]] for q in dict.fromkeys(r["question"] for r in rows)]
     return markdown_table(["difference, points", *[f"{student}, IPC {ipc}" for student, ipc in students]], body)
@@ -202,11 +200,9 @@ def matched_differences(kind: str, labels: str, pairs: Iterable[tuple[str, str]]
     for name, folder in folders.items():
         for r in read(f"{folder}/comparisons.csv"):
             if r["labels"] == labels:
-                d, low, high = (100 * float(r[k]) for k in ("difference", "low", "high"))
-                for pair, sign in (((r["set"], r["against"]), 1), ((r["against"], r["set"]), -1)):
-                    text = (
-                        f"{sign * d:+.1f} ({min(sign * low, sign * high):+.1f} to {max(sign * low, sign * high):+.1f})"
-                    )
-                    cells[(*pair, name)] = text if r["verdict"] == "undecided" else f"**{text}**"
+                d, low, high = (float(r[k]) for k in ("difference", "low", "high"))
+                bold = r["verdict"] != "undecided"
+                cells[r["set"], r["against"], name] = interval(d, low, high, bold=bold)
+                cells[r["against"], r["set"], name] = interval(-d, -high, -low, bold=bold)
     body = [[f"{a} - {b}", *[cells.get((a, b, name), "") for name in folders]] for a, b in pairs]
     return markdown_table(["difference, points", *folders], body)

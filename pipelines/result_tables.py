@@ -56,6 +56,12 @@ def accuracy(folder: str) -> str:
     return "\n".join(lines)
 
 
+def interval(mean: float, low: float, high: float, *, bold: bool) -> str:
+    """A difference of accuracies and its interval, in points."""
+    text = f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"**{text}**" if bold else text
+
+
 def differences(folder: str) -> str:
     """What the tool says of pairs of sets, and by how much."""
     verdicts = {"better": "{0} beats {1}", "worse": "{1} beats {0}", "undecided": "undecided"}
@@ -104,8 +110,7 @@ def advantages(folder: str, name: str) -> str:
         if key not in differences:
             return ""
         d = differences[key]
-        text = f"{100 * d.mean:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
-        return f"**{text}**" if corrected[key] < 0.05 else text
+        return interval(d.mean, d.low, d.high, bold=corrected[key] < 0.05)
 
     body = [[f"{name} - {o}", *[cell((o, *c)) for c in columns]] for o in others]
     return markdown_table(["difference, points", *[f"{names[r]}, IPC {ipc}" for r, ipc in columns]], body)

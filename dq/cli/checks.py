@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dq.cli.parser import SHIPPED
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
@@ -72,7 +73,7 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
     if args.verb == "demo":  # it trains its own prior
         check_prior_training("train-codec", config, source, accelerator)
     untrained = []
-    if args.verb in ("demo", "distill"):
+    if args.verb in SHIPPED:
         from dq.run.recipe import untrained_selector
 
         teacher = untrained_selector(config, source, accelerator)
@@ -89,7 +90,7 @@ def check_verb(args: argparse.Namespace, config: RunConfig, source: ImageSource,
         check_pruning(config, source)
         check_evaluation(config, source)
         return Checked(unknown=["the prior is not trained yet"])
-    verb = "run" if args.verb in ("demo", "distill") else args.verb
+    verb = "run" if args.verb in SHIPPED else args.verb
     pipe, unknown = check_run(
         config, source, verb, accelerator=accelerator, fetch=not args.dry_run, untrained=untrained
     )

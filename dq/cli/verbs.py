@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.cli.checks import Checked, check_prior_training, prior_codec, scores_sets, with_codec_of_model
+from dq.cli.parser import SHIPPED
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
@@ -53,7 +54,7 @@ def plan_verb(
     if args.verb.startswith("train-"):
         return plan_training(args.verb, config, source)
     first: list[str] = []
-    if args.verb in ("demo", "distill"):
+    if args.verb in SHIPPED:
         from dq.run.recipe import untrained_selector
 
         if untrained_selector(config, source, accelerator):
@@ -75,7 +76,7 @@ def work(
     args: argparse.Namespace, config: RunConfig, source: ImageSource, accelerator: Accelerator, checked: Checked
 ) -> None:
     """What a verb writes."""
-    if args.verb in ("demo", "distill"):
+    if args.verb in SHIPPED:
         _distill(args, config, source, accelerator)
         _push_run(args, config, accelerator)
         return

@@ -13,6 +13,7 @@ from dq.core.cards import ANY_REPO, LICENSE, joined_lists, license_head, merge_c
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, readable, write_text
 from dq.core.text import markdown_table
+from dq.diffusion.codec import downscale_of
 
 
 def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
@@ -158,7 +159,7 @@ def card_text(
         codec=codec,
         classes=names,
         shown=SHOWN_CLASSES,
-        image_size=denoiser["side"] * _factor(codec["config"]),
+        image_size=denoiser["side"] * downscale_of(codec["config"]),
         training=_training([denoiser["training"], codec["training"]]),
         table=markdown_table(*quality_table(records)) if records else "",
         protocol=protocol_text(records) if records else "",
@@ -192,11 +193,6 @@ def model_part(folder: Path) -> dict[str, Any]:
         "megabytes": size / 1e6,
         "training": read_json(record) if record.is_file() else {},
     }
-
-
-def _factor(config: dict[str, Any]) -> int:
-    """Pixels per latent cell along one side, of the config of an autoencoder."""
-    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
 
 def _class_names(folder: Path) -> list[str]:

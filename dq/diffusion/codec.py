@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,8 +85,12 @@ def downscale(codec: Codec) -> int:
     """Pixels per latent cell along one side."""
     if hasattr(codec, "spatial_compression_ratio"):
         return int(codec.spatial_compression_ratio)
-    blocks = codec.config.get("block_out_channels") or codec.config.get("encoder_block_out_channels")
-    return 2 ** (len(blocks) - 1)
+    return downscale_of(codec.config)
+
+
+def downscale_of(config: Mapping[str, Any]) -> int:
+    """Pixels per latent cell along one side, of the configuration of an autoencoder."""
+    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
 
 def latent_shape(codec: Codec, resolution: int) -> tuple[int, int, int]:

@@ -270,8 +270,8 @@ def accuracy_table(rows: list[Row], *, which: str = "last") -> str:
     cells = {(r.set, r.recipe, r.student, r.labels, r.ipc): r for r in rows}
     recipes = recipe_names([r.record() for r in rows])
     head = [f"{recipes[n]}, {'full' if i == 'full' else f'IPC {i}'}" for n, _, _, i in columns]
-    found = ((name, [cells.get((name, *c)) for c in columns]) for name in names)
-    body = [[name, *(_cell(r, which) if r else "" for r in of_set)] for name, of_set in found]
+    by_set = {name: [cells.get((name, *c)) for c in columns] for name in names}
+    body = [[name, *(_cell(r, which) if r else "" for r in of_set)] for name, of_set in by_set.items()]
     seeds = "/".join(str(n) for n in sorted({len(getattr(r, which)) for r in rows}))
     chosen = sorted({r.selected_on for r in rows} - {"none"})
     what = "last epoch" if which != "best" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
@@ -336,13 +336,13 @@ class Comparison:
         if d.pairs == 1:
             return f"{where}: {self.a.set} and {self.b.set} cannot be compared with one seed"
         gap = f"{100 * d.mean:+.1f} points, {d.confidence:.0%} interval {100 * d.low:+.1f} to {100 * d.high:+.1f}"
-        said = {
+        verdict = {
             "better": f"{self.a.set} beats {self.b.set}",
             "worse": f"{self.b.set} beats {self.a.set}",
             "undecided": f"{d.pairs} seeds do not tell {self.a.set} from {self.b.set}",
         }[d.verdict]
         corrected = "" if self.verdict_holm == d.verdict else "; undecided after Holm's correction"
-        return f"{where}: {said} ({gap}{corrected})"
+        return f"{where}: {verdict} ({gap}{corrected})"
 
 
 def compare(rows: list[Row]) -> list[Comparison]:
@@ -373,15 +373,15 @@ def tables_text(rows: list[Row]) -> str:
 
 def statements(rows: list[Row]) -> str:
     """The comparisons as text, one a line."""
-    found = compare(rows)
-    lines = [str(c) for c in found]
-    if len(found) > 1:
-        decided = [c for c in found if c.difference.verdict != "undecided"]
+    comparisons = compare(rows)
+    lines = [str(c) for c in comparisons]
+    if len(comparisons) > 1:
+        decided = [c for c in comparisons if c.difference.verdict != "undecided"]
         hold = sum(c.verdict_holm != "undecided" for c in decided)
         also = f"; {hold} of {len(decided)} differences hold after Holm's correction for it" if decided else ""
-        lines.append(f"{len(found)} comparisons at 95 % each, not corrected for their number{also}.")
+        lines.append(f"{len(comparisons)} comparisons at 95 % each, not corrected for their number{also}.")
     unequal = {(r.set, r.ipc) for r in rows for o in rows if o.set == "random" and o.ipc == r.ipc != "full"}
-    unequal -= {(c.a.set, c.a.ipc) for c in found} | {("random", i) for _, i in unequal}
+    unequal -= {(c.a.set, c.a.ipc) for c in comparisons} | {("random", i) for _, i in unequal}
     lines += [
         f"{name}, IPC {ipc}: not compared with random images, which are not of equal number"
         for name, ipc in sorted(unequal)

@@ -96,9 +96,14 @@ def check_teacher_training(config: RunConfig, source: ImageSource, accelerator: 
     return [_planned(net, config, source, accelerator) for net in nets]
 
 
+def teacher_folder(output_dir: str, net: str) -> Path:
+    """Where `train_teachers` writes a network."""
+    return Path(output_dir) / net.replace(":", "_")
+
+
 def _planned(net: str, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Planned:
     t = config.train_teachers
-    folder = Path(t.output_dir) / net.replace(":", "_")
+    folder = teacher_folder(t.output_dir, net)
     auto = _dtypes(folder, accelerator)
     recipe = resolve_dtypes(teacher_recipe(t), auto)
     world = teacher_world(config, source, recipe)

@@ -12,7 +12,8 @@ from dq.config.teachers import TeacherConfig, TrainTeachersConfig
 from dq.core.errors import InputError
 from dq.core.model_files import open_model
 from dq.data.images import image_side
-from dq.networks.train_teachers import check_teacher_training, train_teachers
+from dq.diffusion.codec import downscale_of
+from dq.networks.train_teachers import check_teacher_training, teacher_folder, train_teachers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +56,7 @@ def fill_recipe(
         default = t.output_dir == TrainTeachersConfig().output_dir
         folder = f"{Path(config.output_dir)}-teacher" if default else t.output_dir
         changes["train_teachers.output_dir"] = folder
-        changes["generate.select_teacher"] = {"net": t.nets[0], "path": str(_teacher_folder(folder, t.nets[0]))}
+        changes["generate.select_teacher"] = {"net": t.nets[0], "path": str(teacher_folder(folder, t.nets[0]))}
     return apply_settings(config, changes)
 
 
@@ -72,11 +73,14 @@ def native_resolution(path: str) -> int:
             f"{path} is no pipeline of a DiT with transformer/ and vae/; name another prior, or use `dq run` with a "
             "configuration of your own"
         )
-    blocks = codec.get("block_out_channels") or codec.get("encoder_block_out_channels")
     side = denoiser.get("sample_size")
-    if not isinstance(blocks, list) or not isinstance(side, int) or side < 1:
+    if (
+        not isinstance(side, int)
+        or side < 1
+        or not {"block_out_channels", "encoder_block_out_channels"} & codec.keys()
+    ):
         raise InputError(f"the configurations in {path} lack sample_size or block_out_channels; get the prior again")
-    return side * 2 ** (len(blocks) - 1)
+    return side * downscale_of(codec)
 
 
 def untrained_selector(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> TeacherConfig | None:
@@ -89,7 +93,7 @@ def untrained_selector(config: RunConfig, source: ImageSource, accelerator: Acce
     teacher, t = config.generate.select_teacher, config.train_teachers
     if teacher is None or teacher.net not in t.nets:
         return None
-    if Path(teacher.path) != _teacher_folder(t.output_dir, teacher.net):
+    if Path(teacher.path) != teacher_folder(t.output_dir, teacher.net):
         return None
     done = {planned.recipe.net: planned.done for planned in check_teacher_training(config, source, accelerator)}
     return None if done[teacher.net] else teacher
@@ -106,7 +110,3 @@ def _selects_alone(config: RunConfig, method: str) -> bool:
     """Whether a method selects among draws and names no teacher for it."""
     generate = resolved_method(config, method).generate
     return generate.select != "none" and generate.select_teacher is None
-
-
-def _teacher_folder(folder: str, net: str) -> Path:
-    return Path(folder) / net.replace(":", "_")

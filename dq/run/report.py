@@ -153,7 +153,7 @@ def accuracy_content(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> 
     if len(records) < len(every):
         accuracy["outdated"] = ", ".join(f"{name} at IPC {ipc}" for name, ipc in outdated)
         log.warning(
-            "%s has rows of sets that were made anew since (%s); the report leaves them out",
+            "%s has rows of sets that were made again since (%s); the report leaves them out",
             summary,
             accuracy["outdated"],
         )

@@ -384,10 +384,10 @@ def test_the_report_leaves_out_rows_of_a_set_that_was_made_anew(tmp_path, accele
     dataclasses.replace(s, images=changed).save(tmp_path / "dataset", "ipc2-ours")
     assert outdated_rows(tmp_path) == [(name, "2")]
     text = accuracy_page(tmp_path)
-    assert f"made anew after it was evaluated: {name} at IPC 2" in text
+    assert f"made again after it was evaluated: {name} at IPC 2" in text
     assert f"<td>{name}</td>" not in text
     assert "<td>random</td>" in text
-    assert "summary.csv has rows of sets that were made anew since" in caplog.text
+    assert "summary.csv has rows of sets that were made again since" in caplog.text
 
 
 def test_recipes_of_one_network_are_drawn_apart() -> None:
