@@ -165,7 +165,7 @@ def execute(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             print(plan_verb(args, config, source, accelerator, checked))
         return
-    with locked(folder, accelerator):
+    with locked(folder, accelerator, config.cache_dir):
         try:
             work(args, config, source, accelerator, checked)
         finally:

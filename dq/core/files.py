@@ -234,18 +234,23 @@ def _compared(f: Any) -> dict[str, Any]:
 
 def is_done(path: Path) -> bool:
     """Whether a unit of work is done: its file is there and intact. A damaged one is reported and removed, so that it
-    is made anew."""
+    is computed again; if another process has replaced it in the meantime, it is not removed."""
     if not path.is_file():
         return False
     try:
+        stamp = _stamp(path)
         if path.suffix == ".json":
             read_json(path)
         else:
             with open_tensors(path):
                 pass
+    except FileNotFoundError:
+        return False
     except Damaged as e:
-        log.warning("%s is damaged (%s) and is made anew", path, e.__cause__)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if _stamp(path) == stamp:
+                log.warning("%s is damaged (%s) and is made anew", path, e.__cause__)
+                path.unlink()
         return False
     return True
 

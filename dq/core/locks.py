@@ -31,8 +31,9 @@ WAIT_S = 0.2  # for a command that is just ending
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keep `folder` to the processes of this command, and clear it of what killed ones left half-written.
+def locked(folder: str | Path, accelerator: Accelerator, cache_dir: str | Path | None = None) -> Iterator[None]:
+    """Keep `folder` to the processes of this command, and clear it of what killed ones left half-written, and so
+    `cache_dir`, which commands share.
 
     The lock is the kernel's (`flock`) and goes with the process that holds it, however that ends. Where the file
     system has none, a warning says so.
@@ -51,7 +52,8 @@ def locked(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
         except Timeout:
             refusal[0] = f"{folder} is in use by {_holder(folder)}; wait for it, or choose another --output_dir"
     if accelerator.is_local_main_process and not refusal[0]:
-        sweep(folder)
+        for place in (folder,) if cache_dir is None else (folder, cache_dir):
+            sweep(Path(place))
     if accelerator.num_processes > 1:
         broadcast_object_list(refusal)
     if refusal[0]:

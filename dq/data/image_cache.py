@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +67,10 @@ class ImageCache:
         # either walk takes the rows of a class in their order
         return torch.cat(values), torch.cat(rows)
 
-    def bad_images(self) -> list[str]:
-        """Sentences on images set aside, over all files."""
-        present = (self.path(i) for i in range(len(self.parts)) if self.path(i).is_file())
-        return [s for path in present for s in read_metadata(path)["bad_images"]]
+    def bad_images(self, parts: Iterable[int] | None = None) -> list[str]:
+        """Sentences on images set aside, in the given files; None: in all that are there."""
+        present = (self.path(i) for i in (range(len(self.parts)) if parts is None else parts))
+        return [s for path in present if path.is_file() for s in read_metadata(path)["bad_images"]]
 
     def check(self) -> None:
         """
@@ -144,7 +144,8 @@ def fill(
     """
     began = time.perf_counter()
     costs = [float(len(p)) for p in cache.parts]
-    todo = [i for i in (mine(costs) if mine else range(len(costs))) if not is_done(cache.path(i))]
+    own = mine(costs) if mine else range(len(costs))
+    todo = [i for i in own if not is_done(cache.path(i))]
     order = walk(source)
     batches = [
         (part, order[start : min(start + batch_size, cache.parts[part].stop)], start + batch_size)
@@ -174,7 +175,7 @@ def fill(
                 unit_done(cache.verb, cache.path(part).name, time.perf_counter() - started, **numbers)
                 values, kept, bad = [], [], []
                 started = time.perf_counter()
-    if source.on_bad_image == "raise" and (skipped := cache.bad_images()):
+    if source.on_bad_image == "raise" and (skipped := cache.bad_images(own)):
         raise InputError(f"{skipped[0]} (and {len(skipped) - 1} others)" if len(skipped) > 1 else skipped[0])
     return time.perf_counter() - began
 

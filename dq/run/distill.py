@@ -163,7 +163,7 @@ class DistillPipeline(LatentGenerator):
         loaded = {k: str(next(m.parameters()).dtype).removeprefix("torch.") for k, m in models.items()}
         check_settings(settle_dtypes(settings, data, accelerator, loaded)[0], data, "generate")
         check_generation(settings, data, self)
-        with locked(settings.output_dir, accelerator):
+        with locked(settings.output_dir, accelerator, settings.cache_dir):
             run = open_run(settings, data, accelerator, loaded)
             cache = encode(run, self.vae)
             if run.resolved(name).prune.active:

@@ -63,6 +63,13 @@ def test_a_second_command_is_refused_until_the_first_is_dead(tmp_path: Path, acc
         assert json.loads((tmp_path / "run" / HOLDER).read_text())["pid"] == os.getpid()
         assert not list(left.parent.iterdir())
     assert [f.name for f in (tmp_path / "run").iterdir()] == ["deep"]
+    shared = tmp_path / "cache" / "full" / left.name.replace(str(os.getpid()), str(process.pid))
+    shared.parent.mkdir(parents=True)
+    of_living = shared.with_name(left.name)
+    for file in (shared, of_living):
+        file.write_text("half")
+    with locked(tmp_path / "run", accelerator, tmp_path / "cache"):
+        assert list(shared.parent.iterdir()) == [of_living]
 
 
 def test_one_process_cannot_hold_a_folder_twice(tmp_path: Path, accelerator) -> None:

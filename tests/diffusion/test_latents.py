@@ -111,6 +111,18 @@ def test_files_are_divided_over_processes(tmp_path: Path, toy_source) -> None:
         assert shared.path(c).read_bytes() == alone.path(c).read_bytes()
 
 
+def test_a_damaged_file_of_another_process_is_its_own_affair(tmp_path: Path, toy_source) -> None:
+    codec = tiny_kl()
+    cache = cache_in(tmp_path, toy_source, codec)
+    encode_source(toy_source, codec, cache, CODEC, seed=0)
+    whole = cache.path(1).read_bytes()
+    cache.path(1).write_bytes(whole[:-9])
+    encode_source(toy_source, codec, cache, CODEC, seed=0, mine=functools.partial(shard, rank=0, world_size=2))
+    assert cache.path(1).read_bytes() == whole[:-9]
+    encode_source(toy_source, codec, cache, CODEC, seed=0, mine=functools.partial(shard, rank=1, world_size=2))
+    assert cache.path(1).read_bytes() == whole
+
+
 def test_the_key_follows_what_decides_the_latents(tmp_path: Path, toy_source, toy_images) -> None:
     codec = tiny_kl()
     base = cache_in(tmp_path, toy_source, codec).key
