@@ -36,8 +36,8 @@ SIZES = [(1300, 4096, 50), (5000, 256, 50), (5000, 1024, 10)]
 
 def mixture(n: int, d: int, modes: int = 30, seed: int = 0) -> torch.Tensor:
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(modes, d))
-    return torch.from_numpy((centres[rng.integers(0, modes, n)] + rng.normal(size=(n, d))).astype(np.float32))
+    centers = rng.normal(size=(modes, d))
+    return torch.from_numpy((centers[rng.integers(0, modes, n)] + rng.normal(size=(n, d))).astype(np.float32))
 
 
 def problems(latents: Path | None) -> list[tuple[str, torch.Tensor, int]]:
@@ -52,7 +52,7 @@ def problems(latents: Path | None) -> list[tuple[str, torch.Tensor, int]]:
 
 
 def d4m_recipe(x: np.ndarray, k: int, expand: int, seed: int) -> float:
-    """One pass of `partial_fit` over shuffled data, as the released code does; distortion of its centres."""
+    """One pass of `partial_fit` over shuffled data, as the released code does; distortion of its centers."""
     order = np.random.default_rng(seed).permutation(len(x))
     model = MiniBatchKMeans(n_clusters=k, random_state=seed, n_init="auto")
     size = expand * k
@@ -77,7 +77,7 @@ def contestants() -> dict[str, Callable[[torch.Tensor, int, int], float]]:
         "dq clvq, 1 pass": engine(engine="clvq"),
         "dq clvq, 5 passes": engine(engine="clvq", passes=5),
         "dq minibatch": engine(engine="minibatch"),
-        "dq barycentre, entropic": engine(engine="barycentre", transport="entropic", entropy=0.05, n_iter=10),
+        "dq barycenter, entropic": engine(engine="barycenter", transport="entropic", entropy=0.05, n_iter=10),
     }
     if has_faiss():
         rows["dq faiss"] = engine(engine="faiss")
@@ -92,7 +92,7 @@ def measure(latents: Path | None, seeds: int) -> list[dict[str, object]]:
         costs: dict[str, list[float]] = {}
         rows = contestants()
         if k * len(x) > 200_000:
-            rows.pop("dq barycentre, entropic")
+            rows.pop("dq barycenter, entropic")
         for seed in progress(range(-1, seeds), desc=f"{name}, k={k}", unit="seed"):
             for label, fit in rows.items():
                 began = time.perf_counter()

@@ -45,7 +45,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "points": {
         "one-pass mini-batch": {"cluster.engine": "minibatch"},
         "CLVQ": {"cluster.engine": "clvq"},
-        "balanced barycentre": {"cluster.engine": "barycentre"},
+        "balanced barycenter": {"cluster.engine": "barycenter"},
     },
     "weights": {"uniform": {"weights": "uniform"}, "mass": {"weights": "mass"}},
     "representative": {"medoid": {"representative": "medoid"}},
@@ -56,10 +56,10 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "start SNR": {f"{s:g}": {"generate.snr": s} for s in (0.03, 0.3, 1.0)},
     "guidance": {f"{s:g}": {"generate.guidance_scale": s} for s in (1.0, 3.0)},
-    "guidance interval": {"SNR 0.1 to 10": {"generate.guidance_snr": [0.1, 10.0]}},
+    "guidance interval": {"SNR 0.1 to 10": {"generate.guidance_interval": [0.1, 10.0]}},
     "norm": {"rescaled": {"generate.rescale": "norm"}},
     "noise": {"inversion": {"generate.noise": "inversion"}},
-    "mode guidance": {"0.1": {"generate.mode_guidance": 0.1}},
+    "mode guidance": {"0.1": {"generate.prototype_guidance": 0.1}},
     "several": {
         "guidance 3, SNR 0.03": {"generate.guidance_scale": 3.0, "generate.snr": 0.03},
         "guidance 3, SNR 0.03, rescaled": {
@@ -142,16 +142,16 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
     for (student, labels, ipc, name), found in seen.items():
         if name not in known:
             continue
-        mine = {r["seed"]: r for r in found}
+        by_seed = {r["seed"]: r for r in found}
         theirs = {r["seed"]: r for r in seen.get((student, labels, ipc, "default"), [])}
-        values = [r["last"] for r in mine.values()]
+        values = [r["last"] for r in by_seed.values()]
         mean, std = mean_std(values)
         row = {"factor": known[name][0], "level": known[name][1], "ipc": ipc, "student": student, "labels": labels,
                "seeds": len(values), "mean": round(mean, 5), "std": None if std is None else round(std, 5),
                "difference": "", "low": "", "high": ""}  # fmt: skip
-        if name != "default" and mine.keys() == theirs.keys():
-            seeds = sorted(mine)
-            pairs = [mine[s]["last"] for s in seeds], [theirs[s]["last"] for s in seeds]
+        if name != "default" and by_seed.keys() == theirs.keys():
+            seeds = sorted(by_seed)
+            pairs = [by_seed[s]["last"] for s in seeds], [theirs[s]["last"] for s in seeds]
             d = paired_difference(*pairs, test_images=test_images)
             row |= {"difference": round(d.mean, 5), "low": round(d.low, 5), "high": round(d.high, 5)}
         rows.append(row)

@@ -29,7 +29,7 @@ from dq.data.load import load_source
 from dq.data.regression_labels import centered_targets
 from dq.data.source import Split
 from dq.data.splits import validation_rows
-from dq.data.zca import Whitening, fit_whitening, is_grey
+from dq.data.zca import Whitening, fit_whitening, is_gray
 from dq.networks.online_pool import OnlinePool
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.ridge import meta_gradient, predict, solve_ridge
@@ -44,9 +44,9 @@ PUBLISHED = {"cifar10": 39.48}  # full-data linear ridge regression and one lear
 
 
 def linear_features(images: Tensor, fitted: Whitening) -> Tensor:
-    """Flattened pixels (N, D) float64, standardized by channel; one channel of grey images."""
+    """Flattened pixels (N, D) float64, standardized by channel; one channel of gray images."""
     x = fitted(images)
-    return (x[:, :1] if is_grey(images[:100]) else x).flatten(1).double()
+    return (x[:, :1] if is_gray(images[:100]) else x).flatten(1).double()
 
 
 def second_moments(x: Tensor, labels: Tensor, classes: int) -> Tensor:

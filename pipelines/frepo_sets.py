@@ -26,7 +26,7 @@ from dq.data.coresets import random_rows
 from dq.data.images import read_images
 from dq.data.regression_labels import centered_targets, first_labels
 from dq.data.source import ImageSource, Split
-from dq.data.zca import Whitening, is_grey
+from dq.data.zca import Whitening, is_gray
 from dq.networks.training import fit
 from dq.refine.frepo import refine
 from dq.refine.method import Callback, RealImages, State
@@ -124,7 +124,7 @@ def train(data: Set, whitening: Whitening, steps: int, seed: int, args: argparse
     epochs = max(1, round(steps / -(-len(images) // args.student_batch)))
     spec = {"protocol": "frepo", "net": args.net, "epochs": epochs, "warmup": epochs // 4, "dtype": "float32"}
     spec |= {"lr": args.student_lr, "batch_size": args.student_batch}
-    spec["augment"] = args.augment or ("frepo_noflip" if is_grey(images) else "frepo")
+    spec["augment"] = args.augment or ("frepo_noflip" if is_gray(images) else "frepo")
     fitted = fit(
         images,
         targets.argmax(1),

@@ -182,7 +182,7 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
             for stage in s.provenance.get("refine", []):
                 before, after = stage["summary"]["before"], stage["summary"]["after"]
                 row = {"set": method, "ipc": ipc, "stage": stage["summary"]["method"]}
-                for group in ("teachers", "judges"):
+                for group in ("teachers", "validation_teachers"):
                     for when, found in (("before", before), ("after", after)):
                         n = max(1, len(found[group]))
                         row[f"{group}_{when}"] = round(sum(t["accuracy"] for t in found[group]) / n, 4)

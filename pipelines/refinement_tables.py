@@ -50,7 +50,7 @@ def refined_images(folder: str) -> str:
             r["stage"],
             *(
                 f"{100 * float(r[f'{g}_before']):.0f} → {100 * float(r[f'{g}_after']):.0f} %"
-                for g in ("teachers", "judges")
+                for g in ("teachers", "validation_teachers")
             ),
             f"{float(r['variation_before']):.1f} → {float(r['variation_after']):.1f}",
             f"{float(r['anchor_distance_after']):.1f}",

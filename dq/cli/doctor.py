@@ -301,7 +301,7 @@ def named_paths(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     for method in config.methods:
         for i, stage in enumerate(stages_of(config, method)):
             where = "refine" if config.methods[method].refine is None else f"methods.{method}.refine"
-            for group in ("teachers", "judges"):
+            for group in ("teachers", "validation_teachers"):
                 for j, t in enumerate(getattr(stage, group)):
                     kind = "model" if t.net == "transformers" else "pool" if t.net == POOL else "file"
                     yield f"{where}.{i}.{group}.{j}.path", t.path, kind

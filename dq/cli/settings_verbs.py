@@ -21,7 +21,7 @@ def config_verb(args: argparse.Namespace) -> None:
     if args.key:
         print(*explain(args.key), sep="\n")
         return
-    rows = [r for r in reference() if not re.match(r"refine\.N\.(teachers|judges)\.N", r.key)]
+    rows = [r for r in reference() if not re.match(r"refine\.N\.(teachers|validation_teachers)\.N", r.key)]
     names = [f"{r.key} ({r.stage})" if r.stage else r.key for r in rows]
     kinds = [", ".join(filter(None, (r.type, r.bound))) for r in rows]
     widths = [max(map(len, names)), min(44, max(map(len, kinds)))]

@@ -287,7 +287,7 @@ def _print_paths(verb: str, folder: Path) -> None:
 def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Path:
     """Train a part of the prior, and give the folder it is in."""
     from dq.config.dtypes import record_dtypes
-    from dq.core.processes import shard
+    from dq.core.processes import assign_units
     from dq.core.trackers import start_trackers
     from dq.diffusion.codec import load_codec
     from dq.diffusion.latents import encode_source, open_cache
@@ -304,13 +304,13 @@ def _train(verb: str, config: RunConfig, source: ImageSource, accelerator: Accel
         record_dtypes(Path(config.prior.output_dir), dtypes, main=accelerator.is_main_process)
     codec = load_codec(c.path, subfolder=c.subfolder, revision=c.revision, dtype=c.dtype, device=accelerator.device)
     cache = open_cache(config.cache_dir, source, codec, c, config.seed)
-    mine = functools.partial(shard, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    local_units = functools.partial(assign_units, rank=accelerator.process_index, world_size=accelerator.num_processes)
     main = accelerator.is_main_process
-    encode_source(source, codec, cache, c, seed=config.seed, mine=mine, main=main)
+    encode_source(source, codec, cache, c, seed=config.seed, local_units=local_units, main=main)
     flipped = None
     if config.prior.denoiser.flip:
         flipped = open_cache(config.cache_dir, source, codec, c, config.seed, flip=True)
-        encode_source(source, codec, flipped, c, seed=config.seed, mine=mine, main=main)
+        encode_source(source, codec, flipped, c, seed=config.seed, local_units=local_units, main=main)
     accelerator.wait_for_everyone()
     options: dict[str, Any] = {"class_names": source.class_names, "accelerator": accelerator}
     return train_denoiser(cache, codec, config.prior, flipped=flipped, **options)

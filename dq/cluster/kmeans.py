@@ -22,11 +22,11 @@ from dq.cluster.lloyd import (
     fill_empty_alone,
     kmeans_plusplus,
     lloyd,
-    race,
+    pca_multistart,
     squared_distances,
 )
 from dq.cluster.online import clvq, minibatch, systematic_sample
-from dq.cluster.transport import barycentre, uniform_w2
+from dq.cluster.transport import barycenter, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.numbers import whole_number
@@ -40,7 +40,7 @@ class Clustering:
     """k points of one class and the cells that they own, largest mass first. No cell is empty; `counts` sum to n."""
 
     centroids: Tensor  # (k, d) float32; float64 where the data are
-    labels: Tensor  # (n,) int64, nearest centroid (barycentre engine: the balanced cell)
+    labels: Tensor  # (n,) int64, nearest centroid (barycenter engine: the balanced cell)
     counts: Tensor  # (k,) int64, points per cell
     masses: Tensor  # (k,) float64, weight of the points of each cell; without weights the counts
     sse: Tensor  # (k,) float64, sum of (weighted) squared distances per cell
@@ -48,7 +48,7 @@ class Clustering:
     n_iter: int
     converged: bool  # False also where a cell was empty at the end and had to be moved
     asked: int  # the k asked for; len(centroids) is smaller where the class has fewer distinct points
-    companion: Tensor | None = None  # (k,) float64, masses as the stream saw them (clvq, minibatch)
+    running_weights: Tensor | None = None  # (k,) float64, masses as the stream saw them (clvq, minibatch)
 
     @property
     def inertia(self) -> float:
@@ -93,8 +93,8 @@ def kmeans(
 ) -> Clustering:
     """Quantize x (n, d) with k points: minimise sum_i w_i min_k |x_i - c_k|^2.
 
-    All engines run on centred float32 data and end in an exact assignment to the points that are returned. `faiss`,
-    `torch` and `barycentre` start from the same seeded points (or `start`), so that the choice among the first two
+    All engines run on centered float32 data and end in an exact assignment to the points that are returned. `faiss`,
+    `torch` and `barycenter` start from the same seeded points (or `start`), so that the choice among the first two
     changes speed, not results beyond rounding; the two streams start from their own first samples.
 
     An empty cell is moved onto the point that is farthest from its own centroid. `torch` and `faiss` iterate on from
@@ -103,10 +103,10 @@ def kmeans(
     Args:
         x: (n, d) tensor, array or nested lists of real numbers.
         config: engine and its settings; see `ClusterConfig`.
-        weights: (n,) non-negative weights of the points; not for `minibatch` and `barycentre`. They weigh the sum
+        weights: (n,) non-negative weights of the points; not for `minibatch` and `barycenter`. They weigh the sum
             above and the means, and sum to `masses` in the cells; `counts` stay numbers of points.
         seed: of the start points and, for streams, of the order.
-        start: (k, d) starting centroids instead of drawn ones; not for `minibatch`. For `clvq` and `barycentre` those
+        start: (k, d) starting centroids instead of drawn ones; not for `minibatch`. For `clvq` and `barycenter` those
             that own no point are first moved onto points.
         name: how messages name the data, e.g. "class 3 'cat'".
 
@@ -151,8 +151,8 @@ def kmeans_many(
             found = _run_torch(problems, restart, config)
         else:
             found = [_run_one(p, engine, restart, config) for p in problems]
-        for i, (p, (centroids, n_iter, converged, labels, companion)) in enumerate(zip(problems, found)):
-            result = _finish(p, centroids, engine, n_iter, converged, labels, companion)
+        for i, (p, (centroids, n_iter, converged, labels, running_weights)) in enumerate(zip(problems, found)):
+            result = _finish(p, centroids, engine, n_iter, converged, labels, running_weights)
             rival = best[i]
             if rival is None or result.inertia < rival.inertia:
                 best[i] = result
@@ -181,7 +181,7 @@ _Found = tuple[Tensor, int, bool, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class _Problem:
-    """One class, checked and centred."""
+    """One class, checked and centered."""
 
     x: Tensor  # (n, d) float32, mean zero
     mean: Tensor  # (d,)
@@ -206,20 +206,20 @@ class _Problem:
             )
         if start is not None and config.engine == "minibatch":
             raise InputError("cluster.engine=minibatch draws its own start, as D4M does; give no start points")
-        if weights is not None and config.engine in ("minibatch", "barycentre"):
+        if weights is not None and config.engine in ("minibatch", "barycenter"):
             raise InputError(f"cluster.engine={config.engine} takes no point weights; use faiss, torch or clvq")
         w = torch.ones(len(x)) if weights is None else as_weights(weights, len(x), f"weights of {name}")
         w = w.to(x.device)
         allowed = min(k, int((w > 0).sum()))
         if allowed < k and config.on_small == "raise":
             raise too_small(f"{name} has {allowed} images but ipc={k}")
-        centres = None if start is None else as_points(start, f"start centroids of {name}", finite=True)
-        if centres is not None and centres.shape != (k, x.shape[1]):
-            raise InputError(f"start centroids of {name} must be ({k}, {x.shape[1]}), not {tuple(centres.shape)}")
+        centers = None if start is None else as_points(start, f"start centroids of {name}", finite=True)
+        if centers is not None and centers.shape != (k, x.shape[1]):
+            raise InputError(f"start centroids of {name} must be ({k}, {x.shape[1]}), not {tuple(centers.shape)}")
         # Subtracted before float64 is rounded, so that large offsets cost no digits; equal weights are no weights.
         mean = x.mean(0) if bool((w == w[0]).all()) else (w / w.sum()).to(x.dtype) @ x
-        centred = None if centres is None else (centres.to(x)[:allowed] - mean).float()
-        return _Problem((x - mean).float(), mean, w.float(), centred, allowed, k, seed, name)
+        centered = None if centers is None else (centers.to(x)[:allowed] - mean).float()
+        return _Problem((x - mean).float(), mean, w.float(), centered, allowed, k, seed, name)
 
 
 def too_small(sentence: str, setting: str = "cluster.on_small") -> InputError:
@@ -238,8 +238,8 @@ def _start_points(group: list[_Problem], x: Tensor, weights: Tensor, restart: in
         return torch.stack([p.start for p in group if p.start is not None])
     generators = [generator(p.seed, "kmeans", restart) for p in group]
     k = group[0].k
-    if config.init == "race":
-        return race(x, weights, k, generators, tol=config.tol)
+    if config.init == "pca-multistart":
+        return pca_multistart(x, weights, k, generators, tol=config.tol)
     if config.init == "random":
         chosen = torch.stack([torch.multinomial(w.cpu(), k, generator=g) for w, g in zip(weights, generators)])
     else:
@@ -268,13 +268,13 @@ def _padded(parts: list[Tensor]) -> Tensor:
 
 def _occupied(p: _Problem, start: Tensor) -> Tensor:
     """Start points (k, d) of which those that own no point are moved onto points: equal ones would stay equal in an
-    entropic barycentre, and a stream would leave them where they are."""
+    entropic barycenter, and a stream would leave them where they are."""
     labels = assign(p.x[None], start[None])[0]
     return fill_empty(p.x, start, labels, p.weights, cell_totals(p.weights, labels, len(start)))[0]
 
 
 def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _Found:
-    if engine in ("faiss", "barycentre"):
+    if engine in ("faiss", "barycenter"):
         start = _start_points([p], p.x[None], p.weights[None], restart, config)
     if engine == "faiss":
         centroids, iterations, stopped = lloyd(
@@ -286,8 +286,8 @@ def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _
             nearest=faiss_assigner(p.x),
         )
         return centroids[0], int(iterations[0]), bool(stopped[0]), None, None
-    if engine == "barycentre":
-        points, labels, used, converged = barycentre(
+    if engine == "barycenter":
+        points, labels, used, converged = barycenter(
             p.x,
             _occupied(p, start[0]),
             transport=config.transport,
@@ -301,7 +301,7 @@ def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _
         seed = derive_seed(p.seed, "minibatch", restart) % 2**32
         order = torch.randperm(len(p.x), generator=g)
         result = minibatch(p.x.cpu(), p.k, order=order, expand=config.expand, drop_tail=config.drop_tail, seed=seed)
-        return result.centroids.to(p.x), 1, True, None, result.companion
+        return result.centroids.to(p.x), 1, True, None, result.running_weights
     if engine == "clvq":
 
         def stream(i: int) -> Sequence[Tensor]:
@@ -316,14 +316,20 @@ def _run_one(p: _Problem, engine: str, restart: int, config: ClusterConfig) -> _
             passes=config.passes,
             init=None if p.start is None else _occupied(p, p.start).cpu(),  # None: k-means++ on the stream's head
         )
-        return result.centroids.to(p.x), config.passes, True, None, result.companion
+        return result.centroids.to(p.x), config.passes, True, None, result.running_weights
     raise InputError(
-        f"there is no clustering engine {engine!r}; use auto, faiss, torch, clvq, minibatch or barycentre"
+        f"there is no clustering engine {engine!r}; use auto, faiss, torch, clvq, minibatch or barycenter"
     )
 
 
 def _finish(
-    p: _Problem, c: Tensor, engine: str, n_iter: int, converged: bool, labels: Tensor | None, companion: Tensor | None
+    p: _Problem,
+    c: Tensor,
+    engine: str,
+    n_iter: int,
+    converged: bool,
+    labels: Tensor | None,
+    running_weights: Tensor | None,
 ) -> Clustering:
     """Exact assignment to the points that are returned; empty cells filled, or dropped where the data has no more
     distinct points."""
@@ -331,7 +337,7 @@ def _finish(
     own = torch.arange(len(c), device=c.device)
     if labels is None:
         labels = assign(x[None], c[None])[0]
-        # Neighbours settle by Lloyd iterations, but not those of a stream, whose centroids no Lloyd iteration makes:
+        # Neighbors settle by Lloyd iterations, but not those of a stream, whose centroids no Lloyd iteration makes:
         # D4M leaves an empty one where it is, with no image, and here it moves alone. It moves once, since it then
         # owns the point on which it lies.
         settling = RELOCATIONS if engine in ("torch", "faiss") else 0
@@ -354,7 +360,7 @@ def _finish(
     mass = cell_totals(w, labels, len(c))
     own = own[mass > 0]
     if len(own) < len(c):
-        c, companion = c[own], companion[own.cpu()] if companion is not None else None
+        c, running_weights = c[own], running_weights[own.cpu()] if running_weights is not None else None
         renumber = torch.full((len(mass),), -1, device=c.device)
         renumber[own] = torch.arange(len(own), device=c.device)
         labels = renumber[labels]
@@ -370,7 +376,7 @@ def _finish(
         n_iter=n_iter,
         converged=converged,
         asked=p.asked,
-        companion=companion,
+        running_weights=running_weights,
     )
 
 
@@ -392,7 +398,7 @@ def _report(p: _Problem, result: Clustering, config: ClusterConfig) -> Clusterin
         counts=result.counts[order],
         masses=result.masses[order],
         sse=result.sse[order],
-        companion=result.companion[order.cpu()] if result.companion is not None else None,
+        running_weights=result.running_weights[order.cpu()] if result.running_weights is not None else None,
     )
 
 
@@ -421,7 +427,7 @@ def quantization_stats(
     w = w.to(x.device, torch.float64)
     shift = x.mean(0)  # before float64 is rounded
     x, c = (x - shift).float(), (c - shift).float()
-    labels = result.labels if result.engine != "barycentre" else assign(x[None], c[None])[0]
+    labels = result.labels if result.engine != "barycenter" else assign(x[None], c[None])[0]
     total_weight = float(w.sum())
     distortion = float((squared_distances(x[None], c[None], labels[None])[0].double() * w).sum()) / total_weight
     mean = ((w / total_weight).float() @ x)[None]

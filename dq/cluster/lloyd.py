@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 1 << 24
 CACHED_ELEMENTS = 1 << 18
 # Terms of a cumulative sum that one triangular product adds up.
 CUMULATIVE_BLOCK = 256
-# Size of the race in which the starting cells are found.
+# Size of the multistart in which the starting cells are found.
 RACE_STARTS = 4
 RACE_MANY = 20
 RACE_DIMENSIONS = 64
@@ -32,7 +32,7 @@ RACE_ITERATIONS = 25
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest centroid of every point, (B, n) int64; ties go to the lower index.
 
-    argmin_k |x - c_k|^2 = argmax_k <x, c_k> - |c_k|^2 / 2, so that |x|^2 is never needed. Points should be centred:
+    argmin_k |x - c_k|^2 = argmax_k <x, c_k> - |c_k|^2 / 2, so that |x|^2 is never needed. Points should be centered:
     the product loses digits under large offsets.
     """
     half = centroids.square().sum(-1).mul_(0.5).unsqueeze(1)  # (B, 1, k)
@@ -163,14 +163,14 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def principal_basis(x: Tensor, weights: Tensor, r: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Orthonormal basis (B, d, r) of about the r leading principal directions of centred points, by one power
+    """Orthonormal basis (B, d, r) of about the r leading principal directions of centered points, by one power
     iteration from a random start (Halko, Martinsson & Tropp 2011)."""
     probe = torch.stack([torch.randn(x.shape[2], r, generator=g) for g in generators]).to(x.device)
     scaled = x * weights.sqrt().unsqueeze(2)
     return torch.linalg.qr(scaled.transpose(1, 2) @ (scaled @ probe)).Q
 
 
-def race(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generator], *, tol: float) -> Tensor:
+def pca_multistart(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generator], *, tol: float) -> Tensor:
     """Starting centroids (B, k, d) that are worth more than a single k-means++: several starts run Lloyd on a sample
     in the leading principal subspace, where an iteration costs next to nothing; all points then settle there from
     the best start, and the means of their cells are returned.

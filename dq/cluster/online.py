@@ -18,7 +18,7 @@ from dq.core.numbers import whole_number
 @dataclass(frozen=True)
 class StreamResult:
     centroids: Tensor  # (k, d) float32
-    companion: Tensor  # (k,) float64, running estimate of the masses, sums to 1
+    running_weights: Tensor  # (k,) float64, running estimate of the masses, sums to 1
     steps: int  # samples seen
 
 
@@ -41,13 +41,13 @@ def clvq(
 
     Args:
         stream: `stream(pass)` iterates over batches (b, d) of that pass, in the order to be used.
-        step: (a, b) for g_l = a / (b + l) with l the sample count, for points and companion weights alike (the
+        step: (a, b) for g_l = a / (b + l) with l the sample count, for points and running weights alike (the
             global schedule of the theory). Default: g = 1 / (samples won by k* so far), MacQueen's step, with
-            g' = 1 / l, whose companion weights are the shares of samples won.
+            g' = 1 / l, whose running weights are the shares of samples won.
         init: starting points (k, d). Default: greedy k-means++ on the first `init_size` samples (20 k).
 
     Returns:
-        Points and companion weights. Exact masses need one more pass that assigns without moving.
+        Points and running weights. Exact masses need one more pass that assigns without moving.
     """
     k = whole_number(k, "k")
     centroids = _start_points(stream, k, generator, init_size or 20 * k) if init is None else as_points(init, "init")
@@ -56,7 +56,7 @@ def clvq(
     centroids = centroids.double().clone()
     # Starting points are samples of the stream that come by again, so they count for nothing by themselves.
     won = torch.zeros(k, dtype=torch.float64)
-    companion = torch.full((k,), 1 / k, dtype=torch.float64)
+    running_weights = torch.full((k,), 1 / k, dtype=torch.float64)
     seen = 0
     for p in range(passes):
         for batch in stream(p):
@@ -78,15 +78,15 @@ def clvq(
             member[torch.arange(m), winner] = 1.0
             pull, remain = _in_order(member * gain[:, None])
             centroids = remain[:, None] * centroids + pull.T @ z
-            # every sample decays the companion weights, the winner's gets the gain
+            # every sample decays the running weights, the winner's gets the gain
             decay = (1 - gain_w).flip(0).cumprod(0).flip(0)
             after = torch.cat([decay[1:], decay.new_ones(1)])
-            companion = decay[0] * companion + member.T @ (gain_w * after)
+            running_weights = decay[0] * running_weights + member.T @ (gain_w * after)
             won += member.sum(0)
             seen += m
     if seen == 0:
         raise InputError("the stream for CLVQ gave no samples")
-    return StreamResult(centroids.float(), companion / companion.sum(), seen)
+    return StreamResult(centroids.float(), running_weights / running_weights.sum(), seen)
 
 
 def systematic_sample(weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -125,7 +125,7 @@ class Prototypes:
         each = torch.tensor(numbers)
         masses = (self.counts if self.masses is None else self.masses).double() / each.clamp(min=1)
         w = image_weights(masses.repeat_interleave(each), kind, normalize)
-        # normalised to sqrt(K) over K prototypes, as with equal numbers
+        # normalized to sqrt(K) over K prototypes, as with equal numbers
         return w * (len(w) / int((each > 0).sum())) ** 0.5 if normalize == "sqrt_k" else w
 
     def points(
@@ -134,8 +134,8 @@ class Prototypes:
         """The latents (K, C, h, w) that stand for the cells. `real` images need no latents; theirs are the medoids.
 
         A mean of latents is shorter than any of them. A point that is c times as long has c^2 times the signal: at
-        `Start.snr` S, which takes latents of the usual length for granted, the walk of a point of length r begins with
-        the signal of S (r / median norm)^2, and with that of S itself after `rescale="norm"`.
+        `Start.snr` S, which takes latents of the usual length for granted, the trajectory of a point of length r
+        begins with the signal of S (r / median norm)^2, and with that of S itself after `rescale="norm"`.
 
         Args:
             rescale: "norm" gives every point the median Euclidean norm of its class's latents (`median_norm` in the
@@ -251,8 +251,8 @@ def select_clusters(result: Clustering, keep: Tensor, *, asked: int) -> tuple[Cl
     labels = renumber[result.labels]
     members = labels >= 0
     parts = {name: getattr(result, name)[at] for name in ("centroids", "counts", "masses", "sse")}
-    companion = None if result.companion is None else result.companion[at.cpu()]
-    kept = dataclasses.replace(result, **parts, labels=labels[members], asked=asked, companion=companion)
+    running_weights = None if result.running_weights is None else result.running_weights[at.cpu()]
+    kept = dataclasses.replace(result, **parts, labels=labels[members], asked=asked, running_weights=running_weights)
     return kept, members
 
 

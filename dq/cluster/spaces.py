@@ -31,7 +31,7 @@ def embed(latents: Any, features: Any, config: ClusterConfig) -> Tensor:
         latents   z
         pca       <z - mean, v_j> for the `dims` leading principal directions v_j of the class
         whitened  the same over sqrt(var_j + RIDGE var_1)
-        features  f as the teacher gives it: neither centred, which k-means does not see, nor l2-normalised
+        features  f as the teacher gives it: neither centered, which k-means does not see, nor l2-normalized
         joint     [(z - mean) / s_z, sqrt(feature_weight) (f - mean) / s_f]
 
     Args:
@@ -65,7 +65,7 @@ def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = Fal
     points to where its entry of largest size is positive.
 
     Args:
-        dims: number of directions; None: 64. There are never more than the rank of the centred x, and one (of zeros)
+        dims: number of directions; None: 64. There are never more than the rank of the centered x, and one (of zeros)
             where all points are equal.
         whiten: divide each coordinate by its standard deviation. With as many directions as points less one that
             puts all points at one distance, and a warning says so.
@@ -74,8 +74,8 @@ def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = Fal
     dims = DIMS if dims is None else whole_number(dims, "dims")
     n, d = x.shape
     shifted = x.double() - x[0].double()  # equal points become exact zeros
-    centred = shifted - shifted.mean(0)
-    values, vectors = torch.linalg.eigh(centred @ centred.T if n < d else centred.T @ centred)
+    centered = shifted - shifted.mean(0)
+    values, vectors = torch.linalg.eigh(centered @ centered.T if n < d else centered.T @ centered)
     values, vectors = values.flip(0), vectors.flip(1)
     rank = int((values > max(n, d) * torch.finfo(torch.float64).eps * values[0]).sum())
     r = min(rank, dims)
@@ -83,9 +83,9 @@ def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = Fal
         return x.new_zeros(n, 1, dtype=torch.float32)
     values, vectors = values[:r], vectors[:, :r]
     if n < d:
-        coordinates, directions = vectors * values.sqrt(), centred.T @ vectors
+        coordinates, directions = vectors * values.sqrt(), centered.T @ vectors
     else:
-        coordinates, directions = centred @ vectors, vectors
+        coordinates, directions = centered @ vectors, vectors
     size = directions.abs()
     pivot = (size >= (1 - 1e-6) * size.amax(0)).int().argmax(0)  # the first of those that rounding could exchange
     coordinates = coordinates * directions.gather(0, pivot[None]).sign()
@@ -99,7 +99,7 @@ def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = Fal
 
 
 def _unit_variance(x: Tensor) -> Tensor:
-    """x (n, d) centred and scaled to a total variance of 1; zeros where all points are equal."""
-    centred = x - x.mean(0)
-    variance = centred.double().square().sum() / len(x)
-    return (centred / variance.sqrt().clamp(min=1e-30)).float()
+    """x (n, d) centered and scaled to a total variance of 1; zeros where all points are equal."""
+    centered = x - x.mean(0)
+    variance = centered.double().square().sum() / len(x)
+    return (centered / variance.sqrt().clamp(min=1e-30)).float()

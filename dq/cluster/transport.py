@@ -1,5 +1,5 @@
 """Optimal transport between a class and its prototypes: the W2 distance of uniformly weighted points, and the
-free-support Wasserstein barycentre that such points should be."""
+free-support Wasserstein barycenter that such points should be."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def uniform_w2(x: Any, centroids: Any, weights: Any = None) -> float:
     return math.sqrt(max(0.0, float((plan * cost.cpu()).sum())))
 
 
-def barycentre(
+def barycenter(
     x: Any,
     start: Any,
     *,
@@ -125,7 +125,7 @@ def barycentre(
     n_iter: int = 100,
     tol: float = 1e-5,
 ) -> tuple[Tensor, Tensor, int, bool]:
-    """Free-support Wasserstein barycentre of one measure: min over points of W2(uniform on x, uniform on k points)
+    """Free-support Wasserstein barycenter of one measure: min over points of W2(uniform on x, uniform on k points)
     (Cuturi & Doucet 2014, alg. 2 with one input measure and step 1). This is what D4M is said to compute.
 
     Alternates the balanced transport plan P (n x k, columns sum to 1/k) and x_k = k * sum_i P_ik z_i; the cost falls

@@ -159,7 +159,7 @@ class PriorConfig(Checked):
 
 @settings
 class PriorReportConfig(Checked):
-    """The report of a prior (`dq prior-report`); a card is written if `data`, `licence` or `command` is set."""
+    """The report of a prior (`dq prior-report`); a card is written if `data`, `license` or `command` is set."""
 
     per_class: Annotated[
         Count, Field(description="samples of a class; fewer where it has fewer test or train images")
@@ -167,13 +167,13 @@ class PriorReportConfig(Checked):
     guidance: Annotated[
         Many[Annotated[float, Field(ge=1)]], Field(description="guidance scales, each a row of the table")
     ] = (1.0, 1.5, 2.0, 3.0)
-    neighbours: Annotated[
+    neighbors: Annotated[
         Count, Field(description="neighbors (k) of density and coverage, and candidates for copies")
     ] = 5
     num_inference_steps: Annotated[Count, Field(description="sampling steps")] = 50
     shown: Annotated[Count, Field(description="samples of a class in the grids")] = 10
     data: Annotated[str, Field(description="card: name of the data, e.g. its Hub id")] = ""
-    licence: Annotated[str, Field(description="card: license of the weights")] = ""
+    license: Annotated[str, Field(description="card: license of the weights")] = ""
     command: Annotated[str, Field(description="card: command that made the prior")] = ""
 
     @model_validator(mode="after")

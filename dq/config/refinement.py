@@ -68,7 +68,7 @@ class RefineConfig(Checked):
 
     stage: Annotated[str, Field(description="method of refinement")] = ""
     teachers: Annotated[Many[TeacherConfig], Field(description="teachers of this stage; empty: those of the run")] = ()
-    judges: Annotated[
+    validation_teachers: Annotated[
         Many[TeacherConfig], Field(description="teachers that only measure the images, before and after")
     ] = ()
     weighted: Annotated[bool, Field(description="whether a batch counts its images by their weights in the set")] = (
@@ -366,7 +366,7 @@ class FRePo(RefineConfig):
         Auto[bool], Field(description="mirror images beside; auto: for color images, below 1000 images of the set")
     ] = None
     whiten: Annotated[
-        Auto[bool], Field(description="ZCA whitening; auto: of color images, grey ones are standardized alone")
+        Auto[bool], Field(description="ZCA whitening; auto: of color images, gray ones are standardized alone")
     ] = None
     chunk: Annotated[
         Off[Count], Field(description="images whose activations, a decoder's too, are held at once; off: all")

@@ -96,8 +96,8 @@ class ClusterConfig(Checked):
     """How the images of a class become prototypes."""
 
     engine: Annotated[
-        Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycentre"],
-        Field(description="k-means: faiss, torch; online: clvq, minibatch; barycentre: balanced cells"),
+        Literal["auto", "faiss", "torch", "clvq", "minibatch", "barycenter"],
+        Field(description="k-means: faiss, torch; online: clvq, minibatch; barycenter: balanced cells"),
     ] = "auto"
     # features: those of the first teacher (see `dq.cluster.spaces.embed`)
     space: Annotated[
@@ -113,11 +113,11 @@ class ClusterConfig(Checked):
         NonNegative, Field(description="joint: weight of the features' variance, that of the latents being 1")
     ] = 1.0
     init: Annotated[
-        Literal["race", "k-means++", "random"],
-        Field(description="first prototypes; race: the best of several k-means++ in a subspace"),
-    ] = "race"
+        Literal["pca-multistart", "k-means++", "random"],
+        Field(description="first prototypes; pca-multistart: the best of several k-means++ in a subspace"),
+    ] = "pca-multistart"
     n_init: Annotated[Count, Field(description="restarts; the lowest distortion wins")] = 1
-    n_iter: Annotated[Count, Field(description="Lloyd iterations (barycentre: rounds) at most")] = 100
+    n_iter: Annotated[Count, Field(description="Lloyd iterations (barycenter: rounds) at most")] = 100
     tol: Annotated[
         NonNegative,
         Field(description="stop when the distortion falls by less than this share; 0: when no label changes"),
@@ -137,9 +137,9 @@ class ClusterConfig(Checked):
     drop_tail: Annotated[bool, Field(description="minibatch: lose the incomplete last batch, as D4M's code does")] = (
         False
     )
-    transport: Annotated[Literal["exact", "entropic"], Field(description="barycentre: transport problem")] = "exact"
+    transport: Annotated[Literal["exact", "entropic"], Field(description="barycenter: transport problem")] = "exact"
     entropy: Annotated[
-        Positive, Field(description="barycentre: entropic regularization in units of the mean squared distance")
+        Positive, Field(description="barycenter: entropic regularization in units of the mean squared distance")
     ] = 0.01
     uniform_w2: Annotated[
         bool, Field(description="also solve the transport problem of the uniformly weighted points")
@@ -157,7 +157,7 @@ class ClusterConfig(Checked):
 MOST_CANDIDATES = 1000  # of an image; a larger number is a typing error
 # kinds of guidance besides that by classes, and the scale at which each is off
 GUIDANCE = {"internal_guidance": 1.0, "autoguidance": 1.0}
-GUIDANCE |= dict.fromkeys(("mode_guidance", "measure_guidance", "repulsion"), 0.0)
+GUIDANCE |= dict.fromkeys(("prototype_guidance", "measure_guidance", "repulsion"), 0.0)
 
 
 @settings
@@ -190,7 +190,7 @@ class GenerateConfig(Checked):
     guidance_scale: Annotated[
         float, Field(ge=1, description="scale of classifier-free guidance by classes or prompts; 1: none")
     ] = 4.0
-    guidance_snr: Annotated[
+    guidance_interval: Annotated[
         Many[Annotated[float, Field(ge=0, allow_inf_nan=True)]],
         Field(description="least and largest SNR at which there is guidance; empty: everywhere"),
     ] = ()
@@ -201,10 +201,12 @@ class GenerateConfig(Checked):
         float, Field(ge=1, description="scale of guidance away from the model's early average; 1: none")
     ] = 1.0
     # after MGD3
-    mode_guidance: Annotated[
+    prototype_guidance: Annotated[
         Share, Field(description="share of the way to the prototype by which the predicted x_0 is moved")
     ] = 0.0
-    mode_stop: Annotated[Share, Field(description="share of the steps, the first, with mode_guidance")] = 0.5
+    prototype_guidance_stop: Annotated[
+        Share, Field(description="share of the steps, the first, with prototype_guidance")
+    ] = 0.5
     # by entropic transport (after DMGD)
     measure_guidance: Annotated[
         Share, Field(description="share of the way to all prototypes of the class with their masses")
@@ -253,9 +255,9 @@ class GenerateConfig(Checked):
 
     @model_validator(mode="after")
     def _check_generate(self) -> Self:
-        interval = self.guidance_snr
+        interval = self.guidance_interval
         if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
-            raise InputError(f"guidance_snr must be two rising ratios such as [0.05, 5], not {list(interval)}")
+            raise InputError(f"guidance_interval must be two rising ratios such as [0.05, 5], not {list(interval)}")
         for name in ("measure_interval", "repulsion_interval"):
             shares = getattr(self, name)
             if not (len(shares) == 2 and shares[0] < shares[1]):
@@ -280,7 +282,7 @@ class GenerateConfig(Checked):
 
     @property
     def together(self) -> bool:
-        """Whether the images of a class are walked together, since each depends on the others."""
+        """Whether the images of a class are denoised together, since each depends on the others."""
         return self.mode != "decode" and (self.measure_guidance > 0 or self.repulsion > 0)
 
 

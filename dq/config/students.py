@@ -46,7 +46,7 @@ def is_library_net(name: str) -> bool:
 
 @settings
 class ViewConfig(Checked):
-    """What a network sees of an image, in this order: RandAugment, patches shuffled, cropped, mirrored, colours
+    """What a network sees of an image, in this order: RandAugment, patches shuffled, cropped, mirrored, colors
     changed, mixed with another image of the batch."""
 
     rand_augment: Annotated[
@@ -189,7 +189,7 @@ class StudentConfig(Checked):
         bool, Field(description="ZCA whitening, fitted on the train split, in place of mean and deviation")
     ] = False
     zca: Annotated[
-        Literal["mtt", "frepo"], Field(description="whose ZCA; frepo: after standardization, the only step for grey")
+        Literal["mtt", "frepo"], Field(description="whose ZCA; frepo: after standardization, the only step for gray")
     ] = "mtt"
     loss: Annotated[
         Literal["kl", "mse_gt", "mse"],

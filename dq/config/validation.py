@@ -20,6 +20,12 @@ from dq.core.text import short
 
 C = TypeVar("C")
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+RENAMED = {  # settings of earlier versions
+    "judges": "validation_teachers",
+    "mode_guidance": "prototype_guidance",
+    "mode_stop": "prototype_guidance_stop",
+    "guidance_snr": "guidance_interval",
+}
 TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -218,7 +224,9 @@ def nearest_name(name: str, names: Sequence[str]) -> str | None:
 
 
 def unknown_key(where: str, key: str, names: Sequence[str], parent: str = "", kind: str = "setting") -> str:
-    """The sentence on a name that does not exist, with the nearest one that does."""
+    """The sentence on a name that does not exist, with its new name or the nearest one that does."""
+    if RENAMED.get(key) in names:
+        return f"{where!r} is now called {f'{parent}.{RENAMED[key]}'.lstrip('.')!r}; change the name"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
     hint = f"did you mean {f'{parent}.{near[0]}'.lstrip('.')!r}?" if near else f"known: {', '.join(sorted(names))}"
     return f"unknown {kind} {where!r}; {hint}"

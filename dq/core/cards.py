@@ -21,7 +21,7 @@ log = logging.getLogger("dq")
 BEGIN = "<!-- dq: generated from here to the end mark, and replaced by the next push -->"
 END = "<!-- dq: end -->"
 LICENSE = ("license", "license_name", "license_link")
-UNKNOWN = "unknown"  # a licence that nobody stated, by the Hub's own name
+UNKNOWN = "unknown"  # a license that nobody stated, by the Hub's own name
 # Names of classes and texts of prompts are no paths, whatever they look like
 NO_PATHS = ("classes", "id2label", "class_map", "prompt", "negative_prompt", "train_counts")
 # Under these keys a relative path is one too
@@ -104,7 +104,7 @@ def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
 
 
 def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
-    """A card with this head and generated body, and with everything of an old one that is not generated. A licence
+    """A card with this head and generated body, and with everything of an old one that is not generated. A license
     in the head replaces all keys of the old one."""
     from huggingface_hub import CardData
 
@@ -121,7 +121,7 @@ def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
 
 
 def license_head(license: str | None, old: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a licence: the one given, else that of the old head, else unknown."""
+    """The keys of a license: the one given, else that of the old head, else unknown."""
     if license is None:
         return {k: old[k] for k in LICENSE if k in old} or {"license": UNKNOWN}
     if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):

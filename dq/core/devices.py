@@ -137,7 +137,7 @@ def is_slow(dtype: str, device: torch.device | str) -> bool:
 def tf32_products() -> Iterator[None]:
     """CUDA's float32 matrix products in TF32 (10 bits of mantissa) for the time of a block.
 
-    For networks whose images differ by less than a grey level for it. Never for the whole process: products of crops
+    For networks whose images differ by less than a gray level for it. Never for the whole process: products of crops
     and the distances of k-means would lose bits.
     """
     matmul = torch.backends.cuda.matmul

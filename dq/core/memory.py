@@ -51,7 +51,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def in_pieces(what: str, size: int, call: Callable[[slice], Tensor], *, like: tuple[object, ...] = ()) -> Tensor:
+def run_with_batch_backoff(
+    what: str, size: int, call: Callable[[slice], Tensor], *, like: tuple[object, ...] = ()
+) -> Tensor:
     """The rows of a batch as one tensor; see `list_in_pieces`."""
     return torch.cat(list_in_pieces(what, size, call, like=like))
 

@@ -106,19 +106,19 @@ def _launcher_processes(arguments: Sequence[str]) -> int:
         return 0
 
 
-def shard(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
+def assign_units(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
     """Indices of the units that `rank` works on: largest first, each to the least loaded rank (ties: lowest rank).
 
     Every rank computes the same division from the same costs; the indices come back in ascending order.
     """
     load = [0.0] * world_size
-    mine = []
+    assigned = []
     for unit in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owner = min(range(world_size), key=lambda r: (load[r], r))
         load[owner] += costs[unit]
         if owner == rank:
-            mine.append(unit)
-    return sorted(mine)
+            assigned.append(unit)
+    return sorted(assigned)
 
 
 def cut(n: int, *, least: int, most: int) -> list[range]:

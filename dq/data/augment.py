@@ -1,4 +1,4 @@
-"""Training augmentations on batches of normalised float images: DSA's operations, FRePo's, and crop with flip.
+"""Training augmentations on batches of normalized float images: DSA's operations, FRePo's, and crop with flip.
 
 The operations are functions of images (B, 3, S, S) and of one parameter per image, (B,). Parameters are drawn on the
 CPU from the generator that is passed in, so that they do not depend on the device.
@@ -45,7 +45,7 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
     """Differentiable Siamese augmentation: one operation per batch; parameters per image, as evaluation uses it.
 
     Args:
-        images: (B, 3, S, S), normalised.
+        images: (B, 3, S, S), normalized.
         generator: CPU generator of the operation and its parameters.
         operation: one of `OPERATIONS`; None draws it.
         shared: one draw of the parameters for all images, which another batch has too with an equal generator, as
@@ -68,9 +68,9 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
         return _random_crop(x, generator, draws)
     if operation == "cutout":
         size = int(side * CUTOUT + 0.5)
-        # the centre lies anywhere in the image, so a part of the square may fall outside
-        centres = torch.randint(0, side + 1 - size % 2, (2, draws), generator=generator).expand(-1, n).to(x.device)
-        return cutout(x, centres[0], centres[1], size)
+        # the center lies anywhere in the image, so a part of the square may fall outside
+        centers = torch.randint(0, side + 1 - size % 2, (2, draws), generator=generator).expand(-1, n).to(x.device)
+        return cutout(x, centers[0], centers[1], size)
     if operation == "flip":
         return _random_flip(x, generator, draws)
     if operation == "scale":
@@ -86,7 +86,7 @@ def frepo(images: Tensor, generator: torch.Generator, *, mirror: bool = True, op
     """FRePo's augmentation: one operation per batch, parameters per image.
 
     Args:
-        images: (B, 3, S, S), normalised or whitened.
+        images: (B, 3, S, S), normalized or whitened.
         mirror: whether mirror images are among the operations; not for digits and clothes.
         operation: one of `FREPO_OPERATIONS`; None draws it.
     """
@@ -107,8 +107,8 @@ def frepo(images: Tensor, generator: torch.Generator, *, mirror: bool = True, op
     if operation == "translate":
         return _random_crop(x, generator)
     if operation == "cutout":
-        centres = torch.randint(0, side, (2, n), generator=generator).to(x.device)
-        return cutout(x, centres[0], centres[1], max(1, int(side * FREPO_CUTOUT + 0.5)))
+        centers = torch.randint(0, side, (2, n), generator=generator).to(x.device)
+        return cutout(x, centers[0], centers[1], max(1, int(side * FREPO_CUTOUT + 0.5)))
     if operation == "rotate":
         return affine(x, _rotations(uniform(ROTATE_DEGREES)))
     if operation == "flip":
@@ -151,7 +151,7 @@ def brightness(x: Tensor, amount: Tensor) -> Tensor:
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Distance from the grey of each pixel times `factor`."""
+    """Distance from the gray of each pixel times `factor`."""
     return torch.lerp(x.mean(1, keepdim=True), x, _each(factor))
 
 
@@ -177,10 +177,10 @@ def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:
 
 
 def cutout(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """Set a square of `size` px around (row, column) to zero, which is the mean colour of normalised images."""
+    """Set a square of `size` px around (row, column) to zero, which is the mean color of normalized images."""
 
-    def inside(side: int, centre: Tensor) -> Tensor:
-        start = (centre - size // 2)[:, None]
+    def inside(side: int, center: Tensor) -> Tensor:
+        start = (center - size // 2)[:, None]
         at = torch.arange(side, device=x.device)
         return (at >= start) & (at < start + size)  # (B, S)
 
@@ -189,7 +189,7 @@ def cutout(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
 
 
 def affine(x: Tensor, matrix: Tensor) -> Tensor:
-    """Resample: the pixel at p (centre 0, border 1) is read at `matrix` (B, 2, 2) @ p; outside is zero."""
+    """Resample: the pixel at p (center 0, border 1) is read at `matrix` (B, 2, 2) @ p; outside is zero."""
     theta = F.pad(matrix.to(x.dtype), (0, 1))  # (B, 2, 3), no translation
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)

@@ -59,12 +59,12 @@ def herding_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
         (rows,) int64 in class order, within a class in the order of picking.
     """
     chosen = []
-    for _, rows, x in centred_classes(features, labels, ipc):
+    for _, rows, x in centered_classes(features, labels, ipc):
         square = x.square().sum(1)
         total = torch.zeros_like(x[0])
         free = torch.zeros_like(square)  # infinite where a point is taken
         for _ in range(min(ipc, len(rows))):
-            # x is centred, so |mu - (total + f) / t| is |total + f| / t; |total|^2 is the same for all
+            # x is centered, so |mu - (total + f) / t| is |total + f| / t; |total|^2 is the same for all
             pick = int((square + 2 * (x @ total) + free).argmin())
             free[pick] = torch.inf
             total = total + x[pick]
@@ -73,19 +73,19 @@ def herding_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
 
 
 def k_center_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
-    """Rows of the greedy solution of the k-centre problem in every class (Gonzalez 1985; for coresets Sener & Savarese
+    """Rows of the greedy solution of the k-center problem in every class (Gonzalez 1985; for coresets Sener & Savarese
     2018): its covering radius is at most twice the smallest possible one.
 
-    The first centre is the point nearest to the class mean, every further one the point farthest from the centres so
+    The first center is the point nearest to the class mean, every further one the point farthest from the centers so
     far; ties go to the lowest row. Arguments and result as for `herding_rows`.
     """
     chosen = []
-    for _, rows, x in centred_classes(features, labels, ipc):
+    for _, rows, x in centered_classes(features, labels, ipc):
         pick = int(x.square().sum(1).argmin())
         distance = torch.full_like(x[:, 0], torch.inf)
         for _ in range(min(ipc, len(rows))):
             chosen.append(rows[pick])
-            # a centre is below every distance, so that copies of it are picked before it is picked again
+            # a center is below every distance, so that copies of it are picked before it is picked again
             distance = torch.minimum(distance, (x - x[pick]).square().sum(1))
             distance[pick] = -1
             pick = int(distance.argmax())
@@ -348,7 +348,7 @@ def _scored_classes(scores: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tu
         yield rows, values[:, 0].numpy()
 
 
-def centred_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+def centered_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Of every class: its index, its rows, and its features (n, d) as float64 with mean zero."""
     for label, rows, x in _classes(features, labels, ipc):
         yield label, rows, x - x.mean(0)

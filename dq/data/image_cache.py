@@ -38,7 +38,7 @@ class ImageCache:
 
     @functools.cached_property
     def parts(self) -> list[range]:
-        """Which images, in the order of `walk`, are in which file."""
+        """Which images, in the order of `cache_order`, are in which file."""
         return cut(self.images, least=LEAST, most=MOST)
 
     def path(self, part: int) -> Path:
@@ -64,7 +64,7 @@ class ImageCache:
             with open_tensors(self.path(part)) as f:
                 values.append(f.get_slice(self.name)[start:stop])
                 rows.append(f.get_slice("rows")[start:stop])
-        # either walk takes the rows of a class in their order
+        # either order takes the rows of a class in their order
         return torch.cat(values), torch.cat(rows)
 
     def bad_images(self, parts: Iterable[int] | None = None) -> list[str]:
@@ -100,7 +100,7 @@ class ImageCache:
         return index[index[:, 0].argsort(kind="stable")]
 
 
-def walk(source: ImageSource) -> np.ndarray:
+def cache_order(source: ImageSource) -> np.ndarray:
     """Rows of the train split in the order in which a cache takes them: class by class, or as they come where other
     rows than the next are dear."""
     if source.sequential:
@@ -127,7 +127,7 @@ def fill(
     *,
     side: int,
     batch_size: int,
-    mine: Callable[[list[float]], list[int]] | None = None,
+    local_units: Callable[[list[float]], list[int]] | None = None,
     threads: int | None = None,
     main: bool = True,
 ) -> float:
@@ -135,7 +135,7 @@ def fill(
 
     Args:
         compute: values (n, ...) of images (n, 3, side, side) uint8 that are the given rows.
-        mine: picks from the costs of all files those that this process works on; None: all.
+        local_units: picks from the costs of all files those that this process works on; None: all.
         threads: that read and decode; None: one for each core of this process.
 
     Raises:
@@ -144,9 +144,9 @@ def fill(
     """
     began = time.perf_counter()
     costs = [float(len(p)) for p in cache.parts]
-    own = mine(costs) if mine else range(len(costs))
+    own = local_units(costs) if local_units else range(len(costs))
     todo = [i for i in own if not is_done(cache.path(i))]
-    order = walk(source)
+    order = cache_order(source)
     batches = [
         (part, order[start : min(start + batch_size, cache.parts[part].stop)], start + batch_size)
         for part in todo

@@ -129,7 +129,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F":
             array = array * 255.0 if array.max(initial=0.0) <= 1.0 else array
         else:
-            # 16-bit grey: PNG and TIFF keep the full range 0..65535, whatever integer mode Pillow opens them in;
+            # 16-bit gray: PNG and TIFF keep the full range 0..65535, whatever integer mode Pillow opens them in;
             # only 32-bit files may hold 8-bit values
             array = array / (1.0 if image.mode == "I" and array.max(initial=0) <= 255 else 257.0)
         return Image.fromarray(np.clip(np.rint(array), 0, 255).astype(np.uint8)).convert("RGB")

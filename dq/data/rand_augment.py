@@ -33,7 +33,7 @@ OPERATIONS = (
     "equalize",
 )
 BINS = 31  # magnitudes are 0, ..., 30
-LUMA = (19595, 38470, 7471)  # of red, green and blue in 1/65536, PIL's conversion to grey
+LUMA = (19595, 38470, 7471)  # of red, green and blue in 1/65536, PIL's conversion to gray
 
 
 def draw_operations(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
@@ -126,11 +126,11 @@ def _flat(x: Tensor, operation: str) -> Tensor:
     if operation == "sharpness":
         return _smooth(x)
     weights = constant(LUMA, x.device, torch.int64).view(1, 3, 1, 1)
-    grey = ((x.long() * weights).sum(1, keepdim=True) + 0x8000) >> 16
+    gray = ((x.long() * weights).sum(1, keepdim=True) + 0x8000) >> 16
     if operation == "contrast":
-        pixels = grey[0].numel()
-        grey = ((2 * grey.sum((2, 3), keepdim=True) + pixels) // (2 * pixels)).expand_as(grey)
-    return grey.float()
+        pixels = gray[0].numel()
+        gray = ((2 * gray.sum((2, 3), keepdim=True) + pixels) // (2 * pixels)).expand_as(gray)
+    return gray.float()
 
 
 def _smooth(x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class ImageSource:
     origin: str
     train_name: str = "train"
     test_name: str | None = None
-    sequential: bool = False  # rows are cheap to read in runs of neighbours and dear one at a time
+    sequential: bool = False  # rows are cheap to read in runs of neighbors and dear one at a time
     preprocess: Preprocess = "crop"  # how an image becomes a square
     on_bad_image: Literal["raise", "skip"] = "raise"  # what happens to images that cannot be read
 

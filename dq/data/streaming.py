@@ -1,7 +1,7 @@
 """Sources whose rows are read where they lie: Parquet files and WebDataset tars, local or on the Hub.
 
 Nothing is copied, extracted or downloaded whole, so that a source may be larger than the disk. In memory are a label
-per row, the places of the rows, and the few blocks of neighbouring rows that were read last.
+per row, the places of the rows, and the few blocks of neighboring rows that were read last.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dq.data.images import IMAGE_SUFFIXES
 from dq.data.left_out import LeftOut
 from dq.data.source import ImageSource, Split, checked_source, choose_train, match_split, number_labels
 
-TAR_BLOCK = 64  # neighbouring rows of a tar that are read at once
+TAR_BLOCK = 64  # neighboring rows of a tar that are read at once
 LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused
 LARGEST_IMAGE = 256 << 20  # bytes of an encoded image in a tar
 KEPT_BYTES = 512 << 20  # of blocks that stay in memory
@@ -153,7 +153,7 @@ def _identify(h: Any, shard: Shard, config: SourceConfig) -> None:
 
 
 class Blocks:
-    """Rows by number, read in blocks of neighbours. The blocks read last stay; threads that want the same block wait
+    """Rows by number, read in blocks of neighbors. The blocks read last stay; threads that want the same block wait
     for one of them to read it."""
 
     def __init__(self, starts: np.ndarray, load: Callable[[int], Sequence[Any]]) -> None:
@@ -170,11 +170,11 @@ class Blocks:
     def _block(self, block: int) -> Sequence[Any]:
         with self._lock:
             future = self._kept.get(block)
-            mine = future is None
+            is_reader = future is None
             if future is None:
                 future = self._kept[block] = Future()
             self._kept.move_to_end(block)
-        if mine:
+        if is_reader:
             try:
                 future.set_result(self._load(block))
             except BaseException as e:
@@ -325,7 +325,7 @@ def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: 
 
 
 def _tar_blocks(places: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of neighbouring rows that are read at once, with all that lies between them."""
+    """First and last + 1 of neighboring rows that are read at once, with all that lies between them."""
     first = 0
     for last in range(1, len(places) + 1):
         full = last - first == TAR_BLOCK or last == len(places)
@@ -335,7 +335,7 @@ def _tar_blocks(places: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _members(f: Any, shard: Shard, left_out: LeftOut) -> Iterator[tuple[int, int, int | str]]:
-    """Offset, size and label of every image of a tar, in its order. Members of one key are neighbours. Counts labels
+    """Offset, size and label of every image of a tar, in its order. Members of one key are neighbors. Counts labels
     without an image that is read."""
     try:
         tar = tarfile.open(fileobj=f, mode="r:")  # noqa: SIM115  (it holds nothing but f)

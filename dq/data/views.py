@@ -1,4 +1,4 @@
-"""What a network sees of an image in an epoch: RandAugment, patch shuffle, crop, mirror, colour, and the mixing of a
+"""What a network sees of an image in an epoch: RandAugment, patch shuffle, crop, mirror, color, and the mixing of a
 batch.
 
 Draws and arithmetic are apart. `draw_views` makes all numbers of an epoch from a seed; `apply_views` turns images into
@@ -23,7 +23,7 @@ from dq.data.augment import flip as mirrored
 from dq.data.augment import shift
 from dq.data.rand_augment import draw_operations, rand_augment
 
-# Principal components of the colours of ImageNet (Krizhevsky et al. 2012, section 4.1)
+# Principal components of the colors of ImageNet (Krizhevsky et al. 2012, section 4.1)
 LIGHT_VALUES = (0.2175, 0.0188, 0.0045)
 LIGHT_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 GREY = (0.299, 0.587, 0.114)
@@ -41,8 +41,8 @@ class Views:
     partner: Tensor  # (N,) int16, position inside the batch of the image that is mixed in
     kept: Tensor  # (B,) float32, share of the image itself in a mix: for CutMix the area outside the clipped box
     cut: Tensor  # (B, 4) int16, pasted box in px: top, left, height, width
-    colour: Tensor  # (N, 3) float32 jitter of brightness, saturation, contrast; (N, 0) if there is none
-    colour_order: Tensor  # (N, 3) uint8, or (N, 0)
+    color: Tensor  # (N, 3) float32 jitter of brightness, saturation, contrast; (N, 0) if there is none
+    color_order: Tensor  # (N, 3) uint8, or (N, 0)
     light: Tensor  # (N, 3) float32, or (N, 0)
     operations: Tensor  # (N, K) uint8, codes of RandAugment's operations; K = 0 if there are none
 
@@ -56,7 +56,7 @@ class Views:
 
 def batches(n: int, batch_size: int, accumulate: int = 1) -> list[slice]:
     """Positions of the batches of an epoch. A last batch too small to give two images to each of `accumulate` parts
-    is joined to the one before, since batch norm cannot normalise a single image."""
+    is joined to the one before, since batch norm cannot normalize a single image."""
     starts = list(range(0, n, batch_size))
     if len(starts) > 1 and n - starts[-1] < 2 * accumulate:
         starts.pop()
@@ -75,7 +75,7 @@ def draw_views(
     """The draws of epoch `epoch` for `n` images of `side` px: a pure function of its arguments.
 
     Crops are drawn as torchvision's RandomResizedCrop draws them (ten attempts, then the largest central crop of an
-    admissible ratio) and kept in whole pixels. CutMix: lambda ~ Beta(a, a), a box of side sqrt(1 - lambda), its centre
+    admissible ratio) and kept in whole pixels. CutMix: lambda ~ Beta(a, a), a box of side sqrt(1 - lambda), its center
     uniform, clipped to the image (Yun et al. 2019); `kept` is what remains after clipping. Patches: strips of columns
     change places, then strips of rows (RDED), so 2 x 2 patches have four arrangements and not 24.
     """
@@ -102,12 +102,12 @@ def draw_views(
                 kept[i] = share
             else:
                 cut[i], kept[i] = _draw_cut(rng, side, share)
-    colours = 3 if config.jitter else 0
-    colour = rng.uniform(1 - config.jitter, 1 + config.jitter, (n, colours)).astype(np.float32)
-    colour_order = rng.permuted(np.tile(np.arange(colours, dtype=np.uint8), (n, 1)), axis=1)
+    colors = 3 if config.jitter else 0
+    color = rng.uniform(1 - config.jitter, 1 + config.jitter, (n, colors)).astype(np.float32)
+    color_order = rng.permuted(np.tile(np.arange(colors, dtype=np.uint8), (n, 1)), axis=1)
     light = (rng.standard_normal((n, 3 if config.lighting else 0)) * config.lighting).astype(np.float32)
     operations = draw_operations(rng, n, config.rand_augment)
-    arrays = (shuffle, box, flip, partner, kept, cut, colour, colour_order, light, operations)
+    arrays = (shuffle, box, flip, partner, kept, cut, color, color_order, light, operations)
     return Views(order, *(torch.from_numpy(a) for a in arrays))
 
 
@@ -152,7 +152,7 @@ def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at
         images: (N, 3, S, S), uint8 or float in [0, 1], all images of the set in their own order.
 
     Returns:
-        (B, 3, S, S) float32 pixels on the device of `images`; in [0, 1] unless colours are changed.
+        (B, 3, S, S) float32 pixels on the device of `images`; in [0, 1] unless colors are changed.
     """
     device = images.device
     x = images[views.order[at].long().to(device)]
@@ -168,7 +168,7 @@ def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at
     elif config.crop_scale or config.flip:
         x = crop_and_flip(x, views.box[at].to(device), views.flip[at].bool().to(device))
     if config.jitter:
-        x = jitter(x, views.colour[at].to(device), views.colour_order[at].to(device))
+        x = jitter(x, views.color[at].to(device), views.color_order[at].to(device))
     if config.lighting:
         x = x + lighting(views.light[at].to(device))
     if config.mix != "none":
@@ -183,7 +183,7 @@ def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at
 def crop_and_flip(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
     """Cut the boxes (B, 4) out of the images (B, C, H, W), bring them to the images' size, mirror where `flip`.
 
-    Bilinear with half-pixel centres, pixels outside the box repeated from its border: what `interpolate` gives for the
+    Bilinear with half-pixel centers, pixels outside the box repeated from its border: what `interpolate` gives for the
     cut-out crop. A crop is never larger than the image, so nothing is shrunk and antialiasing would change nothing.
     Written as two products with one matrix per image and axis.
     """
@@ -221,11 +221,11 @@ def shuffle_patches(x: Tensor, order: Tensor, grid: int) -> Tensor:
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, saturation and contrast times `factors` (B, 3), each image in its own `order` (B, 3): distance from
-    black, from the grey of each pixel, from the mean grey of the image (Minimax's and IDC's code)."""
-    grey = constant(GREY, x.device, torch.float32).view(1, 3, 1, 1)
+    black, from the gray of each pixel, from the mean gray of the image (Minimax's and IDC's code)."""
+    gray = constant(GREY, x.device, torch.float32).view(1, 3, 1, 1)
     for step in order.long().unbind(1):
         factor = factors.gather(1, step[:, None]).view(-1, 1, 1, 1)
-        luma = (x * grey).sum(1, keepdim=True)
+        luma = (x * gray).sum(1, keepdim=True)
         anchors = torch.stack([torch.zeros_like(luma), luma, luma.mean((2, 3), keepdim=True).expand_as(luma)])
         anchor = anchors[step, torch.arange(len(x), device=x.device)]
         x = anchor + factor * (x - anchor)
@@ -233,7 +233,7 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def lighting(amounts: Tensor) -> Tensor:
-    """(B, 3, 1, 1) shift of the colours along ImageNet's principal ones by `amounts` (B, 3)."""
+    """(B, 3, 1, 1) shift of the colors along ImageNet's principal ones by `amounts` (B, 3)."""
     vectors = constant(LIGHT_VECTORS, amounts.device, torch.float32)
     values = constant(LIGHT_VALUES, amounts.device, torch.float32)
     return ((amounts * values) @ vectors.T)[..., None, None]

@@ -36,7 +36,7 @@ class Zca:
 
 
 def fit_zca(images: Tensor, *, eps: float = 0.1) -> Zca:
-    """Fit on train images (N, 3, S, S), not normalised, with eps = 0.1 as released (MTT, Cazenavette et al. 2022).
+    """Fit on train images (N, 3, S, S), not normalized, with eps = 0.1 as released (MTT, Cazenavette et al. 2022).
 
     Costs N D^2 + D^3 operations; meant for images of 32 px.
     """
@@ -148,7 +148,7 @@ def same_whitening(a: Mapping[str, Any], b: Mapping[str, Any], *, tolerance: flo
     return all(abs(x - y) <= tolerance * abs(y) for left, right in rows for x, y in zip(left, right))
 
 
-def is_grey(images: Tensor) -> bool:
+def is_gray(images: Tensor) -> bool:
     """Whether the three channels of all images (N, 3, S, S) are equal."""
     return bool((images[:, :1] == images[:, 1:]).all())
 
@@ -161,7 +161,7 @@ def fit_whitening(images: Tensor, *, zca: bool | None = None) -> Whitening:
     for (interleaved) images of s px, 12,288 at 64 and at 128 px, and costs their third power.
 
     Args:
-        zca: whether to go on after the channels; None: unless the images are grey, as the released code does not
+        zca: whether to go on after the channels; None: unless the images are gray, as the released code does not
             whiten MNIST and Fashion-MNIST.
 
     Raises:
@@ -177,7 +177,7 @@ def fit_whitening(images: Tensor, *, zca: bool | None = None) -> Whitening:
     # a constant channel (white paper) would divide by zero
     std = (squares / (n * images[0, 0].numel()) - mean.square()).clamp(min=1e-4).sqrt()
     plain = Whitening(mean.float(), std.float())
-    if not (not is_grey(images) if zca is None else zca):
+    if not (not is_gray(images) if zca is None else zca):
         return plain
     blocks = stride_of(images.shape[-1]) ** 2
     width = images[0].numel() // blocks

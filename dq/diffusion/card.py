@@ -26,7 +26,7 @@ def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", licen
     if MARKER in own:
         head, body = split_card(own)
     elif (folder / "transformer" / "config.json").is_file():
-        head, body = split_card(card_text(folder, licence=license or str(kept.get("license", ""))))
+        head, body = split_card(card_text(folder, license=license or str(kept.get("license", ""))))
     else:
         head = ModelCardData(library_name="diffusers", tags=["diffusers", "dataset-distillation"]).to_dict()
         body = template("dq.diffusion", "pipeline_card.md").render(parts=model_parts(folder))
@@ -72,14 +72,14 @@ def protocol_text(records: list[dict[str, Any]]) -> str:
         f"{r['images']} images a row, at most {r['per_class']} of each of {r['classes']} classes, at "
         f"{r['image_size']} px; samples from pure noise by {r['scheduler']} in {r['steps']} steps{weaker}, "
         f"seed {r['seed']}. "
-        f"Fréchet (squared) and kernel distance, density and coverage (k = {r['neighbours']}) are against real test "
+        f"Fréchet (squared) and kernel distance, density and coverage (k = {r['neighbors']}) are against real test "
         f"images, in {r['features']} features of the teacher {r['teacher']}: not comparable with numbers in Inception "
         "features, and the Fréchet distance falls with the number of images, so read it beside that of real train "
         "images. Accuracy is what the teachers say, which may have been trained on the train images; `codec` is test "
         "images encoded and decoded, and its distances are between pairs. "
         f"Near train: share of images nearer to one of all {r['train_images']} train images than 1 % of the test "
         "images are, so about 1 % is what new images have; distance ratio: median distance to the nearest train image "
-        "over that of test images. Pixel RMSE is in grey levels, to the most similar of the nearest train images; 0 "
+        "over that of test images. Pixel RMSE is in gray levels, to the most similar of the nearest train images; 0 "
         f"is a copy. dq {r['dq']}, torch {r['torch']}, diffusers {r['diffusers']}."
     )
 
@@ -94,7 +94,7 @@ def check_card(folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / "transformer" / "config.json").is_file():
         raise InputError(
-            f"{folder} is not the local folder of a DiT, so it gets no card; leave prior_report.data, .licence and "
+            f"{folder} is not the local folder of a DiT, so it gets no card; leave prior_report.data, .license and "
             ".command empty, or set generate.model to a folder"
         )
     card = folder / "README.md"
@@ -106,7 +106,7 @@ def write_card(
     folder: str | Path,
     *,
     data_name: str = "",
-    licence: str = "",
+    license: str = "",
     command: str = "",
     records: list[dict[str, Any]] | None = None,
 ) -> Path:
@@ -114,7 +114,7 @@ def write_card(
 
     Args:
         data_name: what it was trained on; goes to the YAML head if it could be a Hub id.
-        licence: an identifier such as "cc-by-4.0", or any text.
+        license: an identifier such as "cc-by-4.0", or any text.
         command: that made it.
         records: of `measure_prior`; None: those of `quality.json`, if it is there.
 
@@ -123,7 +123,7 @@ def write_card(
     """
     check_card(folder)
     path = Path(folder) / "README.md"
-    write_text(path, card_text(folder, data_name=data_name, licence=licence, command=command, records=records))
+    write_text(path, card_text(folder, data_name=data_name, license=license, command=command, records=records))
     return path
 
 
@@ -131,7 +131,7 @@ def card_text(
     folder: str | Path,
     *,
     data_name: str = "",
-    licence: str = "",
+    license: str = "",
     command: str = "",
     records: list[dict[str, Any]] | None = None,
 ) -> str:
@@ -144,14 +144,14 @@ def card_text(
     denoiser, codec = model_part(folder / "transformer"), model_part(folder / "vae")
     names = _class_names(folder)
     head = ModelCardData(
-        **(license_head(licence, {}) if licence else {}),
+        **(license_head(license, {}) if license else {}),
         library_name="diffusers",
         tags=["diffusers", "dit", "class-conditional", "dataset-distillation"],
         datasets=[data_name] if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data_name) else None,
     )
     return template("dq.diffusion", "prior_card.md").render(
         marker=MARKER,
-        licence=licence,
+        license=license,
         head=head.to_yaml(),
         data=data_name,
         command=command,

@@ -192,7 +192,7 @@ def normalized(codec: Codec, mean: Tensor, std: Tensor) -> Codec:
     if not (std > 0).all():
         dead = (~(std > 0)).nonzero()[:, 0].tolist()
         raise RunError(
-            f"the latents do not vary in channel(s) {dead}, so that they cannot be normalised; train a codec with "
+            f"the latents do not vary in channel(s) {dead}, so that they cannot be normalized; train a codec with "
             "fewer latent_channels or a smaller kl_weight, or set prior.denoiser.normalize=none"
         )
     new = copy.deepcopy(codec).float().cpu()

@@ -253,7 +253,7 @@ class LatentGenerator(DiffusionPipeline):
         return class_indices(class_names, self.config.id2label or {}, total, class_map)
 
     def start(self, config: GenerateConfig) -> Start | None:
-        """Where the walk back begins under `config`; None for `decode`.
+        """Where the denoising begins under `config`; None for `decode`.
 
         Its SNR and strength do not depend on `noise`, `rescale` and the guidance.
 
@@ -263,7 +263,7 @@ class LatentGenerator(DiffusionPipeline):
         return None if config.mode == "decode" else self._walk(config)[1]
 
     def _walk(self, config: GenerateConfig) -> tuple[Any, Start]:
-        """A scheduler with its time grid, and where on it the walk begins."""
+        """A scheduler with its time grid, and where on it the trajectory begins."""
         chosen = choose_scheduler(self.scheduler, config.scheduler)
         if config.noise == "inversion" and is_random(chosen):
             raise InputError(
@@ -368,9 +368,9 @@ class LatentGenerator(DiffusionPipeline):
     ) -> Tensor:
         """Draw images from latent points: noise to the start, denoise under the class, decode.
 
-        The model runs in its own precision, the walk between its calls in float32. `config` also says how the point is
-        noised (`noise`), where on the walk there is guidance (`guidance_snr`), see `dq.diffusion.sampling`, and how
-        prototypes guide the predicted images, see `dq.diffusion.guidance`.
+        The model runs in its own precision, the trajectory between its calls in float32. `config` also says how the
+        point is noised (`noise`), where on the trajectory there is guidance (`guidance_interval`), see
+        `dq.diffusion.sampling`, and how prototypes guide the predicted images, see `dq.diffusion.guidance`.
 
         Args:
             latents: (B, C, h, w) float32 in the denoiser's space.
@@ -398,7 +398,9 @@ class LatentGenerator(DiffusionPipeline):
                 predict, cond, null = self._unet([class_names[c] for c in labels], config)
             predict = in_chunks(predict, config.batch_size) if config.together else predict
             plain = guided(predict, cond, null, 1.0)
-            steps = limited(guided(predict, cond, null, config.guidance_scale), plain, scheduler, config.guidance_snr)
+            steps = limited(
+                guided(predict, cond, null, config.guidance_scale), plain, scheduler, config.guidance_interval
+            )
             steps = by_prototypes(steps, scheduler, start, z, config, masses)
             clean, noise = invert(plain, scheduler, z, start) if config.noise == "inversion" else (z, None)
             scales = {"guidance_scale": config.guidance_scale, **config.guidance}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dq.config.schema import GenerateConfig
-from dq.core.memory import in_pieces
+from dq.core.memory import run_with_batch_backoff
 from dq.core.sinkhorn import sinkhorn
 from dq.diffusion.sampling import Level, Predict, Start, clean_and_noise, grid_levels, prediction_type
 from dq.diffusion.weaker_models import ClassPredict
@@ -28,7 +28,7 @@ def by_prototypes(
     config: GenerateConfig,
     masses: Tensor | None = None,
 ) -> list[Predict]:
-    """What `config` asks for of the three kinds of guidance, in this order: `mode_guidance`, `measure_guidance`,
+    """What `config` asks for of the three kinds of guidance, in this order: `prototype_guidance`, `measure_guidance`,
     `repulsion`. Without any, `predicts` as they are.
 
     Args:
@@ -36,7 +36,9 @@ def by_prototypes(
         points: (B, C, h, w), the prototype of each image; for guidance of a class these are all of its images.
         masses: (B,) of the images; None: uniform.
     """
-    steps = toward(predicts, scheduler, start, points, share=config.mode_guidance, stop=config.mode_stop)
+    steps = toward(
+        predicts, scheduler, start, points, share=config.prototype_guidance, stop=config.prototype_guidance_stop
+    )
     if config.measure_guidance:
         weights = points.new_ones(len(points)) if masses is None else masses.to(points)
         weights = weights / weights.sum()
@@ -197,7 +199,9 @@ def in_chunks(predict: ClassPredict, size: int) -> ClassPredict:
         def part(first: int) -> Tensor:
             rows = slice(first, first + size)
             xs, conditions = x[rows], condition[rows]
-            return in_pieces("denoise", len(xs), lambda s: predict(xs[s], t, conditions[s]), like=tuple(x.shape[1:]))
+            return run_with_batch_backoff(
+                "denoise", len(xs), lambda s: predict(xs[s], t, conditions[s]), like=tuple(x.shape[1:])
+            )
 
         return torch.cat([part(first) for first in range(0, len(x), size)])
 

@@ -18,7 +18,7 @@ from dq.config.schema import CodecConfig
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_json
-from dq.core.memory import in_pieces
+from dq.core.memory import run_with_batch_backoff
 from dq.core.seeds import digest_of, generator
 from dq.data.image_cache import ImageCache, fill, write_manifest
 from dq.data.source import ImageSource
@@ -108,7 +108,7 @@ def encode_source(
     config: CodecConfig,
     *,
     seed: int,
-    mine: Callable[[list[float]], list[int]] | None = None,
+    local_units: Callable[[list[float]], list[int]] | None = None,
     main: bool = True,
 ) -> float:
     """Encode the images that the cache lacks; see `fill`.
@@ -126,7 +126,7 @@ def encode_source(
             return z.half().cpu()
 
         with torch.inference_mode():
-            z = in_pieces("encode", len(images), encode, like=(cache.key,))
+            z = run_with_batch_backoff("encode", len(images), encode, like=(cache.key,))
         if not torch.isfinite(z).all():
             row = rows[int((~torch.isfinite(z).flatten(1).all(1)).nonzero()[0])]
             raise InputError(
@@ -141,7 +141,7 @@ def encode_source(
         compute,
         side=config.resolution,
         batch_size=config.batch_size,
-        mine=mine,
+        local_units=local_units,
         threads=reader_threads(next(codec.parameters()).device),
         main=main,
     )

@@ -1,8 +1,8 @@
-"""From a latent point to a sample of the diffusion prior: where to start, how to noise, how to walk back.
+"""From a latent point to a sample of the diffusion prior: where to start, how to noise, how to denoise.
 
 The scheduler owns the noise schedule and the steps; nothing here knows a beta. A scheduler carries state, so every
-walk gets a fresh one. What steers a walk (guidance on a part of it, a pull towards the prototype) is one `Predict` per
-entry of the time grid, so that no scheduler has to know of it.
+trajectory gets a fresh one. What steers a trajectory (guidance on a part of it, a pull towards the prototype) is one
+`Predict` per entry of the time grid, so that no scheduler has to know of it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ RANDOM = ("Ancestral", "DDPM", "SDE", "LCM", "TCD")  # in the name of a schedule
 
 @dataclass(frozen=True)
 class Start:
-    """Where on the time grid a walk begins."""
+    """Where on the time grid a trajectory begins."""
 
     index: int  # into scheduler.timesteps
     timestep: float
     snr: float  # signal-to-noise ratio there
-    strength: float  # share of the nominal steps that are walked
+    strength: float  # share of the nominal steps that are steps_taken
     calls: int  # model evaluations that follow
 
 
@@ -67,7 +67,7 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
     what `given` says. Latents are not clipped unless `given` does.
 
     Raises:
-        InputError: if it is none of these, or cannot walk what this model predicts.
+        InputError: if it is none of these, or cannot sample from what this model predicts.
     """
     if name is None:
         return given
@@ -75,35 +75,39 @@ def choose_scheduler(given: Any, name: str | None) -> Any:
 
     if name not in NOISE_SCHEDULERS + FLOW_SCHEDULERS:
         fit = FLOW_SCHEDULERS if is_flow(given) else NOISE_SCHEDULERS
-        raise InputError(f"generate.scheduler={name} is none that this model can be walked with; use {', '.join(fit)}")
+        raise InputError(
+            f"generate.scheduler={name} is none that this model can be steps_taken with; use {', '.join(fit)}"
+        )
     cls = getattr(diffusers, name)
     known = inspect.signature(cls.__init__).parameters
-    mine = type(given).__name__
+    own_name = type(given).__name__
     if is_flow(given):
         if "FlowMatch" in name:
-            if "FlowMatch" in mine:
+            if "FlowMatch" in own_name:
                 return cls.from_config(given.config)
             return cls(num_train_timesteps=given.config.num_train_timesteps, shift=given.config.flow_shift)
         if name not in FLOW_SCHEDULERS:
             raise InputError(
-                f"generate.scheduler={name} walks models that predict noise, but this one predicts a flow ({mine}); "
-                "set FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
+                f"generate.scheduler={name} samples from models that predict noise, but this one predicts a flow "
+                f"({own_name}); set FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or "
+                "UniPCMultistepScheduler"
             )
-        if "FlowMatch" not in mine:
+        if "FlowMatch" not in own_name:
             return cls.from_config(given.config)
         flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": given.config.shift}
         return cls(num_train_timesteps=given.config.num_train_timesteps, **flow)
     if "FlowMatch" in name:
         raise InputError(
-            f"generate.scheduler={name} walks models that predict a flow, but this one predicts noise ({mine}); "
-            "set DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or EulerDiscreteScheduler"
+            f"generate.scheduler={name} samples from models that predict a flow, but this one predicts noise "
+            f"({own_name}); set DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
+            "EulerDiscreteScheduler"
         )
     # by value, because from_config leaves out what is a default of the given class, and Heun's betas default to others
     changed = {k: given.config[k] for k in LEARNT if k in known and k in given.config}
     if "clip_sample" in known and "clip_sample" not in given.config:
         changed["clip_sample"] = False  # the default of DDIM and DDPM is made for pixels
     if name == "PNDMScheduler":
-        changed["skip_prk_steps"] = True  # its Runge-Kutta steps at the start are for walks from pure noise
+        changed["skip_prk_steps"] = True  # its Runge-Kutta steps at the start are for trajectories from pure noise
     if str(given.config.get("variance_type")).startswith("learned") and "variance_type" in known:
         changed["variance_type"] = known["variance_type"].default  # see `fresh_scheduler`
     return cls.from_config(given.config, **changed)
@@ -226,12 +230,12 @@ def choose_start(
     if strength is not None:
         if not 0 < strength <= 1:
             raise InputError(f"generate.strength={strength} must lie in (0, 1]")
-        walked = min(int(num_inference_steps * strength), num_inference_steps)
-        if walked == 0:
+        steps_taken = min(int(num_inference_steps * strength), num_inference_steps)
+        if steps_taken == 0:
             raise InputError(
                 f"generate.strength={strength} of {num_inference_steps} steps is no step at all; raise either"
             )
-        index = (num_inference_steps - walked) * order
+        index = (num_inference_steps - steps_taken) * order
     else:
         assert snr is not None
         if not snr > 0:
@@ -283,13 +287,13 @@ def denoise(
     noise: Tensor | None = None,
     guidance: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """Noise `latents` (B, C, h, w) to `start` and walk back; image b draws all its randomness from generators[b].
+    """Noise `latents` (B, C, h, w) to `start` and denoise; image b draws all its randomness from generators[b].
 
     The scheduler's grid may stay on the CPU: its arithmetic is of single numbers, and reading them from a device would
     wait for it at every step.
 
     Args:
-        predict: one for the whole walk, or one for every entry of `scheduler.timesteps`.
+        predict: one for the whole trajectory, or one for every entry of `scheduler.timesteps`.
         noise: (B, C, h, w), in place of a draw from the generators.
         guidance: settings of `generate` that guide `predict`, for messages.
 

@@ -203,12 +203,12 @@ def _statement(r: dict[str, Any]) -> dict[str, str]:
     scaled = {"class": ", scaled to mean 1 in the class", "sqrt_k": ", scaled to sum sqrt(K) in the class"}
     teachers = labels.get("teachers") or ([labels["by"]] if labels.get("by") else [])
     who = [str(t) for t in teachers] if isinstance(teachers, list) else []
-    licences = r.get("licences") or {}
+    licenses = r.get("licenses") or {}
     return {
         "weights": kind + scaled.get(str(method.get("normalize")), ""),
         "teachers": ", ".join(who),
         "generator": str(generate.get("model") or (r.get("codec") or {}).get("path") or ""),
-        **{f"{k}_license": str(licences.get(k) or UNKNOWN).replace(UNKNOWN, "") for k in ("source", "generator")},
+        **{f"{k}_license": str(licenses.get(k) or UNKNOWN).replace(UNKNOWN, "") for k in ("source", "generator")},
     }
 
 

@@ -108,7 +108,7 @@ def export_ddranking(
         dataset: the package's name of a data set; the classes of the set must be in its order.
         recipe: settings by the package's names. Needed: num_epochs, optimizer, lr_scheduler, weight_decay, momentum,
             syn_batch_size, data_aug_func; for soft labels soft_label_criterion, loss_fn_kwargs, teacher_dir and
-            teacher_model_names. `custom_train_trans` defaults to resizing and normalising.
+            teacher_model_names. `custom_train_trans` defaults to resizing and normalizing.
 
     Returns:
         The path of `ddranking.yaml`.

@@ -72,7 +72,7 @@ def load_set(
             perhaps `weight` and `soft_label` (or `weights` and `soft_labels`); a folder `class/*.png`; or a
             `.safetensors` or `.npz` file with `images` (N, 3, S, S) uint8 or float in [0, 1] and `labels` (N,), and
             perhaps `weights` (N,) and `soft_labels` (N, C). With `mean` and `std` (3,) beside them the images are
-            taken as normalised by these, and may leave [0, 1] once they are pixels again, as images of matching
+            taken as normalized by these, and may leave [0, 1] once they are pixels again, as images of matching
             methods do. Files of torch.save are not opened, since they can run code; save them as safetensors.
         class_names: of the data set that it is a distillate of; None: those of the set itself. Class folders are
             either these names, or numbers that sort to these classes (00000, 00001, ...).
@@ -253,7 +253,7 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
     images = tensors["images"] if tensors["images"].dtype == torch.uint8 else tensors["images"].float()
     normalized = {"mean", "std"} <= set(tensors)
     if normalized != bool({"mean", "std"} & set(tensors)):
-        raise InputError(f"{path} has one of mean and std; images that are normalised need both")
+        raise InputError(f"{path} has one of mean and std; images that are normalized need both")
     if normalized:
         shapes = [tuple(tensors[k].shape) for k in ("mean", "std")]
         if images.ndim != 4 or shapes != [(images.shape[1],)] * 2:

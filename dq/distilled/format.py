@@ -24,9 +24,9 @@ SHARDS = "train-*-of-*.parquet"
 DIGEST_BYTES = 16
 GRID_CLASSES, GRID_COLUMNS = 20, 10
 # of a record
-SECTIONS = ("source", "method", "prune", "cluster", "generate", "codec", "labels", "licences", "selection")
+SECTIONS = ("source", "method", "prune", "cluster", "generate", "codec", "labels", "licenses", "selection")
 # those that a card reads entries of, and the entry that text in their place stands for
-NAMED = {"source": "origin", "method": "name", "generate": "mode", "codec": "path", "labels": "by", "licences": None}
+NAMED = {"source": "origin", "method": "name", "generate": "mode", "codec": "path", "labels": "by", "licenses": None}
 
 
 def checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:

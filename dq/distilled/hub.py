@@ -82,10 +82,10 @@ def push_folder(
                 if f"{name}/evaluation.json" in repo.files:
                     evaluations[name] = repo.json(f"{name}/evaluation.json")
         for name in names:
-            before = (records.get(name) or {}).get("licences") or {}
+            before = (records.get(name) or {}).get("licenses") or {}
             record = public(read_json(folder / name / PROVENANCE))
-            licences = {"source": options.source_license, "generator": options.generator_license}
-            record["licences"] = {k: v or before.get(k) or UNKNOWN for k, v in licences.items()}
+            licenses = {"source": options.source_license, "generator": options.generator_license}
+            record["licenses"] = {k: v or before.get(k) or UNKNOWN for k, v in licenses.items()}
             records[name] = record
             files |= {f"{name}/{path.name}": path for path, _ in shard_files(folder / name, record)}
             for extra in ("grid.png", "evaluation.json"):

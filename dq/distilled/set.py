@@ -76,7 +76,7 @@ class DistilledSet:
         if self.bounded and self.images.dtype == torch.float32 and not _in_range(self.images):
             raise InputError(
                 "float images of a distilled set must lie in [0, 1]; scale them, or give the mean and std that they "
-                "were normalised with"
+                "were normalized with"
             )
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.core.version import __version__
 from dq.data.coresets import (
     boundary_prototype_rows,
-    centred_classes,
+    centered_classes,
     facility_rows,
     herding_rows,
     k_center_rows,
@@ -103,7 +103,7 @@ def _cells(
     features: Tensor, labels: np.ndarray, k: int, *, purpose: str, seed: int
 ) -> Iterator[tuple[np.ndarray, Clustering, Tensor]]:
     """Of every class: its rows (n,), at most k cells, and squared distances (n,) float64 to their centroids."""
-    for label, rows, x in centred_classes(features, labels, k):
+    for label, rows, x in centered_classes(features, labels, k):
         cells = kmeans(x, min(k, len(rows)), seed=derive_seed(seed, purpose, label), name=f"class {label}")
         yield rows, cells, (x - cells.centroids[cells.labels]).square().sum(1)
 

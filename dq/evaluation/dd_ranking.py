@@ -230,7 +230,7 @@ def evaluate_ddr(
 ) -> DDRScores:
     """HLR, IOR, LRS and ARS of sets, per seed, then averaged; `options` are those of `evaluate_records`.
 
-    Every student of `config` is the sets' own recipe: its labels, optimiser and augmentation. From it follow
+    Every student of `config` is the sets' own recipe: its labels, optimizer and augmentation. From it follow
     - own: the recipe on the set and on a random subset of equal size, lr tuned for each;
     - hard: the same on the set with hard labels, lr tuned, without mixes and augmentation as in the package, where the
       crops and mirrors of its image transforms stay; `hard_augmented` keeps all of the recipe;
@@ -299,8 +299,8 @@ def evaluate_ddr(
 
 def _accuracies(records: list[dict[str, Any]], name: str, recipe: int) -> tuple[float, ...]:
     """Last-epoch accuracies by seed."""
-    mine = sorted((r for r in records if r["set"] == name and r["recipe"] == recipe), key=lambda r: r["seed"])
-    return tuple(r["last"] for r in mine)
+    matching = sorted((r for r in records if r["set"] == name and r["recipe"] == recipe), key=lambda r: r["seed"])
+    return tuple(r["last"] for r in matching)
 
 
 def _last(records: list[dict[str, Any]]) -> tuple[float, ...]:
@@ -310,8 +310,8 @@ def _last(records: list[dict[str, Any]]) -> tuple[float, ...]:
 def _best_rates(records: list[dict[str, Any]], name: str, recipe: int) -> list[dict[str, Any]]:
     """By seed, the training under the lr whose last look at the validation images was best."""
     rates = len(LEARNING_RATES)
-    mine = [r for r in records if r["set"] == name and r["recipe"] // rates == recipe]
+    matching = [r for r in records if r["set"] == name and r["recipe"] // rates == recipe]
     chosen = []
-    for seed in sorted({r["seed"] for r in mine}):
-        chosen.append(max((r for r in mine if r["seed"] == seed), key=lambda r: r["looks"][-1][1]))
+    for seed in sorted({r["seed"] for r in matching}):
+        chosen.append(max((r for r in matching if r["seed"] == seed), key=lambda r: r["looks"][-1][1]))
     return chosen

@@ -16,7 +16,7 @@ from dq.config.pruning import DifficultyConfig
 from dq.config.students import Baseline, EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.files import Damaged
-from dq.core.processes import shard
+from dq.core.processes import assign_units
 from dq.core.seeds import digest_of
 from dq.distilled.external import bare_set
 from dq.distilled.set import DistilledSet
@@ -35,7 +35,7 @@ log = logging.getLogger("dq")
 class Entry:
     """One line of a table: a set as it is for a seed. Loaded when its turn comes, since sets may be large."""
 
-    name: str  # method, baseline or foreign set
+    name: str  # method, baseline or external set
     ipc: str  # "10", or "full"
     images: int
     identity: str  # of what `load` gives
@@ -57,8 +57,8 @@ class Work:
     def main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
-    def mine(self, costs: Sequence[float]) -> list[int]:
-        return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
+    def local_units(self, costs: Sequence[float]) -> list[int]:
+        return assign_units(costs, self.accelerator.process_index, self.accelerator.num_processes)
 
 
 def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
@@ -140,7 +140,7 @@ def prepare_selections(names: Iterable[str], bench: RealData, work: Work) -> Non
     if work.main and chosen & set(BY_PREDICTION):
         bench.predictions()
     if chosen & set(BY_DIFFICULTY):
-        options: Any = {"device": bench.device, "mine": work.mine, "main": work.main}
+        options: Any = {"device": bench.device, "local_units": work.local_units, "main": work.main}
         make_difficulty(bench.cache_dir, bench.source, bench.image_size, bench.difficulty, **options)
     work.accelerator.wait_for_everyone()
 

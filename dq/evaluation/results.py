@@ -27,7 +27,7 @@ log = logging.getLogger("dq")
 class Row:
     """One line of a results table: a set, a student, all its seeds. Accuracies are fractions."""
 
-    set: str  # method, baseline or foreign set
+    set: str  # method, baseline or external set
     ipc: str  # "10", or "full"
     images: int
     student: str

@@ -36,7 +36,7 @@ class StudentResult:
     last: float  # after the last epoch: the number to report
     best: float  # of the epoch that was best where `selected_on` says
     best_epoch: int  # the first that was best, counted from 1
-    selected_on: str  # validation; test: chosen on the test images, so optimistic (most papers); none: the last epoch
+    selected_on: str  # validation; test: chosen on the test images, so optimiztic (most papers); none: the last epoch
     looks: tuple[tuple[int, float], ...]  # (epochs trained, accuracy there), ascending, the last epoch included
     train_seconds: float  # without the looks
     krr: float | None = None  # of a ridge regression on the last features and the label vectors, with loss=mse
@@ -59,7 +59,7 @@ def train_student(
     on_epoch: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None,
 ) -> StudentResult:
-    """Train a freshly initialised student on weighted images and test it.
+    """Train a freshly initialized student on weighted images and test it.
 
     The test images are used once, at the end: for the last parameters, and for those of the epoch that was best on
     the validation images if the student looks at them (`config.tests` > 1). With `config.select: test` the looks
@@ -224,7 +224,7 @@ def _check_pair(what: str, images: Tensor, labels: Tensor, num_classes: int, *, 
     if bounded and images.dtype != torch.uint8 and not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
             f"{what} images are floats from {float(images.min()):.3g} to {float(images.max()):.3g} but must lie in "
-            "[0, 1]; give them as they were before normalisation"
+            "[0, 1]; give them as they were before normalization"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(
@@ -300,7 +300,7 @@ def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real: Re
     recipe = learned[-1].get("recipe")
     sees = student.zca if student.whiten else "standardize"
     if sees == "frepo" and recipe == "standardize":
-        sees = recipe  # FRePo's whitening of grey images is no more than that
+        sees = recipe  # FRePo's whitening of gray images is no more than that
     if sees != recipe:
         log.warning(
             "note: the images of %s were learned behind the preprocessing %s, and student %s sees them behind %s",

@@ -166,12 +166,12 @@ def write_labels(
         return
     _check_space(work, total, len(wanted))
     costs = [float(t.entry.images * len(r)) for _, t, r in units]
-    mine = [units[i] for i in work.mine(costs)]
-    views = round(sum(t.entry.images * len(r) for _, t, r in mine))
+    assigned = [units[i] for i in work.local_units(costs)]
+    views = round(sum(t.entry.images * len(r) for _, t, r in assigned))
     open_folder: Path | None = None
     images, plan = torch.empty(0), _blind_plan(units[0][1], bench)
     with progress([], desc="label", total=views, unit="view", main=work.main) as bar:
-        for folder, t, epochs in mine:
+        for folder, t, epochs in assigned:
             if folder != open_folder:
                 data = training_data(t.entry.load(), bench.image_size)
                 images, open_folder = data.images.to(bench.device), folder
@@ -304,14 +304,14 @@ def train_all(
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not is_done(t.file)}
     selections = [e for e in needed.values() if e.ipc != "full"]
     prepare_selections([e.name for e in selections], bench, work)
-    for i in work.mine([float(e.images) for e in selections]):
+    for i in work.local_units([float(e.images) for e in selections]):
         selections[i].load()  # selected sets are saved by one process and read by the others
     work.accelerator.wait_for_everyone()
     is_trained = [is_done(t.file) for t in trainings]
     finished = [t for t, d in zip(trainings, is_trained) if d]
     write_labels([t for t, d in zip(trainings, is_trained) if not d], bench, work, finished)
     work.accelerator.wait_for_everyone()
-    todo = [i for i in work.mine([t.cost for t in trainings]) if not is_done(trainings[i].file)]
+    todo = [i for i in work.local_units([t.cost for t in trainings]) if not is_done(trainings[i].file)]
     # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
     todo.sort(key=lambda i: trainings[i].cost)
     total = round(sum(trainings[i].cost for i in todo))

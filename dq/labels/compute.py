@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dq.config.students import RelabelConfig
-from dq.core.memory import in_pieces
+from dq.core.memory import run_with_batch_backoff
 from dq.core.seeds import derive_seed, seeded
 from dq.data.views import Views, apply_views, batches, parts
 from dq.labels.packing import pack, unpack
@@ -24,7 +24,7 @@ def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, ep
     """Views of one epoch and the teachers' mean logits (N, C) float32 of them, by position.
 
     With `relabel.statistics: batch` the teachers' batch norm uses the statistics of each part of a batch (BSSL, the
-    FADRM code): teacher and student, which takes the same parts, then normalise over the same images.
+    FADRM code): teacher and student, which takes the same parts, then normalize over the same images.
 
     Args:
         images: (N, 3, S, S), uint8 or float in [0, 1], on the teachers' device.
@@ -54,7 +54,7 @@ def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, ep
 
 def _mean_in_pieces(teachers: Sequence[Teacher], x: Tensor, average: str) -> Tensor:
     like = (*(t.digest for t in teachers), *x.shape[1:])
-    return in_pieces("label", len(x), lambda s: mean_logits(teachers, x[s], average).cpu(), like=like)
+    return run_with_batch_backoff("label", len(x), lambda s: mean_logits(teachers, x[s], average).cpu(), like=like)
 
 
 def mean_logits(teachers: Sequence[Teacher], x: Tensor, average: str = "logits") -> Tensor:

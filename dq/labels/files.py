@@ -122,8 +122,8 @@ def _views(path: Path, plan: LabelPlan, row: dict[str, Tensor], epoch: int) -> V
     names = [f.name for f in dataclasses.fields(Views)]
     empty = {
         "shuffle": torch.zeros(n, 0, dtype=torch.uint8),
-        "colour": torch.zeros(n, 0),
-        "colour_order": torch.zeros(n, 0, dtype=torch.uint8),
+        "color": torch.zeros(n, 0),
+        "color_order": torch.zeros(n, 0, dtype=torch.uint8),
         "light": torch.zeros(n, 0),
         "operations": torch.zeros(n, 0, dtype=torch.uint8),
     }

@@ -285,7 +285,7 @@ def make_difficulty(
     settings: DifficultyConfig,
     *,
     device: torch.device,
-    mine: Callable[[list[float]], list[int]] | None = None,
+    local_units: Callable[[list[float]], list[int]] | None = None,
     main: bool = True,
 ) -> DifficultyCache:
     """Make the runs that the cache lacks. A finished run is kept, so that a killed call goes on with the next one.
@@ -294,7 +294,7 @@ def make_difficulty(
     seen would not compare. All train images are held in memory.
 
     Args:
-        mine: picks from the costs of all runs those that this process makes; None: all.
+        local_units: picks from the costs of all runs those that this process makes; None: all.
 
     Raises:
         InputError: if the network does not fit the images, or `settings.path` lacks runs.
@@ -310,7 +310,7 @@ def make_difficulty(
         )
     identity = difficulty_identity(source, image_size, settings)
     write_manifest(cache.folder, {**identity, "origin": source.origin, "classes": list(source.class_names)})
-    own = mine([1.0] * settings.runs) if mine else range(settings.runs)
+    own = local_units([1.0] * settings.runs) if local_units else range(settings.runs)
     todo = [run for run in own if run in missing]
     if not todo:
         return cache

@@ -83,7 +83,7 @@ def extract_features(
     cache: FeatureCache,
     image_size: int,
     *,
-    mine: Callable[[list[float]], list[int]] | None = None,
+    local_units: Callable[[list[float]], list[int]] | None = None,
     main: bool = True,
 ) -> None:
     """Write the features that the cache lacks; see `dq.data.image_cache.fill`.
@@ -104,4 +104,4 @@ def extract_features(
 
     threads = reader_threads(next(teacher.net.parameters()).device)
     size = teacher.batch_size
-    fill(cache, source, compute, side=image_size, batch_size=size, mine=mine, threads=threads, main=main)
+    fill(cache, source, compute, side=image_size, batch_size=size, local_units=local_units, threads=threads, main=main)

@@ -1,4 +1,4 @@
-"""Patches: the crops of real images that a teacher recognises best, as RDED cuts them."""
+"""Patches: the crops of real images that a teacher recognizes best, as RDED cuts them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def patch_images(
     factor: int = 1,
     rank: Rank = "easy",
 ) -> Patches:
-    """The crops of real images that a teacher recognises best, `factor`^2 in every output (RDED, Sun et al. 2024).
+    """The crops of real images that a teacher recognizes best, `factor`^2 in every output (RDED, Sun et al. 2024).
 
     Per class: draw `pool` images, cut `crops` random squares from each, score them by the teacher's cross-entropy,
     keep the best of each image, rank the images, and fill the outputs. Where this departs from RDED: crops are cut
@@ -125,7 +125,7 @@ def best_crops(
         rows: (n,) what the images' crops are drawn by, beside the seed.
         label: the class.
         factor: crops are resized to S / `factor` and shown to the teacher in the middle of zeros. The zeros are those
-            of its normalised input, so the mean colour, as in RDED.
+            of its normalized input, so the mean color, as in RDED.
 
     Returns:
         Patches (n, 3, S / factor, S / factor) uint8 and cross-entropies (n,) float64.

@@ -127,7 +127,7 @@ def reestimate_bn(net: nn.Module, batches: Sequence[Tensor]) -> None:
     ends in evaluation mode.
 
     Args:
-        batches: normalised images (B, 3, S, S) each, on the network's device; all count alike, whatever their size.
+        batches: normalized images (B, 3, S, S) each, on the network's device; all count alike, whatever their size.
     """
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]

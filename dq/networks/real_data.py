@@ -68,7 +68,7 @@ class RealData:
         return np.setdiff1d(np.arange(len(self.source.train)), self.validation_rows)
 
     def read(self, split: Split, rows: Sequence[int] | np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) uint8 and labels (n,); with `scale`, resized to scale * S and cut to the centre."""
+        """Images (n, 3, S, S) uint8 and labels (n,); with `scale`, resized to scale * S and cut to the center."""
         side = round(self.image_size * scale)
         s = self.source
         images, kept, bad = read_images(split, rows, side, s.preprocess, on_bad=s.on_bad_image)

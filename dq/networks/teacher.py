@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dq.core.constants import constant
 from dq.core.errors import InputError
-from dq.core.memory import in_pieces
+from dq.core.memory import run_with_batch_backoff
 
-TEACHER_FACTS = "teacher.json"  # beside the weights: network and normalisation, as `dq train-teachers` writes it
+TEACHER_FACTS = "teacher.json"  # beside the weights: network and normalization, as `dq train-teachers` writes it
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std by channel, of pixels in [0, 1]
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -28,7 +28,7 @@ class Teacher:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     batch_size: int
-    digest: str  # of network, weights, normalisation, classes and side
+    digest: str  # of network, weights, normalization, classes and side
     name: str  # for tables
     classes: tuple[int, ...] | None = None  # output of the network for each class; None: all, in order
     image_size: int | None = None  # side in px at which the network sees the images; None: as they are
@@ -75,7 +75,7 @@ class Teacher:
         the teacher's device."""
 
         def one(x: Tensor) -> Tensor:
-            return in_pieces("teacher", len(x), lambda s: look(x[s]), like=(self.digest, *x.shape[1:]))
+            return run_with_batch_backoff("teacher", len(x), lambda s: look(x[s]), like=(self.digest, *x.shape[1:]))
 
         return torch.cat([one(x) for x in self._batches(images)])
 

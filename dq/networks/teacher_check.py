@@ -64,7 +64,7 @@ def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> Non
 def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, image_size: int) -> float:
     """Accuracy of the teacher on real train images; stops near chance, where the class order is the usual cause.
 
-    A teacher has usually seen them, so this says nothing of its quality; but it shows that classes and normalisation
+    A teacher has usually seen them, so this says nothing of its quality; but it shows that classes and normalization
     fit, and leaves the test images alone.
 
     Raises:
@@ -87,7 +87,7 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
         return accuracy
     said = (
         f"the teacher {config.path} gets {accuracy:.1%} of {len(rows)} real train images right, near the chance of "
-        f"{chance:.1%}: its class order or input normalisation is probably not that of {source.origin}"
+        f"{chance:.1%}: its class order or input normalization is probably not that of {source.origin}"
     )
     reordered = reordered_accuracy(predicted, labels, num_classes)
     if reordered >= max(0.5, 3 * accuracy):

@@ -284,7 +284,7 @@ def _normalization(config: TeacherConfig) -> Normalization:
     fitting = len(mean) in (1, 3) and len(std) in (1, 3) and all(map(math.isfinite, (*mean, *std)))
     if not fitting or min(std) <= 0:
         raise InputError(
-            f"teachers.N.mean={list(mean)} and teachers.N.std={list(std)} do not normalise RGB images; "
+            f"teachers.N.mean={list(mean)} and teachers.N.std={list(std)} do not normalize RGB images; "
             "give three numbers each, those of std above 0"
         )
     return mean, std
@@ -312,7 +312,7 @@ def _trained_normalization(config: TeacherConfig) -> Normalization | None:
             return tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
         except (LookupError, TypeError, ValueError, OverflowError) as e:
             raise InputError(
-                f"{file} does not say how its teacher normalises images; set teachers.N.mean and teachers.N.std"
+                f"{file} does not say how its teacher normalizes images; set teachers.N.mean and teachers.N.std"
             ) from e
     return None
 
@@ -377,7 +377,7 @@ def _processor_normalization(processor: dict[str, Any]) -> Normalization:
 
 
 def _count_outputs(config: TeacherConfig, net: nn.Module, side: int) -> int:
-    """Outputs of the network for one grey image, which also shows that it can see images of this side."""
+    """Outputs of the network for one gray image, which also shows that it can see images of this side."""
     try:
         with torch.no_grad():
             return net(torch.zeros(1, 3, side, side, device=next(net.parameters()).device)).shape[1]

@@ -2,7 +2,7 @@
 
 torchvision cannot be imported beside every build of torch, and its own networks shrink a 32 px image to nothing.
 Images up to 64 px get the networks of FADRM's released code (f445e38): a stem of stride 1 and no pool behind it, and
-PyTorch's default initialisation.
+PyTorch's default initialization.
 """
 
 from __future__ import annotations

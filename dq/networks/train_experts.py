@@ -26,7 +26,7 @@ from dq.core.files import (
     write_json,
     write_tensors,
 )
-from dq.core.processes import shard
+from dq.core.processes import assign_units
 from dq.core.progress import duration, progress
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.core.text import format_bytes
@@ -158,8 +158,10 @@ def train_experts(config: RunConfig, source: ImageSource, *, accelerator: Accele
         device=accelerator.device,
     )
     whitening = _preprocessing(bench, t, folder, accelerator)
-    mine = shard([float(len(g)) for g in planned.groups], accelerator.process_index, accelerator.num_processes)
-    groups = [planned.groups[i] for i in mine]
+    assigned = assign_units(
+        [float(len(g)) for g in planned.groups], accelerator.process_index, accelerator.num_processes
+    )
+    groups = [planned.groups[i] for i in assigned]
     held_out = bench.validation(1.0)
     if held_out is None:
         raise InputError("experts are measured on validation images; set evaluate.validation_images")

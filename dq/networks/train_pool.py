@@ -20,7 +20,7 @@ from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import check_place, is_done, read_json, write_json, write_tensors
-from dq.core.processes import shard
+from dq.core.processes import assign_units
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, generator
 from dq.data.source import ImageSource
@@ -235,11 +235,11 @@ def _pruned(
     pixels = normalizer(base.mean, base.std)
     names = [f"pruned-{i:04d}" for i in range(p.size)]
     todo = ["base", *names]
-    mine = [todo[i] for i in shard([1.0] * len(todo), accelerator.process_index, accelerator.num_processes)]
-    mine = [n for n in mine if not _is_kept(folder, n)]
-    if mine:
+    assigned = [todo[i] for i in assign_units([1.0] * len(todo), accelerator.process_index, accelerator.num_processes)]
+    assigned = [n for n in assigned if not _is_kept(folder, n)]
+    if assigned:
         images, labels = _train_images(bench)
-    for name in progress(mine, desc="prune", unit="net", main=accelerator.is_main_process):
+    for name in progress(assigned, desc="prune", unit="net", main=accelerator.is_main_process):
         if name == "base":
             net = copy.deepcopy(base.net)
             _keep(net, name, folder, bench, pixels, None, config)

@@ -16,7 +16,7 @@ from dq.config.students import EvaluateConfig, StudentConfig
 from dq.config.teachers import TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import check_place, is_done, read_json, write_json, write_tensors
-from dq.core.processes import shard
+from dq.core.processes import assign_units
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of
 from dq.data.source import ImageSource
@@ -142,8 +142,8 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
     t = config.train_teachers
     planned = check_teacher_training(config, source, accelerator)
     bench = teacher_bench(config, source, planned[0].recipe, accelerator.device)
-    mine = shard([1.0] * len(planned), accelerator.process_index, accelerator.num_processes)
-    todo = [planned[i] for i in mine if not planned[i].done]
+    assigned = assign_units([1.0] * len(planned), accelerator.process_index, accelerator.num_processes)
+    todo = [planned[i] for i in assigned if not planned[i].done]
     if todo:
         images, labels = bench.read(source.train, bench.candidates)
         images, labels = images.to(bench.device), labels.to(bench.device)

@@ -28,7 +28,7 @@ from dq.data.views import Views, apply_views, batches, draw_views, parts
 from dq.networks.optimizers import MuonAdamW, muon_groups
 from dq.networks.zoo import fast_layout, make_net
 
-AT_ONCE = 64 << 20  # pixels of a set whose normalised copy is held in memory
+AT_ONCE = 64 << 20  # pixels of a set whose normalized copy is held in memory
 Pixels = Callable[[Tensor], Tensor]  # images (B, 3, S, S), uint8 or float in [0, 1] -> what a network is given
 
 

@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
     norm: Norm | None  # the usual one; None: the network has none
     smallest: int  # side in px; the last norm needs maps of 2x2, for over one pixel instance norm is constant
     build: Callable[..., nn.Module]  # (classes, side in px, norm), and `init` where there is a choice
-    init: bool = False  # whether images of up to 64 px have a choice of initialisation
+    init: bool = False  # whether images of up to 64 px have a choice of initialization
 
 
 RECIPES: dict[str, Recipe] = {
@@ -110,7 +110,7 @@ def make_net(
         if norm is not None:
             raise InputError(f"network {name!r} comes with its own norm; leave norm={norm!r} out")
         if init is not None:
-            raise InputError(f"network {name!r} comes with its own initialisation; leave init={init!r} out")
+            raise InputError(f"network {name!r} comes with its own initialization; leave init={init!r} out")
         with seeded(seed):
             return library_net(name, num_classes, image_size)
     base, _, suffix = name.partition("-")
@@ -129,7 +129,7 @@ def make_net(
         raise InputError(f"network {base!r} has no norm that could be chosen; call it plain {base!r}")
     if init is not None and not recipe.init:
         having = ", ".join(n for n, r in RECIPES.items() if r.init)
-        raise InputError(f"network {base!r} has one initialisation, {having} have several; leave init={init!r} out")
+        raise InputError(f"network {base!r} has one initialization, {having} have several; leave init={init!r} out")
     if init not in (None, *get_args(Init)):
         raise InputError(f"init must be one of {', '.join(map(repr, get_args(Init)))}, not {init!r}")
     if image_size < recipe.smallest:

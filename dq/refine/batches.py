@@ -1,4 +1,4 @@
-"""Which images are optimised together."""
+"""Which images are optimized together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Rows = list[tuple[int, int]]  # (class, rank in the class) of images
 def compose_batches(
     counts: Sequence[int], batch_size: int, *, compose: str = "index", min_classes: int = 5
 ) -> list[Rows]:
-    """Which images are optimised together: lists of (class, rank in the class).
+    """Which images are optimized together: lists of (class, rank in the class).
 
     "index": the first image of every class, then the second, and so on, cut into nearly equal pieces of at most
     `batch_size`, so that none is a small rest (FADRM's released code cuts at `batch_size` and leaves one). "dealt":

@@ -17,7 +17,7 @@ from dq.config.condensation import Condensation
 from dq.core.errors import InputError, RunError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
-from dq.data.zca import Whitening, fit_whitening, is_grey
+from dq.data.zca import Whitening, fit_whitening, is_gray
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.trajectories import Experts
 from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check, split_off
@@ -128,8 +128,8 @@ def learn_images(
     seen, held = (real, None) if not config.checks else _divided(real, config, experts)
     whitening = (experts.whitening if experts else fit_whitening(real.images, zca=False)).to(device)
     rendering = Rendering.of(config.stage, config.mode, whitening, codec, config.chunk)
-    # what a decoder makes of grey images need not be grey, so that the three channels count apart
-    grey = config.mode == "pixel" and is_grey(real.images)
+    # what a decoder makes of gray images need not be gray, so that the three channels count apart
+    gray = config.mode == "pixel" and is_gray(real.images)
     rows = rows_by_class(labels, seen)
     batches = ClassBatches(seen, rows, whitening, config.real_batch, config.augment == "dsa", seed)
     gradient = gradient_of(batches)
@@ -152,7 +152,7 @@ def learn_images(
         trace[step] = loss.cpu()
         if not bool(torch.isfinite(g).all()):
             raise RunError(f"the gradient of {config.stage} is no finite number after {step} steps; lower its lr")
-        x.step(rendering.pull_back(x.value, one_channel(g) if grey else g), config.lr, config.momentum)
+        x.step(rendering.pull_back(x.value, one_channel(g) if gray else g), config.lr, config.momentum)
         if (step + 1) % max(1, steps // STRIPS) == 0:
             strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
         if held is not None and step + 1 in tested:

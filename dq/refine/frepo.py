@@ -22,7 +22,7 @@ from dq.config.refinement import BUDGETS, FRePo
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
-from dq.data.zca import Whitening, fit_whitening, is_grey, stride_of
+from dq.data.zca import Whitening, fit_whitening, is_gray, stride_of
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.online_pool import OnlinePool
 from dq.networks.teacher import Teacher, pooled_logits
@@ -161,8 +161,8 @@ def refine(
     rendering = Rendering.of("frepo", config.mode, whitening, codec, config.chunk)
     seen, held = split_off(real, config.held_out) if config.checks or config.fit_temperature else (real, None)
     batches = RealBatches.of(seen, whitening, classes, config.real_batch, seed)
-    grey = is_grey(real.images)
-    flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not grey
+    gray = is_gray(real.images)
+    flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not gray
     w = None
     if config.weighted and weights is not None:
         w = (weights / weights.mean()).to(device)
@@ -225,7 +225,7 @@ def refine(
         trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
         trace[step, 3].fill_(g.ridge)  # no copy from the host
         if g.images is not None:
-            x.step(one_channel(g.images) if grey and config.mode == "pixel" else g.images, lr)
+            x.step(one_channel(g.images) if gray and config.mode == "pixel" else g.images, lr)
         if config.learn_labels:
             y.step(g.labels, lr)
         pool.advance(i, rendering.images(x.value), y.value, step, w)  # on the updated set, as released

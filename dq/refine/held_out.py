@@ -13,7 +13,7 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed
 from dq.data.regression_labels import fit_temperature
 from dq.data.splits import validation_rows
-from dq.data.zca import Whitening, is_grey
+from dq.data.zca import Whitening, is_gray
 from dq.networks.online_pool import OnlinePool
 from dq.networks.training import accuracy, fit
 from dq.refine.method import RealImages
@@ -68,7 +68,7 @@ def held_out_accuracy(
         net: their architecture.
         nets: how many.
     """
-    spec = {"protocol": "frepo", "net": net, "augment": "frepo_noflip" if is_grey(held.images) else "frepo"}
+    spec = {"protocol": "frepo", "net": net, "augment": "frepo_noflip" if is_gray(held.images) else "frepo"}
     ipc = max(1, round(len(x) / classes))
     config = student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
     return mean_accuracy(x, y, held, whitening, config, nets=nets, seed=seed)

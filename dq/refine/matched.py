@@ -61,7 +61,7 @@ def match_teachers(
     for i, teacher in enumerate(teachers):
         with evaluating([teacher]):
             classes = min(_check_side(teacher, size) for size in sorted({side, *sizes}))
-            layers = trace_layers(teacher.net, functools.partial(_grey, teacher, side))
+            layers = trace_layers(teacher.net, functools.partial(_gray, teacher, side))
         weights, kept = layer_weights(layers, config.depth, first_weight=config.first_bn_weight)
         means = class_means[i] if class_means else None
         critics.append(MatchedTeacher(teacher, tuple(layers), weights, kept, config.r_bn, classes, means))
@@ -101,7 +101,7 @@ def alone(config: M, **changes: Any) -> M:
 
 
 @torch.no_grad()
-def _grey(teacher: Teacher, size: int) -> Tensor:
+def _gray(teacher: Teacher, size: int) -> Tensor:
     device = next(teacher.net.parameters()).device
     return teacher(torch.full((2, 3, size, size), 0.5, device=device))
 
@@ -109,7 +109,7 @@ def _grey(teacher: Teacher, size: int) -> Tensor:
 def _check_side(teacher: Teacher, size: int) -> int:
     """Outputs of a teacher for an image of this side."""
     try:
-        return _grey(teacher, size).shape[1]
+        return _gray(teacher, size).shape[1]
     except (AssertionError, RuntimeError, ValueError) as e:
         said = " ".join(str(e).split())[:120]
         raise InputError(

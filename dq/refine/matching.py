@@ -55,13 +55,13 @@ class _Moments(torch.autograd.Function):
     """Mean and biased variance of x (B, C, H, W) per channel, in float32 whatever the type of x.
 
     The gradient of both is an affine function of x, so one pass gives it: d/dx = p (g_m + 2 g_v (x - m)) / HW with
-    image weights p. Deviations are taken from `centre` (a value near the mean), so that nothing cancels.
+    image weights p. Deviations are taken from `center` (a value near the mean), so that nothing cancels.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, centre: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor]:
-        first, second = _centred_moments(x, centre, p)
-        mean = centre + first
+    def forward(ctx: Any, x: Tensor, center: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor]:
+        first, second = _centered_moments(x, center, p)
+        mean = center + first
         ctx.save_for_backward(x, mean, *([] if p is None else [p]))
         return mean, second - first.square()
 
@@ -77,11 +77,11 @@ class _NormAndMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, p: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        norm, centre = layer.norm, layer.mean
-        first, second = _centred_moments(x, centre, p)
-        mean = centre + first
+        norm, center = layer.norm, layer.mean
+        first, second = _centered_moments(x, center, p)
+        mean = center + first
         ctx.save_for_backward(x, mean, scale, *([] if p is None else [p]))
-        y = F.batch_norm(x, centre, layer.var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        y = F.batch_norm(x, center, layer.var, norm.weight, norm.bias, False, 0.0, norm.eps)
         return y, mean, second - first.square()
 
     @staticmethod
@@ -91,9 +91,9 @@ class _NormAndMoments(torch.autograd.Function):
         return total.addcmul_(grads[0], scale.view(1, -1, 1, 1)).to(x.dtype), None, None, None
 
 
-def _centred_moments(x: Tensor, centre: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor]:
+def _centered_moments(x: Tensor, center: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor]:
     # The two-pass sum is up to forty times as fast on a CPU as torch.var, which goes channel by channel
-    d = x.float() - centre.view(1, -1, 1, 1)
+    d = x.float() - center.view(1, -1, 1, 1)
     if p is None:
         first = d.mean((0, 2, 3))
         return first, d.square_().mean((0, 2, 3))
@@ -238,7 +238,7 @@ class StatMatcher:
                 raise InputError(f"the norm {layer.name!r} is in training mode; call eval() on the teacher")
             if fused is not None:
                 layer.norm.forward = fused  # type: ignore[method-assign, assignment]
-            else:  # a subclass does more than normalise (timm's also activates)
+            else:  # a subclass does more than normalize (timm's also activates)
                 self._hooks.append(layer.norm.register_forward_pre_hook(self._reader(layer)))
         return self
 

@@ -13,10 +13,10 @@ from dq.networks.teacher import Teacher
 
 
 def measure(
-    images: Tensor, labels: Tensor, anchor: Tensor, teachers: Sequence[Teacher], judges: Sequence[Teacher]
+    images: Tensor, labels: Tensor, anchor: Tensor, teachers: Sequence[Teacher], validation_teachers: Sequence[Teacher]
 ) -> dict[str, Any]:
     """Sums over a batch of float images (B, 3, S, S) in [0, 1]: hits and cross-entropy of every teacher and judge,
-    total variation, and root mean squared distance to the anchor, both in grey levels."""
+    total variation, and root mean squared distance to the anchor, both in gray levels."""
 
     def judged(t: Teacher) -> dict[str, Any]:
         logits = t.logits(images)
@@ -26,7 +26,7 @@ def measure(
     distance = (images - anchor).square().mean((1, 2, 3)).sqrt() * 255
     return {
         "teachers": [judged(t) for t in teachers],
-        "judges": [judged(t) for t in judges],
+        "validation_teachers": [judged(t) for t in validation_teachers],
         "variation": float(total_variation(images).sum()),
         "anchor_distance": float(distance.sum()),
     }
@@ -39,7 +39,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for when in ("before", "after"):
         sums = [r[when] for r in records]
         found[when] = {k: round(sum(s[k] for s in sums) / total, 4) for k in ("variation", "anchor_distance")}
-        for group in ("teachers", "judges"):
+        for group in ("teachers", "validation_teachers"):
             found[when][group] = [
                 {
                     "name": sums[0][group][i]["name"],
@@ -60,14 +60,14 @@ def sentence(summary: dict[str, Any]) -> str:
 
     parts = [
         f"{group} {mean('before', group)} -> {mean('after', group)}"
-        for group in ("teachers", "judges")
+        for group in ("teachers", "validation_teachers")
         if summary["after"][group]
     ]
-    return ", ".join([*parts, f"{summary['after']['anchor_distance']:.1f} grey levels from the anchors"])
+    return ", ".join([*parts, f"{summary['after']['anchor_distance']:.1f} gray levels from the anchors"])
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels of each image (N, 3, S, S), uint8 or float in [0, 1], in grey
+    """Mean absolute difference of neighboring pixels of each image (N, 3, S, S), uint8 or float in [0, 1], in gray
     levels: (N,)."""
     x = images.float() if images.dtype == torch.uint8 else images * 255
     down, right = (x[:, :, 1:] - x[:, :, :-1]).abs(), (x[..., 1:] - x[..., :-1]).abs()

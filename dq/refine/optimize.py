@@ -36,7 +36,7 @@ class Progress:
     the draws of a step depend on its number."""
 
     block: int  # finished blocks
-    x: Tensor  # (B, 3, D, D) normalised, not yet merged
+    x: Tensor  # (B, 3, D, D) normalized, not yet merged
     trace: Tensor  # (steps so far, 4)
     blocks: Tensor
     precision: str  # of the blocks to come
@@ -87,7 +87,7 @@ def optimize(
 ) -> Refined:
     """Minimise CE(f(A(x)), y) + r_bn S_f(A(x)) + ... over the pixels of a batch.
 
-    x is kept in the normalisation of the first teacher, in which the learning rate is meant, and within the range of
+    x is kept in the normalization of the first teacher, in which the learning rate is meant, and within the range of
     pixels. The teacher f of step t is `critics[choose(t)]`, the view A of step t is drawn from (seed, t). Every block
     has an Adam of its own, so that no moment describes another image (FADRM's released code).
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.data.zca import is_grey
+from dq.data.zca import is_gray
 from dq.refine.method import RealImages
 from dq.refine.rendering import Rendering
 
@@ -32,7 +32,7 @@ def real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
 
 
 def noise_like(images: Tensor, real: RealImages, rendering: Rendering, seed: int) -> Tensor:
-    """Normal noise for each of `images` (n, 3, S, S): of their shape, as wide as whitened real images, and grey if
+    """Normal noise for each of `images` (n, 3, S, S): of their shape, as wide as whitened real images, and gray if
     these are; or of the shape of their latents, with the channels' means and deviations in real images."""
     if rendering.codec is not None:
         # spread over the train images, which may be in the order of their classes
@@ -41,11 +41,11 @@ def noise_like(images: Tensor, real: RealImages, rendering: Rendering, seed: int
         return z.mean((0, 2, 3), keepdim=True) + z.std((0, 2, 3), keepdim=True) * noise
     std = rendering.whitening(real.images[:NOISE_LIKE]).std()
     noise = std * torch.randn(images.shape, generator=generator(seed, "noise"))
-    return noise[:, :1].expand_as(noise).clone() if is_grey(real.images) else noise
+    return noise[:, :1].expand_as(noise).clone() if is_gray(real.images) else noise
 
 
 def one_channel(gradient: Tensor) -> Tensor:
-    """The gradient (n, 3, S, S) of images whose three channels are one, as those of a grey data set: that of the one
+    """The gradient (n, 3, S, S) of images whose three channels are one, as those of a gray data set: that of the one
     channel, for all three. The released codes have one channel for such data."""
     return gradient.sum(1, keepdim=True).expand_as(gradient)
 

@@ -25,7 +25,7 @@ from dq.config.validation import unknown_key
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator
-from dq.data.zca import is_grey
+from dq.data.zca import is_gray
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.trajectories import CHUNK, MANIFEST, Experts
 from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check
@@ -211,8 +211,8 @@ def refine(
     callback, whitening = callback or Callback(), experts.whitening.to(device)
     rendering = Rendering.of("trajectory", config.mode, whitening, codec, config.chunk)
     seen, held = _divided(experts, real)
-    # what a decoder makes of grey images need not be grey, so that the three channels count apart
-    grey = config.mode == "pixel" and is_grey(images if real is None else real.images)
+    # what a decoder makes of gray images need not be gray, so that the three channels count apart
+    gray = config.mode == "pixel" and is_gray(images if real is None else real.images)
     share, cut = config.alpha or 0.0, net.cut(config.alpha or 0.0)
     facts: dict[str, Any] = {"whitening": experts.whitening.summary(), "net": net.name, "experts": experts.number}
     facts |= {"skipped_by_threshold": 0, "skipped_not_finite": 0, "parameters": net.size}
@@ -245,7 +245,7 @@ def refine(
         elif config.threshold is not None and loss > config.threshold:
             facts["skipped_by_threshold"] += 1
         else:
-            g_images = one_channel(g.images) if grey else g.images
+            g_images = one_channel(g.images) if gray else g.images
             x.step(rendering.pull_back(x.value, g_images), config.lr_images or 0.0, config.momentum_images)
             if config.learn_labels:
                 y.step(g.labels, config.lr_labels or 0.0, config.momentum_labels)

@@ -39,7 +39,7 @@ def draw_view(config: MatchingConfig, side: int, jitter: int, *, seed: int, step
 
 
 def look(x: Tensor, view: View) -> Tensor:
-    """The view of images (B, C, S, S), differentiable: the crop resized to S (bilinear, half-pixel centres, as
+    """The view of images (B, C, S, S), differentiable: the crop resized to S (bilinear, half-pixel centers, as
     torchvision's RandomResizedCrop; enlarging needs no antialiasing), mirrored, rolled around."""
     side = x.shape[-1]
     down, right = view.shift
@@ -61,7 +61,7 @@ class Schedule:
     sizes: tuple[int, ...]  # side in px in each block
     steps: tuple[int, ...]
     lr: float
-    alpha: float = 1.0  # share of the optimised image in a merge; 1: no merge
+    alpha: float = 1.0  # share of the optimized image in a merge; 1: no merge
     jitter: int = 0
 
     def rate(self, step: int) -> float:
@@ -70,7 +70,7 @@ class Schedule:
 
 
 def resample(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, S, S) at another side: bilinear, half-pixel centres, no antialiasing (FADRM's released code)."""
+    """Images (B, C, S, S) at another side: bilinear, half-pixel centers, no antialiasing (FADRM's released code)."""
     if x.shape[-1] == size:
         return x
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

@@ -102,7 +102,7 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str, untrained:
 
 
 def check_guidance(config: RunConfig) -> None:
-    """Whether every method that is guided walks a denoiser. `dq prior-report` walks one whatever the mode.
+    """Whether every method that is guided uses a denoiser. `dq prior-report` uses one whatever the mode.
 
     Raises:
         InputError: for guidance of images that the codec alone decodes.
@@ -231,7 +231,7 @@ def _teachers_of(config: RunConfig, verb: str) -> dict[TeacherConfig, str]:
         if selecting is not None:
             used.setdefault(selecting, select_setting(config, method))
         for level, stage in enumerate(stages_of(config, method) if verb in REFINES else ()):
-            for group in ("teachers", "judges"):
+            for group in ("teachers", "validation_teachers"):
                 for t in getattr(stage, group):
                     used.setdefault(t, f"{setting_of(config, method, level)}.{group}.N")
     return used

@@ -21,7 +21,7 @@ from dq.config.schema import GenerateConfig, MethodConfig, RunConfig, load_confi
 from dq.config.students import Baseline
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, check_name, check_place, is_done, read_json, write_json, write_text
-from dq.core.processes import shard
+from dq.core.processes import assign_units
 from dq.core.trackers import report, stage_numbers
 from dq.data.source import ImageSource
 from dq.diffusion.latents import cached_dtype
@@ -57,9 +57,9 @@ class Run:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def mine(self, costs: list[float]) -> list[int]:
+    def local_units(self, costs: list[float]) -> list[int]:
         """Indices of the units that this process works on."""
-        return shard(costs, self.accelerator.process_index, self.accelerator.num_processes)
+        return assign_units(costs, self.accelerator.process_index, self.accelerator.num_processes)
 
     def resolved(self, method: str) -> ResolvedMethod:
         """A method with the settings that hold for it."""

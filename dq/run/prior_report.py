@@ -19,7 +19,7 @@ from dq.config.students import EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.figures import save_image
 from dq.core.files import write_json, write_text
-from dq.core.processes import shard
+from dq.core.processes import assign_units
 from dq.data.grid import image_grid
 from dq.data.images import read_images
 from dq.data.source import ImageSource
@@ -91,7 +91,7 @@ def report_prior(
     generate = dataclasses.replace(config.generate, mode="dit")
     draw = plan_draw(pipe, bench, settings, generate, resolution=resolution, seed=config.seed)
     kept = run.folder / "prior_samples"
-    for i in shard([1.0] * len(settings.guidance), accelerator.process_index, accelerator.num_processes):
+    for i in assign_units([1.0] * len(settings.guidance), accelerator.process_index, accelerator.num_processes):
         stored_samples(draw, settings.guidance[i], kept, main=run.main)
     accelerator.wait_for_everyone()
     quality = None
@@ -108,19 +108,19 @@ def _write(config: RunConfig, bench: RealData, quality: PriorQuality, digest: st
         "prior": digest,
         "data": bench.source.fingerprint,
         "teachers": [t.digest for t in bench.teachers],
-        "settings": {k: v for k, v in to_dict(settings).items() if k not in ("data", "licence", "command", "shown")},
+        "settings": {k: v for k, v in to_dict(settings).items() if k not in ("data", "license", "command", "shown")},
     }
     write_text(folder / "prior_quality.csv", to_csv(quality.records))
     write_text(folder / "prior_quality.jsonl", "".join(json.dumps(r | how) + "\n" for r in quality.records))
     if (prior / "transformer").is_dir():
         write_json(prior / QUALITY, {"records": quality.records, **how})
     if _wants_card(settings):
-        write_card(prior, data_name=settings.data, licence=settings.licence, command=settings.command)
+        write_card(prior, data_name=settings.data, license=settings.license, command=settings.command)
     _write_page(config, bench, quality)
 
 
 def _wants_card(settings: PriorReportConfig) -> bool:
-    return bool(settings.data or settings.licence or settings.command)
+    return bool(settings.data or settings.license or settings.command)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def setting_of(config: RunConfig, method: str, level: int) -> str:
 def stage_settings(stage: RefineConfig) -> dict[str, Any]:
     """The settings of a stage that decide its images, as plain data."""
     settings = to_dict(stage)
-    for group in ("teachers", "judges"):
+    for group in ("teachers", "validation_teachers"):
         settings[group] = [{k: v for k, v in t.items() if k not in SPEED} for t in settings[group]]
     return {k: v for k, v in settings.items() if k not in stage.unread()}
 
@@ -133,7 +133,7 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
         if refinement.needs(stage).teachers and not teachers:
             raise InputError(f"the stage {stage.stage!r} needs a teacher; set teachers, or {setting}.teachers")
         named = {TEACHERS: config.teachers} if not stage.teachers else {f"{setting}.teachers.N": stage.teachers}
-        for where, group in (named | {f"{setting}.judges.N": stage.judges}).items():
+        for where, group in (named | {f"{setting}.validation_teachers.N": stage.validation_teachers}).items():
             for t in group:
                 with naming(where):
                     teacher_file(t)

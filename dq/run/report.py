@@ -214,16 +214,16 @@ def _selections(run: Run, present: Sequence[tuple[int, str]]) -> dict[str, Any]:
 
 
 def _refinement(run: Run, heading: str, folder: Path) -> dict[str, Any]:
-    """Of a refined folder: measures of teachers and judges before and after, losses over steps, images after each
-    block, and what the method records of its work."""
+    """Of a refined folder: measures of its teachers before and after, losses over steps, images after each block, and
+    what the method records of its work."""
     summary = read_json(folder / "summary.json")
     rows = []
-    for group in ("teachers", "judges"):
+    for group in ("teachers", "validation_teachers"):
         for a, b in zip(summary["before"][group], summary["after"][group]):
             accuracies = [f"{100 * x['accuracy']:.1f} %" for x in (a, b)]
             rows.append([f"{a['name']} ({group[:-1]})", *accuracies, *(f"{x['cross_entropy']:.3f}" for x in (a, b))])
     for key, what in (("variation", "total variation"), ("anchor_distance", "distance to the anchor")):
-        rows.append([f"{what}, grey levels", *(f"{summary[w][key]:.2f}" for w in ("before", "after")), "", ""])
+        rows.append([f"{what}, gray levels", *(f"{summary[w][key]:.2f}" for w in ("before", "after")), "", ""])
     trace = read_trace(folder)
     losses = run.folder / "figures" / f"{folder.name}-losses.png" if len(trace.losses) else None
     if losses:

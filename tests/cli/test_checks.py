@@ -80,7 +80,11 @@ CASES = {
     "absent model": ("run", ("generate.mode=dit", "generate.model=runs/x"), "there is no model folder runs/x"),
     "codec that is none": ("run", ("codec.path=WORLD/images",), "has no config.json"),
     "scheduler": ("run", wrong("generate.scheduler=DDMIScheduler"), "scheduler=DDMIScheduler is none"),
-    "flow": ("run", wrong("generate.scheduler=FlowMatchEulerDiscreteScheduler"), "walks models that predict a flow"),
+    "flow": (
+        "run",
+        wrong("generate.scheduler=FlowMatchEulerDiscreteScheduler"),
+        "samples from models that predict a flow",
+    ),
     "latent size": ("run", wrong("codec.resolution=16"), "gives 8x8 latents but the DiT takes 4x4"),
     "resolution": ("run", ("codec.resolution=9",), "is not a multiple of the codec's downscaling factor"),
     "two starts": ("run", wrong("generate.strength=0.5"), "give exactly one of generate.snr and generate.strength"),

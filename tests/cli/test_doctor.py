@@ -300,7 +300,7 @@ def test_bash_completes_files_and_folders(tmp_path: Path) -> None:
 def test_bash_completes_settings(tmp_path: Path) -> None:
     assert set(completed(tmp_path, "dq run --set generate.gui")) == {
         "generate.guidance_scale=",
-        "generate.guidance_snr=",
+        "generate.guidance_interval=",
     }
     assert completed(tmp_path, "dq run --set cluster.engine=torch codec.res") == ["codec.resolution="]
 

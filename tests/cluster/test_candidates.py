@@ -153,8 +153,8 @@ def test_no_change_of_one_image_lowers_the_transport_cost(seed: int) -> None:
         for draws in itertools.product(range(m), repeat=k)
     }
     own = tuple((chosen.rows // k).tolist())
-    neighbours = [c for draws, c in every.items() if sum(a != b for a, b in zip(draws, own)) == 1]
-    assert cost <= min(neighbours) * (1 + 1e-9)
+    neighbors = [c for draws, c in every.items() if sum(a != b for a, b in zip(draws, own)) == 1]
+    assert cost <= min(neighbors) * (1 + 1e-9)
     assert cost <= min(every.values()) * 1.05  # no guarantee, but near on all of these
     assert chosen.facts["w2_first"] ** 2 == pytest.approx(every[0, 0, 0], rel=1e-9)
 

@@ -15,18 +15,18 @@ from scipy.stats import norm
 from dq.cluster.kmeans import Clustering, kmeans, kmeans_many, nearest, quantization_stats
 from dq.cluster.lloyd import assign, kmeans_plusplus, lloyd, squared_distances
 from dq.cluster.online import clvq, minibatch
-from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
+from dq.cluster.transport import barycenter, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 
-ENGINES = ["faiss", "torch", "clvq", "minibatch", "barycentre"]
+ENGINES = ["faiss", "torch", "clvq", "minibatch", "barycenter"]
 LLOYD = ["faiss", "torch"]
 
 
 def blobs(n: int = 200, d: int = 6, k: int = 4, seed: int = 0, spread: float = 0.05) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(k, d, generator=g)
-    return centres[torch.randint(k, (n,), generator=g)] + spread * torch.randn(n, d, generator=g)
+    centers = torch.randn(k, d, generator=g)
+    return centers[torch.randint(k, (n,), generator=g)] + spread * torch.randn(n, d, generator=g)
 
 
 def exact(engine: str, **kwargs) -> ClusterConfig:
@@ -90,7 +90,7 @@ def test_weights_repair_what_kmeans_points_alone_get_wrong(
     r = kmeans(x, k, config=exact("torch"), seed=0)
     assert math.sqrt(r.inertia / len(x)) == pytest.approx(mass, rel=6e-3)
     assert uniform_w2(x, r.centroids) == pytest.approx(points_uniform, rel=1e-2)
-    b = kmeans(x, k, config=ClusterConfig(engine="barycentre", tol=1e-7, n_iter=300), seed=0)
+    b = kmeans(x, k, config=ClusterConfig(engine="barycenter", tol=1e-7, n_iter=300), seed=0)
     assert uniform_w2(x, b.centroids) == pytest.approx(best_uniform, rel=6e-3)
 
 
@@ -149,7 +149,7 @@ def test_result_is_consistent(engine: str) -> None:
     assert r.counts.min() > 0
     assert torch.equal(r.counts, torch.bincount(r.labels, minlength=7))
     assert (r.counts[:-1] >= r.counts[1:]).all()
-    if engine != "barycentre":
+    if engine != "barycenter":
         distance = torch.cdist(x.double(), r.centroids.double())
         assert torch.allclose(distance.min(1).values, distance.gather(1, r.labels[:, None])[:, 0], atol=1e-4)
     direct = (x.double() - r.centroids[r.labels].double()).square().sum(1)
@@ -175,7 +175,7 @@ def test_k_one_is_the_mean(engine: str) -> None:
     assert r.counts.tolist() == [90]
 
 
-@pytest.mark.parametrize("engine", ["faiss", "torch", "barycentre"])
+@pytest.mark.parametrize("engine", ["faiss", "torch", "barycenter"])
 def test_k_equals_n_has_no_distortion(engine: str) -> None:
     x = blobs(12, 4, spread=1.0)
     r = kmeans(x, 12, config=exact(engine))
@@ -313,7 +313,7 @@ def test_duplicates_leave_no_empty_prototype(engine: str) -> None:
     assert r.inertia == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("engine", ["faiss", "torch", "clvq", "minibatch", "barycentre"])
+@pytest.mark.parametrize("engine", ["faiss", "torch", "clvq", "minibatch", "barycenter"])
 def test_fewer_points_than_k_clamps_with_a_report(engine: str) -> None:
     x = blobs(4, 3, spread=1.0)
     with pytest.warns(UserWarning, match="class 3 'cat' has only 4 distinct points"):
@@ -395,14 +395,14 @@ def test_clvq_is_the_textbook_update_for_batches_of_one() -> None:
         w = (1 - gain) * w
         w[k] += gain
     assert torch.allclose(r.centroids.double(), x, atol=1e-5)
-    assert torch.allclose(r.companion, w, atol=1e-6)
+    assert torch.allclose(r.running_weights, w, atol=1e-6)
 
 
 def test_clvq_default_step_is_the_running_mean_of_the_samples_won() -> None:
     z = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
     r = clvq(lambda p: z.split(7), 1, generator=torch.Generator(), init=torch.zeros(1, 2))
     assert torch.allclose(r.centroids[0], z.mean(0), atol=1e-6)
-    assert r.companion.tolist() == [1.0]
+    assert r.running_weights.tolist() == [1.0]
 
 
 def test_clvq_companion_weights_approach_the_masses() -> None:
@@ -411,7 +411,7 @@ def test_clvq_companion_weights_approach_the_masses() -> None:
     x = x[torch.randperm(len(x), generator=g)]
     r = clvq(lambda p: x.split(64), 3, generator=g, passes=2)
     masses = torch.bincount(nearest(x, r.centroids), minlength=3) / len(x)
-    assert torch.allclose(r.companion.float(), masses, atol=0.02)
+    assert torch.allclose(r.running_weights.float(), masses, atol=0.02)
 
 
 def test_clvq_more_passes_do_not_hurt() -> None:
@@ -486,19 +486,19 @@ def test_sinkhorn_batch_is_the_loop_and_tends_to_the_exact_plan() -> None:
 
 
 @pytest.mark.parametrize("transport", ["exact", "entropic"])
-def test_barycentre_cells_are_balanced(transport: str) -> None:
+def test_barycenter_cells_are_balanced(transport: str) -> None:
     x = torch.cat([blobs(90, 4, 1, spread=0.3), 3 + blobs(30, 4, 1, seed=2, spread=0.3)])
-    _, labels, _, _ = barycentre(x, x[[0, 40, 80, 110]].clone(), transport=transport, n_iter=50)
+    _, labels, _, _ = barycenter(x, x[[0, 40, 80, 110]].clone(), transport=transport, n_iter=50)
     assert torch.bincount(labels, minlength=4).tolist() == pytest.approx(
         [30] * 4, abs=0 if transport == "exact" else 6
     )
 
 
-def test_barycentre_beats_kmeans_points_under_uniform_weights() -> None:
+def test_barycenter_beats_kmeans_points_under_uniform_weights() -> None:
     x = torch.cat([blobs(160, 3, 1, spread=0.5), 4 + blobs(40, 3, 1, seed=2, spread=0.5)])
     points = kmeans(x, 8, config=exact("torch"))
-    centre = kmeans(x, 8, config=ClusterConfig(engine="barycentre"))
-    assert uniform_w2(x, centre.centroids) < uniform_w2(x, points.centroids)
+    center = kmeans(x, 8, config=ClusterConfig(engine="barycenter"))
+    assert uniform_w2(x, center.centroids) < uniform_w2(x, points.centroids)
 
 
 def test_stats_are_what_they_say() -> None:

@@ -15,7 +15,7 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 
 LLOYD = ["faiss", "torch"]
-STARTED = ["faiss", "torch", "clvq", "barycentre"]  # minibatch draws its own start
+STARTED = ["faiss", "torch", "clvq", "barycenter"]  # minibatch draws its own start
 
 
 def mixture(n: int = 240, d: int = 5, modes: int = 6, seed: int = 0, spread: float = 0.3) -> torch.Tensor:
@@ -67,13 +67,13 @@ def test_degenerate_starts_end_near_a_good_start(kind: str, weighted: bool) -> N
     one_cell = kmeans(x, 1, config=config("torch"), weights=w).inertia
     results = {}
     for engine in STARTED:
-        if weighted and engine == "barycentre":
+        if weighted and engine == "barycenter":
             continue
-        settings = {"transport": "entropic", "entropy": 0.05} if engine == "barycentre" else {}
+        settings = {"transport": "entropic", "entropy": 0.05} if engine == "barycenter" else {}
         r = results[engine] = kmeans(x, k, config=config(engine, **settings), weights=w, start=starts(x, k)[kind])
         assert len(r.counts) == k, engine
-        # a barycentre balances its cells, and one pass of a stream stays near its start
-        bound = {"clvq": 0.5 * one_cell, "barycentre": 0.25 * one_cell}.get(engine, 1.5 * good)
+        # a barycenter balances its cells, and one pass of a stream stays near its start
+        bound = {"clvq": 0.5 * one_cell, "barycenter": 0.25 * one_cell}.get(engine, 1.5 * good)
         assert r.inertia < bound, engine
     assert results["faiss"].inertia == pytest.approx(results["torch"].inertia, rel=1e-4)
     assert torch.equal(results["faiss"].counts, results["torch"].counts)
@@ -177,7 +177,7 @@ def test_equal_weights_are_no_weights(engine: str, start: bool) -> None:
     assert torch.equal(2 * plain.masses, doubled.masses)
 
 
-@pytest.mark.parametrize("engine", ["minibatch", "barycentre"])
+@pytest.mark.parametrize("engine", ["minibatch", "barycenter"])
 def test_engines_without_weights_refuse_them(engine: str) -> None:
     with pytest.raises(InputError, match=rf"cluster\.engine={engine} .*weights.*faiss, torch or clvq"):
         kmeans(mixture(), 3, config=config(engine), weights=torch.ones(240))
@@ -248,7 +248,7 @@ def test_sums_of_cells_and_running_sums_by_products() -> None:
 
 def test_statistics_of_data_far_from_the_origin() -> None:
     x = mixture(200, 6).double()
-    for engine in ("torch", "minibatch", "barycentre"):
+    for engine in ("torch", "minibatch", "barycenter"):
         near, far = (kmeans(x + offset, 4, config=config(engine), seed=1) for offset in (0.0, 1e6))
         s, t = quantization_stats(x, near), quantization_stats(x + 1e6, far)
         assert t["w2_mass"] == pytest.approx(s["w2_mass"], rel=1e-5)

@@ -14,13 +14,13 @@ from dq.cluster.kmeans import kmeans, kmeans_many, nearest, quantization_stats
 from dq.cluster.online import clvq, minibatch
 from dq.cluster.prototypes import cell_means, image_weights, latent_stats, make_prototypes
 from dq.cluster.spaces import embed, principal_coordinates
-from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
+from dq.cluster.transport import barycenter, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.numbers import whole_number
 
 POINTS = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
-ENGINES = ["faiss", "torch", "clvq", "minibatch", "barycentre"]
+ENGINES = ["faiss", "torch", "clvq", "minibatch", "barycenter"]
 READ_ONLY = POINTS.numpy().copy()
 READ_ONLY.setflags(write=False)
 
@@ -139,8 +139,8 @@ RESULT = kmeans(POINTS, 4)
 
 
 @functools.cache
-def reference_barycentre(transport: str) -> torch.Tensor:
-    return barycentre(POINTS, C, transport=transport, n_iter=5)[0]
+def reference_barycenter(transport: str) -> torch.Tensor:
+    return barycenter(POINTS, C, transport=transport, n_iter=5)[0]
 
 
 @pytest.mark.parametrize("kind", ["array", "nested lists", "tensor that records gradients", "float64"])
@@ -153,8 +153,8 @@ def test_siblings_take_points_of_any_type(kind: str) -> None:
     assert torch.allclose(squared_cost(x, c).float(), squared_cost(POINTS, C), atol=1e-5)
     assert quantization_stats(x, RESULT) == pytest.approx(quantization_stats(POINTS, RESULT), rel=1e-5)
     for transport in ("exact", "entropic"):
-        points = barycentre(x, c, transport=transport, n_iter=5)[0]
-        assert torch.allclose(points.float(), reference_barycentre(transport), atol=1e-4)
+        points = barycenter(x, c, transport=transport, n_iter=5)[0]
+        assert torch.allclose(points.float(), reference_barycenter(transport), atol=1e-4)
         assert not points.requires_grad
     assert torch.allclose(cell_means(x, labels, 4).float(), RESULT.centroids, atol=1e-5)
     means = RESULT.centroids
@@ -197,10 +197,10 @@ OTHER = {
     "sinkhorn without entropy": lambda: sinkhorn_plan(squared_cost(POINTS, C)[None], entropy=0.0),
     "w2 of NaN": lambda: uniform_w2(POINTS / 0, C),
     "w2, weights": lambda: uniform_w2(POINTS, C, [-1.0] * 30),
-    "barycentre of text": lambda: barycentre("x", C),
-    "barycentre of another space": lambda: barycentre(POINTS, C[:, :2]),
-    "barycentre, transport": lambda: barycentre(POINTS, C, transport="unbalanced"),
-    "barycentre, rounds": lambda: barycentre(POINTS, C, n_iter=0),
+    "barycenter of text": lambda: barycenter("x", C),
+    "barycenter of another space": lambda: barycenter(POINTS, C[:, :2]),
+    "barycenter, transport": lambda: barycenter(POINTS, C, transport="unbalanced"),
+    "barycenter, rounds": lambda: barycenter(POINTS, C, n_iter=0),
     "counts of nothing": lambda: image_weights([]),
     "counts of text": lambda: image_weights("4, 3"),
     "counts of NaN": lambda: image_weights([float("nan"), 1.0]),

@@ -12,7 +12,7 @@ import torch
 
 from dq.cluster.kmeans import kmeans, quantization_stats
 from dq.cluster.online import minibatch
-from dq.cluster.transport import barycentre, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
+from dq.cluster.transport import barycenter, exact_plan, sinkhorn_plan, squared_cost, uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.seeds import derive_seed, generator
 
@@ -112,7 +112,7 @@ def test_minibatch_is_d4ms_sequence_of_calls(n: int, k: int, expand: int, seed: 
             model.partial_fit(np.vstack(collected))
             collected = []
     assert np.array_equal(r.centroids.numpy(), model.cluster_centers_)
-    assert torch.equal(r.companion, torch.from_numpy(model._counts.astype("float64") / model._counts.sum()))
+    assert torch.equal(r.running_weights, torch.from_numpy(model._counts.astype("float64") / model._counts.sum()))
     assert r.steps == n - len(collected)
 
 
@@ -159,11 +159,11 @@ def test_w2_is_pots(seed: int) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_barycentre_is_pots(seed: int, offset: float) -> None:
+def test_barycenter_is_pots(seed: int, offset: float) -> None:
     """Free-support barycenter of one uniform measure after the same number of rounds, in float64."""
     x = mixture(80, 6, 5, seed).double() + offset
     start = x[:5].clone()
-    points, _, used, _ = barycentre(x, start, n_iter=6, tol=0.0)
+    points, _, used, _ = barycenter(x, start, n_iter=6, tol=0.0)
     reference = ot.lp.free_support_barycenter(
         [x.numpy()], [np.full(80, 1 / 80)], start.numpy(), np.full(5, 1 / 5), numItermax=used, stopThr=0
     )
@@ -187,11 +187,11 @@ def test_entropic_plan_is_pots(seed: int) -> None:
 
 
 @pytest.mark.parametrize("transport", ["exact", "entropic"])
-def test_barycentre_far_from_the_origin(transport: str) -> None:
+def test_barycenter_far_from_the_origin(transport: str) -> None:
     """In float32, and in float64, which the entropic one took for no points at all."""
     x = mixture(60, 4, 5, 0)
-    near = barycentre(x, x[:5], transport=transport, n_iter=10)[0]
+    near = barycenter(x, x[:5], transport=transport, n_iter=10)[0]
     for far in (x + 1e4, x.double() + 1e4):
-        points = barycentre(far, far[:5], transport=transport, n_iter=10)[0]
+        points = barycenter(far, far[:5], transport=transport, n_iter=10)[0]
         assert points.dtype == far.dtype
         assert uniform_w2(far, points) == pytest.approx(uniform_w2(x, near), rel=2e-3)

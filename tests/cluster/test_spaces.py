@@ -150,7 +150,7 @@ def test_features_are_taken_as_they_are_and_missed_where_they_are_needed() -> No
         embed(z, f[:59], config("features"))
 
 
-@pytest.mark.parametrize("engine", ["torch", "minibatch", "barycentre"])
+@pytest.mark.parametrize("engine", ["torch", "minibatch", "barycenter"])
 @pytest.mark.parametrize("space", SPACES[1:])
 def test_centroids_are_means_of_latents_and_medoids_nearest_in_the_space(space: str, engine: str) -> None:
     z, f = one_class()
@@ -388,7 +388,7 @@ def test_a_teacher_that_knows_nothing_is_not_asked_for_features(
 ) -> None:
     x, y = toy_images["train"]
     wrong = write_teacher(tmp_path / "wrong.safetensors", x, (y + 1) % 3)
-    with pytest.raises(InputError, match="its class order or input normalisation is probably not"):
+    with pytest.raises(InputError, match="its class order or input normalization is probably not"):
         clustered(make_run(tmp_path, toy_source, accelerator, wrong, overrides("features")))
     assert not list(tmp_path.glob("cache/features-*/part-*"))
 

@@ -109,12 +109,21 @@ def test_settings_reach_nested_values_and_lists() -> None:
         ("cluster.dims=0", "cluster.dims must be a whole number of at least 1 or 'auto', not 0"),
         ("cluster.feature_weight=-1", "cluster.feature_weight must be a number of at least 0, not -1"),
         ("evaluate.seeds=0", "evaluate.seeds must be a whole number of at least 1, not 0"),
-        ("generate.guidance_snr=[1]", r"generate.guidance_snr must be two rising ratios such as \[0.05, 5\]"),
-        ("generate.guidance_snr=[5, 1]", "generate.guidance_snr must be two rising ratios"),
-        ("generate.guidance_snr=[-1, 1]", "generate.guidance_snr.0 must be a number of at least 0, not -1"),
-        ("generate.guidance_snr=[.nan, 1]", "generate.guidance_snr.0 must be a number of at least 0, not nan"),
-        ("generate.mode_guidance=1.5", r"generate.mode_guidance must be a number in \[0, 1\], not 1.5"),
-        ("generate.mode_stop=-0.1", r"generate.mode_stop must be a number in \[0, 1\], not -0.1"),
+        (
+            "generate.guidance_interval=[1]",
+            r"generate.guidance_interval must be two rising ratios such as \[0.05, 5\]",
+        ),
+        ("generate.guidance_interval=[5, 1]", "generate.guidance_interval must be two rising ratios"),
+        ("generate.guidance_interval=[-1, 1]", "generate.guidance_interval.0 must be a number of at least 0, not -1"),
+        (
+            "generate.guidance_interval=[.nan, 1]",
+            "generate.guidance_interval.0 must be a number of at least 0, not nan",
+        ),
+        ("generate.prototype_guidance=1.5", r"generate.prototype_guidance must be a number in \[0, 1\], not 1.5"),
+        (
+            "generate.prototype_guidance_stop=-0.1",
+            r"generate.prototype_guidance_stop must be a number in \[0, 1\], not -0.1",
+        ),
         ("generate.noise=ddim", "generate.noise must be one of 'random', 'inversion'"),
         ("generate.rescale=yes", "generate.rescale must be one of 'none', 'norm'"),
         ("generate={noise: inversion, images_per_prototype: 2}", "set images_per_prototype=1"),
@@ -194,7 +203,10 @@ def test_no_number_is_infinite(cls: type) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClusterConfig(init="rndom"), "init must be one of 'race', 'k-means\\+\\+', 'random', not 'rndom'"),
+        (
+            lambda: ClusterConfig(init="rndom"),
+            "init must be one of 'pca-multistart', 'k-means\\+\\+', 'random', not 'rndom'",
+        ),
         (lambda: ClusterConfig(on_small="rais"), "on_small must be one of"),
         (lambda: StudentConfig(optimizer="adma"), "optimizer must be one of"),
         (lambda: StudentConfig(batch_size=0), "batch_size must be a whole number of at least 1, not 0"),

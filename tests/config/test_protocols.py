@@ -286,7 +286,7 @@ def test_edc_recipe():
 
 
 @pytest.mark.parametrize("name", ["classic", "hard", "rded", "fadrm"])
-def test_decay_of_the_others_is_the_usual_one_of_their_optimiser(name):
+def test_decay_of_the_others_is_the_usual_one_of_their_optimizer(name):
     assert preset(name, "cifar100", named=False).decay_vectors is None
 
 

@@ -7,19 +7,19 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq.core.processes import cut, shard
+from dq.core.processes import assign_units, cut
 
 COSTS = st.lists(st.floats(0, 1e9), max_size=40)
 WORLDS = st.integers(1, 12)
 
 
 def loads(costs: list[float], world_size: int) -> list[float]:
-    return [sum(costs[i] for i in shard(costs, rank, world_size)) for rank in range(world_size)]
+    return [sum(costs[i] for i in assign_units(costs, rank, world_size)) for rank in range(world_size)]
 
 
 @given(COSTS, WORLDS)
 def test_every_unit_goes_to_one_process(costs: list[float], world_size: int) -> None:
-    assigned = [shard(costs, rank, world_size) for rank in range(world_size)]
+    assigned = [assign_units(costs, rank, world_size) for rank in range(world_size)]
     assert all(units == sorted(units) for units in assigned)
     assert sorted(i for units in assigned for i in units) == list(range(len(costs)))
 
@@ -49,7 +49,7 @@ def test_the_order_of_units_does_not_matter_to_the_loads(costs: list[int], world
 
 @given(st.integers(0, 300), WORLDS)
 def test_equal_units_are_spread_evenly(number: int, world_size: int) -> None:
-    sizes = [len(shard([1.0] * number, rank, world_size)) for rank in range(world_size)]
+    sizes = [len(assign_units([1.0] * number, rank, world_size)) for rank in range(world_size)]
     assert max(sizes) - min(sizes) <= 1
 
 

@@ -29,7 +29,7 @@ from dq.core.files import (
     write_json,
     write_tensors,
 )
-from dq.core.processes import cut, shard
+from dq.core.processes import assign_units, cut
 from dq.core.seeds import derive_seed, digest_of, generator
 
 
@@ -66,9 +66,9 @@ assert set(dir(dq)) >= set(dq.__all__)
 def test_every_unit_goes_to_one_rank_and_the_load_is_even() -> None:
     costs = [5.0, 1, 1, 8, 3, 3, 2, 1]
     for world in (1, 2, 3, 20):
-        parts = [shard(costs, r, world) for r in range(world)]
+        parts = [assign_units(costs, r, world) for r in range(world)]
         assert sorted(i for p in parts for i in p) == list(range(8))
-    loads = [sum(costs[i] for i in shard(costs, r, 3)) for r in range(3)]
+    loads = [sum(costs[i] for i in assign_units(costs, r, 3)) for r in range(3)]
     assert loads == [8, 8, 8]
 
 

@@ -10,7 +10,7 @@ from forking import Forked
 from models import tiny_kl
 
 from dq.core import memory
-from dq.core.memory import in_pieces, keep_freed_memory
+from dq.core.memory import keep_freed_memory, run_with_batch_backoff
 from dq.diffusion.codec import encode_latents, to_signed
 
 
@@ -41,28 +41,28 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(caplog: pytest.L
             return encode_latents(codec, to_signed(x[s]))
 
     sizes: list[int] = []
-    found = in_pieces("encode", 11, limited(encode, 3, sizes))
+    found = run_with_batch_backoff("encode", 11, limited(encode, 3, sizes))
     assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
     assert torch.allclose(found, encode(slice(0, 11)), atol=1e-5)
     assert "encode: a batch of 11 does not fit in memory; going on with 5" in caplog.text
     # what has fitted is remembered, for this kind of work only
     sizes.clear()
-    in_pieces("encode", 4, limited(encode, 3, sizes))
+    run_with_batch_backoff("encode", 4, limited(encode, 3, sizes))
     assert sizes == [2, 2]
     sizes.clear()
-    in_pieces("generate", 3, limited(encode, 3, sizes))
+    run_with_batch_backoff("generate", 3, limited(encode, 3, sizes))
     assert sizes == [3]
 
 
 def test_a_row_that_does_not_fit_and_other_errors_are_passed_on() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        in_pieces("x", 4, limited(lambda s: torch.zeros(1), 0, []))
+        run_with_batch_backoff("x", 4, limited(lambda s: torch.zeros(1), 0, []))
 
     def broken(s: slice) -> torch.Tensor:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        in_pieces("x", 4, broken)
+        run_with_batch_backoff("x", 4, broken)
 
 
 def test_a_short_last_piece_that_fails_does_not_shorten_later_batches() -> None:
@@ -75,18 +75,18 @@ def test_a_short_last_piece_that_fails_does_not_shorten_later_batches() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return torch.arange(s.start, s.stop)
 
-    in_pieces("x", 8, call)
+    run_with_batch_backoff("x", 8, call)
     failing = 3
-    assert in_pieces("x", 3, call).tolist() == [0, 1, 2]
-    in_pieces("x", 8, call)
+    assert run_with_batch_backoff("x", 3, call).tolist() == [0, 1, 2]
+    run_with_batch_backoff("x", 8, call)
     assert sizes == [8, 3, 1, 1, 1, 8]
 
 
 def test_a_full_piece_that_once_fitted_is_shortened_for_good() -> None:
     sizes: list[int] = []
-    in_pieces("x", 8, limited(lambda s: torch.zeros(s.stop - s.start), 8, []))
+    run_with_batch_backoff("x", 8, limited(lambda s: torch.zeros(s.stop - s.start), 8, []))
     for _ in range(2):
-        in_pieces("x", 8, limited(lambda s: torch.zeros(s.stop - s.start), 4, sizes))
+        run_with_batch_backoff("x", 8, limited(lambda s: torch.zeros(s.stop - s.start), 4, sizes))
     assert sizes == [8, 4, 4, 4, 4]
 
 
@@ -95,7 +95,9 @@ def test_what_fits_is_remembered_by_network_and_size() -> None:
     sizes: list[int] = []
 
     def look(at_most: int, like: tuple[object, ...]) -> None:
-        in_pieces("teacher", 8, limited(lambda s: torch.zeros(s.stop - s.start), at_most, sizes), like=like)
+        run_with_batch_backoff(
+            "teacher", 8, limited(lambda s: torch.zeros(s.stop - s.start), at_most, sizes), like=like
+        )
 
     look(2, ("large", 3, 224, 224))
     sizes.clear()
@@ -111,8 +113,10 @@ def test_teachers_of_other_weights_and_sizes_have_batches_of_their_own(monkeypat
     from dq.networks import teacher as module
 
     kinds = []
-    real = module.in_pieces
-    monkeypatch.setattr(module, "in_pieces", lambda *a, like, **k: kinds.append(like) or real(*a, like=like, **k))
+    real = module.run_with_batch_backoff
+    monkeypatch.setattr(
+        module, "run_with_batch_backoff", lambda *a, like, **k: kinds.append(like) or real(*a, like=like, **k)
+    )
     for name, side in (("a", 8), ("a", 8), ("a", 16), ("b", 8)):
         teacher_of(drawn(TinyNet()), name).logits(torch.zeros(2, 3, side, side))
     assert kinds[0] == kinds[1]
@@ -131,7 +135,7 @@ def test_libraries_without_memory_are_out_of_memory(status: str, capsys, monkeyp
             raise e
         return torch.zeros(s.stop - s.start)
 
-    assert in_pieces("x", 4, call).shape == (4,)
+    assert run_with_batch_backoff("x", 4, call).shape == (4,)
 
     def fail(args: object) -> None:
         raise error

@@ -30,10 +30,10 @@ def image_folder(root: Path, layout: dict[str, int], size: tuple[int, int] = (6,
 # --- image modes --------------------------------------------------------------------------------------------------
 
 
-def test_grey_palette_and_cmyk_become_rgb() -> None:
-    grey = to_rgb(Image.new("L", (2, 2), 77))
-    assert grey.mode == "RGB"
-    assert grey.getpixel((0, 0)) == (77, 77, 77)
+def test_gray_palette_and_cmyk_become_rgb() -> None:
+    gray = to_rgb(Image.new("L", (2, 2), 77))
+    assert gray.mode == "RGB"
+    assert gray.getpixel((0, 0)) == (77, 77, 77)
     assert to_rgb(picture().convert("P", palette=Image.Palette.ADAPTIVE)).getpixel((0, 0)) == (200, 30, 60)
     red, green, blue = to_rgb(picture().convert("CMYK")).getpixel((0, 0))
     assert (red, green, blue) == pytest.approx((200, 30, 60), abs=2)
@@ -107,9 +107,9 @@ def test_tensors_round_trip_exactly() -> None:
     assert np.array_equal(read_image(source.train, 4, 5, "crop"), images[4].numpy())
     assert source.class_counts().tolist() == [2, 2, 2]
     assert source.rows_of_class(1).tolist() == [2, 3]
-    grey = load_source((images[:, :1].float() / 255, torch.tensor([0, 0, 1, 1, 2, 2])))
-    assert np.array_equal(read_image(grey.train, 2, 5, "crop"), images[2, :1].expand(3, 5, 5).numpy())
-    assert grey.class_names == ("0", "1", "2")
+    gray = load_source((images[:, :1].float() / 255, torch.tensor([0, 0, 1, 1, 2, 2])))
+    assert np.array_equal(read_image(gray.train, 2, 5, "crop"), images[2, :1].expand(3, 5, 5).numpy())
+    assert gray.class_names == ("0", "1", "2")
 
 
 def test_fingerprint_follows_content() -> None:

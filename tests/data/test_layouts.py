@@ -22,9 +22,9 @@ from dq.distilled.external import load_set
 from dq.distilled.set import DistilledSet
 
 
-def picture(path: Path, grey: int = 0, side: int = 8) -> Path:
+def picture(path: Path, gray: int = 0, side: int = 8) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (side, side), (grey, grey, grey)).save(path, "PNG")
+    Image.new("RGB", (side, side), (gray, gray, gray)).save(path, "PNG")
     return path
 
 
@@ -35,9 +35,9 @@ def tree(root: Path, *folders: str, images: int = 2) -> Path:
     return root
 
 
-def cell(grey: int = 0) -> dict[str, object]:
+def cell(gray: int = 0) -> dict[str, object]:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (grey, grey, grey)).save(buffer, "PNG")
+    Image.new("RGB", (8, 8), (gray, gray, gray)).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -581,7 +581,7 @@ def test_label_vectors_tell_themselves_by_their_sums_and_types(tmp_path: Path) -
     assert load_set(path).label_kind == "logits"
 
 
-def test_normalised_images_are_floats_with_both_statistics(tmp_path: Path) -> None:
+def test_normalized_images_are_floats_with_both_statistics(tmp_path: Path) -> None:
     x, y, one = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.ones(3)
     path = tmp_path / "set.safetensors"
     for tensors, message in (
@@ -594,14 +594,14 @@ def test_normalised_images_are_floats_with_both_statistics(tmp_path: Path) -> No
             load_set(path)
 
 
-def test_transparent_colours_are_laid_on_white_in_every_mode(tmp_path: Path) -> None:
-    greys = set()
+def test_transparent_colors_are_laid_on_white_in_every_mode(tmp_path: Path) -> None:
+    grays = set()
     for mode, key in (("L", 128), ("RGB", (128, 128, 128))):
         (tmp_path / mode / "a").mkdir(parents=True)
         Image.new(mode, (4, 4), key).save(tmp_path / mode / "a" / "0.png", transparency=key)
         source = load_source(tmp_path / mode)
-        greys.add(int(read_images(source.train, [0], 4, "crop")[0].min()))
-    assert greys == {255}
+        grays.add(int(read_images(source.train, [0], 4, "crop")[0].min()))
+    assert grays == {255}
 
 
 def test_readme_and_code_agree_on_the_largest_image() -> None:

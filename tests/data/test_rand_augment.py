@@ -15,7 +15,7 @@ SIGNED = OPERATIONS[1:10]
 
 
 def pictures(side: int) -> torch.Tensor:
-    """Noise, low contrast, a gradient, one colour: (4, 3, side, side) uint8."""
+    """Noise, low contrast, a gradient, one color: (4, 3, side, side) uint8."""
     rng = np.random.default_rng(side)
     ramp = np.add.outer(np.arange(side), 3 * np.arange(side))
     kinds = [
@@ -73,7 +73,7 @@ def test_only_operations_with_a_direction_have_a_sign() -> None:
         assert torch.equal(*both) == (operation not in SIGNED)
 
 
-def test_magnitude_zero_of_geometry_and_colour_changes_nothing() -> None:
+def test_magnitude_zero_of_geometry_and_color_changes_nothing() -> None:
     x = pictures(32)
     for operation in OPERATIONS[:11]:
         assert torch.equal(apply_operation(x, operation, 0), x), operation

@@ -148,7 +148,7 @@ def test_threads_share_blocks(tmp_path: Path) -> None:
     assert found == [usual.train.read(i) for i in order]
 
 
-def test_neighbours_come_in_one_reading_and_old_blocks_go() -> None:
+def test_neighbors_come_in_one_reading_and_old_blocks_go() -> None:
     loaded: list[int] = []
 
     def load(block: int) -> list[bytes]:

@@ -98,7 +98,7 @@ def test_draws_lie_within_images_and_batches(e: Epoch) -> None:
     assert ((corner >= -pad) & (corner + size <= e.side + pad)).all()
     assert (v.cut >= 0).all()
     assert (v.cut[:, :2] + v.cut[:, 2:] <= e.side).all()
-    for name in ("shuffle", "colour_order"):
+    for name in ("shuffle", "color_order"):
         order = getattr(v, name)
         assert (order.sort(1).values == torch.arange(order.shape[1], dtype=torch.uint8)).all()
 

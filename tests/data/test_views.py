@@ -31,7 +31,7 @@ from dq.data.views import (
 
 # every draw that there is
 ALL = ViewConfig(rand_augment=2, shuffle=2, crop_scale=(0.08, 1.0), flip=0.5, jitter=0.4, lighting=0.1, mix="cutmix")
-DRAWN = ("order", "shuffle", "box", "flip", "partner", "kept", "cut", "colour", "colour_order", "light", "operations")
+DRAWN = ("order", "shuffle", "box", "flip", "partner", "kept", "cut", "color", "color_order", "light", "operations")
 
 
 def draw(config: ViewConfig = ALL, n: int = 21, side: int = 16, **changes) -> Views:
@@ -95,7 +95,7 @@ def test_nothing_is_drawn_that_was_not_asked_for():
     assert not views.flip.any()
     assert (views.kept == 1).all()
     assert not views.cut.any()
-    for name in ("shuffle", "colour", "colour_order", "light", "operations"):
+    for name in ("shuffle", "color", "color_order", "light", "operations"):
         assert getattr(views, name).shape == (21, 0)
     assert views.partner.tolist() == [*range(8), *range(8), *range(5)]
     x = pictures(21)
@@ -325,19 +325,19 @@ def test_jitter_of_one_changes_nothing_and_brightness_zero_is_black():
     assert jitter(x, black, orders).abs().max() < 1e-6
 
 
-def test_saturation_and_contrast_zero_are_grey_and_flat():
+def test_saturation_and_contrast_zero_are_gray_and_flat():
     x = pictures(2, 8)
     luma = sum(w * x[:, c] for c, w in enumerate(GREY))
     order = torch.tensor([[0, 1, 2]] * 2)
-    grey = jitter(x, torch.tensor([[1.0, 0.0, 1.0]] * 2), order)
-    assert torch.allclose(grey, luma[:, None].expand(-1, 3, -1, -1), atol=1e-6)
+    gray = jitter(x, torch.tensor([[1.0, 0.0, 1.0]] * 2), order)
+    assert torch.allclose(gray, luma[:, None].expand(-1, 3, -1, -1), atol=1e-6)
     flat = jitter(x, torch.tensor([[1.0, 1.0, 0.0]] * 2), order)
     assert torch.allclose(flat, luma.mean((1, 2))[:, None, None, None].expand_as(x), atol=1e-6)
 
 
 def test_jitter_follows_each_image_s_own_order():
     x = pictures(1, 8).expand(2, -1, -1, -1)
-    # contrast about the mean grey, then twice as bright; and the other way round
+    # contrast about the mean gray, then twice as bright; and the other way round
     mean = sum(w * x[0, c] for c, w in enumerate(GREY)).mean()
     found = jitter(x, torch.tensor([[2.0, 1.0, 0.5]] * 2), torch.tensor([[2, 0, 1], [0, 2, 1]]))
     assert torch.allclose(found[0], 2 * (mean + 0.5 * (x[0] - mean)), atol=1e-5)
@@ -347,7 +347,7 @@ def test_jitter_follows_each_image_s_own_order():
     assert torch.allclose(tinted[0, 0], tinted[0, 1], atol=1e-6)
 
 
-def test_lighting_moves_colours_along_the_principal_ones():
+def test_lighting_moves_colors_along_the_principal_ones():
     shift = lighting(torch.eye(3))
     for k in range(3):
         expected = torch.tensor([v[k] for v in LIGHT_VECTORS]) * LIGHT_VALUES[k]

@@ -44,7 +44,7 @@ def test_the_matrix_is_the_inverse_root_of_the_damped_covariance(eps: float) -> 
     assert torch.linalg.eigvalsh((w + w.T) / 2).min() > 0
 
 
-def test_images_are_centred_then_multiplied() -> None:
+def test_images_are_centered_then_multiplied() -> None:
     x, other = correlated(300), correlated(5, seed=1)
     zca = fit_zca(x)
     torch.testing.assert_close(zca.mean, x.mean(0).flatten())
@@ -135,15 +135,15 @@ def test_images_of_at_most_64_px_are_whitened_whole() -> None:
         stride_of(75)
 
 
-def test_grey_images_are_standardized_alone() -> None:
+def test_gray_images_are_standardized_alone() -> None:
     x = correlated(50)
-    grey = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    w = fit_whitening(grey)
+    gray = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    w = fit_whitening(gray)
     assert w.matrix is None
-    assert float(w(grey).mean()) == pytest.approx(0, abs=1e-4)
-    assert float(w(grey).std(correction=0)) == pytest.approx(1, abs=1e-3)
-    torch.testing.assert_close(w.invert(w(grey)), grey, atol=1e-6, rtol=0)
-    assert fit_whitening(grey, zca=True).matrix is not None
+    assert float(w(gray).mean()) == pytest.approx(0, abs=1e-4)
+    assert float(w(gray).std(correction=0)) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(w.invert(w(gray)), gray, atol=1e-6, rtol=0)
+    assert fit_whitening(gray, zca=True).matrix is not None
     white = torch.full((3, 3, 4, 4), 255, dtype=torch.uint8)
     assert torch.isfinite(fit_whitening(white)(white)).all()
 

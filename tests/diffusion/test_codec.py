@@ -139,7 +139,7 @@ def test_latents_that_do_not_vary_cannot_be_normalized() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("make", "factor"), [(tiny_kl, 0.18215), (tiny_taesd, 1.0), (tiny_dc, 0.5)])
 def test_channel_statistics_hold_for_every_class(make, factor: float, tmp_path: Path) -> None:
-    """A prior trained on latents normalised per channel saves the statistics in the codec's config, whatever it is."""
+    """A prior trained on latents normalized per channel saves the statistics in the codec's config, whatever it is."""
     mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
     plain = make()
     before = codec_digest(plain)

@@ -11,7 +11,7 @@ from models import tiny_kl
 from dq.config.schema import CodecConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
-from dq.core.processes import shard
+from dq.core.processes import assign_units
 from dq.data.images import read_images
 from dq.data.load import load_source
 from dq.diffusion.codec import encode_latents, to_signed
@@ -88,7 +88,7 @@ def test_rows_in_the_order_of_a_stream_give_the_same_classes(tmp_path: Path, toy
     two = cache_in(tmp_path / "two", stream, codec)
     encode_source(source, codec, one, CODEC, seed=0)
     encode_source(stream, codec, two, CODEC, seed=0)
-    # neighbours in the stream are neighbours in the files, class by class within each
+    # neighbors in the stream are neighbors in the files, class by class within each
     with open_tensors(two.path(0)) as f:
         assert sorted(f.get_tensor("rows").tolist()) == list(range(8))
         assert f.get_tensor("labels").tolist() == sorted(labels[:8].tolist())
@@ -104,8 +104,8 @@ def test_files_are_divided_over_processes(tmp_path: Path, toy_source) -> None:
     alone, shared = (cache_in(tmp_path / n, toy_source, codec) for n in ("alone", "shared"))
     encode_source(toy_source, codec, alone, CODEC, seed=0)
     for rank in (1, 0):
-        mine = functools.partial(shard, rank=rank, world_size=2)
-        encode_source(toy_source, codec, shared, CODEC, seed=0, mine=mine)
+        local_units = functools.partial(assign_units, rank=rank, world_size=2)
+        encode_source(toy_source, codec, shared, CODEC, seed=0, local_units=local_units)
         assert shared.missing() == ([0, 2] if rank == 1 else [])
     for c in range(3):
         assert shared.path(c).read_bytes() == alone.path(c).read_bytes()
@@ -117,9 +117,13 @@ def test_a_damaged_file_of_another_process_is_its_own_affair(tmp_path: Path, toy
     encode_source(toy_source, codec, cache, CODEC, seed=0)
     whole = cache.path(1).read_bytes()
     cache.path(1).write_bytes(whole[:-9])
-    encode_source(toy_source, codec, cache, CODEC, seed=0, mine=functools.partial(shard, rank=0, world_size=2))
+    encode_source(
+        toy_source, codec, cache, CODEC, seed=0, local_units=functools.partial(assign_units, rank=0, world_size=2)
+    )
     assert cache.path(1).read_bytes() == whole[:-9]
-    encode_source(toy_source, codec, cache, CODEC, seed=0, mine=functools.partial(shard, rank=1, world_size=2))
+    encode_source(
+        toy_source, codec, cache, CODEC, seed=0, local_units=functools.partial(assign_units, rank=1, world_size=2)
+    )
     assert cache.path(1).read_bytes() == whole
 
 

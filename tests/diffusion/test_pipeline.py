@@ -133,7 +133,7 @@ def test_a_flow_model_walks_other_grids(name: str) -> None:
     config = dataclasses.replace(DIT, scheduler=name, num_inference_steps=60, guidance_scale=1.0, snr=0.5)
     other, own = draw(pipe, config, [0, 1]), draw(pipe, dataclasses.replace(config, scheduler=None), [0, 1])
     assert (other - own).abs().max() < 0.1 < (own[0] - own[1]).abs().max()  # the same ODE from nearly the same start
-    with pytest.raises(InputError, match=r"scheduler=DDIMScheduler walks models that predict noise"):
+    with pytest.raises(InputError, match=r"scheduler=DDIMScheduler samples from models that predict noise"):
         pipe.check_inputs(dataclasses.replace(config, scheduler="DDIMScheduler"), 8, NAMES)
 
 
@@ -145,9 +145,13 @@ def test_the_knobs_change_the_image_and_their_defaults_do_not(mode: str, flow: b
         pipe.register_modules(scheduler=FLOW)
     config = dataclasses.replace(DIT, mode=mode)
     base = draw(pipe, config, [0, 4])
-    for same in ({"guidance_snr": (0.0, float("inf"))}, {"mode_guidance": 0.0, "mode_stop": 1.0}, {"noise": "random"}):
+    for same in (
+        {"guidance_interval": (0.0, float("inf"))},
+        {"prototype_guidance": 0.0, "prototype_guidance_stop": 1.0},
+        {"noise": "random"},
+    ):
         assert torch.equal(draw(pipe, dataclasses.replace(config, **same), [0, 4]), base)
-    for other in ({"guidance_snr": (0.2, 2.0)}, {"mode_guidance": 0.3}, {"noise": "inversion"}):
+    for other in ({"guidance_interval": (0.2, 2.0)}, {"prototype_guidance": 0.3}, {"noise": "inversion"}):
         changed = draw(pipe, dataclasses.replace(config, **other), [0, 4])
         assert torch.isfinite(changed).all()
         assert (changed - base).abs().max() > 1e-6
@@ -181,7 +185,7 @@ def test_guidance_in_an_interval_saves_model_calls() -> None:
     pipe = dit_pipe()
     rows: list[int] = []
     pipe.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    draw(pipe, dataclasses.replace(DIT, num_inference_steps=20, guidance_snr=(0.5, 5.0)), [0, 1])
+    draw(pipe, dataclasses.replace(DIT, num_inference_steps=20, guidance_interval=(0.5, 5.0)), [0, 1])
     assert set(rows) == {2, 4}
     assert rows.count(4) < rows.count(2)
 
@@ -191,7 +195,7 @@ def test_full_mode_guidance_ends_at_the_prototype() -> None:
     z = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         point = to_unit(decode_latents(pipe.vae, z[[0, 4]]))
-    images = draw(pipe, dataclasses.replace(DIT, mode_guidance=1.0, mode_stop=1.0), [0, 4])
+    images = draw(pipe, dataclasses.replace(DIT, prototype_guidance=1.0, prototype_guidance_stop=1.0), [0, 4])
     assert torch.allclose(images, point, atol=1e-3)
 
 
@@ -202,7 +206,7 @@ def test_half_precision_is_the_models_alone() -> None:
     pipe.transformer.to(torch.bfloat16)
     seen: set[torch.dtype] = set()
     pipe.transformer.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
-    full = dataclasses.replace(DIT, mode_guidance=1.0, mode_stop=1.0)
+    full = dataclasses.replace(DIT, prototype_guidance=1.0, prototype_guidance_stop=1.0)
     z = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         point = to_unit(decode_latents(pipe.vae, z[[0, 1]]))
@@ -322,10 +326,10 @@ def test_missing_parts() -> None:
 
 def test_classes_are_matched_by_name_never_by_chance() -> None:
     pipe = dit_pipe(classes=4)
-    pipe.register_to_config(id2label={"0": "sea, blue", "1": "red", "2": "grey", "3": "green"})
+    pipe.register_to_config(id2label={"0": "sea, blue", "1": "red", "2": "gray", "3": "green"})
     assert pipe.condition_ids(NAMES) == [1, 3, 0]
     assert pipe.condition_ids(("a", "red"), {"a": "2"}) == [2, 1]
-    assert pipe.condition_ids(("a",), {"a": "grey"}) == [2]
+    assert pipe.condition_ids(("a",), {"a": "gray"}) == [2]
     with pytest.raises(InputError, match=r"4 classes.* 'cat'.*generate\.class_map"):
         pipe.condition_ids(("red", "cat"))
     with pytest.raises(InputError, match="lacks class 'a'"):

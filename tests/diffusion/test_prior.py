@@ -113,7 +113,7 @@ def test_folder_opens_in_stock_diffusers(made, toy_source):
     assert (images.mean((2, 3)).argmax(1) == torch.tensor(labels)).float().mean() > 0.9
 
 
-def test_flow_prior_draws_class_colours_in_the_stock_pipeline(made, accelerator, tmp_path):
+def test_flow_prior_draws_class_colors_in_the_stock_pipeline(made, accelerator, tmp_path):
     from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 
     prior = prior_in(tmp_path, denoiser={"objective": "flow", "weighting": "logit_normal", "steps": 120})
@@ -151,12 +151,12 @@ def test_nothing_unfinished_is_left(made):
     ]  # fmt: skip
 
 
-# --- normalised latents -------------------------------------------------------------------------------------------
+# --- normalized latents -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def plain(toy_source, tmp_path_factory):
-    """A codec whose latents are not normalised, and latents of it."""
+    """A codec whose latents are not normalized, and latents of it."""
     codec = tiny_kl(scaling_factor=0.3, shift_factor=0.1)
     return SimpleNamespace(codec=codec, cache=encoded(toy_source, tmp_path_factory.mktemp("plain"), codec))
 

@@ -66,7 +66,7 @@ def unit(v: torch.Tensor) -> torch.Tensor:
     return v / v.norm() if v.any() else v
 
 
-def test_perceptual_distance_is_that_of_normalised_features(judge):
+def test_perceptual_distance_is_that_of_normalized_features(judge):
     x = (X - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     y = (Y - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     expected = torch.zeros(3)
@@ -274,7 +274,7 @@ def test_fine_tuning_improves_the_codec(made, toy_source, accelerator, tmp_path)
     assert better > before
 
 
-def test_only_normalising_says_what_it_did(toy_source, accelerator, tmp_path, capsys, monkeypatch):
+def test_only_normalizing_says_what_it_did(toy_source, accelerator, tmp_path, capsys, monkeypatch):
     """steps=0 from an AutoencoderTiny: no bar of steps, one of the statistics; the time is measured, and the record
     has the architecture of the model and not that of settings which were not used."""
     from diffusers import AutoencoderTiny

@@ -142,7 +142,7 @@ def test_density_and_coverage_by_hand() -> None:
     assert density_coverage(real, torch.tensor([[0.5]]), 1) == (2, 2 / 3)
     assert density_coverage(real, torch.tensor([[0.5], [9]]), 1) == (1, 2 / 3)
     assert density_coverage(real, torch.tensor([[3.0]]), 1) == (1, 1 / 3)
-    with pytest.raises(InputError, match="3 real images have no 3 neighbours"):
+    with pytest.raises(InputError, match="3 real images have no 3 neighbors"):
         density_coverage(real, real, 3)
 
 
@@ -150,7 +150,7 @@ def test_density_and_coverage_of_constructed_sets() -> None:
     real = normal(300, 4, "real")
     density, coverage = density_coverage(real, real)
     assert coverage == 1
-    # a ball holds its centre and all but the farthest of the k neighbours: k of k
+    # a ball holds its center and all but the farthest of the k neighbors: k of k
     assert density == pytest.approx(1, abs=1e-6)
     assert density_coverage(real, real + 100) == (0, 0)
     density, coverage = density_coverage(real, normal(300, 4, "fake"))
@@ -196,7 +196,7 @@ def test_copies_of_train_images_are_found_and_new_images_are_not() -> None:
         nearest_ratio(usual, torch.zeros(5))
 
 
-def test_least_rmse_is_in_grey_levels() -> None:
+def test_least_rmse_is_in_gray_levels() -> None:
     image = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
     off = image.clone()
     off[0, 0, 0, 0] = 220  # one of twelve values by 120
@@ -320,7 +320,7 @@ def test_a_model_that_breaks_is_one_sentence() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, toy_images) -> Path:
-    """Images by class, an untrained prior with the records of a training, and a teacher that knows the colours."""
+    """Images by class, an untrained prior with the records of a training, and a teacher that knows the colors."""
     root = tmp_path_factory.mktemp("world")
     for split, (images, labels) in toy_images.items():
         for i, (x, c) in enumerate(zip(images, labels.tolist())):
@@ -357,7 +357,7 @@ def config(world: Path, out: Path, **changes) -> list[str]:
         "teachers": [
             {"net": "convnet3", "path": str(world / "teacher.safetensors"), "mean": [0.5] * 3, "std": [0.5] * 3}
         ],
-        "prior_report": {"guidance": [1, 3], "num_inference_steps": 3, "neighbours": 2, "shown": 3, **changes},
+        "prior_report": {"guidance": [1, 3], "num_inference_steps": 3, "neighbors": 2, "shown": 3, **changes},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(data))
@@ -372,7 +372,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def reported(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reported")
-    assert main(config(world, out, data="toys/colours", licence="cc0-1.0", command="dq train-denoiser")) == 0
+    assert main(config(world, out, data="toys/colors", license="cc0-1.0", command="dq train-denoiser")) == 0
     return out
 
 
@@ -415,7 +415,7 @@ def test_the_page_holds_everything(reported: Path) -> None:
 def test_a_second_call_draws_nothing_and_prints_the_same(world: Path, reported: Path, capsys, monkeypatch) -> None:
     before = contents(reported / "report")
     monkeypatch.setattr("dq.diffusion.prior.samples.sample_images", lambda *a, **k: pytest.fail("drawn again"))
-    args = config(world, reported, data="toys/colours", licence="cc0-1.0", command="dq train-denoiser")
+    args = config(world, reported, data="toys/colors", license="cc0-1.0", command="dq train-denoiser")
     assert main(args) == 0
     assert contents(reported / "report") == before
     out = capsys.readouterr().out.splitlines()
@@ -463,14 +463,14 @@ def test_the_card_says_where_the_prior_is_from(world: Path, reported: Path) -> N
         "license": "cc0-1.0",
         "library_name": "diffusers",
         "tags": ["diffusers", "dit", "class-conditional", "dataset-distillation"],
-        "datasets": ["toys/colours"],
+        "datasets": ["toys/colors"],
     }
     parameters = sum(p.numel() for p in tiny_dit().parameters())
     assert f"| `transformer` | DiTTransformer2DModel | {parameters:,} |" in body
     assert 'DistillPipeline.from_pretrained("THIS_FOLDER_OR_REPO")' in body
     assert "| time | 1 h 2 min | not recorded |" in body
     assert "| hardware | two cores | not recorded |" in body
-    assert "Trained on: toys/colours. Licence: cc0-1.0." in body
+    assert "Trained on: toys/colors. License: cc0-1.0." in body
     assert "dq train-denoiser" in body
     assert "draws latents of 3 classes at 4x4x4" in body
     assert "into images of 8 px" in body
@@ -482,7 +482,7 @@ def test_the_card_says_where_the_prior_is_from(world: Path, reported: Path) -> N
 
 def test_a_card_of_anothers_is_kept_and_text_is_quoted(world: Path, tmp_path: Path) -> None:
     pipe_of(schedulers()["ddim"]).save_pretrained(tmp_path / "prior")
-    card = write_card(tmp_path / "prior", data_name="my own: pictures", licence='mine, "all"')
+    card = write_card(tmp_path / "prior", data_name="my own: pictures", license='mine, "all"')
     head = yaml.safe_load(card.read_text().split("---\n")[1])
     assert (head["license"], head["license_name"], "datasets" in head) == ("other", 'mine, "all"', False)
     assert MARKER in card.read_text()
@@ -503,7 +503,7 @@ def test_a_card_of_anothers_is_kept_and_text_is_quoted(world: Path, tmp_path: Pa
         ("teachers=[]", 2, "a prior is measured in the features of a teacher; set teachers"),
         ("prior_report.guidance=[2, 2]", 2, "prior_report.guidance must list different scales"),
         ("prior_report.per_class=0", 2, "prior_report.per_class must be a whole number of at least 1"),
-        ("prior_report.neighbours=12", 2, "has test and train images for 12 samples only"),
+        ("prior_report.neighbors=12", 2, "has test and train images for 12 samples only"),
         ("codec.resolution=16", 2, "codec.resolution=16 gives 8x8 latents but the DiT takes 4x4"),
         ("generate.scheduler=DDIM", 2, "generate.scheduler=DDIM is none that this model"),
     ],

@@ -227,7 +227,7 @@ def posterior_mean(scheduler, mean=MEAN, std=STD):
 
 @pytest.mark.parametrize(("given", "name"), CASES)
 def test_every_scheduler_carries_noise_to_the_data(given, name: str) -> None:
-    """N(0, 1) ends as N(m, s^2). The walk of this model is affine, so standardised noise gives mean and deviation."""
+    """N(0, 1) ends as N(m, s^2). The walk of this model is affine, so standardized noise gives mean and deviation."""
     scheduler = walker(given, name, 100)
     start = choose_start(scheduler, 100, strength=1.0)
     noise = torch.randn(4, 1, 16, 16, generator=generator(0), dtype=torch.float64)
@@ -320,9 +320,7 @@ def test_a_scheduler_by_name_keeps_what_the_model_predicts() -> None:
 @pytest.mark.parametrize("given", [FLOW_GIVEN, FLOW_DPM_GIVEN])
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
 def test_noise_schedulers_refuse_flows(given, name: str) -> None:
-    message = (
-        f"generate.scheduler={name} walks models that predict noise, but this one predicts a flow .*set FlowMatch"
-    )
+    message = f"scheduler={name} samples from models that predict noise, but this one predicts a flow .*set FlowMatch"
     with pytest.raises(InputError, match=message):
         choose_scheduler(given, name)
 

@@ -158,7 +158,7 @@ def test_texts_in_a_provenance_stand_for_their_names(tmp_path: Path) -> None:
             "source in the provenance .* is a mapping, not \\['CIFAR-10'\\]; give a dict such as",
         ),
         ({"method": 3}, "method in the provenance"),
-        ({"licences": "MIT"}, "licences in the provenance .*; give a dict, or leave it out"),
+        ({"licenses": "MIT"}, "licenses in the provenance .*; give a dict, or leave it out"),
         ({"ipc": "ten"}, "ipc in the provenance of a set is a whole number above 0, not 'ten'"),
         ({"notes": {(1, 2): 3}}, "cannot be written as JSON"),
         ("mine", "is a mapping, not str"),

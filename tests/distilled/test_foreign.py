@@ -38,7 +38,7 @@ NAMES = ("blue", "green", "red")  # in folder order
 COLOURS = {"blue": 2, "green": 1, "red": 0}  # name -> channel that is bright
 
 
-def coloured(name: str, n: int, seed: int, side: int = 8) -> torch.Tensor:
+def colored(name: str, n: int, seed: int, side: int = 8) -> torch.Tensor:
     """(n, 3, side, side) uint8 images of a class, no two alike."""
     x = 80 * torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
     x[:, COLOURS[name]] += 150
@@ -53,7 +53,7 @@ def save_images(folder: Path, images: torch.Tensor) -> None:
 
 def small(ipc: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Images of the three classes in the order of `NAMES`, with labels."""
-    return torch.cat([coloured(n, ipc, seed=40 + i) for i, n in enumerate(NAMES)]), torch.arange(3).repeat_interleave(
+    return torch.cat([colored(n, ipc, seed=40 + i) for i, n in enumerate(NAMES)]), torch.arange(3).repeat_interleave(
         ipc
     )
 
@@ -175,7 +175,7 @@ def normalized(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_normalised_tensors_are_pixels_again(tmp_path, suffix):
+def test_normalized_tensors_are_pixels_again(tmp_path, suffix):
     images, labels = small()
     pixels = images.float() / 255
     pixels[0, 0, 0, 0], pixels[5, 2, 7, 7] = 1.4, -0.3  # matching methods do not keep pixels where a screen has them
@@ -318,7 +318,7 @@ def losses(images: torch.Tensor, labels: torch.Tensor, bounded: bool = True) -> 
     return found
 
 
-def test_normalised_tensors_train_as_the_pixels_they_came_from(tmp_path):
+def test_normalized_tensors_train_as_the_pixels_they_came_from(tmp_path):
     images, labels = small()
     pixels = images.float() / 255
     file = tensor_file(tmp_path / "s.safetensors", images=normalized(pixels), labels=labels, mean=MEAN, std=STD)
@@ -457,7 +457,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = []
     for i, name in enumerate(NAMES):
         for split, n in (("train", 10), ("test", 4)):
-            x = coloured(name, n, seed=10 * i + n)
+            x = colored(name, n, seed=10 * i + n)
             save_images(root / "images" / split / name, x)
             pairs += [(x, torch.full((n,), i))] * (split == "train")
     folder_set(root / "set")
@@ -485,7 +485,7 @@ SOFT = [
 
 
 def arguments(world: Path, out: Path, *more: str) -> list[str]:
-    common = ["--data", str(world / "images"), "--distilled", f"mine={world / 'set'}", "--seeds", "2", "--cpu"]
+    common = ["--data", str(world / "images"), "--distilled", f"local_units={world / 'set'}", "--seeds", "2", "--cpu"]
     folders = ["--output_dir", str(out / "run"), "--cache_dir", str(out / "cache")]
     return ["evaluate", *common, *folders, "--baselines", "random", *more]
 
@@ -574,7 +574,7 @@ def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
 def test_classes_of_another_order_or_kind(world, tmp_path, capsys):
     folder_set(tmp_path / "two", NAMES[:2])
     call = arguments(world, tmp_path, *HARD)
-    call[call.index(f"mine={world / 'set'}")] = str(tmp_path / "two")
+    call[call.index(f"local_units={world / 'set'}")] = str(tmp_path / "two")
     assert main(call) == 2
     assert "class 2 'red' has no image" in capsys.readouterr().err
 
@@ -709,7 +709,7 @@ def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
     call = arguments(
         world, tmp_path, *soft(world), "--set", "evaluate.students.0.epochs=2", "evaluate.students.0.batch_size=60"
     )
-    call[call.index(f"mine={world / 'set'}")] = str(folder)
+    call[call.index(f"local_units={world / 'set'}")] = str(folder)
     call[call.index("--baselines") + 1] = ""
     trainings, expected = planned(call, capsys)
     assert trainings == 2

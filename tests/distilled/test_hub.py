@@ -139,7 +139,7 @@ except dq.InputError as e:
     assert [c["config_name"] for c in head["configs"]] == ["ipc2-d4m", "ipc2-ddoq", "ipc10"]
     assert [c.get("default") for c in head["configs"]] == [None, True, None]
     assert all(c["data_files"][0]["path"] == f"{c['config_name']}/train-*.parquet" for c in head["configs"])
-    assert "licence: MIT" in body
+    assert "license: MIT" in body
     # the viewer's types are those of the files
     from datasets import Features
 
@@ -213,7 +213,7 @@ s.push_to_hub("me/again", "b", license="Only for friends", pretty_name="New")
 
 
 @pytest.mark.usefixtures("pushed")
-def test_a_hand_set_licence_and_name_stay(hub: Hub) -> None:
+def test_a_hand_set_license_and_name_stay(hub: Hub) -> None:
     record = read_json_of(hub, "me/x", "ipc10/provenance.json")
     old = "---\nlicense: cc0-1.0\npretty_name: Mine\n---\n"
     assert split_card(dataset_card([record], {}, old=old))[0]["license"] == "cc0-1.0"

@@ -916,14 +916,14 @@ def test_identity_parameters_leave_images_alone():
     assert aug.augment("none", x, seeded(0)) is x
 
 
-def test_colour_operations_by_hand():
+def test_color_operations_by_hand():
     x = torch.tensor([[1.0, 2, 6], [0, 0, 3]]).view(2, 3, 1, 1).repeat(1, 1, 1, 2)
     x[:, :, :, 1] += 2
     parameter = torch.tensor([2.0, 0.5])
     torch.testing.assert_close(aug.brightness(x, parameter), x + torch.tensor([2.0, 0.5]).view(2, 1, 1, 1))
     saturated = aug.saturation(x, parameter)
-    torch.testing.assert_close(saturated[0, :, 0, 0], torch.tensor([-1.0, 1, 9]))  # grey 3
-    torch.testing.assert_close(saturated[1, :, 0, 1], torch.tensor([2.5, 2.5, 4]))  # grey 3
+    torch.testing.assert_close(saturated[0, :, 0, 0], torch.tensor([-1.0, 1, 9]))  # gray 3
+    torch.testing.assert_close(saturated[1, :, 0, 1], torch.tensor([2.5, 2.5, 4]))  # gray 3
     contrasted = aug.contrast(x, parameter)
     torch.testing.assert_close(contrasted[0, :, 0, 0], torch.tensor([-2.0, 0, 8]))  # mean 4
     torch.testing.assert_close(contrasted[1, :, 0, 1], torch.tensor([2.0, 2, 3.5]))  # mean 2
@@ -972,23 +972,23 @@ def test_each_operation_changes_images_one_by_one(operation):
 
 def test_dsa_ranges():
     n = 400
-    grey = torch.full((n, 3, 32, 32), 2.0)
-    shifted = aug.dsa(grey, seeded(0), operation="color")  # grey has neither saturation nor contrast
+    gray = torch.full((n, 3, 32, 32), 2.0)
+    shifted = aug.dsa(gray, seeded(0), operation="color")  # gray has neither saturation nor contrast
     assert shifted.std((1, 2, 3)).max() < 1e-5
     amount = shifted[:, 0, 0, 0] - 2
     assert -0.5 <= amount.min() < -0.45
     assert 0.45 < amount.max() <= 0.5
 
-    # images with one contrast of 2 around 0: brightness cannot change a difference, saturation not that of grey pixels
+    # images with one contrast of 2 around 0: brightness cannot change a difference, saturation not that of gray pixels
     split = torch.cat([torch.ones(n, 3, 16, 32), -torch.ones(n, 3, 16, 32)], 2)
     y = aug.dsa(split, seeded(0), operation="color")
     ratio = (y[:, 0, 0, 0] - y[:, 0, -1, 0]) / 2
     assert 0.5 <= ratio.min() < 0.52
     assert 1.48 < ratio.max() <= 1.5
 
-    # images without contrast along the sides: colour channels -1, 0, 1
-    colour = torch.tensor([-1.0, 0, 1]).view(1, 3, 1, 1).expand(n, 3, 32, 32)
-    y = aug.dsa(colour, seeded(0), operation="color")
+    # images without contrast along the sides: color channels -1, 0, 1
+    color = torch.tensor([-1.0, 0, 1]).view(1, 3, 1, 1).expand(n, 3, 32, 32)
+    y = aug.dsa(color, seeded(0), operation="color")
     chroma = (y[:, 2, 0, 0] - y[:, 0, 0, 0]) / 2
     assert 0 <= chroma.min() < 0.1
     assert 2 < chroma.max() <= 2 * 1.5
@@ -998,11 +998,11 @@ def test_dsa_ranges():
     at = aug.dsa(point, seeded(0), operation="crop")[:, 0].nonzero()[:, 1:]
     assert set(at.flatten().tolist()) == set(range(12, 21))
 
-    hole = aug.dsa(grey, seeded(0), operation="cutout")[:, 0] == 0
+    hole = aug.dsa(gray, seeded(0), operation="cutout")[:, 0] == 0
     assert hole.sum((1, 2)).max() == 16 * 16
     for axis in (1, 2):
         touched = hole.any(axis)  # (B, S)
-        assert touched[touched[:, 0]].sum(1).min() == 8  # a centre on the border leaves half of the square ...
+        assert touched[touched[:, 0]].sum(1).min() == 8  # a center on the border leaves half of the square ...
         assert touched[touched[:, -1]].sum(1).min() == 8  # ... on either side
 
     flipped = aug.dsa(torch.arange(32.0).expand(n, 3, 32, 32), seeded(0), operation="flip")[:, 0, 0, 0] == 31

@@ -564,7 +564,7 @@ def test_evaluate_trains_on_the_set_and_on_its_baselines(toy_source, toy_images)
         ("nearest", "2", 6, 2),
         ("full", "full", 24, 1),
     ]
-    assert all(min(r.last) > 0.8 for r in results.rows)  # the classes differ in colour
+    assert all(min(r.last) > 0.8 for r in results.rows)  # the classes differ in color
     assert {r.protocol for r in results.rows} == {"classic"}
     assert all("40 epochs" in r.settings and "best" not in r.settings for r in results.rows)
     assert [(c.a.set, c.b.set) for c in results.comparisons] == [("set", "random"), ("nearest", "random")]

@@ -58,7 +58,7 @@ def conv_teacher(batch_size: int, classes: int = 3) -> Teacher:
 
 
 def flat_source(values: list[int], size: int = 8) -> ImageSource:
-    """Images of one grey each, all of one class."""
+    """Images of one gray each, all of one class."""
     images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, size, size)
     return from_tensors((images, torch.zeros(len(values), dtype=torch.int64)))
 
@@ -96,7 +96,7 @@ def test_k_center_by_hand() -> None:
     assert k_center_rows(LINE, ONE, 4).tolist() == [3, 4, 0, 1]
 
 
-def test_k_center_takes_copies_of_a_centre_but_no_row_twice() -> None:
+def test_k_center_takes_copies_of_a_center_but_no_row_twice() -> None:
     same = torch.ones(4, 2)
     assert sorted(k_center_rows(same, np.zeros(4, np.int64), 3).tolist()) == [0, 1, 2]
     assert sorted(herding_rows(same, np.zeros(4, np.int64), 9).tolist()) == [0, 1, 2, 3]
@@ -128,9 +128,9 @@ def test_k_center_covers_within_twice_the_optimum() -> None:
 
 
 def test_nearest_rows_are_real_points_in_the_middle_of_their_cells() -> None:
-    centre = torch.tensor([[0.0, 0], [100, 0], [0, 100]])
+    center = torch.tensor([[0.0, 0], [100, 0], [0, 100]])
     around = torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
-    x = torch.cat([centre[:1] + around, centre[1:2] + around[:3], centre[2:]])
+    x = torch.cat([center[:1] + around, center[1:2] + around[:3], center[2:]])
     rows, counts = nearest_rows(x, np.zeros(9, np.int64), 3, 0)
     assert rows.tolist() == [0, 5, 8]
     assert counts.tolist() == [5, 3, 1]
@@ -214,7 +214,7 @@ def test_best_crop_is_the_brightest_and_its_score_is_that_of_the_stored_patch() 
     # the same image row draws the same crops
     again, _ = best_crops(images[1:2], [1], 0, factor=2, **options)
     assert torch.equal(best[1:2], again)
-    # a crop of half the side fills a quarter of what the teacher sees; the rest is zero after normalisation
+    # a crop of half the side fills a quarter of what the teacher sees; the rest is zero after normalization
     mean = (best.double().mean((1, 2, 3)) / 255 - 0.5) / 4
     assert torch.allclose(loss, torch.log1p(torch.exp(-20 * mean)), atol=1e-6)
     darker = [best_crops(images, [3, 1, 4, 1], 0, factor=2, **{**options, "crops": n})[1] for n in (1, 3)]

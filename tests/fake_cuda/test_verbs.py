@@ -53,7 +53,7 @@ def settings(world: Path, out: Path) -> Path:
         "denoiser": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, **steps},
     }
     data["prior_report"] = {"per_class": 4, "guidance": [1.0, 2.0], "num_inference_steps": 3}
-    data["prior_report"] |= {"shown": 2, "neighbours": 2}
+    data["prior_report"] |= {"shown": 2, "neighbors": 2}
     file.write_text(yaml.safe_dump(data))
     return file
 

@@ -50,7 +50,7 @@ def tiny_dit(
 
 
 def toy_splits():
-    """Three classes of 8 px images that differ in colour, 9 + 8 + 7 train and 4 test images each."""
+    """Three classes of 8 px images that differ in color, 9 + 8 + 7 train and 4 test images each."""
     g = torch.Generator().manual_seed(0)
 
     def make(counts: list[int]):

@@ -45,7 +45,7 @@ def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def images_of(labels: Tensor, side: int = 16, seed: int = 0) -> Tensor:
-    """Images (N, 3, S, S) in [0, 1] whose class shows in colour and stripes."""
+    """Images (N, 3, S, S) in [0, 1] whose class shows in color and stripes."""
     g = torch.Generator().manual_seed(seed)
     x = 0.5 + 0.15 * torch.randn(len(labels), 3, side, side, generator=g)
     wave = torch.sin(torch.arange(side) * 1.3)

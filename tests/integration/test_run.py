@@ -459,7 +459,7 @@ def test_teacher_of_another_class_order_is_stopped(world: Path, tmp_path: Path, 
     save_file(state, tmp_path / "rolled.safetensors")
     file = full(world, tmp_path, tmp_path / "rolled.safetensors")
     said = fails(["run", "--config", str(file)], capsys)
-    assert "near the chance of 33.3%: its class order or input normalisation is probably not that of" in said
+    assert "near the chance of 33.3%: its class order or input normalization is probably not that of" in said
     # output of the rolled teacher for blue, green and red
     assert said.endswith("with class order [1, 2, 0] it would get 100.0%; set teachers.N.classes=[1, 2, 0]")
     told = ["--set", "teachers.0.classes=[1, 2, 0]", "--output_dir", str(tmp_path / "told")]
@@ -538,11 +538,11 @@ def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Pa
 
     knobs = [
         {"scheduler": "UniPCMultistepScheduler"},
-        {"guidance_snr": [0.1, 5]},
+        {"guidance_interval": [0.1, 5]},
         {"noise": "inversion"},
         {"rescale": "norm"},
-        {"mode_guidance": 0.1},
-        {"mode_stop": 0.6},
+        {"prototype_guidance": 0.1},
+        {"prototype_guidance_stop": 0.6},
         {"snr": 0.2},
         {"images_per_prototype": 2},
         {"measure_guidance": 0.1},
@@ -565,9 +565,9 @@ def test_every_knob_of_the_generator_is_part_of_the_images_identity(tmp_path: Pa
 
 def test_generation_with_the_knobs(world: Path, tmp_path: Path) -> None:
     knobs = {
-        "guidance_snr": [0.2, 3.0],
+        "guidance_interval": [0.2, 3.0],
         "noise": "inversion",
-        "mode_guidance": 0.2,
+        "prototype_guidance": 0.2,
         "scheduler": "EulerDiscreteScheduler",
     }
     file = config(

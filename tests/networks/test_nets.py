@@ -137,13 +137,13 @@ def test_networks_for_small_images_start_from_the_default_of_pytorch():
     assert deviation("densenet121", "features.denseblock1.denselayer1.conv2") == pytest.approx(0.0170, rel=0.02)
     # 96 channels: 1/sqrt(3 * 96)
     assert deviation("mobilenetv2", "features.2.conv.0.0") == pytest.approx(1 / 48**0.5, rel=0.05)
-    # larger images: torchvision's initialisation
+    # larger images: torchvision's initialization
     assert deviation("resnet18", "layer1.0.conv1", 65) == pytest.approx(0.0589, rel=0.02)
     # IDC's, at any side
     assert deviation("resnetap10", "layer1.0.conv1") == pytest.approx(0.0589, rel=0.02)
 
 
-def test_small_resnets_have_a_choice_of_initialisation():
+def test_small_resnets_have_a_choice_of_initialization():
     """RDED and SRe2L replace the stem of torchvision's network; IDC draws all convolutions alike."""
     for init, stem in (("torchvision", 0.111), ("fan_out", 0.0589)):
         assert deviation("resnet18", "layer1.0.conv1", init=init) == pytest.approx(0.0589, rel=0.02)
@@ -152,7 +152,7 @@ def test_small_resnets_have_a_choice_of_initialisation():
         make_net("resnet20", 10, 32, init="fan_out", seed=0)
     with pytest.raises(InputError, match="init must be one of 'torchvision', 'fan_out', not 'normal'"):
         make_net("resnet18", 10, 32, init="normal", seed=0)
-    with pytest.raises(InputError, match="comes with its own initialisation"):
+    with pytest.raises(InputError, match="comes with its own initialization"):
         make_net("torchvision:resnet18", 10, 32, init="fan_out", seed=0)
 
 

@@ -50,7 +50,7 @@ def test_results_that_others_wrote_into_a_head_stay() -> None:
     assert body.startswith("\ntext")
 
 
-def test_another_licence_replaces_every_key_of_the_old_one() -> None:
+def test_another_license_replaces_every_key_of_the_old_one() -> None:
     old = "---\nlicense: other\nlicense_name: ours\nlicense_link: https://e.x\ntitle: t\n---\n"
     kept, _ = split_card(old)
     assert split_card(merge_card(old, license_head("mit", kept), "x"))[0] == {"license": "mit", "title": "t"}
@@ -60,6 +60,6 @@ def test_another_licence_replaces_every_key_of_the_old_one() -> None:
     assert split_card(merge_card(old, {}, "x"))[0] == kept
 
 
-def test_an_own_licence_of_a_prior_is_quoted(tmp_path: Path) -> None:
+def test_an_own_license_of_a_prior_is_quoted(tmp_path: Path) -> None:
     head = license_head('a "quoted": name', {})
     assert split_card(merge_card("", head, "x"))[0] == {"license": "other", "license_name": 'a "quoted": name'}

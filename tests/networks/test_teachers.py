@@ -46,7 +46,7 @@ def convnet(tmp_path):
     return net, TeacherConfig(net="convnet3", path=saved(tmp_path, net), batch_size=2)
 
 
-def test_logits_are_those_of_the_normalised_images(convnet):
+def test_logits_are_those_of_the_normalized_images(convnet):
     net, config = convnet
     x = images()
     expected = net(normalized(x, *IMAGENET)).detach()
@@ -232,7 +232,7 @@ def test_the_converted_file_is_taken(convnet, tmp_path):
 
 
 @pytest.mark.parametrize("net", ["convnet3", "timm:test_resnet"])
-def test_normalisation_of_a_folder_that_timm_saved(tmp_path, net):
+def test_normalization_of_a_folder_that_timm_saved(tmp_path, net):
     """`pretrained_cfg` of its `config.json`, before what the library publishes for the network."""
     if net.startswith("timm:"):
         pytest.importorskip("timm")
@@ -350,7 +350,7 @@ def test_transformers_classifier_gives_its_logits(resnet_folder):
         ),
     ],
 )
-def test_transformers_normalisation_is_that_of_the_folder(resnet_folder, file, processor, mean, std):
+def test_transformers_normalization_is_that_of_the_folder(resnet_folder, file, processor, mean, std):
     _, folder = resnet_folder
     (folder / file).write_text(json.dumps(processor))
     teacher = load_teacher(TeacherConfig(net="transformers", path=str(folder)), 4, 32)
@@ -371,7 +371,7 @@ def test_transformers_folder_that_is_not_whole_is_named(resnet_folder):
         with pytest.raises(InputError, match=r"preprocessor_config.json of the teacher .* cannot be read"):
             load_teacher(config, 4, 32)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [NaN], "image_std": [1]}')
-    with pytest.raises(InputError, match="do not normalise RGB images"):
+    with pytest.raises(InputError, match="do not normalize RGB images"):
         load_teacher(config, 4, 32)
     (folder / "preprocessor_config.json").unlink()
     whole = (folder / "model.safetensors").read_bytes()
@@ -514,7 +514,7 @@ def test_permuted_teacher_is_stopped_and_the_order_it_is_told_repairs_it(convnet
         InputError, match=r"gets 0.0% of 60 .* class order \[2, 0, 3, 1\] it would get 100.0%; set teach"
     ) as e:
         check_teacher(permuted, quarters, config, 8)
-    assert "near the chance of 25.0%: its class order or input normalisation" in str(e.value)
+    assert "near the chance of 25.0%: its class order or input normalization" in str(e.value)
     told = apply_settings(config, [str(e.value).rpartition("set teachers.N.")[2]])
     assert told.classes == ORDER
     repaired = dataclasses.replace(permuted, classes=told.classes)

@@ -46,10 +46,10 @@ def test_a_teacher_is_written_with_what_it_needs(taught, toy_source, toy_images)
     assert facts["std"] == pytest.approx(x.std((0, 2, 3)).tolist(), abs=1e-3)
     # a fifth of each class at most: one of 9, 8 and 7
     assert facts["validation_images"] == len(validation_rows(toy_source.train.labels, 1000)) == 3
-    assert facts["validation_accuracy"] == 1  # the classes differ in colour
+    assert facts["validation_accuracy"] == 1  # the classes differ in color
 
 
-def test_it_loads_with_its_own_normalisation(taught, toy_source, toy_images) -> None:
+def test_it_loads_with_its_own_normalization(taught, toy_source, toy_images) -> None:
     folder = taught / "teachers" / "convnet3"
     facts = read_json(folder / "teacher.json")
     for path in (folder, folder / "model.safetensors"):

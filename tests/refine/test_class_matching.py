@@ -36,7 +36,7 @@ SMALL = {"net": "convnet2w16", "real_batch": 16, "augment": "none"}
 def digits() -> RealImages:
     data = load_digits()
     images = torch.from_numpy(data.images * 255 / 16).round().to(torch.uint8)
-    color = torch.stack([images, images.flip(1), 255 - images], 1)  # not grey
+    color = torch.stack([images, images.flip(1), 255 - images], 1)  # not gray
     return RealImages(color, torch.from_numpy(data.target).long())
 
 
@@ -249,11 +249,11 @@ def test_shares_of_a_class_sum_to_one():
 
 
 @every
-def test_images_of_a_grey_data_set_stay_grey(refine, config, digits):
-    grey = RealImages(digits.images[:, :1].expand(-1, 3, -1, -1), digits.labels)
-    images, labels = first_of_each(grey, 1)
+def test_images_of_a_gray_data_set_stay_gray(refine, config, digits):
+    gray = RealImages(digits.images[:, :1].expand(-1, 3, -1, -1), digits.labels)
+    images, labels = first_of_each(gray, 1)
     for start in ("drawn", "noise"):
-        out = refine(images, labels, dataclasses.replace(config, start=start), grey, classes=10).images
+        out = refine(images, labels, dataclasses.replace(config, start=start), gray, classes=10).images
         assert torch.allclose(out[:, :1], out[:, 1:], atol=1e-5)
         assert not torch.allclose(out, images, atol=1e-3)
 
@@ -286,15 +286,15 @@ def test_latents_move_along_the_gradient_of_the_images_they_are_decoded_to(refin
 
 
 @every
-def test_latents_of_a_grey_data_set_move_along_all_channels(refine, config, digits, monkeypatch):
-    grey = RealImages(digits.images[:, :1].expand(-1, 3, -1, -1), digits.labels)
-    images, labels = first_of_each(grey, 1)
+def test_latents_of_a_gray_data_set_move_along_all_channels(refine, config, digits, monkeypatch):
+    gray = RealImages(digits.images[:, :1].expand(-1, 3, -1, -1), digits.labels)
+    images, labels = first_of_each(gray, 1)
     latent = dataclasses.replace(with_steps(config, 2), mode="latent", lr=0.01)
     options = {"classes": 10, "codec": ImageCodec.of(tiny_kl(), 16, 8)}
-    learned = refine(images, labels, latent, grey, **options).images
-    assert not torch.allclose(learned[:, :1], learned[:, 1:], atol=1e-3)  # a decoder's images need not be grey
-    monkeypatch.setattr("dq.refine.class_matching.is_grey", lambda _: False)
-    assert torch.equal(refine(images, labels, latent, grey, **options).images, learned)
+    learned = refine(images, labels, latent, gray, **options).images
+    assert not torch.allclose(learned[:, :1], learned[:, 1:], atol=1e-3)  # a decoder's images need not be gray
+    monkeypatch.setattr("dq.refine.class_matching.is_gray", lambda _: False)
+    assert torch.equal(refine(images, labels, latent, gray, **options).images, learned)
 
 
 @every

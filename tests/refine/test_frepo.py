@@ -213,10 +213,10 @@ def test_more_images_than_features_are_fitted() -> None:
 
 def test_mirror_images_are_for_small_sets_of_color_images() -> None:
     assert learn().facts["flip"]
-    grey = toy()
-    grey = RealImages(grey.images[:, :1].expand(-1, 3, -1, -1).contiguous(), grey.labels)
+    gray = toy()
+    gray = RealImages(gray.images[:, :1].expand(-1, 3, -1, -1).contiguous(), gray.labels)
     images, labels = drawn()
-    assert not refine(images, labels, SMALL, grey, classes=2).facts["flip"]
+    assert not refine(images, labels, SMALL, gray, classes=2).facts["flip"]
     assert not learn(dataclasses.replace(SMALL, flip=False)).facts["flip"]
 
 

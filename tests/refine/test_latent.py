@@ -169,14 +169,14 @@ def test_latents_start_from_what_is_asked_for() -> None:
         torch.testing.assert_close(statistic(noise, (0, 2, 3)), expected, atol=0.03 * float(encoded.std()), rtol=0.03)
 
 
-def test_latents_of_a_grey_data_set_move_along_all_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_of_a_gray_data_set_move_along_all_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = drawn()
     color = toy()
-    grey = RealImages(color.images[:, :1].expand(-1, 3, -1, -1).contiguous(), color.labels)
+    gray = RealImages(color.images[:, :1].expand(-1, 3, -1, -1).contiguous(), color.labels)
     config = dataclasses.replace(LATENT, flip=False, steps=2)
-    learned = refine(images, labels, config, grey, classes=2, codec=codec()).images
-    monkeypatch.setattr(frepo, "is_grey", lambda _: False)
-    assert torch.equal(refine(images, labels, config, grey, classes=2, codec=codec()).images, learned)
+    learned = refine(images, labels, config, gray, classes=2, codec=codec()).images
+    monkeypatch.setattr(frepo, "is_gray", lambda _: False)
+    assert torch.equal(refine(images, labels, config, gray, classes=2, codec=codec()).images, learned)
 
 
 def test_copies_are_moved_apart() -> None:

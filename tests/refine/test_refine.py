@@ -274,7 +274,7 @@ def test_a_loss_that_is_no_number_is_said(images):
         run(images, [teacher_of(net)], short())
 
 
-def test_one_teachers_normalisation_holds_the_pixels_and_each_sees_its_own(images):
+def test_one_teachers_normalization_holds_the_pixels_and_each_sees_its_own(images):
     net = drawn(TinyNet())
     own = teacher_of(net)
     other = dataclasses.replace(own, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
@@ -604,7 +604,7 @@ def test_measures_of_known_images(teacher):
     found = measure(x, labels, (x - 0.1).clamp(min=-1), [teacher], [])
     assert found["anchor_distance"] == pytest.approx(4 * 25.5, rel=1e-4)
     assert found["teachers"][0]["hits"] == int((teacher.logits(x).argmax(1) == labels).sum())
-    assert found["judges"] == []
+    assert found["validation_teachers"] == []
 
 
 def test_a_schedule_is_one_cosine_to_zero():

@@ -432,23 +432,23 @@ def test_latents_start_from_what_is_asked_for(latent: Trajectory, experts: Exper
         torch.testing.assert_close(r.soft_labels, labels, atol=1e-4, rtol=1e-4)
 
 
-def test_latents_of_a_grey_data_set_move_along_all_channels(
+def test_latents_of_a_gray_data_set_move_along_all_channels(
     latent: Trajectory, experts: Experts, real: RealImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grey = RealImages(real.images[:, :1].expand(-1, 3, -1, -1), real.labels)
+    gray = RealImages(real.images[:, :1].expand(-1, 3, -1, -1), real.labels)
     moving = dataclasses.replace(latent, steps=2)
 
     def both(config: Trajectory, **more: Any) -> list[Tensor]:
         images = []
         for answer in (True, False):
-            monkeypatch.setattr(trajectory, "is_grey", lambda _, answer=answer: answer)
-            images.append(learn(config, experts, grey, **more).images)
+            monkeypatch.setattr(trajectory, "is_gray", lambda _, answer=answer: answer)
+            images.append(learn(config, experts, gray, **more).images)
         return images
 
-    as_grey, as_color = both(moving, codec=codec())
-    assert torch.equal(as_grey, as_color)  # a decoder's images need not be grey
-    as_grey, as_color = both(dataclasses.replace(moving, mode="pixel"))
-    assert not torch.equal(as_grey, as_color)
+    as_gray, as_color = both(moving, codec=codec())
+    assert torch.equal(as_gray, as_color)  # a decoder's images need not be gray
+    as_gray, as_color = both(dataclasses.replace(moving, mode="pixel"))
+    assert not torch.equal(as_gray, as_color)
 
 
 def test_latents_need_a_codec(latent: Trajectory, small: Trajectory, experts: Experts) -> None:

@@ -251,7 +251,7 @@ def live(world: Path, out: Path, rng: random.Random, faults: list[str], most: in
             "lost": [n for n in gone if not (n.startswith("run/images") and "/part-" in n)],
         }
         expected = kind is not None and codes[rank] == EXIT[blow]
-        if not record["through"] and not expected or "cannot be read" in said:
+        if (not record["through"] and not expected) or "cannot be read" in said:
             raise AssertionError(f"{record} ended with {codes}:\n{said[-3000:]}")
         records.append(record)
     records[-1]["silent"] = sorted(hidden)  # damage that nobody reported

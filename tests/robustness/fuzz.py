@@ -156,7 +156,7 @@ def targets(root: Path) -> list[Target]:
     settings = [
         b"cluster.engine=torch", b"ipc=[1, 10]", b"methods.x.override={cluster: {space: pca}}", b"seed=3",
         b"refine=[{stage: fadrm, sizes: [32, 32], steps: [3, 3]}]", b"teachers.0.net=resnet18",
-        b"evaluate.students=[{protocol: classic, epochs: {1: 5, default: 3}}]", b"generate.guidance_snr=[0.1, 5]",
+        b"evaluate.students=[{protocol: classic, epochs: {1: 5, default: 3}}]", b"generate.guidance_interval=[0.1, 5]",
     ]  # fmt: skip
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (n, n + 3, 3), dtype=np.uint8)) for n in (5, 32)]
@@ -198,7 +198,7 @@ def targets(root: Path) -> list[Target]:
         **record,
         "labels": {"teachers": ["resnet56", "a"], "by": "x", "temperature": 1.0},
         "refine": [{"stage": "fadrm", "steps": [1, 2], "teachers": ["a"]}],
-        "licences": {"source": "mit", "generator": "cc-by-4.0"},
+        "licenses": {"source": "mit", "generator": "cc-by-4.0"},
         "codec": {"path": "me/vae"},
         "dq": "0.1",
     }
@@ -263,7 +263,7 @@ def targets(root: Path) -> list[Target]:
         Target("record of a set", 10, [json.dumps(without, indent=2).encode()], read_record, text=True),
         Target("card from the Hub", 5, [card.encode()], card_over, text=True, refuses=False),
         Target("Parquet of a set", 12, [blob], read_parquet_set),
-        Target("Parquet as foreign set", 1, [blob], foreign_folder),
+        Target("Parquet as external set", 1, [blob], foreign_folder),
         Target("Parquet source", 1, [blob], source(one, False)),
         Target("Parquet stream", 5, [blob], source(one, True)),
         Target("tar stream", 8, [tar.getvalue()], tars),
@@ -288,7 +288,7 @@ def targets(root: Path) -> list[Target]:
             card_over,
         ),
         ("Parquet of a set", 12, tables, read_parquet_set),
-        ("Parquet as foreign set", 2, tables, foreign_folder),
+        ("Parquet as external set", 2, tables, foreign_folder),
         ("Parquet source", 2, tables, source(one, False)),
         ("Parquet stream", 5, tables, source(one, True)),
         ("tar stream", 5, lambda rng: malformed.tar(pngs, rng), tars),

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # readers that open a data set with `datasets` take a quarter of a second for each
-EXAMPLES = {"odd Parquet as foreign set": 4, "odd Parquet source": 4, "odd Parquet stream": 8, "odd tar stream": 15}
+EXAMPLES = {"odd Parquet as external set": 4, "odd Parquet source": 4, "odd Parquet stream": 8, "odd tar stream": 15}
 NAMES = (
     "configuration", "--set", "image PNG", "set of tensors", "set of arrays", "record of a set", "record from the Hub",
-    "evaluation from the Hub", "card from the Hub", "Parquet of a set", "Parquet as foreign set", "Parquet source",
+    "evaluation from the Hub", "card from the Hub", "Parquet of a set", "Parquet as external set", "Parquet source",
     "Parquet stream", "tar stream",
 )  # fmt: skip
 

@@ -60,7 +60,7 @@ def test_the_worked_example_of_the_documentation() -> None:
     """docs/scale.md works these out by hand."""
     source = like_source("imagenet-1k")
     settings = apply_settings(RunConfig(), EXAMPLE)
-    plans = by_stage(stage_plans(settings, source, latent=(4, 32, 32), walked=28))
+    plans = by_stage(stage_plans(settings, source, latent=(4, 32, 32), denoiser_steps=28))
     assert plans["encode"].calls == {"read": 1_281_167, "encode": 1_281_167}
     assert plans["encode"].bytes == 1_281_167 * (4 * 32 * 32 * 2 + 12) == 10_510_694_068
     assert plans["cluster"].bytes == 10_000 * (4 * 32 * 32 * 4 * 2 + 24) + 1_281_167 * 12 == 343_294_004
@@ -76,7 +76,7 @@ def test_the_worked_example_of_the_documentation() -> None:
     seconds = seconds_of(plans["generate"], {"decode": 0.01, "denoise": 0.02}, overlap=True)
     assert seconds == pytest.approx(10_000 * 0.01 + 280_000 * 0.02)
     # without knowing the walk, all nominal steps count
-    more = by_stage(stage_plans(settings, source, latent=None, walked=None))
+    more = by_stage(stage_plans(settings, source, latent=None, denoiser_steps=None))
     assert more["generate"].calls["denoise"] == 500_000
     assert more["encode"].bytes is None
 
@@ -91,7 +91,7 @@ def test_methods_that_share_work_count_once() -> None:
         "e": {"representative": "real"},
     }
     changes = {"methods": methods, "ipc": [2], "evaluate.students": []}
-    plans = by_stage(stage_plans(apply_settings(RunConfig(), changes), source, latent=(4, 8, 8), walked=None))
+    plans = by_stage(stage_plans(apply_settings(RunConfig(), changes), source, latent=(4, 8, 8), denoiser_steps=None))
     assert plans["cluster"].calls == {"cluster torch latents ipc 2": 2 * 80}
     assert plans["generate"].calls == {"decode": 3 * 8, "read": 8}
     assert plans["label"].bytes == 5 * 8 * 3 * 64 * 64  # but every method has a set
@@ -100,7 +100,7 @@ def test_methods_that_share_work_count_once() -> None:
 def test_small_classes_have_fewer_prototypes() -> None:
     source = like_source("3x4")
     changes = {"ipc": [10], "generate.images_per_prototype": 3, "generate.mode": "dit", "evaluate.students": []}
-    plans = by_stage(stage_plans(apply_settings(RunConfig(), changes), source, latent=(1, 2, 2), walked=5))
+    plans = by_stage(stage_plans(apply_settings(RunConfig(), changes), source, latent=(1, 2, 2), denoiser_steps=5))
     assert plans["generate"].calls == {"decode": 36, "denoise": 180}
     assert plans["cluster"].bytes == 12 * (4 * 8 + 24) + 12 * 12  # and the cell of each image
 
@@ -112,11 +112,11 @@ def test_the_busiest_process_decides() -> None:
     assert busiest([1.0], 16) == 1.0
     assert busiest([], 3) == 1.0
     # it divides as a run does
-    from dq.core.processes import shard
+    from dq.core.processes import assign_units
 
     costs = [5.0, 1, 1, 8, 3, 3, 2, 1, 7.5]
     for world_size in (1, 2, 3, 5):
-        largest = max(sum(costs[i] for i in shard(costs, r, world_size)) for r in range(world_size))
+        largest = max(sum(costs[i] for i in assign_units(costs, r, world_size)) for r in range(world_size))
         assert busiest(costs, world_size) == pytest.approx(largest / sum(costs))
 
 
@@ -130,7 +130,7 @@ def test_seconds_follow_speeds_and_processes() -> None:
     source = like_source("imagenet-1k")
     settings = apply_settings(RunConfig(), EXAMPLE)
     for processes in (8, 16):
-        for p in stage_plans(settings, source, latent=(4, 32, 32), walked=28, processes=processes):
+        for p in stage_plans(settings, source, latent=(4, 32, 32), denoiser_steps=28, processes=processes):
             if p.stage == "evaluate":
                 # five trainings do not divide by eight: the longest one, on the full data, decides
                 assert p.share == pytest.approx(1_281_167 * 3 / (1_281_167 * 3 + 2 * 2 * 300_000))
@@ -152,7 +152,7 @@ def test_labels_of_views_are_counted_as_the_label_stage_counts_them() -> None:
     settings = apply_settings(RunConfig(), changes)
     source = like_source("5x9")
     each = next(trainings(settings, source.class_counts(), {("ddoq", "2"): 10}))
-    plan = by_stage(stage_plans(settings, source, latent=(1, 2, 2), walked=None))["evaluate"]
+    plan = by_stage(stage_plans(settings, source, latent=(1, 2, 2), denoiser_steps=None))["evaluate"]
     assert plan.bytes == label_bytes(10, 3, 5, each.config.relabel, 4, each.config.views).total
     assert plan.calls["teacher"] == 30
 
@@ -318,7 +318,7 @@ def test_the_disk_plan_is_what_a_run_leaves(world: Path, tmp_path: Path) -> None
     file = config(world, tmp_path, ipc=[3], evaluate__students=[])
     assert main(["run", "--config", str(file), "--cpu"]) == 0
     settings = resolve(build_parser().parse_args(["run", "--config", str(file)]))
-    plans = by_stage(stage_plans(settings, load_source(settings.source), latent=(4, 4, 4), walked=None))
+    plans = by_stage(stage_plans(settings, load_source(settings.source), latent=(4, 4, 4), denoiser_steps=None))
 
     def tensors(pattern: str) -> int:
         """Bytes of tensors, without the headers, which are larger here than what they head."""

@@ -286,7 +286,7 @@ def test_scores_that_baselines_go_by_are_made_by_the_stage(
 
 def test_the_plan_counts_the_passes_of_the_agents(tmp_path: Path, toy_source) -> None:
     config = settings(tmp_path / "run")
-    plans = {p.stage: p for p in stage_plans(config, toy_source, latent=(4, 4, 4), walked=None)}
+    plans = {p.stage: p for p in stage_plans(config, toy_source, latent=(4, 4, 4), denoiser_steps=None)}
     n = len(toy_source.train)
     agent = agent_operation(config.prune)
     assert plans["prune"].calls == {agent: 4 * n, f"test {agent}": 4 * n}  # two runs of two epochs
@@ -296,7 +296,7 @@ def test_the_plan_counts_the_passes_of_the_agents(tmp_path: Path, toy_source) ->
     kept = sum(k - int(0.3 * k) for k in toy_source.class_counts().tolist())
     assert f"prune       method kept ipc 2: hard (filter) keeps {kept} of {n} images" in lines
     unpruned = settings(tmp_path / "run", methods={"plain": {}})
-    assert "prune" not in {p.stage for p in stage_plans(unpruned, toy_source, latent=(4, 4, 4), walked=None)}
+    assert "prune" not in {p.stage for p in stage_plans(unpruned, toy_source, latent=(4, 4, 4), denoiser_steps=None)}
 
 
 def test_the_help_of_the_verb_has_an_example(capsys) -> None:

@@ -50,7 +50,7 @@ def results(out: Path) -> dict[str, bytes]:
 def finished(world, teachers, tmp_path_factory) -> Path:
     """A run with two stages, not interrupted."""
     out = tmp_path_factory.mktemp("finished")
-    judged = {**SHORT, "judges": teachers[1:], "teachers": teachers}
+    judged = {**SHORT, "validation_teachers": teachers[1:], "teachers": teachers}
     assert run(refining(world, out, teachers, [judged, TEDDY])) == 0
     return out
 
@@ -90,7 +90,7 @@ def test_measures_and_metrics_stand_before_and_after(finished):
     assert summary["images"] == 9
     assert summary["batches"] == 3
     assert len(summary["after"]["teachers"]) == 2
-    assert len(summary["after"]["judges"]) == 1
+    assert len(summary["after"]["validation_teachers"]) == 1
     assert summary["before"]["anchor_distance"] == 0
     assert summary["after"]["anchor_distance"] > 1
     assert summary["before"]["variation"] != summary["after"]["variation"]
@@ -116,7 +116,7 @@ def test_the_report_shows_losses_and_blocks(finished):
 
 def test_a_finished_refinement_is_not_done_again(finished, world, teachers):
     before = {p: p.stat().st_mtime_ns for p in finished.glob("run/images/*/*.safetensors")}
-    judged = {**SHORT, "judges": teachers[1:], "teachers": teachers}
+    judged = {**SHORT, "validation_teachers": teachers[1:], "teachers": teachers}
     assert run(refining(world, finished, teachers, [judged, TEDDY])) == 0
     assert {p: p.stat().st_mtime_ns for p in finished.glob("run/images/*/*.safetensors")} == before
 
@@ -131,7 +131,7 @@ def test_the_order_of_stages_is_the_users(finished, world, teachers, tmp_path):
 @pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_processes_give_the_same_bytes(finished, world, teachers, tmp_path):
-    judged = {**SHORT, "judges": teachers[1:], "teachers": teachers}
+    judged = {**SHORT, "validation_teachers": teachers[1:], "teachers": teachers}
     process = launch(refining(world, tmp_path, teachers, [judged, TEDDY]), "run", processes=2)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said

@@ -68,7 +68,7 @@ def classes(out: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
 
 
 def same_sets(out: Path, other: Path) -> bool:
-    """Whether two runs keep the same candidates; other batches may move a float, and a pixel by a grey level."""
+    """Whether two runs keep the same candidates; other batches may move a float, and a pixel by a gray level."""
     pairs = list(zip(classes(out), classes(other), strict=True))
     assert not list(out.glob("run/images/*/part-*"))
 
@@ -266,8 +266,10 @@ def test_refusals_of_a_teacher_name_the_setting_it_stands_in(
         "generate.select_teacher": {"generate": {**choosing, "select_teacher": wrong}},
         "methods.x.override.generate.select_teacher": {"generate": choosing, "methods": own},
         "refine.0.teachers.N": {"refine": [{**stage, "teachers": [wrong]}]},
-        "refine.0.judges.N": {"refine": [{**stage, "judges": [wrong]}]},
-        "methods.x.refine.0.judges.N": {"methods": {"x": {"refine": [{**stage, "judges": [wrong]}]}}},
+        "refine.0.validation_teachers.N": {"refine": [{**stage, "validation_teachers": [wrong]}]},
+        "methods.x.refine.0.validation_teachers.N": {
+            "methods": {"x": {"refine": [{**stage, "validation_teachers": [wrong]}]}}
+        },
         "teachers.N": {"teachers": [wrong]},
     }
     for setting, changed in settings.items():
@@ -278,7 +280,8 @@ def test_refusals_of_a_teacher_name_the_setting_it_stands_in(
 
 
 @pytest.mark.parametrize(
-    "setting", ["internal_guidance=2", "autoguidance=2", "mode_guidance=0.1", "measure_guidance=0.1", "repulsion=0.1"]
+    "setting",
+    ["internal_guidance=2", "autoguidance=2", "prototype_guidance=0.1", "measure_guidance=0.1", "repulsion=0.1"],
 )
 def test_guidance_without_a_denoiser_is_refused(setting: str, accelerator) -> None:
     name = setting.partition("=")[0]
@@ -321,7 +324,7 @@ def test_candidates_multiply_the_cost_of_drawing(selecting) -> None:
     methods = {"plain": {}, "transport": {"override": {"generate": chosen}}}
     changes = {"methods": methods, "ipc": [2], "generate.mode": "dit", "evaluate.students": []}
     config = apply_settings(RunConfig(), changes)
-    plans = {p.stage: p for p in stage_plans(config, source, latent=(4, 8, 8), walked=5)}
+    plans = {p.stage: p for p in stage_plans(config, source, latent=(4, 8, 8), denoiser_steps=5)}
     calls = plans["generate"].calls
     assert (calls["decode"], calls["denoise"]) == (8 + 24, 5 * (8 + 24))
     # probabilities and features of 24 draws, features of 80 real images
@@ -336,7 +339,7 @@ def test_classes_that_are_walked_together_are_the_units_of_a_plan(selecting) -> 
     changes = {"ipc": [5], "generate.mode": "dit", "evaluate.students": []}
     changes |= {f"generate.{k}": v for k, v in guided.items()}
     config = apply_settings(RunConfig(), changes)
-    plans = stage_plans(config, like_source("3x20"), latent=(4, 8, 8), walked=5, processes=4)
+    plans = stage_plans(config, like_source("3x20"), latent=(4, 8, 8), denoiser_steps=5, processes=4)
     share = next(p.share for p in plans if p.stage == "generate")
     assert share == 2 / 6  # six units of five images on four processes
 

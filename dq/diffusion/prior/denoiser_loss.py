@@ -1,4 +1,4 @@
-"""What a denoiser is trained to predict: noise levels, losses, and the scheduler that walks back from them."""
+"""What a denoiser is trained to predict: noise levels, losses, and the scheduler that denoises by them."""
 
 from __future__ import annotations
 

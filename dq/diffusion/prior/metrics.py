@@ -43,7 +43,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
         |m_x - m_y|^2 + Tr(S_x + S_y - 2 (S_x S_y)^(1/2)).
 
-    With S_x = X'X for the centred rows X over sqrt(n - 1), the last trace is the sum of the singular values of XY'.
+    With S_x = X'X for the centered rows X over sqrt(n - 1), the last trace is the sum of the singular values of XY'.
     So no root of a matrix is taken, and sets with fewer rows than dimensions need no special case. There the
     covariance is singular and the distance is still defined. It is biased upwards, the more the fewer rows (Chong &
     Forsyth 2020): compare values of equal n only, and with that of real images of the same n.
@@ -98,7 +98,7 @@ def kernel_distance(
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5, *, rows: int = ROWS) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, equations 4 and 5).
 
-    Around every real row lies the ball that reaches its k-th nearest real neighbour. Density is the number of balls
+    Around every real row lies the ball that reaches its k-th nearest real neighbor. Density is the number of balls
     that hold a fake row, over k, in the mean over fake rows: about 1 for the same law, and not bounded by it. Coverage
     is the share of balls that hold any fake row, in [0, 1].
 
@@ -111,7 +111,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, *, rows: int = ROWS
     """
     real, fake = _checked(real, fake, least=1)
     if len(real) <= k:
-        raise InputError(f"{len(real)} real images have no {k} neighbours each; give more, or fewer neighbours")
+        raise InputError(f"{len(real)} real images have no {k} neighbors each; give more, or fewer neighbors")
     inside, covered = 0, 0
     radii = nearest(real, real, k + 1, rows=rows)[0][:, k]  # the nearest of all is the row itself
     for ball, radius in zip(real.split(rows), radii.split(rows)):
@@ -131,7 +131,7 @@ def nearest(x: Tensor, y: Tensor, k: int = 1, *, rows: int = ROWS) -> tuple[Tens
         InputError: if y has fewer than k rows.
     """
     if len(y) < k:
-        raise InputError(f"{len(y)} rows have no {k} nearest; give more, or fewer neighbours")
+        raise InputError(f"{len(y)} rows have no {k} nearest; give more, or fewer neighbors")
     distances, indices = [], []
     for part in x.split(rows):
         part = part.double()
@@ -170,7 +170,7 @@ def nearest_ratio(distances: Tensor, usual: Tensor, percentile: float = PERCENTI
 
 
 def least_rmse(images: Tensor, candidates: Tensor) -> Tensor:
-    """Root mean square difference in grey levels (0 to 255) of every image (n, 3, S, S) uint8 to the most similar of
+    """Root mean square difference in gray levels (0 to 255) of every image (n, 3, S, S) uint8 to the most similar of
     its candidates (n, k, 3, S, S) uint8: (n,), 0 for an exact copy."""
     return (candidates.float() - images[:, None].float()).square().mean((2, 3, 4)).sqrt().amin(1)
 
@@ -221,10 +221,10 @@ def checked_counts(source: ImageSource, config: PriorReportConfig) -> np.ndarray
         InputError: if these are too few for density and coverage.
     """
     wanted = sample_counts(source, config.per_class)
-    if wanted.sum() <= config.neighbours:
+    if wanted.sum() <= config.neighbors:
         raise InputError(
             f"{source.origin} has test and train images for {wanted.sum()} samples only; name a larger split with "
-            "--set source.test_split=NAME, or lower prior_report.neighbours"
+            "--set source.test_split=NAME, or lower prior_report.neighbors"
         )
     return wanted
 
@@ -297,7 +297,7 @@ def measure_prior(
     readable = (~features.isnan().all(1)).nonzero()[:, 0]
     train = features[readable]
     real_features = bench.teachers[0].features(real)
-    usual, rows = nearest(real_features, train, config.neighbours)
+    usual, rows = nearest(real_features, train, config.neighbors)
 
     def rmse(images: Tensor, candidates: Tensor) -> float:
         least = []
@@ -311,7 +311,7 @@ def measure_prior(
 
     def compared(x: Tensor) -> dict[str, float]:
         kernel = kernel_distance(x, real_features, seed=draw.seed)
-        density, coverage = density_coverage(real_features, x, config.neighbours)
+        density, coverage = density_coverage(real_features, x, config.neighbors)
         return {
             "frechet": frechet_distance(x, real_features),
             "kernel": kernel[0],
@@ -337,7 +337,7 @@ def measure_prior(
     for g in config.guidance:
         images = stored_samples(draw, g, folder)
         features = bench.teachers[0].features(images)
-        distances, rows = nearest(features, train, config.neighbours)
+        distances, rows = nearest(features, train, config.neighbors)
         numbers = {**compared(features), **near(distances[:, 0]), "pixel_rmse": rmse(images, rows)}
         found.append({"row": f"guidance {g:g}", "guidance": g, "accuracy": right(images), **numbers})
         samples[g], all_distances[g], closest[g] = images, distances[:, 0], readable[rows[:, 0]]
@@ -370,7 +370,7 @@ def _facts(draw: Draw, bench: RealData, config: PriorReportConfig, train: Sequen
         "train_images": train[0],
         "features": train[1],
         "teacher": "+".join(t.name for t in bench.teachers),
-        "neighbours": config.neighbours,
+        "neighbors": config.neighbors,
         "steps": draw.num_inference_steps,
         **draw.weaker_guidance,
         "scheduler": type(draw.scheduler).__name__,

@@ -49,7 +49,7 @@ def train_denoiser(
 ) -> Path:
     """Train a `DiTTransformer2DModel` on cached latents; `prior.output_dir` becomes a folder of a stock `DiTPipeline`.
 
-    The latents are normalised to mean 0 and deviation 1 in every channel, and the codec saved beside the denoiser is
+    The latents are normalized to mean 0 and deviation 1 in every channel, and the codec saved beside the denoiser is
     one that gives such latents (`normalized`); fine-tuning keeps the codec that the checkpoint was trained with. The
     class is the null class for a share `dropout` of the rows. All latents are held in memory as float16. Giving the
     same command again continues. The held-out loss is that of unflipped images at unshifted noise levels without the
@@ -308,7 +308,7 @@ def _load_denoiser(
 
 def _own_codec(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
     """The codec to save beside the denoiser: the one given if its latents are normal already, to within the error of
-    estimating that, else a normalised copy.
+    estimating that, else a normalized copy.
 
     Raises:
         RunError: if there is another one.
@@ -321,7 +321,7 @@ def _own_codec(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
         there = codec_digest(load_codec(path, dtype=dtype))
         if there == codec_digest(codec) and not normal:
             raise RunError(
-                f"the codec in {path} gives latents that are not normalised by channel; set "
+                f"the codec in {path} gives latents that are not normalized by channel; set "
                 "prior.denoiser.normalize=none, or choose another prior.output_dir"
             )
         if there != codec_digest(ours):
@@ -374,10 +374,10 @@ def _latents(cache: LatentCache, flipped: LatentCache | None = None) -> tuple[Te
 
 
 def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor:
-    """Latents (n, C, h, w) of classes (n,), walked from noise with guidance."""
+    """Latents (n, C, h, w) of classes (n,), noised from noise with guidance."""
     device = next(model.parameters()).device
-    walk = fresh_scheduler(scheduler, SHOWN_STEPS)
+    sampler = fresh_scheduler(scheduler, SHOWN_STEPS)
     y = labels.to(device)
-    start = choose_start(walk, SHOWN_STEPS, strength=1.0)
-    walked = guided(dit_prediction(model), y, null_class(model, y), SHOWN_GUIDANCE)
-    return denoise(walked, walk, torch.zeros_like(noise).to(device), start, [], noise=noise.to(device))
+    start = choose_start(sampler, SHOWN_STEPS, strength=1.0)
+    noised = guided(dit_prediction(model), y, null_class(model, y), SHOWN_GUIDANCE)
+    return denoise(noised, sampler, torch.zeros_like(noise).to(device), start, [], noise=noise.to(device))

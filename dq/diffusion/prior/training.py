@@ -1,7 +1,7 @@
 """The training loop that codec and denoiser share: parameter averages, schedules, checkpoints, resume.
 
 The batch of step s is a pure function of (seed, s). The state of a training is therefore its parameters, their
-averages, the optimiser's moments and the step, and a resumed training equals an uninterrupted one.
+averages, the optimizer's moments and the step, and a resumed training equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def publish(
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """A block in which modules initialise from `derive_seed(*parts)`, since their constructors know only the global
+    """A block in which modules initialize from `derive_seed(*parts)`, since their constructors know only the global
     generator; afterwards that is as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(*parts))

@@ -64,7 +64,7 @@ def seconds_of(plan: StagePlan, speeds: Mapping[str, float], *, overlap: bool) -
 
 def busiest(costs: Sequence[float], processes: int) -> float:
     """Share of all work that the busiest of P processes has, when the largest unit goes first to the least loaded
-    (`dq.core.processes.shard`)."""
+    (`dq.core.processes.assign_units`)."""
     total = sum(costs)
     if processes == 1 or not total:
         return 1.0
@@ -82,14 +82,14 @@ def stage_plans(
     source: ImageSource,
     *,
     latent: tuple[int, int, int] | None,
-    walked: int | None,
+    denoiser_steps: int | None,
     processes: int = 1,
 ) -> list[StagePlan]:
     """What the stages of `dq run` ask for.
 
     Args:
         latent: (C, h, w) of a latent, if known.
-        walked: denoiser steps of an image; None: all of `num_inference_steps`.
+        denoiser_steps: denoiser steps of an image; None: all of `num_inference_steps`.
         processes: among which the units are divided.
     """
     sets = planned_sets(config, source)
@@ -99,7 +99,7 @@ def stage_plans(
         _encode(counts, cells, processes),
         _prune(config, counts, processes),
         _cluster(sets, counts, cells, processes),
-        _generate(config, sets, sum(counts), walked, processes),
+        _generate(config, sets, sum(counts), denoiser_steps, processes),
         _refine(config, sets, counts, processes),
         _label(config, sets, processes),
         _evaluate(config, source, sets, processes),
@@ -169,7 +169,7 @@ def pixel_bytes(config: RunConfig, image_dtype: str = "uint8") -> int:
 
 
 def _generate(
-    config: RunConfig, sets: Sequence[PlannedSet], images: int, walked: int | None, processes: int
+    config: RunConfig, sets: Sequence[PlannedSet], images: int, denoiser_steps: int | None, processes: int
 ) -> StagePlan:
     """Drawing, and what a selecting teacher looks at; `images` are those of train."""
     from dq.run.stages.select import BY_FEATURES
@@ -185,7 +185,7 @@ def _generate(
         else:
             plan.call("decode", s.draws)
             if s.generate.mode != "decode":
-                steps = s.generate.num_inference_steps if walked is None else walked
+                steps = s.generate.num_inference_steps if denoiser_steps is None else denoiser_steps
                 plan.call("denoise", s.draws * steps)
         if s.draws > s.images:
             looks = 2 if s.generate.select in BY_FEATURES else 1  # probabilities, and features

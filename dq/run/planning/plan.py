@@ -15,7 +15,7 @@ from dq.core.errors import InputError
 if TYPE_CHECKING:
     from dq.data.source import ImageSource
 
-STATISTICS = 2048  # images at most over which `train-codec` normalises latents
+STATISTICS = 2048  # images at most over which `train-codec` normalizes latents
 # Classes, train and test images of sets that one may plan for without having them. Real classes differ a little in
 # size; here all images are spread evenly. ImageNet-21K: the release of autumn 2011, which has no test split.
 LIKE = {
@@ -70,12 +70,12 @@ def plan(config: RunConfig, source: ImageSource) -> str:
         f"encode      {n} images at {config.codec.resolution} px, in {len(cut(n, least=LEAST, most=MOST))} units",
     ]
     lines += _plan_pruning(config, counts)
-    walked = 0
+    denoiser_steps = 0
     if config.generate.mode != "decode":
         g = config.generate
         share = f"strength {g.strength}" if g.strength is not None else f"SNR {g.snr}"
         lines.append(f"generate    {g.mode}, {g.num_inference_steps} nominal steps from {share}")
-        walked = g.num_inference_steps
+        denoiser_steps = g.num_inference_steps
     pixels = config.image_size**2 * 3
     for ipc in config.ipc:
         prototypes = int(counts.clip(max=config.cluster.prototypes(ipc)).sum())
@@ -87,7 +87,7 @@ def plan(config: RunConfig, source: ImageSource) -> str:
             f"ipc {ipc:<7d} {prototypes} prototypes, {len(config.methods)} methods "
             f"({', '.join(config.methods)}), {images} images, "
             + (f"chosen from {draws} draws, " if draws > images else "")
-            + f"{images * pixels / 1e6:.1f} MB of pixels, up to {draws * walked} denoiser calls"
+            + f"{images * pixels / 1e6:.1f} MB of pixels, up to {draws * denoiser_steps} denoiser calls"
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
     sizes = {(s.method, str(s.ipc)): s.images for s in sets}
@@ -256,7 +256,7 @@ def plan_training(verb: str, config: RunConfig, source: ImageSource) -> str:
             lines.append(f"train       an autoencoder at {side} px, {c.steps} steps of {c.batch_size} images")
         else:
             lines.append(
-                f"normalise   the latents of {c.init} by channel, over {min(n, STATISTICS)} images at {side} px"
+                f"normalize   the latents of {c.init} by channel, over {min(n, STATISTICS)} images at {side} px"
             )
         return "\n".join([*lines, f"writes to   {folder}"])
     t = config.train_teachers

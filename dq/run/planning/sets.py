@@ -32,7 +32,7 @@ class PlannedSet:
 
     @property
     def together(self) -> bool:
-        """Whether the images of a class are walked together."""
+        """Whether the images of a class are denoiser_steps together."""
         return self.generate.together and self.how.representative != "real"
 
     @property

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dq")
 
-STEPS = 2  # of the denoiser, in one walk
+STEPS = 2  # of the denoiser, in one trajectory
 CLUSTER_NUMBERS = 8 << 20  # of a class's latents at most
 
 
@@ -139,8 +139,10 @@ def _reading(config: RunConfig, source: ImageSource, device: torch.device) -> Sp
     threads = reader_threads(device)  # as while encoding
 
     def work(size: int) -> None:
-        mine = [rows.pop() if len(rows) > size else rows[0] for _ in range(size)]
-        read_images(source.train, mine, config.codec.resolution, source.preprocess, on_bad="skip", threads=threads)
+        batch_rows = [rows.pop() if len(rows) > size else rows[0] for _ in range(size)]
+        read_images(
+            source.train, batch_rows, config.codec.resolution, source.preprocess, on_bad="skip", threads=threads
+        )
 
     return timed(work, 256, device=device)
 
@@ -176,12 +178,12 @@ def _generator(
     decode: Speed,
     facts: dict[str, Any],
 ) -> Iterator[tuple[str, Speed]]:
-    """A step of the walk with all that the configuration adds to it, guidance too; decoding is taken off."""
+    """A step of the trajectory with all that the configuration adds to it, guidance too; decoding is taken off."""
     cfg = config.generate
     start = pipe.start(cfg)
     if start is None:  # decode
         return
-    facts["walked"] = start.calls
+    facts["denoiser_steps"] = start.calls
     facts["generate"] = _walk_settings(config)
     short = dataclasses.replace(cfg, snr=None, strength=min(1.0, (STEPS + 0.5) / cfg.num_inference_steps))
     short_start = pipe.start(short)
@@ -203,13 +205,15 @@ def _generator(
             image_size=config.image_size,
         )
 
-    walk = timed(work, cfg.batch_size, device=device, prepare=functools.partial(_points, shape=shape))
-    middle, least, most = (max(0.0, s - decode.seconds) / calls for s in (walk.seconds, walk.least, walk.most))
-    yield "denoise", Speed(middle, least, most, walk.batch)
+    denoising = timed(work, cfg.batch_size, device=device, prepare=functools.partial(_points, shape=shape))
+    middle, least, most = (
+        max(0.0, s - decode.seconds) / calls for s in (denoising.seconds, denoising.least, denoising.most)
+    )
+    yield "denoise", Speed(middle, least, most, denoising.batch)
 
 
 def _walk_settings(config: RunConfig) -> dict[str, Any]:
-    """What decides how many steps are walked."""
+    """What decides how many steps are denoiser_steps."""
     g = config.generate
     return {k: getattr(g, k) for k in ("mode", "num_inference_steps", "snr", "strength", "scheduler", "noise")}
 
@@ -313,7 +317,7 @@ def _training(
 
     side, classes = config.image_size, len(source.class_names)
     pixels = normalizer((0.5,) * 3, (0.25,) * 3)
-    # views, augmentation and optimiser as they are; where the labels come from is counted apart
+    # views, augmentation and optimizer as they are; where the labels come from is counted apart
     short: StudentConfig = dataclasses.replace(settings, labels="hard", epochs=1, tests=1, whiten=False)
     net = make_net(settings.net, classes, side, norm=settings.norm, seed=0).to(device)
 
@@ -392,15 +396,17 @@ def expected_seconds(config: RunConfig, source: ImageSource, processes: int, spe
 
 
 def planned_stages(config: RunConfig, source: ImageSource, speeds: Speeds, processes: int) -> list[StagePlan]:
-    """`stage_plans` with what the speeds know of the shape of latents and of the walk."""
+    """`stage_plans` with what the speeds know of the shape of latents and of the trajectory."""
     facts = speeds.facts
-    latent, walked = facts.get("latent"), None
+    latent, denoiser_steps = facts.get("latent"), None
     if latent is not None and facts.get("resolution") != config.codec.resolution:
         side = latent[1] * config.codec.resolution // facts["resolution"]
         latent = [latent[0], side, side]
     if facts.get("generate") == _walk_settings(config):
-        walked = facts.get("walked")
-    return stage_plans(config, source, latent=tuple(latent) if latent else None, walked=walked, processes=processes)
+        denoiser_steps = facts.get("denoiser_steps")
+    return stage_plans(
+        config, source, latent=tuple(latent) if latent else None, denoiser_steps=denoiser_steps, processes=processes
+    )
 
 
 def _needs(config: RunConfig, plans: Sequence[Any]) -> dict[Path, float]:

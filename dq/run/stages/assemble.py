@@ -41,8 +41,8 @@ def assemble(run: Run) -> None:
     cache = cache_of(run)
     base = run.folder / "dataset"
     units = [(ipc, method) for ipc in run.config.ipc for method in run.config.methods]
-    mine = [units[i] for i in run.mine([float(ipc) for ipc, _ in units])]
-    for ipc, method in progress(mine, desc="assemble", unit="set", main=run.main):
+    assigned = [units[i] for i in run.local_units([float(ipc) for ipc, _ in units])]
+    for ipc, method in progress(assigned, desc="assemble", unit="set", main=run.main):
         parts = Parts(run, cache, ipc, method, folders[f"{ipc}/{method}"])
         if not has_set(base, f"ipc{ipc}-{method}", parts.recipe):
             write_set(base, f"ipc{ipc}-{method}", iter(parts), {**parts.provenance, "recipe": parts.recipe})

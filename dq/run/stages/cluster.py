@@ -92,8 +92,8 @@ def cluster(run: Run, cache: LatentCache) -> None:
     counts = run.source.class_counts()
     prunings = {r.prune: load_pruning(run, r.prune) for _, r in clusterings(run)}
     units = [(ipc, r, c) for ipc, r in clusterings(run) for c in range(len(counts))]
-    mine = [units[i] for i in run.mine([float(counts[c]) * ipc for ipc, _, c in units])]
-    todo = [u for u in mine if not is_done(class_file(prototype_folder(run, cache, u[0], u[1]), u[2]))]
+    assigned = [units[i] for i in run.local_units([float(counts[c]) * ipc for ipc, _, c in units])]
+    todo = [u for u in assigned if not is_done(class_file(prototype_folder(run, cache, u[0], u[1]), u[2]))]
     with progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar:
         for ipc, resolved, labels in _batches(run, cache, todo):
             _cluster_classes(run, cache, ipc, resolved, labels, prunings[resolved.prune])

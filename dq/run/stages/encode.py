@@ -21,7 +21,7 @@ def encode(run: Run, codec: Codec) -> LatentCache:
     c = run.config
     codec.to(run.device)
     cache = open_cache(c.cache_dir, run.source, codec, c.codec, c.seed)
-    encode_source(run.source, codec, cache, c.codec, seed=c.seed, mine=run.mine, main=run.main)
+    encode_source(run.source, codec, cache, c.codec, seed=c.seed, local_units=run.local_units, main=run.main)
     run.finish("encode", began, images=cache.images, cache=cache.key)
     cache.check()
     if run.main:

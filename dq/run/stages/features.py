@@ -55,7 +55,7 @@ def features_by(run: Run, teacher: Teacher, settings: TeacherConfig) -> FeatureC
     cache = open_features(run.config.cache_dir, run.source, side, teacher.digest)
     if cache.missing():
         check_teacher(teacher, run.source, settings, side)
-    extract_features(run.source, teacher, cache, side, mine=run.mine, main=run.main)
+    extract_features(run.source, teacher, cache, side, local_units=run.local_units, main=run.main)
     run.finish("features", began, images=int(run.source.class_counts().sum()), cache=cache.key)
     return cache
 

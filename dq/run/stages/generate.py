@@ -24,7 +24,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_metadata, read_tensors, write_json, write_tensors
-from dq.core.memory import in_pieces
+from dq.core.memory import run_with_batch_backoff
 from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, generator
@@ -272,10 +272,10 @@ def _spools(run: Run, draws: list[Draw]) -> Iterator[list[tuple[Draw, Unit]]]:
 
 def _missing(run: Run, units: list[tuple[Draw, Unit]]) -> list[tuple[Draw, Unit]]:
     """What is not there yet of this process's share."""
-    mine = [units[i] for i in run.mine([float(len(piece)) for _, (_, piece, _) in units])]
-    classes = {class_file(draw.folder, label) for draw, (label, _, _) in mine}
+    assigned = [units[i] for i in run.local_units([float(len(piece)) for _, (_, piece, _) in units])]
+    classes = {class_file(draw.folder, label) for draw, (label, _, _) in assigned}
     complete = {path for path in classes if is_done(path)}
-    return [(d, u) for d, u in mine if class_file(d.folder, u[0]) not in complete and not is_done(d.file(u))]
+    return [(d, u) for d, u in assigned if class_file(d.folder, u[0]) not in complete and not is_done(d.file(u))]
 
 
 def _draw_units(run: Run, pipe: LatentGenerator, todo: list[tuple[Draw, Unit]], bar: Any) -> None:
@@ -302,8 +302,8 @@ def _copies(numbers: list[int]) -> int | list[int]:
 
 
 def _batches(draw: Draw, todo: list[Unit]) -> Iterator[list[tuple[Unit, int, int]]]:
-    """Unit, prototype and number of draws that are walked at once: across units and classes, or a unit alone where the
-    images of a class guide one another."""
+    """Unit, prototype and number of draws that are denoised at once: across units and classes, or a unit alone where
+    the images of a class guide one another."""
     units = [[(unit, k, i) for k, i in draw.pool(unit[0])[unit[1].start : unit[1].stop]] for unit in todo]
     if draw.together:
         yield from units
@@ -339,7 +339,7 @@ def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[
         if draw.together:  # in chunks of its own
             images = synthesize(slice(None))
         else:
-            images = in_pieces("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
+            images = run_with_batch_backoff("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
         if cfg.image_dtype == "uint8":
             images = (images * 255).round().to(torch.uint8)
         for (unit, _, _), image in zip(batch, images):
@@ -370,9 +370,9 @@ def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
         if not unit[2]:
             classes.setdefault((draw, unit[0]), []).append(draw.file(unit))
     keys = list(classes)
-    mine = [keys[i] for i in run.mine([float(len(classes[key])) for key in keys])]
-    selects = any(draw.selector is not None for draw, _ in mine)
-    for draw, label in progress(mine, desc="select", unit="class", main=run.main and selects):
+    assigned = [keys[i] for i in run.local_units([float(len(classes[key])) for key in keys])]
+    selects = any(draw.selector is not None for draw, _ in assigned)
+    for draw, label in progress(assigned, desc="select", unit="class", main=run.main and selects):
         if not is_done(class_file(draw.folder, label)):
             _gather_class(draw, label, classes[draw, label])
         for part in classes[draw, label]:

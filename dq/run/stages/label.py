@@ -34,8 +34,8 @@ def label(run: Run) -> None:
     meta = {"teachers": [t.name for t in teachers], "digest": digest, "digests": [t.digest for t in teachers]}
     folders = sorted(set(_image_folders(run).values()))
     units = [(f, label) for f in folders for label in range(len(run.source.class_names))]
-    mine = [units[i] for i in run.mine([1.0] * len(units))]
-    todo = [(f, label) for f, label in mine if not is_done(class_file(_label_folder(run, f, digest), label))]
+    assigned = [units[i] for i in run.local_units([1.0] * len(units))]
+    todo = [(f, label) for f, label in assigned if not is_done(class_file(_label_folder(run, f, digest), label))]
     for folder, label in progress(todo, desc="label", unit="class", main=run.main and bool(todo)):
         started = time.perf_counter()
         images = read_tensors(class_file(folder, label))[0]["images"]

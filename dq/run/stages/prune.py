@@ -105,7 +105,7 @@ def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = Fals
     for method in config.methods:
         resolved = resolved_method(config, method)
         p, engine = resolved.prune, choose_engine(resolved.cluster.engine)
-        if p.active and p.where == "weight" and engine in ("minibatch", "barycentre"):
+        if p.active and p.where == "weight" and engine in ("minibatch", "barycenter"):
             raise InputError(
                 f"method {method!r} has prune.where=weight, but cluster.engine={engine} takes no point weights; set "
                 "prune.where=filter or another engine"
@@ -152,7 +152,7 @@ def prune(run: Run, *, always: bool = False) -> list[Path]:
     orders: list[Path] = []
     for group in _by_agent(run.config, always):
         p = max(group, key=lambda p: p.runs)
-        options: dict[str, Any] = {"device": run.device, "mine": run.mine, "main": run.main}
+        options: dict[str, Any] = {"device": run.device, "local_units": run.local_units, "main": run.main}
         cache = make_difficulty(run.config.cache_dir, run.source, run.config.image_size, p, **options)
         run.accelerator.wait_for_everyone()
         for score, runs in sorted({(q.score, q.runs) for q in group}):

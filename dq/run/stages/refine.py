@@ -99,8 +99,8 @@ def _run_level(run: Run, jobs: list[Job], codec: ImageCodec | None) -> None:
     run.accelerator.wait_for_everyone()
     units = [(job, j) for job in jobs for j in range(len(job.batches))]
     costs = [float(len(job.batches[j]) * max(1, job.cost.steps)) for job, j in units]
-    mine = [units[i] for i in run.mine(costs)]
-    todo = [(job, j) for job, j in mine if not is_done(job.batch_file(j))]
+    assigned = [units[i] for i in run.local_units(costs)]
+    todo = [(job, j) for job, j in assigned if not is_done(job.batch_file(j))]
     total = sum(len(job.batches[j]) * job.cost.steps for job, j in todo)
     with progress([], desc="refine", total=total, unit="img step", main=run.main and bool(todo)) as bar:
         for job, group in _by_job(todo):
@@ -110,7 +110,7 @@ def _run_level(run: Run, jobs: list[Job], codec: ImageCodec | None) -> None:
                 worker.refine_batch(j, on_step=functools.partial(_advance, bar, len(job.batches[j])))
     run.accelerator.wait_for_everyone()
     for job in jobs:
-        for label in run.mine([float(n) for n in job.counts]):
+        for label in run.local_units([float(n) for n in job.counts]):
             _gather_class(run, job, label)
     run.accelerator.wait_for_everyone()
     if run.main:
@@ -202,8 +202,8 @@ class Worker:
         after = result if float_images else result.float() / 255
         measures: dict[str, Any] = {
             "images": len(batch.labels),
-            "before": measure(batch.images, batch.labels, anchors, job.teachers, job.judges),
-            "after": measure(after, batch.labels, anchors, job.teachers, job.judges),
+            "before": measure(batch.images, batch.labels, anchors, job.teachers, job.validation_teachers),
+            "after": measure(after, batch.labels, anchors, job.teachers, job.validation_teachers),
             "precision": refined.precision,
             "terms": list(refined.terms),
         }

@@ -65,7 +65,7 @@ def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
         if run.main and not is_done(job.folder / STATISTICS):
             write_tensors(job.folder / STATISTICS, _rank_statistics(groups, folders))
     if job.needs.anchors == "group":
-        for label in run.mine([float(n) for n in job.counts]):
+        for label in run.local_units([float(n) for n in job.counts]):
             path = class_file(job.folder / "group", label)
             if not is_done(path):
                 write_tensors(path, {"images": _group_anchors(run, job, label, groups[label])})
@@ -105,7 +105,7 @@ def _scores(run: Run, matched: MatchedTeacher) -> ScoreCache:
         return _finite(scores, run, teacher.name, rows)
 
     options: dict[str, Any] = {"batch_size": teacher.batch_size, "threads": reader_threads(run.device)}
-    fill(cache, run.source, compute, side=side, mine=run.mine, main=run.main, **options)
+    fill(cache, run.source, compute, side=side, local_units=run.local_units, main=run.main, **options)
     return cache
 
 
@@ -145,7 +145,7 @@ def _class_statistics(run: Run, matched: MatchedTeacher, groups: Groups) -> Path
     folder = Path(config.cache_dir) / f"group-statistics-{digest_of(identity)}"
     write_manifest(folder, {**identity, "origin": run.source.origin})
     sizes = [sum(map(len, of_class.rows)) for of_class in groups]
-    todo = [c for c in run.mine([float(n) for n in sizes]) if not is_done(class_file(folder, c))]
+    todo = [c for c in run.local_units([float(n) for n in sizes]) if not is_done(class_file(folder, c))]
     total = sum(sizes[c] for c in todo)
     with progress([], desc="group statistics", total=total, unit="img", main=run.main and bool(todo)) as bar:
         for label in todo:

@@ -54,7 +54,7 @@ class Job:
     counts: tuple[int, ...]
     batches: list[Rows]
     teachers: tuple[Teacher, ...]  # all
-    judges: tuple[Teacher, ...]
+    validation_teachers: tuple[Teacher, ...]
     weights: dict[int, Tensor] | None  # by class, of the images in the set
 
     @property
@@ -91,7 +91,10 @@ def job_of(
 
     method = method_of(stage)
     named = stage.teachers or (c.teachers if method.needs(stage).teachers else ())
-    teachers, judges = load(named, "teachers") if named else (), load(stage.judges, "judges") if stage.judges else ()
+    teachers, validation_teachers = (
+        load(named, "teachers") if named else (),
+        load(stage.validation_teachers, "validation_teachers") if stage.validation_teachers else (),
+    )
     classes = run.source.class_counts()
     size = round(classes.sum() / len(classes))
     context = Context(c.image_size, sum(t.matched for t in teachers), ipc, len(classes), size)
@@ -103,7 +106,7 @@ def job_of(
         source.name,
         stage_settings(stage),
         [t.digest for t in teachers],
-        [t.digest for t in judges],
+        [t.digest for t in validation_teachers],
         run.config.seed,
         level,
     ]
@@ -117,7 +120,20 @@ def job_of(
     folder = run.folder / "images" / f"ipc{ipc:05d}-{stage.stage}-{digest_of(identity)}"
     batches, cost = method.batches(stage, counts), method.cost(stage, context)
     return Job(
-        stage, method, needs, cost, level, ipc, name, source, folder, counts, batches, teachers, judges, weights
+        stage,
+        method,
+        needs,
+        cost,
+        level,
+        ipc,
+        name,
+        source,
+        folder,
+        counts,
+        batches,
+        teachers,
+        validation_teachers,
+        weights,
     )
 
 
@@ -151,7 +167,7 @@ def prepare(run: Run, job: Job, facts: Mapping[str, Any]) -> None:
         facts: of its groups, for the manifest.
     """
     c = run.config
-    for label in run.mine([float(n) for n in job.counts]):
+    for label in run.local_units([float(n) for n in job.counts]):
         for name, number in job.needs.patches.items():
             path = class_file(job.folder / name, label)
             if not is_done(path):
@@ -171,7 +187,7 @@ def prepare(run: Run, job: Job, facts: Mapping[str, Any]) -> None:
     if job.needs.class_features:
         for teacher in job.matched:
             cache = open_features(c.cache_dir, run.source, c.image_size, teacher.digest)
-            extract_features(run.source, teacher, cache, c.image_size, mine=run.mine, main=run.main)
+            extract_features(run.source, teacher, cache, c.image_size, local_units=run.local_units, main=run.main)
     run.accelerator.wait_for_everyone()
     manifest = job.folder / "manifest.json"
     if run.main and not is_done(manifest):

@@ -1,7 +1,7 @@
 """A training step of a small DiT on an idle machine and beside one busy process, with OpenMP threads that spin while
 they wait and with threads that sleep (`OMP_WAIT_POLICY=passive`, as dq sets it).
 
-    python benchmarks/busy_neighbour.py [--steps 6] [--rounds 3] [--threads N] [--csv FILE]
+    python benchmarks/busy_neighbor.py [--steps 6] [--rounds 3] [--threads N] [--csv FILE]
 
 Every measurement is a process of its own, in turn within a round. Printed are medians over rounds and their ratios;
 beside a busy process, spinning threads should take several times as long as sleeping ones. On the CPU alone.
@@ -59,7 +59,7 @@ def main() -> None:
         print(", ".join(f"{k} {v}" for k, v in rows[-1].items()))
     if args.csv:
         with open(args.csv, "w", newline="") as f:
-            f.write(f"# python benchmarks/busy_neighbour.py ({platform.machine()}, {threads} threads)\n")
+            f.write(f"# python benchmarks/busy_neighbor.py ({platform.machine()}, {threads} threads)\n")
             writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -71,14 +71,14 @@ def step(steps: int, policy: str | None, threads: int, *, busy: bool) -> float:
     env |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     if policy is not None:
         env["OMP_WAIT_POLICY"] = policy
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    neighbor = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         command = [sys.executable, __file__, "--measure", "--steps", str(steps)]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     finally:
-        if neighbour is not None:
-            neighbour.kill()
-            neighbour.wait()
+        if neighbor is not None:
+            neighbor.kill()
+            neighbor.wait()
     return float(done.stdout)
 
 
