@@ -485,7 +485,7 @@ SOFT = [
 
 
 def arguments(world: Path, out: Path, *more: str) -> list[str]:
-    common = ["--data", str(world / "images"), "--distilled", f"local_units={world / 'set'}", "--seeds", "2", "--cpu"]
+    common = ["--data", str(world / "images"), "--distilled", f"mine={world / 'set'}", "--seeds", "2", "--cpu"]
     folders = ["--output_dir", str(out / "run"), "--cache_dir", str(out / "cache")]
     return ["evaluate", *common, *folders, "--baselines", "random", *more]
 
@@ -574,7 +574,7 @@ def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
 def test_classes_of_another_order_or_kind(world, tmp_path, capsys):
     folder_set(tmp_path / "two", NAMES[:2])
     call = arguments(world, tmp_path, *HARD)
-    call[call.index(f"local_units={world / 'set'}")] = str(tmp_path / "two")
+    call[call.index(f"mine={world / 'set'}")] = str(tmp_path / "two")
     assert main(call) == 2
     assert "class 2 'red' has no image" in capsys.readouterr().err
 
@@ -709,7 +709,7 @@ def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
     call = arguments(
         world, tmp_path, *soft(world), "--set", "evaluate.students.0.epochs=2", "evaluate.students.0.batch_size=60"
     )
-    call[call.index(f"local_units={world / 'set'}")] = str(folder)
+    call[call.index(f"mine={world / 'set'}")] = str(folder)
     call[call.index("--baselines") + 1] = ""
     trainings, expected = planned(call, capsys)
     assert trainings == 2
