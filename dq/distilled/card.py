@@ -1,7 +1,7 @@
-"""Cards: the README of a folder or repository of distilled sets, and of teachers and pipelines.
+"""Cards: the README of a folder or repository of distilled sets.
 
-What is generated stands between two marks. What a user writes outside them, and keys of the YAML head that are not
-ours, stay when the card is written anew. Nothing in a card names a place on this machine.
+What is generated stands between two marks. What a user writes outside them, and other keys of the YAML head, stay when
+the card is written anew. A card contains no path of this machine.
 """
 
 from __future__ import annotations
@@ -26,24 +26,21 @@ from dq.core.cards import (
 from dq.core.files import is_done, read_json, write_text
 from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, checked_provenance, set_features, set_names
 
-EVALUATION = "evaluation.json"  # beside the provenance of a set: what students learnt from it
+EVALUATION = "evaluation.json"  # beside the provenance of a set: accuracies of students
 SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
 
 
 def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
-    """Write the README of a folder of sets from what lies beside them.
+    """Write the README of a folder of sets from their records.
 
-    Args:
-        old: the card of a repository that they were pulled from; None: the one in the folder.
+    `old` is the card of a repository that they were pulled from; None: the one in the folder.
     """
     card = folder / "README.md"
     records = [read_json(folder / name / PROVENANCE) for name in set_names(folder)]
-    found = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}") if is_done(p)}
-    if old is None:
-        old, alone = own_text(card), False
-    else:
-        alone = True  # other configurations of the repository are not here, and would not open
-    write_text(card, dataset_card(records, found, old=old, alone=alone))
+    evaluations = {p.parent.name: read_json(p) for p in folder.glob(f"*/{EVALUATION}") if is_done(p)}
+    # other configurations of a repository are not in the folder, and would not open
+    alone = old is not None
+    write_text(card, dataset_card(records, evaluations, old=own_text(card) if old is None else old, alone=alone))
 
 
 def dataset_card(
@@ -56,48 +53,49 @@ def dataset_card(
     license: str | None = None,
     pretty_name: str | None = None,
 ) -> str:
-    """The README of some sets.
+    """The README of a list of sets.
 
     Args:
         records: their provenance.
-        evaluations: of `describe_evaluation`, by the name of the set; those of other content are left aside.
+        evaluations: of `describe_evaluation`, by the name of the set; those of other content are left out.
         repo_id: for the snippets.
         old: the card that is replaced; see the module.
         alone: leave out configurations of others that `old` names.
-        license, pretty_name: None keeps those of `old`.
+        license: None keeps that of `old`.
+        pretty_name: None keeps that of `old`.
     """
     from huggingface_hub import DatasetCardData
 
-    kept, _ = split_card(old)
+    old_head, _ = split_card(old)
     records = sorted((public(checked_provenance(r)) for r in records), key=lambda r: _natural(r["config_name"]))
-    default = default_config(kept, [r["config_name"] for r in records])
+    default = default_config(old_head, [r["config_name"] for r in records])
     first = next(r for r in records if r["config_name"] == default)
     sources = list(dict.fromkeys(str((r.get("source") or {}).get("origin", UNKNOWN)) for r in records))
     quantized = any("selection" not in r and "cluster" in r for r in records)
     hub_sources = [s for s in sources if is_hub_id(s)]
-    stated = hub_sources or "source_datasets" in kept
+    stated = hub_sources or "source_datasets" in old_head
     head = DatasetCardData(
-        pretty_name=pretty_name or kept.get("pretty_name") or f"{', '.join(sources)}, distilled",
-        **license_head(license, kept),
+        pretty_name=pretty_name or old_head.get("pretty_name") or f"{', '.join(sources)}, distilled",
+        **license_head(license, old_head),
         task_categories=["image-classification"],
         annotations_creators=["machine-generated"],
         size_categories=[_size(max(r["rows"] for r in records))],
-        source_datasets=joined_lists(kept.get("source_datasets"), hub_sources) if stated else None,
+        source_datasets=joined_lists(old_head.get("source_datasets"), hub_sources) if stated else None,
         tags=joined_lists(
-            kept.get("tags"), ["dataset-distillation", *(["optimal-quantization"] if quantized else []), "dq"]
+            old_head.get("tags"), ["dataset-distillation", *(["optimal-quantization"] if quantized else []), "dq"]
         ),
-        **_configs({} if alone else kept, records, default),
+        **_configs({} if alone else old_head, records, default),
     )
     rows = {
-        r["config_name"]: found
+        r["config_name"]: texts
         for r in records
         if isinstance(e := evaluations.get(r["config_name"]), dict) and e.get("content") == r["content"]
-        if (found := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
+        if (texts := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
     }
     body = template("dq.distilled", "dataset_card.md").render(
         records=records,
         first=first,
-        pictured=min(records, key=lambda r: (*_looks(r), r.get("method") != first.get("method"))),
+        pictured=min(records, key=lambda r: (*_grid_fit(r), r.get("method") != first.get("method"))),
         sources=sources,
         repo_id=repo_id,
         evaluated=rows,
@@ -109,23 +107,25 @@ def dataset_card(
 
 
 def default_config(head: Mapping[str, Any], names: list[str]) -> str:
-    """The configuration that `load_dataset` takes by itself: the one marked in an old head, else "default", else the
-    first."""
+    """The configuration that `load_dataset` takes by default.
+
+    The one marked in an old head, else "default", else the first.
+    """
     for c in _named(head.get("configs")):
         if c.get("default") is True and c.get("config_name") in names:
             return str(c["config_name"])
     return "default" if "default" in names else sorted(names, key=_natural)[0]
 
 
-def _configs(kept: Mapping[str, Any], records: list[dict[str, Any]], default: str) -> dict[str, Any]:
-    """`configs` and `dataset_info` of the head: ours, and those of others that the head already has."""
+def _configs(old_head: Mapping[str, Any], records: list[dict[str, Any]], default: str) -> dict[str, Any]:
+    """`configs` and `dataset_info` of the head, with others of the old one."""
     from datasets import DatasetInfo
     from datasets.info import DatasetInfosDict
     from datasets.splits import SplitDict, SplitInfo
     from huggingface_hub import DatasetCardData
 
-    own = {r["config_name"] for r in records}
-    others = [c for c in _named(kept.get("configs")) if c["config_name"] not in own and not _is_ours(c)]
+    replaced = {r["config_name"] for r in records}
+    others = [c for c in _named(old_head.get("configs")) if c["config_name"] not in replaced and not _is_ours(c)]
     configs = [
         {
             "config_name": r["config_name"],
@@ -149,10 +149,10 @@ def _configs(kept: Mapping[str, Any], records: list[dict[str, Any]], default: st
     infos.to_dataset_card_data(data)
     described = data.to_dict()["dataset_info"]
     described = described if isinstance(described, list) else [described]
-    old = kept.get("dataset_info")
+    old = old_head.get("dataset_info")
     names = {c["config_name"] for c in others}
-    foreign = [d for d in _named(old if isinstance(old, list) else [old]) if d["config_name"] in names]
-    return {"configs": [*others, *configs], "dataset_info": [*foreign, *described]}
+    other_infos = [d for d in _named(old if isinstance(old, list) else [old]) if d["config_name"] in names]
+    return {"configs": [*others, *configs], "dataset_info": [*other_infos, *described]}
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _named(value: Any) -> list[dict[str, Any]]:
-    """Configurations of a head that have a name, without which none can be loaded."""
+    """Configurations with a name, without which none can be loaded."""
     return [x for x in _dicts(value) if isinstance(x.get("config_name"), str)]
 
 
@@ -170,13 +170,13 @@ def _is_ours(config: dict[str, Any]) -> bool:
     return isinstance(files, list) and files == [{"split": "train", "path": f"{name}/train-*.parquet"}]
 
 
-def _looks(r: dict[str, Any]) -> tuple[bool, int]:
-    """Least for the set whose grid shows most, and all of it."""
+def _grid_fit(r: dict[str, Any]) -> tuple[bool, int]:
+    """Sort key by how much of a set its grid shows."""
     return r["ipc"] > GRID_COLUMNS, abs(GRID_COLUMNS - r["ipc"])
 
 
 def _natural(name: str) -> list[Any]:
-    """Order in which ipc2 comes before ipc10."""
+    """Sort key in which ipc2 comes before ipc10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -185,15 +185,15 @@ def _size(rows: int) -> str:
 
 
 def _class_lists(records: list[dict[str, Any]]) -> list[tuple[list[str], list[str], bool]]:
-    """Distinct lists of classes, each with the sets that have it, and whether they are all WordNet ids."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    """Distinct lists of classes, their sets, and whether all are WordNet ids."""
+    sets_by_classes: dict[tuple[str, ...], list[str]] = {}
     for r in records:
-        found.setdefault(tuple(r["classes"]), []).append(r["config_name"])
-    return [(list(k), v, all(re.fullmatch(r"n\d{8}", n) for n in k)) for k, v in found.items()]
+        sets_by_classes.setdefault(tuple(r["classes"]), []).append(r["config_name"])
+    return [(list(k), v, all(re.fullmatch(r"n\d{8}", n) for n in k)) for k, v in sets_by_classes.items()]
 
 
 def _statement(r: dict[str, Any]) -> dict[str, str]:
-    """What is to be said in words of weights, labels and origin of a set."""
+    """Weights, labels and origin of a set in words."""
     method, labels, generate = (r.get(k) or {} for k in ("method", "labels", "generate"))
     kind = {
         "uniform": "all 1",
@@ -202,18 +202,18 @@ def _statement(r: dict[str, Any]) -> dict[str, str]:
     }.get(str(method.get("weights")), "as they came")
     scaled = {"class": ", scaled to mean 1 in the class", "sqrt_k": ", scaled to sum sqrt(K) in the class"}
     teachers = labels.get("teachers") or ([labels["by"]] if labels.get("by") else [])
-    who = [str(t) for t in teachers] if isinstance(teachers, list) else []
+    names = [str(t) for t in teachers] if isinstance(teachers, list) else []
     licenses = r.get("licenses") or {}
     return {
         "weights": kind + scaled.get(str(method.get("normalize")), ""),
-        "teachers": ", ".join(who),
+        "teachers": ", ".join(names),
         "generator": str(generate.get("model") or (r.get("codec") or {}).get("path") or ""),
         **{f"{k}_license": str(licenses.get(k) or UNKNOWN).replace(UNKNOWN, "") for k in ("source", "generator")},
     }
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    """Whether a row, which may come from the Hub, has what is shown of it."""
+    """Whether a row, which may come from the Hub, is valid."""
     texts, numbers = ("set", "ipc", "student", "labels", "protocol", "settings", "selected_on"), ("images", "seeds")
     shares = [row.get(f"{which}_{what}") for which in ("last", "best") for what in ("mean", "std")]
     return (

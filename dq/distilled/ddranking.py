@@ -1,4 +1,4 @@
-"""Export of a distilled set to the folder and the settings that the package `ddranking` reads."""
+"""Export of a distilled set to the format of the package `ddranking`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ dq.evaluation.dd_ranking.DDRanking.
 Also in {version}:
 {caveats}"""
 CAVEATS = [
-    "Accuracies are the best of several looks at the test split, over five learning rates.",
+    "Accuracies are the best of several evaluations on the test split, over five learning rates.",
     "Random images of CIFAR are stored as JPEG, the images here as PNG.",
     "The number of epochs here is also that of the training on the full data, where there is one.",
     "Set no dist: with several processes, all but the first end in an error.",
@@ -96,17 +96,18 @@ HARD_CAVEATS = [
 def export_ddranking(
     small: DistilledSet, folder: str | Path, *, student: str, dataset: str, recipe: dict[str, Any]
 ) -> Path:
-    """Write `images/00000/00000.png` ..., one folder per class, and `ddranking.yaml`, the settings of an evaluation.
+    """Write images by class and `ddranking.yaml`, the settings of an evaluation.
 
-    A set with soft labels is for `LabelRobustScoreSoft`, with teachers that label each batch (mode M, the one that
-    works for images); a set without is for `LabelRobustScoreHard`. Training weights have no place in either.
-    `AugmentationRobustScore` reads the same file.
+    Images are `images/00000/00000.png` ..., one folder per class. A set with soft labels is for
+    `LabelRobustScoreSoft`, with teachers that label each batch (mode M, the one that works for images); a set without
+    is for `LabelRobustScoreHard`. Neither uses training weights. `AugmentationRobustScore` reads the same file.
 
     Args:
+        small: the set.
         folder: must not hold `images` yet.
         student: the package's name of a network, such as "ConvNet-3" or "ResNet-18-BN".
         dataset: the package's name of a data set; the classes of the set must be in its order.
-        recipe: settings by the package's names. Needed: num_epochs, optimizer, lr_scheduler, weight_decay, momentum,
+        recipe: settings by the package's names. Required: num_epochs, optimizer, lr_scheduler, weight_decay, momentum,
             syn_batch_size, data_aug_func; for soft labels soft_label_criterion, loss_fn_kwargs, teacher_dir and
             teacher_model_names. `custom_train_trans` defaults to resizing and normalizing.
 
@@ -122,9 +123,9 @@ def export_ddranking(
     if root.exists():
         raise InputError(f"{root} is there already; choose another folder, or remove it")
     for label in range(len(small.class_names)):
-        own = small.images_uint8()[small.labels == label]
+        images = small.images_uint8()[small.labels == label]
         (root / f"{label:05d}").mkdir(parents=True)
-        for i, image in enumerate(own):
+        for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f"{label:05d}" / f"{i:05d}.png")
     soft = small.soft_labels is not None
     caveats = [*CAVEATS, *(SOFT_CAVEATS if soft else HARD_CAVEATS)]
@@ -142,7 +143,7 @@ def export_ddranking(
 
 
 def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings that `export_ddranking` writes: every key that the package reads, no other.
+    """The settings that `export_ddranking` writes, with every key the package reads.
 
     They serve `LabelRobustScoreSoft` or `LabelRobustScoreHard`, and `AugmentationRobustScore`.
     """
@@ -150,8 +151,10 @@ def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe:
         raise InputError(f"ddranking {VERSION} cannot evaluate on {dataset!r}; choose {', '.join(DATASETS)}")
     classes, side, (mean, std) = DATASETS[dataset]
     if (dataset, student) not in CACHED | TRAINABLE:
-        known = ", ".join(sorted(s for d, s in CACHED | TRAINABLE if d == dataset))
-        raise InputError(f"ddranking {VERSION} has no full-data accuracy of {student!r} on {dataset}; it has {known}")
+        available = ", ".join(sorted(s for d, s in CACHED | TRAINABLE if d == dataset))
+        raise InputError(
+            f"ddranking {VERSION} has no full-data accuracy of {student!r} on {dataset}; it has {available}"
+        )
     counts = torch.bincount(small.labels, minlength=len(small.class_names))
     if len(counts) != classes:
         raise InputError(f"{dataset} has {classes} classes but the set has {len(counts)}; name the right data set")
@@ -194,14 +197,14 @@ def _check_recipe(
     missing = [k for k in required if k not in recipe]
     if missing:
         raise InputError(f"the recipe lacks {', '.join(missing)}; add what the method was trained with")
-    strange = [k for k in recipe if k not in required and k not in defaults]
-    if strange:
+    unknown = [k for k in recipe if k not in required and k not in defaults]
+    if unknown:
         reason = (
             "is set by the export"
-            if strange[0] in (*fixed, "batch_size")
+            if unknown[0] in (*fixed, "batch_size")
             else "is not read by this class of ddranking"
         )
-        raise InputError(f"the recipe's {strange[0]!r} {reason}; leave it out")
+        raise InputError(f"the recipe's {unknown[0]!r} {reason}; leave it out")
     interval = 20 if soft else 10
     if recipe["num_epochs"] < interval:
         raise InputError(
@@ -209,12 +212,12 @@ def _check_recipe(
         )
     if recipe["lr_scheduler"] == "step" and recipe.get("step_size") is None:
         raise InputError("lr_scheduler=step needs step_size; add it to the recipe")
-    kind, given = recipe["data_aug_func"], set(recipe.get("aug_params") or {})
+    kind, params = recipe["data_aug_func"], set(recipe.get("aug_params") or {})
     if kind not in AUGMENTATIONS:
-        known = ", ".join(str(k) for k in AUGMENTATIONS)
-        raise InputError(f"data_aug_func must be one of {known}, not {kind!r}")
-    if AUGMENTATIONS[kind] - given:
-        raise InputError(f"aug_params of {kind} lack {', '.join(sorted(AUGMENTATIONS[kind] - given))}; add them")
+        kinds = ", ".join(str(k) for k in AUGMENTATIONS)
+        raise InputError(f"data_aug_func must be one of {kinds}, not {kind!r}")
+    if AUGMENTATIONS[kind] - params:
+        raise InputError(f"aug_params of {kind} lack {', '.join(sorted(AUGMENTATIONS[kind] - params))}; add them")
     names = {t["name"] for t in recipe.get("custom_train_trans", defaults["custom_train_trans"])}
     if not {"ToTensor", "Normalize"} <= names:
         raise InputError(f"custom_train_trans needs ToTensor and Normalize, not only {', '.join(sorted(names))}")

@@ -1,4 +1,4 @@
-"""Sets that were made elsewhere: a folder of images by class, Parquet files, or tensors."""
+"""Sets of other origin: folders of images, Parquet files, and tensors."""
 
 from __future__ import annotations
 
@@ -8,49 +8,30 @@ import functools
 import itertools
 import logging
 import re
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dq.config.schema import SourceConfig
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import as_path
-from dq.core.text import printable, short
+from dq.core.text import printable
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.left_out import warn_of_keys
 from dq.data.load import load_source
 from dq.data.source import NUMBER, Split, as_names
 from dq.distilled.format import PROVENANCE, RUN_CONFIG, is_set, parquet_kind, set_names
 from dq.distilled.set import DistilledSet
+from dq.distilled.tensor_files import read_tensor_file, to_pixels
 
 log = logging.getLogger("dq")
 
 TENSORS = (".safetensors", ".npz")
 TENSOR_KEYS = ("images", "labels", "weights", "soft_labels", "mean", "std")
-MAX_BYTES = 16 << 30  # of the arrays in an .npz file, which may be packed a thousandfold
-# what numpy and zipfile raise on damaged files
-UNREADABLE = (
-    EOFError,
-    MemoryError,
-    OSError,
-    RuntimeError,  # encrypted; NotImplementedError: packed in an unknown way
-    SyntaxError,
-    TypeError,
-    ValueError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def load_set(
@@ -67,48 +48,69 @@ def load_set(
     """Open a distilled set of any origin.
 
     Args:
-        path: what `DistilledSet.save` wrote (a set's own folder, the folder of several, or a run folder); a
-            repository "owner/name" of the Hub with sets of dq; a Parquet folder with an image and a label column, and
-            perhaps `weight` and `soft_label` (or `weights` and `soft_labels`); a folder `class/*.png`; or a
-            `.safetensors` or `.npz` file with `images` (N, 3, S, S) uint8 or float in [0, 1] and `labels` (N,), and
-            perhaps `weights` (N,) and `soft_labels` (N, C). With `mean` and `std` (3,) beside them the images are
-            taken as normalized by these, and may leave [0, 1] once they are pixels again, as images of matching
-            methods do. Files of torch.save are not opened, since they can run code; save them as safetensors.
+        path: what `DistilledSet.save` wrote (a set's own folder, the folder of several, or a run folder); a repository
+            "owner/name" of the Hub with sets of dq; a Parquet folder with an image and a label column, and optionally
+            `weight` and `soft_label` (or `weights` and `soft_labels`); a folder `class/*.png`; or a `.safetensors` or
+            `.npz` file with `images` (N, 3, S, S) uint8 or float in [0, 1], `labels` (N,), and optionally `weights`
+            (N,) and `soft_labels` (N, C). With `mean` and `std` (3,) beside them the images are normalized by these,
+            and may leave [0, 1] as pixels, as images of matching methods do. Files of torch.save are not opened, since
+            they can run code; save them as safetensors.
         class_names: of the data set that it is a distillate of; None: those of the set itself. Class folders are
             either these names, or numbers that sort to these classes (00000, 00001, ...).
         name: of one set among several.
         image_size: side in px at which a folder of images is read; None: that of the first image.
-        label_kind: what the label vectors are; None: what the set says of itself.
+        label_kind: what the label vectors are; None: what the set records.
         on_bad_image: raise an error at an image of a folder that cannot be read, or skip it with a warning.
-        revision, token: of the Hub.
+        revision: of a repository.
+        token: of the Hub.
 
     Raises:
-        InputError: if it cannot be read, a name is given to what has no sets with names, its classes are not
-            `class_names`, uint8 images hold 0 and 1 alone, mean and std are not of images in [0, 1], or its label
-            vectors could be probabilities and nothing says what they are.
+        InputError: if it cannot be read, a name is given to what has no named sets, its classes are not `class_names`,
+            uint8 images hold 0 and 1 alone, mean and std are not of images in [0, 1], or its label vectors could be
+            probabilities and nothing states what they are.
     """
     names = None if class_names is None else as_names(class_names)
     text = str(path)
     path = as_path(path, "the path of a set")
-    sets = is_set(path) or bool(set_names(path) or set_names(path / "dataset")) or _is_run(path)
-    if name is not None and not sets and (path.suffix in TENSORS or path.is_dir()):
+    has_sets = is_set(path) or bool(set_names(path) or set_names(path / "dataset")) or _is_run(path)
+    if name is not None and not has_sets and (path.suffix in TENSORS or path.is_dir()):
         raise InputError(f"{path} is one set without a name, so there is no {name!r} in it; leave the name out")
     if path.suffix in TENSORS:
         s = _from_tensor_file(path, names, label_kind)
-    elif sets:
+    elif has_sets:
         s = DistilledSet.load(path, name)
     elif path.is_dir():
         s = _from_folder(path, names, image_size, label_kind, on_bad_image)
-    elif path.exists() or path.suffix in (".pt", ".pth") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        what = (
-            "files of torch.save can run code; save the tensors as safetensors"
-            if path.suffix in (".pt", ".pth")
-            else "give a folder of images by class, a Parquet folder, a .safetensors or .npz file, or a Hub id"
-        )
-        raise InputError(f"{path} is not a distilled set that can be read; {what}")
     else:
+        _check_hub_id(path, text)
         s = DistilledSet.from_hub(text, name, revision=revision, token=token)
-    names = names or s.class_names
+    s = _with_classes(s, names or s.class_names, path)
+    check_classes(s, text)
+    if label_kind is not None:
+        s = dataclasses.replace(s, label_kind=label_kind)
+    return dataclasses.replace(s, provenance={**s.provenance, "origin": text})
+
+
+def _check_hub_id(path: Path, text: str) -> None:
+    """Check that a path which is no set could be a repository."""
+    if path.suffix in (".pt", ".pth"):
+        raise InputError(
+            f"{path} is not a distilled set that can be read; files of torch.save can run code; save the tensors as "
+            "safetensors"
+        )
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise InputError(
+            f"{path} is not a distilled set that can be read; give a folder of images by class, a Parquet folder, a "
+            ".safetensors or .npz file, or a Hub id"
+        )
+
+
+def _with_classes(s: DistilledSet, names: tuple[str, ...], path: Path) -> DistilledSet:
+    """The set with its classes in the order of `names`.
+
+    Raises:
+        InputError: if it has other classes, or lacks one.
+    """
     missing = [n for n in names if n not in s.class_names]
     if missing and set(s.class_names) < set(names):
         raise InputError(
@@ -119,25 +121,22 @@ def load_set(
             f"{path} has the classes {', '.join(s.class_names[:5])}..., the data has {', '.join(names[:5])}...; "
             "they must be the same"
         )
-    if s.class_names != names:
-        s = _reordered(s, torch.tensor([names.index(n) for n in s.class_names]), names)
-    check_classes(s, text)
-    if label_kind is not None:
-        s = dataclasses.replace(s, label_kind=label_kind)
-    return dataclasses.replace(s, provenance={**s.provenance, "origin": text})
+    if s.class_names == names:
+        return s
+    return _reordered(s, torch.tensor([names.index(n) for n in s.class_names]), names)
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a folder is that of a run, or of its sets, which may not be there yet."""
+    """Whether a folder is that of a run, or of its sets."""
     run = path.parent if path.name == "dataset" else path
     return (run / RUN_CONFIG).is_file() and (run / PROVENANCE).is_file()
 
 
 def _stated_kind(soft_labels: Tensor | None, stated: LabelKind | None, origin: str) -> LabelKind:
-    """What label vectors (N, C) of a file are: what the user states, else logits.
+    """The kind of label vectors (N, C): as stated, else logits.
 
     Raises:
-        InputError: if they look like probabilities and nobody states what they are.
+        InputError: if they look like probabilities and no kind is stated.
     """
     if stated is not None or soft_labels is None:
         return stated or "logits"
@@ -154,7 +153,7 @@ def _stated_kind(soft_labels: Tensor | None, stated: LabelKind | None, origin: s
 
 
 def check_classes(s: DistilledSet, what: str) -> None:
-    """Every class has an image.
+    """Check that every class has an image.
 
     Raises:
         InputError: that names the first empty class.
@@ -180,7 +179,7 @@ def bare_set(
     bounded: bool = True,
     label_kind: LabelKind | None = None,
 ) -> DistilledSet:
-    """A `DistilledSet` of images and labels of which nothing else is known."""
+    """A `DistilledSet` of images and labels without other records."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or not len(labels):
         raise InputError(
             f"labels of {origin} must be whole numbers (N,), N > 0, not {tuple(labels.shape)} {labels.dtype}"
@@ -224,23 +223,7 @@ def bare_set(
 
 
 def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kind: LabelKind | None) -> DistilledSet:
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    tensors: dict[str, Tensor]
-    try:
-        if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as z:
-                unpacked = sum(member.file_size for member in z.infolist())
-            if unpacked > MAX_BYTES:
-                raise InputError(f"{path} would unpack to {unpacked:,} bytes, and {MAX_BYTES:,} are read; split it")
-            with np.load(path, allow_pickle=False) as f:
-                tensors = {k: torch.from_numpy(f[k]) for k in f.files}
-        else:
-            tensors = load_file(path)
-    except InputError:
-        raise
-    except (*UNREADABLE, SafetensorError) as e:
-        raise InputError(f"{path} cannot be read ({e}); get it again, or save its tensors as safetensors") from e
+    tensors = read_tensor_file(path)
     if not {"images", "labels"} <= set(tensors):
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(tensors)) or 'none'}")
     warn_of_keys(sorted(tensors), TENSOR_KEYS, str(path), "tensors")
@@ -255,22 +238,7 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
     if normalized != bool({"mean", "std"} & set(tensors)):
         raise InputError(f"{path} has one of mean and std; images that are normalized need both")
     if normalized:
-        shapes = [tuple(tensors[k].shape) for k in ("mean", "std")]
-        if images.ndim != 4 or shapes != [(images.shape[1],)] * 2:
-            raise InputError(
-                f"mean and std of {path} must be (3,) beside images (N, 3, H, W), not {shapes[0]} and {shapes[1]} "
-                f"beside {tuple(images.shape)}"
-            )
-        if images.dtype == torch.uint8:
-            raise InputError(f"images of {path} are uint8, which no mean and std were taken from; leave these out")
-        if not (torch.isfinite(tensors["std"].float()).all() and (tensors["std"] > 0).all()):
-            raise InputError(f"std of {path} must be positive, not {tensors['std'].tolist()}")
-        if not ((tensors["mean"] >= 0).all() and (tensors["mean"] <= 1).all() and (tensors["std"] <= 1).all()):
-            raise InputError(
-                f"mean and std of {path} must be those of images in [0, 1], not {short(tensors['mean'].tolist())} and "
-                f"{short(tensors['std'].tolist())}; divide both by 255 if the images were in 0 to 255"
-            )
-        images = images * tensors["std"].float().view(1, -1, 1, 1) + tensors["mean"].float().view(1, -1, 1, 1)
+        images = to_pixels(images, tensors["mean"], tensors["std"], path)
     _check_range(images, path)
     labels = tensors["labels"]
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch hardly computes with
@@ -284,7 +252,7 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
 
 
 def _check_range(images: Tensor, path: Path) -> None:
-    """uint8 images go up to 255.
+    """Check that uint8 images go up to 255.
 
     Raises:
         InputError: if they hold 0 and 1 alone, which are all but black.
@@ -318,7 +286,7 @@ def _from_folder(
         log.warning("%s: left out %d of %d images that cannot be read: %s", path, len(bad), len(train), bad[0])
     if not rows:
         raise InputError(f"no image of {path} can be read: {bad[0]}")
-    _warn_of_sizes({i: sizes[i] for i in rows}, size, path, train, asked=image_size is not None)
+    _warn_of_sizes({i: sizes[i] for i in rows}, size, path, train, requested=image_size is not None)
     _check_range(images, path)
     weights, soft_labels = (_column(train, names, rows, path) for names in COLUMNS)
     labels = torch.from_numpy(train.labels[rows])
@@ -328,23 +296,22 @@ def _from_folder(
 
 
 def _read_measured(split: Split, sizes: dict[int, tuple[int, int]], row: int) -> Any:
-    """What `split.read` gives; keeps the width and height in px of images that can be read."""
+    """Read a row of a split, and record its width and height."""
     raw = split.read(row)
     with contextlib.suppress(*UNDECODABLE):
         sizes[row] = open_image(raw).size
     return raw
 
 
-def _warn_of_sizes(sizes: dict[int, tuple[int, int]], side: int, path: Path, split: Split, *, asked: bool) -> None:
-    """Warn of images that lose their edges, and of those resampled that are not of the size of most.
+def _warn_of_sizes(sizes: dict[int, tuple[int, int]], side: int, path: Path, split: Split, *, requested: bool) -> None:
+    """Warn of images that are cut or resampled to `side`.
 
-    Args:
-        sizes: width and height in px by row.
-        asked: whether `side` was asked for: then images of one size are resampled to it without a word.
+    `sizes` holds width and height in px by row. Images of one size are resampled to a requested side without a
+    warning.
     """
     cut = [i for i, (w, h) in sizes.items() if w != h]
     other = [i for i, (w, h) in sizes.items() if w == h != side]
-    if asked and len(set(sizes.values())) == 1:
+    if requested and len(set(sizes.values())) == 1:
         other = []
     for rows, what in ((cut, "not square, and cut to their central square of"), (other, "resampled to")):
         if rows:
@@ -358,15 +325,17 @@ def _warn_of_sizes(sizes: dict[int, tuple[int, int]], side: int, path: Path, spl
 
 
 def _by_number(names: tuple[str, ...], class_names: tuple[str, ...], path: Path) -> tuple[str, ...]:
-    """Names of `class_names` for classes that are called by numbers. Numbers of numbered classes are these classes;
-    others count the classes in their order."""
+    """Names from `class_names` for classes that are called by numbers.
+
+    Numbers of numbered classes are these classes; others count the classes in their order.
+    """
     if set(names) == set(class_names) or len(names) != len(class_names) or not _are_numbers(names):
         return names
     if _are_numbers(class_names):
-        known = {int(n): n for n in class_names}
-        if len(known) < len(class_names) or {int(n) for n in names} != set(known):
+        by_number = {int(n): n for n in class_names}
+        if len(by_number) < len(class_names) or {int(n) for n in names} != set(by_number):
             return names
-        return tuple(known[int(n)] for n in names)
+        return tuple(by_number[int(n)] for n in names)
     order = sorted(int(n) for n in names)
     if len(set(order)) < len(order):
         raise InputError(f"{path} has two classes of one number; write the numbers in one way")
@@ -378,7 +347,7 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def _column(split: Split, names: tuple[str, ...], rows: list[int], path: Path) -> Tensor | None:
-    """The column of Parquet files that has one of these names, for the rows that could be read."""
+    """The column with one of these names, for the given rows."""
     present = [name for name in names if name in split.columns]
     if not present:
         return None
@@ -394,7 +363,10 @@ def _column(split: Split, names: tuple[str, ...], rows: list[int], path: Path) -
 
 
 def _first_side(split: Split, on_bad_image: Literal["raise", "skip"]) -> int:
-    """The shorter side in px of the first image, which under `skip` is the first that can be read."""
+    """The shorter side in px of the first image.
+
+    Under `skip` it is that of the first image that can be read.
+    """
     for row in range(len(split)):
         try:
             return min(open_image(split.read(row)).size)
@@ -405,25 +377,22 @@ def _first_side(split: Split, on_bad_image: Literal["raise", "skip"]) -> int:
 
 
 def _reordered(s: DistilledSet, order: Tensor, class_names: tuple[str, ...]) -> DistilledSet:
-    """The set with label i of its own names as `order`[i] of `class_names`."""
+    """The set with label i as `order`[i], an index into `class_names`."""
     labels = order[s.labels]
-    at = torch.argsort(labels, stable=True)
+    rows = torch.argsort(labels, stable=True)
     soft = s.soft_labels
     if soft is not None:
         moved = torch.empty_like(soft)
         moved[:, order] = soft
-        soft = moved[at]
-    return DistilledSet(
-        images=s.images[at],
-        labels=labels[at],
-        weights=s.weights[at],
+        soft = moved[rows]
+    return dataclasses.replace(
+        s,
+        images=s.images[rows],
+        labels=labels[rows],
+        weights=s.weights[rows],
         class_names=class_names,
-        prototype=s.prototype[at],
-        counts=s.counts[at],
-        source_row=s.source_row[at],
+        prototype=s.prototype[rows],
+        counts=s.counts[rows],
+        source_row=s.source_row[rows],
         soft_labels=soft,
-        bounded=s.bounded,
-        label_kind=s.label_kind,
-        step_size=s.step_size,
-        provenance=s.provenance,
     )

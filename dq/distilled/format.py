@@ -17,7 +17,7 @@ from dq.core.files import Damaged, is_done, read_json
 from dq.core.text import short
 
 log = logging.getLogger("dq")
-PROVENANCE = "provenance.json"  # makes a set whole
+PROVENANCE = "provenance.json"  # of a complete set
 RUN_CONFIG = "config.yaml"  # of a run folder
 GRID = "grid.png"
 SHARDS = "train-*-of-*.parquet"
@@ -30,7 +30,7 @@ NAMED = {"source": "origin", "method": "name", "generate": "mode", "codec": "pat
 
 
 def checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The provenance of a set with text in place of a section as the entry that it stands for.
+    """Return a provenance with text expanded to sections, if it is valid.
 
     `source: "CIFAR-10"` becomes `source: {origin: "CIFAR-10"}`.
 
@@ -65,7 +65,7 @@ def checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def depth(value: Any) -> int:
-    """How many lists and mappings of plain data lie in each other."""
+    """Nesting depth of lists and mappings of plain data."""
     levels, level = 0, [value]
     while level := [x for x in level if isinstance(x, dict | list)]:
         level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
@@ -74,7 +74,10 @@ def depth(value: Any) -> int:
 
 
 def is_set(folder: Path) -> bool:
-    """Whether a folder is that of one set. A run folder has a record of the same name, and a configuration."""
+    """Whether a folder is that of one set.
+
+    A run folder has a record of the same name, and a configuration.
+    """
     return (folder / PROVENANCE).is_file() and not (folder / RUN_CONFIG).is_file()
 
 
@@ -84,18 +87,18 @@ def set_names(folder: Path) -> list[str]:
 
 
 def find_set(path: Path, config_name: str | None) -> tuple[Path, str]:
-    """The folder in which a set lies, and its name there.
+    """The folder that holds a set, and its name in that folder.
 
     Args:
         path: the set's own folder, a folder of sets, or a run folder, whose sets are in `dataset/`.
         config_name: of one set among several; None stands for the only one.
 
     Raises:
-        InputError: if there is no such set; lists those that are there.
+        InputError: if there is no such set; lists the available ones.
     """
-    own = Path(os.path.abspath(path))  # "." has no name
-    if is_set(own) and config_name in (None, own.name):
-        return own.parent, own.name
+    absolute = Path(os.path.abspath(path))  # "." has no name
+    if is_set(absolute) and config_name in (None, absolute.name):
+        return absolute.parent, absolute.name
     folder = next((f for f in (path, path / "dataset") if set_names(f)), path)
     names = set_names(folder)
     if config_name is not None:
@@ -109,9 +112,9 @@ def find_set(path: Path, config_name: str | None) -> tuple[Path, str]:
             f"{folder} has several sets, and none is named; it has {', '.join(names)}: give the path of one, such as "
             f"{folder / names[0]}"
         )
-    beside = set_names(own.parent)
-    if not own.exists() and beside:
-        raise InputError(f"there is no set {path}; {path.parent} has {', '.join(beside)}")
+    siblings = set_names(absolute.parent)
+    if not absolute.exists() and siblings:
+        raise InputError(f"there is no set {path}; {path.parent} has {', '.join(siblings)}")
     raise InputError(
         f"{path} has no distilled set; give the folder of a set, one of several sets, or that of a run "
         "after `dq label`"
@@ -119,12 +122,15 @@ def find_set(path: Path, config_name: str | None) -> tuple[Path, str]:
 
 
 def has_set(folder: Path, config_name: str, recipe: str) -> bool:
-    """Whether the set is there, made by this recipe, and intact. Damage is reported."""
+    """Whether a set exists, made by this recipe, and intact.
+
+    Damage is logged, and the record removed.
+    """
     path = folder / config_name / PROVENANCE
     if not is_done(path) or (record := read_json(path)).get("recipe") != recipe:
         return False
-    for file, known in all_files(folder / config_name, record):
-        if not file.is_file() or file_facts(file)["blake2b"] != known["blake2b"]:
+    for file, facts in all_files(folder / config_name, record):
+        if not file.is_file() or file_facts(file)["blake2b"] != facts["blake2b"]:
             log.warning("%s is damaged or gone, and the set is made anew", file)
             path.unlink()  # it is no set any more
             return False
@@ -132,22 +138,28 @@ def has_set(folder: Path, config_name: str, recipe: str) -> bool:
 
 
 def shard_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """The files of a set in row order, each with what its record says of it (nothing in sets of old)."""
+    """The files of a set in row order, each with its facts.
+
+    Facts are those of `file_facts` as recorded; empty in sets of older versions.
+    """
     files = record.get("files") or {p.name: {} for p in sorted(folder.glob(SHARDS))}
-    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
         raise Damaged(
             f"{folder / PROVENANCE} does not say which files are its own; make the set again with `dq label`"
         )
-    return [(folder / name, known) for name, known in files.items()]
+    return [(folder / name, facts) for name, facts in files.items()]
 
 
 def all_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """`shard_files` and the picture of the set."""
+    """`shard_files` and the image grid of the set."""
     return shard_files(folder, record) + ([(folder / GRID, record["grid"])] if record.get("grid") else [])
 
 
 def set_features(record: dict[str, Any]) -> Any:
-    """The columns of a set by its record: `classes`, `soft_labels`, and `pixels`, the shape of float images."""
+    """The columns of a set by its record.
+
+    They follow from `classes`, `soft_labels`, and `pixels`, the shape of float images.
+    """
     from datasets import Array3D, ClassLabel, Features, List, Value
     from datasets import Image as ImageFeature
 
@@ -175,7 +187,7 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def _log_assumed(what: str) -> None:
-    """Say it once of each set."""
+    """Log once per set that its label kind is assumed."""
     log.warning(
         "%s does not say what its label vectors are, as it was written before sets did; they are taken for logits. "
         "`load_set` and `save` write it anew",
@@ -184,13 +196,13 @@ def _log_assumed(what: str) -> None:
 
 
 def recorded_kind(record: dict[str, Any], what: str) -> LabelKind:
-    """What the label vectors of a set are, by its record.
+    """The kind of a set's label vectors by its record.
 
-    A record with label vectors that does not say was written before there was a choice, when all were logits; that is
+    A record with label vectors but no kind was written before there was a choice, when all were logits; that is
     logged.
 
     Raises:
-        Damaged: if the record names no kind there is.
+        Damaged: if the record names an unknown kind.
     """
     kind = record.get("label_kind")
     if kind is None:
@@ -204,7 +216,7 @@ def recorded_kind(record: dict[str, Any], what: str) -> LabelKind:
 
 
 def parquet_kind(folder: Path) -> LabelKind | None:
-    """What the metadata of the Parquet files below a folder say of its label vectors; None: nothing."""
+    """The label kind in the metadata of Parquet files below a folder."""
     import pyarrow.parquet as pq
 
     for path in sorted(folder.rglob("*.parquet")):

@@ -1,7 +1,7 @@
-"""The way to the Hugging Face Hub and back: distilled sets, pipelines and teachers.
+"""Exchange with the Hugging Face Hub: distilled sets, pipelines and teachers.
 
-A push is one commit on top of the state that was read, so that it replaces what it means to and nothing else; a pull
-checks every name and type before anything is written. Tokens appear in no message.
+A push is one commit on top of the state that was read, so that it replaces nothing else; a pull checks every name and
+type before anything is written. Tokens appear in no message.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,12 +22,23 @@ from dq.core.cards import UNKNOWN, own_text, public, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, check_name, read_json
 from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
-from dq.distilled.card import dataset_card, default_config, write_dataset_card
-from dq.distilled.format import PROVENANCE, SECTIONS, all_files, depth, file_facts, find_set, set_names, shard_files
+from dq.distilled.card import EVALUATION, dataset_card, default_config, write_dataset_card
+from dq.distilled.format import (
+    GRID,
+    PROVENANCE,
+    SECTIONS,
+    all_files,
+    depth,
+    file_facts,
+    find_set,
+    set_names,
+    shard_files,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
+EXTRAS = (EVALUATION, GRID)  # files of a set that may be missing
 SHARD = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
 
 
@@ -38,14 +50,15 @@ def push_folder(
     token: str | None = None,
     **settings: Any,
 ) -> CommitInfo:
-    """Push the sets of a folder, each as one configuration of a data set repository, in one commit.
+    """Push the sets of a folder in one commit.
 
-    The files of a set that is pushed again are replaced; other sets of the repository stay, and the card is written
-    anew from the records of all of them. Several may push to one repository at a time.
+    Each becomes one configuration of a data set repository, which is created if it does not exist. The files of a set
+    that is pushed again are replaced; other sets of the repository stay, and the card is written anew from the records
+    of all of them. Several processes may push to one repository at a time.
 
     Args:
         folder: `dataset/` of a run, or what `DistilledSet.save` wrote.
-        repo_id: "name" in one's own namespace, or "owner/name"; made if it is not there.
+        repo_id: "name" in one's own namespace, or "owner/name".
         only: names of the sets; None: all.
         token: None takes HF_TOKEN or the login.
         **settings: fields of `HubConfig`.
@@ -55,10 +68,29 @@ def push_folder(
 
     Raises:
         InputError: for a wrong name, a missing permission, or an existing public repository where a private one was
-            asked for.
+            requested.
         RunError: if a set is damaged, or the upload broke off.
     """
     folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
+    names = _checked_names(folder, only)
+
+    def changes(repo: Repo) -> Changes:
+        return _changes(folder, names, options, repo)
+
+    return commit_to(
+        "dataset",
+        repo_id,
+        changes,
+        message=options.commit_message or f"Add {', '.join(names)}",
+        token=token,
+        private=options.private,
+        revision=options.revision,
+        create_pr=options.create_pr,
+    )
+
+
+def _checked_names(folder: Path, only: Sequence[str] | None) -> list[str]:
+    """Names of the sets to push, whose records and files are intact."""
     available = set_names(folder)
     if not available:
         raise InputError(f"{folder} holds no distilled set; give the dataset/ folder of a run, or that of `save`")
@@ -69,61 +101,61 @@ def push_folder(
             raise InputError(f"{folder / name} was written by an older version; write it anew with `dq label`")
         check_record(public(record), name, str(folder))
         _check_shards(folder / name, record)
-    local_card = folder / "README.md"
+    return names
 
-    def operations(repo: Repo) -> Changes:
-        records: dict[str, dict[str, Any]] = {}
-        evaluations: dict[str, dict[str, Any]] = {}
-        files: dict[str, Path | bytes | None] = {}
-        for name in repo.sets():
-            # a set that is replaced may be broken there
-            with contextlib.suppress(*([InputError] if name in names else [])):
-                records[name] = check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
-                if f"{name}/evaluation.json" in repo.files:
-                    evaluations[name] = repo.json(f"{name}/evaluation.json")
-        for name in names:
-            before = (records.get(name) or {}).get("licenses") or {}
-            record = public(read_json(folder / name / PROVENANCE))
-            licenses = {"source": options.source_license, "generator": options.generator_license}
-            record["licenses"] = {k: v or before.get(k) or UNKNOWN for k, v in licenses.items()}
-            records[name] = record
-            files |= {f"{name}/{path.name}": path for path, _ in shard_files(folder / name, record)}
-            for extra in ("grid.png", "evaluation.json"):
-                if (folder / name / extra).is_file():
-                    files[f"{name}/{extra}"] = folder / name / extra
-            if f"{name}/evaluation.json" in files:
-                evaluations[name] = read_json(folder / name / "evaluation.json")
-            elif (evaluations.get(name) or {}).get("content") != record["content"]:
-                files[f"{name}/evaluation.json"] = None
-            files[f"{name}/{PROVENANCE}"] = _json_bytes(record)
-            old = (PurePosixPath(f) for f in repo.files)
-            files |= {
-                str(f): None
-                for f in old
-                if f.parts[0] == name and len(f.parts) == 2 and SHARD.fullmatch(f.name) and str(f) not in files
-            }
-        text = repo.text("README.md") or own_text(local_card)
-        split_card(text, f"README.md of {repo.name}")
-        files["README.md"] = dataset_card(
-            list(records.values()),
-            evaluations,
-            repo_id=repo.name,
-            old=text,
-            license=options.license,
-            pretty_name=options.pretty_name,
-        ).encode()
-        return files
 
-    return commit_to(
-        "dataset",
-        repo_id,
-        operations,
-        message=options.commit_message or f"Add {', '.join(names)}",
-        token=token,
-        private=options.private,
-        revision=options.revision,
-        create_pr=options.create_pr,
+def _changes(folder: Path, names: list[str], options: HubConfig, repo: Repo) -> Changes:
+    """Files to add to and delete from a repository."""
+    records, evaluations = _remote_records(repo, replaced=names)
+    files: dict[str, Path | bytes | None] = {}
+    for name in names:
+        old_licenses = (records.get(name) or {}).get("licenses") or {}
+        licenses = {"source": options.source_license, "generator": options.generator_license}
+        record = public(read_json(folder / name / PROVENANCE))
+        record["licenses"] = {k: v or old_licenses.get(k) or UNKNOWN for k, v in licenses.items()}
+        records[name] = record
+        files |= {f"{name}/{path.name}": path for path, _ in shard_files(folder / name, record)}
+        for extra in EXTRAS:
+            if (folder / name / extra).is_file():
+                files[f"{name}/{extra}"] = folder / name / extra
+        if f"{name}/{EVALUATION}" in files:
+            evaluations[name] = read_json(folder / name / EVALUATION)
+        elif (evaluations.get(name) or {}).get("content") != record["content"]:
+            files[f"{name}/{EVALUATION}"] = None
+        files[f"{name}/{PROVENANCE}"] = _json_bytes(record)
+        files |= {old: None for old in _remote_shards(repo, name) if old not in files}
+    text = repo.text("README.md") or own_text(folder / "README.md")
+    split_card(text, f"README.md of {repo.name}")
+    card = dataset_card(
+        list(records.values()),
+        evaluations,
+        repo_id=repo.name,
+        old=text,
+        license=options.license,
+        pretty_name=options.pretty_name,
     )
+    return {**files, "README.md": card.encode()}
+
+
+def _remote_records(repo: Repo, replaced: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Records and evaluations of a repository's sets.
+
+    A set that is replaced may be broken there.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    evaluations: dict[str, dict[str, Any]] = {}
+    for name in repo.sets():
+        with contextlib.suppress(*([InputError] if name in replaced else [])):
+            records[name] = check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
+            if f"{name}/{EVALUATION}" in repo.files:
+                evaluations[name] = repo.json(f"{name}/{EVALUATION}")
+    return records, evaluations
+
+
+def _remote_shards(repo: Repo, name: str) -> list[str]:
+    """Paths of the Parquet files of a set in a repository."""
+    paths = (PurePosixPath(file) for file in repo.files)
+    return [str(p) for p in paths if p.parts[0] == name and len(p.parts) == 2 and SHARD.fullmatch(p.name)]
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -138,7 +170,10 @@ def download_set(
     token: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[Path, str]:
-    """Fetch one set into the Hub's cache; returns the folder for `DistilledSet.load` and the set's name.
+    """Fetch one set into the Hub's cache.
+
+    Returns:
+        The folder for `DistilledSet.load` and the name of the set.
 
     Raises:
         InputError: if the repository is not one of dq, or has no such set.
@@ -164,38 +199,38 @@ def _sets(repo: Repo) -> list[str]:
 
 
 def _fetch_set(repo: Repo, name: str, cache_dir: str | Path | None = None) -> Path:
-    """Fetch the files of a set, having checked its record."""
+    """Check the record of a set and fetch its files."""
     if name not in _sets(repo):
         raise InputError(f"{repo.name} has no set {name!r}; it has {', '.join(_sets(repo))}")
-    record = check_record(repo.json(f"{name}/provenance.json"), name, repo.name)
+    record = check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
     missing = [n for n in record["files"] if f"{name}/{n}" not in repo.files]
     if missing:
         raise InputError(f"{repo.name} lacks {name}/{missing[0]}, which its record names; push the set again")
-    for extra in ("evaluation.json", "grid.png"):
+    for extra in EXTRAS:
         if f"{name}/{extra}" in repo.files:
             repo.fetch(f"{name}/{extra}", cache_dir)
     for file in record["files"]:
         repo.fetch(f"{name}/{file}", cache_dir)
-    return repo.fetch(f"{name}/provenance.json", cache_dir).parent
+    return repo.fetch(f"{name}/{PROVENANCE}", cache_dir).parent
 
 
 def _pull_set(repo: Repo, name: str, folder: Path) -> None:
     target = folder / name
     source = _fetch_set(repo, name)
-    record = read_json(source / "provenance.json")
-    if (target / "provenance.json").is_file():
-        if read_json(target / "provenance.json").get("content") != record["content"]:
+    record = read_json(source / PROVENANCE)
+    if (target / PROVENANCE).is_file():
+        if read_json(target / PROVENANCE).get("content") != record["content"]:
             raise InputError(f"{target} holds another set of that name; choose another --output_dir")
         return
     _check_shards(source, record)
     # the record makes the set whole, so it comes last
-    for file in [*record["files"], "evaluation.json", "grid.png", "provenance.json"]:
+    for file in [*record["files"], *EXTRAS, PROVENANCE]:
         if (source / file).is_file():
             _copy(source / file, target / file)
 
 
 def _pull_card(repo: Repo, folder: Path) -> None:
-    """The card of the sets that are here, with what its owner wrote into it."""
+    """Write the card of local sets, with its owner's text."""
     card = folder / "README.md"
     write_dataset_card(folder, old=None if card.is_file() else repo.text("README.md"))
 
@@ -206,36 +241,36 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """What came from the Hub as the record of a set, if it is one.
+    """Return the record of a set if it is valid.
 
     Raises:
         InputError: if a name or type in it is not what `write_set` writes.
     """
     check_name(name, f"the name of a set of {where},")
-    whole, classes, files, grid = record.get, record.get("classes"), record.get("files"), record.get("grid") or {}
-    right = (
-        whole("config_name") == name
-        and isinstance(whole("content"), str)
-        and all(_is_count(whole(k)) for k in ("rows", "ipc", "num_bytes"))
+    get, classes, files, grid = record.get, record.get("classes"), record.get("files"), record.get("grid") or {}
+    is_valid = (
+        get("config_name") == name
+        and isinstance(get("content"), str)
+        and all(_is_count(get(k)) for k in ("rows", "ipc", "num_bytes"))
         and isinstance(classes, list)
         and all(isinstance(c, str) for c in classes)
         and len(set(classes)) == len(classes)
-        and all(isinstance(whole(k, {}), (dict, type(None))) for k in SECTIONS)
+        and all(isinstance(get(k, {}), (dict, type(None))) for k in SECTIONS)
         and depth(record) <= MAX_DEPTH
-        and (whole("pixels") is None or _whole_numbers(whole("pixels")))
-        and _whole_numbers(whole("image_size"))
+        and (get("pixels") is None or _whole_numbers(get("pixels")))
+        and _whole_numbers(get("image_size"))
         and isinstance(files, dict)
         and bool(files)
-        and all(SHARD.fullmatch(f) and isinstance(k, dict) and k for f, k in files.items())
-        and all(_is_count(k.get(n)) for k in files.values() for n in ("bytes", "rows"))
-        and (whole("label_kind") is None or whole("label_kind") in get_args(LabelKind))
-        and (whole("step_size") is None or isinstance(whole("step_size"), float))
+        and all(SHARD.fullmatch(f) and isinstance(facts, dict) and facts for f, facts in files.items())
+        and all(_is_count(facts.get(n)) for facts in files.values() for n in ("bytes", "rows"))
+        and (get("label_kind") is None or get("label_kind") in get_args(LabelKind))
+        and (get("step_size") is None or isinstance(get("step_size"), float))
         and isinstance(grid, dict)
-        and all(_is_digest(k.get("blake2b")) for k in (*files.values(), grid) if k)
+        and all(_is_digest(facts.get("blake2b")) for facts in (*files.values(), grid) if facts)
     )
-    if not right:
+    if not is_valid:
         raise InputError(
-            f"the record {name}/provenance.json of {where} is damaged or not of dq; make or push the set again"
+            f"the record {name}/{PROVENANCE} of {where} is damaged or not of dq; make or push the set again"
         )
     return record
 
@@ -253,7 +288,11 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def _check_shards(folder: Path, record: dict[str, Any]) -> None:
-    """Raises: RunError if a file of a set is not there or not the one that was written."""
-    for path, known in all_files(folder, record):
-        if not path.is_file() or (known and file_facts(path)["blake2b"] != known["blake2b"]):
+    """Check that the files of a set are intact.
+
+    Raises:
+        RunError: if one is missing or damaged.
+    """
+    for path, facts in all_files(folder, record):
+        if not path.is_file() or (facts and file_facts(path)["blake2b"] != facts["blake2b"]):
             raise RunError(f"{path} is missing or damaged; make the set again with `dq label`, or pull it again")

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +72,7 @@ GROUP_BYTES, GROUP_ROWS = 100_000_000, 1000  # of a row group; the Hub's viewer 
 
 @contextlib.contextmanager
 def _intact(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while a set is read, its files are not as they were written."""
+    """Raise `Damaged` for any error while files of a set are read."""
     import pyarrow as pa
 
     try:
@@ -105,17 +106,17 @@ def _read_shard(data: bytes) -> dict[str, Any]:
     table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
     rows = Dataset(table).cast_column("image", ImageFeature(decode=False))
     arrays = rows.with_format("numpy")
-    found: dict[str, Any] = {"names": tuple(rows.features["label"].names)}
-    pictures = [np.asarray(open_image(cell["bytes"]).convert("RGB")).transpose(2, 0, 1) for cell in rows["image"]]
-    found["image"] = torch.from_numpy(np.stack(pictures))
+    columns: dict[str, Any] = {"names": tuple(rows.features["label"].names)}
+    images = [np.asarray(open_image(cell["bytes"]).convert("RGB")).transpose(2, 0, 1) for cell in rows["image"]]
+    columns["image"] = torch.from_numpy(np.stack(images))
     for name in ("label", "prototype", "count", "source_row"):
-        found[name] = torch.tensor(rows[name][:], dtype=torch.int64)
-    found["weight"] = torch.tensor(rows["weight"][:], dtype=torch.float32)
+        columns[name] = torch.tensor(rows[name][:], dtype=torch.int64)
+    columns["weight"] = torch.tensor(rows["weight"][:], dtype=torch.float32)
     if "soft_label" in rows.column_names:
-        found["soft_label"] = torch.from_numpy(np.stack(arrays["soft_label"][:])).half()
+        columns["soft_label"] = torch.from_numpy(np.stack(arrays["soft_label"][:])).half()
     if "pixels" in rows.column_names:
-        found["pixels"] = torch.from_numpy(np.stack(arrays["pixels"][:])).float()
-    return found
+        columns["pixels"] = torch.from_numpy(np.stack(arrays["pixels"][:])).float()
+    return columns
 
 
 def write_set(
@@ -126,13 +127,10 @@ def write_set(
 ) -> Path:
     """Write a set to `folder`/`config_name` as Parquet files.
 
-    `write_dataset_card` makes it a configuration for `load_dataset(folder, config_name)`. Float images keep their
-    values in a column `pixels` beside the 8-bit `image`. The set is whole once its `provenance.json` is there, which
-    is written last. The bytes depend on the rows, and not on how they are divided into parts.
-
-    Args:
-        parts: the rows in order, e.g. class by class; one part is in memory at a time.
-        provenance: of the whole set; the parts' own is left aside.
+    `write_dataset_card` makes it a configuration for `load_dataset(folder, config_name)`. `parts` are the rows in
+    order, e.g. class by class; one part is in memory at a time, and the bytes do not depend on the division. Float
+    images keep their values in a column `pixels` beside the 8-bit `image`. `provenance` is that of the whole set. Its
+    file is written last: a set without it is incomplete.
 
     Returns:
         The first of the Parquet files.
@@ -141,58 +139,115 @@ def write_set(
         InputError: if there is no part, one has other classes or columns than the first, or the provenance cannot be
             read again.
     """
-    folder, target = Path(folder), Path(folder) / config_name
+    target = Path(folder) / config_name
     check_name(config_name, "the set's name")
     provenance = checked_provenance(provenance)
-    for left in target.glob(".*.part*"):  # of a call that was killed
-        left.unlink()
+    for partial in target.glob(".*.part*"):  # of a call that was killed
+        partial.unlink()
     rest = iter(parts)
-    first = next(rest, None)
-    if first is None:
+    queue = list(itertools.islice(rest, 1))
+    if not queue:
         raise InputError(f"the set {config_name!r} has no parts; a distilled set needs at least one image")
-    kind = _kind(first)
-    record: dict[str, Any] = {**provenance, **kind, "config_name": config_name, "rows": 0, "num_bytes": 0}
-    counts = torch.zeros(len(first.class_names), dtype=torch.int64)
-    shown: dict[int, list[tuple[float, Tensor]]] = {}
-    written: list[tuple[Path, dict[str, Any]]] = []
-    queue = [first]
-    del first  # so that a part is let go before the next is made
-    groups = _row_groups(_each(queue, rest), kind, counts, shown)
-    columns = set_features(record)
+    kind, totals = _kind(queue[0]), _Totals(torch.zeros(len(queue[0].class_names), dtype=torch.int64))
+    shards = _write_shards(target, _row_groups(_tallied(queue, rest, kind, totals), kind), kind)
+    record: dict[str, Any] = {
+        **provenance,
+        **kind,
+        "config_name": config_name,
+        "rows": sum(shard.rows for shard in shards),
+        "num_bytes": sum(shard.num_bytes for shard in shards),
+    }
+    record["ipc"] = provenance.get("ipc") or int(totals.counts.max())
+    names = [f"train-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
+    record["files"] = {n: {**shard.facts, "rows": shard.rows} for n, shard in zip(names, shards, strict=True)}
+    record["content"] = digest_of(record["files"])
+    # the new files are complete; from here until the record is written there is no set of this name
+    (target / PROVENANCE).unlink(missing_ok=True)
+    for name, shard in zip(names, shards, strict=True):
+        os.replace(shard.path, target / name)
+    for old in set(target.glob(SHARDS)) - {target / name for name in names}:
+        old.unlink()
+    with atomic_path(target / GRID) as temporary:
+        image_grid(totals.grid_rows()).save(temporary, format="PNG")
+    record["grid"] = file_facts(target / GRID)
+    write_json(target / PROVENANCE, record)
+    return target / names[0]
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over the parts of a set, filled while they are written."""
+
+    counts: Tensor  # (C,) int64, images per class
+    heaviest: dict[int, list[tuple[float, Tensor]]] = field(default_factory=dict)  # class -> (weight, (3, H, W) uint8)
+
+    def add(self, part: SetRows) -> None:
+        """Count a part, and keep the heaviest images of the first classes."""
+        self.counts.add_(torch.bincount(part.labels, minlength=len(self.counts)))
+        limit = GRID_CLASSES if part.images.shape[-1] <= 64 else GRID_CLASSES // 2
+        images = part.images_uint8()
+        for c in sorted(set(part.labels.tolist())):
+            if c in self.heaviest or len(self.heaviest) < limit:
+                rows = (part.labels == c).nonzero()[:, 0].tolist()
+                candidates = [(float(part.weights[i]), images[i].clone()) for i in rows]
+                ranked = sorted([*self.heaviest.get(c, []), *candidates], key=lambda pair: -pair[0])
+                self.heaviest[c] = ranked[:GRID_COLUMNS]
+
+    def grid_rows(self) -> list[list[Tensor]]:
+        """Images of the grid, one row per class."""
+        return [[image for _, image in ranked] for _, ranked in sorted(self.heaviest.items())]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A Parquet file under its temporary name."""
+
+    path: Path
+    rows: int
+    num_bytes: int  # of the rows in memory, see `loaded_bytes`
+    facts: dict[str, Any]  # digest and size of the file
+
+
+def _tallied(
+    queue: list[SetRows], rest: Iterator[SetRows], kind: dict[str, Any], totals: _Totals
+) -> Iterator[SetRows]:
+    """Check the parts, add them to the totals, and yield them.
+
+    No reference to a part is kept while the next is made.
+    """
+    while queue:
+        differing = [name for name, value in _kind(queue[0]).items() if value != kind.get(name)]
+        if differing:
+            raise InputError(
+                f"a part of the set has other {', '.join(differing)} than the first; give all parts the same"
+            )
+        totals.add(queue[0])
+        yield queue.pop()
+        queue.extend(itertools.islice(rest, 1))
+
+
+def _write_shards(target: Path, groups: Iterator[Any], kind: dict[str, Any]) -> list[_Shard]:
+    """Write row groups to files of about SHARD_BYTES bytes each."""
+    columns = set_features(kind)
+    shards: list[_Shard] = []
     group = next(groups, None)
     while group is not None:
-        path = target / f".{len(written):05d}.part"
+        path = target / f".{len(shards):05d}.part"
         rows = size = 0
         with atomic_path(path) as temporary, _parquet_writer(temporary, columns, kind) as writer:
             while group is not None and (not size or size + group.nbytes <= SHARD_BYTES):
                 writer.write_table(group)
                 rows, size = rows + len(group), size + group.nbytes
                 group = next(groups, None)
-        written.append((path, {**file_facts(path), "rows": rows}))
-        record["rows"] += rows
-        record["num_bytes"] += loaded_bytes(path, columns)
-    record["ipc"] = provenance.get("ipc") or int(counts.max())
-    names = [f"train-{i:05d}-of-{len(written):05d}.parquet" for i in range(len(written))]
-    record["files"] = {name: facts for name, (_, facts) in zip(names, written)}
-    record["content"] = digest_of(record["files"])
-    # the new files are whole; from here until the record is written there is no set of this name
-    (target / PROVENANCE).unlink(missing_ok=True)
-    for name, (path, _) in zip(names, written):
-        os.replace(path, target / name)
-    for old in set(target.glob(SHARDS)) - {target / name for name in names}:
-        old.unlink()
-    with atomic_path(target / GRID) as temporary:
-        image_grid([[x for _, x in own] for _, own in sorted(shown.items())]).save(temporary, format="PNG")
-    record["grid"] = file_facts(target / GRID)
-    write_json(target / PROVENANCE, record)
-    return target / names[0]
+        shards.append(_Shard(path, rows, loaded_bytes(path, columns), file_facts(path)))
+    return shards
 
 
 def loaded_bytes(path: Path, features: Any) -> int:
-    """Bytes of a Parquet file's rows in memory, as `load_dataset` counts them for `num_bytes` of a split.
+    """Bytes of a Parquet file's rows in memory, as `num_bytes` counts them.
 
-    It reads batches as large as the first row group. Columns that are read may have a validity bitmap, which the same
-    rows lack before they are written.
+    `load_dataset` reads batches as large as the first row group. Columns that are read may have a validity bitmap,
+    which the same rows lack before they are written.
     """
     import pyarrow as pa
     import pyarrow.dataset as ds
@@ -208,22 +263,15 @@ def loaded_bytes(path: Path, features: Any) -> int:
 
 
 def rows_as_dataset(s: SetRows) -> Any:
-    """The rows of a set as a `datasets.Dataset` in memory, with the columns that `write_set` writes."""
+    """The rows of a set as a `datasets.Dataset` in memory."""
     import pyarrow as pa
     from datasets import Dataset
 
-    groups = list(_row_groups([s], _kind(s), torch.zeros(len(s.class_names), dtype=torch.int64), {}))
-    return Dataset(pa.concat_tables(groups))
-
-
-def _each(queue: list[SetRows], rest: Iterator[SetRows]) -> Iterator[SetRows]:
-    while queue:
-        yield queue.pop()
-        queue.extend(itertools.islice(rest, 1))
+    return Dataset(pa.concat_tables(list(_row_groups([s], _kind(s)))))
 
 
 def _kind(s: SetRows) -> dict[str, Any]:
-    """What all parts of a set have in common."""
+    """Properties that all parts of a set share."""
     return {
         "classes": list(s.class_names),
         "image_size": list(s.images.shape[2:]),
@@ -234,24 +282,11 @@ def _kind(s: SetRows) -> dict[str, Any]:
     }
 
 
-def _row_groups(
-    parts: Iterable[SetRows],
-    kind: dict[str, Any],
-    counts: Tensor,
-    shown: dict[int, list[tuple[float, Tensor]]],
-) -> Iterator[Any]:
-    """Arrow tables of the rows, each a row group of at most GROUP_ROWS rows and GROUP_BYTES bytes. On the way the
-    images are counted by class, and the heaviest of the first classes set aside for the grid."""
+def _row_groups(parts: Iterable[SetRows], kind: dict[str, Any]) -> Iterator[Any]:
+    """Yield row groups of at most GROUP_ROWS rows and GROUP_BYTES bytes."""
     rows: list[dict[str, Any]] = []
     size = 0
     for part in parts:
-        differ = [name for name, value in _kind(part).items() if value != kind.get(name)]
-        if differ:
-            raise InputError(
-                f"a part of the set has other {', '.join(differ)} than the first; give all parts the same"
-            )
-        counts += torch.bincount(part.labels, minlength=len(counts))
-        _set_aside(part, shown)
         for i, image in enumerate(part.images_uint8()):
             row: dict[str, Any] = {"image": {"bytes": _png(image), "path": None}}
             for name, column in _COLUMNS.items():
@@ -260,12 +295,12 @@ def _row_groups(
                 row["soft_label"] = part.soft_labels[i].numpy().copy()
             if part.images.dtype == torch.float32:
                 row["pixels"] = part.images[i].numpy().copy()
-            more = len(row["image"]["bytes"]) + sum(v.nbytes for v in row.values() if isinstance(v, np.ndarray))
-            if rows and (len(rows) == GROUP_ROWS or size + more > GROUP_BYTES):
+            row_size = len(row["image"]["bytes"]) + sum(v.nbytes for v in row.values() if isinstance(v, np.ndarray))
+            if rows and (len(rows) == GROUP_ROWS or size + row_size > GROUP_BYTES):
                 yield _table(rows, kind)
                 rows, size = [], 0
             rows.append(row)
-            size += more
+            size += row_size
         del part, image  # which would hold it while the next is made
     yield _table(rows, kind)
 
@@ -291,8 +326,11 @@ def _table(rows: list[dict[str, Any]], kind: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _parquet_writer(path: Path, features: Any, kind: dict[str, Any]) -> Iterator[Any]:
-    """A Parquet writer with the settings of `Dataset.to_parquet`: pages cut by content, so that the Hub stores equal
-    parts of two versions once, an index of the pages, images neither compressed twice nor put into dictionaries."""
+    """Open a Parquet writer with the settings of `Dataset.to_parquet`.
+
+    Pages are cut by content, so that the Hub stores equal parts of two versions once; there is an index of pages;
+    images are neither compressed twice nor put into dictionaries.
+    """
     import datasets
     import pyarrow.parquet as pq
 
@@ -313,17 +351,6 @@ def _parquet_writer(path: Path, features: Any, kind: dict[str, Any]) -> Iterator
         yield writer
         facts = {f"dq.{k}": str(kind[k]) for k in ("label_kind", "step_size") if k in kind}
         writer.add_key_value_metadata({"content_defined_chunking": json.dumps(cutting), **facts})
-
-
-def _set_aside(part: SetRows, shown: dict[int, list[tuple[float, Tensor]]]) -> None:
-    """Keep the heaviest images of the first classes, heaviest first."""
-    limit = GRID_CLASSES if part.images.shape[-1] <= 64 else GRID_CLASSES // 2
-    images = part.images_uint8()
-    for c in sorted(set(part.labels.tolist())):
-        if c in shown or len(shown) < limit:
-            own = (part.labels == c).nonzero()[:, 0].tolist()
-            more = [(float(part.weights[i]), images[i].clone()) for i in own]
-            shown[c] = sorted([*shown.get(c, []), *more], key=lambda pair: -pair[0])[:GRID_COLUMNS]
 
 
 def _in_range(images: Tensor) -> bool:

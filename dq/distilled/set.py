@@ -1,4 +1,4 @@
-"""`DistilledSet`: images, labels, weights and where they came from; to and from a folder that `load_dataset` opens."""
+"""`DistilledSet`: images, labels, weights and provenance, saved as Parquet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("dq")
 
 @dataclass(frozen=True)
 class DistilledSet:
-    """A small labelled image set. Rows are in class order, heaviest prototype first."""
+    """A small labeled image set in class order, heaviest prototype first."""
 
     images: Tensor  # (N, 3, H, W) uint8, or float32 in [0, 1] unless not `bounded`
     labels: Tensor  # (N,) int64
@@ -93,7 +93,10 @@ class DistilledSet:
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
 
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        """One row, or a list of them: `image` (3, H, W), `label`, `weight`, and `soft_label` (C,) if there is one."""
+        """One row, or a list of rows for a slice.
+
+        A row has `image` (3, H, W), `label`, `weight`, and `soft_label` (C,) if the set has label vectors.
+        """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = operator.index(index)
@@ -104,13 +107,14 @@ class DistilledSet:
         return (self[i] for i in range(len(self)))
 
     def to_dataset(self) -> Any:
-        """The set as a `datasets.Dataset` with the columns that the saved Parquet files have."""
+        """The set as a `datasets.Dataset` with the saved columns."""
         return rows_as_dataset(self)
 
     def to_torch(self) -> TensorDataset:
-        """The set as a `torch.utils.data.TensorDataset` of images, labels, weights and, if any, label vectors.
+        """The set as a `torch.utils.data.TensorDataset`.
 
-        Images are (3, H, W) float32 and lie in [0, 1] unless the set is not `bounded`.
+        Its tensors are images, labels, weights and, if any, label vectors. Images are (3, H, W) float32 and lie in [0,
+        1] unless the set is not `bounded`.
         """
         images = self.images.float() / 255 if self.images.dtype == torch.uint8 else self.images
         soft = () if self.soft_labels is None else (self.soft_labels.float(),)
@@ -118,13 +122,14 @@ class DistilledSet:
 
     @property
     def ipc(self) -> int:
-        """Images of the largest class."""
+        """Number of images of the largest class."""
         return int(torch.bincount(self.labels).max())
 
     def save(self, folder: str | Path, config_name: str = "default") -> Path:
-        """Write the set to `folder`/`config_name` as Parquet files, and the folder's README card.
+        """Write the set to `folder`/`config_name` as Parquet files.
 
-        Every set in the folder becomes one configuration of the card: `load_dataset(folder, config_name)`.
+        The folder's README card is written too: every set becomes one of its configurations, for `load_dataset(folder,
+        config_name)`.
 
         Returns:
             The first of the Parquet files.
@@ -144,16 +149,16 @@ class DistilledSet:
             config_name: of one set among several; None stands for the only one.
 
         Raises:
-            InputError: if there is no such set; lists those that are there.
+            InputError: if there is no such set; lists the available ones.
             Damaged: if one of its files is.
         """
         folder, config_name = find_set(Path(folder), config_name)
         record = read_json(folder / config_name / PROVENANCE)
         tables = []
-        for path, known in shard_files(folder / config_name, record):
+        for path, facts in shard_files(folder / config_name, record):
             with _intact(path):
                 data = path.read_bytes()
-                if known and hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest() != known["blake2b"]:
+                if facts and hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest() != facts["blake2b"]:
                     raise ValueError("its bytes are not those that were written")
                 tables.append(_read_shard(data))
         with _intact(folder / config_name):
@@ -189,13 +194,19 @@ class DistilledSet:
         create_pr: bool = False,
         **card: Any,
     ) -> Any:
-        """Push the set to the data set repository `repo_id` of the Hugging Face Hub as one configuration.
+        """Push the set to a data set repository of the Hub.
 
-        The repository is made if it is not there; its other configurations stay as they are, and so does what you
-        wrote into its card.
+        It becomes one configuration. The repository is created if it does not exist; its other configurations stay,
+        and so does what you wrote into its card.
 
         Args:
             repo_id: "name" (in your own namespace) or "owner/name".
+            config_name: name of the configuration.
+            private: whether a new repository is private; None: the account's default.
+            revision: branch to push to.
+            token: None takes HF_TOKEN or the login.
+            commit_message: None names the set.
+            create_pr: open a pull request in place of a commit.
             **card: `license`, `pretty_name`, `source_license`, `generator_license`; see `HubConfig`.
 
         Returns:
@@ -218,7 +229,10 @@ class DistilledSet:
         """Download a set that `push_to_hub` or `dq push` uploaded.
 
         Args:
+            repo_id: "owner/name".
             config_name: None takes the only configuration, or the one that the card marks as default.
+            revision: branch, tag or commit.
+            token: None takes HF_TOKEN or the login.
             cache_dir: where the files are kept; None: the Hub library's own cache.
         """
         return DistilledSet.load(

@@ -188,7 +188,7 @@ def test_names_that_are_no_hub_ids_are_refused(name: str) -> None:
 def test_arrays_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "s.npz", images=np.zeros((2, 3, 99, 99), np.uint8), labels=np.arange(2))
     assert len(load_set(tmp_path / "s.npz", ("a", "b"))) == 2
-    monkeypatch.setattr("dq.distilled.external.MAX_BYTES", 50_000)
+    monkeypatch.setattr("dq.distilled.tensor_files.MAX_BYTES", 50_000)
     with pytest.raises(InputError, match=r"would unpack to 59,\d+ bytes"):
         load_set(tmp_path / "s.npz", ("a", "b"))
 
