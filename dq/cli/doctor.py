@@ -261,7 +261,7 @@ def _hub(say: Any) -> dict[str, str]:
 
 
 def _used(config: RunConfig, say: Any, *, cpu: bool) -> dict[str, str]:
-    from dq.cluster.kmeans import choose_engine
+    from dq.cluster.engines import choose_engine
 
     device = "cuda" if not cpu and torch.cuda.is_available() else "cpu"
     engine = choose_engine(config.cluster.engine)

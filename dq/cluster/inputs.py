@@ -88,6 +88,14 @@ def as_weights(value: Any, n: int, name: str) -> Tensor:
     return w
 
 
+def too_small(sentence: str, setting: str = "cluster.on_small") -> InputError:
+    """The refusal of a class with fewer images than prototypes are asked for.
+
+    `setting` is the one by which such a class is refused.
+    """
+    return InputError(f"{sentence}; lower ipc, drop the class, or set {setting}=clamp")
+
+
 def _described(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, Tensor):

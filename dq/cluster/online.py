@@ -17,6 +17,8 @@ from dq.core.numbers import whole_number
 
 @dataclass(frozen=True)
 class StreamResult:
+    """Centroids of a stream and their masses."""
+
     centroids: Tensor  # (k, d) float32
     running_weights: Tensor  # (k,) float64, running estimate of the masses, sums to 1
     steps: int  # samples seen
@@ -32,7 +34,7 @@ def clvq(
     step: tuple[float, float] | None = None,
     init_size: int | None = None,
 ) -> StreamResult:
-    """Competitive Learning Vector Quantization: stochastic gradient descent on the distortion (Pagès 2015).
+    """Competitive Learning Vector Quantization: SGD on the distortion (Pagès 2015).
 
         k* = argmin_k |z - x_k|;   x_k* <- x_k* - g (x_k* - z);   w <- (1 - g') w + g' e_k*
 
@@ -41,10 +43,14 @@ def clvq(
 
     Args:
         stream: `stream(pass)` iterates over batches (b, d) of that pass, in the order to be used.
+        k: number of centroids.
+        generator: for the starting points.
+        passes: over the stream.
         step: (a, b) for g_l = a / (b + l) with l the sample count, for points and running weights alike (the
             global schedule of the theory). Default: g = 1 / (samples won by k* so far), MacQueen's step, with
             g' = 1 / l, whose running weights are the shares of samples won.
-        init: starting points (k, d). Default: greedy k-means++ on the first `init_size` samples (20 k).
+        init: starting points (k, d). Default: greedy k-means++ on the first `init_size` samples.
+        init_size: samples for the default start; None: 20 k.
 
     Returns:
         Points and running weights. Exact masses need one more pass that assigns without moving.
@@ -53,46 +59,61 @@ def clvq(
     centroids = _start_points(stream, k, generator, init_size or 20 * k) if init is None else as_points(init, "init")
     if len(centroids) != k:
         raise InputError(f"init has {len(centroids)} points but k={k}; give k of them")
-    centroids = centroids.double().clone()
-    # Starting points are samples of the stream that come by again, so they count for nothing by themselves.
-    won = torch.zeros(k, dtype=torch.float64)
-    running_weights = torch.full((k,), 1 / k, dtype=torch.float64)
-    seen = 0
+    state = _Clvq(
+        centroids.double().clone(), torch.zeros(k, dtype=torch.float64), torch.full((k,), 1 / k, dtype=torch.float64)
+    )
     for p in range(passes):
         for batch in stream(p):
             z = as_points(batch, "a batch of the stream").double()
             if z.shape[1] != centroids.shape[1]:
                 raise InputError(f"a batch of the stream has {z.shape[1]} coordinates and init {centroids.shape[1]}")
-            winner = assign(z[None].float(), centroids[None].float())[0]
-            m = len(z)
-            clock = torch.arange(seen + 1, seen + m + 1, dtype=torch.float64)
-            if step is None:
-                gain_w = 1 / clock
-                order = _rank_in_group(winner)  # 0, 1, ... among the samples that the same point won
-                gain = 1 / (won[winner] + order + 1)
-            else:
-                gain_w = gain = step[0] / (step[1] + clock)
-                if gain.max() > 1:
-                    raise InputError(f"CLVQ step a/(b+l) with a={step[0]}, b={step[1]} exceeds 1; choose a <= b + 1")
-            member = torch.zeros(m, k, dtype=torch.float64)
-            member[torch.arange(m), winner] = 1.0
-            pull, remain = _in_order(member * gain[:, None])
-            centroids = remain[:, None] * centroids + pull.T @ z
-            # every sample decays the running weights, the winner's gets the gain
-            decay = (1 - gain_w).flip(0).cumprod(0).flip(0)
-            after = torch.cat([decay[1:], decay.new_ones(1)])
-            running_weights = decay[0] * running_weights + member.T @ (gain_w * after)
-            won += member.sum(0)
-            seen += m
-    if seen == 0:
+            state.update(z, step)
+    if state.seen == 0:
         raise InputError("the stream for CLVQ gave no samples")
-    return StreamResult(centroids.float(), running_weights / running_weights.sum(), seen)
+    weights = state.running_weights
+    return StreamResult(state.centroids.float(), weights / weights.sum(), state.seen)
+
+
+@dataclass
+class _Clvq:
+    """Centroids of CLVQ while samples come in."""
+
+    centroids: Tensor  # (k, d) float64
+    won: Tensor  # (k,) samples won; starting points are samples that come again, and count for nothing by themselves
+    running_weights: Tensor  # (k,) float64
+    seen: int = 0  # samples
+
+    def update(self, z: Tensor, step: tuple[float, float] | None) -> None:
+        """Move the centroids by a batch z (m, d), with the steps of `clvq`."""
+        winner = assign(z[None].float(), self.centroids[None].float())[0]
+        m, k = len(z), len(self.centroids)
+        clock = torch.arange(self.seen + 1, self.seen + m + 1, dtype=torch.float64)
+        if step is None:
+            weight_gain = 1 / clock
+            order = _rank_in_group(winner)  # 0, 1, ... among the samples that the same point won
+            gain = 1 / (self.won[winner] + order + 1)
+        else:
+            weight_gain = gain = step[0] / (step[1] + clock)
+            if gain.max() > 1:
+                raise InputError(f"CLVQ step a/(b+l) with a={step[0]}, b={step[1]} exceeds 1; choose a <= b + 1")
+        member = torch.zeros(m, k, dtype=torch.float64)
+        member[torch.arange(m), winner] = 1.0
+        pull, remain = _in_order(member * gain[:, None])
+        self.centroids = remain[:, None] * self.centroids + pull.T @ z
+        # every sample decays the running weights, the winner's gets the gain
+        decay = (1 - weight_gain).flip(0).cumprod(0).flip(0)
+        after = torch.cat([decay[1:], decay.new_ones(1)])
+        self.running_weights = decay[0] * self.running_weights + member.T @ (weight_gain * after)
+        self.won += member.sum(0)
+        self.seen += m
 
 
 def systematic_sample(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """n indices (n,) int64 in rising order that sample the law of n weights (n,): index i comes floor or ceil of
-    n w_i / sum(w) times, with that number as its expectation (systematic resampling, Carpenter et al. 1999). Equal
-    weights give every index once."""
+    """Systematic resampling (Carpenter et al. 1999): n ascending indices (n,) int64 by weights (n,).
+
+    Index i comes floor or ceil of n w_i / sum(w) times, with that number as its expectation. Equal weights give every
+    index once.
+    """
     n = len(weights)
     cumulative = weights.double().cumsum(0)
     offset = torch.rand((), dtype=torch.float64, generator=generator)
@@ -122,23 +143,25 @@ def _rank_in_group(group: Tensor) -> Tensor:
 
 
 def _start_points(stream: Callable[[int], Iterable[Tensor]], k: int, generator: torch.Generator, size: int) -> Tensor:
+    """Starting points (k, d) float64: k-means++ on the first `size` samples of a stream."""
     buffer: list[Tensor] = []
-    have = 0
+    samples = 0
     for batch in stream(0):
-        buffer.append(as_points(batch, "a batch of the stream")[: size - have].float())
-        have += len(buffer[-1])
-        if have >= size:
+        buffer.append(as_points(batch, "a batch of the stream")[: size - samples].float())
+        samples += len(buffer[-1])
+        if samples >= size:
             break
-    if have < k:
-        raise InputError(f"the stream for CLVQ gave {have} samples but k={k}")
+    if samples < k:
+        raise InputError(f"the stream for CLVQ gave {samples} samples but k={k}")
     x = torch.cat(buffer)[None]
-    chosen = kmeans_plusplus(x, torch.ones(1, have), k, [generator])[0]
+    chosen = kmeans_plusplus(x, torch.ones(1, samples), k, [generator])[0]
     return x[0, chosen].double()
 
 
 def minibatch(x: Any, k: int, *, order: Any, expand: int, drop_tail: bool, seed: int) -> StreamResult:
-    """D4M's quantizer: scikit-learn's `MiniBatchKMeans.partial_fit` on batches of expand * k, one pass in `order`
-    (Su et al., CVPR 2024; the released code).
+    """D4M's quantizer: one pass of scikit-learn's `MiniBatchKMeans.partial_fit`.
+
+    On batches of expand * k points in `order` (Su et al., CVPR 2024; the released code).
 
     `drop_tail=True` reproduces the released code's fault: after the loop only the class of the very last image is
     flushed, so that n mod (expand * k) images of every other class never count. By default the tail is fitted.

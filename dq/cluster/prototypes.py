@@ -100,7 +100,7 @@ class Prototypes:
     sse: Tensor  # (K,) float64, sum of squared distances in the cell
     medoids: Tensor  # (K, C, h, w) float32, the member of the cell nearest to its centroid
     medoid_rows: Tensor  # (K,) int64, the rows of the source that the medoids are
-    stats: dict[str, Any]  # see `quantization_stats` and `latent_stats`
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `quantization_stats` and `latent_stats`
     masses: Tensor | None = None  # (K,) float64, weights of the images of each cell; None: every image weighs 1
     rows: Tensor | None = None  # (n,) int64, the rows of the source that are quantized; None: of a version before
     cells: Tensor | None = None  # (n,) int32, the cell of each of them
@@ -196,19 +196,23 @@ def make_prototypes(
     latents: Any,
     rows: Any,
     result: Clustering,
-    stats: dict[str, Any],
     *,
     points: Any = None,
     weights: Any = None,
 ) -> Prototypes:
-    """Prototypes from a clustering of latents (n, C, h, w) that are the images `rows` of the source.
+    """Make the prototypes of a class from a clustering of its latents; without stats.
 
     Among the members of a cell the nearest to the mean is also the one with the least summed squared distance to
     the others, so the medoid needs no pairwise distances.
 
     Args:
-        points: (n, d), the same images in the space in which `result` is; None: the latents. Given, the centroids of
-            `result` are no latents, and the means of the cells' latents stand in for them.
+        label: index of the class.
+        name: of the class.
+        latents: (n, C, h, w).
+        rows: (n,) the images of the source that the latents are of.
+        result: clustering of the latents, or of `points`.
+        points: (n, d), the same images in the space in which `result` is; None: the latents. With points the centroids
+            of `result` are no latents, and the means of the cells' latents stand in for them.
         weights: (n,) those of the clustering; None: there were none.
 
     Raises:
@@ -235,16 +239,23 @@ def make_prototypes(
         sse=result.sse.cpu(),
         medoids=latents[first].float().cpu(),
         medoid_rows=rows[first.cpu()],
-        stats=stats,
         masses=None if weights is None else result.masses.cpu(),
         rows=rows.cpu(),
         cells=result.labels.int().cpu(),
     )
 
 
-def select_clusters(result: Clustering, keep: Tensor, *, asked: int) -> tuple[Clustering, Tensor]:
-    """The clusters `keep` (K',) int64, ascending, as a clustering of the points that they own; and which of the points
-    (n,) bool these are."""
+def select_clusters(result: Clustering, keep: Tensor, *, requested: int) -> tuple[Clustering, Tensor]:
+    """Restrict a clustering to some clusters.
+
+    Args:
+        result: a clustering of n points.
+        keep: (K',) int64, ascending numbers of clusters.
+        requested: the k asked for.
+
+    Returns:
+        The clustering of the points that these own, and which of the points (n,) bool they are.
+    """
     at = keep.to(result.labels.device)
     renumber = torch.full_like(result.counts, -1)
     renumber[at] = torch.arange(len(at), device=at.device)
@@ -252,8 +263,8 @@ def select_clusters(result: Clustering, keep: Tensor, *, asked: int) -> tuple[Cl
     members = labels >= 0
     parts = {name: getattr(result, name)[at] for name in ("centroids", "counts", "masses", "sse")}
     running_weights = None if result.running_weights is None else result.running_weights[at.cpu()]
-    kept = dataclasses.replace(result, **parts, labels=labels[members], asked=asked, running_weights=running_weights)
-    return kept, members
+    chosen = dataclasses.replace(result, **parts, labels=labels[members], running_weights=running_weights)
+    return dataclasses.replace(chosen, requested=requested), members
 
 
 def cell_means(x: Any, labels: Any, k: int, weights: Any = None) -> Tensor:

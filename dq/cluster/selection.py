@@ -1,7 +1,7 @@
-"""Which candidates of a class to keep: several draws of every prototype, of which as many stay as it has images.
+"""Rules that select among candidate images of a class, several of each prototype.
 
-All rules are functions of what a teacher says of the candidates and, in the space of its features, of the real images
-of the class. The pool of candidates is (N,), in any order; prototype k keeps `numbers[k]` of its own.
+All rules are functions of a teacher's predictions for the candidates and, in the space of its features, of the real
+images of the class. The pool of candidates is (N,), in any order; `numbers[k]` are kept of those of prototype k.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,14 @@ IMPROVEMENT = 1e-10  # relative; a smaller fall of the transport cost is roundin
 
 @dataclass(frozen=True)
 class Selection:
-    """The candidates that are kept, and what the rule measured."""
+    """The selected candidates, and measurements of the rule."""
 
     rows: Tensor  # (M,) int64 into the pool, prototype by prototype, within one in the order of the pool
     facts: dict[str, Any]
 
 
 def select_correct(correct: Any, probability: Any, prototype: Any, numbers: Sequence[int]) -> Selection:
-    """The first candidates of every prototype that the teacher classifies rightly (after CaO2, Wang et al. 2025).
+    """Select the first correctly classified candidates (after CaO2, Wang et al. 2025).
 
     A prototype with too few of them is filled up with its most confident others.
 
@@ -58,8 +58,10 @@ def select_correct(correct: Any, probability: Any, prototype: Any, numbers: Sequ
 
 
 def select_confident(probability: Any, prototype: Any, numbers: Sequence[int]) -> Selection:
-    """The candidates of every prototype to whose class the teacher gives the highest probability; ties go to the
-    earlier one. Arguments, result and errors as for `select_correct`."""
+    """Select the candidates with the highest probability of the class; ties go to the earlier.
+
+    Arguments, result and errors as for `select_correct`.
+    """
     prototype, numbers = _checked_pool(prototype, numbers)
     p = _of_pool(probability, "probability", len(prototype)).double()
     return Selection(_first_of_each(-p, prototype, numbers), {})
@@ -74,8 +76,9 @@ def select_facility(
     weights: Any = None,
     one_per_prototype: bool = True,
 ) -> Selection:
-    """Candidates that cover the real images of the class best: facility location over cosines of features, greedily;
-    see `dq.data.coresets.facility_location`.
+    """Select by facility location over cosines of features, greedily.
+
+    The candidates cover the real images of the class best; see `dq.data.coresets.facility_location`.
 
     Args:
         real: (n, d) features of the class's images.
@@ -102,8 +105,8 @@ def select_facility(
     rows = rows[(prototype[rows] * len(pool) + rows).argsort()]
     first = _first_of_each(torch.arange(len(pool)), prototype, numbers)
 
-    def coverage(kept: Tensor) -> float:
-        a, b = (torch.nn.functional.normalize(v.double(), dim=1) for v in (x, pool[kept]))
+    def coverage(selected: Tensor) -> float:
+        a, b = (torch.nn.functional.normalize(v.double(), dim=1) for v in (x, pool[selected]))
         return float((w.double() * (a @ b.T).clamp(min=0).amax(1)).sum() / w.double().sum())
 
     absent = len(numbers) - len(prototype[rows].unique())
@@ -120,11 +123,11 @@ def select_transport(
     centers: Any,
     weights: Any = None,
 ) -> Selection:
-    """Candidates whose measure has the least transport cost to the class in feature space: the objective of optimal
-    quantization, over the images that were drawn.
+    """Select the candidates with the least transport cost to the class in feature space.
 
-    Minimizes W2^2(sum_x a_x delta(x), sum_i b_i delta(f_i)) over one candidate f_i for every image i, where the images
-    of prototype k share its mass. Starts from the candidates nearest to `centers` and lets every image in turn take
+    This is the objective of optimal quantization, over the images that were drawn: it minimizes
+    W2^2(sum_x a_x delta(x), sum_i b_i delta(f_i)) over one candidate f_i for every image i, where the images of
+    prototype k share its mass. Starts from the candidates nearest to `centers` and lets every image in turn take
     the candidate of its prototype that is best while the others stay (coordinate descent), until none changes. The
     cost never rises. At the end no change of a single image lowers it; several at once might, so that it need not be
     the least over all combinations (with one image it is).
@@ -134,7 +137,8 @@ def select_transport(
     Args:
         real: (n, d) features of the class's images.
         candidates: (N, d) those of the pool.
-        prototype, numbers: as for `select_correct`.
+        prototype: (N,) int64, of every candidate.
+        numbers: candidates that every prototype keeps.
         masses: (K,) positive, of the prototypes.
         centers: (K, d) mean features of the cells.
         weights: (n,) of the real images; None: uniform.
@@ -154,56 +158,81 @@ def select_transport(
         raise InputError(f"prototype {empty} has no mass, so no candidate can stand for it; leave it out")
     x, pool = (v.double() for v in _checked_features(real, candidates, len(prototype)))
     a = x.new_ones(len(x)) if weights is None else as_weights(weights, len(x), "weights of real images").double()
-    a, cost, number = (a / a.sum()).cpu(), squared_cost(x, pool).cpu(), torch.tensor(numbers)
-    middle = as_points(centers, "centers", finite=True).double().to(pool)
-    if middle.shape != (len(numbers), pool.shape[1]):
-        expected = (len(numbers), pool.shape[1])
-        raise InputError(f"centers must be {expected}, one for every prototype, not {tuple(middle.shape)}")
-    distance = (pool - middle[prototype.to(pool.device)]).square().sum(1)
+    number, distance = torch.tensor(numbers), _distance_to_center(pool, centers, prototype, len(numbers))
     b = (masses.cpu() / number.clamp(min=1)).repeat_interleave(number)
-    b = b / b.sum()
-    first = _first_of_each(torch.arange(len(pool)), prototype, numbers)
-    rows = _first_of_each(distance.cpu(), prototype, numbers)
-    solved = exact_transport(cost[:, rows], a, b)
-    facts = {"w2_first": _root(exact_transport(cost[:, first], a, b).value), "w2_start": _root(solved.value)}
-    changes, unchanged, i = 0, 0, 0
-    while unchanged < len(rows):
-        better = _best_change(cost, rows, i, prototype, a, b, solved)
-        unchanged += 1
-        if better is not None:
-            rows, solved = better
-            changes, unchanged = changes + 1, 1
-        i = (i + 1) % len(rows)
-    facts |= {"w2": _root(solved.value), "changes": changes}
-    order = (prototype[rows] * len(pool) + rows).argsort()
-    return Selection(rows[order], facts)
+    search = _Search(squared_cost(x, pool).cpu(), prototype, (a / a.sum()).cpu(), b / b.sum())
+    first = search.solved(_first_of_each(torch.arange(len(pool)), prototype, numbers))
+    start = search.solved(_first_of_each(distance, prototype, numbers))
+    end, changes = search.descend(start)
+    facts = {"w2_first": _root(first.transport.value), "w2_start": _root(start.transport.value)}
+    facts |= {"w2": _root(end.transport.value), "changes": changes}
+    order = (prototype[end.rows] * len(pool) + end.rows).argsort()
+    return Selection(end.rows[order], facts)
 
 
-def _best_change(
-    cost: Tensor, rows: Tensor, i: int, prototype: Tensor, a: Tensor, b: Tensor, solved: ExactTransport
-) -> tuple[Tensor, ExactTransport] | None:
-    """The images with the candidate of least cost in place i, and their transport; None if the present one is it."""
-    free = prototype == prototype[rows[i]]
-    free[rows] = False
-    options = free.nonzero()[:, 0]
-    bounds = lower_bounds(cost, rows, i, options, a, b, solved.potentials)
-    best = None
-    limit = solved.value * (1 - IMPROVEMENT)
-    for j in bounds.argsort().tolist():
-        if float(bounds[j]) >= limit:
-            break
-        trial = rows.clone()
-        trial[i] = options[j]
-        transport = exact_transport(cost[:, trial], a, b)
-        if transport.value < limit:
-            best, limit = (trial, transport), transport.value
-    return best
+def _distance_to_center(pool: Tensor, centers: Any, prototype: Tensor, prototypes: int) -> Tensor:
+    """Squared distance (N,) of candidates (N, d) to the centers of their prototypes, on the CPU."""
+    c = as_points(centers, "centers", finite=True).double().to(pool)
+    if c.shape != (prototypes, pool.shape[1]):
+        expected = (prototypes, pool.shape[1])
+        raise InputError(f"centers must be {expected}, one for every prototype, not {tuple(c.shape)}")
+    return (pool - c[prototype.to(pool.device)]).square().sum(1).cpu()
+
+
+class _Solved(NamedTuple):
+    """One candidate for every image, and the transport of the real images to them."""
+
+    rows: Tensor  # (M,) into the pool
+    transport: ExactTransport
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Coordinate descent over the candidates of all images."""
+
+    cost: Tensor  # (n, N) between real images and the pool
+    prototype: Tensor  # (N,)
+    a: Tensor  # (n,) masses of the real images
+    b: Tensor  # (M,) masses of the images
+
+    def solved(self, rows: Tensor) -> _Solved:
+        return _Solved(rows, exact_transport(self.cost[:, rows], self.a, self.b))
+
+    def descend(self, state: _Solved) -> tuple[_Solved, int]:
+        """Change one image after another until no change improves; and the number of changes."""
+        changes, unchanged, i = 0, 0, 0
+        while unchanged < len(state.rows):
+            better = self._best_change(state, i)
+            unchanged += 1
+            if better is not None:
+                state = better
+                changes, unchanged = changes + 1, 1
+            i = (i + 1) % len(state.rows)
+        return state, changes
+
+    def _best_change(self, state: _Solved, i: int) -> _Solved | None:
+        """The best candidate for image i, if it is not the present one."""
+        free = self.prototype == self.prototype[state.rows[i]]
+        free[state.rows] = False
+        options = free.nonzero()[:, 0]
+        bounds = lower_bounds(self.cost, state.rows, i, options, self.a, self.b, state.transport.potentials)
+        best = None
+        limit = state.transport.value * (1 - IMPROVEMENT)
+        for j in bounds.argsort().tolist():
+            if float(bounds[j]) >= limit:
+                break
+            rows = state.rows.clone()
+            rows[i] = options[j]
+            trial = self.solved(rows)
+            if trial.transport.value < limit:
+                best, limit = trial, trial.transport.value
+        return best
 
 
 def lower_bounds(
     cost: Tensor, rows: Tensor, i: int, options: Tensor, a: Tensor, b: Tensor, potentials: Tensor
 ) -> Tensor:
-    """Lower bounds of the transport cost if image i were another candidate.
+    """Lower bounds (O,) float64 of the transport cost if image i were another candidate.
 
     By duality any v gives a bound sum_x a_x min_j (c_xj - v_j) + sum_j b_j v_j. Those of the other images stay; that
     of the new point is the one that makes the bound largest, a weighted quantile.
@@ -211,12 +240,11 @@ def lower_bounds(
     Args:
         cost: (n, N) between real images and the pool.
         rows: (M,) the present images, into the pool.
+        i: number of the image.
         options: (O,) candidates for image i, into the pool.
-        a, b: (n,) and (M,) masses that sum to 1.
+        a: (n,) masses of the real images, which sum to 1.
+        b: (M,) masses of the images, which sum to 1.
         potentials: (M,) dual solution of the present images.
-
-    Returns:
-        (O,) float64.
     """
     others = torch.arange(len(rows)) != i
     columns = cost[:, options]
@@ -231,18 +259,18 @@ def lower_bounds(
 
 
 def _checked_pool(prototype: Any, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Prototypes of the pool (N,) and how many candidates each keeps."""
+    """Prototypes of the pool (N,) and the number of candidates to keep of each."""
     prototype = _indices(prototype, "prototype").cpu()
-    wanted = _indices(numbers, "numbers").tolist()
-    if not sum(wanted):
+    quotas = _indices(numbers, "numbers").tolist()
+    if not sum(quotas):
         raise InputError("numbers must keep a candidate of at least one prototype; they are all 0")
-    counts = torch.bincount(prototype, minlength=len(wanted)).tolist()
-    short = next((k for k, n in enumerate(wanted) if counts[k] < n), None)
-    if short is not None or len(counts) > len(wanted):
-        k = len(wanted) if short is None else short
-        keeps = wanted[k] if k < len(wanted) else 0
-        raise InputError(f"prototype {k} has {counts[k]} candidates and keeps {keeps}; draw as many, or fewer others")
-    return prototype, wanted
+    counts = torch.bincount(prototype, minlength=len(quotas)).tolist()
+    short = next((k for k, n in enumerate(quotas) if counts[k] < n), None)
+    if short is not None or len(counts) > len(quotas):
+        k = len(quotas) if short is None else short
+        quota = quotas[k] if k < len(quotas) else 0
+        raise InputError(f"prototype {k} has {counts[k]} candidates and keeps {quota}; draw as many, or fewer others")
+    return prototype, quotas
 
 
 def _indices(value: Any, name: str) -> Tensor:
@@ -273,11 +301,14 @@ def _checked_features(real: Any, candidates: Any, n: int) -> tuple[Tensor, Tenso
 
 
 def _first_of_each(key: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Of each prototype the `numbers[k]` rows of least key, ties to the earlier; (M,) int64 by prototype and row."""
+    """The `numbers[k]` rows of least key of each prototype k, (M,) int64 by prototype and row.
+
+    Ties go to the earlier row.
+    """
     order = key.argsort(stable=True)
     order = order[prototype[order].argsort(stable=True)]
     groups = order.split(torch.bincount(prototype, minlength=len(numbers)).tolist())
-    return torch.cat([group[:n].sort().values for group, n in zip(groups, numbers)])
+    return torch.cat([group[:n].sort().values for group, n in zip(groups, numbers, strict=True)])
 
 
 def _root(value: float) -> float:

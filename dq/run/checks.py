@@ -149,7 +149,7 @@ def check_counts(config: RunConfig, source: ImageSource) -> None:
     Raises:
         InputError: for the first class that is too small.
     """
-    from dq.cluster.kmeans import too_small
+    from dq.cluster.inputs import too_small
 
     for method in config.methods:
         cluster = resolved_method(config, method).cluster

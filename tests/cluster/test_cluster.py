@@ -309,7 +309,7 @@ def test_duplicates_leave_no_empty_prototype(engine: str) -> None:
     with pytest.warns(UserWarning, match="only 2 distinct points to offer for ipc=5"):
         r = kmeans(x, 5, config=ClusterConfig(engine=engine), name="class 3 'cat'")
     assert r.counts.tolist() == [6, 6]
-    assert r.asked == 5
+    assert r.requested == 5
     assert r.inertia == pytest.approx(0, abs=1e-9)
 
 

@@ -159,9 +159,9 @@ def test_siblings_take_points_of_any_type(kind: str) -> None:
     assert torch.allclose(cell_means(x, labels, 4).float(), RESULT.centroids, atol=1e-5)
     means = RESULT.centroids
     assert latent_stats(x, labels, means) == pytest.approx(latent_stats(POINTS, RESULT.labels, means), rel=1e-5)
-    p = make_prototypes(0, "a", x, list(range(30)), RESULT, {})
+    p = make_prototypes(0, "a", x, list(range(30)), RESULT)
     assert p.centroids.dtype == p.medoids.dtype == torch.float32
-    assert torch.equal(p.medoid_rows, make_prototypes(0, "a", POINTS, torch.arange(30), RESULT, {}).medoid_rows)
+    assert torch.equal(p.medoid_rows, make_prototypes(0, "a", POINTS, torch.arange(30), RESULT).medoid_rows)
     pca = ClusterConfig(space="pca", dims=2)
     assert torch.allclose(embed(x, None, pca), principal_coordinates(POINTS, 2), atol=1e-5)
     assert torch.allclose(embed(x, None, ClusterConfig()).float(), POINTS)
@@ -209,9 +209,9 @@ OTHER = {
     "means, fractional labels": lambda: cell_means(POINTS, [0.0] * 30, 1),
     "latent stats, labels out of range": lambda: latent_stats(POINTS, [4] * 30, C),
     "latent stats of another space": lambda: latent_stats(POINTS, RESULT.labels, C[:, :2]),
-    "prototypes, rows": lambda: make_prototypes(0, "a", POINTS, torch.arange(9), RESULT, {}),
-    "prototypes of other latents": lambda: make_prototypes(0, "a", POINTS[:9], torch.arange(9), RESULT, {}),
-    "representative": lambda: make_prototypes(0, "a", POINTS, torch.arange(30), RESULT, {}).points("mean"),
+    "prototypes, rows": lambda: make_prototypes(0, "a", POINTS, torch.arange(9), RESULT),
+    "prototypes of other latents": lambda: make_prototypes(0, "a", POINTS[:9], torch.arange(9), RESULT),
+    "representative": lambda: make_prototypes(0, "a", POINTS, torch.arange(30), RESULT).points("mean"),
     "embed of a vector": lambda: embed(POINTS[0], None, ClusterConfig()),
     "directions": lambda: principal_coordinates(POINTS, 1.5),
     "directions of NaN": lambda: principal_coordinates(POINTS / 0),

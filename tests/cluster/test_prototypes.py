@@ -43,7 +43,7 @@ def make(n: int = 40, k: int = 4) -> tuple[torch.Tensor, torch.Tensor, Prototype
     z = torch.randn(n, 2, 3, 3, generator=torch.Generator().manual_seed(0)).half()
     rows = torch.arange(1000, 1000 + n)
     result = kmeans(z.flatten(1).float(), k)
-    return z, result.labels, make_prototypes(7, "seven", z, rows, result, {"n": n})
+    return z, result.labels, dataclasses.replace(make_prototypes(7, "seven", z, rows, result), stats={"n": n})
 
 
 def test_medoid_is_the_member_with_the_least_summed_squared_distance() -> None:
@@ -95,7 +95,7 @@ def test_latent_stats_of_four_points() -> None:
 def test_latents_given_as_points_make_the_same_prototypes() -> None:
     z, _, p = make()
     x = z.flatten(1).float()
-    q = make_prototypes(7, "seven", z, torch.arange(1000, 1040), kmeans(x, 4), {}, points=x)
+    q = make_prototypes(7, "seven", z, torch.arange(1000, 1040), kmeans(x, 4), points=x)
     torch.testing.assert_close(q.centroids, p.centroids, rtol=1e-5, atol=1e-6)
     assert torch.equal(q.medoid_rows, p.medoid_rows)
 

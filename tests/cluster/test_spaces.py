@@ -156,7 +156,7 @@ def test_centroids_are_means_of_latents_and_medoids_nearest_in_the_space(space: 
     z, f = one_class()
     x = embed(z, f, config(space))
     r = kmeans(x, 4, config=config(space, engine=engine))
-    p = make_prototypes(0, "a", z, torch.arange(100, 160), r, {}, points=x)
+    p = make_prototypes(0, "a", z, torch.arange(100, 160), r, points=x)
     assert p.counts.sum() == 60
     for c in range(4):
         members = (r.labels == c).nonzero()[:, 0]

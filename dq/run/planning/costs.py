@@ -158,7 +158,7 @@ def _cluster(sets: Sequence[PlannedSet], counts: Sequence[int], cells: int | Non
 
 
 def cluster_operation(cluster: ClusterConfig, ipc: int) -> str:
-    from dq.cluster.kmeans import choose_engine
+    from dq.cluster.engines import choose_engine
 
     return f"cluster {choose_engine(cluster.engine)} {cluster.space} ipc {ipc}"
 

@@ -239,8 +239,8 @@ def _clustering(
         def work(size: int, cfg: Any = cfg, k: int = k) -> None:
             x = z[:size].flatten(1)
             result = kmeans_many([x], k, config=cfg, seeds=[derive_seed("speeds", size)], names=["class"])[0]
-            stats = {**quantization_stats(x, result, with_uniform=cfg.uniform_w2), "engine": result.engine}
-            p = make_prototypes(0, "class", z[:size], torch.arange(size), result, stats)
+            quantization_stats(x, result, with_uniform=cfg.uniform_w2)
+            p = make_prototypes(0, "class", z[:size], torch.arange(size), result)
             latent_stats(z[:size], result.labels, p.centroids)
 
         yield name, timed(work, n, least=n, device=device)

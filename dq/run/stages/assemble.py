@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dq.cluster.kmeans import choose_engine
+from dq.cluster.engines import choose_engine
 from dq.config.pruning import PruneConfig
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dq.cluster.kmeans import Clustering, choose_engine, kmeans_many, quantization_stats
+from dq.cluster.engines import choose_engine
+from dq.cluster.kmeans import Clustering, kmeans_many, quantization_stats
 from dq.cluster.lloyd import peak_bytes
 from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes, select_clusters
 from dq.cluster.spaces import embed
@@ -237,7 +238,7 @@ def _prototypes(
             (result,) = kmeans_many([d.x], k, config=cfg, seeds=[seed], names=[name])
             if d.pruned is not None:
                 result, members = select_clusters(
-                    result, clusters_in_band(result.labels, d.pruned, number), asked=number
+                    result, clusters_in_band(result.labels, d.pruned, number), requested=number
                 )
                 data[i] = d.of(members)
             results.append(result)
@@ -249,7 +250,7 @@ def _prototypes(
         numbers = quantization_stats(d.x, result, weights=d.weights, with_uniform=cfg.uniform_w2)
         stats: dict[str, Any] = {**numbers, "engine": result.engine}
         points = None if cfg.space == "latents" else d.x
-        p = make_prototypes(c, run.source.class_names[c], d.z, d.rows, result, stats, points=points, weights=d.weights)
+        p = make_prototypes(c, run.source.class_names[c], d.z, d.rows, result, points=points, weights=d.weights)
         stats |= {"space": cfg.space, **latent_stats(d.z, result.labels, p.centroids)}
         if d.pruned is not None:
             images = {"class_images": len(d.pruned.kept), "kept_images": len(d.pruned.band)}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq.cluster.kmeans import choose_engine
+from dq.cluster.engines import choose_engine
 from dq.config.methods import resolved_method
 from dq.config.pruning import Policy, PruneConfig
 from dq.config.reader import to_dict
