@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dq.cli.options import PRINTS
-from dq.cli.parser import SHIPPED, build_parser, check_flags, resolve, sets_key
+from dq.cli.flags import check_flags, resolve
+from dq.cli.jobs import Call, Checked, Job
+from dq.cli.parser import build_parser
+from dq.cli.scoring import scores_sets
+from dq.cli.verbs import VERBS, Verb
 from dq.core.errors import InputError, RunError
 from dq.core.redaction import Redaction, redact
+
+if TYPE_CHECKING:
+    from dq.config.schema import RunConfig
 
 log = logging.getLogger("dq")
 
@@ -32,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return _do(args, parser)
+        return _do(args)
     except InputError as e:
         print(redact(f"dq {args.verb}: {e}", args.token), file=sys.stderr)
         return 2
@@ -57,38 +65,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _do(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Do what a verb says; imports are here, so that help and settings are printed without torch."""
-    if args.verb == "completion":
-        from dq.cli.completion import completion_script
-
-        print(completion_script(parser, args.shell))
-    elif args.verb in PRINTS:
-        from dq.cli.settings_verbs import VERB_FUNCTIONS
-
-        try:
-            VERB_FUNCTIONS[args.verb](args)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has gone, such as `head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    else:
-        _set_up_logging(quiet=args.quiet, verbose=args.verbose, token=args.token)
-        if args.verb == "doctor":
-            from dq.cli.doctor import doctor
-
-            return doctor(resolve(args), named=args.config is not None, cpu=args.cpu, as_json=args.json)
+def _do(args: argparse.Namespace) -> int:
+    """Do what a verb says. Imports are within functions, so that help and settings are printed without torch."""
+    verb = VERBS[args.verb]
+    if verb.prints:
+        return _print(verb, args)
+    _set_up_logging(quiet=args.quiet, verbose=args.verbose, token=args.token)
+    if isinstance(verb.action, Job):
         execute(args)
+        return 0
+    check_flags(args)
+    return verb.action(args) or 0
+
+
+def _print(verb: Verb, args: argparse.Namespace) -> int:
+    assert not isinstance(verb.action, Job)
+    try:
+        verb.action(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _warn_of_slow_dtypes(verb: str, config: Any, accelerator: Any) -> None:
-    """One note on dtypes that the user named and this device is slow in, of the sections that the verb reads."""
-    from dq.config.dtypes import slow_dtypes
-
-    trained = ("train_teachers", "prior") if verb.startswith("train-") or verb in SHIPPED else ()
-    others = tuple(name for name in ("train_teachers", "prior") if name not in trained)
-    if note := slow_dtypes(config, accelerator.device, without=others):
-        log.warning("note: %s", note)
 
 
 def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
@@ -110,37 +107,48 @@ def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """Run a verb on a configuration."""
-    from dq.cli.checks import check_verb
-    from dq.cli.verbs import check_push, output_folder, plan_verb, pull_verb, push_verb, work
+    """Run a verb that works on images."""
+    from dq.cli.hub import check_push
     from dq.core.files import is_same_folder
+    from dq.core.locks import locked
+    from dq.core.trackers import end_trackers
 
+    verb = VERBS[args.verb]
     config = resolve(args)
     check_flags(args)
-    if args.verb in ("push", "pull"):
-        if int(os.environ.get("RANK", "0")) == 0:
-            pull_verb(args) if args.verb == "pull" else push_verb(args, config)
-        return
     check_push(args, config)
-    if args.verb == "report" and not args.config:
-        from dq.run.report import write_results_report
-
-        print(write_results_report(Path(config.output_dir)))
+    if verb.without_config and not args.config:
+        verb.without_config(config)
         return
-    folder = output_folder(args.verb, config)
+    folder = Path(attrgetter(verb.folder)(config))
     if is_same_folder(config.source.path, folder):
         raise InputError(f"{folder} holds the images themselves; choose another folder to write to, as --output_dir")
-    from dq.core.locks import locked
+    job = verb.sets_action if verb.sets_action and scores_sets(args) else verb.action
+    assert isinstance(job, Job)
+    call = _open_call(args, job, config)
+    _warn_of_slow_dtypes(verb, call)
+    checked = job.check(call) if job.checks_counts or not args.like else Checked()
+    if args.dry_run:
+        if call.accelerator.is_main_process:
+            print(job.plan(call, checked))
+        return
+    with locked(folder, call.accelerator, call.config.cache_dir):
+        try:
+            job.work(call, checked)
+        finally:
+            end_trackers(call.accelerator)
+
+
+def _open_call(args: argparse.Namespace, job: Job, config: RunConfig) -> Call:
+    """Start the processes, open the images, and fill in settings that depend on them."""
     from dq.core.processes import check_launch, hardware_line, make_accelerator
-    from dq.core.trackers import check_trackers, end_trackers
+    from dq.core.trackers import check_trackers
     from dq.data.load import load_source
     from dq.run.planning.plan import like_source
 
     check_trackers(config.report_to)
-    if args.verb == "prior-report":  # before the images are looked up
-        from dq.run.prior_report import check_prior_report
-
-        check_prior_report(config)
+    if job.check_settings:
+        job.check_settings(config)
     accelerator = make_accelerator(cpu=args.cpu)
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
@@ -149,24 +157,14 @@ def execute(args: argparse.Namespace) -> None:
         log.warning("note: %s", note)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
         source = like_source(args.like) if args.like else load_source(config.source)
-    if args.verb in SHIPPED:
-        from dq.run.recipe import fill_recipe
+    call = Call(args, config, source, accelerator)
+    return dataclasses.replace(call, config=job.fill(call)) if job.fill else call
 
-        distill = args.verb == "distill"
-        config = fill_recipe(
-            config,
-            source,
-            resolution=distill and not sets_key(args, "codec.resolution"),
-            image_size=distill and not args.like,
-        )
-    _warn_of_slow_dtypes(args.verb, config, accelerator)
-    checked = check_verb(args, config, source, accelerator)
-    if args.dry_run:
-        if accelerator.is_main_process:
-            print(plan_verb(args, config, source, accelerator, checked))
-        return
-    with locked(folder, accelerator, config.cache_dir):
-        try:
-            work(args, config, source, accelerator, checked)
-        finally:
-            end_trackers(accelerator)
+
+def _warn_of_slow_dtypes(verb: Verb, call: Call) -> None:
+    """Log one note on slow dtypes that the user named in sections that the verb reads."""
+    from dq.config.dtypes import slow_dtypes
+
+    unread = () if verb.trains else ("train_teachers", "prior")
+    if note := slow_dtypes(call.config, call.accelerator.device, without=unread):
+        log.warning("note: %s", note)

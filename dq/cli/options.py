@@ -1,171 +1,12 @@
-"""Verbs of the command line: what each does, the options and settings that it reads, and an example."""
+"""Options of the command line, in groups of which a verb has several."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from typing import Any
 
 SHELLS = ("bash", "zsh", "tcsh")
 LABEL_KINDS = ("logits", "probabilities", "regression")
-RUN_SETTINGS = "seed ipc source codec prune cluster generate refine methods teachers evaluate"
-STAGE_OPTIONS = "config data output_dir cache_dir seed ipc set cpu report_to plan timings"
-TRAIN_OPTIONS = "config data output_dir cache_dir seed set cpu plan"
-
-
-@dataclass(frozen=True)
-class Verb:
-    """What a verb does and reads."""
-
-    about: str
-    example: str  # without "dq VERB"
-    options: str = STAGE_OPTIONS  # groups of options
-    settings: str = RUN_SETTINGS  # settings and sections that it reads
-    needs_config: bool = False
-
-
-VERBS = {
-    "run": Verb(
-        "all stages: encode, prune, cluster, generate, refine, label, evaluate, report",
-        "--config cifar10_ddoq --data DIR --ipc 1,10 --set codec.path=DIR",
-        f"{STAGE_OPTIONS} hub push_to_hub",
-        f"{RUN_SETTINGS} hub report_to",
-        needs_config=True,
-    ),
-    "encode": Verb(
-        "encode the images of every class into the latent cache",
-        "--config run.yaml --data DIR",
-        settings="seed ipc source codec",
-        needs_config=True,
-    ),
-    "prune": Verb(
-        "score the difficulty of the train images, and say how many of a class each policy keeps",
-        "--config configs/cifar10_prune.yaml --ipc 1,10 --set prune.score=forgetting",
-        settings="seed ipc source prune methods",
-        needs_config=True,
-    ),
-    "cluster": Verb(
-        "quantize every class: prototypes and their masses",
-        "--config run.yaml --set cluster.engine=torch cluster.n_iter=50",
-        settings="seed ipc source codec prune cluster methods teachers",
-        needs_config=True,
-    ),
-    "generate": Verb(
-        "draw the prototypes as images, refine them and assemble the sets",
-        "--config run.yaml --set generate.mode=dit generate.model=runs/prior",
-        settings="seed ipc source codec prune cluster generate refine methods teachers",
-        needs_config=True,
-    ),
-    "refine": Verb(
-        "put the drawn images through the stages of refinement: FADRM, Teddy, FRePo, trajectories",
-        "--config configs/cifar10_frepo.yaml --data DIR",
-        settings="seed ipc source codec prune cluster generate refine methods teachers",
-        needs_config=True,
-    ),
-    "label": Verb(
-        "label images and views with the teachers and assemble the sets",
-        "--config run.yaml --set teachers.0.path=runs/teachers/resnet20",
-        needs_config=True,
-    ),
-    "evaluate": Verb(
-        "train fresh students on the sets of a run, or on any set (--distilled), and on baselines",
-        "--data DIR --distilled set/ --protocol classic --student convnet3 --seeds 3",
-        f"evaluate {STAGE_OPTIONS}",
-        "seed ipc source teachers prune evaluate; with --config all that `dq run` reads",
-    ),
-    "report": Verb(
-        "write report.html from what the run folder holds",
-        "--output_dir runs/dq",
-        STAGE_OPTIONS.replace("report_to ", ""),
-        "output_dir; with --config all that `dq run` reads",
-    ),
-    "push": Verb(
-        "push the sets of a run, or a folder of sets, a pipeline or a teacher, to the Hugging Face Hub",
-        "runs/dq/dataset --repo_id my-set --license cc-by-4.0",
-        "push config output_dir set hub",
-        "hub output_dir",
-    ),
-    "pull": Verb(
-        "copy sets, a pipeline or a teacher from the Hugging Face Hub to a folder",
-        "owner/my-set --output_dir sets",
-        "pull output_dir",
-        "",
-    ),
-    "distill": Verb(
-        "the recommended recipe: a small set of the images in DATA, drawn by a diffusion prior, selected and scored",
-        "cifar10 --prior checkpoints/cifar10 --ipc 10 --output_dir runs/mine",
-        "folder prior output_dir cache_dir seed ipc set cpu report_to plan timings hub push_to_hub",
-        f"{RUN_SETTINGS} train_teachers hub report_to",
-    ),
-    "demo": Verb(
-        "digits from scikit-learn: train a small prior, distil, evaluate; no download",
-        "--output_dir runs/demo",
-        f"{STAGE_OPTIONS.removeprefix('config ')} hub push_to_hub",
-        f"{RUN_SETTINGS} prior train_teachers hub report_to",
-    ),
-    "train-codec": Verb(
-        "train a small autoencoder on the source",
-        "--config configs/cifar10_prior.yaml --data DIR --set prior.codec.steps=500",
-        f"{TRAIN_OPTIONS} report_to",
-        "source codec prior",
-        needs_config=True,
-    ),
-    "train-denoiser": Verb(
-        "train a small class-conditional DiT on the source's latents",
-        "--config configs/cifar10_prior.yaml --data DIR --set prior.denoiser.size=8M",
-        f"{TRAIN_OPTIONS} report_to",
-        "source codec prior",
-        needs_config=True,
-    ),
-    "prior-report": Verb(
-        "measure a trained prior: samples against real images, copies, a page and a card",
-        "--config configs/cifar10_prior.yaml --data DIR --set prior_report.per_class=50",
-        TRAIN_OPTIONS,
-        "seed source codec generate teachers prior prior_report",
-        needs_config=True,
-    ),
-    "train-teachers": Verb(
-        "train classifiers on the source, which label or score images later",
-        "--data DIR --set train_teachers.nets=resnet18 source.image_size=32",
-        TRAIN_OPTIONS,
-        "source train_teachers evaluate.validation_images",
-    ),
-    "train-pool": Verb(
-        "make a pool of weak teachers for Teddy: early checkpoints, or pruned copies of a trained network",
-        "--data DIR --set train_pool.net=resnet18 source.image_size=32",
-        TRAIN_OPTIONS,
-        "source train_teachers train_pool evaluate.validation_images",
-    ),
-    "train-experts": Verb(
-        "train networks on the source and keep their parameters after every epoch, to be matched",
-        "--config configs/cifar10_trajectory.yaml --data DIR --dry-run",
-        TRAIN_OPTIONS,
-        "source train_experts evaluate.validation_images",
-    ),
-    "doctor": Verb(
-        "look at packages, devices, disks and Hub, say what a run would use and what is wrong",
-        "--config run.yaml --json",
-        "doctor config data output_dir cache_dir set cpu report_to",
-        f"{RUN_SETTINGS} report_to",
-    ),
-    "config": Verb(
-        "print the reference of all settings, or explain one: key, type, bound, default, help",
-        "cluster.n_iter",
-        "key",
-        "",
-    ),
-    "validate": Verb(
-        "check a configuration file: keys, types, bounds, rules between settings, students, overrides",
-        "run.yaml --set ipc=5",
-        "file set",
-        "",
-    ),
-    "ls": Verb("list configurations, protocols and presets that come with the package", "", "", ""),
-    "cp": Verb("copy a configuration or protocol that comes with the package", "cifar10_ddoq run.yaml", "copy", ""),
-    "completion": Verb("print a script that lets a shell complete this command", "bash", "shell", ""),
-}
-# verbs that start no run, and print a result at once
-PRINTS = ("config", "validate", "ls", "cp", "completion")
 # values of options that a verb does not offer
 ABSENT: dict[str, Any] = dict.fromkeys(
     (
@@ -176,15 +17,15 @@ ABSENT: dict[str, Any] = dict.fromkeys(
 ABSENT |= {"set": [], "cpu": False, "dry_run": False, "quiet": False, "verbose": False}
 
 
-def add_options(p: argparse.ArgumentParser, verb: str) -> None:
-    """The options that a verb reads."""
+def add_options(p: argparse.ArgumentParser, groups: str, *, loudness: bool = True) -> None:
+    """Add groups of options by their names, and --quiet and --verbose where there is a log."""
     p.set_defaults(**ABSENT)
-    for group in VERBS[verb].options.split():
+    for group in groups.split():
         GROUPS[group](p)
-    if verb not in PRINTS:
-        loudness = p.add_mutually_exclusive_group()
-        loudness.add_argument("--quiet", action="store_true", help="warnings and results only")
-        loudness.add_argument("--verbose", action="store_true", help="lines for finished units, not bars")
+    if loudness:
+        choice = p.add_mutually_exclusive_group()
+        choice.add_argument("--quiet", action="store_true", help="warnings and results only")
+        choice.add_argument("--verbose", action="store_true", help="lines for finished units, not bars")
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that explain, check and copy settings: config, validate, ls, cp. They start no run and load no torch."""
+"""Verbs that start no run: config, validate, ls, cp, completion, doctor. All but doctor load no torch."""
 
 from __future__ import annotations
 
@@ -130,4 +130,16 @@ def _files() -> Iterator[tuple[str, Path]]:
             yield path.stem, path
 
 
-VERB_FUNCTIONS = {"config": config_verb, "validate": validate_verb, "ls": ls_verb, "cp": cp_verb}
+def completion_verb(args: argparse.Namespace) -> None:
+    """Print a script that lets a shell complete the command."""
+    from dq.cli.completion import completion_script
+
+    print(completion_script(args.parser, args.shell))
+
+
+def doctor_verb(args: argparse.Namespace) -> int:
+    """Examine this machine for a run."""
+    from dq.cli.doctor import doctor
+    from dq.cli.flags import resolve
+
+    return doctor(resolve(args), named=args.config is not None, cpu=args.cpu, as_json=args.json)

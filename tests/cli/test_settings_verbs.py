@@ -11,9 +11,11 @@ from typing import get_args
 
 import pytest
 
+from dq.cli.flags import resolve
 from dq.cli.main import main
-from dq.cli.options import GROUPS, LABEL_KINDS, PRINTS, VERBS
-from dq.cli.parser import build_parser, resolve
+from dq.cli.options import GROUPS, LABEL_KINDS
+from dq.cli.parser import build_parser
+from dq.cli.verbs import VERBS
 from dq.config.reference import explain, reference, setting_names
 from dq.config.refinement import FADRM_PRESETS
 from dq.config.schema import PRESETS_FOLDER, RunConfig, load_config
@@ -107,7 +109,7 @@ def test_wrong_verbs_and_options_are_named(args: list[str], message: str, capsys
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [v for v in VERBS if v not in PRINTS])
+@pytest.mark.parametrize("verb", [v for v in VERBS if not VERBS[v].prints])
 def test_options_that_a_verb_lacks_are_absent_and_not_undefined(verb: str) -> None:
     repo = {"pull": ["a/b"], "distill": ["images"]}.get(verb, [])
     args = build_parser().parse_args([verb, *repo, *(["--config", "demo"] if VERBS[verb].needs_config else [])])

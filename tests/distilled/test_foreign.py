@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dq
+from dq.cli.flags import resolve
 from dq.cli.main import main
-from dq.cli.parser import build_parser, resolve
+from dq.cli.parser import build_parser
 from dq.config.protocols import student_config
 from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig, StudentConfig, ViewConfig

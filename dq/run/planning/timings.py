@@ -38,8 +38,6 @@ from dq.run.planning.refining import refining_speed
 from dq.run.planning.sets import planned_sets
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from dq.data.source import ImageSource
     from dq.diffusion.generator import LatentGenerator
     from dq.networks.teacher import Teacher
@@ -345,34 +343,18 @@ def _agents(config: RunConfig, source: ImageSource, device: torch.device) -> Ite
 # --- for the command line -----------------------------------------------------------------------------------------
 
 
-def plan_with_speeds(
-    config: RunConfig,
-    source: ImageSource,
-    accelerator: Accelerator,
-    *,
-    processes: int,
-    speeds_file: str | None = None,
-    save_to: str | None = None,
-    pipe: LatentGenerator | None = None,
-    unknown: Sequence[str] = (),
-) -> str:
-    """The plan of a run with seconds and bytes for every stage.
+def plan_with_speeds(config: RunConfig, source: ImageSource, speeds: Speeds, *, processes: int) -> str:
+    """The plan of a run, with seconds and bytes for every stage.
 
     Args:
-        pipe: the run's generator, or None if it is not on this machine.
-        unknown: why it is not.
+        config: settings without `dtype: auto`.
+        source: the images, or counts alone.
+        speeds: of this machine, or read from a file.
+        processes: number of processes to plan for.
     """
     from dq.core.text import format_bytes
-    from dq.run.folder import settle_dtypes
     from dq.run.planning.plan import plan
 
-    config = settle_dtypes(config, source, accelerator)[0]
-    if speeds_file:
-        speeds = Speeds.load(speeds_file)
-    else:
-        speeds = measure_speeds(config, source, pipe, accelerator.device, unknown)
-    if save_to:
-        speeds.save(Path(save_to))
     plans = planned_stages(config, source, speeds, processes)
     lines = [plan(config, source)]
     lines += estimate_lines(plans, speeds.seconds, overlap=bool(speeds.facts.get("overlap")), processes=processes)

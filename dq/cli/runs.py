@@ -1,0 +1,307 @@
+"""Verbs of a run: all its stages or one of them, the recommended recipe, and the demo."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dq.cli.hub import push_run
+from dq.cli.jobs import Call, Checked, Job
+from dq.cli.training import check_codec, train_codec, train_denoiser
+
+if TYPE_CHECKING:
+    from dq.config.schema import RunConfig
+    from dq.config.teachers import TeacherConfig
+    from dq.diffusion.generator import LatentGenerator
+    from dq.run.folder import Run
+
+log = logging.getLogger("dq")
+
+# stages of a verb that has not just the one of its name
+STAGES_OF = {
+    "run": ("encode", "prune", "cluster", "generate", "refine", "label", "evaluate", "report"),
+    "generate": ("generate", "refine", "label"),
+    "refine": ("refine", "label"),
+}
+# what a verb prints at its end, relative to the run folder
+PRINTED = {
+    "run": ("dataset", "eval/summary.csv", "report.html"),
+    "prune": ("pruning.csv",),
+    "cluster": ("prototypes",),
+    "generate": ("dataset",),
+    "refine": ("dataset",),
+    "label": ("dataset", "labels"),
+    "evaluate": ("eval/summary.csv",),
+    "report": ("report.html",),
+}
+
+
+# --- checks and plan ----------------------------------------------------------------------------------------------
+
+
+def check(call: Call) -> Checked:
+    """Check a run, or one of its stages, and open its generator."""
+    from dq.run.checks import check_plan, check_run
+
+    config, source, accelerator = call.config, call.source, call.accelerator
+    if call.args.like:  # counts without images: a plan for another machine
+        return Checked(*check_plan(config, source, accelerator))
+    fetch = not call.args.dry_run
+    pipe, unknown = check_run(config, source, call.verb, accelerator=accelerator, fetch=fetch)
+    if pipe is None and not unknown and call.args.dry_run:  # the plan is of the whole run
+        pipe, unknown = check_plan(config, source, accelerator)
+    return Checked(pipe, unknown)
+
+
+def check_recipe(call: Call) -> Checked:
+    """Check a run whose selecting teacher may be trained first."""
+    from dq.run.checks import check_plan, check_run
+
+    config, source, accelerator = call.config, call.source, call.accelerator
+    if call.args.like:
+        return Checked(*check_plan(config, source, accelerator))
+    fetch = not call.args.dry_run
+    return Checked(*check_run(config, source, accelerator=accelerator, fetch=fetch, untrained=_untrained(call)))
+
+
+def check_demo(call: Call) -> Checked:
+    """Check the demo, which may train its prior first."""
+    from dq.run.checks import check_counts
+    from dq.run.folder import check_folder, check_methods, settle_dtypes
+    from dq.run.stages.evaluate import check_evaluation
+    from dq.run.stages.prune import check_pruning
+
+    config, source = call.config, call.source
+    if not call.args.like:
+        check_codec(call)
+    if call.args.like or (Path(config.prior.output_dir) / "model_index.json").is_file():
+        return check_recipe(call)
+    _untrained(call)
+    check_methods(config)
+    check_folder(settle_dtypes(config, source, call.accelerator)[0], source)
+    check_counts(config, source)
+    check_pruning(config, source)
+    check_evaluation(config, source)
+    return Checked(unknown=["the prior is not trained yet"])
+
+
+def _untrained(call: Call) -> list[TeacherConfig]:
+    """The teacher that the recipe trains before the run, if its files do not exist."""
+    from dq.run.recipe import untrained_selector
+
+    teacher = untrained_selector(call.config, call.source, call.accelerator)
+    return [teacher] if teacher else []
+
+
+def plan(call: Call, checked: Checked) -> str:
+    """The plan of a run, with speeds read from a file or measured here."""
+    from dq.run.folder import settle_dtypes
+    from dq.run.planning.timings import Speeds, measure_speeds, plan_with_speeds
+
+    args, source, accelerator = call.args, call.source, call.accelerator
+    config = settle_dtypes(call.config, source, accelerator)[0]
+    if args.speeds:
+        speeds = Speeds.load(args.speeds)
+    else:
+        speeds = measure_speeds(config, source, checked.pipe, accelerator.device, checked.unknown)
+    if args.save_speeds:
+        speeds.save(Path(args.save_speeds))
+    return plan_with_speeds(config, source, speeds, processes=args.processes or accelerator.num_processes)
+
+
+def plan_recipe(call: Call, checked: Checked) -> str:
+    """The plan of a run, below that of the teacher that is trained first."""
+    from dq.run.planning.plan import plan_training
+
+    trained = plan_training("train-teachers", call.config, call.source) if _untrained(call) else ""
+    return "\n".join([*trained.splitlines()[1:], plan(call, checked)])
+
+
+# --- work ---------------------------------------------------------------------------------------------------------
+
+
+def run_stages(call: Call, verb: str, *, pipe: LatentGenerator | None = None) -> None:
+    """Do all stages of a verb, and print results and paths.
+
+    Args:
+        call: options, settings and images.
+        verb: "run" or the name of a stage.
+        pipe: the generator of `check_run`; None: the settings are checked here.
+    """
+    from dq.config.reader import to_dict
+    from dq.core.progress import StageTimer
+    from dq.core.trackers import start_trackers
+    from dq.run.checks import ENCODES, check_run
+    from dq.run.folder import open_run
+    from dq.run.planning.timings import Speeds, expected_seconds
+
+    source, accelerator, speeds = call.source, call.accelerator, call.args.speeds
+    if pipe is None and verb in ENCODES:
+        pipe, _ = check_run(call.config, source, verb, accelerator=accelerator)
+    run = open_run(call.config, source, accelerator)
+    config = run.config
+    start_trackers(accelerator, config.report_to, to_dict(config), run.folder)
+    stages, idle = STAGES_OF.get(verb, (verb,)), _idle_stages(run, verb)
+    seconds = expected_seconds(config, source, accelerator.num_processes, Speeds.load(speeds)) if speeds else {}
+    timer = StageTimer([s for s in stages if s not in idle], seconds)
+    for stage in stages:
+        if stage not in idle:
+            with timer.stage(stage):
+                STEPS[stage](run, verb, pipe)
+        elif stage == "refine":  # logs that there is nothing to refine
+            STEPS[stage](run, verb, pipe)
+    if run.main:
+        print(*(run.folder / name for name in PRINTED.get(verb, ("config.yaml",))), sep="\n")
+
+
+def _idle_stages(run: Run, verb: str) -> set[str]:
+    """Stages in which nothing is to be done by the settings of the run."""
+    from dq.run.refinement import stages_of
+    from dq.run.stages.prune import scored_settings
+
+    config, idle = run.config, set()
+    if not config.evaluate.students:
+        idle.add("evaluate")
+    if not any(stages_of(config, m) for m in config.methods):
+        idle.add("refine")
+    prunes = any(run.resolved(m).prune.active for m in config.methods) or scored_settings(config)
+    if verb == "run" and not prunes:
+        idle.add("prune")
+    return idle
+
+
+def _encode(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.stages.encode import encode
+
+    assert pipe is not None, "opened by check_run"
+    encode(run, pipe.vae)
+
+
+def _prune(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.stages.prune import kept_text, prune
+
+    orders = prune(run, always=verb == "prune")
+    if run.main and verb == "prune":
+        print(kept_text(run.config, run.source), *orders, sep="\n")
+
+
+def _cluster(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.stages.cluster import cluster, report_distortion
+    from dq.run.stages.encode import cache_of
+
+    cluster(run, cache_of(run))
+    report_distortion(run.accelerator, run.folder / "metrics.jsonl")
+
+
+def _generate(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.stages.encode import cache_of
+    from dq.run.stages.generate import generate
+
+    assert pipe is not None, "opened by check_run"
+    generate(run, pipe, cache_of(run))
+
+
+def _refine(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.stages.refine import refine
+
+    refine(run, None if pipe is None else pipe.vae)
+
+
+def _label(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.stages.assemble import assemble
+    from dq.run.stages.evaluate import label_run
+    from dq.run.stages.label import label
+
+    label(run)
+    assemble(run)
+    if verb == "label":
+        label_run(run)
+
+
+def _evaluate(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.evaluation.results import tables_text
+    from dq.run.stages.evaluate import evaluate_run
+
+    rows = evaluate_run(run)
+    if run.main and rows:
+        print(tables_text(rows))
+
+
+def _report(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.report import write_report
+
+    if run.main:
+        write_report(run)
+
+
+STEPS: dict[str, Callable[[Run, str, LatentGenerator | None], None]] = {
+    **{"encode": _encode, "prune": _prune, "cluster": _cluster, "generate": _generate, "refine": _refine},
+    **{"label": _label, "evaluate": _evaluate, "report": _report},
+}
+
+
+def work(call: Call, checked: Checked) -> None:
+    """Do a stage of a run or all of them, and push the sets if asked to."""
+    run_stages(call, call.verb, pipe=checked.pipe)
+    push_run(call)
+
+
+def work_recipe(call: Call, checked: Checked) -> None:
+    """Train the teacher that selects unless it exists, then run; finished work is used again."""
+    _follow_recipe(call, began=time.perf_counter())
+
+
+def work_demo(call: Call, checked: Checked) -> None:
+    """Train the prior, then follow the recipe."""
+    from dq.core.locks import locked
+
+    began = time.perf_counter()
+    with locked(call.config.prior.output_dir, call.accelerator):
+        train_codec(call)
+        train_denoiser(call)
+    _follow_recipe(call, began)
+
+
+def _follow_recipe(call: Call, began: float) -> None:
+    from dq.run.recipe import train_selector
+
+    train_selector(call.config, call.source, call.accelerator)
+    run_stages(call, "run")
+    if call.accelerator.is_main_process:
+        print(f"{Path(call.config.output_dir) / 'dataset'} opens with datasets.load_dataset")
+        log.info("%s: %.0f s in all", call.verb, time.perf_counter() - began)
+    push_run(call)
+
+
+# --- recipe -------------------------------------------------------------------------------------------------------
+
+
+def fill_distill(call: Call) -> RunConfig:
+    """Settings of the recipe that depend on the images and the prior, with sizes unless they are set."""
+    from dq.cli.flags import sets_key
+    from dq.run.recipe import fill_recipe
+
+    resolution = not sets_key(call.args, "codec.resolution")
+    return fill_recipe(call.config, call.source, resolution=resolution, image_size=not call.args.like)
+
+
+def fill_demo(call: Call) -> RunConfig:
+    """Settings of the recipe that depend on the images and the prior, without sizes."""
+    from dq.run.recipe import fill_recipe
+
+    return fill_recipe(call.config, call.source, resolution=False, image_size=False)
+
+
+def report_results(config: RunConfig) -> None:
+    """Write the report of a folder that holds results of `evaluate`."""
+    from dq.run.report import write_results_report
+
+    print(write_results_report(Path(config.output_dir)))
+
+
+STAGE = Job(check, plan, work, checks_counts=True)
+DISTILL = Job(check_recipe, plan_recipe, work_recipe, fill=fill_distill, checks_counts=True)
+DEMO = Job(check_demo, plan_recipe, work_demo, fill=fill_demo, checks_counts=True)
