@@ -25,7 +25,7 @@ from dq.config.trajectories import TrainExpertsConfig
 from dq.core.devices import default_device
 from dq.core.seeds import generator
 from dq.networks.flat_parameters import FlatNet
-from dq.networks.training import normalizer
+from dq.networks.training import TrainingSet, normalizer
 from dq.networks.trajectories import train_trajectories
 from dq.networks.zoo import make_net
 
@@ -68,14 +68,12 @@ def main() -> None:
         net=args.net, epochs=1, batch_size=args.batch_size, optimizer="sgd", augment="none", whiten=False
     )
     seeds = range(args.experts)
-    net = FlatNet(args.net, 10, args.side)
+    net = FlatNet(args.net, 10, args.side).to(device)
+    data = TrainingSet(images.cpu(), labels.cpu(), 10, PIXELS)
 
     def ours(side_by_side: int) -> torch.Tensor:
         groups = [seeds[i : i + side_by_side] for i in range(0, len(seeds), side_by_side)]
-        ends = [
-            train_trajectories(net, images.cpu(), labels.cpu(), t, pixels=PIXELS, seeds=g, device=device)[:, -1]
-            for g in groups
-        ]
+        ends = [train_trajectories(net, data, t, seeds=g)[:, -1] for g in groups]
         return torch.cat(ends)
 
     calls = {

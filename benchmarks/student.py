@@ -34,7 +34,7 @@ from dq.data.load import load_source
 from dq.labels.files import read_labels, write_manifest, write_shard
 from dq.labels.plan import make_plan
 from dq.networks.teacher import Teacher
-from dq.networks.training import fit, normalizer
+from dq.networks.training import TrainingSet, fit, normalizer
 from dq.networks.zoo import make_net
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -143,7 +143,7 @@ def main() -> None:
                 if labels_are == "soft":
                     given = read_labels(folder, images)
                 x, y = images.to(device), labels.to(device)
-                fitted = fit(x, y, num_classes=classes, config=config, soft_labels=given, pixels=pixels, seed=0)
+                fitted = fit(TrainingSet(x, y, classes, pixels, soft_labels=given), config, seed=0)
                 return fitted.seconds / args.epochs
 
             found: dict[str, list[float]] = {}

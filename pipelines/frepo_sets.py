@@ -27,7 +27,7 @@ from dq.data.images import read_images
 from dq.data.regression_labels import centered_targets, first_labels
 from dq.data.source import ImageSource, Split
 from dq.data.zca import Whitening, is_gray
-from dq.networks.training import fit
+from dq.networks.training import TrainingSet, fit
 from dq.refine.frepo import refine
 from dq.refine.method import Callback, RealImages, State
 
@@ -125,16 +125,10 @@ def train(data: Set, whitening: Whitening, steps: int, seed: int, args: argparse
     spec = {"protocol": "frepo", "net": args.net, "epochs": epochs, "warmup": epochs // 4, "dtype": "float32"}
     spec |= {"lr": args.student_lr, "batch_size": args.student_batch}
     spec["augment"] = args.augment or ("frepo_noflip" if is_gray(images) else "frepo")
-    fitted = fit(
-        images,
-        targets.argmax(1),
-        num_classes=targets.shape[1],
-        config=student_config(spec, ipc="1", classes=targets.shape[1], image_size=images.shape[-1]),
-        soft_labels=targets,
-        pixels=whitening.to(args.device),
-        seed=derive_seed(seed, "student"),
-    )
-    return fitted.net
+    pixels, classes = whitening.to(args.device), targets.shape[1]
+    config = student_config(spec, ipc="1", classes=classes, image_size=images.shape[-1])
+    trained_on = TrainingSet(images, targets.argmax(1), classes, pixels, soft_labels=targets)
+    return fit(trained_on, config, seed=derive_seed(seed, "student")).net
 
 
 def command_line(script: str, argv: Sequence[str] | None) -> str:

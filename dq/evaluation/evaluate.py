@@ -29,7 +29,7 @@ from dq.evaluation.redundancy import train_with_redundancy
 from dq.evaluation.results import Results, Row
 from dq.evaluation.student import check_bounded, check_label_kind
 from dq.evaluation.trainings import students_of, trainings_of, write_tables
-from dq.networks.real_data import check_taught, load_real_data
+from dq.networks.real_data import check_taught, load_real_data, rows_set_aside
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,12 +129,11 @@ def evaluate_records(
     side, per_class, students = checked
     bench = load_real_data(
         source,
-        config,
-        list(students.values()),
-        image_size=side,
+        side,
         cache_dir=cache_dir,
-        teachers=teachers,
         device=accelerator.device,
+        validation_rows=rows_set_aside(source, config, students.values()),
+        teachers=teachers,
         difficulty=difficulty,
     )
     work = Work(folder, accelerator)

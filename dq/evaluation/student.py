@@ -23,7 +23,7 @@ from dq.data.zca import same_whitening
 from dq.distilled.set import DistilledSet
 from dq.networks.real_data import RealData
 from dq.networks.teacher import evaluation_mode, head_inputs
-from dq.networks.training import Pixels, TargetSource, accuracy, fit
+from dq.networks.training import Checkpoint, Pixels, TargetSource, TrainingSet, accuracy, fit
 from dq.refine.ridge import predict, solve_ridge
 
 KRR_BATCH = 500  # images at once
@@ -103,17 +103,19 @@ def train_student(
         return accuracy(net, pair[0].to(device), pair[1].to(device), pixels=pixels, dtype=config.dtype)
 
     fitted = fit(
-        images.to(device),
-        labels.to(device, torch.int64),
-        num_classes=num_classes,
-        config=config,
-        weights=weights,
-        soft_labels=soft_labels,
-        pixels=pixels,
+        TrainingSet(
+            images.to(device),
+            labels.to(device, torch.int64),
+            num_classes,
+            pixels,
+            weights=weights,
+            soft_labels=soft_labels,
+        ),
+        config,
         seed=seed,
-        look=None if watch is None else lambda net, epoch: score(net, watch),
+        evaluate=None if watch is None else lambda net, epoch: score(net, watch),
         on_epoch=on_epoch,
-        checkpoint=checkpoint,
+        checkpoint=None if checkpoint is None else Checkpoint(checkpoint),
     )
     last = score(fitted.net, test)
     krr = None
@@ -121,11 +123,11 @@ def train_student(
         krr = krr_accuracy(fitted.net, images.to(device), soft_labels.to(device), test, pixels=pixels)
     if watch is None:
         return StudentResult(last, last, config.epochs, "none", (), fitted.seconds, krr)
-    best_epoch, best = max(fitted.looks, key=lambda t: t[1])
+    best_epoch, best = max(fitted.scores, key=lambda t: t[1])
     if config.select == "validation":
         fitted.net.load_state_dict(fitted.best_state)
         best = last if best_epoch == config.epochs else score(fitted.net, test)
-    return StudentResult(last, best, best_epoch, config.select, fitted.looks, fitted.seconds, krr)
+    return StudentResult(last, best, best_epoch, config.select, fitted.scores, fitted.seconds, krr)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dq.config.pruning import DifficultyConfig
 from dq.config.reader import to_dict
-from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.students import StudentConfig
 from dq.core.devices import resolve_dtype
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_json, read_tensors, write_tensors
@@ -32,7 +32,7 @@ from dq.data.image_cache import write_manifest
 from dq.data.source import ImageSource
 from dq.networks.real_data import RealData, load_real_data
 from dq.networks.teacher import evaluation_mode, head_inputs
-from dq.networks.training import Pixels, fit
+from dq.networks.training import TrainingSet, fit
 
 log = logging.getLogger("dq")
 
@@ -101,13 +101,13 @@ class Epoch:
 
 
 @torch.no_grad()
-def _measure(net: nn.Module, images: Tensor, labels: Tensor, *, pixels: Pixels, half: bool, is_last: bool) -> Epoch:
+def _measure(net: nn.Module, data: TrainingSet, *, half: bool, is_last: bool) -> Epoch:
     parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     with evaluation_mode(net), head_inputs(net, wanted=is_last) as seen:
-        for x, y in zip(images.split(BATCH), labels.split(BATCH)):
+        for x, y in zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True):
             seen.clear()
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-                logits = net(pixels(x))
+                logits = net(data.pixels(x))
             logits = logits.float()
             p = logits.softmax(1)
             last = {}
@@ -124,29 +124,23 @@ def _measure(net: nn.Module, images: Tensor, labels: Tensor, *, pixels: Pixels, 
 
 
 def score_run(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
+    data: TrainingSet,
     recipe: StudentConfig,
-    pixels: Pixels,
+    *,
     seed: int,
     cad_window: int,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Train the agent on images (n, 3, S, S) and score them: every score that the run allows, (n,) float32 each."""
+    """Train the agent on n images and return each score that the run allows, (n,) float32."""
     epochs: list[Epoch] = []
-    half = resolve_dtype(recipe.dtype, images.device, "training") == "bfloat16"
+    half = resolve_dtype(recipe.dtype, data.images.device, "training") == "bfloat16"
 
-    def look(net: nn.Module, epoch: int) -> float:
-        last = epoch == recipe.epochs
-        epochs.append(_measure(net, images, labels, pixels=pixels, half=half, is_last=last))
+    def evaluate(net: nn.Module, epoch: int) -> float:
+        epochs.append(_measure(net, data, half=half, is_last=epoch == recipe.epochs))
         return 0.0
 
-    # fit looks after every epoch; `tests` says so without setting validation images aside
-    every = dataclasses.replace(recipe, tests=recipe.epochs)
-    options: dict[str, Any] = {"num_classes": num_classes, "config": every, "pixels": pixels, "seed": seed}
-    fit(images, labels, **options, look=look, on_epoch=on_epoch)
+    # after every epoch, without setting validation images aside
+    fit(data, dataclasses.replace(recipe, tests=recipe.epochs), seed=seed, evaluate=evaluate, on_epoch=on_epoch)
     correct = torch.stack([e.correct for e in epochs])
     scores = {**epochs[-1].last, "forgetting": forgetting(correct)}
     if len(epochs) > 1:
@@ -288,13 +282,13 @@ def make_difficulty(
     local_units: Callable[[list[float]], list[int]] | None = None,
     main: bool = True,
 ) -> DifficultyCache:
-    """Make the runs that the cache lacks. A finished run is kept, so that a killed call goes on with the next one.
+    """Make the runs that the cache lacks.
 
-    The agent learns from all train images, since all of them are to be scored: the scores of images that it has not
-    seen would not compare. All train images are held in memory.
+    A finished run is kept, so that a killed call resumes with the next one. The agent learns from all train images,
+    since all of them are to be scored: the scores of images that it has not seen would not compare. All train images
+    are held in memory.
 
-    Args:
-        local_units: picks from the costs of all runs those that this process makes; None: all.
+    `local_units` picks from the costs of all runs those that this process makes; None: all.
 
     Raises:
         InputError: if the network does not fit the images, or `settings.path` lacks runs.
@@ -310,49 +304,40 @@ def make_difficulty(
         )
     identity = difficulty_identity(source, image_size, settings)
     write_manifest(cache.folder, {**identity, "origin": source.origin, "classes": list(source.class_names)})
-    own = local_units([1.0] * settings.runs) if local_units else range(settings.runs)
-    todo = [run for run in own if run in missing]
-    if not todo:
-        return cache
+    local = local_units([1.0] * settings.runs) if local_units else range(settings.runs)
+    todo = [run for run in local if run in missing]
+    if todo:
+        real_data = load_real_data(source, image_size, cache_dir=Path(cache_dir), device=device)
+        _make_runs(cache, real_data, settings, todo, main=main)
+    return cache
+
+
+def _make_runs(
+    cache: DifficultyCache, real_data: RealData, settings: DifficultyConfig, runs: Sequence[int], *, main: bool
+) -> None:
     recipe = difficulty_recipe(settings)
-    data = _train_images(source, image_size, recipe, Path(cache_dir), device)
-    images, rows = _readable(data)
-    labels = torch.from_numpy(source.train.labels)[rows].to(device)
-    images, pixels = images.to(device), data.pixels(recipe)
-    with progress([], desc="prune", total=len(todo) * recipe.epochs, unit="epoch", main=main) as bar:
-        for run in todo:
+    images, rows = _readable(real_data)
+    labels = torch.from_numpy(real_data.source.train.labels)[rows]
+    device, pixels = real_data.device, real_data.pixels(recipe)
+    data = TrainingSet(images.to(device), labels.to(device), real_data.classes, pixels)
+    with progress([], desc="prune", total=len(runs) * recipe.epochs, unit="epoch", main=main) as bar:
+        for run in runs:
 
             def show(epoch: int, loss: float, run: int = run) -> None:
                 bar.update(1)
                 bar.set_postfix(run=run, loss=f"{loss:.3f}")
 
-            scores = score_run(
-                images,
-                labels,
-                num_classes=data.classes,
-                recipe=recipe,
-                pixels=pixels,
-                seed=derive_seed(settings.seed, "difficulty", run),
-                cad_window=settings.cad_window,
-                on_epoch=show,
-            )
+            seed = derive_seed(settings.seed, "difficulty", run)
+            scores = score_run(data, recipe, seed=seed, cad_window=settings.cad_window, on_epoch=show)
             write_tensors(cache.path(run), {**scores, "rows": rows}, {"run": run})
             unit_done("prune", cache.path(run).name, bar.format_dict["elapsed"], images=len(rows))
-    return cache
 
 
-def _train_images(
-    source: ImageSource, image_size: int, recipe: StudentConfig, cache_dir: Path, device: torch.device
-) -> RealData:
-    options: dict[str, Any] = {"image_size": image_size, "cache_dir": cache_dir, "teachers": (), "device": device}
-    return load_real_data(source, EvaluateConfig(baselines=()), [recipe], **options)
-
-
-def _readable(data: RealData) -> tuple[Tensor, Tensor]:
+def _readable(real_data: RealData) -> tuple[Tensor, Tensor]:
     """All train images that can be read, and their rows (n,) int64."""
-    # with rows for labels, which are given back for the images that could be read
-    split = dataclasses.replace(data.source.train, labels=np.arange(len(data.source.train)))
-    return data.read(split, np.arange(len(split)))
+    # with rows for labels, which are returned for the images that could be read
+    split = dataclasses.replace(real_data.source.train, labels=np.arange(len(real_data.source.train)))
+    return real_data.read(split, np.arange(len(split)))
 
 
 # --- orders -------------------------------------------------------------------------------------------------------

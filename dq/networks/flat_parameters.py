@@ -48,6 +48,10 @@ class FlatNet:
         self.net.to(device)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
     def initial(self, seed: int) -> Tensor:
         """Freshly drawn parameters (P,) float32 on the CPU."""
         net = make_net(self.name, self.classes, self.side, seed=seed)

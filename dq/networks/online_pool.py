@@ -18,7 +18,7 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.networks.classic import Norm
 from dq.networks.teacher import evaluation_mode, head_inputs
-from dq.networks.zoo import fast_layout, has_norm_choice, make_net
+from dq.networks.zoo import has_norm_choice, make_net, move_net
 
 # Share of the batch in the running statistics. Flax's momentum of 0.1 is the share of the old ones, PyTorch's that of
 # the new: with 0.1 here, features in evaluation mode would lag through the whole life of a network.
@@ -81,7 +81,7 @@ class OnlinePool:
         for m in net.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = BATCH_NORM_MOMENTUM
-        net.to(self.device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
+        move_net(net, self.device)
         return Member(net, torch.optim.Adam(net.parameters(), lr=self.lr), counter, generation)
 
     def pick(self, step: int) -> int:

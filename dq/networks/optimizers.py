@@ -1,4 +1,4 @@
-"""Which parameters of a network which optimizer takes, and Muon with AdamW as one optimizer."""
+"""Optimizers of networks, and Muon with AdamW as one optimizer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 
 
@@ -113,3 +114,23 @@ def as_matrix(x: Tensor, p: Tensor) -> Tensor:
     if p.ndim == 4 and not p.is_contiguous():
         return x.permute(0, 2, 3, 1).reshape(len(x), -1)
     return x.reshape(len(x), -1)
+
+
+def make_optimizer(net: nn.Module, config: StudentConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of a training, with its weight decay.
+
+    SGD decays every parameter, AdamW only those with more than one dimension, each as most published recipes do;
+    `decay_vectors` overrides that. Muon takes hidden matrices and kernels, AdamW the others.
+    """
+    decay_vectors = config.optimizer == "sgd" if config.decay_vectors is None else config.decay_vectors
+    hidden = list(muon_groups(net, convolutions=True)[0].values()) if config.optimizer == "muon" else []
+    taken = set(map(id, hidden))
+    matrices = [p for p in net.parameters() if p.ndim > 1 and id(p) not in taken]
+    vectors = [p for p in net.parameters() if p.ndim <= 1]  # biases and norms
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
+    groups.append({"params": vectors, "weight_decay": config.weight_decay if decay_vectors else 0.0})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.optimizer == "muon":
+        return MuonAdamW(hidden, groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr)

@@ -17,7 +17,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.networks.teacher import Teacher, pooled_logits
-from dq.networks.zoo import fast_layout, net_of_weights
+from dq.networks.zoo import move_net, net_of_weights
 
 MANIFEST = "pool.json"
 
@@ -79,7 +79,7 @@ def _member(
     net = net_of_weights(facts["net"], len(facts["classes"]), facts["image_size"], state)
     resize_to(net, state)
     net = net.eval().requires_grad_(False)
-    net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
+    move_net(net, device)
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     digest = digest_of([facts["net"], digest_of_tensors(state), mean, std, record["accuracy"]])
     name = f"{facts['net']}:{record['name']}"

@@ -234,34 +234,33 @@ def rows_set_aside(source: ImageSource, evaluate: EvaluateConfig, students: Iter
 
 def load_real_data(
     source: ImageSource,
-    evaluate: EvaluateConfig,
-    students: Sequence[StudentConfig],
-    *,
     image_size: int,
+    *,
     cache_dir: Path,
-    teachers: Sequence[TeacherConfig],
     device: torch.device,
+    validation_rows: np.ndarray | None = None,
+    teachers: Sequence[TeacherConfig] = (),
     difficulty: DifficultyConfig | None = None,
 ) -> RealData:
-    """Set validation images aside, load and check the teachers, measure channel statistics."""
-    rows = rows_set_aside(source, evaluate, students)
-    check_taught(evaluate, students, teachers)
-    loaded = load_teachers(teachers, source, image_size, device) if teachers else ()
-    bench = RealData(
+    """Load and check the teachers and measure channel statistics.
+
+    `validation_rows` are set aside, see `rows_set_aside`; None: none.
+    """
+    real_data = RealData(
         source=source,
         image_size=image_size,
         cache_dir=cache_dir,
         device=device,
-        teachers=loaded,
-        validation_rows=rows,
+        teachers=load_teachers(teachers, source, image_size, device) if teachers else (),
+        validation_rows=np.array([], np.int64) if validation_rows is None else validation_rows,
         mean=(),
         std=(),
         difficulty=DifficultyConfig() if difficulty is None else difficulty,
     )
     sample = torch.randperm(len(source.train), generator=generator("statistics"))[:STATISTICS_IMAGES]
-    values = bench.read(source.train, sample.numpy())[0].float() / 255
+    values = real_data.read(source.train, sample.numpy())[0].float() / 255
     return dataclasses.replace(
-        bench,
+        real_data,
         mean=tuple(values.mean((0, 2, 3)).tolist()),
         # a constant channel (white paper) would divide by zero
         std=tuple(values.std((0, 2, 3)).clamp(min=1e-2).tolist()),

@@ -27,7 +27,7 @@ from dq.networks.external import library_net, library_of, published_outputs
 from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, _head
 from dq.networks.teacher_check import _check_classes, check_teacher
 from dq.networks.teacher_weights import WRAPPERS, common_prefix, named_as, read_weights, weights_file
-from dq.networks.zoo import fast_layout, make_net, net_of_weights
+from dq.networks.zoo import make_net, move_net, net_of_weights
 
 log = logging.getLogger("dq")
 POOL = "pool"  # as teacher.net: the teachers of the pool in teacher.path
@@ -64,7 +64,7 @@ def load_teacher(
     else:
         net = _from_file(config, file, num_classes, side)
     net = net.eval().requires_grad_(False)
-    net.to(device, memory_format=fast_layout(net))  # type: ignore[call-overload]  # a keyword the stubs lack
+    move_net(net, device)
     mean, std = _normalization(config)
     _check_classes(config, _count_outputs(config, net, side), num_classes)
     parts: list[Any] = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
-from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.students import StudentConfig
 from dq.config.trajectories import TrainExpertsConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import (
@@ -34,6 +34,7 @@ from dq.data.source import ImageSource
 from dq.data.zca import Whitening
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.real_data import RealData, check_whitened, load_real_data, rows_set_aside, world_of
+from dq.networks.training import TrainingSet
 from dq.networks.trajectories import (
     MANIFEST,
     PREPROCESSING,
@@ -53,8 +54,10 @@ SPEED = ("output_dir", "number", "side_by_side", "checkpoint_s")  # settings tha
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be trained."""
+    """Experts that are to be trained."""
 
+    folder: Path
+    settings: TrainExpertsConfig
     net: FlatNet
     facts: dict[str, Any]  # what decides all trajectories
     identity: str
@@ -118,7 +121,7 @@ def check_expert_training(config: RunConfig, source: ImageSource, accelerator: A
     side = t.side_by_side or (1 if accelerator.device.type == "cpu" else SIDE_BY_SIDE)
     groups = [list(range(first, min(first + side, t.number))) for first in range(0, t.number, side)]
     todo = [[i for i in group if i not in finished] for group in groups]
-    return Planned(net, facts, identity, orders, [group for group in todo if group])
+    return Planned(folder, t, net, facts, identity, orders, [group for group in todo if group])
 
 
 def experts_text(config: RunConfig, source: ImageSource) -> str:
@@ -146,86 +149,86 @@ def train_experts(config: RunConfig, source: ImageSource, *, accelerator: Accele
     Raises:
         InputError, RunError: see `check_expert_training`; if no image is set aside, or a loss is not finite.
     """
-    t, folder = config.train_experts, Path(config.train_experts.output_dir)
     planned = check_expert_training(config, source, accelerator)
-    bench = load_real_data(
+    t, device, main = planned.settings, accelerator.device, accelerator.is_main_process
+    real_data = load_real_data(
         source,
-        EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
-        [_recipe(t)],
-        image_size=config.image_size,
+        config.image_size,
         cache_dir=Path(config.cache_dir),
-        teachers=(),
-        device=accelerator.device,
+        device=device,
+        validation_rows=rows_set_aside(source, config.evaluate, [_recipe(t)]),
     )
-    whitening = _preprocessing(bench, t, folder, accelerator)
-    assigned = assign_units(
-        [float(len(g)) for g in planned.groups], accelerator.process_index, accelerator.num_processes
-    )
+    whitening = _preprocessing(real_data, t, planned.folder, accelerator)
+    costs = [float(len(g)) for g in planned.groups]
+    assigned = assign_units(costs, accelerator.process_index, accelerator.num_processes)
     groups = [planned.groups[i] for i in assigned]
-    held_out = bench.validation(1.0)
+    held_out = real_data.validation(1.0)
     if held_out is None:
         raise InputError("experts are measured on validation images; set evaluate.validation_images")
     if groups:
-        images, labels = bench.read(bench.source.train, bench.candidates)
-        if planned.orders is not None and len(labels) != len(bench.candidates):
+        images, labels = real_data.read(source.train, real_data.candidates)
+        if planned.orders is not None and len(labels) != len(real_data.candidates):
             raise InputError("a curriculum needs every train image, but some cannot be read; leave curriculum out")
+        data = TrainingSet(images, labels, real_data.classes, whitening.to(device))
+        planned.net.to(device)
     total = sum(map(len, groups)) * t.epochs
-    main = accelerator.is_main_process
     with progress([], desc="train experts", total=total, unit="epoch", main=main and bool(groups)) as bar:
         for group in groups:
-            began = time.perf_counter()
-            partial = folder / f"experts-{group[0]:04d}-{group[-1]:04d}.partial.safetensors"
-            resume = None
-            if is_done(partial):
-                tensors, meta = read_tensors(partial)
-                resume = tensors["parameters"] if meta["identity"] == [planned.identity, group] else None
-            done = 0 if resume is None else resume.shape[1] - 1
-            bar.update(len(group) * done)
-            trajectories = train_trajectories(
-                planned.net,
-                images,
-                labels,
-                t,
-                pixels=whitening.to(accelerator.device),
-                seeds=[derive_seed(t.seed, "expert", i) for i in group],
-                orders=planned.orders,
-                device=accelerator.device,
-                resume=resume,
-                on_epoch=_Saver(bar, partial, [planned.identity, group], t.checkpoint_s, t.epochs),
-            )
-            seconds = time.perf_counter() - began
-            for i, trajectory in zip(group, trajectories):
-                end = trajectory[-1].to(accelerator.device)
-                accuracy = flat_accuracy(planned.net, end, *held_out, whitening)
-                per_epoch = round(seconds / len(group) / max(1, t.epochs - done), 3)
-                facts = {
-                    "expert": i,
-                    "identity": planned.identity,
-                    "facts": planned.facts,
-                    "layers": list(zip(planned.net.names, planned.net.shapes)),
-                    "accuracy": accuracy,
-                    "seconds_per_epoch": per_epoch,
-                }
-                write_tensors(expert_file(folder, i), {"parameters": trajectory}, facts)
-                log.info(
-                    "expert %d: %.1f %% of %d held-out train images, %s per epoch",
-                    i,
-                    100 * accuracy,
-                    len(held_out[1]),
-                    duration(per_epoch),
-                )
-            partial.unlink(missing_ok=True)
+            _train_group(group, planned, data, held_out, bar)
     accelerator.wait_for_everyone()
     if main:
-        records = []
-        for path in (expert_file(folder, i) for i in range(t.number)):
-            meta = read_metadata(path)
-            records.append({k: meta[k] for k in ("expert", "accuracy", "seconds_per_epoch")})
-            records[-1] |= {"file": path.name, "checksum": read_checksum(path)}
-        facts = {**planned.facts, "preprocessing": whitening.to("cpu").summary()}
-        write_json(folder / MANIFEST, {"identity": planned.identity, "facts": facts, "experts": records})
+        _write_manifest(planned, whitening)
     accelerator.wait_for_everyone()
-    return folder
+    return planned.folder
+
+
+def _train_group(
+    group: list[int], planned: Planned, data: TrainingSet, held_out: tuple[Tensor, Tensor], bar: Any
+) -> None:
+    """Train experts as one batched model, measure and write each."""
+    began, t, identity = time.perf_counter(), planned.settings, [planned.identity, group]
+    partial = planned.folder / f"experts-{group[0]:04d}-{group[-1]:04d}.partial.safetensors"
+    resume = None
+    if is_done(partial):
+        tensors, meta = read_tensors(partial)
+        resume = tensors["parameters"] if meta["identity"] == identity else None
+    done = 0 if resume is None else resume.shape[1] - 1
+    bar.update(len(group) * done)
+    trajectories = train_trajectories(
+        planned.net,
+        data,
+        t,
+        seeds=[derive_seed(t.seed, "expert", i) for i in group],
+        orders=planned.orders,
+        resume=resume,
+        on_epoch=_Saver(bar, partial, identity, t.checkpoint_s, t.epochs),
+    )
+    seconds = time.perf_counter() - began
+    per_epoch = round(seconds / len(group) / max(1, t.epochs - done), 3)
+    for i, trajectory in zip(group, trajectories, strict=True):
+        accuracy = flat_accuracy(planned.net, trajectory[-1].to(planned.net.device), *held_out, data.pixels)
+        facts = {
+            "expert": i,
+            "identity": planned.identity,
+            "facts": planned.facts,
+            "layers": list(zip(planned.net.names, planned.net.shapes, strict=True)),
+            "accuracy": accuracy,
+            "seconds_per_epoch": per_epoch,
+        }
+        write_tensors(expert_file(planned.folder, i), {"parameters": trajectory}, facts)
+        numbers = (i, 100 * accuracy, len(held_out[1]), duration(per_epoch))
+        log.info("expert %d: %.1f %% of %d held-out train images, %s per epoch", *numbers)
+    partial.unlink(missing_ok=True)
+
+
+def _write_manifest(planned: Planned, whitening: Whitening) -> None:
+    records = []
+    for path in (expert_file(planned.folder, i) for i in range(planned.settings.number)):
+        meta = read_metadata(path)
+        records.append({k: meta[k] for k in ("expert", "accuracy", "seconds_per_epoch")})
+        records[-1] |= {"file": path.name, "checksum": read_checksum(path)}
+    facts = {**planned.facts, "preprocessing": whitening.to("cpu").summary()}
+    write_json(planned.folder / MANIFEST, {"identity": planned.identity, "facts": facts, "experts": records})
 
 
 class _Saver:
@@ -243,11 +246,11 @@ class _Saver:
             self.saved = time.perf_counter()
 
 
-def _preprocessing(bench: RealData, t: TrainExpertsConfig, folder: Path, accelerator: Accelerator) -> Whitening:
-    """What images go through before experts see them, from the folder, or fitted by the main process."""
+def _preprocessing(real_data: RealData, t: TrainExpertsConfig, folder: Path, accelerator: Accelerator) -> Whitening:
+    """Read the preprocessing from the folder; the main process fits it there first."""
     path = folder / PREPROCESSING
     if accelerator.is_main_process and not is_done(path):
-        plain = Whitening(torch.tensor(bench.mean), torch.tensor(bench.std))
-        write_tensors(path, (bench.mtt_whitening() if t.whiten else plain).tensors())
+        plain = Whitening(torch.tensor(real_data.mean), torch.tensor(real_data.std))
+        write_tensors(path, (real_data.mtt_whitening() if t.whiten else plain).tensors())
     accelerator.wait_for_everyone()
     return Whitening(**read_tensors(path)[0])

@@ -30,7 +30,7 @@ from dq.networks.real_data import RealData
 from dq.networks.teacher_check import naming
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.train_teachers import teacher_bench, teacher_recipe, teacher_world
-from dq.networks.training import Pixels, accuracy, fit, normalizer
+from dq.networks.training import Checkpoint, Pixels, TrainingSet, accuracy, fit, normalizer
 from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
@@ -199,16 +199,12 @@ def _checkpoints(
 
     with progress([], desc=f"train {p.net}", total=t.epochs, unit="epoch") as bar:
         fit(
-            images,
-            labels,
-            num_classes=bench.classes,
-            config=recipe,
-            pixels=pixels,
+            TrainingSet(images, labels, bench.classes, pixels),
+            recipe,
             seed=derive_seed(t.seed, "pool", p.net),
-            look=keep,
+            evaluate=keep,
             on_epoch=lambda epoch, loss: _show(bar, epoch, loss),
-            checkpoint=folder / "checkpoint.safetensors",
-            checkpoint_s=t.checkpoint_s,
+            checkpoint=Checkpoint(folder / "checkpoint.safetensors", t.checkpoint_s),
         )
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return names
@@ -250,17 +246,9 @@ def _pruned(
         seed = derive_seed(t.seed, "prune", name)
         small = prune(base.net, bench.image_size, ratio, criterion, seed=seed)
         if p.recovery_epochs:
-            small = fit(
-                images,
-                labels,
-                num_classes=bench.classes,
-                config=recipe,
-                pixels=pixels,
-                seed=seed,
-                net=small,
-                checkpoint=folder / f"{name}.checkpoint.safetensors",
-                checkpoint_s=t.checkpoint_s,
-            ).net
+            checkpoint = Checkpoint(folder / f"{name}.checkpoint.safetensors", t.checkpoint_s)
+            trained_on = TrainingSet(images, labels, bench.classes, pixels)
+            small = fit(trained_on, recipe, seed=seed, net=small, checkpoint=checkpoint).net
         _keep(small, name, folder, bench, pixels, images, config, ratio=round(ratio, 4), criterion=criterion)
         (folder / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
     return names, (base.mean, base.std)

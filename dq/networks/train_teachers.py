@@ -12,7 +12,7 @@ import torch
 from dq.config.dtypes import RECORD, Dtypes, folder_dtypes, record_dtypes, resolve_dtypes
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
-from dq.config.students import EvaluateConfig, StudentConfig
+from dq.config.students import StudentConfig
 from dq.config.teachers import TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import check_place, is_done, read_json, write_json, write_tensors
@@ -22,7 +22,7 @@ from dq.core.seeds import derive_seed, digest_of
 from dq.data.source import ImageSource
 from dq.networks.real_data import RealData, load_real_data, rows_set_aside, world_of
 from dq.networks.teacher import TEACHER_FACTS
-from dq.networks.training import accuracy, fit
+from dq.networks.training import Checkpoint, TrainingSet, accuracy, fit
 from dq.networks.zoo import make_net
 
 if TYPE_CHECKING:
@@ -50,14 +50,9 @@ def teacher_recipe(t: TrainTeachersConfig) -> StudentConfig:
 
 def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig, device: torch.device) -> RealData:
     """The real images that teachers are trained and measured on: validation images set aside, no baselines."""
+    rows = rows_set_aside(source, config.evaluate, [recipe])
     return load_real_data(
-        source,
-        EvaluateConfig(baselines=(), validation_images=config.evaluate.validation_images),
-        [recipe],
-        image_size=config.image_size,
-        cache_dir=Path(config.cache_dir),
-        teachers=(),
-        device=device,
+        source, config.image_size, cache_dir=Path(config.cache_dir), device=device, validation_rows=rows
     )
 
 
@@ -158,15 +153,11 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
                 bar.set_postfix(loss=f"{loss:.3f}")
 
             fitted = fit(
-                images,
-                labels,
-                num_classes=bench.classes,
-                config=recipe,
-                pixels=pixels,
+                TrainingSet(images, labels, bench.classes, pixels),
+                recipe,
                 seed=derive_seed(t.seed, "teacher", net),
                 on_epoch=show,
-                checkpoint=folder / "checkpoint.safetensors",
-                checkpoint_s=t.checkpoint_s,
+                checkpoint=Checkpoint(folder / "checkpoint.safetensors", t.checkpoint_s),
             )
         held_out = bench.validation(1.0)
         validated = accuracy(fitted.net, *held_out, pixels=pixels, dtype=recipe.dtype) if held_out else None

@@ -7,7 +7,7 @@ train them, and PAD's curriculum (arXiv 2408.03360).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from dq.data.augment import augment
 from dq.data.splits import validation_rows
 from dq.data.zca import Whitening
 from dq.networks.flat_parameters import FlatNet
-from dq.networks.training import Pixels
+from dq.networks.training import Pixels, TrainingSet
 
 MANIFEST = "experts.json"  # in the folder of experts; it is whole once this file is there
 PREPROCESSING = "preprocessing.safetensors"
-HELD_NUMBERS = 1 << 28  # of preprocessed images that are held in memory
+MAX_PREPROCESSED = 1 << 28  # numbers of preprocessed images that are held in memory
 CHUNK = 1000  # images at once
 TINY = 1e-12  # as released, in place of a norm of zero
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]  # parameters (E, P) -> losses (E,) and their gradients (E, P)
@@ -116,29 +116,27 @@ def gsam_gradient(theta: Tensor, gradient: Gradient, rho: float, alpha: float) -
 
 def train_trajectories(
     net: FlatNet,
-    images: Tensor,
-    labels: Tensor,
+    data: TrainingSet,
     config: TrainExpertsConfig,
     *,
-    pixels: Pixels,
     seeds: Sequence[int],
     orders: Orders | None = None,
-    device: torch.device | str = "cpu",
     resume: Tensor | None = None,
     on_epoch: Callable[[int, float, list[Tensor]], None] | None = None,
 ) -> Tensor:
-    """Train a network from each of `seeds` and keep its parameters after every epoch.
+    """Train a network from each of E seeds and return its parameters after every epoch.
 
     Weights, order of the images and augmentation of a network depend on its seed and the epoch alone, so that a
-    training goes on bit for bit from the end of any epoch, and networks that are trained together, as one batched
+    training resumes bit for bit from the end of any epoch, and networks that are trained together, as one batched
     model, are those of separate trainings up to rounding.
 
     Args:
-        images: (N, 3, S, S) uint8.
-        labels: (N,) int64.
-        pixels: what is done to images before a network gets them.
+        net: on the device to train on.
+        data: uint8 images and labels, which may be on the CPU. Weights and soft labels are not used.
+        config: optimizer, epochs, augmentation and curriculum.
+        seeds: one for each network.
         orders: for `config.curriculum`, see `read_orders`.
-        resume: (E, k + 1, P) of an earlier call, to go on from.
+        resume: (E, k + 1, P) of an earlier call.
         on_epoch: called with the number of epochs done, their last mean loss and the parameters of each epoch so far,
             each (E, P) on the CPU.
 
@@ -148,54 +146,87 @@ def train_trajectories(
     Raises:
         RunError: if a loss is not a finite number.
     """
-    device = torch.device(device)
-    net, e = net.to(device), len(seeds)
-    held = None
-    if images.numel() <= HELD_NUMBERS:
-        held = torch.cat([pixels(part.to(device)) for part in images.split(CHUNK)])
-    y = labels.to(device)
+    inputs = _Inputs.prepare(data, net.device)
     if resume is not None:
         checkpoints = list(resume.unbind(1))
     else:
         checkpoints = [torch.stack([net.initial(seed) for seed in seeds])]
-    theta = checkpoints[-1].to(device, copy=True)
-    all_rows = torch.arange(len(labels))
+    theta = checkpoints[-1].to(net.device, copy=True)
+    all_rows = torch.arange(len(data.labels))
     for epoch in range(len(checkpoints) - 1, config.epochs):
         rows = all_rows
         if config.curriculum is not None and orders is not None:
             rows = curriculum_rows(epoch, orders, config.curriculum)
         order = torch.stack([rows[torch.randperm(len(rows), generator=generator(s, "order", epoch))] for s in seeds])
-        draws = [generator(s, "augmentation", epoch) for s in seeds]
-        total = torch.zeros((), device=device)
-        for batch in order.split(config.batch_size, 1):  # (E, B)
-            at = batch.to(device)
-            x = torch.stack(
-                [
-                    augment(config.augment, held[at[i]] if held is not None else pixels(images[b].to(device)), g)
-                    for i, (b, g) in enumerate(zip(batch, draws))
-                ]
-            )
-
-            def gradient(t: Tensor, x: Tensor = x, target: Tensor = y[at]) -> tuple[Tensor, Tensor]:
-                t = t.detach().requires_grad_(True)
-                # a batched model is slower than a plain one, and one network needs none
-                logits = vmap(net)(t, x) if e > 1 else net(t[0], x[0])[None]
-                losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(e, -1).mean(1)
-                return losses.detach(), torch.autograd.grad(losses.sum(), t)[0]
-
-            if config.optimizer == "gsam":
-                losses, step = gsam_gradient(theta, gradient, config.rho, config.gsam_alpha)
-            else:
-                losses, step = gradient(theta)
-            theta = theta - config.lr * step
-            total += losses.mean() * batch.shape[1]
-        loss = float(total) / order.shape[1]
+        augmentation = [generator(s, "augmentation", epoch) for s in seeds]
+        theta, loss = _train_epoch(net, theta, inputs, order, augmentation, config)
         if not torch.isfinite(theta).all() or loss != loss:
             raise RunError(f"an expert's loss is {loss} in epoch {epoch + 1}; lower train_experts.lr={config.lr:g}")
         checkpoints.append(theta.detach().cpu().clone())  # on a CPU `.cpu()` would be the same storage
         if on_epoch is not None:
             on_epoch(epoch + 1, loss, checkpoints)
     return torch.stack(checkpoints, 1)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Images of trainings, preprocessed once if they fit into memory."""
+
+    data: TrainingSet
+    labels: Tensor  # (N,) on the device to train on
+    preprocessed: Tensor | None  # (N, 3, S, S) there
+
+    @classmethod
+    def prepare(cls, data: TrainingSet, device: torch.device) -> _Inputs:
+        preprocessed = None
+        if data.images.numel() <= MAX_PREPROCESSED:
+            preprocessed = torch.cat([data.pixels(part.to(device)) for part in data.images.split(CHUNK)])
+        return cls(data, data.labels.to(device), preprocessed)
+
+    def batch(self, rows: Tensor) -> tuple[Iterator[Tensor], Tensor]:
+        """Inputs (B, 3, S, S) of each network for rows (E, B) on the CPU, and the labels (E, B)."""
+        device_rows = rows.to(self.labels.device)
+        if self.preprocessed is not None:
+            inputs = (self.preprocessed[r] for r in device_rows)
+        else:
+            inputs = (self.data.pixels(self.data.images[r].to(self.labels.device)) for r in rows)
+        return inputs, self.labels[device_rows]
+
+
+def _train_epoch(
+    net: FlatNet,
+    theta: Tensor,
+    inputs: _Inputs,
+    order: Tensor,
+    augmentation: Sequence[torch.Generator],
+    config: TrainExpertsConfig,
+) -> tuple[Tensor, float]:
+    """Train networks (E, P) on rows (E, n) for an epoch; their parameters and mean loss."""
+    total = torch.zeros((), device=theta.device)
+    for rows in order.split(config.batch_size, 1):  # (E, B)
+        images, labels = inputs.batch(rows)
+        x = torch.stack([augment(config.augment, image, g) for image, g in zip(images, augmentation, strict=True)])
+        gradient = _cross_entropy_gradient(net, x, labels)
+        if config.optimizer == "gsam":
+            losses, step = gsam_gradient(theta, gradient, config.rho, config.gsam_alpha)
+        else:
+            losses, step = gradient(theta)
+        theta = theta - config.lr * step
+        total += losses.mean() * rows.shape[1]
+    return theta, float(total) / order.shape[1]
+
+
+def _cross_entropy_gradient(net: FlatNet, x: Tensor, labels: Tensor) -> Gradient:
+    """Losses and gradients of E networks on batches (E, B, 3, S, S) of their own."""
+
+    def gradient(theta: Tensor) -> tuple[Tensor, Tensor]:
+        theta = theta.detach().requires_grad_(True)
+        # a batched model is slower than a plain one, and one network needs none
+        logits = vmap(net)(theta, x) if len(x) > 1 else net(theta[0], x[0])[None]
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(len(x), -1).mean(1)
+        return losses.detach(), torch.autograd.grad(losses.sum(), theta)[0]
+
+    return gradient
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dq.data.regression_labels import fit_temperature
 from dq.data.splits import validation_rows
 from dq.data.zca import Whitening, is_gray
 from dq.networks.online_pool import OnlinePool
-from dq.networks.training import accuracy, fit
+from dq.networks.training import TrainingSet, accuracy, fit
 from dq.refine.method import RealImages
 from dq.refine.ridge import predict, solve_ridge
 
@@ -114,18 +114,10 @@ def mean_accuracy(
         y: (n, C) label vectors.
         nets: how many.
     """
+    data = TrainingSet(x, y.argmax(1), y.shape[1], lambda images: images, soft_labels=y)
     total = 0.0
     for k in range(nets):
-        own = derive_seed(seed, "check", k)
-        fitted = fit(
-            x,
-            y.argmax(1),
-            num_classes=y.shape[1],
-            config=config,
-            soft_labels=y,
-            pixels=lambda images: images,
-            seed=own,
-        )
+        fitted = fit(data, config, seed=derive_seed(seed, "check", k))
         total += accuracy(fitted.net, held.images, held.labels, pixels=whitening)
     return total / nets
 

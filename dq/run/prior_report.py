@@ -15,7 +15,6 @@ from torch import Tensor
 from dq.config.prior import PriorReportConfig
 from dq.config.reader import dump_config, to_dict
 from dq.config.schema import RunConfig
-from dq.config.students import EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.figures import save_image
 from dq.core.files import write_json, write_text
@@ -81,12 +80,10 @@ def report_prior(
     pipe.set_progress_bar_config(disable=True)
     bench = load_real_data(
         source,
-        EvaluateConfig(baselines=()),
-        (),
-        image_size=config.image_size,
+        config.image_size,
         cache_dir=Path(config.cache_dir),
-        teachers=config.teachers,
         device=run.device,
+        teachers=config.teachers,
     )
     generate = dataclasses.replace(config.generate, mode="dit")
     draw = plan_draw(pipe, bench, settings, generate, resolution=resolution, seed=config.seed)

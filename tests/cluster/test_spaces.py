@@ -323,12 +323,10 @@ def test_evaluation_reads_the_features_that_a_run_was_clustered_by(
     c = run.config
     bench = load_real_data(
         toy_source,
-        c.evaluate,
-        [],
-        image_size=8,
+        8,
         cache_dir=tmp_path / "cache",
-        teachers=c.teachers,
         device=run.device,
+        teachers=c.teachers,
     )
     images = (toy_images["train"][0] * 255).round().to(torch.uint8)
     expected = load_teacher(c.teachers[0], 3, 8).features(images)

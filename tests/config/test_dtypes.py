@@ -291,15 +291,14 @@ def test_what_is_fast_here_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_student_alone_resolves_its_dtype() -> None:
     """`fit` and `accuracy` may be called without a run."""
-    from dq.networks.training import accuracy, fit, normalizer
+    from dq.networks.training import TrainingSet, accuracy, fit, normalizer
 
     x, y = torch.zeros(4, 3, 8, 8), torch.arange(4) % 2
     pixels = normalizer((0.5,) * 3, (0.5,) * 3)
-    common = {"num_classes": 2, "pixels": pixels, "seed": 0}
+    data = TrainingSet(x, y, 2, pixels)
     a, b = (
-        fit(x, y, config=StudentConfig(epochs=1, batch_size=4, dtype=d), **common).net.state_dict()
-        for d in ("auto", "float32")
+        fit(data, StudentConfig(epochs=1, batch_size=4, dtype=d), seed=0).net.state_dict() for d in ("auto", "float32")
     )
     assert all(torch.equal(a[k], b[k]) for k in a)
-    net = fit(x, y, config=StudentConfig(epochs=1, batch_size=4), **common).net
+    net = fit(data, StudentConfig(epochs=1, batch_size=4), seed=0).net
     assert accuracy(net, x, y, pixels=pixels, dtype="auto") == accuracy(net, x, y, pixels=pixels, dtype="float32")

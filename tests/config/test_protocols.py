@@ -8,7 +8,7 @@ from dq.config.protocols import FOLDER, list_protocols, student_config
 from dq.config.reader import from_dict
 from dq.config.students import EvaluateConfig, StudentConfig
 from dq.core.errors import InputError
-from dq.networks.training import learning_rate
+from dq.networks.schedule import learning_rate
 from dq.networks.zoo import make_net
 
 # classes, side in px

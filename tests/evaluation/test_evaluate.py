@@ -20,16 +20,10 @@ from dq.data.views import draw_views
 from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference
 from dq.evaluation.student import train_student
 from dq.labels.plan import EpochLabels, LabelPlan
-from dq.networks.training import (
-    Fitted,
-    accuracy,
-    fit,
-    image_losses,
-    learning_rate,
-    looks_at,
-    make_optimizer,
-    normalizer,
-)
+from dq.networks.losses import image_losses
+from dq.networks.optimizers import make_optimizer
+from dq.networks.schedule import evaluation_epochs, learning_rate
+from dq.networks.training import Checkpoint, Fitted, TrainingSet, accuracy, fit, normalizer
 from dq.networks.zoo import make_net
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
@@ -79,16 +73,7 @@ def movement(images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, 
         temperature=2.0,
     )
     config = dataclasses.replace(config, **changes)
-    fitted = fit(
-        images,
-        labels,
-        num_classes=4,
-        config=config,
-        weights=weights,
-        soft_labels=soft,
-        pixels=PIXELS,
-        seed=0,
-    )
+    fitted = fit(TrainingSet(images, labels, 4, PIXELS, weights=weights, soft_labels=soft), config, seed=0)
     start = make_net(config.net, 4, images.shape[-1], norm=config.norm, seed=derive_seed(0, "student init"))
     return parameters(start) - parameters(fitted.net)
 
@@ -486,15 +471,10 @@ def fitted(config: StudentConfig, on_epoch: Callable[[int, float], None], **more
     w = torch.linspace(0.5, 1.5, 24)
     soft = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)) if config.labels == "fixed" else None
     return fit(
-        x,
-        y,
-        num_classes=4,
-        config=config,
-        weights=w,
-        soft_labels=soft,
-        pixels=PIXELS,
+        TrainingSet(x, y, 4, PIXELS, weights=w, soft_labels=soft),
+        config,
         seed=1,
-        look=lambda net, epoch: accuracy(net, *held_out, pixels=PIXELS),
+        evaluate=lambda net, epoch: accuracy(net, *held_out, pixels=PIXELS),
         on_epoch=on_epoch,
         **more,
     )
@@ -529,11 +509,11 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, changes):
     # a kill before the checkpoint of an epoch is written loses this epoch; the second half of `step` begins with 6
     for epochs in (3, 7, 9):
         with pytest.raises(Killed):
-            fitted(config, killed_after(epochs), checkpoint=file, checkpoint_s=0.0)
-    resumed = fitted(config, lambda *done: seen.append(done), checkpoint=file, checkpoint_s=0.0)
+            fitted(config, killed_after(epochs), checkpoint=Checkpoint(file, 0.0))
+    resumed = fitted(config, lambda *done: seen.append(done), checkpoint=Checkpoint(file, 0.0))
     assert [epoch for epoch, _ in seen] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8, 9]
     assert set(seen) == set(whole)
-    assert resumed.looks == uninterrupted.looks
+    assert resumed.scores == uninterrupted.scores
     for a, b in (
         (resumed.net.state_dict(), uninterrupted.net.state_dict()),
         (resumed.best_state, uninterrupted.best_state),
@@ -561,16 +541,12 @@ def test_a_resumed_student_keeps_its_best_epoch(tmp_path):
     held_out = stripes(40, 2)
     with pytest.raises(Killed):
         fit(
-            x,
-            y,
-            num_classes=4,
-            config=WILD,
-            pixels=PIXELS,
+            TrainingSet(x, y, 4, PIXELS),
+            WILD,
             seed=seed,
-            look=lambda net, epoch: accuracy(net, *held_out, pixels=PIXELS),
+            evaluate=lambda net, epoch: accuracy(net, *held_out, pixels=PIXELS),
             on_epoch=kill,
-            checkpoint=file,
-            checkpoint_s=0.0,
+            checkpoint=Checkpoint(file, 0.0),
         )
     assert file.exists()
     resumed, losses = train(WILD, n=8, seed=seed, checkpoint=file)
@@ -580,7 +556,7 @@ def test_a_resumed_student_keeps_its_best_epoch(tmp_path):
 
 def first_epoch(config: StudentConfig, checkpoint: Path) -> int:
     epochs: list[int] = []
-    fitted(config, lambda epoch, loss: epochs.append(epoch), checkpoint=checkpoint)
+    fitted(config, lambda epoch, loss: epochs.append(epoch), checkpoint=Checkpoint(checkpoint))
     return epochs[0]
 
 
@@ -592,7 +568,7 @@ def test_a_checkpoint_of_another_training_is_not_used(tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        fitted(WILD, kill, checkpoint=file, checkpoint_s=0.0)
+        fitted(WILD, kill, checkpoint=Checkpoint(file, 0.0))
     left = file.read_bytes()
     for changes in ({"lr": 0.04}, {"epochs": 7}, {"labels": "fixed"}):
         file.write_bytes(left)
@@ -624,12 +600,12 @@ def test_averaged_parameters_by_hand():
     """One batch per epoch: a = 0.8 a + 0.2 p after each step, from the initial parameters."""
     config = dataclasses.replace(PLAIN, net="resnet20", epochs=4, batch_size=24, lr=0.05)
     x, y = stripes(24, 0)
-    options = {"num_classes": 4, "pixels": PIXELS, "seed": 2}
+    data = TrainingSet(x, y, 4, PIXELS)
     average = parameters(make_net("resnet20", 4, 8, seed=derive_seed(2, "student init")))
     for epochs in range(1, 5):
-        plain = fit(x, y, config=dataclasses.replace(config, epochs=epochs), **options)
+        plain = fit(data, dataclasses.replace(config, epochs=epochs), seed=2)
         average = 0.8 * average + 0.2 * parameters(plain.net)
-    found = fit(x, y, config=dataclasses.replace(config, ema=0.8), **options).net
+    found = fit(data, dataclasses.replace(config, ema=0.8), seed=2).net
     torch.testing.assert_close(parameters(found), average, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(parameters(plain.net), average, rtol=1e-2)
     # statistics of batches are those of the network in training
@@ -751,12 +727,12 @@ def test_the_broken_cosine_of_edc_by_its_numbers():
 
 
 def test_tests_are_evenly_spaced_and_end_with_the_last_epoch():
-    assert looks_at(1000, 5) == [200, 400, 600, 800, 1000]
-    assert looks_at(10, 3) == [4, 7, 10]
-    assert looks_at(3, 5) == [1, 2, 3]
-    assert looks_at(300, 1) == [300]
+    assert evaluation_epochs(1000, 5) == [200, 400, 600, 800, 1000]
+    assert evaluation_epochs(10, 3) == [4, 7, 10]
+    assert evaluation_epochs(3, 5) == [1, 2, 3]
+    assert evaluation_epochs(300, 1) == [300]
     with pytest.raises(InputError, match="at least once"):
-        looks_at(10, 0)
+        evaluation_epochs(10, 0)
 
 
 def test_epochs_by_images_per_class():

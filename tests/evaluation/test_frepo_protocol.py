@@ -29,8 +29,10 @@ from dq.evaluation.student import (
     regression_labels,
     training_data,
 )
+from dq.networks.losses import image_losses
 from dq.networks.real_data import check_whitened
-from dq.networks.training import Pixels, image_losses, learning_rate
+from dq.networks.schedule import learning_rate
+from dq.networks.training import Pixels
 
 
 def protocol(ipc: int | str, classes: int = 10, side: int = 32, **own: Any) -> StudentConfig:

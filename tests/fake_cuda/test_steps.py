@@ -25,7 +25,7 @@ from dq.data.load import load_source
 from dq.diffusion.class_sampling import sample_latents
 from dq.diffusion.prior.train_codec import train_codec
 from dq.diffusion.prior.train_denoiser import train_denoiser
-from dq.networks.training import fit, normalizer
+from dq.networks.training import TrainingSet, fit, normalizer
 from dq.refine import fadrm, frepo
 from dq.refine.method import RealImages
 from fake_cuda.device_log import LAUNCH, TO_DEVICE, TO_HOST, WAIT, Counts, DeviceLog
@@ -76,7 +76,7 @@ def test_a_step_of_a_student(device_log: DeviceLog, changes: dict[str, Any], bud
         soft = torch.eye(4)[labels[:n]] if config.labels == "fixed" else None
         pixels = normalizer([0.5] * 3, [0.25] * 3)
         x, y = images[:n].to(DEVICE), labels[:n].to(DEVICE)
-        fit(x, y, num_classes=4, config=config, soft_labels=soft, pixels=pixels, seed=0)
+        fit(TrainingSet(x, y, 4, pixels, soft_labels=soft), config, seed=0)
 
     assert_within(device_log, work, 2, 6, budget)
 

@@ -27,7 +27,7 @@ from dq.networks.difficulty import (
     make_difficulty,
     rank_agreement,
 )
-from dq.networks.training import accuracy, fit, normalizer
+from dq.networks.training import TrainingSet, accuracy, fit, normalizer
 from dq.networks.trajectories import read_orders
 
 CPU = torch.device("cpu")
@@ -218,8 +218,8 @@ def test_easy_images_teach_best_alone_and_worse_than_random_ones_in_tens(tmp_pat
         total = 0.0
         for seed in range(3):
             rows = selected(orders, ipc, which, seed)
-            options: dict = {"num_classes": 10, "config": student, "pixels": pixels, "seed": seed}
-            net = fit(images[rows], labels[rows], **options, net=small_net(seed)).net
+            data = TrainingSet(images[rows], labels[rows], 10, pixels)
+            net = fit(data, student, seed=seed, net=small_net(seed)).net
             total += accuracy(net, tests, test_labels, pixels=pixels)
         return total / 3
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
-from dq.networks.optimizers import MuonAdamW, as_matrix, muon_groups
-from dq.networks.training import make_optimizer
+from dq.networks.optimizers import MuonAdamW, as_matrix, make_optimizer, muon_groups
 from dq.networks.zoo import make_net
 
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1}

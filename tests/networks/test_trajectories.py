@@ -21,7 +21,7 @@ from dq.data.zca import fit_zca
 from dq.networks import train_experts as training
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.train_experts import check_expert_training, train_experts
-from dq.networks.training import normalizer
+from dq.networks.training import TrainingSet, normalizer
 from dq.networks.trajectories import (
     curriculum_rows,
     expert_file,
@@ -50,7 +50,8 @@ def toy(n: int = 48, classes: int = 3) -> tuple[Tensor, Tensor]:
 
 def trained(config: TrainExpertsConfig = SMALL, seeds: tuple[int, ...] = (5,), **more: Any) -> Tensor:
     images, labels = toy()
-    return train_trajectories(FlatNet(NET, 3, 8), images, labels, config, pixels=PIXELS, seeds=seeds, **more)
+    data = TrainingSet(images, labels, 3, PIXELS)
+    return train_trajectories(FlatNet(NET, 3, 8), data, config, seeds=seeds, **more)
 
 
 # --- curriculum ---------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def test_images_outside_of_the_curriculum_are_not_seen() -> None:
     other = images.clone()
     other[hidden] = 0
     ends = [
-        train_trajectories(FlatNet(NET, 3, 8), x, labels, config, pixels=PIXELS, seeds=(1,), orders=orders)
+        train_trajectories(FlatNet(NET, 3, 8), TrainingSet(x, labels, 3, PIXELS), config, seeds=(1,), orders=orders)
         for x in (images, other)
     ]
     assert torch.equal(*ends)

@@ -310,7 +310,7 @@ def _training(
     test: str | None = None,
 ) -> Iterator[tuple[str, Speed]]:
     """An image forward and backward as `name`, and an image tested as `test` (None: "test NAME")."""
-    from dq.networks.training import accuracy, fit, normalizer
+    from dq.networks.training import TrainingSet, accuracy, fit, normalizer
     from dq.networks.zoo import make_net
 
     side, classes = config.image_size, len(source.class_names)
@@ -321,7 +321,7 @@ def _training(
 
     def train(x: torch.Tensor) -> float:
         y = (torch.arange(len(x)) % classes).to(device)
-        return fit(x.to(device), y, num_classes=classes, config=short, pixels=pixels, seed=0).seconds
+        return fit(TrainingSet(x.to(device), y, classes, pixels), short, seed=0).seconds
 
     def look(x: torch.Tensor) -> None:
         accuracy(net, x, torch.zeros(len(x), dtype=torch.int64), pixels=pixels, dtype=settings.dtype)

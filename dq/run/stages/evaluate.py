@@ -27,7 +27,7 @@ from dq.evaluation.trainings import (
     write_labels,
     write_tables,
 )
-from dq.networks.real_data import RealData, check_taught, load_real_data
+from dq.networks.real_data import RealData, check_taught, load_real_data, rows_set_aside
 from dq.networks.teacher_loading import teacher_file
 from dq.run.folder import Run
 from dq.run.refinement import labelled, planned, stages_of
@@ -76,12 +76,11 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
     students = students_of(c.evaluate, ipcs, len(run.source.class_names), c.image_size, c.teachers)
     bench = load_real_data(
         run.source,
-        c.evaluate,
-        list(students.values()),
-        image_size=c.image_size,
+        c.image_size,
         cache_dir=Path(c.cache_dir),
-        teachers=c.teachers,
         device=run.device,
+        validation_rows=rows_set_aside(run.source, c.evaluate, students.values()),
+        teachers=c.teachers,
         difficulty=c.prune,
     )
     work = Work(run.folder, run.accelerator)
