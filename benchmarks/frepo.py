@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dq.data.regression_labels import centered_targets, first_labels
-from dq.networks.online_pool import OnlinePool
+from dq.networks.online_pool import OnlinePool, PoolSettings
 from dq.refine.ridge import RIDGE, MetaGradient, meta_gradient
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--net", default="frepoconv3")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    pool = OnlinePool((args.net,), 10, 32, size=1, seed=0)
+    pool = OnlinePool((args.net,), 10, 32, PoolSettings(size=1), seed=0)
     net = pool.members[0].net
     plain = PlainConv(32 if args.net.endswith("w32") else 128).eval().requires_grad_(False)
     # batch norm of fresh networks is the same in both

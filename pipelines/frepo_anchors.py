@@ -30,7 +30,7 @@ from dq.data.regression_labels import centered_targets
 from dq.data.source import Split
 from dq.data.splits import validation_rows
 from dq.data.zca import Whitening, fit_whitening, is_gray
-from dq.networks.online_pool import OnlinePool
+from dq.networks.online_pool import OnlinePool, PoolSettings
 from dq.refine.lamb import Lamb, cosine_lr
 from dq.refine.ridge import meta_gradient, predict, solve_ridge
 
@@ -141,7 +141,7 @@ def random_feature_accuracies(
     order = torch.randperm(len(labels), generator=generator(seed, "real images"))
     ranked = [order[labels[order] == c] for c in range(classes)]
     rows = torch.stack([r[: max(sizes) // classes] for r in ranked], 1).flatten()  # one of every class before a second
-    pool = OnlinePool((net,), classes, side, size=1, seed=seed)
+    pool = OnlinePool((net,), classes, side, PoolSettings(size=1), seed=seed)
     with pool.features(0) as features, torch.no_grad():
 
         def look(x: Tensor) -> Tensor:

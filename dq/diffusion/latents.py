@@ -20,7 +20,7 @@ from dq.core.errors import InputError
 from dq.core.files import is_done, read_json
 from dq.core.memory import run_with_batch_backoff
 from dq.core.seeds import digest_of, generator
-from dq.data.image_cache import ImageCache, fill, write_manifest
+from dq.data.image_cache import ImageCache, Reading, fill, write_manifest
 from dq.data.source import ImageSource
 from dq.diffusion.codec import Codec, codec_digest, encode_latents, latent_shape, load_codec, to_signed
 
@@ -135,13 +135,5 @@ def encode_source(
             )
         return z
 
-    return fill(
-        cache,
-        source,
-        compute,
-        side=config.resolution,
-        batch_size=config.batch_size,
-        local_units=local_units,
-        threads=reader_threads(next(codec.parameters()).device),
-        main=main,
-    )
+    reading = Reading(config.resolution, config.batch_size, reader_threads(next(codec.parameters()).device))
+    return fill(cache, source, compute, reading, local_units=local_units, main=main)

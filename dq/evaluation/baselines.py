@@ -33,7 +33,7 @@ from dq.data.coresets import (
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.distilled.set import DistilledSet
-from dq.networks.patches import Rank, patch_images
+from dq.networks.patches import PatchRecipe, Rank, patch_images
 from dq.networks.teacher import Teacher
 
 log = logging.getLogger("dq")
@@ -143,7 +143,7 @@ def select(
         teacher: for patches.
         candidates: (m,) ascending int64 rows of the train split that may be chosen; None: all.
         window_start: of window; see `dq.data.coresets.window_rows`.
-        pool: of patches; see `patch_images`, also for crops, factor and rank.
+        pool: of patches; see `PatchRecipe`, also for crops, factor and rank.
 
     Raises:
         InputError: if the name is unknown, what the rule needs is missing, or a class has no candidates.
@@ -169,19 +169,9 @@ def select(
         if teacher is None:
             raise InputError("the selection 'patches' needs a teacher; give one, or choose another selection")
         record |= {"teacher": teacher.digest, "pool": pool, "crops": crops, "factor": factor, "rank": rank}
-        found = patch_images(
-            source,
-            ipc,
-            teacher=teacher,
-            image_size=image_size,
-            seed=seed,
-            candidates=candidates,
-            pool=pool,
-            crops=crops,
-            factor=factor,
-            rank=rank,
-        )
-        images, rows = found.images, found.rows
+        recipe = PatchRecipe(image_size, pool, crops, factor, rank)
+        patches = patch_images(source, ipc, recipe, teacher=teacher, seed=seed, candidates=candidates)
+        images, rows = patches.images, patches.rows
     else:
         x = _features(name, features, source, candidates) if name in BY_FEATURES else None
         score = _score(name, scores, source, candidates) if name in BY_SCORE else None

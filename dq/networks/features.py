@@ -14,7 +14,7 @@ from dq.core.devices import reader_threads
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
 from dq.core.seeds import digest_of
-from dq.data.image_cache import ImageCache, fill, write_manifest
+from dq.data.image_cache import ImageCache, Reading, fill, write_manifest
 from dq.data.source import ImageSource
 from dq.networks.teacher import Teacher
 
@@ -103,5 +103,5 @@ def extract_features(
         return features
 
     threads = reader_threads(next(teacher.net.parameters()).device)
-    size = teacher.batch_size
-    fill(cache, source, compute, side=image_size, batch_size=size, local_units=local_units, threads=threads, main=main)
+    reading = Reading(image_size, teacher.batch_size, threads)
+    fill(cache, source, compute, reading, local_units=local_units, main=main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,37 @@ CHUNK_BYTES = 1 << 27  # of float crops held at once; a matter of memory, not of
 
 
 @dataclass(frozen=True)
+class PatchRecipe:
+    """Settings of patches: how they are cut, ranked and laid out."""
+
+    image_size: int  # px
+    pool: int = 300  # images of a class that are drawn
+    crops: int = 5  # of an image
+    factor: int = 1  # factor x factor patches an output
+    rank: Rank = "easy"
+
+    def check(self, ipc: int) -> None:
+        """Check the settings for `ipc` outputs per class.
+
+        Raises:
+            InputError: if `pool` is too small, or `factor` does not divide the size.
+        """
+        settings = {"ipc": ipc, "pool": self.pool, "crops": self.crops, "factor": self.factor}
+        low = next((f"{k}={v}" for k, v in settings.items() if v < 1), None)
+        if low:
+            raise InputError(f"patches need whole numbers of at least 1, not {low}")
+        if self.image_size % self.factor:
+            raise InputError(
+                f"{self.factor} patches do not fit beside one another in {self.image_size} px; choose a divisor"
+            )
+        if self.rank not in get_args(Rank):
+            raise InputError(f"rank must be 'easy' or 'medium', not {self.rank!r}")
+        tiles = self.factor**2
+        if self.pool < ipc * tiles:
+            raise InputError(f"pool={self.pool} images of a class are too few for {ipc} mosaics of {tiles}; raise it")
+
+
+@dataclass(frozen=True)
 class Patches:
     """Mosaics of patches cut from real images, in class order."""
 
@@ -32,82 +63,84 @@ class Patches:
 def patch_images(
     source: ImageSource,
     ipc: int,
+    recipe: PatchRecipe,
     *,
     teacher: Teacher,
-    image_size: int,
     seed: int = 0,
     candidates: np.ndarray | None = None,
     classes: Sequence[int] | None = None,
-    pool: int = 300,
-    crops: int = 5,
-    factor: int = 1,
-    rank: Rank = "easy",
 ) -> Patches:
-    """The crops of real images that a teacher recognizes best, `factor`^2 in every output (RDED, Sun et al. 2024).
+    """Cut the crops of real images that a teacher recognizes best (RDED, Sun et al. 2024).
 
     Per class: draw `pool` images, cut `crops` random squares from each, score them by the teacher's cross-entropy,
-    keep the best of each image, rank the images, and fill the outputs. Where this departs from RDED: crops are cut
-    from images already brought to `image_size`, and the stored 8-bit crops are the ones scored. A class with fewer
-    than `ipc` * `factor`^2 images gives the full mosaics that it has.
+    keep the best of each image, rank the images, and fill the outputs with `factor`^2 crops each. `rank` "easy" takes
+    the lowest cross-entropies first, as RDED does; "medium" those around the median, in turn below and above it (DELT,
+    Shen et al. 2024). Where this departs from RDED: crops are cut from images already brought to `image_size`, and the
+    stored 8-bit crops are the ones scored. A class with fewer than `ipc` * `factor`^2 images gives fewer mosaics.
 
     Args:
+        source: real images.
+        ipc: mosaics of a class.
+        recipe: sizes and ranking.
+        teacher: what scores the crops.
         seed: of the draw of images and crops. Crops of an image depend on nothing but the seed and the image's row.
         candidates: ascending rows of the train split that may be used; None: all.
         classes: whose patches to cut; None: all classes. Those of a class do not depend on the others.
-        rank: "easy" takes the lowest cross-entropies first, as RDED does; "medium" those around the median, in turn
-            below and above it (DELT, Shen et al. 2024).
 
     Raises:
-        InputError: if `pool` is too small, a class too small for one mosaic, or `factor` does not divide the size.
+        InputError: if `recipe` does not fit, or a class is too small for one mosaic.
     """
-    settings = {"ipc": ipc, "pool": pool, "crops": crops, "factor": factor}
-    low = next((f"{k}={v}" for k, v in settings.items() if v < 1), None)
-    if low:
-        raise InputError(f"patches need whole numbers of at least 1, not {low}")
-    if image_size % factor:
-        raise InputError(f"{factor} patches do not fit beside one another in {image_size} px; choose a divisor")
-    if rank not in get_args(Rank):
-        raise InputError(f"rank must be 'easy' or 'medium', not {rank!r}")
-    tiles = factor**2
-    if pool < ipc * tiles:
-        raise InputError(f"pool={pool} images of a class are too few for {ipc} mosaics of {tiles}; raise it")
+    recipe.check(ipc)
     rows = np.arange(len(source.train)) if candidates is None else candidates
+    tiles = recipe.factor**2
     images, firsts = [], []
-    chunk = max(1, CHUNK_BYTES // (crops * 3 * image_size**2 * 4))
     for label in range(len(source.class_names)) if classes is None else classes:
-        name = source.class_names[label]
-        own = rows[source.train.labels[rows] == label]
-        order = torch.randperm(len(own), generator=generator(seed, "patch pool", label))
-        drawn = np.sort(own[order[:pool].numpy()])
-        patches, losses, kept = [], [], []
-        for first in range(0, len(drawn), chunk):
-            part, read, _ = read_images(
-                source.train,
-                drawn[first : first + chunk],
-                image_size,
-                source.preprocess,
-                on_bad=source.on_bad_image,
-            )
-            if read:
-                best, loss = best_crops(part, read, label, teacher=teacher, crops=crops, factor=factor, seed=seed)
-                patches.append(best)
-                losses.append(loss)
-                kept += read
-        number = min(ipc, len(kept) // tiles)
+        class_rows = rows[source.train.labels[rows] == label]
+        order = torch.randperm(len(class_rows), generator=generator(seed, "patch pool", label))
+        drawn = np.sort(class_rows[order[: recipe.pool].numpy()])
+        scored = _score_patches(source, drawn, label, recipe, teacher, seed)
+        number = min(ipc, len(scored.rows) // tiles)
         if not number:
             raise InputError(
-                f"class {label} {name!r} has {len(kept)} images but a mosaic needs {tiles}; lower factor, "
-                "add candidates, or drop the class"
+                f"class {label} {source.class_names[label]!r} has {len(scored.rows)} images but a mosaic needs "
+                f"{tiles}; lower factor, add candidates, or drop the class"
             )
-        chosen = rank_order(torch.cat(losses), rank)[: number * tiles]
-        images.append(mosaics(torch.cat(patches)[chosen], factor))
-        firsts.append(np.array(kept, np.int64)[chosen[:number].numpy()])
+        chosen = rank_order(torch.cat(scored.losses), recipe.rank)[: number * tiles]
+        images.append(mosaics(torch.cat(scored.patches)[chosen], recipe.factor))
+        firsts.append(np.array(scored.rows, np.int64)[chosen[:number].numpy()])
     return Patches(torch.cat(images), np.concatenate(firsts))
 
 
+class _Scored(NamedTuple):
+    """The best crop of each image of a class that can be read, in chunks."""
+
+    patches: list[Tensor]  # (m, 3, S / factor, S / factor) uint8
+    losses: list[Tensor]  # (m,) float64
+    rows: list[int]
+
+
+def _score_patches(
+    source: ImageSource, rows: np.ndarray, label: int, recipe: PatchRecipe, teacher: Teacher, seed: int
+) -> _Scored:
+    scored = _Scored([], [], [])
+    size, crops, factor = recipe.image_size, recipe.crops, recipe.factor
+    chunk = max(1, CHUNK_BYTES // (crops * 3 * size**2 * 4))
+    for first in range(0, len(rows), chunk):
+        part = rows[first : first + chunk]
+        images, read, _ = read_images(source.train, part, size, source.preprocess, on_bad=source.on_bad_image)
+        if read:
+            best, loss = best_crops(images, read, label, teacher=teacher, crops=crops, factor=factor, seed=seed)
+            scored.patches.append(best)
+            scored.losses.append(loss)
+            scored.rows.extend(read)
+    return scored
+
+
 def crop_boxes(size: int, crops: int, g: torch.Generator) -> list[tuple[int, int, int]]:
-    """Top, left and side of random squares in a square of `size` px: area uniform in (0.08, 1) of the whole, then the
-    place uniform, as torchvision's RandomResizedCrop draws them with ratio 1."""
+    """Draw top, left and side of random squares in a square of `size` px.
+
+    Area uniform in (0.08, 1) of the whole, then the place uniform, as torchvision's RandomResizedCrop with ratio 1.
+    """
     boxes = []
     for area, down, right in torch.rand(crops, 3, generator=g, dtype=torch.float64).tolist():
         side = max(1, round(size * (0.08 + 0.92 * area) ** 0.5))
@@ -118,14 +151,11 @@ def crop_boxes(size: int, crops: int, g: torch.Generator) -> list[tuple[int, int
 def best_crops(
     images: Tensor, rows: list[int], label: int, *, teacher: Teacher, crops: int, factor: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The crop of every image with the lowest cross-entropy under a teacher.
+    """Return the crop of every image with the lowest cross-entropy under a teacher.
 
-    Args:
-        images: (n, 3, S, S) uint8, of one class.
-        rows: (n,) what the images' crops are drawn by, beside the seed.
-        label: the class.
-        factor: crops are resized to S / `factor` and shown to the teacher in the middle of zeros. The zeros are those
-            of its normalized input, so the mean color, as in RDED.
+    The images (n, 3, S, S) uint8 are of one class; their crops are drawn by `seed` and `rows` (n,). Crops are resized
+    to S / `factor` and shown to the teacher in the middle of zeros: those of its normalized input, so the mean color,
+    as in RDED.
 
     Returns:
         Patches (n, 3, S / factor, S / factor) uint8 and cross-entropies (n,) float64.
@@ -133,7 +163,7 @@ def best_crops(
     size = images.shape[-1]
     side = size // factor
     cut = torch.empty(len(images), crops, 3, side, side, dtype=torch.uint8)
-    for i, (image, row) in enumerate(zip(images.float(), rows)):
+    for i, (image, row) in enumerate(zip(images.float(), rows, strict=True)):
         for j, (top, left, width) in enumerate(crop_boxes(size, crops, generator(seed, "patch crops", row))):
             square = image[None, :, top : top + width, left : left + width]
             resized = F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0]
@@ -157,8 +187,10 @@ def best_crops(
 
 
 def rank_order(loss: Tensor, rank: Rank) -> Tensor:
-    """Indices of (n,) cross-entropies in the order of taking: lowest first, or from the median outwards. Ties go to
-    the lowest index."""
+    """Sort cross-entropies (n,) from the lowest, or from the median outwards.
+
+    Returns indices (n,); ties go to the lowest index.
+    """
     easiest = loss.argsort(stable=True)
     if rank == "easy":
         return easiest
@@ -167,7 +199,9 @@ def rank_order(loss: Tensor, rank: Rank) -> Tensor:
 
 
 def mosaics(patches: Tensor, factor: int) -> Tensor:
-    """Ranked patches (factor^2 * n, 3, s, s) as n images (n, 3, factor * s, factor * s).
+    """Lay out ranked patches (factor^2 * n, 3, s, s) as n images.
+
+    The images are (n, 3, factor * s, factor * s).
 
     As in RDED's code, the first n patches are the top left corners and so on row by row, so that the mosaics are
     about equally good.

@@ -29,7 +29,7 @@ from dq.networks.prune_channels import prune
 from dq.networks.real_data import RealData
 from dq.networks.teacher_check import naming
 from dq.networks.teacher_loading import load_teacher
-from dq.networks.train_teachers import teacher_bench, teacher_recipe, teacher_world
+from dq.networks.train_teachers import teacher_data, teacher_recipe, teacher_world
 from dq.networks.training import Checkpoint, Pixels, TrainingSet, accuracy, fit, normalizer
 from dq.networks.zoo import make_net
 
@@ -56,7 +56,7 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
     config, dtypes, settings = check_pool(config, source, accelerator)
     p, folder = config.train_pool, Path(config.train_pool.output_dir)
     recipe = teacher_recipe(config.train_teachers)
-    bench = teacher_bench(config, source, recipe, accelerator.device)
+    bench = teacher_data(config, source, recipe, accelerator.device)
     net = p.base.net if p.generation == "post" and p.base else p.net
     accelerator.wait_for_everyone()
     record_dtypes(folder, dtypes, main=accelerator.is_main_process)

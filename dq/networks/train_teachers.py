@@ -48,7 +48,7 @@ def teacher_recipe(t: TrainTeachersConfig) -> StudentConfig:
     )
 
 
-def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig, device: torch.device) -> RealData:
+def teacher_data(config: RunConfig, source: ImageSource, recipe: StudentConfig, device: torch.device) -> RealData:
     """The real images that teachers are trained and measured on: validation images set aside, no baselines."""
     rows = rows_set_aside(source, config.evaluate, [recipe])
     return load_real_data(
@@ -57,7 +57,7 @@ def teacher_bench(config: RunConfig, source: ImageSource, recipe: StudentConfig,
 
 
 def teacher_world(config: RunConfig, source: ImageSource, recipe: StudentConfig) -> list[object]:
-    """What decides the images of `teacher_bench`, without reading one."""
+    """What decides the images of `teacher_data`, without reading one."""
     return world_of(source, config.image_size, rows_set_aside(source, config.evaluate, [recipe]))
 
 
@@ -134,53 +134,53 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
     Raises:
         RunError: if a folder holds a teacher of other settings or data.
     """
-    t = config.train_teachers
     planned = check_teacher_training(config, source, accelerator)
-    bench = teacher_bench(config, source, planned[0].recipe, accelerator.device)
+    real_data = teacher_data(config, source, planned[0].recipe, accelerator.device)
     assigned = assign_units([1.0] * len(planned), accelerator.process_index, accelerator.num_processes)
     todo = [planned[i] for i in assigned if not planned[i].done]
     if todo:
-        images, labels = bench.read(source.train, bench.candidates)
-        images, labels = images.to(bench.device), labels.to(bench.device)
-    for recipe, auto, folder, digest, _ in todo:
-        net = recipe.net
-        record_dtypes(folder, auto)  # until the network is trained, and its record says it
-        pixels = bench.pixels(recipe)
-        with progress([], desc=f"train {net}", total=t.epochs, unit="epoch", main=accelerator.is_main_process) as bar:
-
-            def show(epoch: int, loss: float, bar=bar) -> None:
-                bar.update(epoch - bar.n)
-                bar.set_postfix(loss=f"{loss:.3f}")
-
-            fitted = fit(
-                TrainingSet(images, labels, bench.classes, pixels),
-                recipe,
-                seed=derive_seed(t.seed, "teacher", net),
-                on_epoch=show,
-                checkpoint=Checkpoint(folder / "checkpoint.safetensors", t.checkpoint_s),
-            )
-        held_out = bench.validation(1.0)
-        validated = accuracy(fitted.net, *held_out, pixels=pixels, dtype=recipe.dtype) if held_out else None
-        write_tensors(folder / "model.safetensors", fitted.net.state_dict())
-        facts = {
-            "net": net,
-            "mean": bench.mean,
-            "std": bench.std,
-            "classes": list(source.class_names),
-            "validation_accuracy": validated,
-            "validation_images": len(bench.validation_rows),
-            "source": {"origin": source.origin, "fingerprint": source.fingerprint},
-            "image_size": bench.image_size,
-            "recipe": to_dict(recipe),
-            "seed": t.seed,
-            "seconds": round(fitted.seconds, 1),
-            "digest": digest,
-        }
-        write_json(folder / TEACHER_FACTS, facts)  # the teacher is whole once this file is there
-        for name in ("checkpoint.safetensors", RECORD):
-            (folder / name).unlink(missing_ok=True)
-        log.info(
-            "teacher %s: %.1f %% of %d validation images", net, 100 * (validated or 0), len(bench.validation_rows)
-        )
+        images, labels = real_data.read(source.train, real_data.candidates)
+        images, labels = images.to(real_data.device), labels.to(real_data.device)
+    for p in todo:
+        data = TrainingSet(images, labels, real_data.classes, real_data.pixels(p.recipe))
+        _train_teacher(p, data, real_data, config.train_teachers, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     return [p.folder for p in planned]
+
+
+def _train_teacher(p: Planned, data: TrainingSet, real_data: RealData, t: TrainTeachersConfig, *, main: bool) -> None:
+    """Train and measure one network and write its weights and record."""
+    net, folder, source = p.recipe.net, p.folder, real_data.source
+    record_dtypes(folder, p.auto)  # until the network is trained, when its record has it
+    with progress([], desc=f"train {net}", total=t.epochs, unit="epoch", main=main) as bar:
+
+        def show(epoch: int, loss: float) -> None:
+            bar.update(epoch - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        seed = derive_seed(t.seed, "teacher", net)
+        checkpoint = Checkpoint(folder / "checkpoint.safetensors", t.checkpoint_s)
+        fitted = fit(data, p.recipe, seed=seed, on_epoch=show, checkpoint=checkpoint)
+    held_out = real_data.validation(1.0)
+    validated = accuracy(fitted.net, *held_out, pixels=data.pixels, dtype=p.recipe.dtype) if held_out else None
+    write_tensors(folder / "model.safetensors", fitted.net.state_dict())
+    facts = {
+        "net": net,
+        "mean": real_data.mean,
+        "std": real_data.std,
+        "classes": list(source.class_names),
+        "validation_accuracy": validated,
+        "validation_images": len(real_data.validation_rows),
+        "source": {"origin": source.origin, "fingerprint": source.fingerprint},
+        "image_size": real_data.image_size,
+        "recipe": to_dict(p.recipe),
+        "seed": t.seed,
+        "seconds": round(fitted.seconds, 1),
+        "digest": p.digest,
+    }
+    write_json(folder / TEACHER_FACTS, facts)  # the teacher is complete once this file exists
+    for name in ("checkpoint.safetensors", RECORD):
+        (folder / name).unlink(missing_ok=True)
+    log.info(
+        "teacher %s: %.1f %% of %d validation images", net, 100 * (validated or 0), len(real_data.validation_rows)
+    )

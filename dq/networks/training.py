@@ -102,14 +102,9 @@ def fit(
     from the label plan's where labels belong to them); on one device and thread count, the same arguments give the
     same result, and a training resumed from its checkpoint gives the result of an uninterrupted one.
 
-    Args:
-        data: images and labels, on the device to train on.
-        config: network and recipe.
-        seed: of all random numbers.
-        net: where to start, trained in place; None: a fresh `config.net`.
-        evaluate: scores the network after the epochs of `evaluation_epochs`, whose number it is given.
-        on_epoch: called with the number of epochs done and the mean loss of the last one.
-        checkpoint: where to write the state; one of another training is ignored and overwritten.
+    `net` is trained in place; None: a fresh `config.net`. `evaluate` scores the network after the epochs of
+    `evaluation_epochs`, whose number it is given. `on_epoch` is called with the number of epochs done and the mean
+    loss of the last one. A `checkpoint` of another training is ignored and overwritten.
 
     Raises:
         RunError: if the loss is not a finite number.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.data.source import ImageSource
-from dq.networks.patches import patch_images
+from dq.networks.patches import PatchRecipe, patch_images
 from dq.networks.teacher import Teacher
 from dq.refine.measure import total_variation
 
@@ -45,13 +45,11 @@ def patch_anchors(
     found = patch_images(
         source,
         number,
+        PatchRecipe(image_size, pool=max(pool, number), rank=rank),  # type: ignore[arg-type]
         teacher=teacher,
-        image_size=image_size,
         seed=seed,  # the same patches as those of the baseline `patches`
         classes=[label],
         candidates=candidates,
-        pool=max(pool, number),
-        rank=rank,  # type: ignore[arg-type]
     ).images
     if len(found) < number:
         raise InputError(

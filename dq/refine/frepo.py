@@ -24,7 +24,7 @@ from dq.core.seeds import derive_seed, generator
 from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
 from dq.data.zca import Whitening, fit_whitening, is_gray, stride_of
 from dq.diffusion.image_codec import ImageCodec
-from dq.networks.online_pool import OnlinePool
+from dq.networks.online_pool import OnlinePool, PoolSettings
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.refine.held_out import check_steps, held_out_accuracy, label_temperature, record_check, split_off
 from dq.refine.inputs import check_set
@@ -170,11 +170,7 @@ def refine(
         config.nets,
         classes,
         side,
-        size=config.pool_size,
-        max_online=config.max_online,
-        lr=config.online_lr,
-        batch_size=config.online_batch,
-        norm=config.norm,
+        PoolSettings(config.pool_size, config.max_online, config.online_lr, config.online_batch, config.norm),
         seed=seed,
         device=device,
     )

@@ -20,7 +20,7 @@ from dq.data.source import ImageSource
 from dq.data.tensors import from_tensors
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BASELINES, BY_SCORE, bps_rows, nearest_rows, select
-from dq.networks.patches import best_crops, crop_boxes, mosaics, patch_images, rank_order
+from dq.networks.patches import PatchRecipe, best_crops, crop_boxes, mosaics, patch_images, rank_order
 from dq.networks.teacher import Teacher
 
 ONE = np.zeros(5, np.int64)
@@ -226,7 +226,7 @@ def test_best_crop_is_the_brightest_and_its_score_is_that_of_the_stored_patch() 
 def test_patches_come_easiest_first(factor: int) -> None:
     source = flat_source([40, 200, 90, 250, 10, 120, 160, 70, 220, 30])
     tiles = factor**2
-    found = patch_images(source, 2, teacher=bright_teacher(), image_size=8, factor=factor, pool=20)
+    found = patch_images(source, 2, PatchRecipe(8, factor=factor, pool=20), teacher=bright_teacher())
     assert found.images.shape == (2, 3, 8, 8)
     assert found.images.dtype == torch.uint8
     assert found.rows.tolist() == [3, 8]  # 250 and 220
@@ -235,35 +235,35 @@ def test_patches_come_easiest_first(factor: int) -> None:
     for j in range(2):
         corners = found.images[j, 0, ::side, ::side].flatten().tolist()
         assert corners == ranked[j::2]
-    medium = patch_images(source, 2, teacher=bright_teacher(), image_size=8, pool=20, rank="medium")
+    medium = patch_images(source, 2, PatchRecipe(8, pool=20, rank="medium"), teacher=bright_teacher())
     assert medium.rows.tolist() == [5, 2]  # of 250 220 200 160 [120 90] 70 40 30 10
 
 
 @pytest.mark.parametrize("factor", [1, 2])
 def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, monkeypatch) -> None:
-    options = {"image_size": 8, "factor": factor, "pool": 8}
-    one = patch_images(toy_source, 1, teacher=conv_teacher(64), **options)
+    recipe = PatchRecipe(8, factor=factor, pool=8)
+    one = patch_images(toy_source, 1, recipe, teacher=conv_teacher(64))
     monkeypatch.setattr("dq.networks.patches.CHUNK_BYTES", 1)
-    two = patch_images(toy_source, 1, teacher=conv_teacher(3), **options)
+    two = patch_images(toy_source, 1, recipe, teacher=conv_teacher(3))
     assert torch.equal(one.images, two.images)
     assert one.rows.tolist() == two.rows.tolist()
-    other = patch_images(toy_source, 1, teacher=conv_teacher(3), seed=1, **options)
+    other = patch_images(toy_source, 1, recipe, teacher=conv_teacher(3), seed=1)
     assert not torch.equal(one.images, other.images)
 
 
 def test_patches_of_small_classes(toy_source) -> None:
-    options = {"teacher": conv_teacher(64), "image_size": 8}
+    teacher = conv_teacher(64)
     # 9, 8 and 7 images give two, two and one mosaics of 4
-    found = patch_images(toy_source, 3, factor=2, **options)
+    found = patch_images(toy_source, 3, PatchRecipe(8, factor=2), teacher=teacher)
     assert toy_source.train.labels[found.rows].tolist() == [0, 0, 1, 1, 2]
     with pytest.raises(InputError, match="class 0 'red' has 9 images but a mosaic needs 16"):
-        patch_images(toy_source, 3, factor=4, **options)
+        patch_images(toy_source, 3, PatchRecipe(8, factor=4), teacher=teacher)
     with pytest.raises(InputError, match=r"pool=11 .* 3 mosaics of 4"):
-        patch_images(toy_source, 3, factor=2, pool=11, **options)
+        patch_images(toy_source, 3, PatchRecipe(8, factor=2, pool=11), teacher=teacher)
     with pytest.raises(InputError, match=r"3 patches .* 8 px"):
-        patch_images(toy_source, 3, factor=3, **options)
+        patch_images(toy_source, 3, PatchRecipe(8, factor=3), teacher=teacher)
     with pytest.raises(InputError, match=r"2 outputs .*class 2"):
-        patch_images(toy_source, 3, **(options | {"teacher": conv_teacher(64, classes=2)}))
+        patch_images(toy_source, 3, PatchRecipe(8), teacher=conv_teacher(64, classes=2))
 
 
 # --- sets ---------------------------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dq.core.errors import InputError
-from dq.networks.online_pool import OnlinePool
+from dq.networks.online_pool import OnlinePool, PoolSettings
 from dq.networks.zoo import make_net
 
 
-def pool(nets: tuple[str, ...] = ("frepoconv3w32",), **settings: Any) -> OnlinePool:
-    return OnlinePool(nets, 3, 8, **{"size": 2, "max_online": 4, "seed": 5, **settings})
+def pool(nets: tuple[str, ...] = ("frepoconv3w32",), *, seed: int = 5, **settings: Any) -> OnlinePool:
+    return OnlinePool(nets, 3, 8, PoolSettings(**{"size": 2, "max_online": 4, **settings}), seed=seed)
 
 
 def task(n: int = 6) -> tuple[Tensor, Tensor]:

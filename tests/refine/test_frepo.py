@@ -131,7 +131,7 @@ def test_a_temperature_of_the_labels_is_fitted_on_held_out_images(monkeypatch: p
     assert "label_temperature" not in learn(dataclasses.replace(SMALL, steps=1)).facts
     assert r.facts["label_temperature"] > 0
     # labels twice as large have twice the temperature; where a tenth of the images contradicts them, it is no bound
-    pool = frepo.OnlinePool(("frepoconv3w32",), 2, 8, size=2, seed=0)
+    pool = frepo.OnlinePool(("frepoconv3w32",), 2, 8, frepo.PoolSettings(size=2), seed=0)
     whitening, held = fit_whitening(toy().images), toy(200, seed=1)
     held.labels[:20] = 1 - held.labels[:20]
     x, y = whitening(toy().images), centered_targets(toy().labels, 2)

@@ -14,7 +14,7 @@ from dq.config.pruning import PruneConfig
 from dq.config.schema import ClusterConfig, GenerateConfig, RunConfig
 from dq.core.processes import cut
 from dq.core.seeds import digest_of
-from dq.data.image_cache import LEAST, MOST
+from dq.data.image_cache import MAX_IMAGES, MIN_IMAGES
 from dq.evaluation.baselines import BY_FEATURES, BY_PREDICTION
 from dq.run.planning.sets import PlannedSet, planned_sets
 
@@ -109,7 +109,7 @@ def stage_plans(
 
 def _encode(counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:
     n = sum(counts)
-    parts = [float(len(p)) for p in cut(n, least=LEAST, most=MOST)]
+    parts = [float(len(p)) for p in cut(n, least=MIN_IMAGES, most=MAX_IMAGES)]
     size = None if cells is None else float(n * (cells * CELL + ROW))
     share = busiest(parts, processes)
     return StagePlan("encode", f"{n} images in {len(parts)} parts", {"read": n, "encode": n}, share=share, bytes=size)

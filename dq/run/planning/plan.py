@@ -58,16 +58,17 @@ def like_source(text: str) -> Any:
 def plan(config: RunConfig, source: ImageSource) -> str:
     """What a run would do: classes, units, disk, model calls."""
     from dq.core.processes import cut
-    from dq.data.image_cache import LEAST, MOST
+    from dq.data.image_cache import MAX_IMAGES, MIN_IMAGES
     from dq.run.planning.sets import planned_sets
 
     counts = source.class_counts()
     n, classes = int(counts.sum()), len(counts)
+    n_units = len(cut(n, least=MIN_IMAGES, most=MAX_IMAGES))
     sets = planned_sets(config, source)
     lines = [
         f"source      {source.origin}: {n} train images, {classes} classes of {counts.min()} to {counts.max()}, "
         f"test split {source.test_name or 'missing'}",
-        f"encode      {n} images at {config.codec.resolution} px, in {len(cut(n, least=LEAST, most=MOST))} units",
+        f"encode      {n} images at {config.codec.resolution} px, in {n_units} units",
     ]
     lines += _plan_pruning(config, counts)
     denoiser_steps = 0

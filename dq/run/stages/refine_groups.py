@@ -20,7 +20,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_metadata, read_tensors, write_tensors
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, digest_of_tensors
-from dq.data.image_cache import ImageCache, fill, write_manifest
+from dq.data.image_cache import ImageCache, Reading, fill, write_manifest
 from dq.data.images import read_images
 from dq.networks.features import open_teacher_cache, teacher_identity
 from dq.refine.anchors import PATCH_POOL, patch_anchors
@@ -104,8 +104,8 @@ def _scores(run: Run, matched: MatchedTeacher) -> ScoreCache:
         scores = gps(image_moments(teacher, matched.layers, images).split(channels), running)
         return _finite(scores, run, teacher.name, rows)
 
-    options: dict[str, Any] = {"batch_size": teacher.batch_size, "threads": reader_threads(run.device)}
-    fill(cache, run.source, compute, side=side, local_units=run.local_units, main=run.main, **options)
+    reading = Reading(side, teacher.batch_size, reader_threads(run.device))
+    fill(cache, run.source, compute, reading, local_units=run.local_units, main=run.main)
     return cache
 
 
