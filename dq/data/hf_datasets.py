@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,9 @@ from dq.data.source import (
     TRAIN_SPLITS,
     ImageSource,
     Split,
-    _hash_files,
     checked_source,
     choose_train,
+    hash_files,
     is_unlabelled,
     match_split,
     number_labels,
@@ -36,28 +37,80 @@ from dq.data.source import (
 
 log = logging.getLogger("dq")
 
-# what damaged metadata make libraries raise while they open a data set
+# what libraries raise at damaged metadata while they open a data set
 UNOPENED = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def _from_datasets(config: SourceConfig) -> ImageSource:
-    import datasets
-    import pyarrow as pa
-    from datasets import ClassLabel
+@dataclass(frozen=True)
+class _Tables:
+    """What `datasets` opened, and the columns to read."""
 
-    local = Path(config.path).is_dir()
-    h = hashlib.blake2b(digest_size=8)
-    own_cache = None
+    builder: Any
+    splits: dict[str, Any]  # tables by name, none without rows
+    train: str
+    image_column: str
+    label_column: str
+
+    def labels(self, split: str) -> list[Any]:
+        """Labels of the rows as stored; none if the split has no such column."""
+        table = self.splits[split]
+        if self.label_column not in table.column_names:
+            return []
+        return table.with_format("arrow")[self.label_column].to_pylist()
+
+
+def open_with_datasets(config: SourceConfig) -> ImageSource:
+    """Open a data set of the Hub or a folder by the `datasets` library.
+
+    Raises:
+        InputError: if it cannot be opened, lacks a split or a column, or its classes do not fit together.
+    """
+    content = hashlib.blake2b(digest_size=8)
     left_out = LeftOut()
-    paths: list[Path] = []
-    if local:
-        root = Path(os.path.abspath(config.path))
-        paths = sorted(f for f in walk_files(root, left_out) if f.is_file())
-        _hash_files(h, root, paths)  # everything: a folder with tables may hold its images beside them
-        # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
-        own_cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{h.hexdigest()}")
+    folder = Path(config.path) if Path(config.path).is_dir() else None
+    paths = _hash_folder(content, config, left_out) if folder else []
+    # The library's cache does not see that the files of a local folder have changed, so it gets one per content.
+    cache_dir = _content_cache(content.hexdigest()) if folder else None
+    tables = _open_tables(config, paths, cache_dir, left_out)
+    train = tables.train
+    test = labelled_split(list(tables.splits), train, config, lambda s: np.asarray(tables.labels(s), object))
+    names, labels = _read_labels(tables, [s for s in (train, test) if s], config.path)
+    if folder and type(tables.builder).__module__.endswith("imagefolder"):
+        left_out.merge(_unmatched_images(tables.splits, tables.image_column, config, paths))
+    left_out.warn(config.path)
+    splits = {s: _image_split(tables, s, labels[s], folder, config.path) for s in labels}
+    if not folder:
+        _hash_hub_set(content, config, tables, splits)
+    content.update(f"{tables.image_column}|{tables.label_column}".encode())
+    return checked_source(splits, names, content, config.path, train, test)
+
+
+def _hash_folder(content: Any, config: SourceConfig, left_out: LeftOut) -> list[Path]:
+    """Hash all files of a folder, as one with tables may hold its images beside them; return their paths."""
+    root = Path(os.path.abspath(config.path))
+    paths = sorted(f for f in walk_files(root, left_out) if f.is_file())
+    hash_files(content, root, paths)
+    return paths
+
+
+def _content_cache(digest: str) -> str:
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"dq-{digest}")
+
+
+def _hash_hub_set(content: Any, config: SourceConfig, tables: _Tables, splits: dict[str, Split]) -> None:
+    checksums = sorted(tables.splits[tables.train].info.download_checksums or {})
+    counts = {s: rows.num_rows for s, rows in tables.splits.items()}
+    content.update(f"{config.path}|{config.name}|{checksums}|{counts}".encode())
+    for split in splits.values():
+        content.update(split.labels.tobytes())
+
+
+def _open_tables(config: SourceConfig, paths: list[Path], cache_dir: str | None, left_out: LeftOut) -> _Tables:
+    """Open the splits that have rows and choose the train split and the columns."""
     with opening(config.path):
-        builder = open_builder(config, paths, cache_dir=own_cache)
+        builder = open_builder(config, paths, cache_dir=cache_dir)
         outside = tables_outside(builder, paths)
         left_out.merge(outside)
         if outside and match_split(config.train_split, [str(s) for s in builder.config.data_files or {}]) is None:
@@ -66,70 +119,60 @@ def _from_datasets(config: SourceConfig) -> ImageSource:
                 "test-*.parquet, or name the train split with --set source.train_split=NAME"
             )
         builder.download_and_prepare()
-        loaded = {}
+        splits = {}
         for split, facts in builder.info.splits.items():
             if facts.num_examples:
-                loaded[str(split)] = builder.as_dataset(split=split)
+                splits[str(split)] = builder.as_dataset(split=split)
             else:
                 left_out.add("splits without a row", split)
-    train = choose_train(list(loaded), config)
-    features = loaded[train].features
+    train = choose_train(list(splits), config)
+    features = splits[train].features
     image_column = choose_column("image", config.image_column, features, config.path)
     label_column = choose_column("label", config.label_column, features, config.path)
+    return _Tables(builder, splits, train, image_column, label_column)
 
-    def labels_of(split: str) -> list[Any]:
-        if label_column not in loaded[split].column_names:
-            return []
-        return loaded[split].with_format("arrow")[label_column].to_pylist()
 
-    test = labelled_split(list(loaded), train, config, lambda s: np.asarray(labels_of(s), object))
-    keep = [s for s in (train, test) if s]
-    raw_labels = {s: labels_of(s) for s in keep}
-    feature = features[label_column]
-    missing = next((s for s in keep if None in raw_labels[s]), None)
-    if missing:
-        raise InputError(
-            f"column {label_column!r} of split {missing!r} of {config.path} has rows without a label; drop them"
-        )
+def _read_labels(tables: _Tables, splits: list[str], path: str) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Class names and the labels (n,) int64 of the splits."""
+    from datasets import ClassLabel
+
+    column, train = tables.label_column, tables.train
+    raw_labels = {s: tables.labels(s) for s in splits}
+    unlabeled = next((s for s in splits if None in raw_labels[s]), None)
+    if unlabeled:
+        raise InputError(f"column {column!r} of split {unlabeled!r} of {path} has rows without a label; drop them")
+    feature = tables.splits[train].features[column]
+    names: tuple[str, ...] | None = None
     if isinstance(feature, ClassLabel):
-        names: tuple[str, ...] | None = tuple(feature.names)
-        _check_declared_names(builder, label_column, feature.names, config.path)
-        if test and getattr(loaded[test].features[label_column], "names", None) != feature.names:
-            raise InputError(f"splits {train!r} and {test!r} of {config.path} name their classes differently")
-    else:
-        names = None
-    names, numbers = number_labels({s: np.asarray(raw_labels[s]) for s in keep}, names, config.path)
-    if local and type(builder).__module__.endswith("imagefolder"):
-        left_out.merge(_unmatched_images(loaded, image_column, config, paths))
-    left_out.warn(config.path)
-    splits = {}
-    folder = Path(config.path) if local else None
-    for s in keep:
-        try:
-            rows = loaded[s].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        except (pa.ArrowException, TypeError, ValueError) as e:
-            raise InputError(
-                f"column {image_column!r} of {config.path} holds no images ({first_line(e)}); "
-                "name another with --set source.image_column=NAME"
-            ) from e
-        read = _row_reader(rows, image_column, folder)
-        others = tuple(c for c in loaded[s].column_names if c not in (image_column, label_column))
-        splits[s] = Split(numbers[s], read, s, _column_reader(loaded[s]), others)
-    if not local:
-        info = loaded[train].info
-        counts = {s: rows.num_rows for s, rows in loaded.items()}
-        h.update(f"{config.path}|{config.name}|{sorted(info.download_checksums or {})}|{counts}".encode())
-        for split in splits.values():
-            h.update(split.labels.tobytes())
-    h.update(f"{image_column}|{label_column}".encode())
-    return checked_source(splits, names, h, config.path, train, test)
+        names = tuple(feature.names)
+        _check_declared_names(tables.builder, column, feature.names, path)
+        for other in splits:
+            if getattr(tables.splits[other].features[column], "names", None) != feature.names:
+                raise InputError(f"splits {train!r} and {other!r} of {path} name their classes differently")
+    return number_labels({s: np.asarray(raw_labels[s]) for s in splits}, names, path)
+
+
+def _image_split(tables: _Tables, name: str, labels: np.ndarray, folder: Path | None, path: str) -> Split:
+    import datasets
+    import pyarrow as pa
+
+    table, column = tables.splits[name], tables.image_column
+    try:
+        rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except (pa.ArrowException, TypeError, ValueError) as e:
+        raise InputError(
+            f"column {column!r} of {path} holds no images ({first_line(e)}); "
+            "name another with --set source.image_column=NAME"
+        ) from e
+    others = tuple(c for c in table.column_names if c not in (column, tables.label_column))
+    return Split(labels, _row_reader(rows, column, folder), name, _column_reader(table), others)
 
 
 def _unmatched_images(loaded: dict[str, Any], column: str, config: SourceConfig, paths: list[Path]) -> LeftOut:
-    """Images of an image folder without a row in its table, and under `skip` rows without their image.
+    """Count images of an image folder without a row in its table, and under `skip` rows without their image.
 
     Raises:
-        InputError: if a row names an image that is not there, and `source.on_bad_image` is not `skip`.
+        InputError: if a row names an image that does not exist, and `source.on_bad_image` is not `skip`.
     """
     import datasets
 
@@ -138,10 +181,10 @@ def _unmatched_images(loaded: dict[str, Any], column: str, config: SourceConfig,
         cells = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
         named |= {os.path.realpath(cell["path"]) for cell in cells[column].to_pylist() if cell and cell["path"]}
     left_out = LeftOut()
-    there = {os.path.realpath(f): f for f in paths if f.suffix.lower() in IMAGE_SUFFIXES}
-    for real in sorted(there.keys() - named):
-        left_out.add("images without a row in the table", there[real])
-    for f in sorted(f for f in named - there.keys() if not os.path.exists(f)):
+    existing = {os.path.realpath(f): f for f in paths if f.suffix.lower() in IMAGE_SUFFIXES}
+    for real in sorted(existing.keys() - named):
+        left_out.add("images without a row in the table", existing[real])
+    for f in sorted(f for f in named - existing.keys() if not os.path.exists(f)):
         if config.on_bad_image == "raise":
             raise InputError(
                 f"{f} is named in the table of {config.path} and is not there; restore it, or set it aside with "
@@ -152,8 +195,10 @@ def _unmatched_images(loaded: dict[str, Any], column: str, config: SourceConfig,
 
 
 def _check_declared_names(builder: Any, column: str, names: list[str], path: str) -> None:
-    """Refuse local Parquet files that name their classes in another order than the first: `datasets` casts the labels
-    of all to its names, by number."""
+    """Refuse local Parquet files whose class names are in another order than the first's.
+
+    `datasets` casts the labels of all files to the names of the first, by number.
+    """
     import pyarrow.parquet as pq
 
     for files in (builder.config.data_files or {}).values():
@@ -167,7 +212,7 @@ def _check_declared_names(builder: Any, column: str, names: list[str], path: str
 
 
 def declared_names(schema: Any, column: str) -> list[str] | None:
-    """Class names of a column that the schema of a Parquet file declares; None if it declares none."""
+    """Return the class names that the schema of a Parquet file declares for a column, or None."""
     import datasets
 
     feature = datasets.Features.from_arrow_schema(schema).get(column)
@@ -176,7 +221,7 @@ def declared_names(schema: Any, column: str) -> list[str] | None:
 
 @contextlib.contextmanager
 def opening(path: str) -> Iterator[None]:
-    """Turn what libraries raise while they open a data set into a sentence that names it."""
+    """Raise errors of libraries while a data set is opened as `InputError` that names it."""
     import datasets
 
     try:
@@ -194,10 +239,9 @@ def opening(path: str) -> Iterator[None]:
 
 
 def open_builder(config: SourceConfig, paths: list[Path], cache_dir: str | None = None) -> Any:
-    """The builder of `datasets` for a Hub id or a folder.
+    """Return the builder of `datasets` for a Hub id or a folder.
 
-    Args:
-        paths: the files of the folder, absolute, that belong to the data: none that are hidden or in sets of dq.
+    `paths` are the files of the folder, absolute, that belong to the data: none that are hidden or in sets of dq.
     """
     from datasets import load_dataset_builder
 
@@ -210,20 +254,20 @@ def open_builder(config: SourceConfig, paths: list[Path], cache_dir: str | None 
     check_files(builder, str(root))
     _check_shards(paths)
     names_of = {os.path.realpath(f): str(f) for f in paths}  # `datasets` resolves links
-    given = {str(s): [os.path.realpath(f) for f in files] for s, files in (builder.config.data_files or {}).items()}
-    files = {s: [names_of.get(f, f) for f in reals] for s, reals in given.items()}
-    kept = _splits_in_any_case(root, paths, files)
-    if kept is None:
-        kept = {s: [names_of[f] for f in reals if f in names_of] for s, reals in given.items()}
-    if kept == files or not any(kept.values()):
+    resolved = {str(s): [os.path.realpath(f) for f in files] for s, files in (builder.config.data_files or {}).items()}
+    all_files = {s: [names_of.get(f, f) for f in reals] for s, reals in resolved.items()}
+    files = _splits_in_any_case(root, paths, all_files)
+    if files is None:
+        files = {s: [names_of[f] for f in reals if f in names_of] for s, reals in resolved.items()}
+    if files == all_files or not any(files.values()):
         return builder
-    kept = {s: names for s, names in kept.items() if names}
+    files = {s: names for s, names in files.items() if names}
     kind = type(builder).__module__.rpartition(".")[2]
-    return load_dataset_builder(kind, data_files=kept, cache_dir=cache_dir)
+    return load_dataset_builder(kind, data_files=files, cache_dir=cache_dir)
 
 
 def _check_shards(files: list[Path]) -> None:
-    """Refuse a set of files NAME-00000-of-00003.parquet of which one is missing."""
+    """Refuse a set of files NAME-00000-of-00003.parquet that lacks one."""
     seen: dict[tuple[str, int, str], set[int]] = {}
     for f in files:
         if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", str(f)):
@@ -234,16 +278,18 @@ def _check_shards(files: list[Path]) -> None:
 
 
 def _splits_in_any_case(root: Path, paths: list[Path], files: dict[str, list[str]]) -> dict[str, list[str]] | None:
-    """Files by split where their names have a split in capitals, which `datasets` does not see; None: they have not,
-    or a card says which files belong to which split."""
+    """Files by split where their names have a split in capitals, which `datasets` does not see.
+
+    None: no name has, or a card assigns files to splits.
+    """
     card = root / "README.md"
     if card.is_file() and "data_files" in card.read_text(errors="replace"):
         return None
     kinds = {Path(f).suffix for names in files.values() for f in names}
     names = {"train": TRAIN_SPLITS, "validation": ("validation", "valid", "val", "dev"), "test": TEST_SPLITS}
     canonical = {word: split for split in ("test", "validation", "train") for word in names[split]}
-    given = {f: s for s, fs in files.items() for f in fs}
-    kept: dict[str, list[str]] = {}
+    split_of = {f: s for s, fs in files.items() for f in fs}
+    by_split: dict[str, list[str]] = {}
     capitals = False
     for f in paths:
         if f.suffix not in kinds:
@@ -252,13 +298,13 @@ def _splits_in_any_case(root: Path, paths: list[Path], files: dict[str, list[str
         words = [w for part in parts for w in re.split(r"[-._ 0-9]+", part) if w.casefold() in canonical]
         if words:
             split = canonical[words[0].casefold()]
-            capitals |= words[0] != words[0].casefold() and given.get(str(f)) != split
-            kept.setdefault(split, []).append(str(f))
-    return kept if capitals else None
+            capitals |= words[0] != words[0].casefold() and split_of.get(str(f)) != split
+            by_split.setdefault(split, []).append(str(f))
+    return by_split if capitals else None
 
 
 def tables_outside(builder: Any, paths: list[Path]) -> LeftOut:
-    """Tables and tars among the files of a folder that belong to no split by their names, and are not read."""
+    """Count tables and tars of a folder that belong to no split by their names, and are not read."""
     left_out = LeftOut()
     if len(getattr(builder, "builder_configs", {})) > 1:  # the others belong to other configurations
         return left_out
@@ -272,7 +318,7 @@ def tables_outside(builder: Any, paths: list[Path]) -> LeftOut:
 def labelled_split(
     splits: list[str], train: str, config: SourceConfig, labels_of: Callable[[str], np.ndarray]
 ) -> str | None:
-    """The test split: the best candidate that has labels.
+    """Return the test split: the best candidate that has labels.
 
     Raises:
         InputError: if there are candidates, but none has labels.
@@ -295,11 +341,11 @@ def labelled_split(
 
 
 def check_files(builder: Any, path: str) -> None:
-    """Refuse a data set whose card names files outside its own folder, or on this machine instead of the Hub."""
-    rooms = [Path(path).absolute(), Path(path).resolve()] if Path(path).is_dir() else ["hf://datasets"]
+    """Refuse a data set whose card names files outside its folder, or on this machine instead of the Hub."""
+    roots = [Path(path).absolute(), Path(path).resolve()] if Path(path).is_dir() else ["hf://datasets"]
     for files in (builder.config.data_files or {}).values():
         for file in map(str, files):
-            if ".." in file.split("/") or not any(file.startswith(f"{room}/") for room in rooms):
+            if ".." in file.split("/") or not any(file.startswith(f"{root}/") for root in roots):
                 raise InputError(f"the card of {path} names {file}, outside it; correct its data_files")
 
 
@@ -314,9 +360,9 @@ def _row_reader(rows: Any, column: str, folder: Path | None) -> Callable[[int], 
     import datasets
     from huggingface_hub import constants
 
-    # where images may lie that the cells only name: a table could name any file of this machine
-    rooms = [folder] if folder else [datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
-    rooms = [Path(room).resolve() for room in rooms]
+    # folders of images that the cells only name: a table could name any file of this machine
+    roots = [folder] if folder else [datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    roots = [Path(root).resolve() for root in roots]
 
     def read(i: int) -> Any:
         cell = rows[i][column]
@@ -325,35 +371,35 @@ def _row_reader(rows: Any, column: str, folder: Path | None) -> Callable[[int], 
         if cell["bytes"] is not None:
             return cell["bytes"]
         path = (folder / cell["path"] if folder else Path(cell["path"])).resolve()
-        if not any(path.is_relative_to(room) for room in rooms):
+        if not any(path.is_relative_to(root) for root in roots):
             raise ValueError(f"the cell names {cell['path']}, outside the data set")
         return path
 
     return read
 
 
-def choose_column(what: Literal["image", "label"], wanted: str | None, features: Any, origin: str) -> str:
-    """The column of images or labels: the one named, else the one of the right type or with a usual name."""
+def choose_column(what: Literal["image", "label"], requested: str | None, features: Any, origin: str) -> str:
+    """Return the requested column, else the one of the right type or with a usual name."""
     import datasets
 
     kind = {"image": datasets.Image, "label": datasets.ClassLabel}[what]
     usual = {"image": ("image", "img"), "label": ("label", "labels", "fine_label", "class")}[what]
-    if wanted is not None:
-        if wanted not in features:
-            raise InputError(f"{origin} has no column {wanted!r}; it has {', '.join(features)}")
-        return _plain(what, wanted, features, origin)
+    if requested is not None:
+        if requested not in features:
+            raise InputError(f"{origin} has no column {requested!r}; it has {', '.join(features)}")
+        return _checked_column(what, requested, features, origin)
     of_kind = [c for c, f in features.items() if isinstance(f, kind)]
     named = [c for c in usual if c in (of_kind or features)]
     if named or len(of_kind) == 1:
-        return _plain(what, named[0] if named else of_kind[0], features, origin)
+        return _checked_column(what, named[0] if named else of_kind[0], features, origin)
     raise InputError(
         f"{origin} has no clear {what} column among {', '.join(features)}; "
         f"name it with --set source.{what}_column=NAME"
     )
 
 
-def _plain(what: str, column: str, features: Any, origin: str) -> str:
-    """The column, unless it should hold labels and holds lists or mappings."""
+def _checked_column(what: str, column: str, features: Any, origin: str) -> str:
+    """The column; an error if it should hold labels and holds lists or mappings."""
     import datasets
 
     if what == "label" and not isinstance(features[column], datasets.ClassLabel | datasets.Value):

@@ -25,9 +25,9 @@ from dq.data.source import (
     ImageSource,
     Split,
     _class_order,
-    _hash_files,
     checked_source,
     choose_train,
+    hash_files,
     match_split,
     normalize_name,
     test_candidates,
@@ -320,7 +320,7 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
         pairs = [(f, index[c]) for c in sorted(classes) for f in classes[c]]
         paths = [f for f, _ in pairs]
         splits[s] = Split(np.asarray([c for _, c in pairs], np.int64), paths.__getitem__, s)
-        _hash_files(h, root, paths, config.on_bad_image)
+        hash_files(h, root, paths, config.on_bad_image)
     return checked_source(splits, names, h, str(root), train, test)
 
 

@@ -12,7 +12,7 @@ from dq.config.reader import from_dict, to_dict
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.files import as_path
-from dq.data.hf_datasets import _from_datasets
+from dq.data.hf_datasets import open_with_datasets
 from dq.data.image_folder import _from_image_folder, has_label_table, has_tables
 from dq.data.source import ImageSource, Preprocess
 from dq.data.streaming import open_shards
@@ -86,7 +86,7 @@ def _open(config: SourceConfig) -> ImageSource:
         if config.streaming:
             return open_shards(config)
         tables = has_tables(folder) or has_label_table(folder, config)
-        return _from_datasets(config) if tables else _from_image_folder(folder, config)
+        return open_with_datasets(config) if tables else _from_image_folder(folder, config)
     if folder.exists() or config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1:
         raise InputError(f"{config.path} is not a folder; give a folder of images or Parquet files, or a Hub id")
-    return open_shards(config) if config.streaming else _from_datasets(config)
+    return open_shards(config) if config.streaming else open_with_datasets(config)

@@ -159,7 +159,7 @@ def checked_source(
     return ImageSource(splits, names, content.hexdigest(), origin, train, test)
 
 
-def _hash_files(h: Any, root: Path, files: Sequence[Path], on_bad_image: Literal["raise", "skip"] = "raise") -> None:
+def hash_files(h: Any, root: Path, files: Sequence[Path], on_bad_image: Literal["raise", "skip"] = "raise") -> None:
     """Relative names and full contents: copying a folder keeps its fingerprint, changing one byte does not. Under
     `skip` a file that may not be read counts as one without content.
 
