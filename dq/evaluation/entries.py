@@ -79,7 +79,7 @@ def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, size
             # only a random subset is another one for another seed
             for group in [(s,) for s in seeds] if name == "random" else [seeds]:
                 factor = evaluate.patch_factor or (2 if bench.image_size >= 128 and ipc >= 2 else 1)
-                settings: list[Any] = [bench.world, name, ipc, group[0], factor]
+                settings: list[Any] = [bench.identity, name, ipc, group[0], factor]
                 if name in (*BY_FEATURES, *BY_PREDICTION, "patches"):
                     settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
                 if name in BY_DIFFICULTY:
@@ -92,7 +92,7 @@ def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, size
                 identity = digest_of(settings)
                 entries.append(Entry(name, key, images, identity, load, group))
     if "full" in evaluate.baselines:
-        identity = digest_of([bench.world, "full"])
+        identity = digest_of([bench.identity, "full"])
         load = functools.partial(_full, bench)
         entries.append(Entry("full", "full", len(bench.candidates), identity, load, seeds[: evaluate.full_seeds]))
     return entries

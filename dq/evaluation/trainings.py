@@ -112,7 +112,7 @@ def trainings_of(
             settings = to_dict(config)
             settings["relabel"].pop("storage")
             settings.pop("learned_lr")
-            identity: list[Any] = [__version__, settings, bench.world, entry.identity]
+            identity: list[Any] = [__version__, settings, bench.identity, entry.identity]
             if config.labels != "hard":
                 identity.append([t.digest for t in bench.teachers])
             if config.for_step_size(entry.step_size) != config:

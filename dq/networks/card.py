@@ -1,4 +1,4 @@
-"""The card of a teacher."""
+"""Card of a teacher."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from dq.core.cards import (
 
 
 def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
-    """The README of a teacher, from the facts that `dq train-teachers` wrote beside its weights."""
+    """Render the README of a teacher from the facts that `dq train-teachers` wrote."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    kept, _ = split_card(old)
+    old_head, _ = split_card(old)
     name = repo_id.rpartition("/")[2]
     facts = public(facts)
     origin = str((facts.get("source") or {}).get("origin", UNKNOWN))
     accuracy, images = facts.get("validation_accuracy"), int(facts.get("validation_images") or 0)
     datasets = [origin] if is_hub_id(origin) else []
     head = ModelCardData(
-        **license_head(license, kept),
+        **license_head(license, old_head),
         library_name="dq",
         pipeline_tag="image-classification",
-        tags=joined_lists(kept.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
-        datasets=joined_lists(kept.get("datasets"), datasets) if datasets or "datasets" in kept else None,
+        tags=joined_lists(old_head.get("tags"), ["image-classification", "dataset-distillation", "teacher"]),
+        datasets=joined_lists(old_head.get("datasets"), datasets) if datasets or "datasets" in old_head else None,
     )
     if datasets and accuracy is not None:
         head.model_name = name

@@ -1,4 +1,4 @@
-"""The networks of the distillation papers: ConvNet, AlexNet, VGG11, ResNets."""
+"""Networks of the distillation papers: ConvNet, AlexNet, VGG11, ResNets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ SMALL, MEDIUM = 64, 128  # px up to which stems keep the resolution, and those o
 
 
 def instance_norm(channels: int) -> nn.Module:
-    """Affine instance norm. Group norm with one channel per group is the same function, and on a CPU the fastest of
-    the seven ways to write it that we measured, forward and backward."""
+    """Return affine instance norm, as group norm with one channel per group.
+
+    On a CPU this was the fastest of seven implementations, forward and backward.
+    """
     return nn.GroupNorm(channels, channels)
 
 
 class ConvNet(nn.Module):
-    """`depth` blocks of conv 3x3 -> norm -> ReLU -> 2x2 average pool, then a linear classifier (Gidaris & Komodakis
-    2018, as the dataset condensation papers use it)."""
+    """ConvNet of Gidaris & Komodakis 2018, as the dataset condensation papers use it.
+
+    `depth` blocks of conv 3x3 -> norm -> ReLU -> 2x2 average pool, then a linear classifier.
+    """
 
     def __init__(self, depth: int, num_classes: int, image_size: int, norm: MakeNorm, width: int = 128) -> None:
         super().__init__()
@@ -38,7 +42,10 @@ class ConvNet(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """The AlexNet of the dataset condensation papers for 32 px images: five convolutions, no norm, a linear layer."""
+    """AlexNet of the dataset condensation papers for 32 px images.
+
+    Five convolutions, no norm, a linear layer.
+    """
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
@@ -59,8 +66,10 @@ class AlexNet(nn.Module):
 
 
 class VGG11(nn.Module):
-    """Configuration A of Simonyan & Zisserman 2015 with a norm behind every convolution and one linear layer, as the
-    dataset condensation papers use it for 32 px images; larger ones leave a larger map to the linear layer."""
+    """VGG-11 (configuration A of Simonyan & Zisserman 2015) with norms and one linear layer.
+
+    As the dataset condensation papers use it for 32 px images; larger ones leave a larger map to the linear layer.
+    """
 
     def __init__(self, num_classes: int, image_size: int, norm: MakeNorm) -> None:
         super().__init__()
@@ -97,7 +106,7 @@ class BasicBlock(nn.Module):
 
 
 class PooledBlock(BasicBlock):
-    """A `BasicBlock` that shrinks its maps by average pooling behind the first ReLU, not by a strided convolution."""
+    """`BasicBlock` with average pooling after the first ReLU and no stride."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: MakeNorm, downsample: nn.Module) -> None:
         super().__init__(inputs, outputs, 1, norm, downsample)
@@ -109,7 +118,7 @@ class PooledBlock(BasicBlock):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut; the stride is that of the 3x3 one, as in torchvision."""
+    """1x1, 3x3 (with the stride) and 1x1 convolutions around a shortcut."""
 
     expansion = 4
 
@@ -130,7 +139,10 @@ class Bottleneck(nn.Module):
 
 
 class ShortcutA(nn.Module):
-    """Option A of He et al. 2016: every second pixel, zeros for the new channels, no parameters."""
+    """Shortcut without parameters (option A of He et al. 2016).
+
+    Every second pixel, zeros for the new channels.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         half = x.shape[1] // 2
@@ -138,7 +150,9 @@ class ShortcutA(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The thin ResNet for 32 px images (He et al. 2016, section 4.2): 6n+2 layers with 16, 32 and 64 channels.
+    """Thin ResNet for 32 px images (He et al. 2016, section 4.2).
+
+    It has 6n+2 layers with 16, 32 and 64 channels.
 
     The parameter names are those of akamaster/pytorch_resnet_cifar10, whose trained weights are widely used.
     """
@@ -170,7 +184,7 @@ class CifarResNet(nn.Module):
 class ResNet(nn.Module):
     """ResNets of four stages with torchvision's parameter names.
 
-    Images up to 64 px get a 3x3 stem of stride 1 and no pool behind it, those up to 128 px one with torchvision's max
+    Images up to 64 px get a 3x3 stem of stride 1 and no pool, those up to 128 px one with torchvision's max
     pool (IDC, Kim et al. 2022, and MinimaxDiffusion 969fc6f), larger ones the 7x7 stem of torchvision. With
     `PooledBlock` no convolution has a stride, as in ResNet-AP: the stem of larger images is 3x3 with a 2x2 average
     pool up to 128 px, then 7x7 with a 4x4 one (IDC).
@@ -187,7 +201,9 @@ class ResNet(nn.Module):
         keep_map: bool = False,
         init: Init | None = None,
     ) -> None:
-        """With `keep_map`, the classifier sees the last map itself and not its mean over the pixels.
+        """Build the layers.
+
+        With `keep_map`, the classifier gets the last map and not its mean over the pixels.
 
         Above 64 px convolutions start from He's normal law over the outputs, as torchvision's and IDC's do. Up to
         64 px `init` decides. None: PyTorch's default, as in FADRM's, DC's and MTT's networks. "torchvision": He's law

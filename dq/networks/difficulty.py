@@ -1,8 +1,8 @@
-"""Difficulty of train images: scores of short runs of an agent network, and the order of every class by them.
+"""Difficulty scores of train images from short runs of an agent network.
 
-A run trains the agent by the loop that trains students and teachers and looks at all train images after every epoch,
+A run trains the agent by the loop of students and teachers and evaluates it on all train images after every epoch,
 without augmentation, in evaluation mode. One pass gives all scores: EL2N, last-layer GraNd, uncertainty and loss after
-the last epoch, forgetting and CAD from all of them. Larger counts as harder. A score is the mean over runs.
+the last epoch, forgetting and CAD from all of them. Larger is harder. A score is the mean over runs.
 """
 
 from __future__ import annotations
@@ -44,36 +44,37 @@ BATCH = 500  # images that are scored at once
 
 
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
-    """|softmax(logits) - onehot(label)|_2 of each image, (n,) (Paul et al. 2021, arXiv 2107.07075).
+    """Return EL2N of each image, (n,) (Paul et al. 2021, arXiv 2107.07075).
 
-    Args:
-        logits: (n, C).
-        labels: (n,) int64.
+    EL2N = |softmax(logits) - onehot(label)|_2 for logits (n, C) and labels (n,) int64.
     """
     return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
 
 
 def grand_last(logits: Tensor, labels: Tensor, features: Tensor) -> Tensor:
-    """Norm of the gradient of the cross-entropy by weight and bias of the last linear layer, (n,): EL2N times
-    sqrt(1 + |h|^2) for features h (n, D). What DeepCore calls GraNd, and what the released index files of PAD hold."""
+    """Return last-layer GraNd of each image, (n,).
+
+    The norm of the gradient of the cross-entropy by weight and bias of the last linear layer: EL2N times
+    sqrt(1 + |h|^2) for features h (n, D). DeepCore calls it GraNd, and the released index files of PAD hold it.
+    """
     return el2n(logits, labels) * (1 + features.square().sum(1)).sqrt()
 
 
 def forgetting(correct: Tensor) -> Tensor:
-    """Forgetting events of each image, (n,) float32: epochs after which it is classified wrongly and before which it
-    was not; the number of epochs E for one that was never right (Toneva et al. 2019, arXiv 1812.05159).
+    """Count forgetting events of each image, (n,) float32 (Toneva et al. 2019, arXiv 1812.05159).
 
-    Counted after every epoch, and not, as in the paper, each time that an image is in a batch.
-
-    Args:
-        correct: (E, n) bool, epochs in order.
+    Epochs after which an image is classified wrongly and before which it was not; the number of epochs E for one that
+    was never right. Counted after every epoch, and not, as in the paper, each time that an image is in a batch.
+    `correct` is (E, n) bool, epochs in order.
     """
     events = (correct[:-1] & ~correct[1:]).sum(0)
     return torch.where(correct.any(0), events, len(correct)).float()
 
 
 def cad(probabilities: Tensor, window: int) -> Tensor:
-    """Deviation of the probability of the class within windows of epochs, averaged over the last two windows, (n,).
+    """Return CAD: deviation of the class probability in windows of epochs, (n,).
+
+    Averaged over the last two windows:
 
         U_k = std of p_k, ..., p_(k + J - 1);  CAD = (U_(E - J) + U_(E - J + 1)) / 2
 
@@ -93,19 +94,19 @@ def cad(probabilities: Tensor, window: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The images after one epoch."""
+    """Predictions of all images after one epoch."""
 
-    probability: Tensor  # (n,) float32, of the own class
+    probability: Tensor  # (n,) float32, of the image's class
     correct: Tensor  # (n,) bool
-    last: dict[str, Tensor]  # scores that look at one epoch; of the last epoch only
+    last: dict[str, Tensor]  # scores that need one epoch; of the last epoch only
 
 
 @torch.no_grad()
 def _measure(net: nn.Module, data: TrainingSet, *, half: bool, is_last: bool) -> Epoch:
     parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
-    with evaluation_mode(net), head_inputs(net, wanted=is_last) as seen:
+    with evaluation_mode(net), head_inputs(net, enabled=is_last) as inputs:
         for x, y in zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True):
-            seen.clear()
+            inputs.clear()
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 logits = net(data.pixels(x))
             logits = logits.float()
@@ -114,7 +115,7 @@ def _measure(net: nn.Module, data: TrainingSet, *, half: bool, is_last: bool) ->
             if is_last:
                 last = {
                     "el2n": el2n(logits, y),
-                    "grand_last": grand_last(logits, y, seen[-1].flatten(1).float()),
+                    "grand_last": grand_last(logits, y, inputs[-1].flatten(1).float()),
                     "uncertainty": torch.special.entr(p).sum(1),  # entropy of the prediction
                     "loss": F.cross_entropy(logits, y, reduction="none"),
                 }
@@ -131,7 +132,7 @@ def score_run(
     cad_window: int,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Train the agent on n images and return each score that the run allows, (n,) float32."""
+    """Train the agent and score all n images, (n,) float32 by score."""
     epochs: list[Epoch] = []
     half = resolve_dtype(recipe.dtype, data.images.device, "training") == "bfloat16"
 
@@ -152,8 +153,10 @@ def score_run(
 
 
 def difficulty_recipe(settings: DifficultyConfig) -> StudentConfig:
-    """The settings of a run as those of a student. The learning rate stays constant, as it is at the beginning of any
-    schedule."""
+    """Return the settings of a run as those of a student.
+
+    The learning rate stays constant, as it is at the beginning of any schedule.
+    """
     return StudentConfig(
         net=settings.net,
         labels="hard",
@@ -170,13 +173,16 @@ def difficulty_recipe(settings: DifficultyConfig) -> StudentConfig:
 
 
 def order_file(score: str, runs: int) -> str:
-    """Name of the file of the orders by a score."""
+    """Return the file name of the orders by a score."""
     return f"order-{score}-{runs}.safetensors"
 
 
 @dataclass(frozen=True)
 class DifficultyCache:
-    """A folder of scores, one file per run. The number of runs is no part of its identity: more of them are added."""
+    """Folder of scores, one file per run.
+
+    The number of runs is not part of its identity, so that runs can be added.
+    """
 
     folder: Path
     key: str  # digest of all that decides a run's scores beside its number
@@ -185,16 +191,18 @@ class DifficultyCache:
         return self.folder / f"run-{run:03d}.safetensors"
 
     def agent(self) -> tuple[str, int]:
-        """The network of the runs and its epochs, as the folder has them."""
+        """Return the network of the runs and its epochs, from the folder."""
         recipe = read_json(self.folder / "manifest.json")["recipe"]
         return recipe["net"], recipe["epochs"]
 
     def missing(self, runs: int) -> list[int]:
-        """Runs below `runs` that are still to be made; a damaged file is removed."""
+        """Return the missing runs below `runs`; a damaged file is removed."""
         return [r for r in range(runs) if not is_done(self.path(r))]
 
     def runs(self, score: str, runs: int) -> tuple[Tensor, Tensor]:
-        """Scores (runs, n) float32 of the first `runs` runs, and the rows (n,) int64 of train that they are of.
+        """Load scores of the first runs and the rows of their images.
+
+        Scores are (runs, n) float32, rows (n,) int64 of train.
 
         Raises:
             InputError: if runs are missing, or have no such score.
@@ -209,21 +217,29 @@ class DifficultyCache:
         return torch.stack([t[score] for t in tensors]), tensors[0]["rows"]
 
     def by_row(self, score: str, runs: int, n: int) -> Tensor:
-        """Mean scores over runs of all n train images, (n,) float32 by row; NaN for those that cannot be read."""
+        """Return mean scores over runs by row, (n,) float32.
+
+        NaN for images that cannot be read.
+        """
         scores, rows = self.runs(score, runs)
         by_row = torch.full((n,), torch.nan)
         by_row[rows] = scores.mean(0)
         return by_row
 
     def orders(self, source: ImageSource, score: str, runs: int) -> list[Tensor]:
-        """Rows (n_c,) int64 of train of every class, from easy to hard; see `easy_to_hard`."""
+        """Return the rows of every class from easy to hard.
+
+        They are (n_c,) int64, of train; see `easy_to_hard`.
+        """
         scores, rows = self.runs(score, runs)
         labels = torch.from_numpy(source.train.labels)[rows]
         return [rows[order] for order in easy_to_hard(scores.mean(0), labels, len(source.class_names))]
 
     def save_orders(self, source: ImageSource, score: str, runs: int) -> Path:
-        """Write `orders` in `order_file` beside the runs, unless it is there: a tensor `class-00003` of each class,
-        as `dq.networks.trajectories.read_orders` takes them."""
+        """Write `orders` in `order_file` beside the runs, unless it exists.
+
+        A tensor `class-00003` of each class, as `dq.networks.trajectories.read_orders` takes them.
+        """
         path = self.folder / order_file(score, runs)
         if not is_done(path):
             orders = self.orders(source, score, runs)
@@ -232,7 +248,7 @@ class DifficultyCache:
 
 
 def difficulty_identity(source: ImageSource, image_size: int, settings: DifficultyConfig) -> dict[str, Any]:
-    """What decides the scores of a run beside its number."""
+    """Return what decides the scores of a run, for a digest."""
     return {
         "data": source.fingerprint,
         "image_size": image_size,
@@ -247,7 +263,9 @@ def difficulty_identity(source: ImageSource, image_size: int, settings: Difficul
 def find_difficulty(
     cache_dir: str | Path, source: ImageSource, image_size: int, settings: DifficultyConfig
 ) -> DifficultyCache:
-    """The scores of these data and settings, or those of the folder that `settings.path` names. Nothing is written.
+    """Return the cache of these data and settings, or of the folder `settings.path`.
+
+    Nothing is written.
 
     Raises:
         InputError: if the folder named holds no scores, or those of other images.
@@ -344,29 +362,25 @@ def _readable(real_data: RealData) -> tuple[Tensor, Tensor]:
 
 
 def easy_to_hard(scores: Tensor, labels: Tensor, classes: int) -> list[Tensor]:
-    """Positions (n_c,) int64 of the images of every class, the easiest (least score) first; ties go by position.
+    """Sort the images of every class by difficulty scores (n,), lowest first.
 
-    Args:
-        scores: (n,) difficulty.
-        labels: (n,) int64.
+    Returns positions (n_c,) int64; ties go by position. `labels` is (n,) int64.
     """
     positions = [(labels == c).nonzero()[:, 0] for c in range(classes)]
     return [p[scores[p].argsort(stable=True)] for p in positions]
 
 
 def rank_agreement(scores: Tensor, labels: Tensor) -> float:
-    """Mean Spearman correlation within classes between the scores of two runs, over all pairs and classes; NaN if no
-    class has scores that differ.
+    """Return the mean Spearman correlation within classes between the scores of two runs.
 
-    Args:
-        scores: (R, n), of R >= 2 runs or means of runs.
-        labels: (n,) int64.
+    Over all pairs and classes; NaN if no class has scores that differ. `scores` is (R, n), of R >= 2 runs or means of
+    runs, `labels` (n,) int64.
     """
     from scipy.stats import spearmanr
 
     values: list[float] = []
     for c in labels.unique().tolist():
-        own = scores[:, labels == c].double().numpy()
-        varied = [x for x in own if np.ptp(x) > 0]  # ranks of equal scores correlate with nothing
+        of_class = scores[:, labels == c].double().numpy()
+        varied = [x for x in of_class if np.ptp(x) > 0]  # ranks of equal scores correlate with nothing
         values += [float(spearmanr(a, b).statistic) for a, b in itertools.combinations(varied, 2)]
     return float(np.mean(values)) if values else float("nan")

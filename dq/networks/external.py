@@ -15,16 +15,17 @@ from torch import nn
 from dq.config.students import LIBRARIES
 from dq.core.errors import InputError
 
-FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load obeys it whatever its caller says
+FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # overrides the arguments of torch.load
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+def nearest_names(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message that lists similar names, empty without any."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def library_of(name: str) -> tuple[ModuleType, str]:
-    """The module that builds timm:NAME or torchvision:NAME, and NAME.
+    """Return the module that builds timm:NAME or torchvision:NAME, and NAME.
 
     Raises:
         InputError: if the library is not installed, or knows no classifier of that name.
@@ -37,9 +38,9 @@ def library_of(name: str) -> tuple[ModuleType, str]:
             f"network {name!r} needs {prefix}, which is not installed; pip install 'dq-distill[vision]'"
         ) from e
     # torchvision.models also lists detectors and video networks, in modules of their own
-    known = library.list_models() if prefix == "timm" else library.list_models(module=library)
-    if not (library.is_model(inner) if prefix == "timm" else inner in known):
-        near = _nearest(inner, known)
+    names = library.list_models() if prefix == "timm" else library.list_models(module=library)
+    if not (library.is_model(inner) if prefix == "timm" else inner in names):
+        near = nearest_names(inner, names)
         raise InputError(
             f"{prefix} has no classifier called {inner!r}{near}; list them with {LIBRARIES[prefix]}.list_models()"
         )
@@ -47,10 +48,10 @@ def library_of(name: str) -> tuple[ModuleType, str]:
 
 
 def published_outputs(name: str) -> int | None:
-    """Outputs of timm:NAME or torchvision:NAME as published, by what the library says of it; None: it says nothing.
+    """Return the number of outputs of timm:NAME or torchvision:NAME as published; None: unknown.
 
     Raises:
-        InputError: if the library or the network is not there, or it has no published weights.
+        InputError: if the library or the network does not exist, or it has no published weights.
     """
     library, inner = library_of(name)
     if name.startswith("timm:"):
@@ -64,11 +65,8 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
     """Build timm:NAME or torchvision:NAME, with the library's own published weights if `pretrained`.
 
     timm takes safetensors where they are published; the files of torchvision are those of torch.save, and are opened
-    by a reader that knows tensors only and runs no code.
-
-    Args:
-        num_classes: length of the output; None: as published.
-        image_size: side of the images in px, for networks that are built for one side.
+    by a reader of tensors only that runs no code. `num_classes` is the length of the output; None: as published.
+    `image_size` is the side of the images in px, for networks that are built for one side.
 
     Raises:
         InputError: if the library, the network or its published weights cannot be had, or not for this side.
@@ -94,20 +92,20 @@ def library_net(name: str, num_classes: int | None, image_size: int, *, pretrain
         with tensors_only():
             return (library.create_model if name.startswith("timm:") else library.get_model)(inner, **options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as e:
-        said = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+        message = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
         if pretrained:
             raise InputError(
-                f"the published weights of {name!r} cannot be had ({said}); "
+                f"the published weights of {name!r} cannot be had ({message}); "
                 "get them elsewhere, save them as safetensors and set teachers.N.path to that file"
             ) from e
         raise InputError(
-            f"network {name!r} cannot be built for {image_size} px images ({said}); choose another"
+            f"network {name!r} cannot be built for {image_size} px images ({message}); choose another"
         ) from e
 
 
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
-    """Within the block no `torch.load` of any library unpickles more than tensors."""
+    """Let `torch.load` of any library unpickle tensors only, within the block."""
     before = os.environ.get(FORCED)
     os.environ[FORCED] = "1"
     try:

@@ -23,41 +23,41 @@ C = TypeVar("C", bound=ImageCache)
 
 @dataclass(frozen=True)
 class FeatureCache(ImageCache):
-    """A teacher's features (D,) float32 of every train image."""
+    """Cache of a teacher's features (D,) float32 of every train image."""
 
     name: ClassVar[str] = "features"
     verb: ClassVar[str] = "cluster"
 
     def width(self) -> int:
-        """Number of features of an image."""
+        """Return the number of features of an image."""
         _, part, *_ = self._index[0].tolist()
         with open_tensors(self.path(part)) as f:
             return int(f.get_slice(self.name).get_shape()[1])
 
     def load_rows(self, label: int, rows: Tensor) -> Tensor:
-        """Features (n, D) of one class whose other data belong to the source rows `rows`.
+        """Load features (n, D) of one class, of the source rows `rows`.
 
         Raises:
-            RunError: if they are those of other images.
+            RunError: if they are of other images.
         """
-        features, own = self.load(label)
-        if not torch.equal(own, rows):
+        features, cached_rows = self.load(label)
+        if not torch.equal(cached_rows, rows):
             raise RunError(
-                f"{self.folder} has features of {len(own)} images that are not the {len(rows)} images of class "
-                f"{label} {self.class_names[label]!r}; delete it and give the same command again"
+                f"{self.folder} has features of {len(cached_rows)} images that are not the {len(rows)} images of "
+                f"class {label} {self.class_names[label]!r}; delete it and give the same command again"
             )
         return features
 
 
 def open_features(cache_dir: str | Path, source: ImageSource, image_size: int, teacher_digest: str) -> FeatureCache:
-    """The feature cache of this combination of data, teacher, image side in px and preprocessing."""
+    """Return the feature cache of this data, teacher, image side in px and preprocessing."""
     return open_teacher_cache(
         FeatureCache, "features", cache_dir, source, teacher_identity(source, image_size, teacher_digest)
     )
 
 
 def teacher_identity(source: ImageSource, image_size: int, teacher_digest: str) -> dict[str, Any]:
-    """What decides what a teacher sees in the train images."""
+    """Return what decides a teacher's features of the train images, for a digest."""
     return {
         "data": source.fingerprint,
         "teacher": teacher_digest,
@@ -70,7 +70,7 @@ def teacher_identity(source: ImageSource, image_size: int, teacher_digest: str) 
 def open_teacher_cache(
     kind: type[C], name: str, cache_dir: str | Path, source: ImageSource, identity: Mapping[str, Any]
 ) -> C:
-    """The cache of this identity, in a folder whose name begins with `name`."""
+    """Open the cache of this identity, in a folder whose name begins with `name`."""
     key = digest_of(identity)
     cache = kind(Path(cache_dir) / f"{name}-{key}", source.class_names, key, len(source.train))
     write_manifest(cache.folder, {**identity, "origin": source.origin})

@@ -1,4 +1,4 @@
-"""A network as a function of one vector of all its parameters."""
+"""Network as a function of one vector of all its parameters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from dq.networks.zoo import make_net
 
 
 class Cut(NamedTuple):
-    """Where a share of the parameters ends."""
+    """End of a share of the parameters."""
 
-    first: int  # index of the first parameter behind the cut
+    first: int  # index of the first parameter after the cut
     layer: str  # that holds it
     share: float  # of this layer's parameters before the cut
 
 
 class FlatNet:
-    """A network of `make_net` as a function of its parameters (P,), which stand in the order of registration, the
-    weight of a layer before its bias: for a ConvNet from the shallowest to the deepest."""
+    """Network of `make_net` as a function of its parameters (P,).
+
+    They are in the order of registration, the weight of a layer before its bias: for a ConvNet from the shallowest to
+    the deepest.
+    """
 
     def __init__(self, name: str, num_classes: int, image_size: int) -> None:
         """Build the network's structure; its own weights are never used.
@@ -53,20 +56,23 @@ class FlatNet:
         return next(self.net.parameters()).device
 
     def initial(self, seed: int) -> Tensor:
-        """Freshly drawn parameters (P,) float32 on the CPU."""
+        """Draw initial parameters (P,) float32 on the CPU."""
         net = make_net(self.name, self.classes, self.side, seed=seed)
         return torch.cat([p.detach().flatten() for p in net.parameters()])
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, 3, S, S) for parameters (P,), differentiable any number of times in both."""
-        parts = zip(self.names, theta.split(self.sizes), self.shapes)
+        """Return logits (B, C) of images (B, 3, S, S) for parameters (P,).
+
+        They are differentiable any number of times in both.
+        """
+        parts = zip(self.names, theta.split(self.sizes), self.shapes, strict=True)
         return functional_call(self.net, {name: part.view(shape) for name, part, shape in parts}, (x,))
 
     def cut(self, share: float) -> Cut:
-        """The place behind the first `share` of all parameters, in [0, 1)."""
+        """Return the position after the first `share` of all parameters, in [0, 1)."""
         index = int(share * self.size)
         layers: dict[str, int] = {}
-        for name, size in zip(self.names, self.sizes):
+        for name, size in zip(self.names, self.sizes, strict=True):
             layer = name.rpartition(".")[0]
             layers[layer] = layers.get(layer, 0) + size
         begin = 0

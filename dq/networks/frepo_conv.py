@@ -1,4 +1,4 @@
-"""The ConvNet of FRePo (Zhou et al. 2022, arXiv 2206.00719): norm before convolution, and a width that doubles."""
+"""ConvNet of FRePo (Zhou et al. 2022, arXiv 2206.00719): norm before convolution, doubling width."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ TRUNCATED_STD = 0.87962566103423978  # of a standard normal law cut at two stand
 
 
 class FrepoConv(nn.Module):
-    """`depth` blocks of [norm, but in the first] -> conv 3x3 of width 128, 256, ... -> ReLU -> 2x2 average pool, then
+    """ConvNet of FRePo.
+
+    `depth` blocks of [norm, but in the first] -> conv 3x3 of width 128, 256, ... -> ReLU -> 2x2 average pool, then
     a linear classifier on the flattened maps. LeCun-normal weights, zero biases. A side that the pools do not divide
-    gets more padding in the first convolution, as the released code pads 28 px to 32."""
+    gets more padding in the first convolution, as the released code pads 28 px to 32.
+    """
 
     def __init__(
         self, depth: int, num_classes: int, image_size: int, norm: Callable[[int], nn.Module], width: int = 128
@@ -38,8 +41,10 @@ class FrepoConv(nn.Module):
 
 
 def lecun_normal_(layer: nn.Conv2d | nn.Linear) -> None:
-    """Weights from a normal law of variance 1 / fan-in, cut at two standard deviations of the uncut law; zero biases.
-    The initialization of Flax."""
+    """Initialize a layer by LeCun-normal weights and zero biases, as Flax does.
+
+    The normal law has variance 1 / fan-in and is cut at two standard deviations of the uncut law.
+    """
     std = math.sqrt(1 / layer.weight[0].numel()) / TRUNCATED_STD
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     if layer.bias is not None:

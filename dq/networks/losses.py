@@ -1,4 +1,4 @@
-"""Losses of the images of a batch, by labels of classes or by a teacher's logits."""
+"""Losses of images by classes or by a teacher's logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dq.config.students import StudentConfig
 def image_losses(
     logits: Tensor, y: Tensor, partner_y: Tensor, share: float, teacher: Tensor | None, config: StudentConfig
 ) -> Tensor:
-    """Loss of each image of a batch, (B,), in float32, by `config.loss`.
+    """Return the loss of each image of a batch, (B,) float32.
 
     Args:
         logits: (B, C) of the student.
@@ -33,7 +33,10 @@ def image_losses(
 
 
 def hard_loss(logits: Tensor, y: Tensor, partner_y: Tensor, share: float) -> Tensor:
-    """Cross-entropy with the class; in a mix, share CE(class) + (1 - share) CE(class of the partner)."""
+    """Return the cross-entropy with the class.
+
+    In a mix: share CE(class) + (1 - share) CE(class of the partner).
+    """
     loss = F.cross_entropy(logits, y, reduction="none")
     if share == 1:
         return loss
@@ -41,16 +44,16 @@ def hard_loss(logits: Tensor, y: Tensor, partner_y: Tensor, share: float) -> Ten
 
 
 def kl_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(logits / T))."""
+    """Return KL(softmax(teacher / T) || softmax(logits / T))."""
     student, target = F.log_softmax(logits / temperature, 1), F.log_softmax(teacher / temperature, 1)
     return F.kl_div(student, target, reduction="none", log_target=True).sum(1)
 
 
 def squared_error(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Half the sum over classes of (logits - teacher)^2 (FRePo)."""
+    """Return half the sum over classes of (logits - teacher)^2 (FRePo)."""
     return 0.5 * (logits - teacher).square().sum(1)
 
 
 def squared_error_and_class(logits: Tensor, teacher: Tensor, y: Tensor, weight: float) -> Tensor:
-    """Mean over classes of (logits - teacher)^2, plus `weight` times the cross-entropy with the class (EDC)."""
+    """Return the mean squared error plus `weight` times the cross-entropy (EDC)."""
     return (logits - teacher).square().mean(1) + weight * F.cross_entropy(logits, y, reduction="none")

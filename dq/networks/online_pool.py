@@ -1,4 +1,4 @@
-"""Pool of networks trained online on a changing set and replaced after some steps (FRePo).
+"""Pool of networks trained online on a changing set (FRePo).
 
 Zhou et al. 2022, arXiv 2206.00719, as released. Random numbers come from streams of one seed: initial weights from
 a network's index and generation, the choice of a network and the rows of its training step from the step's number.
@@ -98,12 +98,12 @@ class OnlinePool:
         They are the last layer's inputs in evaluation mode, (B, 3, S, S) -> (B, d). Parameters get no gradients.
         """
         net = self.members[i].net
-        with evaluation_mode(net), head_inputs(net) as seen, _frozen(net):
+        with evaluation_mode(net), head_inputs(net) as inputs, _frozen(net):
 
             def features(x: Tensor) -> Tensor:
-                seen.clear()
+                inputs.clear()
                 net(x)
-                return seen.pop().flatten(1)
+                return inputs.pop().flatten(1)
 
             yield features
 

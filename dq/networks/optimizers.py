@@ -15,16 +15,14 @@ from dq.core.errors import InputError
 def muon_groups(
     model: nn.Module, output_layers: Sequence[str] = (), *, convolutions: bool = False
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Hidden matrices, for Muon, and all other parameters, for AdamW, both by name (Jordan et al. 2024).
+    """Split parameters into hidden matrices, for Muon, and others, for AdamW (Jordan et al. 2024).
 
-    Hidden matrices are the weights (out, in) of linear layers except output layers. Embeddings, convolutions, norms
-    and biases go to AdamW. Parameters that need no gradient are in neither.
+    Both by name. Hidden matrices are the weights (out, in) of linear layers except output layers. Embeddings,
+    convolutions, norms and biases go to AdamW. Parameters that need no gradient are in neither.
 
-    Args:
-        output_layers: last parts of the names of modules that are output layers; none: the last linear layer, or the
-            last convolution where there is no linear layer and convolutions count.
-        convolutions: whether kernels (out, in, h, w) of convolutions are hidden matrices (out, in h w), the first
-            layer's included, as in Jordan's networks for CIFAR-10.
+    `output_layers` are last parts of the names of modules that are output layers; none: the last linear layer, or the
+    last convolution where there is no linear layer and convolutions count. With `convolutions`, kernels (out, in, h,
+    w) are hidden matrices (out, in h w), the first layer's included, as in Jordan's networks for CIFAR-10.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     kernels = {name: m for name, m in model.named_modules() if convolutions and isinstance(m, nn.Conv2d)}
@@ -46,7 +44,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         hidden: parameters of two or four dimensions.
-        rest: groups of the other parameters, as `torch.optim.AdamW` takes them.
+        others: groups of the other parameters, as `torch.optim.AdamW` takes them.
         lr: of both.
         weight_decay: of the hidden matrices.
 
@@ -55,28 +53,28 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, hidden: Sequence[nn.Parameter], rest: Sequence[dict[str, Any]], *, lr: float, weight_decay: float
+        self, hidden: Sequence[nn.Parameter], others: Sequence[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise InputError(f"optimizer=muon needs torch 2.9 or newer, not {torch.__version__}; take adamw")
         if not hidden:
             raise InputError("optimizer=muon needs a network with hidden matrices, and this one has none; take adamw")
-        super().__init__([*hidden, *(p for group in rest for p in group["params"])], {"lr": lr})
+        super().__init__([*hidden, *(p for group in others for p in group["params"])], {"lr": lr})
         self.hidden = tuple(hidden)
         self.matrices = tuple(nn.Parameter(as_matrix(p.detach(), p)) for p in hidden)
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         self.muon = torch.optim.Muon(self.matrices, **options)
-        self.adamw = torch.optim.AdamW(rest, lr=lr)
+        self.adamw = torch.optim.AdamW(others, lr=lr)
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Step of both optimizers."""
+        """Step both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for matrix, p in zip(self.matrices, self.hidden):
+        for matrix, p in zip(self.matrices, self.hidden, strict=True):
             matrix.data = as_matrix(p.detach(), p)
             matrix.grad = None if p.grad is None else as_matrix(p.grad, p)
         self.muon.step()
@@ -84,19 +82,19 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of both, whatever `set_to_none` says of zeros."""
+        """Reset the gradients of both; those of hidden matrices to None in any case."""
         for p in self.hidden:
             p.grad = None
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """States by number, hidden matrices first, and the groups of both."""
+        """Return states by number, hidden matrices first, and the groups of both."""
         first, second = self.muon.state_dict(), self.adamw.state_dict()
         states = first["state"] | {len(self.hidden) + i: state for i, state in second["state"].items()}
         return {"state": states, "param_groups": [*first["param_groups"], *second["param_groups"]]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Load the result of `state_dict`."""
         groups, n = state_dict["param_groups"], len(self.hidden)
         first = {i: state for i, state in state_dict["state"].items() if i < n}
         second = {i - n: state for i, state in state_dict["state"].items() if i >= n}
@@ -106,10 +104,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def as_matrix(x: Tensor, p: Tensor) -> Tensor:
-    """x, of the shape of p, as a matrix (out, rest) in the order of p's memory; of p itself a view.
+    """Reshape x, of the shape of p, to a matrix (out, in h w).
 
-    Kernels in the layout `channels_last` become (out, h w in): orthogonalization does not depend on the order of
-    columns.
+    Its columns are in the order of p's memory.
+
+    The result for p itself is a view. Kernels in the layout `channels_last` become (out, h w in): orthogonalization
+    does not depend on the order of columns.
     """
     if p.ndim == 4 and not p.is_contiguous():
         return x.permute(0, 2, 3, 1).reshape(len(x), -1)

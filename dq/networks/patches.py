@@ -1,4 +1,4 @@
-"""Patches: the crops of real images that a teacher recognizes best, as RDED cuts them."""
+"""Patches: crops of real images that a teacher recognizes best (RDED)."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def patch_images(
     for label in range(len(source.class_names)) if classes is None else classes:
         class_rows = rows[source.train.labels[rows] == label]
         order = torch.randperm(len(class_rows), generator=generator(seed, "patch pool", label))
-        drawn = np.sort(class_rows[order[: recipe.pool].numpy()])
-        scored = _score_patches(source, drawn, label, recipe, teacher, seed)
+        pool_rows = np.sort(class_rows[order[: recipe.pool].numpy()])
+        scored = _score_patches(source, pool_rows, label, recipe, teacher, seed)
         number = min(ipc, len(scored.rows) // tiles)
         if not number:
             raise InputError(

@@ -1,5 +1,4 @@
-"""Pools of weak teachers (Teddy): networks at early stages of training, or pruned copies of a trained one, cached with
-their accuracies."""
+"""Pools of weak teachers (Teddy): early checkpoints or pruned copies."""
 
 from __future__ import annotations
 
@@ -32,7 +31,9 @@ class TeacherPool:
 
     @staticmethod
     def load(folder: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu") -> TeacherPool:
-        """Open a pool. Every teacher's weight in a mean is its accuracy on validation images.
+        """Open a pool.
+
+        Every teacher's weight in a mean is its accuracy on validation images.
 
         Raises:
             InputError: if the folder holds no finished pool, or one without usable members.
@@ -55,20 +56,20 @@ class TeacherPool:
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
-        """All that label."""
+        """Members and base, all of which label."""
         return (*self.members, *([] if self.base is None else [self.base]))
 
     def sample(self, step: int, seed: int) -> Teacher:
-        """The member of a step, uniform and drawn from (seed, step) alone."""
+        """Draw the member of a step uniformly, from (seed, step) alone."""
         return self.members[member_of_step(step, len(self.members), seed)]
 
     def ensemble_logits(self, images: Tensor) -> Tensor:
-        """Mean logits (N, C) float32 of all teachers, weighted by accuracy, for images (N, 3, S, S)."""
+        """Return mean logits (N, C) float32 of all teachers, weighted by accuracy, for images (N, 3, S, S)."""
         return pooled_logits(self.teachers, images)
 
 
 def member_of_step(step: int, members: int, seed: int) -> int:
-    """Which of a number of teachers a step sees: uniform, drawn from (seed, step) alone."""
+    """Draw the index of a step's teacher uniformly, from (seed, step) alone."""
     return random.Random(derive_seed(seed, "teacher", step)).randrange(members)
 
 
@@ -87,14 +88,16 @@ def _member(
 
 
 def resize_to(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a network the weights of a structurally pruned copy of it: layers take the shapes of `state`, in place.
+    """Load the weights of a structurally pruned copy of a network in place.
+
+    Layers take the shapes of `state`.
 
     Raises:
         InputError: if the names differ.
     """
-    own = net.state_dict()
-    if own.keys() != state.keys():
-        strange = sorted(own.keys() ^ state.keys())
+    expected = net.state_dict()
+    if expected.keys() != state.keys():
+        strange = sorted(expected.keys() ^ state.keys())
         raise InputError(
             f"the weights are not of this network: {strange[0]!r} is in one of them only; if an earlier version of dq "
             "saved them, make them again (`dq train-pool`, `dq train-teachers`)"
@@ -121,13 +124,11 @@ def resize_to(net: nn.Module, state: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def reestimate_bn(net: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Replace the running statistics of batch norm by cumulative averages over these inputs; weights stay.
+    """Replace the running statistics of batch norm by cumulative averages.
 
-    An exponential average at momentum 0.1 remembers a few dozen batches, of weights that were moving. The network
-    ends in evaluation mode.
-
-    Args:
-        batches: normalized images (B, 3, S, S) each, on the network's device; all count alike, whatever their size.
+    An exponential average at momentum 0.1 covers a few dozen batches, of weights that were changing. The network ends
+    in evaluation mode. Batches are normalized images (B, 3, S, S) on the network's device; all count alike, whatever
+    their size.
     """
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
@@ -140,6 +141,6 @@ def reestimate_bn(net: nn.Module, batches: Sequence[Tensor]) -> None:
         for x in batches:
             net(x)
     finally:
-        for m, momentum in zip(norms, momenta):
+        for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
         net.eval()

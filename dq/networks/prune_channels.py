@@ -11,15 +11,12 @@ from dq.core.errors import InputError
 
 
 def prune(net: nn.Module, image_size: int, ratio: float, criterion: str, *, seed: int) -> nn.Module:
-    """A copy of a network without this share of its channels, structurally pruned group by group (DepGraph, Fang et
-    al. 2023, by the torch-pruning library).
+    """Return a copy of a network without a share `ratio` of its channels (DepGraph, Fang et al. 2023).
 
-    The channels of the classifier's output stay. Of a network whose shortcuts pad channels with zeros only the inner
-    channels of its blocks are pruned, since no group of channels runs through such a shortcut.
-
-    Args:
-        criterion: "magnitude" takes the channels with the least norm of weights, "random" any.
-        seed: of the random criterion.
+    Structurally pruned group by group by the torch-pruning library. The channels of the classifier's output stay. Of a
+    network whose shortcuts pad channels with zeros only the inner channels of its blocks are pruned, since no group of
+    channels runs through such a shortcut. `criterion` "magnitude" removes the channels with the smallest norm of
+    weights, "random" any, drawn by `seed`.
 
     Raises:
         InputError: if torch-pruning is not installed, or cannot prune the network.
@@ -55,9 +52,9 @@ def prune(net: nn.Module, image_size: int, ratio: float, criterion: str, *, seed
         with torch.no_grad():
             copied(example)
     except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, ValueError) as e:
-        said = " ".join(str(e).split())[:120]
+        message = " ".join(str(e).split())[:120]
         raise InputError(
-            f"torch-pruning cannot prune this {type(net).__name__} ({type(e).__name__}: {said}); choose another "
+            f"torch-pruning cannot prune this {type(net).__name__} ({type(e).__name__}: {message}); choose another "
             "train_pool.base, or train_pool.generation=prior"
         ) from e
     return copied

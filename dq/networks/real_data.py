@@ -1,4 +1,4 @@
-"""What all trainings of an evaluation share: real test, validation and train images, teachers, preprocessing."""
+"""Real test, validation and train images, teachers and preprocessing that trainings share."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from dq.networks.training import Pixels, normalizer
 
 log = logging.getLogger("dq")
 
-READ_AT_ONCE = 2000  # images
+CHUNK = 2000  # images
 STATISTICS_IMAGES = 5000
 POOLED_SIDE = 8  # px, of images that stand in for features where there is no teacher
 
 
 @dataclass(frozen=True)
 class RealData:
-    """Real data at the students' size, and what is derived from it once."""
+    """Real data at the students' size, and what is derived from it, cached."""
 
     source: ImageSource
     image_size: int
@@ -49,7 +49,7 @@ class RealData:
     validation_rows: np.ndarray  # of train; empty if no student chooses its epoch on them
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    # how the difficulty of train images is measured, for baselines that go by it
+    # how the difficulty of train images is measured, for baselines that use it
     difficulty: DifficultyConfig = dataclasses.field(default_factory=DifficultyConfig)
     _cache: dict[str, object] = dataclasses.field(default_factory=dict)
 
@@ -58,9 +58,9 @@ class RealData:
         return len(self.source.class_names)
 
     @property
-    def world(self) -> list[object]:
-        """What decides real images, for digests."""
-        return world_of(self.source, self.image_size, self.validation_rows)
+    def identity(self) -> list[object]:
+        """Return what decides real images, for digests."""
+        return identity_of(self.source, self.image_size, self.validation_rows)
 
     @property
     def candidates(self) -> np.ndarray:
@@ -68,18 +68,21 @@ class RealData:
         return np.setdiff1d(np.arange(len(self.source.train)), self.validation_rows)
 
     def read(self, split: Split, rows: Sequence[int] | np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) uint8 and labels (n,); with `scale`, resized to scale * S and cut to the center."""
+        """Read images (n, 3, S, S) uint8 and labels (n,).
+
+        With `scale`, images are resized to scale * S and cropped to the center.
+        """
         side = round(self.image_size * scale)
         s = self.source
-        images, kept, bad = read_images(split, rows, side, s.preprocess, on_bad=s.on_bad_image)
+        images, read, bad = read_images(split, rows, side, s.preprocess, on_bad=s.on_bad_image)
         if bad:
             log.warning("%d of %d images of split %r are left out, first: %s", len(bad), len(rows), split.name, bad[0])
         edge = (side - self.image_size) // 2
-        cut = slice(edge, edge + self.image_size)
-        return images[:, :, cut, cut].contiguous(), torch.from_numpy(split.labels[kept])
+        center = slice(edge, edge + self.image_size)
+        return images[:, :, center, center].contiguous(), torch.from_numpy(split.labels[read])
 
     def test(self, scale: float) -> tuple[Tensor, Tensor]:
-        """The test split."""
+        """Return images and labels of the test split."""
         return self._once(f"test {scale}", lambda: self._read_test(scale))
 
     def _read_test(self, scale: float) -> tuple[Tensor, Tensor]:
@@ -93,31 +96,31 @@ class RealData:
         return images, labels
 
     def validation(self, scale: float) -> tuple[Tensor, Tensor] | None:
-        """The validation part of train; None if there is none."""
+        """Return images and labels of the validation part, if any."""
         if not len(self.validation_rows):
             return None
         return self._once(f"val {scale}", lambda: self.read(self.source.train, self.validation_rows, scale))
 
     def pixels(self, config: StudentConfig) -> Pixels:
-        """What a student's images go through before the network."""
+        """Return the preprocessing of a student's images."""
         if config.whiten and config.zca == "frepo":
             return self.frepo_whitening()
         return self._once("zca", self._zca) if config.whiten else normalizer(self.mean, self.std)
 
     def frepo_whitening(self) -> Whitening:
-        """FRePo's preprocessing, fitted on the train images that baselines may use."""
+        """Return FRePo's preprocessing, fitted on the train images that baselines may use."""
         return self._once("whitening", self._whitening)
 
     def _whitening(self) -> Whitening:
         check_whitened(self.image_size, "frepo")
-        path = self.cache_dir / f"whitening-{digest_of(self.world)}.safetensors"
+        path = self.cache_dir / f"whitening-{digest_of(self.identity)}.safetensors"
         if not is_done(path):
             log.info("fitting whitening on %d train images", len(self.candidates))
             write_tensors(path, fit_whitening(self.read(self.source.train, self.candidates)[0]).tensors())
         return Whitening(**read_tensors(path)[0]).to(self.device)
 
     def mtt_whitening(self) -> Whitening:
-        """MTT's ZCA, fitted on the same images, with its inverse."""
+        """Return MTT's ZCA with its inverse, fitted on the same images."""
         return self._once("mtt whitening", lambda: self._once("zca", self._zca).whitening())
 
     def _once(self, key: str, make: Callable):
@@ -127,7 +130,7 @@ class RealData:
 
     def _zca(self) -> Zca:
         check_whitened(self.image_size)
-        path = self.cache_dir / f"zca-{digest_of(self.world)}.safetensors"
+        path = self.cache_dir / f"zca-{digest_of(self.identity)}.safetensors"
         if not is_done(path):
             log.info("fitting ZCA on %d train images", len(self.candidates))
             zca = fit_zca(self.read(self.source.train, self.candidates)[0])
@@ -136,15 +139,17 @@ class RealData:
         return Zca(tensors["mean"], tensors["matrix"])
 
     def soften(self, images: Tensor) -> Tensor:
-        """Mean logits (N, C) of the teachers for stored images."""
+        """Return mean logits (N, C) of the teachers for stored images."""
         if not self.teachers:
             raise InputError("labels=fixed need a teacher or labels in the set; set teachers, or use labels=hard")
         return pooled_logits(self.teachers, images)
 
     def features(self) -> Tensor:
-        """Features (n, D) float32 of all train images, for selection baselines: the input of the first teacher's last
-        layer, or without teachers the image shrunk to 8 x 8 px. Kept in the cache folder; those of a teacher are the
-        same files that a run clusters by. Rows of images that cannot be read are NaN.
+        """Return features (n, D) float32 of all train images, for selection baselines.
+
+        They are the input of the first teacher's last layer, or without teachers the image shrunk to 8 x 8 px, and are
+        cached; those of a teacher are the same files that a run clusters by. Rows of images that cannot be read are
+        NaN.
 
         Raises:
             InputError: if an image cannot be read and `source.on_bad_image` is not skip, or none of a class can be.
@@ -158,49 +163,50 @@ class RealData:
         return self._by_row(torch.cat([f for f, _ in shards]), torch.cat([rows for _, rows in shards]))
 
     def _pooled_features(self) -> Tensor:
-        path = self.cache_dir / f"features-{digest_of([self.world[:4], 'pooled'])}.safetensors"
+        path = self.cache_dir / f"features-{digest_of([self.identity[:4], 'pooled'])}.safetensors"
         if not is_done(path):
             write_tensors(path, {"features": self._of_train(lambda images, _: _pooled(images), "features")})
         return read_tensors(path)[0]["features"]
 
     def predictions(self) -> dict[str, Tensor]:
-        """What the first teacher says of all train images, for selection baselines: `probability` (n,) float32 of the
-        image's class, and `entropy` (n,) of the prediction; NaN for images that cannot be read. Kept in the
-        cache folder.
+        """Return the first teacher's predictions of all train images, for selection baselines.
+
+        `probability` (n,) float32 is that of the image's class, `entropy` (n,) of the prediction; NaN for images that
+        cannot be read. They are cached.
 
         Raises:
             InputError: if an image cannot be read and `source.on_bad_image` is not skip.
         """
         teacher = self.teachers[0]
-        path = self.cache_dir / f"predictions-{digest_of([self.world[:4], teacher.digest])}.safetensors"
+        path = self.cache_dir / f"predictions-{digest_of([self.identity[:4], teacher.digest])}.safetensors"
         if not is_done(path):
 
-            def look(images: Tensor, labels: Tensor) -> Tensor:
+            def predict(images: Tensor, labels: Tensor) -> Tensor:
                 p = teacher.logits(images).softmax(1)
                 return torch.stack([p.gather(1, labels[:, None])[:, 0], torch.special.entr(p).sum(1)], 1)
 
-            probability, entropy = self._of_train(look, "predictions").T.contiguous()
+            probability, entropy = self._of_train(predict, "predictions").T.contiguous()
             write_tensors(path, {"probability": probability.clone(), "entropy": entropy.clone()})
         return read_tensors(path)[0]
 
-    def _of_train(self, look: Callable[[Tensor, Tensor], Tensor], desc: str) -> Tensor:
-        """Rows (n, ...) that `look` gives for images and labels of all of train; NaN for those that cannot be read."""
+    def _of_train(self, compute: Callable[[Tensor, Tensor], Tensor], desc: str) -> Tensor:
+        """Rows (n, ...) that `compute` gives for images and labels of train; NaN for those that cannot be read."""
         s, parts, rows = self.source, [], []
-        chunks = np.array_split(np.arange(len(s.train)), max(1, len(s.train) // READ_AT_ONCE))
+        chunks = np.array_split(np.arange(len(s.train)), max(1, len(s.train) // CHUNK))
         for chunk in progress(chunks, desc=desc, unit="chunk"):
-            images, kept, _ = read_images(s.train, chunk, self.image_size, s.preprocess, on_bad=s.on_bad_image)
-            if len(kept):
-                parts.append(look(images, torch.from_numpy(s.train.labels[kept])))
-                rows += kept
+            images, read, _ = read_images(s.train, chunk, self.image_size, s.preprocess, on_bad=s.on_bad_image)
+            if len(read):
+                parts.append(compute(images, torch.from_numpy(s.train.labels[read])))
+                rows += read
         if not rows:
             raise InputError(f"no train image of {s.origin} can be read; replace the split")
         return self._by_row(torch.cat(parts), torch.tensor(rows))
 
     def _by_row(self, values: Tensor, rows: Tensor) -> Tensor:
         """Values (m, ...) of m rows of train as (n, ...) by row, NaN in the others."""
-        whole = torch.full((len(self.source.train), *values.shape[1:]), torch.nan)
-        whole[rows] = values.float()
-        return whole
+        by_row = torch.full((len(self.source.train), *values.shape[1:]), torch.nan)
+        by_row[rows] = values.float()
+        return by_row
 
 
 def _pooled(images: Tensor) -> Tensor:
@@ -208,7 +214,7 @@ def _pooled(images: Tensor) -> Tensor:
 
 
 def check_whitened(image_size: int, zca: Literal["mtt", "frepo"] = "mtt") -> None:
-    """Whether images of this side (px) are small enough to be whitened as MTT or FRePo whiten them.
+    """Check that images of this side (px) can be whitened.
 
     Raises:
         InputError: above 64 px, or 128 px for FRePo, which splits larger images in four.
@@ -220,13 +226,16 @@ def check_whitened(image_size: int, zca: Literal["mtt", "frepo"] = "mtt") -> Non
         raise InputError(f"whiten needs a matrix of all pixel pairs, too large at {image_size} px; leave it out")
 
 
-def world_of(source: ImageSource, image_size: int, validation: np.ndarray) -> list[object]:
-    """What decides real images, for digests."""
+def identity_of(source: ImageSource, image_size: int, validation: np.ndarray) -> list[object]:
+    """Return what decides real images, for digests."""
     return [source.fingerprint, image_size, source.preprocess, "raise", len(validation)]
 
 
 def rows_set_aside(source: ImageSource, evaluate: EvaluateConfig, students: Iterable[StudentConfig]) -> np.ndarray:
-    """Rows of train that are set aside for validation; none if no student chooses its epoch on them."""
+    """Return the rows of train set aside for validation.
+
+    None are, if no student chooses its epoch on them.
+    """
     if any(s.tests > 1 and s.select == "validation" for s in students):
         return validation_rows(source.train.labels, evaluate.validation_images)
     return np.array([], np.int64)
@@ -270,7 +279,7 @@ def load_real_data(
 def check_taught(
     evaluate: EvaluateConfig, students: Iterable[StudentConfig], teachers: Sequence[TeacherConfig]
 ) -> None:
-    """Someone labels what has to be labelled.
+    """Check that there is a teacher where labels or baselines need one.
 
     Raises:
         InputError: if students or baselines need a teacher and none is named.

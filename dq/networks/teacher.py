@@ -22,7 +22,7 @@ IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained classifier with the way in which it wants its images."""
+    """Trained classifier with its normalization and classes."""
 
     net: nn.Module
     mean: tuple[float, ...]
@@ -37,13 +37,14 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """`differentiable` without recording gradients."""
+        """Return `differentiable` without recording gradients."""
         return self.differentiable(x)
 
     def differentiable(self, x: Tensor) -> Tensor:
-        """Logits (B, C) float32 of float pixels (B, 3, S, S) in [0, 1], both on the teacher's device.
+        """Return logits (B, C) float32 of float pixels (B, 3, S, S) in [0, 1].
 
-        The network is left in the mode it is in, training or evaluation; gradients reach x and no weight.
+        Both are on the teacher's device. The network stays in its mode, training or evaluation; gradients reach x and
+        no weight.
         """
         if self.image_size is not None and x.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
@@ -54,28 +55,35 @@ class Teacher:
         return logits if self.classes is None else logits[:, constant(self.classes, logits.device, torch.int64)]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits (N, C) float32 on the CPU of images (N, 3, H, W), uint8 or float in [0, 1], in evaluation mode."""
+        """Return logits (N, C) float32 on the CPU in evaluation mode.
+
+        Images (N, 3, H, W) are uint8 or float in [0, 1].
+        """
         with evaluation_mode(self.net):
             return self.in_batches(images, lambda x: self(x).cpu())
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last linear layer sees of images (N, 3, H, W), in evaluation mode: (N, D) float32 on the CPU. For
-        a network without a linear layer, what its last convolution sees."""
-        with evaluation_mode(self.net), head_inputs(self.net) as seen:
+        """Return inputs (N, D) of the last linear layer, float32 on the CPU, in evaluation mode.
 
-            def look(x: Tensor) -> Tensor:
-                seen.clear()
+        Images are (N, 3, H, W). For a network without a linear layer, those of its last convolution.
+        """
+        with evaluation_mode(self.net), head_inputs(self.net) as inputs:
+
+            def features(x: Tensor) -> Tensor:
+                inputs.clear()
                 self(x)
-                return seen[-1].flatten(1).float().cpu()
+                return inputs[-1].flatten(1).float().cpu()
 
-            return self.in_batches(images, look)
+            return self.in_batches(images, features)
 
-    def in_batches(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `look` gives for all images (N, 3, H, W), in batches that fit: float pixels (B, 3, H, W) in [0, 1] on
-        the teacher's device."""
+    def in_batches(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a function to all images (N, 3, H, W) in batches that fit into memory.
+
+        It takes float pixels (B, 3, H, W) in [0, 1] on the teacher's device.
+        """
 
         def one(x: Tensor) -> Tensor:
-            return run_with_batch_backoff("teacher", len(x), lambda s: look(x[s]), like=(self.digest, *x.shape[1:]))
+            return run_with_batch_backoff("teacher", len(x), lambda s: compute(x[s]), like=(self.digest, *x.shape[1:]))
 
         return torch.cat([one(x) for x in self._batches(images)])
 
@@ -86,43 +94,47 @@ class Teacher:
 
 
 def pooled_logits(teachers: Sequence[Teacher], images: Tensor) -> Tensor:
-    """`average_logits` of `Teacher.logits`: (N, C) float32 on the CPU."""
+    """Return `average_logits` of `Teacher.logits`, (N, C) float32 on the CPU."""
     return average_logits([t.logits(images) for t in teachers], [t.weight for t in teachers])
 
 
 def average_logits(logits: Sequence[Tensor], weights: Sequence[float], *, probabilities: bool = False) -> Tensor:
-    """Weighted mean of several teachers' logits (N, C), as EDC and CV-DD average; or the log of the weighted mean of
-    their probabilities."""
+    """Average several teachers' logits (N, C) by weights, as EDC and CV-DD do.
+
+    With `probabilities`, return the log of the weighted mean of their probabilities.
+    """
     if len(logits) == 1:
         return logits[0]
     shares = [w / sum(weights) for w in weights]
     if probabilities:
-        logs = [F.log_softmax(x, 1) + math.log(s) for x, s in zip(logits, shares)]
+        logs = [F.log_softmax(x, 1) + math.log(s) for x, s in zip(logits, shares, strict=True)]
         return torch.logsumexp(torch.stack(logs), 0)
     total = logits[0] * shares[0]
-    for x, share in zip(logits[1:], shares[1:]):
+    for x, share in zip(logits[1:], shares[1:], strict=True):
         total = total + x * share
     return total
 
 
 @contextlib.contextmanager
-def head_inputs(net: nn.Module, *, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """A list to which every forward pass within the block adds what the last linear layer sees; stays empty if it is
-    not `wanted`."""
-    seen: list[Tensor] = []
-    if not wanted:
-        yield seen
+def head_inputs(net: nn.Module, *, enabled: bool = True) -> Iterator[list[Tensor]]:
+    """Collect the last linear layer's inputs of every forward pass within the block.
+
+    The list stays empty unless `enabled`.
+    """
+    inputs: list[Tensor] = []
+    if not enabled:
+        yield inputs
         return
-    hook = _head(net)[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = head_of(net)[1].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
-        yield seen
+        yield inputs
     finally:
         hook.remove()
 
 
 @contextlib.contextmanager
 def evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, and every module back in its own mode after it."""
+    """Set evaluation mode inside the block, and restore all modes after it."""
     training = [m for m in net.modules() if m.training]
     net.eval()
     try:
@@ -132,10 +144,10 @@ def evaluation_mode(net: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def _head(net: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the last linear layer, or of the last convolution if there is none."""
+def head_of(net: nn.Module) -> tuple[str, nn.Module]:
+    """Return the last linear layer or else convolution, with its name."""
     for kind in (nn.Linear, nn.Conv2d):
-        found = [(name, m) for name, m in net.named_modules() if isinstance(m, kind)]
-        if found:
-            return found[-1]
+        layers = [(name, m) for name, m in net.named_modules() if isinstance(m, kind)]
+        if layers:
+            return layers[-1]
     raise InputError(f"{type(net).__name__} has neither a linear layer nor a convolution; choose another network")

@@ -1,4 +1,4 @@
-"""The check that a teacher knows the classes of the data."""
+"""Check that a teacher's outputs are the classes of the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEACHERS = "teachers.N"  # the setting that messages name
 
 @contextlib.contextmanager
 def naming(setting: str) -> Iterator[None]:
-    """A block whose refusals of a teacher name the setting that it stands in, such as generate.select_teacher.
+    """Name the setting of a teacher in errors of the block, such as generate.select_teacher.
 
     Raises:
         InputError: that of the block, with `setting` in place of teachers.N, or in front where it names no setting.
@@ -34,7 +34,12 @@ def naming(setting: str) -> Iterator[None]:
         raise InputError(message.replace(TEACHERS, setting) if TEACHERS in message else f"{setting}: {message}") from e
 
 
-def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> None:
+def check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> None:
+    """Check that a teacher has one output for each class.
+
+    Raises:
+        InputError: if not, or if an output is listed that the network does not have.
+    """
     chosen = config.classes
     if chosen is None:
         if outputs < num_classes:
@@ -62,10 +67,10 @@ def _check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> Non
 
 
 def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, image_size: int) -> float:
-    """Accuracy of the teacher on real train images; stops near chance, where the class order is the usual cause.
+    """Return the accuracy of the teacher on real train images; an error near chance.
 
-    A teacher has usually seen them, so this says nothing of its quality; but it shows that classes and normalization
-    fit, and leaves the test images alone.
+    A teacher was usually trained on them, so this does not measure its quality; but it shows that classes and
+    normalization fit, without a test image. The usual cause of an accuracy near chance is the order of classes.
 
     Raises:
         InputError: if the accuracy is less than a tenth of the way from chance to 1, or within three standard errors.
@@ -85,7 +90,7 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
     floor = max(chance + 0.1 * (1 - chance), chance + 3 * (chance * (1 - chance) / len(rows)) ** 0.5)
     if accuracy >= floor:
         return accuracy
-    said = (
+    message = (
         f"the teacher {config.path} gets {accuracy:.1%} of {len(rows)} real train images right, near the chance of "
         f"{chance:.1%}: its class order or input normalization is probably not that of {source.origin}"
     )
@@ -93,15 +98,15 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
     if reordered >= max(0.5, 3 * accuracy):
         order = class_order(predicted, labels, num_classes)
         classes = [teacher.classes[c] if teacher.classes else c for c in order]
-        said += (
+        message += (
             f"; its outputs look permuted: with class order {classes} it would get {reordered:.1%}; "
             f"set teachers.N.classes={classes}"
         )
-    raise InputError(said)
+    raise InputError(message)
 
 
 def class_order(predicted: Tensor, labels: Tensor, num_classes: int) -> list[int]:
-    """The output for each class, all different, that makes the most of the predictions (n,) right."""
+    """Return the assignment of outputs to classes with the highest accuracy."""
     from scipy.optimize import linear_sum_assignment
 
     # rows: classes, columns: outputs
@@ -110,10 +115,12 @@ def class_order(predicted: Tensor, labels: Tensor, num_classes: int) -> list[int
 
 
 def reordered_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Accuracy under `class_order`, each half of the predictions judged by the order of the other half: with few
-    images of many classes, an order made from the same images would make any guesses look right."""
+    """Return the accuracy under `class_order`, cross-validated on two halves.
+
+    With few images of many classes, an order fitted to the same images would give any predictions a high accuracy.
+    """
     hits = 0
-    for fit, judge in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
-        order = torch.tensor(class_order(predicted[fit], labels[fit], num_classes))
-        hits += int((order[labels[judge]] == predicted[judge]).sum())
+    for fitted, tested in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        order = torch.tensor(class_order(predicted[fitted], labels[fitted], num_classes))
+        hits += int((order[labels[tested]] == predicted[tested]).sum())
     return hits / len(labels)

@@ -24,8 +24,8 @@ from dq.core.progress import library_bars
 from dq.core.seeds import digest_of, digest_of_tensors, seeded
 from dq.data.source import ImageSource
 from dq.networks.external import library_net, library_of, published_outputs
-from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, _head
-from dq.networks.teacher_check import _check_classes, check_teacher
+from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, head_of
+from dq.networks.teacher_check import check_classes, check_teacher
 from dq.networks.teacher_weights import WRAPPERS, common_prefix, named_as, read_weights, weights_file
 from dq.networks.zoo import make_net, move_net, net_of_weights
 
@@ -40,11 +40,8 @@ def load_teacher(
 ) -> Teacher:
     """Load a teacher, in evaluation mode.
 
-    Args:
-        config: names a network and a local safetensors file; or "transformers" and what
-            `AutoModelForImageClassification` opens; or a network of timm or torchvision and "pretrained".
-        num_classes: of the data.
-        image_size: side of the data's images in px.
+    `config` names a network and a local safetensors file; or "transformers" and what `AutoModelForImageClassification`
+    opens; or a network of timm or torchvision and "pretrained". `image_size` is the side of the data's images in px.
 
     Raises:
         InputError: if weights are missing, unreadable or those of another network, or if the outputs of the network
@@ -66,7 +63,7 @@ def load_teacher(
     net = net.eval().requires_grad_(False)
     move_net(net, device)
     mean, std = _normalization(config)
-    _check_classes(config, _count_outputs(config, net, side), num_classes)
+    check_classes(config, _count_outputs(config, net, side), num_classes)
     parts: list[Any] = [
         config.net,
         identity,
@@ -88,25 +85,27 @@ def load_teachers(
     image_size: int,
     device: torch.device,
 ) -> tuple[Teacher, ...]:
-    """Load teachers and check each on real images. A pool stands for all its teachers, of which the most accurate is
-    checked: some of its members may be weak on purpose."""
+    """Load teachers and check each on real images.
+
+    A pool stands for all its teachers, of which the most accurate is checked: others may be weak on purpose.
+    """
     loaded: list[Teacher] = []
     for config in configs:
         if config.net == POOL:
             members = _load_pool(config, source, image_size, device)
             best = max(members, key=lambda t: t.weight)
-            found = check_teacher(best, source, config, image_size)
+            accuracy = check_teacher(best, source, config, image_size)
             log.info(
                 "pool of %d teachers: %.1f %% of %d real images at best",
                 len(members),
-                100 * found,
+                100 * accuracy,
                 config.check_images,
             )
             loaded += members
             continue
         teacher = load_teacher(config, len(source.class_names), image_size, device)
-        found = check_teacher(teacher, source, config, image_size)
-        log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * found, config.check_images)
+        accuracy = check_teacher(teacher, source, config, image_size)
+        log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * accuracy, config.check_images)
         loaded.append(teacher)
     return tuple(loaded)
 
@@ -130,10 +129,10 @@ def _load_pool(config: TeacherConfig, source: ImageSource, image_size: int, devi
 
 
 def teacher_file(config: TeacherConfig) -> Path | None:
-    """The local file of a teacher's weights; None if a library finds them.
+    """Return the local file of a teacher's weights; None if a library fetches them.
 
     Raises:
-        InputError: if the file is not there, or the network has no published weights.
+        InputError: if the file does not exist, or the network has no published weights.
     """
     if config.net == "transformers":
         if not config.path:
@@ -159,10 +158,10 @@ def teacher_file(config: TeacherConfig) -> Path | None:
 
 
 def check_fetched(config: TeacherConfig, num_classes: int) -> None:
-    """Whether a teacher whose weights a library fetches can be had, as far as the library knows without fetching them.
+    """Check a teacher whose weights a library fetches, without fetching them.
 
     Raises:
-        InputError: if the library or the network is not there, its weights are not published, or they are for other
+        InputError: if the library or the network does not exist, its weights are not published, or they are for other
             classes.
     """
     if config.net == "transformers":
@@ -170,7 +169,7 @@ def check_fetched(config: TeacherConfig, num_classes: int) -> None:
         return
     outputs = published_outputs(config.net)
     if outputs is not None:
-        _check_classes(config, outputs, num_classes)
+        check_classes(config, outputs, num_classes)
 
 
 def _need_transformers(config: TeacherConfig) -> None:
@@ -182,16 +181,16 @@ def _need_transformers(config: TeacherConfig) -> None:
 
 def _from_file(config: TeacherConfig, file: Path, num_classes: int, side: int) -> nn.Module:
     state = read_weights(file)
-    facts = _described(file.parent / TEACHER_FACTS)
+    facts = _read_facts(file.parent / TEACHER_FACTS)
     trained_as = facts.get("net", config.net)
     if trained_as != config.net:
         raise InputError(f"{file} was trained as a {trained_as}; set teachers.N.net to that")
     net = make_net(config.net, num_classes, side, seed=0)
     state = named_as(net, state, file)
-    head = f"{_head(net)[0]}.weight"
+    head = f"{head_of(net)[0]}.weight"
     outputs = state[head].shape[0] if head in state else num_classes
     if outputs != num_classes:
-        _check_classes(config, outputs, num_classes)
+        check_classes(config, outputs, num_classes)
     if any(k in state and state[k].shape != v.shape for k, v in net.state_dict().items()):
         net = net_of_weights(config.net, outputs, side, state)
     # files without the counters of batch norm are common, and nothing in evaluation mode reads them
@@ -206,7 +205,7 @@ def _from_file(config: TeacherConfig, file: Path, num_classes: int, side: int) -
             ) from e
         prefix = common_prefix(state)
         way = f"save them without the prefix {prefix!r} of their names, if it is a wrapper's, or " if prefix else ""
-        saved_by_timm = _described(file.parent / TIMM_FACTS).get("architecture")
+        saved_by_timm = _read_facts(file.parent / TIMM_FACTS).get("architecture")
         net_of_file = f"timm:{saved_by_timm}, as timm saved it," if saved_by_timm else "the right network"
         raise InputError(
             f"the weights in {file} are not a {config.net} for {outputs} classes and {side} px images "
@@ -232,7 +231,7 @@ class _Logits(nn.Module):
 
 
 def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]]:
-    """The network and its configuration, which says what its weights do not (activations, epsilons)."""
+    """The network and its configuration, which has what its weights do not (activations, epsilons)."""
     _need_transformers(config)
     from transformers import AutoModelForImageClassification
 
@@ -248,9 +247,9 @@ def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]
                 **options,
             )
     except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as e:
-        said = " ".join(str(e).split())[:200]
+        message = " ".join(str(e).split())[:200]
         raise InputError(
-            f"transformers cannot open the teacher {config.path} ({said}); "
+            f"transformers cannot open the teacher {config.path} ({message}); "
             "set teachers.N.path to the folder or Hub id of an image classifier with safetensors weights"
         ) from e
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("num_batches_tracked"))
@@ -275,12 +274,12 @@ def _normalization(config: TeacherConfig) -> Normalization:
     mean, std = config.mean, config.std
     if mean is None or std is None:
         if config.net == "transformers":
-            own = _described_normalization(config.path)
+            default = _processor_file_normalization(config.path)
         else:
-            own = _trained_normalization(config) or (
+            default = _trained_normalization(config) or (
                 _library_normalization(config.net) if is_library_net(config.net) else IMAGENET
             )
-        mean, std = own[0] if mean is None else mean, own[1] if std is None else std
+        mean, std = default[0] if mean is None else mean, default[1] if std is None else std
     fitting = len(mean) in (1, 3) and len(std) in (1, 3) and all(map(math.isfinite, (*mean, *std)))
     if not fitting or min(std) <= 0:
         raise InputError(
@@ -291,9 +290,9 @@ def _normalization(config: TeacherConfig) -> Normalization:
 
 
 def _trained_normalization(config: TeacherConfig) -> Normalization | None:
-    """What lies beside the weights: the facts of `dq train-teachers`, or the `config.json` of timm.
+    """Normalization from `teacher.json` or timm's `config.json` beside the weights.
 
-    timm's interpolation and crop are those of its test images. Here a teacher sees the views that a student sees,
+    timm's interpolation and crop are those of its test images. Here a teacher gets the views that a student gets,
     which are not cut again.
     """
     if config.path == PRETRAINED:
@@ -301,11 +300,11 @@ def _trained_normalization(config: TeacherConfig) -> Normalization | None:
     path = Path(config.path)
     folder = path if path.is_dir() else path.parent
     for file in (folder / TEACHER_FACTS, folder / TIMM_FACTS):
-        record: Any = _described(file)
+        record: Any = _read_facts(file)
         if file.name == TIMM_FACTS:
             record = record.get("pretrained_cfg")
             if not isinstance(record, dict) or not {"mean", "std"} <= record.keys():
-                continue  # of another library, or one that says nothing
+                continue  # of another library, or without normalization
         if not record:
             continue
         try:
@@ -317,7 +316,7 @@ def _trained_normalization(config: TeacherConfig) -> Normalization | None:
     return None
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _read_facts(file: Path) -> dict[str, Any]:
     """A mapping in a JSON file; empty if there is none."""
     if not file.is_file():
         return {}
@@ -336,8 +335,8 @@ def _library_normalization(name: str) -> Normalization:
     return tuple(described.mean), tuple(described.std)
 
 
-def _described_normalization(path: str) -> Normalization:
-    """What the image processor of a model folder or Hub repository does, ImageNet's if there is none."""
+def _processor_file_normalization(path: str) -> Normalization:
+    """Normalization of a model's image processor, ImageNet's if it has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -350,13 +349,13 @@ def _described_normalization(path: str) -> Normalization:
             # a processor of several parts nests the one for images
             if name == "preprocessor_config.json" or "image_processor" in data:
                 return _processor_normalization(data.get("image_processor", data))
-        except LocalEntryNotFoundError as e:  # no connection: nobody knows whether the file exists
+        except LocalEntryNotFoundError as e:  # no connection: the file may exist
             raise InputError(
                 f"{name} of the teacher {path} cannot be had; set teachers.N.mean and teachers.N.std"
             ) from e
         except (EntryNotFoundError, FileNotFoundError):
             continue
-        # it may say anything
+        # the file may have any content
         except (OSError, ValueError, RecursionError, AttributeError, TypeError, ArithmeticError) as e:
             raise InputError(
                 f"{name} of the teacher {path} cannot be read ({e}); get it again or set teachers.N.mean "
@@ -366,7 +365,7 @@ def _described_normalization(path: str) -> Normalization:
 
 
 def _processor_normalization(processor: dict[str, Any]) -> Normalization:
-    """The `Normalization` in units of [0, 1] pixels that an image processor does with pixels of 0 to 255."""
+    """Normalization of [0, 1] pixels that equals an image processor's of pixels of 0 to 255."""
     if not processor:
         return IMAGENET
     scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255
@@ -377,13 +376,13 @@ def _processor_normalization(processor: dict[str, Any]) -> Normalization:
 
 
 def _count_outputs(config: TeacherConfig, net: nn.Module, side: int) -> int:
-    """Outputs of the network for one gray image, which also shows that it can see images of this side."""
+    """Outputs of the network for one gray image of this side."""
     try:
         with torch.no_grad():
             return net(torch.zeros(1, 3, side, side, device=next(net.parameters()).device)).shape[1]
     except (AssertionError, RuntimeError, ValueError) as e:  # timm asserts, transformers raises ValueError
-        said = " ".join(str(e).split())[:150]
+        message = " ".join(str(e).split())[:150]
         raise InputError(
-            f"the teacher {config.net} {config.path} cannot see images of {side} px ({said}); "
+            f"the teacher {config.net} {config.path} cannot see images of {side} px ({message}); "
             "set teachers.N.image_size to the side it was trained at"
         ) from e

@@ -1,4 +1,4 @@
-"""Weights of teachers as they lie in files: read, and their names brought to those of the network."""
+"""Read weights of teachers and rename them as the network has them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ CONVERT = (
 
 
 def weights_file(path: Path) -> Path:
-    """The safetensors file at a teacher's path, a file or a folder with `model.safetensors`.
+    """Return the safetensors file at a teacher's path.
+
+    The path is a file or a folder with `model.safetensors`.
 
     Raises:
-        InputError: if there is none; names what is there in its place.
+        InputError: if there is none; names files in its place.
     """
     file = path / "model.safetensors" if path.is_dir() else path
     if file.is_file():
@@ -43,10 +45,10 @@ def weights_file(path: Path) -> Path:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
-        InputError: if it is something else; says how to get one.
+        InputError: if it is something else, with how to convert it.
     """
     try:
         return load_file(file)
@@ -67,9 +69,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def named_as(net: nn.Module, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The weights under the network's own names, without what wrappers put in front of them or between.
+    """Rename weights as the network has them, without the parts that wrappers add.
 
-    The parts `module` and `_orig_mod` are taken off wherever they are, other common prefixes where the rest are the
+    The parts `module` and `_orig_mod` are removed anywhere in a name, other common prefixes where the rest are the
     names of the network.
 
     Raises:
@@ -101,6 +103,6 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """The parts that all names begin with, with the last dot; empty if there are none."""
+    """Return the common first parts of all names, with the last dot."""
     shared = set.intersection(*map(_prefixes, ([name] for name in names)))
     return max(shared, key=len, default="")

@@ -1,7 +1,7 @@
-"""More of torchvision's architectures under its parameter names, and what FADRM makes of them for small images.
+"""More of torchvision's architectures, with FADRM's variants for small images.
 
-torchvision cannot be imported beside every build of torch, and its own networks shrink a 32 px image to nothing.
-Images up to 64 px get the networks of FADRM's released code (f445e38): a stem of stride 1 and no pool behind it, and
+torchvision cannot be imported beside every build of torch, and its networks shrink the maps of 32 px images to 1 px.
+Images up to 64 px get the networks of FADRM's released code (f445e38): a stem of stride 1 without a pool, and
 PyTorch's default initialization.
 """
 
@@ -22,7 +22,9 @@ def _conv_norm(
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 projection without activation (Sandler et al. 2018, table 1).
+    """Inverted residual block (Sandler et al. 2018, table 1).
+
+    1x1 expansion, 3x3 depthwise, 1x1 projection without activation.
 
     The `small` one has ReLU in place of ReLU6, a 1x1 convolution before the depthwise one even without expansion, and
     where stride 1 changes the channels a convolution in the shortcut.
@@ -51,7 +53,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Sandler et al. 2018, table 2.
+    """MobileNetV2 (Sandler et al. 2018, table 2).
 
     Up to 64 px FADRM's: stride 1 in the second stage, the small `InvertedResidual` and no dropout.
     """
@@ -97,8 +99,10 @@ class MobileNetV2(nn.Module):
 
 
 class ShuffleUnit(nn.Module):
-    """Half of the channels pass, the other half go through 1x1, 3x3 depthwise, 1x1; then the halves are interleaved
-    (Ma et al. 2018, figure 3 c and d)."""
+    """Unit of ShuffleNetV2 (Ma et al. 2018, figure 3 c and d).
+
+    Half of the channels pass, the other half go through 1x1, 3x3 depthwise, 1x1; then the halves are interleaved.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: MakeNorm) -> None:
         super().__init__()
@@ -122,7 +126,10 @@ class ShuffleUnit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """Ma et al. 2018, table 5; `widths` are the channels of its stages, (48, 96, 192) for x0.5."""
+    """ShuffleNetV2 (Ma et al. 2018, table 5).
+
+    `widths` are the channels of its stages, (48, 96, 192) for x0.5.
+    """
 
     def __init__(self, widths: tuple[int, int, int], num_classes: int, image_size: int, norm: MakeNorm) -> None:
         super().__init__()
@@ -130,7 +137,7 @@ class ShuffleNetV2(nn.Module):
         self.conv1 = nn.Sequential(*_conv_norm(3, 24, 3, norm, stride=1 if small else 2, act=nn.ReLU()))
         self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
         inputs, stages = 24, []
-        for outputs, blocks in zip(widths, (4, 8, 4)):
+        for outputs, blocks in zip(widths, (4, 8, 4), strict=True):
             units = [ShuffleUnit(inputs, outputs, 2, norm)]
             stages.append(nn.Sequential(*units, *(ShuffleUnit(outputs, outputs, 1, norm) for _ in range(blocks - 1))))
             inputs = outputs
@@ -144,7 +151,10 @@ class ShuffleNetV2(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1x1 to four times the growth; norm, ReLU, 3x3; appended to what came in (Huang et al. 2017)."""
+    """Layer of DenseNet (Huang et al. 2017).
+
+    Norm, ReLU, 1x1 to four times the growth; norm, ReLU, 3x3; appended to the input.
+    """
 
     def __init__(self, inputs: int, growth: int, norm: MakeNorm) -> None:
         super().__init__()
@@ -159,7 +169,9 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet121(nn.Module):
-    """Huang et al. 2017, table 1: growth 32, blocks of 6, 12, 24 and 16 layers, transitions that halve channels.
+    """DenseNet-121 (Huang et al. 2017, table 1).
+
+    Growth 32, blocks of 6, 12, 24 and 16 layers, transitions that halve channels.
 
     Up to 64 px FADRM's, without norm and ReLU behind the stem.
     """

@@ -1,4 +1,4 @@
-"""Training of experts: trajectories of networks on the source's own images, as units of work over processes."""
+"""Training of experts: trajectories of networks on real images, divided over processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dq.core.text import format_bytes
 from dq.data.source import ImageSource
 from dq.data.zca import Whitening
 from dq.networks.flat_parameters import FlatNet
-from dq.networks.real_data import RealData, check_whitened, load_real_data, rows_set_aside, world_of
+from dq.networks.real_data import RealData, check_whitened, identity_of, load_real_data, rows_set_aside
 from dq.networks.training import TrainingSet
 from dq.networks.trajectories import (
     MANIFEST,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dq")
 SIDE_BY_SIDE = 10  # experts in a batched model on an accelerator
-SPEED = ("output_dir", "number", "side_by_side", "checkpoint_s")  # settings that do not decide a trajectory
+IRRELEVANT = ("output_dir", "number", "side_by_side", "checkpoint_s")  # settings that do not decide a trajectory
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Planned:
 
 
 def _recipe(t: TrainExpertsConfig) -> StudentConfig:
-    """The settings on which real images depend, as those of a student."""
+    """Settings that real images depend on, as those of a student."""
     # two tests, so that validation images are set aside
     return StudentConfig(net=t.net, whiten=t.whiten, augment=t.augment, tests=2)
 
 
 def check_expert_training(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> Planned:
-    """Whether the experts of `config.train_experts` can be trained on these images, and what is left to do.
+    """Check whether the experts of `config.train_experts` can be trained, and return those left.
 
     Raises:
         InputError: for an unknown network, one with statistics over batches, images too large to be whitened, or an
@@ -92,7 +92,7 @@ def check_expert_training(config: RunConfig, source: ImageSource, accelerator: A
         rows[torch.from_numpy(held_out)] = False
         candidates = rows.nonzero()[:, 0]
         orders = read_orders(t.curriculum.order, torch.from_numpy(source.train.labels)[candidates], candidates)
-    settings = {k: v for k, v in to_dict(t).items() if k not in SPEED}
+    settings = {k: v for k, v in to_dict(t).items() if k not in IRRELEVANT}
     if orders is not None:
         settings["curriculum"]["order"] = digest_of_tensors({str(c): o for c, o in enumerate(orders)})
     facts = {
@@ -101,7 +101,7 @@ def check_expert_training(config: RunConfig, source: ImageSource, accelerator: A
         "classes": list(source.class_names),
         "image_size": config.image_size,
         "fingerprint": source.fingerprint,
-        "world": world_of(source, config.image_size, held_out),
+        "world": identity_of(source, config.image_size, held_out),
         "preprocess": source.preprocess,
         "validation_images": config.evaluate.validation_images,
         "epochs": t.epochs,
@@ -125,7 +125,7 @@ def check_expert_training(config: RunConfig, source: ImageSource, accelerator: A
 
 
 def experts_text(config: RunConfig, source: ImageSource) -> str:
-    """One line of a plan: experts, epochs and bytes."""
+    """Return one line of a plan: experts, epochs and bytes."""
     t = config.train_experts
     net = FlatNet(t.net, len(source.class_names), config.image_size)
     size = format_bytes(4 * net.size * (t.epochs + 1) * t.number)
@@ -137,14 +137,14 @@ def experts_text(config: RunConfig, source: ImageSource) -> str:
 
 
 def train_experts(config: RunConfig, source: ImageSource, *, accelerator: Accelerator) -> Path:
-    """Train the experts of `config.train_experts`, divided over processes; finished ones are left alone.
+    """Train the experts of `config.train_experts`, divided over processes.
 
-    The validation part of train is left out and measures each expert. A killed training goes on bit for bit from its
-    last checkpoint. All train images are held in memory.
+    Finished ones are skipped. The validation part of train is left out and measures each expert. A killed training
+    resumes bit for bit from its last checkpoint. All train images are held in memory.
 
     Returns:
         The folder, with `expert-0000.safetensors`, ... (`parameters`: (epochs + 1, P) float32), the preprocessing and,
-        once all are there, `experts.json`. `dq.networks.trajectories.open_experts` opens it.
+        once all are finished, `experts.json`. `dq.networks.trajectories.open_experts` opens it.
 
     Raises:
         InputError, RunError: see `check_expert_training`; if no image is set aside, or a loss is not finite.
@@ -232,7 +232,7 @@ def _write_manifest(planned: Planned, whitening: Whitening) -> None:
 
 
 class _Saver:
-    """Shows the epochs of a group of experts and keeps them in a file now and then."""
+    """Callback that shows the epochs of a group of experts and writes a checkpoint at intervals."""
 
     def __init__(self, bar: Any, path: Path, identity: list[Any], every_s: float, epochs: int) -> None:
         self.bar, self.path, self.identity, self.every_s, self.epochs = bar, path, identity, every_s, epochs

@@ -1,4 +1,4 @@
-"""Training of teachers: classifiers of the source's own images, by the loop that trains students."""
+"""Training of teachers on real images, by the loop of students."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dq.core.processes import assign_units
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of
 from dq.data.source import ImageSource
-from dq.networks.real_data import RealData, load_real_data, rows_set_aside, world_of
+from dq.networks.real_data import RealData, identity_of, load_real_data, rows_set_aside
 from dq.networks.teacher import TEACHER_FACTS
 from dq.networks.training import Checkpoint, TrainingSet, accuracy, fit
 from dq.networks.zoo import make_net
@@ -32,7 +32,7 @@ log = logging.getLogger("dq")
 
 
 def teacher_recipe(t: TrainTeachersConfig) -> StudentConfig:
-    """The settings of a teacher's training as those of a student."""
+    """Return the settings of a teacher's training as those of a student."""
     return StudentConfig(
         labels="hard",
         epochs=t.epochs,
@@ -49,20 +49,20 @@ def teacher_recipe(t: TrainTeachersConfig) -> StudentConfig:
 
 
 def teacher_data(config: RunConfig, source: ImageSource, recipe: StudentConfig, device: torch.device) -> RealData:
-    """The real images that teachers are trained and measured on: validation images set aside, no baselines."""
+    """Load the real images that teachers are trained and validated on."""
     rows = rows_set_aside(source, config.evaluate, [recipe])
     return load_real_data(
         source, config.image_size, cache_dir=Path(config.cache_dir), device=device, validation_rows=rows
     )
 
 
-def teacher_world(config: RunConfig, source: ImageSource, recipe: StudentConfig) -> list[object]:
-    """What decides the images of `teacher_data`, without reading one."""
-    return world_of(source, config.image_size, rows_set_aside(source, config.evaluate, [recipe]))
+def teacher_data_identity(config: RunConfig, source: ImageSource, recipe: StudentConfig) -> list[object]:
+    """Return what decides the images of `teacher_data`, without reading one."""
+    return identity_of(source, config.image_size, rows_set_aside(source, config.evaluate, [recipe]))
 
 
 class Planned(NamedTuple):
-    """A network that is to be trained."""
+    """Network that is to be trained."""
 
     recipe: StudentConfig
     auto: Dtypes  # what `dtype: auto` stands for in its folder
@@ -72,7 +72,7 @@ class Planned(NamedTuple):
 
 
 def check_teacher_training(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> list[Planned]:
-    """Whether the networks of `config.train_teachers` can be trained on these images.
+    """Check whether the networks of `config.train_teachers` can be trained on these images.
 
     Returns:
         The networks, of which some may be trained already.
@@ -92,7 +92,7 @@ def check_teacher_training(config: RunConfig, source: ImageSource, accelerator: 
 
 
 def teacher_folder(output_dir: str, net: str) -> Path:
-    """Where `train_teachers` writes a network."""
+    """Return the folder in which `train_teachers` writes a network."""
     return Path(output_dir) / net.replace(":", "_")
 
 
@@ -101,8 +101,8 @@ def _planned(net: str, config: RunConfig, source: ImageSource, accelerator: Acce
     folder = teacher_folder(t.output_dir, net)
     auto = _dtypes(folder, accelerator)
     recipe = resolve_dtypes(teacher_recipe(t), auto)
-    world = teacher_world(config, source, recipe)
-    digest = digest_of({"net": net, "world": world, "student": to_dict(recipe), "seed": t.seed})
+    identity = teacher_data_identity(config, source, recipe)
+    digest = digest_of({"net": net, "world": identity, "student": to_dict(recipe), "seed": t.seed})
     record = folder / TEACHER_FACTS
     done = is_done(record) and is_done(folder / "model.safetensors")
     if done and read_json(record)["digest"] != digest:
@@ -111,7 +111,7 @@ def _planned(net: str, config: RunConfig, source: ImageSource, accelerator: Acce
 
 
 def _dtypes(folder: Path, accelerator: Accelerator) -> Dtypes:
-    """What `dtype: auto` stands for in the folder of a network, which is trained, in training or not there."""
+    """What `dtype: auto` stands for in the folder of a network, trained, in training or missing."""
     record = folder / TEACHER_FACTS
     begun = "float32" if (folder / "checkpoint.safetensors").is_file() else None
     if record.is_file():
@@ -126,7 +126,7 @@ def train_teachers(config: RunConfig, source: ImageSource, *, accelerator: Accel
     `EvaluateConfig.validation_images`) is left out and measures the result; the test split is not touched. Published
     teachers of distillation are deliberately not trained to convergence (CV-DD), hence the short default.
 
-    A killed training goes on from its checkpoint; a finished one is left alone. All train images are held in memory.
+    A killed training resumes from its checkpoint; a finished one is skipped. All train images are held in memory.
 
     Returns:
         The folders `<output_dir>/<net>` with `model.safetensors` and `teacher.json`, to be named as a teacher's path.

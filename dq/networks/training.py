@@ -43,7 +43,7 @@ class EpochTargets(Protocol):
     def logits(self) -> Tensor: ...  # (N, C) float32, by position in `views.order`
 
     def check(self, images: int, student: StudentConfig) -> None:
-        """Raise `InputError` if the targets were made for another number of images or other settings."""
+        """Raise `InputError` if the targets are of other images or settings."""
         ...
 
 
@@ -204,9 +204,9 @@ def _train_epoch(t: _Training, state: _State, epoch: int) -> float:
     state.net.train()
     total = torch.zeros((), device=t.data.images.device)
     augmentation = generator(t.seed, "student augmentation", epoch)
-    drawn = _draw_epoch(t, epoch)
+    epoch_draws = _draw_epoch(t, epoch)
     for i, span in enumerate(batches(n, config.batch_size, config.accumulate)):
-        batch = _batch(t, drawn, i, span, augmentation)
+        batch = _batch(t, epoch_draws, i, span, augmentation)
         state.optimizer.zero_grad()
         for part in parts(len(batch.labels), config.accumulate):
             total += _backward(t, state.net, batch, part, derive_seed(t.seed, "student dropout", epoch, i, part.start))
@@ -256,7 +256,10 @@ def _teacher_logits(t: _Training, epoch: _Epoch, rows: Tensor, span: slice) -> T
 
 
 def _backward(t: _Training, net: nn.Module, batch: _Batch, part: slice, seed: int) -> Tensor:
-    """Add the gradients of a part of a batch; its share of the sum of the batch's losses, ()."""
+    """Add the gradients of a part of a batch and return its loss.
+
+    The loss, (), is the part's share of the sum of the batch's losses.
+    """
     device, size = t.data.images.device, len(batch.labels)
     half = t.config.dtype == "bfloat16"
     # dropout knows only the global generators
@@ -344,7 +347,7 @@ def _restore(path: Path, state: _State, identity: str) -> None:
 
 @contextlib.contextmanager
 def _averaged(net: nn.Module, average: dict[str, Tensor] | None) -> Iterator[None]:
-    """Load averaged parameters for the time of a block, without those of batch norm's statistics."""
+    """Load averaged parameters within the block; batch statistics stay."""
     if average is None:
         yield
         return

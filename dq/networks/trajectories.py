@@ -1,4 +1,4 @@
-"""Expert trajectories: networks trained on real data by plain SGD or GSAM, with their parameters after every epoch.
+"""Expert trajectories: parameters after every epoch of SGD or GSAM.
 
 Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", CVPR 2022; with GSAM as FTD and DATM
 train them, and PAD's curriculum (arXiv 2408.03360).
@@ -28,7 +28,7 @@ from dq.data.zca import Whitening
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.training import Pixels, TrainingSet
 
-MANIFEST = "experts.json"  # in the folder of experts; it is whole once this file is there
+MANIFEST = "experts.json"  # in the folder of experts, which is complete once it exists
 PREPROCESSING = "preprocessing.safetensors"
 MAX_PREPROCESSED = 1 << 28  # numbers of preprocessed images that are held in memory
 CHUNK = 1000  # images at once
@@ -38,7 +38,9 @@ Orders = Sequence[Tensor]  # by class: indices of its images from easy to hard
 
 
 def curriculum_rows(epoch: int, orders: Orders, c: CurriculumConfig) -> Tensor:
-    """Indices of the images of epoch 0, 1, ... in ascending order; of a class of n images, from easy to hard:
+    """Return indices of the images of an epoch of the curriculum, ascending.
+
+    Of a class of n images, from easy to hard, in epoch 0, 1, ...:
 
         epoch <= A: the first max(1, int(p n)), with p = min(1, IR + (1 - IR) epoch / A)
         later:      all but the first int(q n), with q of the last removal whose epoch has passed, 0 before the first
@@ -58,14 +60,11 @@ def curriculum_rows(epoch: int, orders: Orders, c: CurriculumConfig) -> Tensor:
 
 
 def read_orders(path: str | Path, labels: Tensor, rows: Tensor) -> list[Tensor]:
-    """Orders of images from a file, as indices into `rows`.
+    """Read orders of images from a file, as indices into `rows`.
 
     The file has a tensor for every class c, named `class-` and five digits, e.g. `class-00003`: rows of the train
-    split, (n_c,) int64, from easy to hard. Rows that are not in `rows` are left out.
-
-    Args:
-        labels: (n,) classes of the images that experts train on.
-        rows: (n,) ascending, their rows in the train split.
+    split, (n_c,) int64, from easy to hard. Rows that are not in `rows` are left out. `labels` (n,) are the
+    classes of the images that experts train on, `rows` (n,) their rows in the train split, ascending.
 
     Raises:
         InputError: if there is no such file, or a class's images are not in it once each.
@@ -91,16 +90,14 @@ def read_orders(path: str | Path, labels: Tensor, rows: Tensor) -> list[Tensor]:
 
 
 def gsam_gradient(theta: Tensor, gradient: Gradient, rho: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """Losses (E,) at `theta` and the gradients (E, P) of surrogate gap minimization with an adaptive step uphill.
+    """Return losses (E,) and gradients (E, P) of surrogate gap minimization (GSAM).
 
     GSAM (Zhuang et al. 2022) with ASAM's step, as FTD's code has it, for each row of `theta`:
 
         g1 = grad L(theta),  theta' = theta + rho theta^2 g1 / ||theta g1||,  g2 = grad L(theta')
         g = g2 - alpha (g1 - cos(g1, g2) ||g1|| g2 / ||g2||)
 
-    Args:
-        theta: (E, P) parameters of E networks.
-        gradient: losses (E,) and gradients (E, P) at such parameters, on one batch.
+    `theta` is (E, P); `gradient` gives losses (E,) and gradients (E, P) on one batch.
     """
 
     def norm(v: Tensor) -> Tensor:
@@ -231,7 +228,7 @@ def _cross_entropy_gradient(net: FlatNet, x: Tensor, labels: Tensor) -> Gradient
 
 @torch.no_grad()
 def flat_accuracy(net: FlatNet, theta: Tensor, images: Tensor, labels: Tensor, pixels: Pixels) -> float:
-    """Fraction of images (N, 3, S, S) whose highest logit is their label, for parameters (P,)."""
+    """Return the top-1 accuracy on images (N, 3, S, S) for parameters (P,)."""
     parts = images.split(CHUNK)
     hits = [net(theta, pixels(x.to(theta.device))).argmax(1).cpu() for x in parts]
     return float((torch.cat(hits) == labels.cpu()).double().mean())
@@ -246,7 +243,7 @@ def expert_file(folder: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class Experts:
-    """The trajectories of a folder. Parameters are read when they are asked for, an epoch at a time."""
+    """Trajectories of a folder, read an epoch at a time."""
 
     folder: Path
     facts: dict[str, Any]  # identity of the trainings: data, network, preprocessing, optimizer, seed
@@ -263,7 +260,10 @@ class Experts:
         return int(self.facts["epochs"])
 
     def held_out_rows(self, labels: Tensor) -> Tensor:
-        """Which of all train images with `labels` (N,) the experts were not trained on, (N,) bool."""
+        """Return which train images the experts were not trained on, (N,) bool.
+
+        `labels` (N,) are those of all train images.
+        """
         held = torch.zeros(len(labels), dtype=torch.bool)
         held[torch.from_numpy(validation_rows(labels.numpy(), self.facts["validation_images"]))] = True
         return held
@@ -273,7 +273,7 @@ class Experts:
         return FlatNet(self.facts["net"], len(self.facts["classes"]), self.facts["image_size"])
 
     def parameters(self, expert: int, epoch: int) -> Tensor:
-        """Parameters (P,) of an expert after `epoch` epochs.
+        """Read parameters (P,) of an expert after `epoch` epochs.
 
         Raises:
             Damaged: if its file cannot be read.
@@ -286,7 +286,7 @@ def open_experts(folder: str | Path) -> Experts:
     """Open a folder of `dq train-experts`.
 
     Raises:
-        InputError: if it holds no experts, or their training is not over.
+        InputError: if it holds no experts, or their training is not finished.
         RunError: if a file is missing, cut off or of another training.
     """
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The networks that learn from a distilled set (students) or label it (teachers), behind one door: `make_net`."""
+"""Build the networks of students and teachers by name: `make_net`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dq.networks.classic import (
     ResNet,
     instance_norm,
 )
-from dq.networks.external import _nearest, library_net
+from dq.networks.external import library_net, nearest_names
 from dq.networks.frepo_conv import FrepoConv
 from dq.networks.torchvision_like import DenseNet121, MobileNetV2, ShuffleNetV2
 
@@ -71,8 +71,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(name: str) -> Recipe | None:
-    """The recipe of a name without its ending; also of a ConvNet of any depth from 2 and any width, such as
-    convnet2w16."""
+    """Return the recipe of a name without its ending.
+
+    Also of a ConvNet of any depth from 2 and any width, such as convnet2w16.
+    """
     sized = re.fullmatch(r"convnet([2-6])w([1-9]\d{0,3})", name)
     if name in RECIPES or sized is None:
         return RECIPES.get(name)
@@ -124,9 +126,9 @@ def make_net(
     base, _, suffix = name.partition("-")
     recipe = recipe_of(base)
     if recipe is None or (suffix and suffix not in SUFFIXES):
-        known = ", ".join([*RECIPES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
+        names = ", ".join([*RECIPES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
         raise InputError(
-            f"no network is called {name!r}{_nearest(name, RECIPES)}; choose among {known}, "
+            f"no network is called {name!r}{nearest_names(name, RECIPES)}; choose among {names}, "
             "the ones without a colon also with -bn, -in or -none for another norm"
         )
     if norm is not None and norm not in NORMS:
@@ -151,7 +153,10 @@ def make_net(
 
 
 def has_norm_choice(name: str) -> bool:
-    """Whether `make_net` takes a `norm` for a name: not for names that say it, libraries, and networks without one."""
+    """Return whether `make_net` takes a `norm` for a name.
+
+    It does not for names that include it, libraries, and networks without a norm.
+    """
     recipe = recipe_of(name)
     return not is_library_net(name) and "-" not in name and (recipe is None or recipe.norm is not None)
 

@@ -132,7 +132,7 @@ def optimize(
             size = x.shape[-1]
             seen = look(x, draw_view(config, size, schedule.jitter, seed=seed, step=step)) * std + mean
             half = torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
-            heads = head_inputs(critic.teacher.net, wanted=critic.class_means is not None)
+            heads = head_inputs(critic.teacher.net, enabled=critic.class_means is not None)
             with matchers[i] as matcher, heads as features:
                 with half:
                     logits = critic.teacher.differentiable(seen)

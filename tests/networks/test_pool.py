@@ -111,7 +111,7 @@ def test_a_killed_pool_goes_on_and_ends_the_same(prior, source, accelerator, tmp
     class Killed(Exception):
         pass
 
-    real, seen = pooling._keep, []
+    real, seen = pooling._save, []
 
     def die(*args, **facts):
         seen.append(facts.get("epoch"))
@@ -121,10 +121,10 @@ def test_a_killed_pool_goes_on_and_ends_the_same(prior, source, accelerator, tmp
 
     c = config(tmp_path)
     c = dataclasses.replace(c, train_teachers=dataclasses.replace(c.train_teachers, checkpoint_s=1e-9))
-    monkeypatch.setattr(pooling, "_keep", die)
+    monkeypatch.setattr(pooling, "_save", die)
     with pytest.raises(Killed):
         train_pool(c, source, accelerator=accelerator)
-    monkeypatch.setattr(pooling, "_keep", real)
+    monkeypatch.setattr(pooling, "_save", real)
     train_pool(c, source, accelerator=accelerator)
     for name in ("epoch-0001", "epoch-0002", "epoch-0004", "base"):
         one, two = (read_tensors(p / f"{name}.safetensors")[0] for p in (prior, tmp_path / "pool"))
