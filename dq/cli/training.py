@@ -29,7 +29,7 @@ def plan(call: Call, checked: Checked) -> str:
 def check_codec(call: Call) -> Checked:
     """Check whether `train-codec` can train on these images."""
     from dq.diffusion.prior.train_codec import prepare_codec
-    from dq.diffusion.prior.training import finished
+    from dq.diffusion.prior.recipe import finished
 
     config = call.config
     if not _is_remote(call, _check_prior(call, config.prior.codec.init)):
@@ -43,7 +43,7 @@ def check_denoiser(call: Call) -> Checked:
     from dq.diffusion.latents import latents_key
     from dq.diffusion.prior import train_denoiser
     from dq.diffusion.prior.denoiser_recipe import denoiser_recipe
-    from dq.diffusion.prior.training import finished
+    from dq.diffusion.prior.recipe import finished
 
     config, source = call.config, call.source
     files = _check_prior(call, config.codec.path)

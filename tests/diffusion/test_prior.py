@@ -31,9 +31,10 @@ from dq.core.processes import make_accelerator
 from dq.core.seeds import generator
 from dq.data.load import load_source
 from dq.diffusion.codec import decode_latents, encode_latents, load_codec, to_signed
+from dq.diffusion.prior import denoiser_data, training
 from dq.diffusion.prior import train_codec as codec_module
 from dq.diffusion.prior import train_denoiser as denoiser_module
-from dq.diffusion.prior import training
+from dq.diffusion.prior.denoiser_data import split_rows
 from dq.diffusion.prior.denoiser_loss import DenoiserLoss
 from dq.diffusion.prior.train_codec import CodecLoss, new_codec, psnr, train_codec
 from dq.diffusion.prior.train_denoiser import new_denoiser, train_denoiser
@@ -229,8 +230,8 @@ def test_held_out_latents_are_never_in_a_batch(made, accelerator, tmp_path, monk
     assert float(logits.mean()) == pytest.approx(0, abs=4 / 3200**0.5)
     assert float(logits.std()) == pytest.approx(1, abs=4 / 6400**0.5)
     assert nulls / 3200 == pytest.approx(0.1, abs=4 * (0.09 / 3200) ** 0.5)
-    assert [len(part) for part in denoiser_module._held_out(9, 512, 0)] == [0, 9]
-    assert [len(part) for part in denoiser_module._held_out(9000, 512, 0)] == [512, 8488]
+    assert [len(part) for part in split_rows(9, 512, 0)] == [0, 9]
+    assert [len(part) for part in split_rows(9000, 512, 0)] == [512, 8488]
 
 
 def test_the_average_with_the_least_held_out_loss_is_published(made, accelerator, tmp_path):
@@ -252,7 +253,7 @@ def test_the_average_with_the_least_held_out_loss_is_published(made, accelerator
     assert (worse["ema"], worse["held_out_loss"]) == (other, scores[other])
     # the loss is that of the published model on the rows held out, levels evenly spread
     z = torch.cat([made.cache.load(c)[0].float() for c in range(3)])
-    held, _ = denoiser_module._held_out(24, 512, 0)
+    held, _ = split_rows(24, 512, 0)
     g = generator(0, "denoiser held out")
     loss = mean_loss(
         DenoiserLoss(DiTTransformer2DModel.from_pretrained(made.folder / "transformer")),
@@ -584,7 +585,7 @@ def test_impossible_settings_are_named(made, toy_source, accelerator, tmp_path, 
     with pytest.raises(InputError, match="2 class names but latents of 3"):
         denoiser(names=NAMES[:2])
     monkeypatch.setattr(codec_module, "MAX_BYTES", 1000)
-    monkeypatch.setattr(denoiser_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(denoiser_data, "MAX_BYTES", 1000)
     with pytest.raises(InputError, match="24 train images of 8 px"):
         codec()
     with pytest.raises(InputError, match="exceed"):

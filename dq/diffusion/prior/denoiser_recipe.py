@@ -15,7 +15,7 @@ from dq.core.errors import InputError
 from dq.core.model_files import open_model
 from dq.core.seeds import digest_of_tensors
 from dq.diffusion.codec import Codec, codec_digest
-from dq.diffusion.prior.training import Recipe, training_dtypes
+from dq.diffusion.prior.recipe import Recipe, training_dtypes
 from dq.diffusion.weaker_models import EARLY, HEAD
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ from dq.diffusion.codec import (
     normalized,
     to_signed,
 )
-from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded, training_dtypes
+from dq.diffusion.prior.recipe import Recipe, finished, publish, training_dtypes
+from dq.diffusion.prior.training import MAX_BYTES, fit, seeded
 from dq.networks.teacher import Teacher
 from dq.networks.teacher_check import naming
 from dq.networks.teacher_loading import load_teacher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,17 @@ from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.diffusion.latents import LatentCache
-from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler, shift_time, time_shift
+from dq.diffusion.prior.denoiser_data import (
+    channel_statistics,
+    held_out_batch,
+    load_data,
+    no_normalization,
+    training_batch,
+)
+from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler, time_shift
 from dq.diffusion.prior.denoiser_recipe import denoiser_recipe, no_pipeline, open_denoiser
-from dq.diffusion.prior.training import MAX_BYTES, Recipe, finished, fit, publish, seeded
+from dq.diffusion.prior.recipe import Recipe, finished, publish
+from dq.diffusion.prior.training import fit, seeded
 from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
 from dq.diffusion.weaker_models import new_head, save_early, save_head
 
@@ -73,78 +82,40 @@ def train_denoiser(
     settings = resolve_dtypes(prior.denoiser, recipe.auto or {})
     if finished(recipe):
         return folder
-    classes, (channels, side, _) = len(class_names), cache.shape
+    classes = len(class_names)
     if classes != len(cache.class_names):
         raise InputError(
             f"there are {classes} class names but latents of {len(cache.class_names)} classes; give one each"
         )
     if settings.flip and flipped is None:
         raise InputError("prior.denoiser.flip=true needs the latents of the mirrored images; give them as `flipped`")
-    latents, labels, mirrored = _latents(cache, flipped if settings.flip else None)
-    identity_map = torch.zeros(channels), torch.ones(channels)
-    # a checkpoint knows the latents of its own codec, whatever their scale in these data
-    wanted = settings.normalize == "channel" and settings.init is None
-    mean, std = _statistics(latents) if wanted else identity_map
-    ours = _own_codec(folder / "vae", codec, mean, std)
-    if ours is codec:  # its latents are normal already
-        mean, std = identity_map
-    model = new_denoiser(prior, cache.shape, classes, codec=ours)
+    data = load_data(cache, flipped if settings.flip else None, held_out=settings.held_out, seed=prior.seed)
+    # a checkpoint was trained on the latents of its codec, whatever their scale in these data
+    if settings.normalize == "channel" and settings.init is None:
+        data = dataclasses.replace(data, **channel_statistics(data.latents))
+    saved_codec = _codec_to_save(folder / "vae", codec, data.mean, data.std)
+    if saved_codec is codec:  # its latents are normal already
+        data = dataclasses.replace(data, **no_normalization(cache.shape[0]))
+    model = new_denoiser(prior, cache.shape, classes, codec=saved_codec)
     shift = time_shift(settings.time_shift, cache.shape)
     scheduler = new_scheduler(settings.objective, shift)
     head = new_head(model) if settings.intermediate_head else None
     options: dict[str, Any] = {"contrastive": settings.contrastive, "head_weight": settings.intermediate_head}
     objective = DenoiserLoss(model, settings.objective, settings.weighting, head=head, **options)
     dtype = DTYPES[settings.save_dtype]
-    held, kept = _held_out(len(latents), settings.held_out, prior.seed)
-
-    def rows_of(
-        rows: Tensor, g: torch.Generator, levels: Tensor, null: Tensor, mirror: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        z = latents[rows]
-        if mirrored is not None and mirror is not None:
-            z = torch.where(mirror.view(-1, 1, 1, 1), mirrored[rows], z)
-        z = (z.float() - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-        noise = torch.randn(len(rows), channels, side, side, generator=g)
-        # the null class is the row after the last class
-        return {"latents": z, "noise": noise, "level": levels, "labels": torch.where(null, classes, labels[rows])}
 
     def batch(step: int) -> dict[str, Tensor]:
-        g = generator(prior.seed, "denoiser", step)
-        b = settings.batch_size
-        rows = kept[torch.randint(len(kept), (b,), generator=g)]
-        null = torch.rand(b, generator=g) < settings.dropout
-        if settings.weighting == "logit_normal":
-            levels = torch.randn(b, generator=g).sigmoid()
-        else:
-            levels = torch.rand(b, generator=g)
-        mirror = None
-        if mirrored is not None:  # draws of its own, so that all others are those of a training without
-            mirror = torch.rand(b, generator=generator(prior.seed, "denoiser flip", step)) < 0.5
-        values = rows_of(rows, g, shift_time(levels, shift), null, mirror)
-        if settings.contrastive:  # of the whole batch, so that its parts and processes change nothing
-            values["other"] = (values["noise"] - values["latents"]).roll(1, 0)
-        return values
+        return training_batch(data, settings, step, seed=prior.seed, shift=shift)
 
     def score() -> float:
-        """Unweighted loss on the held-out latents, each at its own noise level, the levels evenly spread."""
-        g = generator(prior.seed, "denoiser held out")
-        levels = (torch.arange(len(held)) + 0.5) / len(held)
-        whole = rows_of(held, g, levels, torch.zeros(len(held), dtype=torch.bool))
-        device = accelerator.device
-        parts = zip(*(v.split(settings.batch_size) for v in whole.values()))
-        total = sum(float(objective(**{k: v.to(device) for k, v in zip(whole, p)})["error"].sum()) for p in parts)
-        return total / len(held)
+        return _held_out_loss(objective, held_out_batch(data, prior.seed), settings.batch_size, accelerator.device)
 
     def on_save(step: int) -> dict[str, float]:
         if step in recipe.extra_saves:
             save_early(model, folder, dtype, recipe.digest)
-        y = torch.arange(min(classes, SHOWN_CLASSES)).repeat_interleave(SHOWN_COLUMNS)
-        noise = torch.randn(len(y), channels, side, side, generator=generator(prior.seed, "denoiser", "samples"))
-        ours.to(accelerator.device)
-        images = (to_unit(decode_latents(ours, _sample(model, scheduler, y, noise))) * 255).round().to(torch.uint8)
-        rows = [list(row) for row in images.cpu().split(SHOWN_COLUMNS)]
-        with atomic_path(folder / "samples" / f"denoiser-{step:06d}.png") as temporary:
-            image_grid(rows, scale=max(1, 48 // images.shape[-1])).save(temporary, "png")
+        saved_codec.to(accelerator.device)
+        file = folder / "samples" / f"denoiser-{step:06d}.png"
+        _save_samples(file, model, saved_codec, scheduler, classes=classes, seed=prior.seed)
         return {}
 
     fitted = fit(
@@ -154,23 +125,41 @@ def train_denoiser(
         accelerator=accelerator,
         on_save=on_save,
         save=model.save_pretrained,
-        score=score if len(held) else None,
+        score=score if len(data.held_out_rows) else None,
     )
     if accelerator.is_main_process:
-        _write_stock_parts(recipe, ours, scheduler, class_names)
+        _write_stock_parts(recipe, saved_codec, scheduler, class_names)
         if head is not None:
             save_head(head, folder, dtype, recipe.digest)
         numbers = {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "train_images": len(kept),
-            "held_out_images": len(held),
-            "channel_mean": mean.tolist(),
-            "channel_std": std.tolist(),
+            "train_images": len(data.train_rows),
+            "held_out_images": len(data.held_out_rows),
+            "channel_mean": data.mean.tolist(),
+            "channel_std": data.std.tolist(),
         }
         # last, because the denoiser's folder is what marks the training as done
         publish(recipe, copy.deepcopy(model).to(dtype).save_pretrained, numbers, fitted, accelerator)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _held_out_loss(objective: nn.Module, batch: dict[str, Tensor], size: int, device: torch.device) -> float:
+    """Unweighted loss per latent of a batch, computed in parts of `size` rows."""
+    parts = zip(*(v.split(size) for v in batch.values()), strict=True)
+    named = ({k: v.to(device) for k, v in zip(batch, part, strict=True)} for part in parts)
+    return sum(float(objective(**part)["error"].sum()) for part in named) / len(batch["latents"])
+
+
+def _save_samples(file: Path, model: Any, codec: Codec, scheduler: Any, *, classes: int, seed: int) -> None:
+    """Write a grid of samples, one row per class, from the same noise at every step."""
+    channels, side = int(model.config.in_channels), int(model.config.sample_size)
+    y = torch.arange(min(classes, SHOWN_CLASSES)).repeat_interleave(SHOWN_COLUMNS)
+    noise = torch.randn(len(y), channels, side, side, generator=generator(seed, "denoiser", "samples"))
+    images = (to_unit(decode_latents(codec, _sample(model, scheduler, y, noise))) * 255).round().to(torch.uint8)
+    rows = [list(row) for row in images.cpu().split(SHOWN_COLUMNS)]
+    with atomic_path(file) as temporary:
+        image_grid(rows, scale=max(1, 48 // images.shape[-1])).save(temporary, "png")
 
 
 def _write_stock_parts(recipe: Recipe, codec: Codec, scheduler: Any, class_names: Sequence[str]) -> None:
@@ -269,7 +258,7 @@ def _load_denoiser(
         steps = DDIMScheduler.load_config(path, subfolder="scheduler", **files.options)
         # compared in the precision in which the caller holds it
         dtype = "float32" if codec is None else str(next(codec.parameters()).dtype).removeprefix("torch.")
-        theirs = load_codec(path, subfolder="vae", dtype=dtype, files=files)
+        checkpoint_codec = load_codec(path, subfolder="vae", dtype=dtype, files=files)
     except (OSError, ValueError, InputError) as e:
         raise no_pipeline(path, e) from e
     model = open_denoiser(path)
@@ -280,7 +269,7 @@ def _load_denoiser(
             f"{path} takes latents of {c.in_channels}x{c.sample_size}x{c.sample_size} but the data's are "
             f"{'x'.join(map(str, shape))}; change codec.resolution, or choose another prior.denoiser.init"
         )
-    if codec is not None and codec_digest(theirs) != codec_digest(codec):
+    if codec is not None and codec_digest(checkpoint_codec) != codec_digest(codec):
         raise InputError(f"{path} was trained with another codec than the one of these latents; set codec.path={path}")
     if flow != (settings.objective == "flow"):
         raise InputError(
@@ -306,7 +295,7 @@ def _load_denoiser(
     return model.train()
 
 
-def _own_codec(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
+def _codec_to_save(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
     """The codec to save beside the denoiser: the one given if its latents are normal already, to within the error of
     estimating that, else a normalized copy.
 
@@ -314,63 +303,22 @@ def _own_codec(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
         RunError: if there is another one.
     """
     normal = bool((mean.abs() < 0.05).all() and ((std - 1).abs() < 0.05).all())
-    ours = codec if normal else normalized(codec, mean, std)
+    to_save = codec if normal else normalized(codec, mean, std)
     if path.exists():
         # compared in the precision in which the caller holds it
-        dtype = str(next(ours.parameters()).dtype).removeprefix("torch.")
-        there = codec_digest(load_codec(path, dtype=dtype))
-        if there == codec_digest(codec) and not normal:
+        dtype = str(next(to_save.parameters()).dtype).removeprefix("torch.")
+        existing = codec_digest(load_codec(path, dtype=dtype))
+        if existing == codec_digest(codec) and not normal:
             raise RunError(
                 f"the codec in {path} gives latents that are not normalized by channel; set "
                 "prior.denoiser.normalize=none, or choose another prior.output_dir"
             )
-        if there != codec_digest(ours):
+        if existing != codec_digest(to_save):
             raise RunError(
                 f"{path} is not the codec that made these latents; "
                 f"set codec.path={path}, or choose another prior.output_dir"
             )
-    return ours
-
-
-def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of every channel of latents (n, C, h, w)."""
-    count = latents.shape[0] * latents.shape[2] * latents.shape[3]
-    mean = sum(z.double().sum((0, 2, 3)) for z in latents.split(4096)) / count
-    square = sum((z.double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for z in latents.split(4096)) / count
-    return mean.float(), square.sqrt().float()
-
-
-def _held_out(n: int, at_most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows held out and rows to train on, ascending, of n latents."""
-    order = torch.randperm(n, generator=generator(seed, "denoiser", "held out"))
-    k = min(at_most, n // 10)
-    return order[:k].sort().values, order[k:].sort().values
-
-
-def _latents(cache: LatentCache, flipped: LatentCache | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All latents (n, C, h, w) float16, their labels (n,) int64, and the latents of the mirrored images.
-
-    Raises:
-        InputError: if they exceed 8 GiB, or the mirrored images are others.
-    """
-    caches = [cache] if flipped is None else [cache, flipped]
-    shards: list[list[Tensor]] = [[] for _ in caches]
-    size = 0
-    for c in range(len(cache.class_names)):
-        values, rows = zip(*(each.load(c) for each in caches))
-        if not torch.equal(rows[0], rows[-1]):
-            raise InputError(f"{caches[-1].folder} holds other images than {cache.folder}; delete it to encode again")
-        for shard, value in zip(shards, values):
-            shard.append(value)
-            size += value.nbytes
-        if size > MAX_BYTES:
-            raise InputError(
-                f"the latents in {cache.folder} exceed the {MAX_BYTES >> 30} GiB that training holds in memory; "
-                "lower codec.resolution, or train on a part of the data"
-            )
-    counts = torch.tensor([len(z) for z in shards[0]])
-    labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return torch.cat(shards[0]), labels, torch.cat(shards[1]) if flipped is not None else None
+    return to_save
 
 
 def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor:
