@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
-from dq.cluster.faiss_engine import has_faiss
 from dq.cluster.engines import choose_engine
+from dq.cluster.faiss_engine import has_faiss
 from dq.cluster.kmeans import kmeans, kmeans_many
 from dq.config.schema import ClusterConfig
 from dq.core.progress import progress

@@ -28,8 +28,8 @@ def plan(call: Call, checked: Checked) -> str:
 
 def check_codec(call: Call) -> Checked:
     """Check whether `train-codec` can train on these images."""
-    from dq.diffusion.prior.train_codec import prepare_codec
     from dq.diffusion.prior.recipe import finished
+    from dq.diffusion.prior.train_codec import prepare_codec
 
     config = call.config
     if not _is_remote(call, _check_prior(call, config.prior.codec.init)):
@@ -158,7 +158,7 @@ def _check_report_settings(config: RunConfig) -> None:
 
 def check_report(call: Call) -> Checked:
     """Check whether a prior can be measured on these images, and open it."""
-    from dq.diffusion.prior.metrics import checked_counts
+    from dq.diffusion.prior.quality import checked_counts
     from dq.run.checks import check_teachers, open_generator
     from dq.run.folder import check_folder, check_methods, settle_dtypes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +22,24 @@ from dq.diffusion.sampling import (
 from dq.diffusion.weaker_models import ClassPredict
 
 
+@dataclass(frozen=True)
+class ClassModel:
+    """A class-conditional DiT of diffusers, and how it is sampled."""
+
+    transformer: Any
+    scheduler: Any  # of diffusers, diffusion or flow matching; its state is not used
+    predict: ClassPredict | None = None  # in place of the transformer's own prediction
+
+
 @torch.no_grad()
 def sample_latents(
-    transformer: Any,
-    scheduler: Any,
+    model: ClassModel,
     classes: Sequence[int],
     generators: Sequence[torch.Generator],
     *,
     guidance_scale: float,
     num_inference_steps: int,
     noise: Tensor | None = None,
-    predict: ClassPredict | None = None,
 ) -> Tensor:
     """Latents of classes, denoised over the whole time grid from Gaussian noise times the scheduler's
     `init_noise_sigma`.
@@ -54,6 +62,7 @@ def sample_latents(
         InputError: if there is no scheduler, or it starts where the prediction says nothing of the image.
         RunError: if the result is not finite.
     """
+    transformer, scheduler = model.transformer, model.scheduler
     if scheduler is None:
         raise InputError("sampling needs a scheduler, which this model does not have; give one, e.g. DDIMScheduler()")
     trajectory = fresh_scheduler(scheduler, num_inference_steps)
@@ -67,13 +76,9 @@ def sample_latents(
         trajectory.set_begin_index(0)
     # flow-matching schedulers have no initial deviation: their state is the noise itself
     sigma = float(getattr(trajectory, "init_noise_sigma", 1.0))
-    return denoise_noisy(
-        guided(predict or dit_prediction(transformer), cond, null_class(transformer, cond), guidance_scale),
-        trajectory,
-        sigma * noise.to(transformer.device),
-        start,
-        generators,
-    )
+    predict = model.predict or dit_prediction(transformer)
+    steps = guided(predict, cond, null_class(transformer, cond), guidance_scale)
+    return denoise_noisy(steps, trajectory, sigma * noise.to(transformer.device), start, generators)
 
 
 def noise_of_images(
@@ -90,12 +95,6 @@ def noise_of_images(
     Raises:
         InputError: for another type, or another number of generators.
     """
-    several = isinstance(generator, (list, tuple))
-    each: Sequence[Any] = generator if several else () if generator is None else (generator,)  # type: ignore[assignment]
-    if not all(isinstance(g, torch.Generator) for g in each):
-        raise InputError(f"generator is a torch.Generator or a list of them, not {type(generator).__name__}")
-    if several and len(each) != shape[0]:
-        raise InputError(f"there are {len(each)} generators for {shape[0]} images; give one, or one for each")
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -103,9 +102,13 @@ def noise_of_images(
         noise = torch.randn(shape, generator=generator, device=generator.device).cpu()
         seeds = torch.randint(2**62, (shape[0],), generator=generator, device=generator.device).tolist()
         return noise, [torch.Generator().manual_seed(seed) for seed in seeds]
-    rows = [torch.randn(shape[1:], generator=g, device=g.device).cpu() for g in each]
+    if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
+        raise InputError(f"generator is a torch.Generator or a list of them, not {type(generator).__name__}")
+    if len(generator) != shape[0]:
+        raise InputError(f"there are {len(generator)} generators for {shape[0]} images; give one, or one for each")
+    rows = [torch.randn(shape[1:], generator=g, device=g.device).cpu() for g in generator]
     noise = torch.stack(rows) if rows else torch.zeros(shape)
-    return noise, [g if g.device.type == "cpu" else _on_cpu(g) for g in each]
+    return noise, [g if g.device.type == "cpu" else _on_cpu(g) for g in generator]
 
 
 def _on_cpu(generator: torch.Generator) -> torch.Generator:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dq.config.schema import CodecConfig, GenerateConfig
-from dq.core.devices import default_device, resolve_dtype, tf32_products
+from dq.core.devices import default_device, resolve_dtype
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.model_files import open_model
@@ -32,11 +32,13 @@ from dq.core.numbers import whole_number
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.diffusion.class_names import class_indices, class_number
-from dq.diffusion.class_sampling import noise_of_images, sample_latents
+from dq.diffusion.class_sampling import ClassModel, noise_of_images, sample_latents
 from dq.diffusion.codec import codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
 from dq.diffusion.guidance import by_prototypes, in_chunks
 from dq.diffusion.loading import FILES, WEIGHTS, check_components, check_options, loading, take_dtype
+from dq.diffusion.prompts import prompt_conditions
 from dq.diffusion.sampling import (
+    Predict,
     Start,
     check_start,
     choose_scheduler,
@@ -52,7 +54,7 @@ from dq.diffusion.sampling import (
 from dq.diffusion.weaker_models import ClassPredict, WeakerModels
 
 IMAGES_AT_ONCE = 32
-NEEDS = {
+REQUIRED = {
     "dit": ("transformer", "scheduler"),
     "img2img": ("unet", "text_encoder", "tokenizer", "scheduler"),
 }
@@ -122,9 +124,9 @@ class LatentGenerator(DiffusionPipeline):
         if index is None:
             vae = components.pop("vae", None)
             if vae is None:
-                own = dtype.get("vae", dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+                vae_dtype = dtype.get("vae", dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
                 device = None if weights.get("device_map") is not None else "cpu"
-                options = {**where, **weights, "dtype": own, "device": device, "files": files}
+                options = {**where, **weights, "dtype": vae_dtype, "device": device, "files": files}
                 vae = load_codec(path, subfolder=subfolder, **options)
             return cls(vae=vae, **components)
         check_components(index, str(path), components)
@@ -136,9 +138,9 @@ class LatentGenerator(DiffusionPipeline):
             pipe.weaker = WeakerModels(files)
             return pipe
         except (AttributeError, OSError, ValueError, NotImplementedError, SafetensorError) as e:
-            said = " ".join(str(e).split())[:200]
+            reason = " ".join(str(e).split())[:200]
             raise InputError(
-                f"the pipeline {path} cannot be loaded ({said}); give one whose weights are safetensors"
+                f"the pipeline {path} cannot be loaded ({reason}); give one whose weights are safetensors"
             ) from e
 
     @classmethod
@@ -152,11 +154,11 @@ class LatentGenerator(DiffusionPipeline):
         """
         if not codec.path:
             raise InputError("no codec is named; set codec.path to an autoencoder, e.g. one made by `dq train-codec`")
-        own, drawing = (resolve_dtype(c.dtype, default_device(), "inference") for c in (codec, generate))
-        vae = load_codec(codec.path, subfolder=codec.subfolder, revision=codec.revision, dtype=own)
+        codec_dtype, dtype = (resolve_dtype(c.dtype, default_device(), "inference") for c in (codec, generate))
+        vae = load_codec(codec.path, subfolder=codec.subfolder, revision=codec.revision, dtype=codec_dtype)
         if generate.model is None:
             return cls(vae=vae)
-        return cls.from_pretrained(generate.model, vae=vae, revision=generate.revision, dtype=drawing)
+        return cls.from_pretrained(generate.model, vae=vae, revision=generate.revision, dtype=dtype)
 
     def save_pretrained(
         self,
@@ -225,8 +227,8 @@ class LatentGenerator(DiffusionPipeline):
             InputError: for a missing component, a codec or a scheduler that does not fit the denoiser, a start that is
                 none, or a class it lacks.
         """
-        needs: tuple[str, ...] = {"decode": (), **NEEDS}[config.mode]
-        for part in needs:
+        required: tuple[str, ...] = {"decode": (), **REQUIRED}[config.mode]
+        for part in required:
             if getattr(self, part) is None:
                 raise InputError(f"generate.mode={config.mode} needs a {part}, which this model does not have")
         self.start(config)
@@ -260,9 +262,9 @@ class LatentGenerator(DiffusionPipeline):
         Raises:
             InputError: for a scheduler that does not fit what the model predicts, or a start that is none.
         """
-        return None if config.mode == "decode" else self._walk(config)[1]
+        return None if config.mode == "decode" else self._trajectory(config)[1]
 
-    def _walk(self, config: GenerateConfig) -> tuple[Any, Start]:
+    def _trajectory(self, config: GenerateConfig) -> tuple[Any, Start]:
         """A scheduler with its time grid, and where on it the trajectory begins."""
         chosen = choose_scheduler(self.scheduler, config.scheduler)
         if config.noise == "inversion" and is_random(chosen):
@@ -317,32 +319,40 @@ class LatentGenerator(DiffusionPipeline):
         if not isinstance(guidance_scale, (int, float, np.number)) or not math.isfinite(guidance_scale):
             raise InputError(f"guidance_scale is a finite number, not {guidance_scale!r}")
         size = None if image_size is None else whole_number(image_size, "image_size")
-        plain = class_labels.tolist() if isinstance(class_labels, (np.ndarray, np.generic, Tensor)) else class_labels
-        labels = [self._class_index(c) for c in (plain if isinstance(plain, (list, tuple, range)) else [plain])]
+        labels = self._class_numbers(class_labels)
         channels, side = int(self.transformer.config.in_channels), int(self.transformer.config.sample_size)
         noise, generators = noise_of_images(generator, (len(labels), channels, side, side))
-        parts = []
-        with torch.no_grad():
-            starts = range(0, len(labels), IMAGES_AT_ONCE)
-            for first in progress(starts, desc="generate", unit="batch", main=len(starts) > 1):
-                span = slice(first, first + IMAGES_AT_ONCE)
-                z = sample_latents(
-                    self.transformer,
-                    self.scheduler,
-                    labels[span],
-                    generators[span],
-                    guidance_scale=float(guidance_scale),
-                    num_inference_steps=steps,
-                    noise=noise[span],
-                )
-                parts.append(to_unit(decode_latents(self.vae, z), size).cpu())
-        shown = size or side * downscale(self.vae)
-        images: Any = torch.cat(parts) if parts else torch.zeros(0, 3, shown, shown)
+        options = {"guidance_scale": float(guidance_scale), "num_inference_steps": steps}
+        images: Any = self._draw_classes(labels, noise, generators, size, **options)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images) if len(images) else []
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def _draw_classes(
+        self,
+        labels: list[int],
+        noise: Tensor,
+        generators: list[torch.Generator],
+        image_size: int | None,
+        **options: Any,
+    ) -> Tensor:
+        """Images (B, 3, H, W) of classes from noise (B, C, h, w), in batches."""
+        model, parts = ClassModel(self.transformer, self.scheduler), []
+        starts = range(0, len(labels), IMAGES_AT_ONCE)
+        for first in progress(starts, desc="generate", unit="batch", main=len(starts) > 1):
+            rows = slice(first, first + IMAGES_AT_ONCE)
+            z = sample_latents(model, labels[rows], generators[rows], noise=noise[rows], **options)
+            parts.append(to_unit(decode_latents(self.vae, z), image_size).cpu())
+        side = image_size or noise.shape[-1] * downscale(self.vae)
+        return torch.cat(parts) if parts else torch.zeros(0, 3, side, side)
+
+    def _class_numbers(self, class_labels: Sequence[int | str] | np.ndarray | Tensor | int | str) -> list[int]:
+        """The DiT's index of each class, given one or several by index or name."""
+        plain = class_labels.tolist() if isinstance(class_labels, (np.ndarray, np.generic, Tensor)) else class_labels
+        return [self._class_index(c) for c in (plain if isinstance(plain, (list, tuple, range)) else [plain])]
 
     def _class_index(self, label: Any) -> int:
         """The DiT's index of a class by its index or name."""
@@ -389,25 +399,36 @@ class LatentGenerator(DiffusionPipeline):
             raise InputError("guidance of a class needs images of one class; call once for each class")
         z = latents.to(self._execution_device)
         if config.mode != "decode":
-            scheduler, start = self._walk(config)
             if config.mode == "dit":
                 predict = self.prediction(config.internal_guidance, config.autoguidance)
                 cond = self._classes(labels, condition_ids, z.device)
                 null = null_class(self.transformer, cond)
             else:
-                predict, cond, null = self._unet([class_names[c] for c in labels], config)
+                names = [class_names[c] for c in labels]
+                predict, cond, null = prompt_conditions(self.unet, self.tokenizer, self.text_encoder, names, config)
             predict = in_chunks(predict, config.batch_size) if config.together else predict
-            plain = guided(predict, cond, null, 1.0)
-            steps = limited(
-                guided(predict, cond, null, config.guidance_scale), plain, scheduler, config.guidance_interval
-            )
-            steps = by_prototypes(steps, scheduler, start, z, config, masses)
-            clean, noise = invert(plain, scheduler, z, start) if config.noise == "inversion" else (z, None)
-            scales = {"guidance_scale": config.guidance_scale, **config.guidance}
-            z = denoise(steps, scheduler, clean, start, generators, noise=noise, guidance=scales)
+            both, plain = guided(predict, cond, null, config.guidance_scale), guided(predict, cond, null, 1.0)
+            z = self._denoise(z, both, plain, generators, config, masses)
         with torch.no_grad():
             parts = z.split(config.batch_size if config.together else max(1, len(z)))
             return torch.cat([to_unit(decode_latents(self.vae, part), image_size).cpu() for part in parts])
+
+    def _denoise(
+        self,
+        points: Tensor,
+        guided_prediction: Predict,
+        plain: Predict,
+        generators: Sequence[torch.Generator],
+        config: GenerateConfig,
+        masses: Tensor | None,
+    ) -> Tensor:
+        """Noise latent points (B, C, h, w) to the start and denoise them under all guidance of `config`."""
+        scheduler, start = self._trajectory(config)
+        steps = limited(guided_prediction, plain, scheduler, config.guidance_interval)
+        steps = by_prototypes(steps, scheduler, start, points, config, masses)
+        clean, noise = invert(plain, scheduler, points, start) if config.noise == "inversion" else (points, None)
+        scales = {"guidance_scale": config.guidance_scale, **config.guidance}
+        return denoise(steps, scheduler, clean, start, generators, noise=noise, guidance=scales)
 
     def prediction(self, internal_guidance: float = 1.0, autoguidance: float = 1.0) -> ClassPredict:
         """The DiT as a function of (x, t, class), guided by its weaker versions; see `WeakerModels.prediction`."""
@@ -417,32 +438,6 @@ class LatentGenerator(DiffusionPipeline):
         """The DiT's classes (B,)."""
         ids = condition_ids or range(int(self.transformer.config.num_embeds_ada_norm))
         return torch.tensor([ids[c] for c in labels], device=device)
-
-    def _unet(self, names: Sequence[str], config: GenerateConfig) -> tuple[Any, Tensor, Tensor]:
-        """The model as a function of (x, t, text), the embedded prompts (B, L, D) and negative prompts (B, L, D)."""
-        prompts = [config.prompt.format(name=n.replace("_", " ")) for n in names]
-        each = list(dict.fromkeys([*prompts, config.negative_prompt]))  # a class has many prototypes and one prompt
-        embedded = self._embed(each)
-        cond = embedded[[each.index(p) for p in prompts]]
-        null = embedded[each.index(config.negative_prompt)].expand_as(cond)
-        dtype = self.unet.dtype
-
-        def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            with tf32_products():
-                return self.unet(x.to(dtype), t, encoder_hidden_states=text).sample.float()
-
-        return predict, cond, null
-
-    def _embed(self, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        with torch.no_grad(), tf32_products():
-            return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].to(self.unet.dtype)
 
     def _native_resolution(self) -> int | None:
         model = self.transformer or self.unet

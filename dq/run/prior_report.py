@@ -25,7 +25,7 @@ from dq.data.source import ImageSource
 from dq.diffusion.card import QUALITY, check_card, protocol_text, quality_table, write_card
 from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.prior.curves import draw_curves
-from dq.diffusion.prior.metrics import PriorQuality, measure_prior, plan_draw
+from dq.diffusion.prior.quality import PriorQuality, measure_prior, plan_draw
 from dq.diffusion.prior.samples import stored_samples
 from dq.evaluation.results import to_csv
 from dq.networks.real_data import RealData, load_real_data

@@ -33,7 +33,6 @@ from dq.data.load import load_source
 from dq.diffusion.codec import decode_latents, encode_latents, load_codec, to_signed
 from dq.diffusion.prior import denoiser_data, training
 from dq.diffusion.prior import train_codec as codec_module
-from dq.diffusion.prior import train_denoiser as denoiser_module
 from dq.diffusion.prior.denoiser_data import split_rows
 from dq.diffusion.prior.denoiser_loss import DenoiserLoss
 from dq.diffusion.prior.train_codec import CodecLoss, new_codec, psnr, train_codec
@@ -397,7 +396,7 @@ def test_resumed_denoiser_is_the_uninterrupted_one(made, accelerator, tmp_path, 
     with interrupted_at_save(monkeypatch, 3):
         train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
     assert not (tmp_path / "model_index.json").exists()
-    steps = counted(monkeypatch, denoiser_module)
+    steps = counted(monkeypatch, denoiser_data)
     train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
     assert steps == list(range(200, 240))
     assert_same_model(tmp_path / "transformer", made.folder / "transformer")
@@ -414,7 +413,7 @@ def assert_same_model_weights(a: Path, b: Path) -> None:
 
 def test_finished_training_is_not_repeated(made, toy_source, accelerator, monkeypatch):
     files = {p: p.stat().st_mtime_ns for p in made.folder.rglob("*") if p.is_file()}
-    steps, denoiser_steps = counted(monkeypatch, codec_module), counted(monkeypatch, denoiser_module)
+    steps, denoiser_steps = counted(monkeypatch, codec_module), counted(monkeypatch, denoiser_data)
     # how often to save does not change the result, nor does compilation
     often = prior_in(made.folder, codec={"save_every": 7}, denoiser={"save_every": 7, "compile": True})
     assert train_codec(toy_source, CODEC, often, accelerator=accelerator) == made.vae
@@ -554,7 +553,7 @@ def test_divergence_keeps_the_last_good_average(made, accelerator, tmp_path, mon
 
 def test_too_little_disk_stops_before_the_first_step(made, toy_source, accelerator, tmp_path, monkeypatch):
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**10))
-    steps = [*counted(monkeypatch, codec_module), *counted(monkeypatch, denoiser_module)]
+    steps = [*counted(monkeypatch, codec_module), *counted(monkeypatch, denoiser_data)]
     prior = prior_in(tmp_path)
     message = (
         r"checkpoints of the {} need \d+ MiB but .* has 0 MiB free; free some, or choose another prior\.output_dir"

@@ -21,7 +21,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.core.seeds import generator
 from dq.diffusion.card import MARKER, write_card
-from dq.diffusion.class_sampling import sample_latents
+from dq.diffusion.class_sampling import ClassModel, sample_latents
 from dq.diffusion.prior.curves import loss_figure, read_curves
 from dq.diffusion.prior.metrics import (
     density_coverage,
@@ -231,7 +231,9 @@ def test_a_sample_does_not_depend_on_the_others(name: str) -> None:
 
     def drawn(places: list[tuple[int, int]]) -> Tensor:
         generators = [generator(0, "prior sample", c, i) for c, i in places]
-        return sample_latents(pipe.transformer, pipe.scheduler, [c for c, _ in places], generators, **options)
+        return sample_latents(
+            ClassModel(pipe.transformer, pipe.scheduler), [c for c, _ in places], generators, **options
+        )
 
     places = [(c, i) for c in range(3) for i in range(2)]
     whole = drawn(places)
@@ -255,7 +257,7 @@ def test_latents_are_those_of_the_stock_pipeline() -> None:
         stock.set_progress_bar_config(disable=True)
         options = {"guidance_scale": 1.0, "num_inference_steps": 5}
         expected = stock([1], generator=generator("test"), output_type="pt", **options).images
-        z = sample_latents(pipe.transformer, pipe.scheduler, [1], [generator("test")], **options)
+        z = sample_latents(ClassModel(pipe.transformer, pipe.scheduler), [1], [generator("test")], **options)
         with torch.no_grad():
             image = pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample
         torch.testing.assert_close((image / 2 + 0.5).clamp(0, 1), expected, rtol=1e-3, atol=1e-3)
@@ -268,7 +270,11 @@ def test_a_flow_walk_lands_on_the_point_that_the_velocity_names() -> None:
     noise = torch.randn(4, 4, 4, generator=generator("test"))
     pipe.transformer.forward = lambda x, timestep, class_labels: type("Out", (), {"sample": noise - target})
     z = sample_latents(
-        pipe.transformer, pipe.scheduler, [0], [generator("test")], guidance_scale=1.0, num_inference_steps=7
+        ClassModel(pipe.transformer, pipe.scheduler),
+        [0],
+        [generator("test")],
+        guidance_scale=1.0,
+        num_inference_steps=7,
     )
     torch.testing.assert_close(z, target, rtol=1e-5, atol=1e-5)
 
@@ -311,7 +317,11 @@ def test_a_model_that_breaks_is_one_sentence() -> None:
     torch.nn.init.constant_(pipe.transformer.proj_out_2.bias, math.inf)
     with pytest.raises(RunError, match=r"NaN .*generate\.dtype"):
         sample_latents(
-            pipe.transformer, pipe.scheduler, [0], [generator("test")], guidance_scale=2.0, num_inference_steps=2
+            ClassModel(pipe.transformer, pipe.scheduler),
+            [0],
+            [generator("test")],
+            guidance_scale=2.0,
+            num_inference_steps=2,
         )
 
 

@@ -17,7 +17,7 @@ from models import tiny_dit, tiny_kl
 
 from dq.core.errors import InputError
 from dq.core.seeds import generator
-from dq.diffusion.class_sampling import sample_latents
+from dq.diffusion.class_sampling import ClassModel, sample_latents
 from dq.diffusion.sampling import choose_start, fresh_scheduler
 from dq.run.distill import DistillPipeline
 
@@ -69,7 +69,7 @@ def test_schedulers_in_sigma_start_at_their_initial_deviation(cls, spacing: str)
             ).sample
             x = scheduler.step(out, t, x).prev_sample
     options = {"guidance_scale": 1.0, "num_inference_steps": 4}
-    z = sample_latents(pipe.transformer, pipe.scheduler, [5], [generators(0)], **options)
+    z = sample_latents(ClassModel(pipe.transformer, pipe.scheduler), [5], [generators(0)], **options)
     torch.testing.assert_close(z, x, atol=1e-5, rtol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_a_learned_variance_is_not_handed_to_the_models_own_scheduler() -> None:
 
     def latents(scheduler) -> torch.Tensor:
         return sample_latents(
-            transformer, scheduler, [1], [generator("test")], guidance_scale=2.0, num_inference_steps=3
+            ClassModel(transformer, scheduler), [1], [generator("test")], guidance_scale=2.0, num_inference_steps=3
         )
 
     assert torch.equal(latents(own), latents(fixed))

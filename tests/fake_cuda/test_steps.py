@@ -22,7 +22,7 @@ from dq.config.refinement import FADRM, FRePo
 from dq.config.students import StudentConfig
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
-from dq.diffusion.class_sampling import sample_latents
+from dq.diffusion.class_sampling import ClassModel, sample_latents
 from dq.diffusion.prior.train_codec import train_codec
 from dq.diffusion.prior.train_denoiser import train_denoiser
 from dq.networks.training import TrainingSet, fit, normalizer
@@ -166,7 +166,9 @@ def test_a_step_of_sampling(device_log: DeviceLog, name: str, budget: Counts) ->
     def work(steps: int) -> None:
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         with torch.no_grad():
-            sample_latents(model, scheduler, [0, 1], generators, guidance_scale=2.0, num_inference_steps=steps)
+            sample_latents(
+                ClassModel(model, scheduler), [0, 1], generators, guidance_scale=2.0, num_inference_steps=steps
+            )
 
     assert_within(device_log, work, 4, 12, budget)
 

@@ -59,7 +59,8 @@ def load_data(cache: LatentCache, flipped: LatentCache | None, *, held_out: int,
         classes=len(cache.class_names),
         train_rows=train_rows,
         held_out_rows=held_out_rows,
-        **no_normalization(cache.shape[0]),
+        mean=torch.zeros(cache.shape[0]),
+        std=torch.ones(cache.shape[0]),
     )
 
 
@@ -70,17 +71,12 @@ def split_rows(n: int, at_most: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[:k].sort().values, order[k:].sort().values
 
 
-def no_normalization(channels: int) -> dict[str, Tensor]:
-    """`mean` and `std` (C,) that change nothing."""
-    return {"mean": torch.zeros(channels), "std": torch.ones(channels)}
-
-
-def channel_statistics(latents: Tensor) -> dict[str, Tensor]:
-    """`mean` and `std` (C,) of every channel of latents (n, C, h, w)."""
+def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of latents (n, C, h, w)."""
     count = latents.shape[0] * latents.shape[2] * latents.shape[3]
     mean = sum(z.double().sum((0, 2, 3)) for z in latents.split(4096)) / count
     square = sum((z.double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for z in latents.split(4096)) / count
-    return {"mean": mean.float(), "std": square.sqrt().float()}
+    return mean.float(), square.sqrt().float()
 
 
 def training_batch(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
-from dq.diffusion.class_sampling import sample_latents
+from dq.diffusion.class_sampling import ClassModel, sample_latents
 from dq.diffusion.codec import decode_latents, to_unit
 from dq.diffusion.generator import LatentGenerator
 
@@ -43,9 +43,9 @@ class Draw:
         settings = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         numbers = [self.num_inference_steps, self.image_size, self.seed, guidance_scale]
         dtype = str(self.pipe.transformer.dtype)
-        where = [type(self.scheduler).__name__, settings, list(self.condition_ids), list(self.counts), dtype]
+        sampling = [type(self.scheduler).__name__, settings, list(self.condition_ids), list(self.counts), dtype]
         weaker = [self.weaker_guidance] if self.weaker_guidance else []
-        return [self.pipe.digest("dit"), *numbers, *where, *weaker]
+        return [self.pipe.digest("dit"), *numbers, *sampling, *weaker]
 
     @property
     def weaker_guidance(self) -> dict[str, float]:
@@ -61,20 +61,19 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
     The noise of image i of class c comes from (seed, "prior sample", c, i) alone, and is the same at every guidance
     scale.
     """
-    places = [(c, i) for c, n in enumerate(draw.counts) for i in range(n)]
+    samples = [(c, i) for c, n in enumerate(draw.counts) for i in range(n)]  # class, and number in the class
     predict = draw.pipe.prediction(draw.internal_guidance, draw.autoguidance)
+    model = ClassModel(draw.pipe.transformer, draw.scheduler or draw.pipe.scheduler, predict)
     parts = []
-    starts = range(0, len(places), draw.batch_size)
+    starts = range(0, len(samples), draw.batch_size)
     for first in progress(starts, desc=f"samples, guidance {guidance_scale:g}", unit="batch", main=main):
-        batch = places[first : first + draw.batch_size]
+        batch = samples[first : first + draw.batch_size]
         latents = sample_latents(
-            draw.pipe.transformer,
-            draw.scheduler or draw.pipe.scheduler,
+            model,
             [draw.condition_ids[c] for c, _ in batch],
             [generator(draw.seed, "prior sample", c, i) for c, i in batch],
             guidance_scale=guidance_scale,
             num_inference_steps=draw.num_inference_steps,
-            predict=predict,
         )
         with torch.no_grad():
             unit = to_unit(decode_latents(draw.pipe.vae, latents), draw.image_size)

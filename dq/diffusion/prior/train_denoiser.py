@@ -25,7 +25,6 @@ from dq.diffusion.prior.denoiser_data import (
     channel_statistics,
     held_out_batch,
     load_data,
-    no_normalization,
     training_batch,
 )
 from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler, time_shift
@@ -92,10 +91,12 @@ def train_denoiser(
     data = load_data(cache, flipped if settings.flip else None, held_out=settings.held_out, seed=prior.seed)
     # a checkpoint was trained on the latents of its codec, whatever their scale in these data
     if settings.normalize == "channel" and settings.init is None:
-        data = dataclasses.replace(data, **channel_statistics(data.latents))
-    saved_codec = _codec_to_save(folder / "vae", codec, data.mean, data.std)
-    if saved_codec is codec:  # its latents are normal already
-        data = dataclasses.replace(data, **no_normalization(cache.shape[0]))
+        mean, std = channel_statistics(data.latents)
+    else:
+        mean, std = data.mean, data.std
+    saved_codec = _codec_to_save(folder / "vae", codec, mean, std)
+    if saved_codec is not codec:  # else its latents are normal already
+        data = dataclasses.replace(data, mean=mean, std=std)
     model = new_denoiser(prior, cache.shape, classes, codec=saved_codec)
     shift = time_shift(settings.time_shift, cache.shape)
     scheduler = new_scheduler(settings.objective, shift)

@@ -232,7 +232,7 @@ def plan_evaluation(
 
 def plan_prior_report(config: RunConfig, source: ImageSource) -> str:
     """What `prior-report` would do."""
-    from dq.diffusion.prior.metrics import sample_counts
+    from dq.diffusion.prior.quality import sample_counts
 
     r = config.prior_report
     images = int(sample_counts(source, r.per_class).sum())
