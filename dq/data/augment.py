@@ -1,4 +1,4 @@
-"""Training augmentations on batches of normalized float images: DSA's operations, FRePo's, and crop with flip.
+"""Training augmentations on batches of normalized images: DSA's, FRePo's, and crop with flip.
 
 The operations are functions of images (B, 3, S, S) and of one parameter per image, (B,). Parameters are drawn on the
 CPU from the generator that is passed in, so that they do not depend on the device.
@@ -29,7 +29,7 @@ FREPO_CUTOUT = 0.25  # of the side
 
 
 def augment(kind: str, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Augment a batch (B, 3, S, S) as `StudentConfig.augment` says."""
+    """Augment a batch (B, 3, S, S) by the name in `StudentConfig.augment`."""
     if kind == "dsa":
         return dsa(images, generator)
     if kind == "crop_flip":
@@ -42,7 +42,7 @@ def augment(kind: str, images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = None, shared: bool = False) -> Tensor:
-    """Differentiable Siamese augmentation: one operation per batch; parameters per image, as evaluation uses it.
+    """Apply differentiable Siamese augmentation: one operation per batch, parameters per image.
 
     Args:
         images: (B, 3, S, S), normalized.
@@ -55,9 +55,9 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
     draws = 1 if shared else n
 
     def uniform(*ranges: tuple[float, float]) -> Tensor:
-        """Draws (ranges, B), which go to the device in one copy."""
-        drawn = [low + (high - low) * torch.rand(draws, generator=generator) for low, high in ranges]
-        return torch.stack(drawn).expand(-1, n).to(x.device)
+        """Draw (ranges, B) and copy them to the device at once."""
+        values = [low + (high - low) * torch.rand(draws, generator=generator) for low, high in ranges]
+        return torch.stack(values).expand(-1, n).to(x.device)
 
     if operation is None:
         operation = OPERATIONS[int(torch.randint(len(OPERATIONS), (), generator=generator))]
@@ -83,10 +83,11 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
 
 
 def frepo(images: Tensor, generator: torch.Generator, *, mirror: bool = True, operation: str | None = None) -> Tensor:
-    """FRePo's augmentation: one operation per batch, parameters per image.
+    """Apply FRePo's augmentation: one operation per batch, parameters per image.
 
     Args:
         images: (B, 3, S, S), normalized or whitened.
+        generator: CPU generator of the operation and its parameters.
         mirror: whether mirror images are among the operations; not for digits and clothes.
         operation: one of `FREPO_OPERATIONS`; None draws it.
     """
@@ -124,7 +125,7 @@ def _rotations(degrees: Tensor) -> Tensor:
 
 
 def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random window of the zero-padded image (4 px of padding for 32 px images), mirrored half of the time."""
+    """Crop zero-padded images (4 px of padding for 32 px images) and mirror half of them."""
     return _random_flip(_random_crop(images, generator), generator)
 
 
@@ -146,17 +147,17 @@ def _each(parameter: Tensor) -> Tensor:
 
 
 def brightness(x: Tensor, amount: Tensor) -> Tensor:
-    """x + amount."""
+    """Add an amount to each image."""
     return x + _each(amount)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Distance from the gray of each pixel times `factor`."""
+    """Multiply the distance from the gray of each pixel."""
     return torch.lerp(x.mean(1, keepdim=True), x, _each(factor))
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Distance from the mean of each image times `factor`."""
+    """Multiply the distance from the mean of each image."""
     return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, _each(factor))
 
 
@@ -166,7 +167,10 @@ def flip(x: Tensor, mirror: Tensor) -> Tensor:
 
 
 def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:
-    """Move the window on each image by (down, right) px, at most `pad` either way; outside the image is zero."""
+    """Shift the window on each image by (down, right) px, with zeros outside.
+
+    At most by `pad` either way.
+    """
     n, channels, height, width = x.shape
     padded = F.pad(x, (pad, pad, pad, pad))
     rows = torch.arange(height, device=x.device) + (down + pad)[:, None]  # (B, S)
@@ -177,7 +181,10 @@ def shift(x: Tensor, down: Tensor, right: Tensor, pad: int) -> Tensor:
 
 
 def cutout(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """Set a square of `size` px around (row, column) to zero, which is the mean color of normalized images."""
+    """Set a square of `size` px around (row, column) to zero.
+
+    Zero is the mean color of normalized images.
+    """
 
     def inside(side: int, center: Tensor) -> Tensor:
         start = (center - size // 2)[:, None]
@@ -189,7 +196,10 @@ def cutout(x: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
 
 
 def affine(x: Tensor, matrix: Tensor) -> Tensor:
-    """Resample: the pixel at p (center 0, border 1) is read at `matrix` (B, 2, 2) @ p; outside is zero."""
+    """Apply linear maps (B, 2, 2) to images.
+
+    The pixel at p (center 0, border 1) is read at `matrix` @ p; outside is zero.
+    """
     theta = F.pad(matrix.to(x.dtype), (0, 1))  # (B, 2, 3), no translation
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)

@@ -1,4 +1,4 @@
-"""Selection rules on features, scores and cells: which images of every class to take."""
+"""Selection rules of images of every class on features, scores and cells."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ MIXTURE_POINTS = 10  # entropies that two Gaussians are fitted to, at least
 
 
 def random_rows(labels: np.ndarray, ipc: int, seed: int) -> np.ndarray:
-    """Rows of a stratified random subset, drawn without replacement: `ipc` of every class, in class order.
+    """Draw a stratified random subset without replacement.
 
-    A class with fewer than `ipc` images gives all that it has, as a distilled set of that size does. Another seed
-    draws another subset; the draw within a class depends on nothing but the seed, the class and its size.
+    Rows are `ipc` of every class, in class order. A class with fewer than `ipc` images gives all that it has, as a
+    distilled set of that size does. Another seed draws another subset; the draw within a class depends on nothing but
+    the seed, the class and its size.
 
     Args:
         labels: (n,) class indices.
@@ -44,11 +45,11 @@ def random_rows(labels: np.ndarray, ipc: int, seed: int) -> np.ndarray:
 
 
 def herding_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
-    """Rows of a greedy coreset whose mean follows the class mean (herding, Welling 2009; as in iCaRL, without
-    replacement).
+    """Select a greedy coreset whose mean approximates the class mean (herding).
 
-    Pick t of a class minimises |mu - (f_1 + ... + f_{t-1} + f) / t| over the points f not yet picked; ties go to the
-    lowest row. A class with fewer than `ipc` images gives all that it has.
+    Welling 2009; as in iCaRL, without replacement. Pick t of a class minimizes |mu - (f_1 + ... + f_{t-1} + f) / t|
+    over the points f not yet picked; ties go to the lowest row. A class with fewer than `ipc` images gives all that it
+    has.
 
     Args:
         features: (n, d) float, the space in which images are compared.
@@ -73,11 +74,11 @@ def herding_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
 
 
 def k_center_rows(features: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
-    """Rows of the greedy solution of the k-center problem in every class (Gonzalez 1985; for coresets Sener & Savarese
-    2018): its covering radius is at most twice the smallest possible one.
+    """Select the greedy solution of the k-center problem in every class (Gonzalez 1985).
 
-    The first center is the point nearest to the class mean, every further one the point farthest from the centers so
-    far; ties go to the lowest row. Arguments and result as for `herding_rows`.
+    For coresets by Sener & Savarese 2018. Its covering radius is at most twice the smallest possible one. The first
+    center is the point nearest to the class mean, every further one the point farthest from the centers so far; ties
+    go to the lowest row. Arguments and result as for `herding_rows`.
     """
     chosen = []
     for _, rows, x in centered_classes(features, labels, ipc):
@@ -101,21 +102,23 @@ def facility_location(
     quotas: tuple[Tensor, Sequence[int]] | None = None,
     name: str = "the data",
 ) -> np.ndarray:
-    """Greedy maximum of the facility location function (Wei et al. 2015, "Submodularity in data subset selection").
+    """Maximize the facility location function greedily.
+
+    Wei et al. 2015, "Submodularity in data subset selection":
 
         F(A) = sum_i w_i max_{j in A} max(0, cos(points_i, candidates_j))
 
     Greedy picks reach (1 - 1/e) of the optimum (Nemhauser et al. 1978). Evaluation is lazy (Minoux 1978): gains never
     grow, so that an earlier gain bounds the present one, and only candidates whose bound exceeds the best gain are
-    evaluated. Cosines are rounded to float32 and gains summed in float64 in an order of their own, in which rounding
+    evaluated. Cosines are rounded to float32 and gains summed in float64 in a fixed order, in which rounding
     keeps gains from growing too: picks equal those of plain greedy evaluation. Ties go to the lowest row. A vector of
-    length 0 is similar to nothing.
+    length 0 has similarity 0.
 
     Args:
-        points: (n, d) float, what is to be covered.
+        points: (n, d) float, which are to be covered.
         k: number of picks; fewer candidates give all that there are.
         weights: (n,) non-negative weights w of the points; None: 1.
-        candidates: (m, d) float, what may be picked; None: the points themselves.
+        candidates: (m, d) float, which may be picked; None: the points themselves.
         quotas: group (m,) int64 of every candidate, and how many of each group may be picked; None: any. Greedy picks
             reach half of the optimum then (Fisher et al. 1978).
         name: how messages name the points, e.g. "class 3".
@@ -141,23 +144,29 @@ def facility_location(
     def similarities(rows: np.ndarray) -> np.ndarray:
         return (c[rows] @ x.T).clip(0).astype(np.float32)
 
-    groups, most = np.arange(len(c)), np.ones(len(c), np.int64)
+    groups, limits = np.arange(len(c)), np.ones(len(c), np.int64)
     if quotas is not None:
-        groups, most = quotas[0].cpu().numpy(), np.asarray(quotas[1], np.int64)
-    k = min(k, int(np.minimum(np.bincount(groups, minlength=len(most)), most).sum()))
+        groups, limits = quotas[0].cpu().numpy(), np.asarray(quotas[1], np.int64)
+    k = min(k, int(np.minimum(np.bincount(groups, minlength=len(limits)), limits).sum()))
     if 4 * len(c) * len(x) > SIMILARITY_BYTES:
-        return _lazy_greedy(similarities, w, groups, most, k)
+        return _lazy_greedy(similarities, w, groups, limits, k)
     blocks = np.array_split(np.arange(len(c)), -(-len(c) // EVALUATED_ROWS))
     matrix = np.concatenate([similarities(rows) for rows in blocks])
-    return _lazy_greedy(lambda rows: matrix[rows], w, groups, most, k)
+    return _lazy_greedy(lambda rows: matrix[rows], w, groups, limits, k)
 
 
 def _lazy_greedy(
-    similarities: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, groups: np.ndarray, most: np.ndarray, k: int
+    similarities: Callable[[np.ndarray], np.ndarray],
+    weights: np.ndarray,
+    groups: np.ndarray,
+    quotas: np.ndarray,
+    k: int,
 ) -> np.ndarray:
-    """The k picks of `facility_location`, from a function that gives rows (b, n) float32 of the similarity matrix; at
-    most `most` (g,) of every group."""
-    candidates, left = len(groups), most.copy()
+    """The k picks of `facility_location`, at most `quotas` (g,) of every group.
+
+    `similarities` gives rows (b, n) float32 of the similarity matrix.
+    """
+    candidates, left = len(groups), quotas.copy()
     cover = np.zeros(len(weights), np.float32)  # similarity of each point to its nearest pick
     bounds = np.full(candidates, np.inf)
     picks = np.empty(k, np.int64)
@@ -170,7 +179,7 @@ def _lazy_greedy(
             rows = rows[(bounds[rows] > best_gain) | (rows < best)]  # of equal gains the lowest row wins
             if not len(rows):
                 break
-            # the largest bounds first, in growing blocks: one block evaluates what many bounds would ask for
+            # the largest bounds first, in growing blocks: one block evaluates many candidates at once
             rows = rows[np.argsort(-bounds[rows], kind="stable")[:size]]
             size = min(2 * size, EVALUATED_ROWS)
             gains = (np.maximum(similarities(rows) - cover, 0) * weights).sum(1)
@@ -200,7 +209,7 @@ def _directions(x: Tensor, name: str) -> np.ndarray:
 
 
 def facility_rows(features: Tensor, labels: np.ndarray, ipc: int, weights: Tensor | None = None) -> np.ndarray:
-    """Rows of the greedy facility location of every class; see `facility_location`.
+    """Select images of every class by greedy facility location; see `facility_location`.
 
     Args:
         features: (n, d) float, of a network; compared by their cosines.
@@ -221,7 +230,7 @@ def facility_rows(features: Tensor, labels: np.ndarray, ipc: int, weights: Tenso
 
 
 def window_rows(scores: Tensor, labels: np.ndarray, ipc: int, start: float = 0.5) -> np.ndarray:
-    """Rows of `ipc` images of neighboring difficulty in every class.
+    """Select `ipc` images of neighboring difficulty in every class.
 
     Of n images from easy to hard, round(start (n - ipc)) stay before the window: 0 takes the easiest, 1 the hardest.
     Windows of EL2N are due to Paul et al. (2021, arXiv 2107.07075), who train on all sizes; here the size is the ipc.
@@ -246,10 +255,10 @@ def window_rows(scores: Tensor, labels: np.ndarray, ipc: int, start: float = 0.5
 
 
 def median_rows(scores: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
-    """Rows of the images of every class whose scores are nearest to the class's median, the nearest first.
+    """Select the images of every class whose scores are nearest to the median.
 
-    With a teacher's probabilities of the class these are images of median confidence. Ties go to the lowest row; other
-    arguments and result as for `herding_rows`.
+    The nearest is first. With a teacher's probabilities of the class these are images of median confidence. Ties go to
+    the lowest row; other arguments and result as for `herding_rows`.
     """
     chosen = []
     for rows, values in _scored_classes(scores, labels, ipc):
@@ -258,8 +267,9 @@ def median_rows(scores: Tensor, labels: np.ndarray, ipc: int) -> np.ndarray:
 
 
 def largest_remainder(masses: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers (k,) int64 that sum to `total`, in proportion to masses (k,) (Hamilton's method). Of equal
-    remainders the first is rounded up.
+    """Divide a total into whole numbers in proportion to masses (Hamilton's method).
+
+    Numbers are (k,) int64 for masses (k,). Of equal remainders the first is rounded up.
 
     Raises:
         InputError: for masses that are negative, not finite or all zero, or a negative total.
@@ -276,7 +286,7 @@ def largest_remainder(masses: np.ndarray, total: int) -> np.ndarray:
 
 
 def boundary_band(entropy: np.ndarray, share: float = BOUNDARY_SHARE) -> tuple[float, float]:
-    """Least and largest entropy of images near the decision boundary but for the noisy ones.
+    """Return the range of entropies of images near the decision boundary, without noise.
 
     The highest `share` of the entropies is described by a mixture of two Gaussians; the band reaches from the lower
     mean to where the weighted densities cross. Without two components, as for equal entropies or fewer than
@@ -308,13 +318,13 @@ def boundary_band(entropy: np.ndarray, share: float = BOUNDARY_SHARE) -> tuple[f
 def boundary_prototype_rows(
     labels: np.ndarray, ipc: int, *, cells: np.ndarray, distances: np.ndarray, entropy: np.ndarray
 ) -> np.ndarray:
-    """Rows of prototypes and boundary images of every cell of every class (after BPS, "boundary and prototype").
+    """Select prototypes and boundary images of every cell of every class (after BPS).
 
     Cells share the images in proportion to their masses (`largest_remainder`). Half of a cell's share, rounded up, is
     nearest to its center; the other half has the highest entropy in the class's `boundary_band`. A cell with too few
-    images in the band goes on with the highest entropies below it, then with the lowest above it.
+    images in the band continues with the highest entropies below it, then with the lowest above it.
 
-    The paper's cells are communities of a graph, and its order of the images near the boundary is not at hand.
+    The paper's cells are communities of a graph, and its order of the images near the boundary is not available.
 
     Args:
         labels: (n,) class indices.
@@ -349,7 +359,7 @@ def _scored_classes(scores: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tu
 
 
 def centered_classes(features: Tensor, labels: np.ndarray, ipc: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    """Of every class: its index, its rows, and its features (n, d) as float64 with mean zero."""
+    """Yield index, rows and features (n, d) of every class, float64 with mean zero."""
     for label, rows, x in _classes(features, labels, ipc):
         yield label, rows, x - x.mean(0)
 

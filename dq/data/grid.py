@@ -9,7 +9,10 @@ GAP = 2  # px of white between images
 
 
 def image_grid(rows: list[list[Tensor]], *, scale: int = 1) -> Image.Image:
-    """Paste images (3, H, W) uint8 into a grid, whole-number scaling without smoothing; rows may differ in length."""
+    """Paste images (3, H, W) uint8 into a grid and scale it without smoothing.
+
+    Rows may differ in length.
+    """
     # not torchvision's make_grid: torchvision is optional, and its rows have one length
     height, width = rows[0][0].shape[-2:]
     columns = max(len(r) for r in rows)

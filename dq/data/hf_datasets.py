@@ -1,4 +1,4 @@
-"""Sources that the `datasets` library reads: Hub data sets and local Parquet or Arrow files."""
+"""Sources read by the `datasets` library: Hub data sets and local tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dq.data.source import (
     checked_source,
     choose_train,
     hash_files,
-    is_unlabelled,
+    is_unlabeled,
     match_split,
     number_labels,
     test_candidates,
@@ -73,7 +73,7 @@ def open_with_datasets(config: SourceConfig) -> ImageSource:
     cache_dir = _content_cache(content.hexdigest()) if folder else None
     tables = _open_tables(config, paths, cache_dir, left_out)
     train = tables.train
-    test = labelled_split(list(tables.splits), train, config, lambda s: np.asarray(tables.labels(s), object))
+    test = labeled_split(list(tables.splits), train, config, lambda s: np.asarray(tables.labels(s), object))
     names, labels = _read_labels(tables, [s for s in (train, test) if s], config.path)
     if folder and type(tables.builder).__module__.endswith("imagefolder"):
         left_out.merge(_unmatched_images(tables.splits, tables.image_column, config, paths))
@@ -86,7 +86,7 @@ def open_with_datasets(config: SourceConfig) -> ImageSource:
 
 
 def _hash_folder(content: Any, config: SourceConfig, left_out: LeftOut) -> list[Path]:
-    """Hash all files of a folder, as one with tables may hold its images beside them; return their paths."""
+    """Hash all files of a folder, images beside tables too, and return their paths."""
     root = Path(os.path.abspath(config.path))
     paths = sorted(f for f in walk_files(root, left_out) if f.is_file())
     hash_files(content, root, paths)
@@ -169,7 +169,7 @@ def _image_split(tables: _Tables, name: str, labels: np.ndarray, folder: Path | 
 
 
 def _unmatched_images(loaded: dict[str, Any], column: str, config: SourceConfig, paths: list[Path]) -> LeftOut:
-    """Count images of an image folder without a row in its table, and under `skip` rows without their image.
+    """Count images without a row in the table, and under `skip` rows without image.
 
     Raises:
         InputError: if a row names an image that does not exist, and `source.on_bad_image` is not `skip`.
@@ -212,7 +212,7 @@ def _check_declared_names(builder: Any, column: str, names: list[str], path: str
 
 
 def declared_names(schema: Any, column: str) -> list[str] | None:
-    """Return the class names that the schema of a Parquet file declares for a column, or None."""
+    """Return the class names that a Parquet schema declares for a column."""
     import datasets
 
     feature = datasets.Features.from_arrow_schema(schema).get(column)
@@ -221,7 +221,7 @@ def declared_names(schema: Any, column: str) -> list[str] | None:
 
 @contextlib.contextmanager
 def opening(path: str) -> Iterator[None]:
-    """Raise errors of libraries while a data set is opened as `InputError` that names it."""
+    """Raise errors of libraries as `InputError` that names the data set."""
     import datasets
 
     try:
@@ -268,11 +268,11 @@ def open_builder(config: SourceConfig, paths: list[Path], cache_dir: str | None 
 
 def _check_shards(files: list[Path]) -> None:
     """Refuse a set of files NAME-00000-of-00003.parquet that lacks one."""
-    seen: dict[tuple[str, int, str], set[int]] = {}
+    shards: dict[tuple[str, int, str], set[int]] = {}
     for f in files:
         if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", str(f)):
-            seen.setdefault((shard[1], int(shard[3]), shard[4]), set()).add(int(shard[2]))
-    for (name, count, suffix), numbers in seen.items():
+            shards.setdefault((shard[1], int(shard[3]), shard[4]), set()).add(int(shard[2]))
+    for (name, count, suffix), numbers in shards.items():
         if missing := sorted(set(range(count)) - numbers):
             raise InputError(f"{name}-{missing[0]:05d}-of-{count:05d}{suffix} is missing; get the file again")
 
@@ -304,7 +304,7 @@ def _splits_in_any_case(root: Path, paths: list[Path], files: dict[str, list[str
 
 
 def tables_outside(builder: Any, paths: list[Path]) -> LeftOut:
-    """Count tables and tars of a folder that belong to no split by their names, and are not read."""
+    """Count tables and tars of a folder that belong to no split by name."""
     left_out = LeftOut()
     if len(getattr(builder, "builder_configs", {})) > 1:  # the others belong to other configurations
         return left_out
@@ -315,7 +315,7 @@ def tables_outside(builder: Any, paths: list[Path]) -> LeftOut:
     return left_out
 
 
-def labelled_split(
+def labeled_split(
     splits: list[str], train: str, config: SourceConfig, labels_of: Callable[[str], np.ndarray]
 ) -> str | None:
     """Return the test split: the best candidate that has labels.
@@ -326,7 +326,7 @@ def labelled_split(
     candidates = test_candidates(splits, train, config)
     for split in candidates:
         labels = labels_of(split)
-        if len(labels) and not is_unlabelled(labels):
+        if len(labels) and not is_unlabeled(labels):
             for other in candidates[: candidates.index(split)]:
                 log.warning(
                     "%s: split %r has no labels and is left out; %r is the test split", config.path, other, split
@@ -341,7 +341,7 @@ def labelled_split(
 
 
 def check_files(builder: Any, path: str) -> None:
-    """Refuse a data set whose card names files outside its folder, or on this machine instead of the Hub."""
+    """Refuse a data set whose card names files outside its folder or repository."""
     roots = [Path(path).absolute(), Path(path).resolve()] if Path(path).is_dir() else ["hf://datasets"]
     for files in (builder.config.data_files or {}).values():
         for file in map(str, files):
@@ -379,7 +379,7 @@ def _row_reader(rows: Any, column: str, folder: Path | None) -> Callable[[int], 
 
 
 def choose_column(what: Literal["image", "label"], requested: str | None, features: Any, origin: str) -> str:
-    """Return the requested column, else the one of the right type or with a usual name."""
+    """Return the requested column, else one of the right type or name."""
     import datasets
 
     kind = {"image": datasets.Image, "label": datasets.ClassLabel}[what]

@@ -26,7 +26,7 @@ MIN_IMAGES, MAX_IMAGES = 8, 512  # of a file
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Folder of values that a network computed of the train images of a source."""
+    """Folder of values that a network computed of train images."""
 
     folder: Path
     class_names: tuple[str, ...]
@@ -38,7 +38,7 @@ class ImageCache:
 
     @functools.cached_property
     def parts(self) -> list[range]:
-        """Positions in `cache_order` of the images of each file."""
+        """Return positions in `cache_order` of the images of each file."""
         return cut(self.images, least=MIN_IMAGES, most=MAX_IMAGES)
 
     def path(self, part: int) -> Path:
@@ -48,7 +48,9 @@ class ImageCache:
         return [i for i in range(len(self.parts)) if not self.path(i).is_file()]
 
     def load(self, label: int) -> tuple[Tensor, Tensor]:
-        """Load values (n, ...) and source rows (n,) int64 of one class, in the order of the rows.
+        """Load values and source rows of one class, by row.
+
+        Values are (n, ...), rows (n,) int64.
 
         Raises:
             InputError: if files are missing, or no image of the class could be read.
@@ -68,7 +70,10 @@ class ImageCache:
         return torch.cat(values), torch.cat(rows)
 
     def bad_images(self, parts: Iterable[int] | None = None) -> list[str]:
-        """Sentences on images set aside, in the given files; None: in all that exist."""
+        """Return sentences on images set aside, in the given files.
+
+        None: in all that exist.
+        """
         present = (self.path(i) for i in (range(len(self.parts)) if parts is None else parts))
         return [s for path in present if path.is_file() for s in read_metadata(path)["bad_images"]]
 
@@ -102,7 +107,7 @@ class ImageCache:
 
 
 def cache_order(source: ImageSource) -> np.ndarray:
-    """Rows of the train split in the order of a cache.
+    """Return rows of the train split in the order of a cache.
 
     Class by class, or as stored where random access is slow.
     """

@@ -24,12 +24,12 @@ from dq.data.source import (
     TRAIN_SPLITS,
     ImageSource,
     Split,
-    _class_order,
     checked_source,
     choose_train,
     hash_files,
     match_split,
     normalize_name,
+    sort_class_names,
     test_candidates,
 )
 
@@ -45,7 +45,7 @@ LITTER = (".ds_store", "thumbs.db", "desktop.ini", ".git", ".gitattributes", ".g
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Name the folder that may not be read."""
+    """Raise errors of the block as `InputError` that names the folder."""
     try:
         yield
     except OSError as e:
@@ -55,7 +55,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """Entries of a folder by name.
+    """List the entries of a folder by name.
 
     Raises:
         InputError: if it may not be read.
@@ -65,7 +65,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def made_by_dq(folder: Path) -> bool:
-    """Whether a folder is a run or a set of dq or a model, or holds nothing but such folders."""
+    """Return whether a folder holds only runs, sets or models, or is one."""
     if any(os.path.isfile(folder / f) for f in MODELS):
         return True
     if os.path.isfile(folder / RECORD):
@@ -74,7 +74,7 @@ def made_by_dq(folder: Path) -> bool:
             return isinstance(record, dict) and "checksum" in record and bool({"dq", "config_name"} & set(record))
     folders = []
     with reading(folder), os.scandir(folder) as entries:
-        for e in entries:  # a folder of images is left at its first file
+        for e in entries:  # stops at the first file of a folder of images
             if e.is_dir(follow_symlinks=False) and e.name[0] != ".":
                 folders.append(Path(e.path))
             elif e.name[0] != "." and e.name != "README.md":
@@ -83,8 +83,11 @@ def made_by_dq(folder: Path) -> bool:
 
 
 def walk_files(folder: Path, left_out: LeftOut, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Files below a folder, links to folders followed, without hidden ones and without runs, sets and models."""
-    here = os.path.realpath(folder)
+    """Yield files below a folder, without hidden ones, runs, sets and models.
+
+    Links to folders are followed.
+    """
+    real_path = os.path.realpath(folder)
     for entry in list_folder(folder):
         path = Path(entry.path)
         if entry.name.lower() in LITTER:
@@ -93,21 +96,21 @@ def walk_files(folder: Path, left_out: LeftOut, above: frozenset[str] = frozense
             left_out.add("hidden", path)
         elif not entry.is_dir():
             yield path
-        elif os.path.realpath(path) in (above | {here}):
+        elif os.path.realpath(path) in (above | {real_path}):
             left_out.add("links to a folder above", path)
         elif made_by_dq(path):
             left_out.add("runs, sets or models", path)
         else:
-            yield from walk_files(path, left_out, above | {here})
+            yield from walk_files(path, left_out, above | {real_path})
 
 
 def has_tables(root: Path) -> bool:
-    """Whether Parquet or Arrow files lie in a folder, other than in hidden folders and sets of dq inside it."""
+    """Return whether a folder holds Parquet or Arrow files outside hidden folders and sets."""
     return any(f.suffix in (".parquet", ".arrow") for f in walk_files(root, LeftOut()))
 
 
 def has_label_table(root: Path, config: SourceConfig) -> bool:
-    """Whether an image folder has a metadata table with a column of labels, which `datasets` reads."""
+    """Return whether an image folder has a metadata table with labels."""
     places = [root, *(Path(e.path) for e in list_folder(root) if e.is_dir() and e.name[0] != ".")]
     tables = [place / name for place in places for name in METADATA if (place / name).is_file()]
     usual = {config.label_column} if config.label_column else {"label", "labels", "fine_label", "class"}
@@ -128,8 +131,10 @@ def _columns(table: Path) -> list[str]:
 
 
 def images_below(folder: Path, left_out: LeftOut, on_bad_image: Literal["raise", "skip"] = "raise") -> list[Path]:
-    """Image files below a folder, sorted. Counts what it leaves out: other suffixes, hidden files, empty folders, and
-    under `skip` links to nothing."""
+    """Return image files below a folder, sorted.
+
+    Counts what is left out: other suffixes, hidden files, empty folders, and under `skip` broken links.
+    """
     files = []
     for f in walk_files(folder, left_out):
         if f.suffix.lower() not in IMAGE_SUFFIXES:
@@ -280,7 +285,8 @@ def _read_split(
     return images
 
 
-def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
+def open_image_folder(root: Path, config: SourceConfig) -> ImageSource:
+    """Open a folder of images by class, with or without folders of splits."""
     left_out = LeftOut()
     split_folders = _split_folders(root, config)
     if split_folders:
@@ -301,11 +307,11 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
         split_folders = {config.train_split: root}
         train, test = config.train_split, None
         test_candidates([train], train, config)  # refuses a test split that the settings name
-    wanted = [train, test] if test else [train]
-    files = {s: _read_split(split_folders[s], root, config, left_out, train=s == train) for s in wanted}
+    used = [train, test] if test else [train]
+    files = {s: _read_split(split_folders[s], root, config, left_out, train=s == train) for s in used}
     if not files[train]:
         _refuse_without_classes(root)
-    names = tuple(_class_order(set(files[train])))
+    names = tuple(sort_class_names(set(files[train])))
     index = {n: i for i, n in enumerate(names)}
     if test:
         _check_test_classes(files[test], index, test, root, left_out)
@@ -327,8 +333,10 @@ def _from_image_folder(root: Path, config: SourceConfig) -> ImageSource:
 def _test_folder(
     splits: list[str], train: str, folders: dict[str, Path], config: SourceConfig, left_out: LeftOut
 ) -> str | None:
-    """The first candidate for the test split that has a class folder of the train split, else the first: the test
-    splits of benchmarks and competitions often have no classes."""
+    """The first candidate for the test split that has a class folder of the train split, else the first.
+
+    The test splits of benchmarks and competitions often have no classes.
+    """
     classes = {normalize_name(d.name) for d in _subfolders(folders[train])}
     candidates = test_candidates(splits, train, config)
     for split in candidates:
@@ -340,7 +348,7 @@ def _test_folder(
 
 
 def _table_hint(root: Path) -> str:
-    """How the labels in a table that lies in a folder without class folders can be read."""
+    """How the labels in a table of a folder without class folders can be read."""
     places = [root, *_subfolders(root)]
     tables = [p / e.name for p in places for e in list_folder(p) if Path(e.name).suffix.lower() in TABLES]
     for table in tables:

@@ -1,4 +1,4 @@
-"""Images of others: which are opened at all, and how one becomes a square of 8-bit RGB."""
+"""Opening of untrusted images, and conversion to a square of 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dq.data.source import Preprocess, Split
 
 @contextlib.contextmanager
 def _opened(split: Split, row: int) -> Iterator[Image.Image]:
-    """The image of a row. Raises `InputError` that names it if it cannot be read."""
+    """Open the image of a row; `InputError` names it if it cannot be read."""
     raw = None
     try:
         raw = split.read(row)
@@ -41,7 +41,11 @@ def _opened(split: Split, row: int) -> Iterator[Image.Image]:
 
 
 def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.ndarray:
-    """Row `row` as a (3, size, size) uint8 array. Raises `InputError` that names the row if it cannot be read."""
+    """Read a row as a (3, size, size) uint8 array.
+
+    Raises:
+        InputError: that names the row, if it cannot be read.
+    """
     with _opened(split, row) as image:
         image.load()
         array = np.asarray(to_square(to_rgb(image), size, preprocess))
@@ -49,7 +53,7 @@ def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.
 
 
 def image_side(split: Split) -> int:
-    """The shorter side in px of the first image of a split that can be read.
+    """Return the shorter side in px of the first readable image of a split.
 
     Raises:
         InputError: if none of the first hundred can be.
@@ -73,10 +77,12 @@ def read_images(
     on_bad: Literal["raise", "skip"] = "raise",
     threads: int | None = None,
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Read many rows: images (n, 3, size, size) uint8, the rows that were read, and one sentence per bad image.
+    """Read many rows in parallel.
 
-    Args:
-        threads: that read and decode; None: one for each core of this process.
+    `threads` read and decode; None: one for each core of this process.
+
+    Returns:
+        Images (n, 3, size, size) uint8, the rows that were read, and one sentence per bad image.
     """
 
     def one(row: int) -> np.ndarray | InputError:
@@ -90,7 +96,7 @@ def read_images(
     problems = [r for r in results if isinstance(r, InputError)]
     if problems and on_bad == "raise":
         raise problems[0]
-    good = [(int(row), r) for row, r in zip(rows, results) if not isinstance(r, InputError)]
+    good = [(int(row), r) for row, r in zip(rows, results, strict=True) if not isinstance(r, InputError)]
     stack = np.stack([a for _, a in good]) if good else np.zeros((0, 3, size, size), np.uint8)
     return torch.from_numpy(stack), [row for row, _ in good], [str(p) for p in problems]
 
@@ -99,7 +105,7 @@ IMAGE_SUFFIXES = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
 }  # fmt: skip
-# Pillow knows many more, some through parsers that hardly anybody tests, and EPS through Ghostscript
+# Pillow reads many more, some by little tested parsers, and EPS by Ghostscript
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000  # of one image; decoding takes four bytes for each
 MAX_IMAGE_BYTES = 512 << 20
@@ -119,7 +125,10 @@ _HEADERS = threading.Lock()  # the filter of warnings belongs to the whole proce
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any PIL image: EXIF orientation applied, 16-bit scaled to 8, transparency laid on white."""
+    """Convert any PIL image to 8-bit RGB.
+
+    EXIF orientation is applied, 16 bits are scaled to 8, and transparency is blended with white.
+    """
     image = ImageOps.exif_transpose(image)
     transparent = "transparency" in image.info
     if image.mode == "RGB" and not transparent:
@@ -141,8 +150,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_square(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
-    """A `size` x `size` image: `squash` ignores the aspect ratio, `crop` takes the central square, `pad` keeps all of
-    the image on black. Bicubic; Pillow widens the kernel when it shrinks, so there is no aliasing."""
+    """Resize an image to `size` x `size`.
+
+    `squash` ignores the aspect ratio, `crop` takes the central square, `pad` keeps all of the image on black. Bicubic;
+    Pillow widens the kernel when it shrinks, so there is no aliasing.
+    """
     w, h = image.size
     if preprocess == "squash" or w == h:
         return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
@@ -154,8 +166,9 @@ def to_square(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Im
 
 
 def open_image(raw: Any) -> Image.Image:
-    """The image in a PIL image, encoded bytes, a path or a (C, H, W) uint8 array; not yet decoded, but of a size that
-    can be. The one door for images of others.
+    """Open a PIL image, encoded bytes, a path or a (C, H, W) uint8 array.
+
+    All untrusted images are opened here. The image is not yet decoded, but small enough to be.
 
     Raises:
         ValueError: if it is of no format in `FORMATS`, or has no pixels, or more than `MAX_PIXELS`.
@@ -169,7 +182,7 @@ def open_image(raw: Any) -> Image.Image:
         raise ValueError(f"it has {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} that are read; shrink it")
     file = io.BytesIO(raw.read_bytes() if isinstance(raw, Path) else raw)
     with _HEADERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:

@@ -1,4 +1,4 @@
-"""What a loader leaves out: counted by reason, and logged once."""
+"""Items that a loader leaves out, counted by reason and logged once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger("dq")
 
 
 class LeftOut:
-    """Counts of what a loader leaves out, by reason, with the first name of each reason."""
+    """Counts of items left out, by reason, with the first name of each."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -23,7 +23,7 @@ class LeftOut:
         self._first.setdefault(reason, printable(name))
 
     def merge(self, other: LeftOut) -> None:
-        """Count all that `other` counted."""
+        """Add the counts of `other`."""
         for reason, n in other._counts.items():
             self.add(reason, other._first[reason], n)
 
@@ -34,15 +34,15 @@ class LeftOut:
         return bool(self._counts)
 
     def warn(self, origin: str) -> None:
-        """One warning for all of it, if there is anything."""
+        """Log one warning, if anything was counted."""
         if self:
             log.warning("%s: left out %s", printable(origin), self)
 
 
-def warn_of_keys(given: Sequence[str], known: Sequence[str], origin: str, what: str) -> None:
-    """Warn of keys that a loader does not know."""
+def warn_of_keys(keys: Sequence[str], expected: Sequence[str], origin: str, what: str) -> None:
+    """Warn of keys that a loader does not use."""
     left_out = LeftOut()
-    for key in given:
-        if key not in known:
+    for key in keys:
+        if key not in expected:
             left_out.add(f"{what} that mean nothing here", key)
     left_out.warn(origin)

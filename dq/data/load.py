@@ -1,4 +1,4 @@
-"""`load_source`: the one way to open a labelled image set."""
+"""Open labeled image sets: `load_source`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
 from dq.core.files import as_path
 from dq.data.hf_datasets import open_with_datasets
-from dq.data.image_folder import _from_image_folder, has_label_table, has_tables
+from dq.data.image_folder import has_label_table, has_tables, open_image_folder
 from dq.data.source import ImageSource, Preprocess
 from dq.data.streaming import open_shards
-from dq.data.tensors import Arrays, _digits, from_tensors
+from dq.data.tensors import Arrays, from_tensors, load_digits_source
 
 OF_TABLES = ("name", "revision", "train_split", "test_split", "image_column", "label_column", "streaming")
 Loadable = str | Path | SourceConfig | ImageSource | Arrays | Mapping[str, Arrays]
@@ -30,7 +30,7 @@ def load_source(
     on_bad_image: Literal["raise", "skip"] | None = None,
     **options: Any,
 ) -> ImageSource:
-    """Open a labelled image set.
+    """Open a labeled image set.
 
     Args:
         source: a Hub data set id; a local folder with Parquet files in the layout that `load_dataset` reads; a folder
@@ -42,11 +42,11 @@ def load_source(
         **options: fields of `SourceConfig` (`train_split`, `test_split`, `image_column`, `label_column`, ...).
 
     Raises:
-        InputError: if it is not there, lacks a split or a column, or its classes do not fit together.
+        InputError: if it does not exist, lacks a split or a column, or its classes do not fit together.
     """
-    given = {"preprocess": preprocess, "on_bad_image": on_bad_image}
-    reading = {name: value for name, value in given.items() if value is not None}
-    from_dict(SourceConfig, reading)  # refuses values that are none
+    requested = {"preprocess": preprocess, "on_bad_image": on_bad_image}
+    reading = {name: value for name, value in requested.items() if value is not None}
+    from_dict(SourceConfig, reading)  # checks the values
     if isinstance(source, ImageSource):
         return dataclasses.replace(source, **reading)  # type: ignore[arg-type]
     if type(source).__module__.partition(".")[0] == "datasets":
@@ -78,7 +78,7 @@ def _open(config: SourceConfig) -> ImageSource:
         ignored = [f for f in OF_TABLES if getattr(config, f) != getattr(plain, f)]
         if ignored:
             raise InputError(f"sklearn:digits has no source.{ignored[0]}; leave it out")
-        return _digits()
+        return load_digits_source()
     folder = as_path(config.path, "source.path")
     if folder.is_dir():
         if config.path.startswith("~/"):
@@ -86,7 +86,7 @@ def _open(config: SourceConfig) -> ImageSource:
         if config.streaming:
             return open_shards(config)
         tables = has_tables(folder) or has_label_table(folder, config)
-        return open_with_datasets(config) if tables else _from_image_folder(folder, config)
+        return open_with_datasets(config) if tables else open_image_folder(folder, config)
     if folder.exists() or config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1:
         raise InputError(f"{config.path} is not a folder; give a folder of images or Parquet files, or a Hub id")
     return open_shards(config) if config.streaming else open_with_datasets(config)

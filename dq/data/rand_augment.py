@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2020) on batches of 8-bit images, with the draws apart from the arithmetic.
+"""RandAugment (Cubuk et al. 2020) on batches of 8-bit images, with separate draws.
 
 Operations, their order and their magnitudes are those of `torchvision.transforms.RandAugment` with nearest
-interpolation and black outside the image; pixels are bit for bit those that it makes of PIL images.
+interpolation and black outside the image; pixels are bit for bit those of PIL images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dq.core.constants import constant
 
-# The code of an operation is its place here
+# The code of an operation is its index
 OPERATIONS = (
     "identity",
     "shear_x",
@@ -37,8 +37,11 @@ LUMA = (19595, 38470, 7471)  # of red, green and blue in 1/65536, PIL's conversi
 
 
 def draw_operations(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
-    """Codes (n, count) uint8 of `count` operations per image: twice the place in `OPERATIONS`, plus 1 if the magnitude
-    is negative. Uniform, with replacement, as torchvision draws them."""
+    """Draw codes (n, count) uint8 of `count` operations per image.
+
+    A code is twice the index in `OPERATIONS`, plus 1 if the magnitude is negative. Uniform, with replacement, as in
+    torchvision.
+    """
     operation = rng.integers(len(OPERATIONS), size=(n, count))
     negative = rng.integers(2, size=(n, count))
     return (2 * operation + negative).astype(np.uint8)
@@ -66,7 +69,10 @@ def rand_augment(images: Tensor, codes: Tensor, magnitude: int) -> Tensor:
 
 
 def apply_operation(x: Tensor, operation: str, magnitude: int, *, negative: bool = False) -> Tensor:
-    """One of `OPERATIONS` on uint8 images (B, 3, S, S); those without direction ignore `negative`."""
+    """Apply one of `OPERATIONS` to uint8 images (B, 3, S, S).
+
+    Those without direction ignore `negative`.
+    """
     sign = -1.0 if negative else 1.0
     side = x.shape[-1]
     if operation in ("shear_x", "shear_y"):
@@ -144,7 +150,7 @@ def _smooth(x: Tensor) -> Tensor:
 
 
 def _blend(start: Tensor, x: Tensor, factor: float) -> Tensor:
-    """start + factor (x - start), cut to whole levels in [0, 255]."""
+    """Clip start + factor (x - start) to whole levels in [0, 255]."""
     return (start + factor * (x.float() - start)).clamp(0, 255).to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Regression labels: centered class vectors that squared-error students learn, and what they are as probabilities."""
+"""Regression labels (centered class vectors) and their conversion to probabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALVINGS = 50  # of that interval, on a logarithmic scale
 
 
 def centered_targets(labels: Tensor, classes: int) -> Tensor:
-    """One-hot vectors (N, C) minus 1/C: what FRePo's regressions aim at on real images.
+    """Return one-hot vectors (N, C) minus 1/C, FRePo's targets of real images.
 
     Raises:
         InputError: for one class, whose targets would all be zero.
@@ -25,18 +25,20 @@ def centered_targets(labels: Tensor, classes: int) -> Tensor:
 
 
 def first_labels(targets: Tensor) -> Tensor:
-    """Where learned labels (n, C) start: targets / sqrt(C/10), which keeps their norm moderate beside a relative step
-    (the released code)."""
+    """Return initial learned labels (n, C): targets / sqrt(C/10).
+
+    As in the released code; the division keeps their norm moderate relative to a step.
+    """
     return targets / (targets.shape[1] / 10) ** 0.5
 
 
 def probabilities_to_labels(probabilities: Tensor) -> Tensor:
-    """Regression labels (n, C) of a teacher's probabilities (n, C): (p - 1/C) / sqrt(C/10)."""
+    """Return regression labels (n, C) of a teacher's probabilities (n, C): (p - 1/C) / sqrt(C/10)."""
     return first_labels(probabilities - 1 / probabilities.shape[1])
 
 
 def labels_to_probabilities(labels: Tensor, temperature: float) -> Tensor:
-    """Probabilities (n, C) of regression labels (n, C): softmax(y / temperature).
+    """Return probabilities (n, C) of regression labels (n, C): softmax(y / temperature).
 
     Raises:
         InputError: unless the temperature is positive.
@@ -47,7 +49,7 @@ def labels_to_probabilities(labels: Tensor, temperature: float) -> Tensor:
 
 
 def fit_temperature(predictions: Tensor, classes: Tensor) -> float:
-    """Temperature at which softmax(predictions / temperature) has the least cross-entropy (Guo et al. 2017).
+    """Fit the temperature of least cross-entropy of softmax(predictions / temperature) (Guo et al. 2017).
 
     The cross-entropy is convex in 1 / temperature; the root of its derivative is found by bisection in float64.
 
@@ -56,7 +58,7 @@ def fit_temperature(predictions: Tensor, classes: Tensor) -> float:
         classes: (N,) of these images.
 
     Returns:
-        A number from 1e-3 to 1e3, which predictions reach that are all right, and those that tell nothing.
+        A number from 1e-3 (all predictions are right) to 1e3 (predictions are uninformative).
     """
     p = predictions.double()
     hit = p.gather(1, classes[:, None].to(p.device))[:, 0]

@@ -1,7 +1,7 @@
-"""Image sources: where labelled images come from, and how one becomes a square array of 8-bit RGB.
+"""Image sources: labeled images and how they are read.
 
 A source is a Hub data set, a local folder that `datasets.load_dataset` reads, a folder of images by class, tensors in
-memory, or scikit-learn's digits. Class identity is an index with a name list; nothing downstream sees anything else.
+memory, or scikit-learn's digits. Class identity is an index with a name list; later stages use nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_SPLIT = "none"  # source.test_split for no test split at all
 
 @dataclass(frozen=True)
 class Split:
-    """One split: labels at hand, images read on demand."""
+    """One split: labels in memory, images read on demand."""
 
     labels: np.ndarray  # (n,) int64
     read: Callable[[int], Any]  # row -> PIL image, encoded bytes, path, or (C, H, W) array
@@ -39,13 +39,13 @@ class Split:
         return len(self.labels)
 
     def where(self, row: int) -> str:
-        """How an error message names a row."""
+        """Return the name of a row in error messages."""
         return f"row {row} of split {self.name!r}"
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A labelled image set with its splits.
+    """Labeled image set with its splits.
 
     `splits` maps split names to `Split`s; `train` and `test` name the two that matter (test may be absent).
     """
@@ -56,7 +56,7 @@ class ImageSource:
     origin: str
     train_name: str = "train"
     test_name: str | None = None
-    sequential: bool = False  # rows are cheap to read in runs of neighbors and dear one at a time
+    sequential: bool = False  # neighboring rows are fast to read together, single ones slow
     preprocess: Preprocess = "crop"  # how an image becomes a square
     on_bad_image: Literal["raise", "skip"] = "raise"  # what happens to images that cannot be read
 
@@ -74,28 +74,31 @@ class ImageSource:
         return self.splits[self.test_name]
 
     def class_counts(self, split: str | None = None) -> np.ndarray:
-        """Images per class, (C,) int64, in class order."""
+        """Count images per class, (C,) int64, in class order."""
         return np.bincount(self.splits[split or self.train_name].labels, minlength=len(self.class_names))
 
     def rows_of_class(self, label: int) -> np.ndarray:
-        """Rows of the train split that carry `label`, ascending."""
+        """Return rows of the train split with this label, ascending."""
         return np.flatnonzero(self.train.labels == label)
 
 
-def match_split(wanted: str, splits: Sequence[str]) -> str | None:
-    """The split called `wanted`, else the only one whose name differs in case; `train` also stands for `training`."""
-    if wanted in splits:
-        return wanted
-    words = TRAIN_SPLITS if wanted == "train" else (wanted.casefold(),)
+def match_split(name: str, splits: Sequence[str]) -> str | None:
+    """Return the split of this name, else the only one that differs in case.
+
+    `train` also stands for `training`.
+    """
+    if name in splits:
+        return name
+    words = TRAIN_SPLITS if name == "train" else (name.casefold(),)
     alike = [s for word in words for s in splits if s.casefold() == word]
     return alike[0] if len(alike) == 1 else None
 
 
 def choose_train(splits: Sequence[str], config: SourceConfig) -> str:
-    """The name of the train split among those that are there.
+    """Return the name of the train split.
 
     Raises:
-        InputError: if it is not there.
+        InputError: if it does not exist.
     """
     train = match_split(config.train_split, splits)
     if train is None:
@@ -107,11 +110,12 @@ def choose_train(splits: Sequence[str], config: SourceConfig) -> str:
 
 
 def test_candidates(splits: Sequence[str], train: str, config: SourceConfig) -> list[str]:
-    """Splits that may be the test split, the best first: the one that the settings name, else all of `TEST_SPLITS`
-    that are there, else none.
+    """Return the splits that may be the test split, the best first.
+
+    The one that the settings name, else all of `TEST_SPLITS` that exist, else none.
 
     Raises:
-        InputError: if the split that the settings name is not there.
+        InputError: if the split that the settings name does not exist.
     """
     if config.test_split is None:
         return [s for word in TEST_SPLITS for s in splits if s.casefold() == word and s != train]
@@ -126,8 +130,11 @@ def test_candidates(splits: Sequence[str], train: str, config: SourceConfig) -> 
     return [test]
 
 
-def is_unlabelled(labels: np.ndarray) -> bool:
-    """Whether a split has no label at all: every one is missing or negative, as in the test splits of benchmarks."""
+def is_unlabeled(labels: np.ndarray) -> bool:
+    """Return whether every label of a split is missing or negative.
+
+    The test splits of benchmarks are like this.
+    """
     kind = labels.dtype.kind
     if kind == "O":
         return all(x is None or x == "" or (isinstance(x, int | float) and not x >= 0) for x in labels.tolist())
@@ -137,9 +144,9 @@ def is_unlabelled(labels: np.ndarray) -> bool:
 def checked_source(
     splits: dict[str, Split], names: tuple[str, ...], content: Any, origin: str, train: str, test: str | None
 ) -> ImageSource:
-    """Last step of every loader: labels in range, names unique, every class trained on."""
+    """Check labels, names and classes of a source and build it, as every loader does."""
     if not all(isinstance(n, str) for n in names):  # a Parquet file's own description may hold anything
-        raise InputError(f"the class names of {origin} are not all text; mend the names that its files declare")
+        raise InputError(f"the class names of {origin} are not all text; correct the names that its files declare")
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise InputError(f"class name {twice!r} of {origin} stands for two classes; give every class its own name")
@@ -148,7 +155,7 @@ def checked_source(
             wrong = int(s.labels.min()) if s.labels.min() < 0 else int(s.labels.max())
             raise InputError(
                 f"split {s.name!r} of {origin} has label {wrong} but there are {len(names)} classes; "
-                "drop unlabelled rows or name every class"
+                "drop unlabeled rows or name every class"
                 + ("" if s.name == train else ", or name another split with --set source.test_split=NAME or none")
             )
     counts = np.bincount(splits[train].labels, minlength=len(names))
@@ -160,8 +167,9 @@ def checked_source(
 
 
 def hash_files(h: Any, root: Path, files: Sequence[Path], on_bad_image: Literal["raise", "skip"] = "raise") -> None:
-    """Relative names and full contents: copying a folder keeps its fingerprint, changing one byte does not. Under
-    `skip` a file that may not be read counts as one without content.
+    """Hash relative names and contents of files.
+
+    A copied folder has the same fingerprint. Under `skip` a file that may not be read counts as one without content.
 
     Raises:
         InputError: if a file may not be read.
@@ -183,12 +191,12 @@ def hash_files(h: Any, root: Path, files: Sequence[Path], on_bad_image: Literal[
 
 
 def normalize_name(name: str) -> str:
-    """A class name in Unicode's composed form (NFC), as which names from any system compare equal."""
+    """Return a class name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 
 def as_names(names: object) -> tuple[str, ...]:
-    """Class names that a caller gives, in composed form; numbers become text.
+    """Return class names of a caller in composed form; numbers become text.
 
     Raises:
         InputError: if they are not a sequence.
@@ -204,8 +212,11 @@ NUMBER = re.compile(r"[0-9]+")
 def number_labels(
     raw: dict[str, np.ndarray], names: tuple[str, ...] | None, origin: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """Class names and the labels (n,) int64 of every split. Without `names` the labels themselves, numbers or text,
-    are the names, in their order; text that is numbers in all rows is in the order of these numbers."""
+    """Return class names and the labels (n,) int64 of every split.
+
+    Without `names` the labels themselves, numbers or text, are the names, in their order; text that is numbers in all
+    rows is in the order of these numbers.
+    """
     if names is not None:
         return tuple(normalize_name(n) if isinstance(n, str) else n for n in names), {
             s: labels.astype(np.int64) for s, labels in raw.items()
@@ -226,15 +237,15 @@ def number_labels(
     unique, places = np.unique(np.concatenate(list(values.values())), return_inverse=True)
     texts = tuple(map(str, unique.tolist()))
     _check_numbers(texts, origin)
-    names = tuple(_class_order(set(texts))) if unique.dtype.kind == "U" else texts
+    names = tuple(sort_class_names(set(texts))) if unique.dtype.kind == "U" else texts
     rank = {n: i for i, n in enumerate(names)}
     numbers = np.asarray([rank[t] for t in texts], np.int64)[places]
     ends = np.cumsum([len(x) for x in values.values()])[:-1]
-    return names, dict(zip(values, np.split(numbers, ends)))
+    return names, dict(zip(values, np.split(numbers, ends), strict=True))
 
 
 def _plain_labels(labels: np.ndarray, origin: str) -> np.ndarray:
-    """Whole numbers, also those kept as floats, or text in composed form."""
+    """Whole numbers, also those stored as floats, or text in composed form."""
     kind = labels.dtype.kind if labels.ndim == 1 else ""
     if kind == "f" and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
         return labels.astype(np.int64)
@@ -254,8 +265,8 @@ def _check_numbers(names: Sequence[str], origin: str) -> None:
         )
 
 
-def _class_order(names: set[str]) -> list[str]:
-    """Numeric order for names that are numbers (0, 1, ..., 10), else plain sorted order, as torchvision has it."""
+def sort_class_names(names: set[str]) -> list[str]:
+    """Sort numerically if all names are numbers, else as text, as torchvision does."""
     if all(NUMBER.fullmatch(n) for n in names):
         return sorted(names, key=lambda n: (int(n), n))
     if all(re.fullmatch(r"[0-9]+\.?[0-9]*", n) for n in names):

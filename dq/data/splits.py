@@ -11,7 +11,10 @@ from dq.core.seeds import generator
 
 
 def resized(images: Tensor, side: int, *, bounded: bool = True) -> Tensor:
-    """Images (N, 3, S, S) at `side` px: bicubic, antialiased; the same tensor if they have that size."""
+    """Resize images (N, 3, S, S) to `side` px, bicubic and antialiased.
+
+    Returns the same tensor if they have that size.
+    """
     if images.shape[-1] == side:
         return images
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -21,9 +24,10 @@ def resized(images: Tensor, side: int, *, bounded: bool = True) -> Tensor:
 
 
 def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:
-    """Rows of a stratified part of train: about `total` images, a fifth of a class at most.
+    """Return rows of a stratified part of train.
 
-    The same for every evaluation of a data set, so that sets are compared on the same images.
+    About `total` images, at most a fifth of a class. The same for every evaluation of a data set, so that sets are
+    compared on the same images.
     """
     classes = np.unique(labels)
     chosen = []

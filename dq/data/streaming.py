@@ -1,7 +1,7 @@
-"""Sources whose rows are read where they lie: Parquet files and WebDataset tars, local or on the Hub.
+"""Sources read by streaming: Parquet files and WebDataset tars, local or on the Hub.
 
-Nothing is copied, extracted or downloaded whole, so that a source may be larger than the disk. In memory are a label
-per row, the places of the rows, and the few blocks of neighboring rows that were read last.
+No file is copied, extracted or downloaded as a whole, so that a source may be larger than the disk. In memory are a
+label per row, the offsets of the rows, and the few blocks of neighboring rows that were read last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dq.data.hf_datasets import (
     UNOPENED,
     choose_column,
     declared_names,
-    labelled_split,
+    labeled_split,
     open_builder,
     opening,
     tables_outside,
@@ -48,8 +48,8 @@ from dq.data.source import ImageSource, Split, checked_source, choose_train, mat
 TAR_BLOCK = 64  # neighboring rows of a tar that are read at once
 LARGEST_BLOCK = 2 << 30  # bytes; larger row groups are refused
 LARGEST_IMAGE = 256 << 20  # bytes of an encoded image in a tar
-KEPT_BYTES = 512 << 20  # of blocks that stay in memory
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # places of a local file, and bytes there, that enter the fingerprint
+CACHED_BYTES = 512 << 20  # of blocks that stay in memory
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # samples of a local file, and bytes of each, in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,20 @@ class Shard:
 
 
 def open_shards(config: SourceConfig) -> ImageSource:
-    """The source of `source.streaming: true`.
+    """Open the source of `source.streaming: true`.
 
     Its fingerprint is that of names, sizes and labels, with the commit for files on the Hub and the bytes at sixteen
-    places for local ones: a copy of a folder has it too, and no image has to be read for it.
+    offsets for local ones: a copy of a folder has it too, and no image has to be read for it.
 
     Raises:
-        InputError: if it is not there or not of Parquet files or tars, or lacks a split or a column; if a tar is
+        InputError: if it does not exist or not of Parquet files or tars, or lacks a split or a column; if a tar is
             compressed or has members with paths out of it.
     """
     kind, files, features = _find(config)
     readers = {"parquet": _open_parquet, "webdataset": _open_tars}
     train = choose_train(list(files), config)
     open_split = functools.cache(lambda s: readers[kind](files[s], s, config, features))
-    test = labelled_split(list(files), train, config, lambda s: open_split(s).labels)
+    test = labeled_split(list(files), train, config, lambda s: open_split(s).labels)
     opened = {s: open_split(s) for s in (train, test) if s}
     names, numbers = number_labels({s: o.labels for s, o in opened.items()}, _names(opened), config.path)
     splits = {s: Split(numbers[s], Blocks(o.starts, o.load), s) for s, o in opened.items()}
@@ -131,11 +131,11 @@ def _find(config: SourceConfig) -> tuple[str, dict[str, list[Shard]], Any]:
         )
     files = {}
     for split, urls in builder.config.data_files.items():
-        found = []
+        shards = []
         for url in map(str, urls):
             fs, path = url_to_fs(url)
-            found.append(Shard(path if local else url, int(fs.info(path)["size"]), fs))
-        files[str(split)] = found
+            shards.append(Shard(path if local else url, int(fs.info(path)["size"]), fs))
+        files[str(split)] = shards
     return kind, files, builder.info.features
 
 
@@ -153,13 +153,15 @@ def _identify(h: Any, shard: Shard, config: SourceConfig) -> None:
 
 
 class Blocks:
-    """Rows by number, read in blocks of neighbors. The blocks read last stay; threads that want the same block wait
-    for one of them to read it."""
+    """Rows by number, read in blocks of neighbors.
+
+    The last blocks stay in memory; of threads that need the same block, one reads it and the others wait.
+    """
 
     def __init__(self, starts: np.ndarray, load: Callable[[int], Sequence[Any]]) -> None:
         self._starts, self._load = starts, load
         self._lock = threading.Lock()
-        self._kept: OrderedDict[int, Future] = OrderedDict()
+        self._cached: OrderedDict[int, Future] = OrderedDict()
 
     def __call__(self, row: int) -> Any:
         if not 0 <= row < self._starts[-1]:
@@ -169,29 +171,29 @@ class Blocks:
 
     def _block(self, block: int) -> Sequence[Any]:
         with self._lock:
-            future = self._kept.get(block)
+            future = self._cached.get(block)
             is_reader = future is None
             if future is None:
-                future = self._kept[block] = Future()
-            self._kept.move_to_end(block)
+                future = self._cached[block] = Future()
+            self._cached.move_to_end(block)
         if is_reader:
             try:
                 future.set_result(self._load(block))
             except BaseException as e:
                 with self._lock:
-                    self._kept.pop(block, None)
+                    self._cached.pop(block, None)
                 future.set_exception(e)
             self._forget()
         return future.result()
 
     def _forget(self) -> None:
-        """Drop the blocks that were used longest ago, but for two: a run of rows may end in one and begin another."""
+        """Drop the least recently used blocks except two, as a batch may span two blocks."""
         with self._lock:
-            done = [b for b, f in self._kept.items() if f.done() and not f.exception()]
-            total = sum(_nbytes(self._kept[b].result()) for b in done)
+            done = [b for b, f in self._cached.items() if f.done() and not f.exception()]
+            total = sum(_nbytes(self._cached[b].result()) for b in done)
             for b in done[:-2]:
-                if total > KEPT_BYTES or len(self._kept) > 8:
-                    total -= _nbytes(self._kept.pop(b).result())
+                if total > CACHED_BYTES or len(self._cached) > 8:
+                    total -= _nbytes(self._cached.pop(b).result())
 
 
 def _nbytes(block: Sequence[Any]) -> int:
@@ -241,8 +243,8 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
                     values = pa.array(np.full(len(values), -1))  # a split without labels, or it is refused later
                 elif values.null_count:
                     raise InputError(f"column {column!r} of split {split!r} of {config.path} has rows without a label")
-                whole = pa.types.is_integer(values.type)
-                labels.append(values.cast(pa.int64()).to_numpy() if whole else np.asarray(values.to_pylist()))
+                is_whole = pa.types.is_integer(values.type)
+                labels.append(values.cast(pa.int64()).to_numpy() if is_whole else np.asarray(values.to_pylist()))
                 sizes.append(facts.num_rows)
                 groups.append((number, group))
 
@@ -258,13 +260,16 @@ def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declare
 
 
 def _read_group(file: Any, group: int, column: str) -> Any:
-    """A column of a row group. In this thread, for which the file must not be buffered ahead: a thread of Arrow's that
-    still holds it when Python ends aborts the process ("terminate called without an active exception")."""
+    """A column of a row group, read in this thread and without buffering ahead.
+
+    A thread of Arrow that still holds the file when Python ends aborts the process ("terminate called without an
+    active exception").
+    """
     return file.read_row_group(group, columns=[column], use_threads=False)[column].combine_chunks()
 
 
 class _Cells:
-    """Image cells of a row group, each made into bytes when it is asked for."""
+    """Image cells of a row group, converted to bytes on access."""
 
     def __init__(self, column: Any) -> None:
         self._column = column
@@ -282,11 +287,13 @@ class _Cells:
 
 
 def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: Any) -> Opened:
-    """Tars of `KEY.jpg` beside `KEY.cls`, or `KEY.json` with a `label`. Where the images lie in a tar is found once
-    and kept in the cache folder of `datasets`."""
+    """Open tars of `KEY.jpg` beside `KEY.cls`, or `KEY.json` with a `label`.
+
+    The offsets of the images of a tar are cached in the cache folder of `datasets`.
+    """
     import datasets
 
-    found = []
+    index = []
     for shard in progress(shards, desc="index", unit="file", main=len(shards) > 1):
         stamp = Path(shard.url).stat().st_mtime_ns if shard.local else None
         key = digest_of([shard.url if not shard.local else str(Path(shard.url).resolve()), shard.size, stamp])
@@ -305,27 +312,27 @@ def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: 
             places = torch.tensor([r[:2] for r in rows], dtype=torch.int64).reshape(-1, 2)
             write_tensors(path, {"places": places}, {"labels": [r[2] for r in rows]})
         tensors, meta = read_tensors(path)
-        found.append((tensors["places"].numpy(), np.asarray(meta["labels"])))
-    blocks = [(number, *block) for number, (places, _) in enumerate(found) for block in _tar_blocks(places)]
+        index.append((tensors["places"].numpy(), np.asarray(meta["labels"])))
+    blocks = [(number, *block) for number, (places, _) in enumerate(index) for block in _tar_blocks(places)]
 
     def load(block: int) -> list[bytes]:
         number, first, last = blocks[block]
-        shard, places = shards[number], found[number][0][first:last]
+        shard, places = shards[number], index[number][0][first:last]
         begin, end = int(places[0, 0]), int(places[-1].sum())
         with _naming(shard):
             data = shard.fs.cat_file(_path(shard), start=begin, end=end)
         return [data[at - begin : at - begin + size] for at, size in places.tolist()]
 
     sizes = np.asarray([last - first for _, first, last in blocks], np.int64)
-    kinds = {labels.dtype.kind for _, labels in found if len(labels)}
+    kinds = {labels.dtype.kind for _, labels in index if len(labels)}
     if len(kinds) > 1:
         raise InputError(f"labels of {config.path} are numbers in some rows and text in others; make them alike")
-    labels = np.concatenate([labels for _, labels in found if len(labels)] or [np.zeros(0, np.int64)])
+    labels = np.concatenate([labels for _, labels in index if len(labels)] or [np.zeros(0, np.int64)])
     return Opened(labels, None, np.concatenate([[0], np.cumsum(sizes)]), load)
 
 
 def _tar_blocks(places: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of neighboring rows that are read at once, with all that lies between them."""
+    """First and last + 1 of neighboring rows that are read at once."""
     first = 0
     for last in range(1, len(places) + 1):
         full = last - first == TAR_BLOCK or last == len(places)
@@ -335,8 +342,10 @@ def _tar_blocks(places: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _members(f: Any, shard: Shard, left_out: LeftOut) -> Iterator[tuple[int, int, int | str]]:
-    """Offset, size and label of every image of a tar, in its order. Members of one key are neighbors. Counts labels
-    without an image that is read."""
+    """Yield offset, size and label of every image of a tar, in its order.
+
+    Members of one key are neighbors. Labels without an image that is read are counted.
+    """
     try:
         tar = tarfile.open(fileobj=f, mode="r:")  # noqa: SIM115  (it holds nothing but f)
     except tarfile.ReadError as e:
@@ -345,7 +354,7 @@ def _members(f: Any, shard: Shard, left_out: LeftOut) -> Iterator[tuple[int, int
         ) from e
     key, image, label = None, None, None
     for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # else it remembers all of them
+        tar.members = []  # type: ignore[attr-defined]  # else it stores all of them
         name = member.name
         if name.startswith("/") or ".." in name.split("/"):
             raise InputError(f"{shard.url} has a member {name!r} that points out of it; get the file from elsewhere")
@@ -413,7 +422,7 @@ def _open(shard: Shard) -> Any:
 
 @contextlib.contextmanager
 def _naming(shard: Shard) -> Iterator[None]:
-    """Turn whatever a library says of a damaged or lost file into a sentence that names it."""
+    """Raise errors of libraries at a damaged or lost file as `InputError` that names it."""
     import pyarrow as pa
 
     try:

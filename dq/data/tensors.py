@@ -18,14 +18,14 @@ from dq.data.source import (
     Split,
     as_names,
     checked_source,
-    is_unlabelled,
+    is_unlabeled,
     match_split,
     test_candidates,
 )
 
 
-def _digits() -> ImageSource:
-    """scikit-learn's 1,797 handwritten digits, 8x8, inside the package; a fixed stratified 75:25 split."""
+def load_digits_source() -> ImageSource:
+    """Return scikit-learn's 1,797 handwritten digits, 8x8, in a fixed stratified 75:25 split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -46,7 +46,7 @@ def from_tensors(
     class_names: Sequence[str] | None = None,
     origin: str = "tensors",
 ) -> ImageSource:
-    """A source over tensors in memory; see `load_source`."""
+    """Return a source over tensors in memory; see `load_source`."""
     pairs = {str(name): pair for name, pair in source.items()} if isinstance(source, Mapping) else {"train": source}
     train = match_split("train", list(pairs))
     if train is None:
@@ -89,7 +89,7 @@ def from_tensors(
     highest = max(int(s.labels.max(initial=-1)) for s in splits.values()) + 1
     names = tuple(map(str, range(highest))) if class_names is None else as_names(class_names)
     candidates = test_candidates(list(splits), train, SourceConfig(path=origin))
-    test = next((name for name in candidates if not is_unlabelled(splits[name].labels)), None)
+    test = next((name for name in candidates if not is_unlabeled(splits[name].labels)), None)
     if candidates and test is None:
         raise InputError(f"split {candidates[0]!r} of tensors has no labels; leave it out")
     splits = {name: splits[name] for name in (train, test) if name}

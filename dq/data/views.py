@@ -1,8 +1,7 @@
-"""What a network sees of an image in an epoch: RandAugment, patch shuffle, crop, mirror, color, and the mixing of a
-batch.
+"""Views of images in an epoch: RandAugment, patch shuffle, crop, mirror, color and mixing.
 
-Draws and arithmetic are apart. `draw_views` makes all numbers of an epoch from a seed; `apply_views` turns images into
-views by them. Labels stored for views and a student that replays them therefore meet the same pixels, bit for bit.
+Draws and arithmetic are separate. `draw_views` makes all numbers of an epoch from a seed; `apply_views` turns images
+into views by them. Labels stored for views and a student that replays them therefore use the same pixels, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,16 +25,19 @@ from dq.data.rand_augment import draw_operations, rand_augment
 # Principal components of the colors of ImageNet (Krizhevsky et al. 2012, section 4.1)
 LIGHT_VALUES = (0.2175, 0.0188, 0.0045)
 LIGHT_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
-GREY = (0.299, 0.587, 0.114)
+GRAY = (0.299, 0.587, 0.114)
 CROP_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class Views:
-    """All draws of one epoch over N images in B batches. Rows are positions in `order`, not images."""
+    """All draws of one epoch over N images in B batches.
+
+    Rows are positions in `order`, not images. Label files have these names as keys.
+    """
 
     order: Tensor  # (N,) int32, the image at each position
-    shuffle: Tensor  # (N, P) uint8, which patch comes to each place; P = 0 if patches stay
+    shuffle: Tensor  # (N, P) uint8, which patch moves to each position; P = 0 if patches stay
     box: Tensor  # (N, 4) int16, crop in px: top, left, height, width; of a padded image, top and left may be negative
     flip: Tensor  # (N,) uint8
     partner: Tensor  # (N,) int16, position inside the batch of the image that is mixed in
@@ -47,7 +49,7 @@ class Views:
     operations: Tensor  # (N, K) uint8, codes of RandAugment's operations; K = 0 if there are none
 
     def digest(self) -> int:
-        """63 bits of all draws."""
+        """Return 63 bits of a hash of all draws."""
         h = hashlib.blake2b(digest_size=8)
         for f in fields(self):
             h.update(getattr(self, f.name).numpy().tobytes())
@@ -55,16 +57,19 @@ class Views:
 
 
 def batches(n: int, batch_size: int, accumulate: int = 1) -> list[slice]:
-    """Positions of the batches of an epoch. A last batch too small to give two images to each of `accumulate` parts
-    is joined to the one before, since batch norm cannot normalize a single image."""
+    """Return the positions of the batches of an epoch.
+
+    A last batch too small to give two images to each of `accumulate` parts is joined to the one before, since batch
+    norm cannot normalize a single image.
+    """
     starts = list(range(0, n, batch_size))
     if len(starts) > 1 and n - starts[-1] < 2 * accumulate:
         starts.pop()
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], n])]
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, n])]
 
 
 def parts(n: int, accumulate: int) -> list[slice]:
-    """The parts of a batch of n images that go through a network one after another: contiguous, nearly equal."""
+    """Divide a batch of n images into contiguous, nearly equal parts for gradient accumulation."""
     edges = [n * i // accumulate for i in range(accumulate + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
@@ -72,12 +77,12 @@ def parts(n: int, accumulate: int) -> list[slice]:
 def draw_views(
     config: ViewConfig, n: int, side: int, *, batch_size: int, accumulate: int, seed: int, epoch: int
 ) -> Views:
-    """The draws of epoch `epoch` for `n` images of `side` px: a pure function of its arguments.
+    """Draw the views of an epoch for `n` images of `side` px.
 
     Crops are drawn as torchvision's RandomResizedCrop draws them (ten attempts, then the largest central crop of an
     admissible ratio) and kept in whole pixels. CutMix: lambda ~ Beta(a, a), a box of side sqrt(1 - lambda), its center
     uniform, clipped to the image (Yun et al. 2019); `kept` is what remains after clipping. Patches: strips of columns
-    change places, then strips of rows (RDED), so 2 x 2 patches have four arrangements and not 24.
+    are permuted, then strips of rows (RDED), so 2 x 2 patches have four arrangements and not 24.
     """
     order = torch.randperm(n, generator=generator(seed, "student order", epoch)).to(torch.int32)
     rng = np.random.default_rng(derive_seed(seed, "views", epoch))
@@ -112,7 +117,7 @@ def draw_views(
 
 
 def padding(share: float, side: int) -> int:
-    """Padding of a crop in px: `share` of the side, to the nearest."""
+    """Return the padding of a crop in px: `share` of the side, rounded."""
     return int(side * share + 0.5)
 
 
@@ -128,11 +133,11 @@ def draw_crops(
     w, h = width[rows, first], height[rows, first]
     # the image is square: the largest crop of an admissible ratio is all of it, or a strip if 1 is not admissible
     nearest = min(max(1.0, ratio[0]), ratio[1])
-    none = ~fits.any(1)
-    w[none] = max(1, np.rint(side * min(1.0, nearest)))
-    h[none] = max(1, np.rint(side * min(1.0, 1 / nearest)))
+    is_unfit = ~fits.any(1)
+    w[is_unfit] = max(1, np.rint(side * min(1.0, nearest)))
+    h[is_unfit] = max(1, np.rint(side * min(1.0, 1 / nearest)))
     top, left = np.floor(rng.random(n) * (side - h + 1)), np.floor(rng.random(n) * (side - w + 1))
-    top[none], left[none] = (side - h[none]) // 2, (side - w[none]) // 2
+    top[is_unfit], left[is_unfit] = (side - h[is_unfit]) // 2, (side - w[is_unfit]) // 2
     return np.stack([top, left, h, w], 1).astype(np.int16)
 
 
@@ -146,10 +151,9 @@ def _draw_cut(rng: np.random.Generator, side: int, share: float) -> tuple[list[i
 
 
 def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at: slice) -> Tensor:
-    """The views of batch number `batch`, which holds the positions `at`.
+    """Return the views of batch number `batch`, which holds the positions `at`.
 
-    Args:
-        images: (N, 3, S, S), uint8 or float in [0, 1], all images of the set in their own order.
+    `images` (N, 3, S, S), uint8 or float in [0, 1], are all images of the set in their order.
 
     Returns:
         (B, 3, S, S) float32 pixels on the device of `images`; in [0, 1] unless colors are changed.
@@ -181,7 +185,7 @@ def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at
 
 
 def crop_and_flip(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
-    """Cut the boxes (B, 4) out of the images (B, C, H, W), bring them to the images' size, mirror where `flip`.
+    """Crop the boxes (B, 4) of images (B, C, H, W), resize and mirror them.
 
     Bilinear with half-pixel centers, pixels outside the box repeated from its border: what `interpolate` gives for the
     cut-out crop. A crop is never larger than the image, so nothing is shrunk and antialiasing would change nothing.
@@ -194,7 +198,10 @@ def crop_and_flip(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
 
 
 def resize_matrix(start: Tensor, length: Tensor, side: int, mirror: Tensor) -> Tensor:
-    """(B, side, side) weights that stretch `length` pixels from `start` to `side`, backwards where `mirror`."""
+    """Return weights (B, side, side) that resize `length` pixels from `start` to `side`.
+
+    Backwards where `mirror`.
+    """
     i = torch.arange(side, device=start.device).expand(len(start), -1)
     i = torch.where(mirror[:, None], side - 1 - i, i)
     at = ((i + 0.5) * (length[:, None] / side) - 0.5).clamp(min=0)
@@ -207,22 +214,27 @@ def resize_matrix(start: Tensor, length: Tensor, side: int, mirror: Tensor) -> T
 
 
 def shuffle_patches(x: Tensor, order: Tensor, grid: int) -> Tensor:
-    """Cut each image into grid x grid patches and put patch order[b, j] at place j. A side that `grid` does not divide
-    keeps its last pixels in place."""
+    """Move patch order[b, j] of grid x grid patches of each image to position j.
+
+    Of a side that `grid` does not divide the last pixels stay.
+    """
     b, c = x.shape[:2]
     h, w = x.shape[2] // grid, x.shape[3] // grid
     patches = x[:, :, : grid * h, : grid * w].reshape(b, c, grid, h, grid, w).permute(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(b, grid * grid, c, h, w)[torch.arange(b, device=x.device)[:, None], order.long()]
-    whole = patches.reshape(b, grid, grid, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, grid * h, grid * w)
+    shuffled = patches.reshape(b, grid, grid, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, grid * h, grid * w)
     out = x.clone()
-    out[:, :, : grid * h, : grid * w] = whole
+    out[:, :, : grid * h, : grid * w] = shuffled
     return out
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Brightness, saturation and contrast times `factors` (B, 3), each image in its own `order` (B, 3): distance from
-    black, from the gray of each pixel, from the mean gray of the image (Minimax's and IDC's code)."""
-    gray = constant(GREY, x.device, torch.float32).view(1, 3, 1, 1)
+    """Multiply brightness, saturation and contrast by `factors` (B, 3).
+
+    Each image in its `order` (B, 3): distance from black, from the gray of each pixel, from the mean gray of the image
+    (Minimax's and IDC's code).
+    """
+    gray = constant(GRAY, x.device, torch.float32).view(1, 3, 1, 1)
     for step in order.long().unbind(1):
         factor = factors.gather(1, step[:, None]).view(-1, 1, 1, 1)
         luma = (x * gray).sum(1, keepdim=True)
@@ -233,16 +245,16 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def lighting(amounts: Tensor) -> Tensor:
-    """(B, 3, 1, 1) shift of the colors along ImageNet's principal ones by `amounts` (B, 3)."""
+    """Return shifts (B, 3, 1, 1) along ImageNet's principal colors by `amounts` (B, 3)."""
     vectors = constant(LIGHT_VECTORS, amounts.device, torch.float32)
     values = constant(LIGHT_VALUES, amounts.device, torch.float32)
     return ((amounts * values) @ vectors.T)[..., None, None]
 
 
-def mix(x: Tensor, other: Tensor, kept: float, cut: list[int], kind: str) -> Tensor:
-    """MixUp blends `other` in with share 1 - kept; CutMix pastes its box."""
+def mix(x: Tensor, other: Tensor, share: float, cut: list[int], kind: str) -> Tensor:
+    """Mix batches: MixUp blends `other` with share 1 - share; CutMix pastes its box."""
     if kind == "mixup":
-        return kept * x + (1 - kept) * other
+        return share * x + (1 - share) * other
     top, left, height, width = cut
     x = x.clone()
     box = (..., slice(top, top + height), slice(left, left + width))

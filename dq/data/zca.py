@@ -1,4 +1,4 @@
-"""ZCA whitening of small images: as MTT and DATM use it on CIFAR in place of mean and std, and as FRePo does."""
+"""ZCA whitening of small images as in MTT and DATM, and as in FRePo."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ WHOLE_SIDE = 64  # px; FRePo whitens larger images as interleaved ones of at mos
 
 @dataclass(frozen=True)
 class Zca:
-    """x -> (x - mean) W with W = U diag((s + eps)^-1/2) U^T, where U diag(s) U^T is the covariance of the pixels."""
+    """ZCA whitening x -> (x - mean) W.
+
+    W = U diag((s + eps)^-1/2) U^T, where U diag(s) U^T is the covariance of the pixels.
+    """
 
     mean: Tensor  # (D,) float32, D = 3 S S
     matrix: Tensor  # (D, D) float32, symmetric
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Whitened images (B, 3, S, S) float32 of images that are uint8 or float in [0, 1]."""
+        """Return whitened images (B, 3, S, S) float32 of images that are uint8 or float in [0, 1]."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         mean, matrix = self.mean.to(x.device), self.matrix.to(x.device)
         return ((x.flatten(1) - mean) @ matrix).view_as(x)
 
     def whitening(self) -> Whitening:
-        """The same map with its inverse, W^-1 = U diag((s + eps)^1/2) U^T."""
+        """Return the same map with its inverse, W^-1 = U diag((s + eps)^1/2) U^T."""
         inverse = torch.linalg.inv(self.matrix.double()).float()
         return Whitening(torch.zeros(3), torch.ones(3), self.mean, self.matrix, inverse)
 
 
 def fit_zca(images: Tensor, *, eps: float = 0.1) -> Zca:
-    """Fit on train images (N, 3, S, S), not normalized, with eps = 0.1 as released (MTT, Cazenavette et al. 2022).
+    """Fit ZCA on train images (N, 3, S, S), not normalized.
 
-    Costs N D^2 + D^3 operations; meant for images of 32 px.
+    eps is 0.1 as released (MTT, Cazenavette et al. 2022). Costs N D^2 + D^3 operations; meant for images of 32 px.
     """
     n, width = len(images), images[0].numel()
     total, square = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
@@ -58,31 +61,31 @@ ROOT_SHARE = 0.1  # of the mean eigenvalue, added to all (FRePo)
 
 @dataclass(frozen=True)
 class Whitening:
-    """FRePo's preprocessing: channels to mean 0 and deviation 1, then (x - center) W, which can be inverted. MTT's is
-    the same without the first step, see `Zca.whitening`.
+    """FRePo's preprocessing and its inverse.
 
-    W = U diag((s + 0.1 mean(s))^-1/2) U^T for the covariance U diag(s) U^T of standardized pixels. Images above 64 px
-    are split into k x k interleaved images (a checkerboard of every k-th row and column; 2 x 2 of 64 px for 128 px),
-    all of which are multiplied by one W, of the mean of their covariances.
+    Channels are standardized to mean 0 and deviation 1; then (x - center) W. MTT's is the same without the first step,
+    see `Zca.whitening`. W = U diag((s + 0.1 mean(s))^-1/2) U^T for the covariance U diag(s) U^T of standardized
+    pixels. Images above 64 px are split into k x k interleaved images (a checkerboard of every k-th row and column; 2
+    x 2 of 64 px for 128 px), all of which are multiplied by one W, of the mean of their covariances.
     """
 
     mean: Tensor  # (3,) float32 of the channels
     std: Tensor  # (3,)
-    center: Tensor | None = None  # (D,) float32, D = 3 S S; None: channels are standardized and that is all
+    center: Tensor | None = None  # (D,) float32, D = 3 S S; None: only channels are standardized
     matrix: Tensor | None = None  # (D / k^2, D / k^2) W
     inverse: Tensor | None = None  # (D / k^2, D / k^2) W^-1
 
     def to(self, device: torch.device | str) -> Whitening:
-        """The same on a device."""
+        """Return a copy on a device."""
         return Whitening(**{k: v.to(device) for k, v in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields by name, without those that are None."""
+        """Return the fields by name, without those that are None."""
         fields = {k: getattr(self, k) for k in ("mean", "std", "center", "matrix", "inverse")}
         return {k: v for k, v in fields.items() if v is not None}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Whitened images (B, 3, S, S) float32 of images that are uint8 or float, 1 being white."""
+        """Return whitened images (B, 3, S, S) float32 of images that are uint8 or float, 1 being white."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         w = self.to(x.device)
         x = (x - w.mean.view(-1, 1, 1)) / w.std.view(-1, 1, 1)
@@ -91,14 +94,14 @@ class Whitening:
         return _blockwise((x.flatten(1) - w.center).view_as(x), w.matrix)
 
     def invert(self, x: Tensor) -> Tensor:
-        """Images (B, 3, S, S) of whitened ones; pixels may leave [0, 1]."""
+        """Return images (B, 3, S, S) of whitened ones; pixels may be outside [0, 1]."""
         w = self.to(x.device)
         if w.center is not None and w.inverse is not None:
             x = (_blockwise(x, w.inverse).flatten(1) + w.center).view_as(x)
         return x * w.std.view(-1, 1, 1) + w.mean.view(-1, 1, 1)
 
     def summary(self) -> dict[str, Any]:
-        """Numbers by which a whitening fitted on other images is told apart, as plain data."""
+        """Return numbers that identify a whitening, as plain data."""
         # MTT's whitening leaves channels as they are
         mtt = bool((self.mean == 0).all() and (self.std == 1).all())
         facts: dict[str, Any] = {"recipe": "standardize" if self.matrix is None else "mtt" if mtt else "frepo"}
@@ -112,7 +115,7 @@ class Whitening:
 
 
 def stride_of(side: int) -> int:
-    """Rows and columns from a pixel to the next of its interleaved image: 1 up to 64 px, 2 up to 128 px.
+    """Return the stride of interleaved images: 1 up to 64 px, 2 up to 128 px.
 
     Raises:
         InputError: if images of this side cannot be divided so.
@@ -127,7 +130,10 @@ def stride_of(side: int) -> int:
 
 
 def interleaved(images: Tensor) -> Tensor:
-    """The k x k interleaved images of each of (B, 3, S, S), (B k^2, 3, S / k, S / k), row offset first."""
+    """Split images (B, 3, S, S) into k x k interleaved ones.
+
+    Returns (B k^2, 3, S / k, S / k), row offset first.
+    """
     k, (b, c, side) = stride_of(images.shape[-1]), images.shape[:3]
     parts = F.pixel_unshuffle(images, k).view(b, c, k * k, side // k, side // k)
     return parts.transpose(1, 2).reshape(b * k * k, c, side // k, side // k)
@@ -141,28 +147,31 @@ def _blockwise(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def same_whitening(a: Mapping[str, Any], b: Mapping[str, Any], *, tolerance: float = 0.02) -> bool:
-    """Whether two summaries of `Whitening` are of the same preprocessing, up to rounding and a few left-out images."""
+    """Return whether two summaries are of the same preprocessing.
+
+    Up to rounding and a few left-out images.
+    """
     if a.get("recipe") != b.get("recipe") or a.get("pixels") != b.get("pixels"):
         return False
     rows = [(a[k], b[k]) for k in ("mean", "std", "diagonal") if k in a]
-    return all(abs(x - y) <= tolerance * abs(y) for left, right in rows for x, y in zip(left, right))
+    return all(  # summaries of damaged records may have other lengths
+        abs(x - y) <= tolerance * abs(y) for left, right in rows for x, y in zip(left, right, strict=False)
+    )  # a record may be malformed
 
 
 def is_gray(images: Tensor) -> bool:
-    """Whether the three channels of all images (N, 3, S, S) are equal."""
+    """Return whether the three channels of all images (N, 3, S, S) are equal."""
     return bool((images[:, :1] == images[:, 1:]).all())
 
 
 def fit_whitening(images: Tensor, *, zca: bool | None = None) -> Whitening:
-    """Fit FRePo's preprocessing on train images (N, 3, S, S), as released: the ridge of the covariance is a tenth of
-    its mean eigenvalue, and with N below the rows of W the scalings beyond the N largest eigenvalues are 1.
+    """Fit FRePo's preprocessing on train images (N, 3, S, S), as released.
 
-    Channel means and deviations are measured here; the released code has constants for its data sets. W has 3 s^2 rows
-    for (interleaved) images of s px, 12,288 at 64 and at 128 px, and costs their third power.
-
-    Args:
-        zca: whether to go on after the channels; None: unless the images are gray, as the released code does not
-            whiten MNIST and Fashion-MNIST.
+    The ridge of the covariance is a tenth of its mean eigenvalue, and with N below the rows of W the scalings beyond
+    the N largest eigenvalues are 1. Channel means and deviations are measured here; the released code has constants
+    for its data sets. W has 3 s^2 rows for (interleaved) images of s px, 12,288 at 64 and at 128 px, and costs their
+    third power. `zca` is whether to whiten after the channels; None: unless the images are gray, as the released code
+    does not whiten MNIST and Fashion-MNIST.
 
     Raises:
         InputError: for a side above 64 px that cannot be divided.

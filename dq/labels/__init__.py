@@ -1,1 +1,1 @@
-"""What teachers say of every view of every image."""
+"""Soft labels of every view of every image."""

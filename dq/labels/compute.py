@@ -21,35 +21,33 @@ TEACHER_BATCH = 256  # images at once where batches do not matter
 
 @torch.inference_mode()
 def label_epoch(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, epoch: int) -> tuple[Views, Tensor]:
-    """Views of one epoch and the teachers' mean logits (N, C) float32 of them, by position.
+    """Return views of one epoch and the teachers' mean logits of them.
 
+    Logits are (N, C) float32, by position; images are (N, 3, S, S), uint8 or float in [0, 1], on the teachers' device.
     With `relabel.statistics: batch` the teachers' batch norm uses the statistics of each part of a batch (BSSL, the
     FADRM code): teacher and student, which takes the same parts, then normalize over the same images.
-
-    Args:
-        images: (N, 3, S, S), uint8 or float in [0, 1], on the teachers' device.
     """
     views = plan.draw(epoch)
     spans = batches(plan.images, plan.batch_size, plan.accumulate)
     grouped = plan.relabel.statistics == "batch"
-    found: list[Tensor] = []
-    waiting: list[Tensor] = []
+    logits: list[Tensor] = []
+    pending: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         for t in teachers:
             stack.enter_context(_modes(t.net, plan.relabel))
         for i, span in enumerate(spans):
             x = apply_views(plan.views, images, views, i, span)
             if not grouped:
-                # in evaluation mode it does not matter who shares a batch, and large ones are faster
-                waiting.append(x)
-                if sum(map(len, waiting)) >= TEACHER_BATCH or i + 1 == len(spans):
-                    found.append(_mean_in_pieces(teachers, torch.cat(waiting), plan.relabel.average))
-                    waiting = []
+                # in evaluation mode batches do not change results, and large ones are faster
+                pending.append(x)
+                if sum(map(len, pending)) >= TEACHER_BATCH or i + 1 == len(spans):
+                    logits.append(_mean_in_pieces(teachers, torch.cat(pending), plan.relabel.average))
+                    pending = []
                 continue
             with seeded(derive_seed(plan.relabel.seed, "dropout", epoch, i), images.device):  # global generators only
                 for part in parts(len(x), plan.accumulate):
-                    found.append(mean_logits(teachers, x[part], plan.relabel.average).cpu())
-    return views, torch.cat(found)
+                    logits.append(mean_logits(teachers, x[part], plan.relabel.average).cpu())
+    return views, torch.cat(logits)
 
 
 def _mean_in_pieces(teachers: Sequence[Teacher], x: Tensor, average: str) -> Tensor:
@@ -58,7 +56,7 @@ def _mean_in_pieces(teachers: Sequence[Teacher], x: Tensor, average: str) -> Ten
 
 
 def mean_logits(teachers: Sequence[Teacher], x: Tensor, average: str = "logits") -> Tensor:
-    """`average_logits` of the teachers for pixels (B, 3, S, S)."""
+    """Return `average_logits` of the teachers for pixels (B, 3, S, S)."""
     return average_logits(
         [t(x) for t in teachers], [t.weight for t in teachers], probabilities=average == "probabilities"
     )
@@ -66,9 +64,11 @@ def mean_logits(teachers: Sequence[Teacher], x: Tensor, average: str = "logits")
 
 @contextlib.contextmanager
 def _modes(net: nn.Module, relabel: RelabelConfig) -> Iterator[None]:
-    """`net` in evaluation mode for the time of a block; with `statistics: batch` its batch norm in training mode, but
-    without touching the running statistics. The released code puts all of the network in training mode, dropout too,
-    and lets the running statistics drift."""
+    """Set evaluation mode within a block; with `statistics: batch` training mode of batch norm.
+
+    The running statistics are not changed. The released code puts all of the network in training mode, dropout too,
+    and changes the running statistics.
+    """
     grouped = relabel.statistics == "batch"
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes = [(m, m.training) for m in net.modules()]
@@ -83,14 +83,14 @@ def _modes(net: nn.Module, relabel: RelabelConfig) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for m, momentum, counter in zip(norms, momenta, counters):
+        for m, momentum, counter in zip(norms, momenta, counters, strict=True):
             m.momentum = momentum
             if m.num_batches_tracked is not None and counter is not None:
                 m.num_batches_tracked.copy_(counter)
 
 
 def online_labels(images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan) -> LabelSource:
-    """Labels computed epoch by epoch when they are asked for; they go through the same rounding as stored ones."""
+    """Return labels that are computed on demand, with the rounding of stored ones."""
 
     def epoch_labels(epoch: int) -> EpochLabels:
         views, logits = label_epoch(images, teachers, plan, (epoch - 1) % plan.epochs)

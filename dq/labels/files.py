@@ -1,8 +1,7 @@
-"""Soft labels: what teachers say of every view of every image in every epoch (FKD, Shen & Xing 2022), made, kept
-small, read back.
+"""Files of soft labels of every view of every image in every epoch (FKD, Shen & Xing 2022).
 
 A label epoch is a pure function of images, teachers and a plan. It is computed when needed (`online_labels`) or
-written once, file by file, and read through a memory map (`write_shard`, `read_labels`); students see the same bits
+written once, file by file, and read through a memory map (`write_shard`, `read_labels`); students get the same bits
 either way.
 """
 
@@ -31,12 +30,12 @@ MANIFEST = "manifest.json"
 
 
 def shard_file(folder: Path, first: int) -> Path:
-    """The file that begins with label epoch `first`."""
+    """Return the file that begins with label epoch `first`."""
     return folder / f"epoch-{first + 1:05d}.safetensors"
 
 
 def write_manifest(folder: Path, images: Tensor, plan: LabelPlan, teachers: Sequence[Teacher], **facts: Any) -> None:
-    """Say what the labels in `folder` are labels of, unless that has been said."""
+    """Write the manifest of a folder of labels, unless it exists."""
     if is_done(folder / MANIFEST):
         return
     import numpy
@@ -53,12 +52,12 @@ def write_manifest(folder: Path, images: Tensor, plan: LabelPlan, teachers: Sequ
 
 
 def checksums(images: Tensor) -> list[int]:
-    """CRC-32 of each image."""
+    """Return the CRC-32 of each image."""
     return [zlib.crc32(x.contiguous().cpu().numpy().tobytes()) for x in images]
 
 
 def write_shard(folder: Path, images: Tensor, teachers: Sequence[Teacher], plan: LabelPlan, epochs: range) -> None:
-    """Label the epochs of one file, and write it whole or not at all."""
+    """Label the epochs of one file and write it atomically."""
     columns: dict[str, list[Tensor]] = {}
     for epoch in epochs:
         views, logits = label_epoch(images, teachers, plan, epoch)
@@ -76,14 +75,13 @@ def write_shard(folder: Path, images: Tensor, teachers: Sequence[Teacher], plan:
 
 
 def read_labels(folder: str | Path, images: Tensor) -> LabelSource:
-    """Labels from the files that `write_shard` made; an epoch is read when it is asked for, through a memory map.
+    """Return labels from the files of `write_shard`.
 
-    Args:
-        images: (N, 3, S, S), the images that will be replayed.
+    An epoch is read on demand, through a memory map. `images` (N, 3, S, S) are those that will be replayed.
 
     Raises:
         InputError: if the labels were made for other images, or files are missing.
-        RunError: when a damaged file is met.
+        RunError: when a damaged file is read.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -138,7 +136,7 @@ def _check_images(folder: Path, made_for: list[int], images: Tensor, plan: Label
     if plan.image_digest == digest_of_tensors({"images": images}):
         return
     now = checksums(images)
-    other = [i for i, (a, b) in enumerate(zip(made_for, now)) if a != b]
+    other = [i for i, (a, b) in enumerate(zip(made_for, now, strict=True)) if a != b]
     raise InputError(
         f"the labels in {folder} were made for other images: {len(other)} of {len(now)} differ"
         + (f", first image {other[0]}" if other else " in size or type")

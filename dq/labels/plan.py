@@ -1,4 +1,4 @@
-"""The plan of the soft labels of every view, and their size."""
+"""Plan of the soft labels of every view, and their size."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ BATCH_BYTES = 12  # per batch and epoch: kept and cut
 
 @dataclass(frozen=True)
 class EpochLabels:
-    """One epoch as a student sees it."""
+    """Views and logits of one epoch."""
 
     plan: LabelPlan
     views: Views
     logits: Tensor  # (N, C) float32, by position in `views.order`
 
     def check(self, images: int, student: StudentConfig) -> None:
-        """Partners, mixes and batch statistics live inside batches: a student must have those of its labels.
+        """Check that the labels were made for this number of images and these settings.
+
+        Partners, mixes and batch statistics depend on the batches.
 
         Raises:
             InputError: that names the first setting in which they differ.
         """
         p = self.plan
-        wanted = {"images": images, **{k: getattr(student, k) for k in ("batch_size", "accumulate", "views")}}
-        for name, value in wanted.items():
+        required = {"images": images, **{k: getattr(student, k) for k in ("batch_size", "accumulate", "views")}}
+        for name, value in required.items():
             if getattr(p, name) != value:
                 raise InputError(
                     f"the labels were made with {name}={getattr(p, name)} but the student has {value}; "
@@ -53,7 +55,7 @@ LabelSource = Callable[[int], EpochLabels]  # epoch from 1 -> its labels
 
 @settings
 class LabelPlan(Checked):
-    """Everything that decides the labels of a set."""
+    """All settings that decide the labels of a set."""
 
     images: Annotated[Whole, Field(description="images of the set (N)")]
     image_digest: Annotated[str, Field(description="digest of the images")]
@@ -69,7 +71,7 @@ class LabelPlan(Checked):
 
     @property
     def digest(self) -> str:
-        """Names the folder of the labels; where and in which files they are kept does not change them."""
+        """Return the name of the folder of the labels, which does not depend on their storage."""
         settings = to_dict(self)
         settings.pop("shard_epochs")
         settings["relabel"].pop("storage")
@@ -77,10 +79,10 @@ class LabelPlan(Checked):
         if self.relabel.statistics == "running":
             settings["relabel"].pop("dropout")
         if self.relabel.average == "logits":
-            settings["relabel"].pop("average")  # as before there was a choice
+            settings["relabel"].pop("average")  # older digests have no such key
         if self.views.shuffle > 1:
-            settings["arrangement"] = "strips"  # patches were once arranged in any order
-        for name in ("rand_augment", "crop_pad"):  # as before there was a choice
+            settings["arrangement"] = "strips"  # older labels have patches in any order
+        for name in ("rand_augment", "crop_pad"):  # older digests have no such key
             if not settings["views"][name]:
                 settings["views"].pop(name)
         if not self.views.rand_augment:
@@ -88,12 +90,12 @@ class LabelPlan(Checked):
         return digest_of(settings)
 
     def shards(self) -> list[range]:
-        """The label epochs of each file, counted from 0."""
+        """Return the label epochs of each file, counted from 0."""
         step = self.shard_epochs
         return [range(a, min(a + step, self.epochs)) for a in range(0, self.epochs, step)]
 
     def draw(self, epoch: int) -> Views:
-        """The views of label epoch `epoch`, counted from 0."""
+        """Draw the views of label epoch `epoch`, counted from 0."""
         return draw_views(
             self.views,
             self.images,
@@ -106,7 +108,7 @@ class LabelPlan(Checked):
 
 
 def make_plan(images: Tensor, teachers: Sequence[Teacher], classes: int, student: StudentConfig) -> LabelPlan:
-    """The plan of the labels that `student` needs for images (N, 3, S, S).
+    """Return the plan of the labels that `student` needs for images (N, 3, S, S).
 
     Raises:
         InputError: if there is no teacher, or the settings do not fit the number of classes.
@@ -118,7 +120,7 @@ def make_plan(images: Tensor, teachers: Sequence[Teacher], classes: int, student
 def plan_labels(
     n: int, side: int, teachers: Sequence[Teacher], classes: int, student: StudentConfig, *, image_digest: str
 ) -> LabelPlan:
-    """`make_plan` for `n` images of `side` px that need not be at hand."""
+    """Return `make_plan` for `n` images of `side` px that need not exist yet."""
     if not teachers:
         raise InputError("labels=soft need a teacher; set teachers, or use labels=hard")
     r = student.relabel
@@ -166,9 +168,9 @@ def label_bytes(
     batch_size: int = 16,
     views: ViewConfig | None = None,
 ) -> LabelBytes:
-    """What the labels of `images` images over `epochs` label epochs will weigh, before anything is written.
+    """Return the size of the labels of `images` images over `epochs` label epochs.
 
-    With the defaults the logits weigh images * epochs * classes * 2 bytes. Not counted: a header of some hundred bytes
+    With the defaults the logits take images * epochs * classes * 2 bytes. Not counted: a header of some hundred bytes
     per file, and the manifest.
     """
     r, v = relabel or RelabelConfig(), views or ViewConfig()
@@ -176,13 +178,13 @@ def label_bytes(
     row = classes * value if r.top_k is None else r.top_k * (value + (1 if classes <= 256 else 2))
     logits = epochs * (images * row + (8 if r.bits == 8 else 0))
     if r.views == "seed":
-        drawn = 8 * epochs
+        view_bytes = 8 * epochs
     else:
         codes = (v.shuffle**2 if v.shuffle > 1 else 0) + v.rand_augment
-        drawn = epochs * (images * (sum(VIEW_BYTES.values()) + codes) + -(-images // batch_size) * BATCH_BYTES)
-    return LabelBytes(logits, drawn)
+        view_bytes = epochs * (images * (sum(VIEW_BYTES.values()) + codes) + -(-images // batch_size) * BATCH_BYTES)
+    return LabelBytes(logits, view_bytes)
 
 
 def plan_bytes(plan: LabelPlan) -> LabelBytes:
-    """`label_bytes` of a plan."""
+    """Return `label_bytes` of a plan."""
     return label_bytes(plan.images, plan.epochs, plan.classes, plan.relabel, plan.batch_size, plan.views)

@@ -14,10 +14,10 @@ from dq.data.pruning import (
     clusters_in_band,
     easy_drop,
     hard_drop,
-    kept_band,
-    least_kept,
+    minimum_size,
     policy_order,
     prune_class,
+    rank_band,
 )
 
 POLICIES = get_args(Policy)
@@ -48,7 +48,7 @@ def test_the_shares_that_pad_drops(ipc: int, n: int, hard: float, easy: float) -
 
 def test_at_one_percent_nothing_is_dropped() -> None:
     assert hard_drop(0.01) == easy_drop(0.01) == 0
-    assert kept_band(1000, 10, settings("pad")) == range(1000)
+    assert rank_band(1000, 10, settings("pad")) == range(1000)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_at_one_percent_nothing_is_dropped() -> None:
     ],
 )
 def test_the_ranks_that_a_policy_keeps(policy: str, n: int, ipc: int, share: float | None, band: range) -> None:
-    assert kept_band(n, ipc, settings(policy, share=share)) == band
+    assert rank_band(n, ipc, settings(policy, share=share)) == band
 
 
 def test_floors_hold_for_every_policy() -> None:
@@ -79,16 +79,16 @@ def test_floors_hold_for_every_policy() -> None:
         for n in SIZES:
             for ipc in (1, 5, 10, 50, 500):
                 p = settings(policy)
-                band = kept_band(n, ipc, p)
+                band = rank_band(n, ipc, p)
                 assert 0 <= band.start <= band.stop <= n
-                assert len(band) >= least_kept(n, ipc, p) >= min(n, max(10 * ipc, n / 2))
+                assert len(band) >= minimum_size(n, ipc, p) >= min(n, max(10 * ipc, n / 2))
 
 
 def test_controls_keep_as_many_as_pad() -> None:
     for n in SIZES:
         for ipc in (1, 10, 50):
             counts = {
-                policy: int(prune_class(torch.randperm(n), ipc, settings(policy), 0).kept.sum())
+                policy: int(prune_class(torch.randperm(n), ipc, settings(policy), 0).mask.sum())
                 for policy in ("pad", "random", "reversed")
             }
             assert len(set(counts.values())) == 1, counts
@@ -97,15 +97,15 @@ def test_controls_keep_as_many_as_pad() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_class_of_one_image_keeps_it(policy: str) -> None:
     pruned = prune_class(torch.tensor([0]), 10, settings(policy), 0)
-    assert pruned.kept.tolist() == [True]
+    assert pruned.mask.tolist() == [True]
     assert pruned.ranks.tolist() == [0]
 
 
 def test_hard_images_go_and_reversed_drops_the_easy_ones() -> None:
     order = torch.tensor([3, 0, 4, 1, 2]).repeat_interleave(1000) * 1000 + torch.arange(1000).repeat(5)
-    kept = prune_class(order, 1, settings("pad"), 0).kept
+    kept = prune_class(order, 1, settings("pad"), 0).mask
     assert kept.nonzero()[:, 0].tolist() == [i for i in range(5000) if not 2000 <= i < 3000]
-    reverse = prune_class(order, 1, settings("reversed"), 0).kept
+    reverse = prune_class(order, 1, settings("reversed"), 0).mask
     assert reverse.nonzero()[:, 0].tolist() == [i for i in range(5000) if not 3000 <= i < 4000]
 
 

@@ -208,7 +208,7 @@ def class_images(
     f = None if features is None else features.load_rows(label, rows)
     pruned = pruning.of_class(label, rows, ipc)
     if pruned is not None and prune.where == "filter":
-        z, rows, f = z[pruned.kept], rows[pruned.kept], None if f is None else f[pruned.kept]
+        z, rows, f = z[pruned.mask], rows[pruned.mask], None if f is None else f[pruned.mask]
     weigh = pruned is not None and prune.where == "weight"
     weights = pruned.weights(prune.outside_weight) if pruned is not None and weigh else None
     return ClassImages(z, f, rows, pruned, weights)
@@ -253,7 +253,7 @@ def _prototypes(
         p = make_prototypes(c, run.source.class_names[c], d.z, d.rows, result, points=points, weights=d.weights)
         stats |= {"space": cfg.space, **latent_stats(d.z, result.labels, p.centroids)}
         if d.pruned is not None:
-            images = {"class_images": len(d.pruned.kept), "kept_images": len(d.pruned.band)}
+            images = {"class_images": len(d.pruned.mask), "kept_images": len(d.pruned.band)}
             stats |= {"policy": prune.policy, "where": prune.where, **images}
         made.append(dataclasses.replace(p, stats=stats))
     return made

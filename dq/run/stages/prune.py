@@ -29,7 +29,7 @@ from dq.config.schema import RunConfig
 from dq.core.errors import InputError
 from dq.core.files import write_text
 from dq.core.seeds import digest_of
-from dq.data.pruning import Pruned, kept_band, prune_class
+from dq.data.pruning import Pruned, prune_class, rank_band
 from dq.data.source import ImageSource
 from dq.evaluation.baselines import BY_DIFFICULTY
 from dq.networks.difficulty import (
@@ -119,13 +119,13 @@ def _check_counts(method: str, p: PruneConfig, ipc: int, counts: Sequence[int], 
     free = dataclasses.replace(p, keep_per_ipc=0.0, keep_share=0.0) if p.policy != "window" else p
     held = []
     for label, n in enumerate(counts):
-        kept = len(kept_band(n, ipc, p))
+        kept = len(rank_band(n, ipc, p))
         if kept < min(n, ipc):
             raise InputError(
                 f"method {method!r} has prune.policy={p.policy}, which leaves {kept} of the {n} images of class "
                 f"{label} {names[label]!r} at ipc={ipc}; set prune.keep_per_ipc to 1 or more, or a smaller prune.share"
             )
-        if len(kept_band(n, ipc, free)) < kept:
+        if len(rank_band(n, ipc, free)) < kept:
             held.append((label, n, kept))
     if held:
         label, n, kept = held[0]
@@ -227,7 +227,7 @@ def kept_counts(config: RunConfig, counts: np.ndarray) -> Iterator[tuple[int, st
         own = {f"method {m}": resolved_method(config, m).prune for m in config.methods}
         columns |= {name: p for name, p in own.items() if p.active}
         for name, p in columns.items():
-            yield ipc, name, [len(kept_band(n, ipc, p)) for n in counts.tolist()]
+            yield ipc, name, [len(rank_band(n, ipc, p)) for n in counts.tolist()]
 
 
 def _with_policy(prune: PruneConfig, policy: Policy) -> PruneConfig:
