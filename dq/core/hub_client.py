@@ -158,56 +158,79 @@ def backoff_seconds(attempt: int) -> float:
     return random.SystemRandom().uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt))
 
 
-def commit_to(
-    kind: str,
-    repo_id: str,
-    operations: Callable[[Repo], Changes],
-    *,
-    message: str,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
-    """Make the repository if need be, and commit: content by path in it, None deletes. When somebody else was faster,
-    the operations are made again for the new state."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.errors import HfHubHTTPError
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The repository that a commit goes to."""
 
-    if create_pr and revision not in (None, "main"):
+    kind: str  # "dataset" or "model"
+    repo_id: str  # name, or owner/name
+    private: bool | None = None  # of a new repository; None: the owner's default
+    revision: str | None = None  # branch; None: main
+    create_pr: bool = False
+
+
+def commit_to(
+    target: Target, changes: Callable[[Repo], Changes], *, message: str, token: str | None = None
+) -> CommitInfo:
+    """Create the repository unless it exists, and commit to it.
+
+    Args:
+        target: where to.
+        changes: content by path for a state of the repository; called again when another commit came first.
+        message: first line of the commit.
+        token: None takes HF_TOKEN or the login.
+    """
+    from huggingface_hub import errors
+
+    if target.create_pr and target.revision not in (None, "main"):
         raise InputError("a pull request is opened against main; leave --revision out, or --create_pr")
     api = client(token)
-    with sentences(repo_id, token, revision=revision, push=True):
-        repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id, repo_type=kind).private:
-            raise InputError(
-                f"{repo_id} is there already and public; make it private in its settings, or choose another repo_id"
-            )
-        if revision:
-            api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
-        for attempt in range(ATTEMPTS):
-            repo = open_repo(api, repo_id, kind, revision)
-            content = operations(repo)
-            changes = [
-                CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
-                for path, source in content.items()
-                if source is not None
-            ]
-            gone = [CommitOperationDelete(p) for p, source in content.items() if source is None and p in repo.files]
+    with sentences(target.repo_id, token, revision=target.revision, push=True):
+        target = _create_repo(api, target)
+        for attempt in range(ATTEMPTS - 1):
             try:
-                return api.create_commit(
-                    repo_id,
-                    [*changes, *gone],
-                    commit_message=message,
-                    repo_type=kind,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=repo.sha,
-                )
-            except HfHubHTTPError as e:
-                if e.response is None or e.response.status_code not in (409, 412) or attempt + 1 == ATTEMPTS:
+                return _commit(api, target, changes, message)
+            except errors.HfHubHTTPError as e:
+                if e.response is None or e.response.status_code not in (409, 412):
                     raise
                 wait = backoff_seconds(attempt)
-                log.info("%s has changed meanwhile; trying again in %.1f s", repo_id, wait)
+                log.info("%s has changed meanwhile; trying again in %.1f s", target.repo_id, wait)
                 time.sleep(wait)
+        return _commit(api, target, changes, message)
     raise AssertionError("unreachable")
+
+
+def _create_repo(api: HfApi, target: Target) -> Target:
+    """Create the repository and the branch unless they exist; the target with the full name of the repository."""
+    kind, private = target.kind, target.private
+    repo_id = api.create_repo(target.repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id, repo_type=kind).private:
+        raise InputError(
+            f"{repo_id} exists already and is public; make it private in its settings, or choose another repo_id"
+        )
+    if target.revision:
+        api.create_branch(repo_id, branch=target.revision, repo_type=kind, exist_ok=True)
+    return dataclasses.replace(target, repo_id=repo_id)
+
+
+def _commit(api: HfApi, target: Target, changes: Callable[[Repo], Changes], message: str) -> CommitInfo:
+    """Commit on top of the present state of a repository."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    repo = open_repo(api, target.repo_id, target.kind, target.revision)
+    content = changes(repo)
+    added = [
+        CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
+        for path, source in content.items()
+        if source is not None
+    ]
+    deleted = [CommitOperationDelete(p) for p, source in content.items() if source is None and p in repo.files]
+    return api.create_commit(
+        target.repo_id,
+        [*added, *deleted],
+        commit_message=message,
+        repo_type=target.kind,
+        revision=target.revision,
+        create_pr=target.create_pr,
+        parent_commit=repo.sha,
+    )

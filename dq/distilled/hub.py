@@ -21,7 +21,7 @@ from dq.core.bounded_yaml import MAX_DEPTH
 from dq.core.cards import UNKNOWN, own_text, public, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, check_name, read_json
-from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
+from dq.core.hub_client import Changes, Repo, Target, client, commit_to, open_repo, sentences
 from dq.distilled.card import EVALUATION, dataset_card, default_config, write_dataset_card
 from dq.distilled.format import (
     GRID,
@@ -77,16 +77,8 @@ def push_folder(
     def changes(repo: Repo) -> Changes:
         return _changes(folder, names, options, repo)
 
-    return commit_to(
-        "dataset",
-        repo_id,
-        changes,
-        message=options.commit_message or f"Add {', '.join(names)}",
-        token=token,
-        private=options.private,
-        revision=options.revision,
-        create_pr=options.create_pr,
-    )
+    target = Target("dataset", repo_id, options.private, options.revision, options.create_pr)
+    return commit_to(target, changes, message=options.commit_message or f"Add {', '.join(names)}", token=token)
 
 
 def _checked_names(folder: Path, only: Sequence[str] | None) -> list[str]:

@@ -18,6 +18,7 @@ from dq.core.locks import locked
 from dq.core.numbers import whole_number
 from dq.core.processes import make_accelerator
 from dq.data.load import Loadable, load_source
+from dq.data.source import ImageSource
 from dq.diffusion.generator import LatentGenerator
 from dq.distilled.set import DistilledSet
 from dq.run.checks import check_generation, check_settings
@@ -33,14 +34,19 @@ from dq.run.stages.refine import refine as refine_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from huggingface_hub import CommitInfo
 
 log = logging.getLogger("dq")
 V = TypeVar("V")
 
+KINDS: dict[str, type] = {
+    **{"prune": PruneConfig, "cluster": ClusterConfig, "generate": GenerateConfig},
+    **{"method": MethodConfig, "config": RunConfig},
+}
 HUB_SETTINGS = tuple(f.name for f in dataclasses.fields(HubConfig) if f.name != "repo_id")
 
 
-def _listed(value: Any, kind: type[V], message: str) -> tuple[V, ...]:
+def _as_tuple(value: Any, kind: type[V], message: str) -> tuple[V, ...]:
     """One value or several of a kind as a tuple.
 
     Raises:
@@ -54,8 +60,41 @@ def _listed(value: Any, kind: type[V], message: str) -> tuple[V, ...]:
     return values
 
 
+def _check_types(**values: Any) -> None:
+    """Refuse settings of another class than their name asks for."""
+    for name, value in values.items():
+        kind = KINDS[name]
+        if value is not None and not isinstance(value, kind):
+            hint = f"{kind.__name__}(**{{...}})" if isinstance(value, dict) else kind.__name__
+            raise InputError(f"{name} must be a {kind.__name__}, not {type(value).__name__}; give {hint}")
+
+
+def _check_folders(output_dir: Any, cache_dir: Any) -> None:
+    for name, folder in (("output_dir", output_dir), ("cache_dir", cache_dir)):
+        if not (isinstance(folder, (str, Path)) and str(folder)) and (name, folder) != ("cache_dir", None):
+            raise InputError(f"{name} is the path of a folder such as 'runs/mine', not {folder!r}")
+
+
+def _with_sections(base: RunConfig, *, teachers: Any, **sections: Any) -> RunConfig:
+    """Settings with the sections that are not None in place of those of `base`."""
+    changes = {name: section for name, section in sections.items() if section is not None}
+    if teachers is not None:
+        changes["teachers"] = _as_tuple(teachers, TeacherConfig, "teachers must list TeacherConfig(...)")
+    return dataclasses.replace(base, **changes)
+
+
+def _with_method(base: RunConfig, method: MethodConfig | None, refine: Any) -> RunConfig:
+    """Settings with one method, under the first name of `base`."""
+    name = next(iter(base.methods))
+    method = method or base.methods[name]
+    if refine is not None:
+        stages = _as_tuple(refine, RefineConfig, "refine must list stages such as FADRM(...)")
+        method = dataclasses.replace(method, refine=stages)
+    return dataclasses.replace(base, methods={name: method})
+
+
 class DistillPipeline(LatentGenerator):
-    """A `LatentGenerator` that distills a labelled image set.
+    """A `LatentGenerator` that distills a labeled image set.
 
     `pipe(class_labels=...)` generates images of classes; `pipe.distill(source, ...)` quantizes a data set in the
     latent space, draws the quantizers as images, refines and labels them.
@@ -88,19 +127,20 @@ class DistillPipeline(LatentGenerator):
 
         Args:
             source: anything that `load_source` takes.
+            ipc: images per class.
             output_dir: the run folder; the same call again continues or returns at once.
             cache_dir: where latents are kept for all runs; None: that of `config`.
-            resolution: side in px at which the codec sees the images; None: what the denoiser was made for, else that
-                of `config`.
+            seed: seed of the run.
+            resolution: side in px for the codec; None: that of the denoiser, else that of `config`.
             image_size: side in px of the distilled images; None: `resolution`.
-            prune: which images of a class are quantized, by their difficulty; None: that of `config`.
-            cluster: how a class is quantized; None: that of `config`.
-            generate: how points become images; None: that of `config`, whose default is the mode of this model.
+            prune: which images of a class are quantized; this and the following None: that of `config`.
+            cluster: how a class is quantized.
+            generate: how points become images; the default of its mode is that of this model.
             method: representative and weights of the prototypes; None: the first of `config`.
-            refine: stages that change the drawn images, in this order, e.g. `[FADRM(teachers=(TeacherConfig(...),))]`;
-                None: those of `config`.
-            teachers: who labels, and what stages without teachers of their own match; None: those of `config`.
+            refine: stages that change the drawn images, e.g. `[FADRM(teachers=(TeacherConfig(...),))]`.
+            teachers: who labels, and what stages without teachers of their own match.
             config: a full `RunConfig` to start from.
+            accelerator: processes and device; None: those of the launcher.
 
         Returns:
             The distilled set, also saved in `output_dir`/dataset.
@@ -109,71 +149,53 @@ class DistillPipeline(LatentGenerator):
             InputError: if the settings do not fit the model or the data.
             RunError: if a stage fails.
         """
-        for name, value, kind in (
-            ("prune", prune, PruneConfig),
-            ("cluster", cluster, ClusterConfig),
-            ("generate", generate, GenerateConfig),
-            ("method", method, MethodConfig),
-            ("config", config, RunConfig),
-        ):
-            if value is not None and not isinstance(value, kind):
-                hint = f"{kind.__name__}(**{{...}})" if isinstance(value, dict) else kind.__name__
-                raise InputError(f"{name} must be a {kind.__name__}, not {type(value).__name__}; give {hint}")
-        ipc, seed = whole_number(ipc, "ipc"), whole_number(seed, "seed", least=None)
-        sizes = {"resolution": resolution, "image_size": image_size}
-        resolution, image_size = (v if v is None else whole_number(v, k) for k, v in sizes.items())
-        for name, folder in (("output_dir", output_dir), ("cache_dir", cache_dir)):
-            if not (isinstance(folder, (str, Path)) and str(folder)) and (name, folder) != ("cache_dir", None):
-                raise InputError(f"{name} is the path of a folder such as 'runs/mine', not {folder!r}")
+        _check_types(prune=prune, cluster=cluster, generate=generate, method=method, config=config)
+        _check_folders(output_dir, cache_dir)
         data = load_source(source)
         base = config or RunConfig(generate=GenerateConfig(mode=self.default_mode))
-        name = next(iter(base.methods))
-        chosen = method or base.methods[name]
-        if refine is not None:
-            stages = _listed(refine, RefineConfig, "refine must list stages such as FADRM(...)")
-            chosen = dataclasses.replace(chosen, refine=stages)
-        if teachers is not None:
-            teachers = _listed(teachers, TeacherConfig, "teachers must list TeacherConfig(...)")
-        drawing = generate or base.generate
-        if drawing.mode != self.default_mode:
-            log.info("note: generate.mode=%s, though this model can %s", drawing.mode, self.default_mode)
-        side = resolution or self._native_resolution() or base.codec.resolution
+        base = _with_sections(base, prune=prune, cluster=cluster, generate=generate, teachers=teachers)
+        base = self._with_sizes(_with_method(base, method, refine), data, resolution, image_size)
         settings = dataclasses.replace(
             base,
-            source=dataclasses.replace(
-                base.source,
-                image_size=image_size or base.source.image_size,
-                preprocess=data.preprocess,
-                on_bad_image=data.on_bad_image,
-            ),
-            codec=dataclasses.replace(base.codec, resolution=side),
-            prune=prune or base.prune,
-            cluster=cluster or base.cluster,
-            generate=drawing,
-            teachers=base.teachers if teachers is None else teachers,
-            ipc=(ipc,),
-            seed=seed,
-            methods={name: chosen},
+            ipc=(whole_number(ipc, "ipc"),),
+            seed=whole_number(seed, "seed", least=None),
             output_dir=str(output_dir),
             cache_dir=str(cache_dir or base.cache_dir),
         )
-        accelerator = accelerator or make_accelerator()
-        drawer = self.transformer or self.unet or self.vae
-        models = {"codec": self.vae, "generate": drawer}
+        return self._run(settings, data, accelerator or make_accelerator())
+
+    def _with_sizes(
+        self, base: RunConfig, data: ImageSource, resolution: int | None, image_size: int | None
+    ) -> RunConfig:
+        """Settings with the sides of images, and with the reading of images that `data` has."""
+        side = self._native_resolution() or base.codec.resolution
+        if resolution is not None:
+            side = whole_number(resolution, "resolution")
+        source = dataclasses.replace(base.source, preprocess=data.preprocess, on_bad_image=data.on_bad_image)
+        if image_size is not None:
+            source = dataclasses.replace(source, image_size=whole_number(image_size, "image_size"))
+        return dataclasses.replace(base, source=source, codec=dataclasses.replace(base.codec, resolution=side))
+
+    def _run(self, settings: RunConfig, data: ImageSource, accelerator: Accelerator) -> DistilledSet:
+        """Check and do the stages of a run of one method and one ipc."""
+        if settings.generate.mode != self.default_mode:
+            log.info("note: generate.mode=%s, though this model can %s", settings.generate.mode, self.default_mode)
+        models = {"codec": self.vae, "generate": self.transformer or self.unet or self.vae}
         loaded = {k: str(next(m.parameters()).dtype).removeprefix("torch.") for k, m in models.items()}
         check_settings(settle_dtypes(settings, data, accelerator, loaded)[0], data, "generate")
         check_generation(settings, data, self)
+        method = next(iter(settings.methods))
         with locked(settings.output_dir, accelerator, settings.cache_dir):
             run = open_run(settings, data, accelerator, loaded)
             cache = encode(run, self.vae)
-            if run.resolved(name).prune.active:
+            if run.resolved(method).prune.active:
                 prune_images(run)
             cluster_classes(run, cache)
             generate_images(run, self, cache)
             refine_images(run, self.vae)
             label(run)
             assemble(run)
-            return load_set_of_run(run, ipc, name)
+            return load_set_of_run(run, settings.ipc[0], method)
 
     def save_pretrained(
         self,
@@ -205,24 +227,28 @@ class DistillPipeline(LatentGenerator):
         create_pr: bool = False,
         safe_serialization: bool = True,
         variant: str | None = None,
-        subfolder: str | None = None,
         **settings: Any,
-    ) -> Any:
-        """Push as a stock folder with a model card to the repository "name" or "owner/name" of the Hugging Face Hub.
+    ) -> CommitInfo:
+        """Push as a stock folder with a model card to the Hugging Face Hub.
 
         Args:
+            repo_id: "name" or "owner/name" of the repository.
+            commit_message: first line of the commit; None: a usual one.
+            private: whether a new repository is private; None: the owner's default.
+            token: None takes HF_TOKEN or the login.
+            create_pr: open a pull request.
             safe_serialization: True; weights are not pickled.
             variant: as for diffusers; the weights of other variants stay in the repository.
-            subfolder: refused, since diffusers opens a pipeline from the root of a repository alone.
-            **settings: `revision`, `license` and others of `HubConfig`.
+            **settings: `revision`, `license` and others of `HubConfig`. `subfolder` is refused, since diffusers opens
+                a pipeline from the root of a repository alone.
 
         Returns:
             The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
 
         Raises:
-            InputError: for an argument that cannot be honoured.
+            InputError: for an argument that cannot be honored.
         """
-        if subfolder:
+        if subfolder := settings.pop("subfolder", None):
             raise InputError(
                 f"a pipeline in the subfolder {subfolder!r} of a repository cannot be opened by diffusers; push it to "
                 "a repository of its own, or to a branch with revision="

@@ -16,7 +16,7 @@ from dq.config.schema import HubConfig
 from dq.core.cards import public
 from dq.core.errors import InputError
 from dq.core.files import read_json
-from dq.core.hub_client import Changes, Repo, client, commit_to, open_repo, sentences
+from dq.core.hub_client import Changes, Repo, Target, client, commit_to, open_repo, sentences
 from dq.diffusion.card import pipeline_card
 from dq.diffusion.generator import LatentGenerator
 from dq.distilled.hub import _copy, _json_bytes, _pull_card, _pull_set, _sets, push_folder
@@ -94,40 +94,44 @@ def push_model(
             f"{folder} holds no pipeline, codec or teacher that could be pushed; give a folder with "
             "model_index.json, config.json or teacher.json beside its weights"
         )
-    sent: dict[str, Path | bytes | None] = {}
+    files = _model_files(folder, kind)
+
+    def changes(repo: Repo) -> Changes:
+        card = _model_card(folder, kind, repo, options.license)
+        return {**files, **dict.fromkeys(_stale_weights(repo, files, variant)), "README.md": card.encode()}
+
+    target = Target("model", repo_id, options.private, options.revision, options.create_pr)
+    return commit_to(target, changes, message=options.commit_message or f"Add {kind}", token=token)
+
+
+def _model_files(folder: Path, kind: str) -> dict[str, Path | bytes | None]:
+    """Weights and settings of a model by path in the repository; records without what is not public."""
+    files: dict[str, Path | bytes | None] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.suffix not in MODEL_FILES or name == "README.md" or "/." in f"/{name}" or "checkpoint" in path.name:
             continue
         if kind == "teacher" and name not in ("model.safetensors", "teacher.json"):
             continue
-        sent[name] = path
+        files[name] = path
         if path.name in DESCRIBED and public(record := read_json(path)) != record:
-            sent[name] = _json_bytes(public(record))
+            files[name] = _json_bytes(public(record))
+    return files
 
-    def operations(repo: Repo) -> Changes:
-        old = repo.text("README.md")
-        if kind == "teacher":
-            facts = read_json(folder / "teacher.json")
-            card = teacher_card(facts, repo_id=repo.name, old=old, license=options.license)
-        else:
-            card = pipeline_card(folder, repo_id=repo.name, old=old, license=options.license)
-        # weights under another name or in another number of files would stay beside the new ones
-        stale = [f for f in repo.files if f.endswith((".safetensors", ".safetensors.index.json")) and f not in sent]
-        if variant is not None:  # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
-            stale = [f for f in stale if re.search(rf"\.{re.escape(variant)}[.-]", Path(f).name)]
-        return {**sent, **dict.fromkeys(stale), "README.md": card.encode()}
 
-    return commit_to(
-        "model",
-        repo_id,
-        operations,
-        message=options.commit_message or f"Add {kind}",
-        token=token,
-        private=options.private,
-        revision=options.revision,
-        create_pr=options.create_pr,
-    )
+def _model_card(folder: Path, kind: str, repo: Repo, license: str | None) -> str:
+    old = repo.text("README.md")
+    if kind == "teacher":
+        return teacher_card(read_json(folder / "teacher.json"), repo_id=repo.name, old=old, license=license)
+    return pipeline_card(folder, repo_id=repo.name, old=old, license=license)
+
+
+def _stale_weights(repo: Repo, files: Changes, variant: str | None) -> list[str]:
+    """Weights in the repository under other names, or in another number of files, than those pushed."""
+    stale = [f for f in repo.files if f.endswith((".safetensors", ".safetensors.index.json")) and f not in files]
+    if variant is not None:  # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+        stale = [f for f in stale if re.search(rf"\.{re.escape(variant)}[.-]", Path(f).name)]
+    return stale
 
 
 def model_kind(folder: Path) -> str | None:

@@ -247,7 +247,7 @@ refused(lambda: DistilledSet.from_hub("lab/secret", token="{GUEST}"), "the Hub h
 refused(lambda: s.push_to_hub("lab/x", token="{READER}"), "the token may not write to lab/x (403)")
 refused(lambda: s.push_to_hub("other/x"), "the token may not write to other/x (403)")
 refused(lambda: s.push_to_hub("lab/a/b"), "'lab/a/b' cannot name a repository")
-refused(lambda: s.push_to_hub("me/x", private=True), "me/x is there already and public")
+refused(lambda: s.push_to_hub("me/x", private=True), "me/x exists already and is public")
 refused(lambda: s.push_to_hub("me/x", create_pr=True, revision="y"), "a pull request is opened against main")
 pr = s.push_to_hub("me/x", "from-guest", token="{GUEST}", create_pr=True)
 print(pr.pr_url)
