@@ -55,55 +55,68 @@ def student_config(
     Raises:
         InputError: if a key, a preset or a data set is unknown, or `epochs` has no entry for this ipc.
     """
-    own = dict(spec)
-    dataset = own.pop("dataset", None)
-    name = own.get("protocol", "custom")
+    chosen = dict(spec)
+    dataset = chosen.pop("dataset", None)
+    name = chosen.get("protocol", "custom")
     for key, value in (("protocol", name), ("dataset", dataset)):
         if not isinstance(value, str | None):
             raise InputError(f"{where}.{key} must be a name, not {short(value)}")
     if name in ALIASES:
-        name = own["protocol"] = ALIASES[name]
+        name = chosen["protocol"] = ALIASES[name]
     settings: dict[str, Any] = {}
     if name != "custom":
         preset = _preset(name)
-        settings = _merged({}, preset["settings"])
-        if dataset in preset.get("without", {}):
-            raise InputError(
-                f"protocol {name!r} has no settings for {dataset!r}: {preset['without'][dataset]}; "
-                "leave dataset out to take the general ones"
-            )
-        if dataset is not None and dataset not in preset["datasets"]:
-            about = ", ".join(preset["datasets"]) or "no data set in particular"
-            raise InputError(
-                f"protocol {name!r} has settings for {about}, not for {dataset!r}; "
-                "leave dataset out to take the general ones"
-            )
+        number = math.inf if ipc == "full" else int(ipc)
         facts = {
             "dataset": dataset,
-            "net": _plain_name(str(own.get("net", settings["net"]))),
+            "net": _plain_name(str(chosen.get("net", preset["settings"]["net"]))),
             "teacher": None if teacher is None else _plain_name(teacher),
-            "ipc": math.inf if ipc == "full" else int(ipc),
+            "ipc": number,
             "classes": classes,
-            "images": math.inf if ipc == "full" else int(ipc) * classes,
+            "images": number * classes,
             "image_size": image_size,
         }
-        for rule in preset["rules"]:
-            if all(_holds(key, wanted, facts) for key, wanted in rule["when"].items()):
-                settings = _merged(settings, rule["set"])
-        if settings.get("test_scale") == "sevenths":
-            settings["test_scale"] = image_size // 7 * 8 / image_size
+        settings = _preset_settings(name, facts)
     elif dataset is not None:
         raise InputError("dataset chooses the settings of a protocol; name a protocol, or leave dataset out")
-    if is_library_net(str(own.get("net", ""))):
-        settings.pop("norm", None)  # the library says both
-        settings.pop("init", None)
-    elif "-" in str(own.get("net", "")):
-        settings.pop("norm", None)  # the name says it
-    if "lr" in own:
-        settings.pop("learned_lr", None)  # a rate that was asked for is not the learned one
-    settings = _merged(settings, own)
+    settings = _merged(_without_implied(settings, chosen), chosen)
     settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
     return from_dict(StudentConfig, settings, where)
+
+
+def _preset_settings(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a preset for these facts.
+
+    Raises:
+        InputError: for a data set for which it has none.
+    """
+    preset, dataset = _preset(name), facts["dataset"]
+    general = "leave dataset out to take the general ones"
+    if dataset in preset.get("without", {}):
+        raise InputError(f"protocol {name!r} has no settings for {dataset!r}: {preset['without'][dataset]}; {general}")
+    if dataset is not None and dataset not in preset["datasets"]:
+        datasets = ", ".join(preset["datasets"]) or "no data set in particular"
+        raise InputError(f"protocol {name!r} has settings for {datasets}, not for {dataset!r}; {general}")
+    settings = _merged({}, preset["settings"])
+    for rule in preset["rules"]:
+        if all(_holds(key, wanted, facts) for key, wanted in rule["when"].items()):
+            settings = _merged(settings, rule["set"])
+    if settings.get("test_scale") == "sevenths":
+        side = facts["image_size"]
+        settings["test_scale"] = side // 7 * 8 / side
+    return settings
+
+
+def _without_implied(settings: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a preset without those that the chosen network or learning rate decides."""
+    net, implied = str(chosen.get("net", "")), set()
+    if is_library_net(net):
+        implied = {"norm", "init"}  # the library decides both
+    elif "-" in net:
+        implied = {"norm"}  # the ending of the name decides it
+    if "lr" in chosen:
+        implied.add("learned_lr")  # a chosen rate is not the learned one
+    return {key: value for key, value in settings.items() if key not in implied}
 
 
 def _plain_name(net: str) -> str:
@@ -115,12 +128,12 @@ def _epochs(epochs: Any, ipc: str, net: str) -> Any:
     if not isinstance(epochs, dict):
         return epochs
     by_ipc = {str(k): v for k, v in epochs.items()}
-    found = by_ipc.get(ipc, by_ipc.get("default"))
-    if found is None:
+    number = by_ipc.get(ipc, by_ipc.get("default"))
+    if number is None:
         raise InputError(
             f"student {net!r} has epochs for {', '.join(by_ipc) or 'nothing'} but not for {ipc!r}; add 'default'"
         )
-    return found
+    return number
 
 
 @functools.cache
@@ -131,8 +144,8 @@ def _preset(name: str) -> dict[str, Any]:
         )
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        known = [*(p.stem for p in sorted(FOLDER.glob("*.yaml"))), "custom"]
-        raise InputError(unknown_key(name, name, known, kind="protocol"))
+        names = [*(p.stem for p in sorted(FOLDER.glob("*.yaml"))), "custom"]
+        raise InputError(unknown_key(name, name, names, kind="protocol"))
     preset = yaml.safe_load(path.read_text())
     for rule in preset["rules"]:
         for key in rule["when"]:
