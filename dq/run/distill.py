@@ -227,6 +227,7 @@ class DistillPipeline(LatentGenerator):
         create_pr: bool = False,
         safe_serialization: bool = True,
         variant: str | None = None,
+        subfolder: str | None = None,
         **settings: Any,
     ) -> CommitInfo:
         """Push as a stock folder with a model card to the Hugging Face Hub.
@@ -239,8 +240,8 @@ class DistillPipeline(LatentGenerator):
             create_pr: open a pull request.
             safe_serialization: True; weights are not pickled.
             variant: as for diffusers; the weights of other variants stay in the repository.
-            **settings: `revision`, `license` and others of `HubConfig`. `subfolder` is refused, since diffusers opens
-                a pipeline from the root of a repository alone.
+            subfolder: refused, since diffusers opens a pipeline from the root of a repository alone.
+            **settings: `revision`, `license` and others of `HubConfig`.
 
         Returns:
             The commit (huggingface_hub's `CommitInfo`), which is also its URL as text.
@@ -248,7 +249,7 @@ class DistillPipeline(LatentGenerator):
         Raises:
             InputError: for an argument that cannot be honored.
         """
-        if subfolder := settings.pop("subfolder", None):
+        if subfolder:
             raise InputError(
                 f"a pipeline in the subfolder {subfolder!r} of a repository cannot be opened by diffusers; push it to "
                 "a repository of its own, or to a branch with revision="
