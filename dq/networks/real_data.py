@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from dq.networks.teacher_loading import load_teachers
 from dq.networks.training import Pixels, normalizer
 
 log = logging.getLogger("dq")
+T = TypeVar("T")
 
 CHUNK = 2000  # images
 STATISTICS_IMAGES = 5000
@@ -51,7 +52,7 @@ class RealData:
     std: tuple[float, ...]
     # how the difficulty of train images is measured, for baselines that use it
     difficulty: DifficultyConfig = dataclasses.field(default_factory=DifficultyConfig)
-    _cache: dict[str, object] = dataclasses.field(default_factory=dict)
+    _cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -123,7 +124,7 @@ class RealData:
         """Return MTT's ZCA with its inverse, fitted on the same images."""
         return self._once("mtt whitening", lambda: self._once("zca", self._zca).whitening())
 
-    def _once(self, key: str, make: Callable):
+    def _once(self, key: str, make: Callable[[], T]) -> T:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
@@ -183,7 +184,7 @@ def train_experts(config: RunConfig, source: ImageSource, *, accelerator: Accele
 
 
 def _train_group(
-    group: list[int], planned: Planned, data: TrainingSet, held_out: tuple[Tensor, Tensor], bar: Any
+    group: list[int], planned: Planned, data: TrainingSet, held_out: tuple[Tensor, Tensor], bar: tqdm
 ) -> None:
     """Train experts as one batched model, measure and write each."""
     began, t, identity = time.perf_counter(), planned.settings, [planned.identity, group]
@@ -234,7 +235,7 @@ def _write_manifest(planned: Planned, whitening: Whitening) -> None:
 class _Saver:
     """Callback that shows the epochs of a group of experts and writes a checkpoint at intervals."""
 
-    def __init__(self, bar: Any, path: Path, identity: list[Any], every_s: float, epochs: int) -> None:
+    def __init__(self, bar: tqdm, path: Path, identity: Sequence[object], every_s: float, epochs: int) -> None:
         self.bar, self.path, self.identity, self.every_s, self.epochs = bar, path, identity, every_s, epochs
         self.saved = time.perf_counter()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dq.config.dtypes import Dtypes, folder_dtypes, record_dtypes, resolve_dtypes
 from dq.config.reader import to_dict
@@ -217,7 +218,7 @@ def _is_saved(folder: Path, name: str) -> bool:
     return is_done(folder / f"{name}.json") and is_done(folder / f"{name}.safetensors")
 
 
-def _show(bar: Any, epoch: int, loss: float) -> None:
+def _show(bar: tqdm, epoch: int, loss: float) -> None:
     bar.update(epoch - bar.n)
     bar.set_postfix(loss=f"{loss:.3f}")
 
