@@ -14,7 +14,7 @@ from dq.config.students import ViewConfig
 from dq.core.errors import InputError
 from dq.data.rand_augment import rand_augment
 from dq.data.views import (
-    GREY,
+    GRAY,
     LIGHT_VALUES,
     LIGHT_VECTORS,
     Views,
@@ -327,7 +327,7 @@ def test_jitter_of_one_changes_nothing_and_brightness_zero_is_black():
 
 def test_saturation_and_contrast_zero_are_gray_and_flat():
     x = pictures(2, 8)
-    luma = sum(w * x[:, c] for c, w in enumerate(GREY))
+    luma = sum(w * x[:, c] for c, w in enumerate(GRAY))
     order = torch.tensor([[0, 1, 2]] * 2)
     gray = jitter(x, torch.tensor([[1.0, 0.0, 1.0]] * 2), order)
     assert torch.allclose(gray, luma[:, None].expand(-1, 3, -1, -1), atol=1e-6)
@@ -338,7 +338,7 @@ def test_saturation_and_contrast_zero_are_gray_and_flat():
 def test_jitter_follows_each_image_s_own_order():
     x = pictures(1, 8).expand(2, -1, -1, -1)
     # contrast about the mean gray, then twice as bright; and the other way round
-    mean = sum(w * x[0, c] for c, w in enumerate(GREY)).mean()
+    mean = sum(w * x[0, c] for c, w in enumerate(GRAY)).mean()
     found = jitter(x, torch.tensor([[2.0, 1.0, 0.5]] * 2), torch.tensor([[2, 0, 1], [0, 2, 1]]))
     assert torch.allclose(found[0], 2 * (mean + 0.5 * (x[0] - mean)), atol=1e-5)
     assert torch.allclose(found[1], 2 * mean + 0.5 * (2 * x[0] - 2 * mean), atol=1e-5)
