@@ -158,7 +158,7 @@ def test_neighbors_come_in_one_reading_and_old_blocks_go() -> None:
     read = shards.Blocks(np.arange(0, 201, 10), load)
     assert [read(i) for i in range(200)] == [bytes([i // 10]) for i in range(200)]
     assert loaded == list(range(20))
-    assert len(read._kept) <= 9
+    assert len(read._cached) <= 9
     read(0)
     assert loaded[-1] == 0
 
