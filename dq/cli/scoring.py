@@ -22,7 +22,7 @@ def check(call: Call) -> Checked:
     """Check the evaluation, and open the sets named with --distilled."""
     from dq.core.files import check_place
     from dq.evaluation.dd_ranking import check_ddr
-    from dq.evaluation.evaluate import check_sets
+    from dq.evaluation.evaluate import EvaluationSettings, check_sets
     from dq.run.checks import check_teachers
     from dq.run.folder import holds_work
 
@@ -40,9 +40,10 @@ def check(call: Call) -> Checked:
         )
     sets = _read_sets(call)
     if args.protocol == "ddr":
-        side = check_ddr(sets, source, **_options(call))
+        side = check_ddr(sets, source, EvaluationSettings(**_options(call)))
     else:
-        side = check_sets(sets, source, **_options(call), ipcs=_ipcs(call), difficulty=config.prune)[0]
+        settings = EvaluationSettings(**_options(call), ipcs=_ipcs(call), difficulty=config.prune)
+        side = check_sets(sets, source, settings)[0]
     check_teachers(config.teachers, len(source.class_names), side)
     return Checked(sets=sets)
 

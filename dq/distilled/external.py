@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,15 +133,15 @@ def _is_run(path: Path) -> bool:
     return (run / RUN_CONFIG).is_file() and (run / PROVENANCE).is_file()
 
 
-def _stated_kind(soft_labels: Tensor | None, stated: LabelKind | None, origin: str) -> LabelKind:
-    """The kind of label vectors (N, C): as stated, else logits.
+def _label_kind(vectors: LabelVectors, origin: str) -> LabelKind:
+    """The kind of label vectors: as stated, else logits.
 
     Raises:
         InputError: if they look like probabilities and no kind is stated.
     """
-    if stated is not None or soft_labels is None:
-        return stated or "logits"
-    x = soft_labels.float()
+    if vectors.kind is not None:
+        return vectors.kind
+    x = vectors.values.float()
     total = x.sum(1) if x.ndim == 2 else x.new_zeros(1)
     if (x >= 0).all() and (total > 0).all() and bool((total - total[0]).abs().max() < 0.01 * total[0]):
         raise InputError(
@@ -168,40 +169,37 @@ def check_classes(s: DistilledSet, what: str) -> None:
         )
 
 
-def bare_set(
+@dataclass(frozen=True)
+class LabelVectors:
+    """Label vectors of images, and what they are."""
+
+    values: Tensor  # (N, C) float
+    kind: LabelKind | None = None  # None: not stated
+
+
+def set_from_tensors(
     images: Tensor,
     labels: Tensor,
     class_names: tuple[str, ...],
-    weights: Tensor | None = None,
-    soft_labels: Tensor | None = None,
-    origin: str = "tensors",
     *,
+    weights: Tensor | None = None,
+    label_vectors: LabelVectors | None = None,
+    origin: str = "tensors",
     bounded: bool = True,
-    label_kind: LabelKind | None = None,
 ) -> DistilledSet:
     """A `DistilledSet` of images and labels without other records."""
-    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or not len(labels):
-        raise InputError(
-            f"labels of {origin} must be whole numbers (N,), N > 0, not {tuple(labels.shape)} {labels.dtype}"
-        )
-    if not images.numel():
-        raise InputError(f"images of {origin} have no pixels: they are {tuple(images.shape)}; give (N, 3, H, W)")
+    soft_labels = None if label_vectors is None else label_vectors.values
+    _check_rows(images, labels, origin)
     n, labels = len(labels), labels.long()
-    if images.ndim == 0 or len(images) != n:
-        raise InputError(f"{origin} has {len(images) if images.ndim else 'no'} images but {n} labels")
     for name, value, shape in (("weights", weights, (n,)), ("soft_labels", soft_labels, (n, len(class_names)))):
         if value is not None and tuple(value.shape) != shape:
             raise InputError(f"{name} of {origin} must be {shape}, not {tuple(value.shape)}")
-    if not (labels.min() >= 0 and labels.max() < len(class_names)):
-        raise InputError(
-            f"labels of {origin} go from {int(labels.min())} to {int(labels.max())}, but there are "
-            f"{len(class_names)} classes; number them from 0"
-        )
-    order = torch.argsort(labels.long(), stable=True)
-    rank = torch.cat([torch.arange(int(k)) for k in torch.bincount(labels.long()) if k])
+    _check_label_range(labels, class_names, origin)
+    order = torch.argsort(labels, stable=True)
+    rank = torch.cat([torch.arange(int(k)) for k in torch.bincount(labels) if k])
     return DistilledSet(
         images=images[order].contiguous(),
-        labels=labels[order].long(),
+        labels=labels[order],
         weights=torch.ones(n) if weights is None else weights[order].float(),
         class_names=class_names,
         prototype=rank,
@@ -209,11 +207,11 @@ def bare_set(
         source_row=torch.full((n,), -1),
         soft_labels=None if soft_labels is None else soft_labels[order].half(),
         bounded=bounded,
-        label_kind=_stated_kind(soft_labels, label_kind, origin),
+        label_kind="logits" if label_vectors is None else _label_kind(label_vectors, origin),
         # what the columns of the dataset card ask for
         provenance={
             "source": {"origin": origin},
-            "ipc": int(torch.bincount(labels.long()).max()),
+            "ipc": int(torch.bincount(labels).max()),
             "method": {"name": "foreign", "representative": "unknown", "weights": "unknown"},
             "cluster": {"engine": "unknown"},
             "generate": {"mode": "unknown"},
@@ -222,16 +220,36 @@ def bare_set(
     )
 
 
+def _check_rows(images: Tensor, labels: Tensor, origin: str) -> None:
+    """Check that images and labels fit together."""
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or not len(labels):
+        raise InputError(
+            f"labels of {origin} must be whole numbers (N,), N > 0, not {tuple(labels.shape)} {labels.dtype}"
+        )
+    if not images.numel():
+        raise InputError(f"images of {origin} have no pixels: they are {tuple(images.shape)}; give (N, 3, H, W)")
+    if images.ndim == 0 or len(images) != len(labels):
+        count = len(images) if images.ndim else "no"
+        raise InputError(f"{origin} has {count} images but {len(labels)} labels")
+
+
+def _check_label_range(labels: Tensor, class_names: tuple[str, ...], origin: str) -> None:
+    if not (labels.min() >= 0 and labels.max() < len(class_names)):
+        raise InputError(
+            f"labels of {origin} go from {int(labels.min())} to {int(labels.max())}, but there are "
+            f"{len(class_names)} classes; number them from 0"
+        )
+
+
 def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kind: LabelKind | None) -> DistilledSet:
     tensors = read_tensor_file(path)
     if not {"images", "labels"} <= set(tensors):
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(tensors)) or 'none'}")
     warn_of_keys(sorted(tensors), TENSOR_KEYS, str(path), "tensors")
-    extras = {k: tensors.get(k) for k in ("weights", "soft_labels")}
-    if extras["soft_labels"] is not None and not extras["soft_labels"].is_floating_point():
+    soft_labels = tensors.get("soft_labels")
+    if soft_labels is not None and not soft_labels.is_floating_point():
         raise InputError(
-            f"soft_labels of {path} are {extras['soft_labels'].dtype}; give them as floats, such as probabilities or "
-            "logits"
+            f"soft_labels of {path} are {soft_labels.dtype}; give them as floats, such as probabilities or logits"
         )
     images = tensors["images"] if tensors["images"].dtype == torch.uint8 else tensors["images"].float()
     normalized = {"mean", "std"} <= set(tensors)
@@ -248,7 +266,15 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
     if class_names is None and int(labels.max()) >= len(labels):
         raise InputError(f"labels of {path} go up to {int(labels.max())}, more classes than images; give class_names")
     names = class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
-    return bare_set(images, labels, names, **extras, origin=str(path), bounded=not normalized, label_kind=label_kind)
+    return set_from_tensors(
+        images,
+        labels,
+        names,
+        weights=tensors.get("weights"),
+        label_vectors=None if soft_labels is None else LabelVectors(soft_labels, label_kind),
+        origin=str(path),
+        bounded=not normalized,
+    )
 
 
 def _check_range(images: Tensor, path: Path) -> None:
@@ -290,9 +316,8 @@ def _from_folder(
     _check_range(images, path)
     weights, soft_labels = (_column(train, names, rows, path) for names in COLUMNS)
     labels = torch.from_numpy(train.labels[rows])
-    if soft_labels is not None:
-        label_kind = label_kind or parquet_kind(path)
-    return bare_set(images, labels, names, weights, soft_labels, str(path), label_kind=label_kind)
+    vectors = None if soft_labels is None else LabelVectors(soft_labels, label_kind or parquet_kind(path))
+    return set_from_tensors(images, labels, names, weights=weights, label_vectors=vectors, origin=str(path))
 
 
 def _read_measured(split: Split, sizes: dict[int, tuple[int, int]], row: int) -> Any:

@@ -5,9 +5,11 @@ The rules are functions of arrays that return row numbers; `select` turns one of
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -164,7 +166,7 @@ def select(
         if candidates is None
         else {"rows": len(candidates), "digest": digest_of(candidates.tolist())},
     }
-    counts, absent = None, 0
+    counts = None
     if name == "patches":
         if teacher is None:
             raise InputError("the selection 'patches' needs a teacher; give one, or choose another selection")
@@ -175,42 +177,56 @@ def select(
     else:
         x = _features(name, features, source, candidates) if name in BY_FEATURES else None
         score = _score(name, scores, source, candidates) if name in BY_SCORE else None
-        compared = _compared([v for v in (x, score) if v is not None], source)
-        if compared is not None:
-            absent = len(compared) - int(compared.sum())
-            log.warning("%d train images that cannot be read are left out of the selection %r", absent, name)
-            candidates = (np.arange(len(source.train)) if candidates is None else candidates)[compared.numpy()]
-            labels = _candidate_labels(source, candidates)
-            x, score = (None if v is None else v[compared] for v in (x, score))
-        if name == "facility_cad" and score is not None:
-            score = _positive_weights(score, labels)
+        inputs = _rule_inputs(name, source, _RuleInputs(candidates, labels, x, score))
         record |= {} if x is None else {"feature_size": x.shape[1]}
         record |= {} if score is None else {"score": BY_SCORE[name]}
         record |= {"window_start": window_start} if name == "window" else {}
-        rows, counts = _rule(name, labels, ipc, seed=seed, x=x, score=score, window_start=window_start)
-        rows = rows if candidates is None else candidates[rows]
-        images, kept, bad = read_images(source.train, rows, image_size, source.preprocess, on_bad=source.on_bad_image)
+        rows, counts = _rule(name, inputs, ipc, seed=seed, window_start=window_start)
+        rows = rows if inputs.candidates is None else inputs.candidates[rows]
+        images, read_rows, bad = read_images(
+            source.train, rows, image_size, source.preprocess, on_bad=source.on_bad_image
+        )
         if bad:
             log.warning(
                 "%d of %d selected images cannot be read and are left out, first: %s", len(bad), len(rows), bad[0]
             )
-            counts = None if counts is None else counts[np.isin(rows, kept)]
-            rows = np.array(kept, np.int64)
-        record["unreadable"] = len(bad) + absent
+            counts = None if counts is None else counts[np.isin(rows, read_rows)]
+            rows = np.array(read_rows, np.int64)
+        record["unreadable"] = len(bad) + inputs.unreadable
     return _assemble(source, images, rows, counts, ipc, record)
 
 
+@dataclass(frozen=True)
+class _RuleInputs:
+    """What a rule selects from and by."""
+
+    candidates: np.ndarray | None  # (m,) int64, rows of the train split; None: all
+    labels: np.ndarray  # (m,) class indices
+    features: Tensor | None  # (m, d)
+    scores: Tensor | None  # (m,)
+    unreadable: int = 0  # images left out, since they have no features or scores
+
+
+def _rule_inputs(name: str, source: ImageSource, inputs: _RuleInputs) -> _RuleInputs:
+    """Leave out images that cannot be read, and make CAD a positive weight."""
+    is_complete = _complete([v for v in (inputs.features, inputs.scores) if v is not None], source)
+    if is_complete is not None:
+        unreadable = len(is_complete) - int(is_complete.sum())
+        log.warning("%d train images that cannot be read are left out of the selection %r", unreadable, name)
+        rows = np.arange(len(source.train)) if inputs.candidates is None else inputs.candidates
+        candidates = rows[is_complete.numpy()]
+        features, scores = (None if v is None else v[is_complete] for v in (inputs.features, inputs.scores))
+        inputs = _RuleInputs(candidates, _candidate_labels(source, candidates), features, scores, unreadable)
+    if name == "facility_cad" and inputs.scores is not None:
+        inputs = dataclasses.replace(inputs, scores=_positive_weights(inputs.scores, inputs.labels))
+    return inputs
+
+
 def _rule(
-    name: str,
-    labels: np.ndarray,
-    ipc: int,
-    *,
-    seed: int,
-    x: Tensor | None,
-    score: Tensor | None,
-    window_start: float,
+    name: str, inputs: _RuleInputs, ipc: int, *, seed: int, window_start: float
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows (rows,) that a rule picks among images with these labels (n,), and points per cell where it has any."""
+    """Indices of the candidates that a rule selects, and points per cell if any."""
+    labels, x, score = inputs.labels, inputs.features, inputs.scores
     if name == "nearest" and x is not None:
         return nearest_rows(x, labels, ipc, seed)
     if name == "bps" and x is not None and score is not None:
@@ -258,15 +274,15 @@ def _positive_weights(cad: Tensor, labels: np.ndarray) -> Tensor:
     return weights
 
 
-def _compared(values: list[Tensor], source: ImageSource) -> Tensor | None:
+def _complete(values: list[Tensor], source: ImageSource) -> Tensor | None:
     """Which candidates (m,) bool have features (m, d) and scores (m,); None: all, or those without are refused.
 
     Features and scores of images that cannot be read are NaN.
     """
-    complete = [~v.reshape(len(v), -1).isnan().all(1) for v in values]
-    if source.on_bad_image == "raise" or all(bool(c.all()) for c in complete):
+    masks = [~v.reshape(len(v), -1).isnan().all(1) for v in values]
+    if source.on_bad_image == "raise" or all(bool(mask.all()) for mask in masks):
         return None
-    return torch.stack(complete).all(0)
+    return torch.stack(masks).all(0)
 
 
 def _candidate_labels(source: ImageSource, candidates: np.ndarray | None) -> np.ndarray:

@@ -14,14 +14,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dq.config.students import Baseline, EvaluateConfig
-from dq.config.teachers import TeacherConfig
+from dq.config.students import Baseline
 from dq.core.errors import InputError
 from dq.core.files import write_text
 from dq.core.text import markdown_table
 from dq.data.source import ImageSource
 from dq.distilled.set import DistilledSet
-from dq.evaluation.evaluate import check_sets, evaluate_records
+from dq.evaluation.evaluate import EvaluationSettings, check_sets, evaluate_records
 from dq.evaluation.results import to_csv
 from dq.evaluation.statistics import format_mean_std, mean_std
 
@@ -170,32 +169,33 @@ def ddr_groups(
     recipes: list[dict[str, Any]], *, hard_augmented: bool = False
 ) -> dict[str, tuple[list[dict[str, Any]], tuple[Baseline, ...]]]:
     """Students and baselines of every part of `evaluate_ddr`, by name, from the recipes' settings."""
-    # looks at half time and at the end, so that the last one can choose an lr
+    # evaluated at half time and at the end, so that the last score can choose an lr
     base = [{**s, "tests": 2, "select": "validation"} for s in recipes]
     hard = [{**s, "labels": "hard", "loss": "kl"} for s in base]
     if not hard_augmented:
         hard = [{**s, "augment": "none", "views": {**s.get("views", {}), "mix": "none"}} for s in hard]
     plain = [{**s, "views": PLAIN_VIEWS, "augment": "none"} for s in base]
-    tuned = lambda specs: [{**s, "lr": lr} for s in specs for lr in LEARNING_RATES]  # noqa: E731
     return {
-        "own": (tuned(base), ("random",)),
+        "own": (_tuned(base), ("random",)),
         "augmented": (base, ("random",)),
-        "hard": (tuned(hard), ()),
+        "hard": (_tuned(hard), ()),
         "full": (hard, ("full",)),
         "plain": (plain, ("random",)),
     }
 
 
+def _tuned(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**s, "lr": lr} for s in specs for lr in LEARNING_RATES]
+
+
 def check_ddr(
     sets: dict[str, DistilledSet],
     source: ImageSource,
+    settings: EvaluationSettings,
     *,
-    config: EvaluateConfig,
-    teachers: Sequence[TeacherConfig] = (),
-    image_size: int | None = None,
     hard_augmented: bool = False,
 ) -> int:
-    """What can be known of `evaluate_ddr` before its first training.
+    """Check `evaluate_ddr` before its first training.
 
     Returns:
         Side in px at which students train.
@@ -206,31 +206,40 @@ def check_ddr(
     if len({s.ipc for s in sets.values()}) != 1:
         raise InputError("ddr compares sets of equal size; score sets of different ipc one by one")
     sizes = {s.images.shape[-1] for s in sets.values()}
-    if image_size is None and len(sizes) > 1:
+    if settings.image_size is None and len(sizes) > 1:
         raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
-    side, ipc = image_size or max(sizes), next(iter(sets.values())).ipc
-    groups = ddr_groups([dict(s) for s in config.students], hard_augmented=hard_augmented)
-    for name, (students, baselines) in groups.items():
-        part = dataclasses.replace(config, students=tuple(students), baselines=baselines, full_seeds=1)
-        scored = {} if name == "full" else sets
-        check_sets(scored, source, config=part, teachers=teachers, image_size=side, ipcs=[ipc])
+    side, ipc = settings.image_size or max(sizes), next(iter(sets.values())).ipc
+    config = dataclasses.replace(settings.config, full_seeds=1)
+    settings = dataclasses.replace(settings, config=config, image_size=side, ipcs=[ipc])
+    for name, part in _parts(settings, hard_augmented).items():
+        check_sets({} if name == "full" else sets, source, part)
     return side
+
+
+def _parts(settings: EvaluationSettings, hard_augmented: bool) -> dict[str, EvaluationSettings]:
+    """Settings of every part of `evaluate_ddr`."""
+    groups = ddr_groups([dict(s) for s in settings.config.students], hard_augmented=hard_augmented)
+    configs = {
+        name: dataclasses.replace(settings.config, students=tuple(students), baselines=baselines)
+        for name, (students, baselines) in groups.items()
+    }
+    return {name: dataclasses.replace(settings, config=config) for name, config in configs.items()}
 
 
 def evaluate_ddr(
     sets: dict[str, DistilledSet],
     source: ImageSource,
     *,
-    config: EvaluateConfig,
-    image_size: int | None = None,
     folder: Path,
+    cache_dir: Path,
     accelerator: Accelerator,
     hard_augmented: bool = False,
-    **options: Any,
+    **settings: Any,
 ) -> DDRScores:
-    """HLR, IOR, LRS and ARS of sets, per seed, then averaged; `options` are those of `evaluate_records`.
+    """HLR, IOR, LRS and ARS of sets, per seed, then averaged.
 
-    Every student of `config` is the sets' own recipe: its labels, optimizer and augmentation. From it follow
+    `settings` are those of `EvaluationSettings`, of which `ipcs` follows from the sets. Every student of `config` is
+    the sets' own recipe: its labels, optimizer and augmentation. From it follow
     - own: the recipe on the set and on a random subset of equal size, lr tuned for each;
     - hard: the same on the set with hard labels, lr tuned, without mixes and augmentation as in the package, where the
       crops and mirrors of its image transforms stay; `hard_augmented` keeps all of the recipe;
@@ -242,59 +251,58 @@ def evaluate_ddr(
     Raises:
         InputError: if the sets differ in size, since a random subset has to equal each.
     """
-    teachers = options.get("teachers", ())
-    side = check_ddr(
-        sets, source, config=config, teachers=teachers, image_size=image_size, hard_augmented=hard_augmented
-    )
-    config = dataclasses.replace(config, full_seeds=1, redundancy=False)
-    own, ipc = [dict(s) for s in config.students], next(iter(sets.values())).ipc
-    groups = ddr_groups(own, hard_augmented=hard_augmented)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, (students, baselines) in groups.items():
+    options = EvaluationSettings(**settings)
+    side = check_ddr(sets, source, options, hard_augmented=hard_augmented)
+    config = dataclasses.replace(options.config, full_seeds=1, redundancy=False)
+    ipc = next(iter(sets.values())).ipc
+    options = dataclasses.replace(options, config=config, image_size=side, ipcs=[ipc])
+    places: dict[str, Any] = {"folder": folder, "cache_dir": cache_dir, "accelerator": accelerator}
+    records: dict[str, list[dict[str, Any]]] = {}
+    for name, part in _parts(options, hard_augmented).items():
         log.info("ddr: %s", name)
-        found[name] = evaluate_records(
-            {} if name == "full" else sets,
-            source,
-            config=dataclasses.replace(config, students=tuple(students), baselines=baselines),
-            image_size=side,
-            folder=folder,
-            accelerator=accelerator,
-            ipcs=[ipc],
-            **options,
-        )
-    rows = []
-    for j in range(len(own)):
-        recipe = next(r for r in found["augmented"] if r["recipe"] == j)
-        for name in sets:
-            scores = DDRanking(
-                full=_accuracies(found["full"], "full", j),
-                hard=_last(hard_best := _best_rates(found["hard"], name, j)),
-                own=_last(own_best := _best_rates(found["own"], name, j)),
-                random=_last(random_best := _best_rates(found["own"], "random", j)),
-                augmented=_accuracies(found["augmented"], name, j),
-                random_augmented=_accuracies(found["augmented"], "random", j),
-                plain=_accuracies(found["plain"], name, j),
-                random_plain=_accuracies(found["plain"], "random", j),
-            )
-            rates = {"hard": hard_best, "own": own_best, "random": random_best}
-            facts = {k: recipe[k] for k in ("student", "protocol", "settings")}
-            rows.append({"set": name, **facts, "raw": scores, "rates": rates, **scores.per_seed()})
+        records[name] = evaluate_records({} if name == "full" else sets, source, part, **places)
+    rows = [_scores(records, name, j) for j in range(len(config.students)) for name in sets]
     if accelerator.is_main_process:
-        records = []
-        for r in rows:
-            raw = dataclasses.asdict(r["raw"])
-            for seed in range(config.seeds):
-                at = {k: v[min(seed, len(v) - 1)] for k, v in raw.items() if isinstance(v, tuple) and v}
-                scores_of_seed = {k: r[k][seed] for k in ("hlr", "ior", "lrs", "ars") if r[k]}
-                named = {f"accuracy_{k}": v for k, v in at.items()}
-                tuned_to = {f"lr_{k}": v[seed]["config"]["lr"] for k, v in r["rates"].items()}
-                facts = {k: r[k] for k in ("set", "student", "protocol", "settings")}
-                records.append({**facts, "seed": seed, **scores_of_seed, **named, **tuned_to})
-        write_text(folder / "eval" / "ddr.csv", to_csv(records))
-        lines = "".join(json.dumps({"part": n, **r}) + "\n" for n, part in found.items() for r in part)
+        seed_records = [_seed_record(row, seed) for row in rows for seed in range(config.seeds)]
+        write_text(folder / "eval" / "ddr.csv", to_csv(seed_records))
+        lines = "".join(json.dumps({"part": n, **r}) + "\n" for n, part in records.items() for r in part)
         write_text(folder / "eval" / "ddr-trainings.jsonl", lines)  # trainings.jsonl is that of summary.csv
     accelerator.wait_for_everyone()
     return DDRScores(tuple(rows))
+
+
+def _scores(records: dict[str, list[dict[str, Any]]], name: str, recipe: int) -> dict[str, Any]:
+    """Scores of a set under a recipe from the records of every part: a row of `DDRScores`."""
+    rates = {
+        "hard": _best_rates(records["hard"], name, recipe),
+        "own": _best_rates(records["own"], name, recipe),
+        "random": _best_rates(records["own"], "random", recipe),
+    }
+    accuracies = DDRanking(
+        full=_accuracies(records["full"], "full", recipe),
+        hard=_last(rates["hard"]),
+        own=_last(rates["own"]),
+        random=_last(rates["random"]),
+        augmented=_accuracies(records["augmented"], name, recipe),
+        random_augmented=_accuracies(records["augmented"], "random", recipe),
+        plain=_accuracies(records["plain"], name, recipe),
+        random_plain=_accuracies(records["plain"], "random", recipe),
+    )
+    first = next(r for r in records["augmented"] if r["recipe"] == recipe)
+    facts = {k: first[k] for k in ("student", "protocol", "settings")}
+    return {"set": name, **facts, "raw": accuracies, "rates": rates, **accuracies.per_seed()}
+
+
+def _seed_record(row: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Scores, accuracies and learning rates of one seed: a line of `ddr.csv`."""
+    raw = {k: v for k, v in dataclasses.asdict(row["raw"]).items() if isinstance(v, tuple) and v}
+    return {
+        **{k: row[k] for k in ("set", "student", "protocol", "settings")},
+        "seed": seed,
+        **{k: row[k][seed] for k in ("hlr", "ior", "lrs", "ars") if row[k]},
+        **{f"accuracy_{k}": v[min(seed, len(v) - 1)] for k, v in raw.items()},
+        **{f"lr_{k}": best[seed]["config"]["lr"] for k, best in row["rates"].items()},
+    }
 
 
 def _accuracies(records: list[dict[str, Any]], name: str, recipe: int) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from dq.core.errors import InputError
 from dq.core.files import Damaged
 from dq.core.processes import assign_units
 from dq.core.seeds import digest_of
-from dq.distilled.external import bare_set
+from dq.distilled.external import set_from_tensors
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_DIFFICULTY, BY_FEATURES, BY_PREDICTION, select
 from dq.networks.difficulty import DifficultyCache, find_difficulty, make_difficulty
@@ -61,14 +61,14 @@ class Work:
         return assign_units(costs, self.accelerator.process_index, self.accelerator.num_processes)
 
 
-def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
+def baseline_entries(real_data: RealData, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
     """Selection baselines and the full data. Each selected set is saved once.
 
     Args:
         sizes: images per class of the baselines for each ipc of the table, which differ where several images are drawn
             from one prototype.
     """
-    counts = np.bincount(bench.source.train.labels[bench.candidates], minlength=bench.classes)
+    counts = np.bincount(real_data.source.train.labels[real_data.candidates], minlength=real_data.classes)
     seeds = tuple(range(evaluate.seeds))
     entries = []
     for key, ipc in sizes.items():
@@ -78,27 +78,27 @@ def baseline_entries(bench: RealData, evaluate: EvaluateConfig, work: Work, size
                 continue
             # only a random subset is another one for another seed
             for group in [(s,) for s in seeds] if name == "random" else [seeds]:
-                factor = evaluate.patch_factor or (2 if bench.image_size >= 128 and ipc >= 2 else 1)
-                settings: list[Any] = [bench.identity, name, ipc, group[0], factor]
+                factor = evaluate.patch_factor or (2 if real_data.image_size >= 128 and ipc >= 2 else 1)
+                settings: list[Any] = [real_data.identity, name, ipc, group[0], factor]
                 if name in (*BY_FEATURES, *BY_PREDICTION, "patches"):
-                    settings.append(bench.teachers[0].digest if bench.teachers else "pooled")
+                    settings.append(real_data.teachers[0].digest if real_data.teachers else "pooled")
                 if name in BY_DIFFICULTY:
-                    settings += [_difficulty(bench).key, bench.difficulty.runs]
+                    settings += [_difficulty(real_data).key, real_data.difficulty.runs]
                 if name == "window":
                     settings.append(evaluate.window_start)
                 folder = work.folder / "baselines" / f"ipc{ipc}-{name}-seed{group[0]}-{digest_of(settings)}"
                 options: dict[str, Any] = {"seed": group[0], "factor": factor, "window_start": evaluate.window_start}
-                load = functools.partial(_selected, bench, folder, name, ipc, options)
+                load = functools.partial(_selected, real_data, folder, name, ipc, options)
                 identity = digest_of(settings)
                 entries.append(Entry(name, key, images, identity, load, group))
     if "full" in evaluate.baselines:
-        identity = digest_of([bench.identity, "full"])
-        load = functools.partial(_full, bench)
-        entries.append(Entry("full", "full", len(bench.candidates), identity, load, seeds[: evaluate.full_seeds]))
+        identity = digest_of([real_data.identity, "full"])
+        load = functools.partial(_full, real_data)
+        entries.append(Entry("full", "full", len(real_data.candidates), identity, load, seeds[: evaluate.full_seeds]))
     return entries
 
 
-def _selected(bench: RealData, folder: Path, name: str, ipc: int, options: dict[str, Any]) -> DistilledSet:
+def _selected(real_data: RealData, folder: Path, name: str, ipc: int, options: dict[str, Any]) -> DistilledSet:
     try:
         return DistilledSet.load(folder, "set")
     except (InputError, Damaged) as e:  # not there, or not any more
@@ -107,41 +107,41 @@ def _selected(bench: RealData, folder: Path, name: str, ipc: int, options: dict[
             (folder / "set" / "provenance.json").unlink(missing_ok=True)
     made = select(
         name,
-        bench.source,
+        real_data.source,
         ipc,
-        image_size=bench.image_size,
-        features=bench.features,
-        scores=functools.partial(_score, bench),
-        teacher=bench.teachers[0] if bench.teachers else None,
-        candidates=bench.candidates,
+        image_size=real_data.image_size,
+        features=real_data.features,
+        scores=functools.partial(_score, real_data),
+        teacher=real_data.teachers[0] if real_data.teachers else None,
+        candidates=real_data.candidates,
         **options,
     )
     made.save(folder, "set")
     return DistilledSet.load(folder, "set")
 
 
-def _difficulty(bench: RealData) -> DifficultyCache:
-    return find_difficulty(bench.cache_dir, bench.source, bench.image_size, bench.difficulty)
+def _difficulty(real_data: RealData) -> DifficultyCache:
+    return find_difficulty(real_data.cache_dir, real_data.source, real_data.image_size, real_data.difficulty)
 
 
-def _score(bench: RealData, score: str) -> Tensor:
+def _score(real_data: RealData, score: str) -> Tensor:
     """A score (n,) of all train images: a teacher's, or of difficulty."""
     if score in ("probability", "entropy"):
-        return bench.predictions()[score]
-    return _difficulty(bench).by_row(score, bench.difficulty.runs, len(bench.source.train))
+        return real_data.predictions()[score]
+    return _difficulty(real_data).by_row(score, real_data.difficulty.runs, len(real_data.source.train))
 
 
-def prepare_selections(names: Iterable[str], bench: RealData, work: Work) -> None:
+def prepare_selections(names: Iterable[str], real_data: RealData, work: Work) -> None:
     """Make what these baselines go by, before processes share them: features and predictions once, by the main
     process, and runs of difficulty scores by all."""
     chosen = set(names)
     if work.main and chosen & set(BY_FEATURES):
-        bench.features()
+        real_data.features()
     if work.main and chosen & set(BY_PREDICTION):
-        bench.predictions()
+        real_data.predictions()
     if chosen & set(BY_DIFFICULTY):
-        options: Any = {"device": bench.device, "local_units": work.local_units, "main": work.main}
-        make_difficulty(bench.cache_dir, bench.source, bench.image_size, bench.difficulty, **options)
+        options: Any = {"device": real_data.device, "local_units": work.local_units, "main": work.main}
+        make_difficulty(real_data.cache_dir, real_data.source, real_data.image_size, real_data.difficulty, **options)
     work.accelerator.wait_for_everyone()
 
 
@@ -162,6 +162,6 @@ def check_difficulty(
         )
 
 
-def _full(bench: RealData) -> DistilledSet:
-    images, labels = bench.read(bench.source.train, bench.candidates)
-    return bare_set(images, labels, bench.source.class_names, origin="all of train")
+def _full(real_data: RealData) -> DistilledSet:
+    images, labels = real_data.read(real_data.source.train, real_data.candidates)
+    return set_from_tensors(images, labels, real_data.source.class_names, origin="all of train")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -38,17 +40,21 @@ if TYPE_CHECKING:
 Student = str | StudentConfig | Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Students, baselines and labels of an evaluation."""
+
+    config: EvaluateConfig
+    teachers: Sequence[TeacherConfig] = ()
+    image_size: int | None = None  # side in px at which students train; None: that of the sets
+    ipcs: Sequence[int] = ()  # images per class of baselines, beside those of the sets
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)  # of baselines that go by it
+
+
 def check_sets(
-    sets: dict[str, DistilledSet],
-    source: ImageSource,
-    *,
-    config: EvaluateConfig,
-    teachers: Sequence[TeacherConfig] = (),
-    image_size: int | None = None,
-    ipcs: Sequence[int] = (),
-    difficulty: DifficultyConfig | None = None,
+    sets: dict[str, DistilledSet], source: ImageSource, settings: EvaluationSettings
 ) -> tuple[int, list[int], dict[tuple[int, str], StudentConfig]]:
-    """What can be known of an evaluation before its first training.
+    """Check an evaluation before its first training.
 
     Returns:
         Side in px at which students train, images per class of the table, and settings of every student by its number
@@ -58,13 +64,14 @@ def check_sets(
         InputError: if a set has other classes than the source, or an empty one, or students need labels and there is
             no teacher.
     """
-    if min(ipcs, default=1) < 1:
-        raise InputError(f"ipc must be at least 1, not {min(ipcs)}")
+    config = settings.config
+    if min(settings.ipcs, default=1) < 1:
+        raise InputError(f"ipc must be at least 1, not {min(settings.ipcs)}")
     if not config.students:
         raise InputError("there is no student to train; name one with --student, or in evaluate.students")
-    twice = [s for i, s in enumerate(config.students) if s in config.students[:i]]
-    if twice:
-        raise InputError(f"the student {twice[0]} is named twice; name every student once")
+    repeated = [s for i, s in enumerate(config.students) if s in config.students[:i]]
+    if repeated:
+        raise InputError(f"the student {repeated[0]} is named twice; name every student once")
     for name, s in sets.items():
         check_name(name, "the set's name")
         if name in get_args(Baseline):
@@ -77,20 +84,20 @@ def check_sets(
             raise InputError(f"the set {name!r} has other classes than {source.origin}, or another order of them")
         check_classes(s, f"the set {name!r}")
     sizes = {s.images.shape[-1] for s in sets.values()}
-    if image_size is None and len(sizes) > 1:
+    if settings.image_size is None and len(sizes) > 1:
         raise InputError(f"the sets have images of {sorted(sizes)} px; say at which size to train: --image_size")
-    if image_size is None and not sizes:
+    if settings.image_size is None and not sizes:
         raise InputError("baselines alone need the side in px at which to train: --image_size")
-    side = image_size or sizes.pop()
-    per_class = sorted({*ipcs, *(s.ipc for s in sets.values())})
-    keys = [str(i) for i in per_class] + ["full"] * ("full" in config.baselines)
-    students = students_of(config, keys, len(source.class_names), side, teachers)
-    check_taught(config, students.values(), teachers)
-    check_difficulty(config.baselines, difficulty or DifficultyConfig(), len(source.class_names), side)
-    if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and not teachers:
-        bare = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
-        if bare:
-            raise InputError(f"{bare[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
+    side = settings.image_size or sizes.pop()
+    per_class = sorted({*settings.ipcs, *(s.ipc for s in sets.values())})
+    keys = [*map(str, per_class), *(["full"] if "full" in config.baselines else [])]
+    students = students_of(config, keys, len(source.class_names), side, settings.teachers)
+    check_taught(config, students.values(), settings.teachers)
+    check_difficulty(config.baselines, settings.difficulty, len(source.class_names), side)
+    if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and not settings.teachers:
+        unlabeled = [name for name, s in sets.items() if s.soft_labels is None] + list(config.baselines)
+        if unlabeled:
+            raise InputError(f"{unlabeled[0]!r} has no labels for labels=fixed; set teachers, or use labels=hard")
     for name, s in sets.items():
         check_label_kind(s, name, students.values())
         check_bounded(s.bounded, name, students.values())
@@ -101,39 +108,33 @@ def check_sets(
 def evaluate_records(
     sets: dict[str, DistilledSet],
     source: ImageSource,
+    settings: EvaluationSettings,
     *,
-    config: EvaluateConfig,
-    teachers: Sequence[TeacherConfig] = (),
-    image_size: int | None = None,
     folder: Path,
     cache_dir: Path,
     accelerator: Accelerator,
-    ipcs: Sequence[int] = (),
-    difficulty: DifficultyConfig | None = None,
 ) -> list[dict[str, Any]]:
-    """Train on sets of any origin and on baselines of equal size (and of `ipcs`); files and resume as in a run.
+    """Train on sets and on baselines of equal size; return the records of trainings.
 
-    Args:
-        difficulty: how difficulty is measured, for baselines that go by it; None: as by default.
+    Files and resume are as in a run.
 
     Raises:
         InputError: if a set has other classes than the source, or an empty one.
     """
     begun = "float32" if (folder / "eval").is_dir() else None  # before such a record was kept
     dtypes = folder_dtypes(folder, accelerator, begun=begun)
-    config = resolve_dtypes(config, dtypes)
+    config = resolve_dtypes(settings.config, dtypes)
     # runs resolve it too, and share the scores
-    difficulty = resolve_dtypes(difficulty or DifficultyConfig(), dtypes)
-    options: dict[str, Any] = {"config": config, "teachers": teachers, "image_size": image_size}
-    checked = check_sets(sets, source, **options, ipcs=ipcs, difficulty=difficulty)
-    side, per_class, students = checked
-    bench = load_real_data(
+    difficulty = resolve_dtypes(settings.difficulty, dtypes)
+    settings = dataclasses.replace(settings, config=config, difficulty=difficulty)
+    side, per_class, students = check_sets(sets, source, settings)
+    real_data = load_real_data(
         source,
         side,
         cache_dir=cache_dir,
         device=accelerator.device,
         validation_rows=rows_set_aside(source, config, students.values()),
-        teachers=teachers,
+        teachers=settings.teachers,
         difficulty=difficulty,
     )
     work = Work(folder, accelerator)
@@ -144,15 +145,26 @@ def evaluate_records(
         Entry(name, str(s.ipc), len(s), _identity(s), functools.partial(_itself, s), seeds, _origin(s), s.step_size)
         for name, s in sets.items()
     ]
-    entries += baseline_entries(bench, config, work, {str(i): i for i in per_class})
-    return train_with_redundancy(trainings_of(entries, students, bench, config, work), bench, work, config)
+    entries += baseline_entries(real_data, config, work, {str(i): i for i in per_class})
+    trainings = trainings_of(entries, students, real_data, config, work)
+    return train_with_redundancy(trainings, real_data, work, config)
 
 
 def evaluate_sets(
-    sets: dict[str, DistilledSet], source: ImageSource, *, folder: Path, accelerator: Accelerator, **options: Any
+    sets: dict[str, DistilledSet],
+    source: ImageSource,
+    *,
+    folder: Path,
+    cache_dir: Path,
+    accelerator: Accelerator,
+    **settings: Any,
 ) -> list[Row]:
-    """`evaluate_records` with its tables written to `folder`/eval."""
-    records = evaluate_records(sets, source, folder=folder, accelerator=accelerator, **options)
+    """`evaluate_records` with its tables written to `folder`/eval.
+
+    `settings` are those of `EvaluationSettings`.
+    """
+    places: dict[str, Any] = {"folder": folder, "cache_dir": cache_dir, "accelerator": accelerator}
+    records = evaluate_records(sets, source, EvaluationSettings(**settings), **places)
     return write_tables(records, Work(folder, accelerator))
 
 
@@ -212,15 +224,15 @@ def evaluate(
     """
     source = load_source(source)
     folder = None if output_dir is None else as_path(output_dir, "output_dir")
-    given = (source.origin, distilled) if isinstance(distilled, (str, Path)) else (source.origin,)
-    if folder is not None and any(is_same_folder(p, folder) for p in given):
+    inputs = (source.origin, distilled) if isinstance(distilled, (str, Path)) else (source.origin,)
+    if folder is not None and any(is_same_folder(p, folder) for p in inputs):
         raise InputError(f"output_dir {folder} holds the images themselves; choose another")
     if isinstance(distilled, (str, Path)):
         distilled = load_set(distilled, source.class_names, image_size=image_size, on_bad_image=source.on_bad_image)
     if not isinstance(distilled, DistilledSet):
         raise InputError(f"a DistilledSet or the path of one is evaluated, not {type(distilled).__name__}")
-    named = list(students) if isinstance(students, (list, tuple)) else [students]
-    specs = [{"protocol": protocol, **settings, **_student_settings(s)} for s in named]
+    several_students = list(students) if isinstance(students, (list, tuple)) else [students]
+    specs = [{"protocol": protocol, **settings, **_student_settings(s)} for s in several_students]
     seeds = whole_number(n_seeds, "n_seeds")
     image_size = None if image_size is None else whole_number(image_size, "image_size")
     if not isinstance(protocol, str):
@@ -228,28 +240,38 @@ def evaluate(
     if accelerator is not None and not hasattr(accelerator, "device"):
         raise InputError(f"accelerator is an accelerate.Accelerator, not {accelerator!r}")
     cache = as_path(cache_dir, "cache_dir")
-    if baselines is not None and not isinstance(baselines, (str, list, tuple)):
-        raise InputError(f"baselines are names such as ('random',), not {type(baselines).__name__}")
-    several = teachers if isinstance(teachers, (list, tuple)) else (teachers,)
-    if not all(isinstance(t, TeacherConfig) for t in several):
-        raise InputError(f"teachers are TeacherConfig(...), one or several, not {teachers!r}")
-    if baselines is None:
-        baselines = default_baselines(several)
-    chosen = [baselines] if isinstance(baselines, str) else list(baselines)
-    config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": chosen, "students": specs}, "evaluate")
+    several_teachers = _teacher_configs(teachers)
+    names = _baseline_names(baselines, several_teachers)
+    config = from_dict(EvaluateConfig, {"seeds": seeds, "baselines": names, "students": specs}, "evaluate")
     with tempfile.TemporaryDirectory() as scratch:
         rows = evaluate_sets(
             {"set": distilled},
             source,
             config=config,
-            teachers=tuple(several),
+            teachers=several_teachers,
             image_size=image_size,
-            difficulty=difficulty,
+            difficulty=difficulty or DifficultyConfig(),
             folder=folder or Path(scratch),
             cache_dir=cache if folder else Path(scratch),
             accelerator=accelerator or make_accelerator(),
         )
     return Results(tuple(rows))
+
+
+def _teacher_configs(teachers: Any) -> tuple[TeacherConfig, ...]:
+    several = tuple(teachers) if isinstance(teachers, (list, tuple)) else (teachers,)
+    if not all(isinstance(t, TeacherConfig) for t in several):
+        raise InputError(f"teachers are TeacherConfig(...), one or several, not {teachers!r}")
+    return several
+
+
+def _baseline_names(baselines: Any, teachers: tuple[TeacherConfig, ...]) -> list[str]:
+    """The baselines as a list; None: those that the teachers allow."""
+    if baselines is None:
+        return list(default_baselines(teachers))
+    if not isinstance(baselines, (str, list, tuple)):
+        raise InputError(f"baselines are names such as ('random',), not {type(baselines).__name__}")
+    return [baselines] if isinstance(baselines, str) else list(baselines)
 
 
 def _student_settings(student: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def slice_of(s: DistilledSet, size: int, number: int) -> DistilledSet:
 
 
 def train_with_redundancy(
-    trainings: Sequence[Training], bench: RealData, work: Work, evaluate: EvaluateConfig
+    trainings: Sequence[Training], real_data: RealData, work: Work, evaluate: EvaluateConfig
 ) -> list[dict[str, Any]]:
     """`train_all`; with `evaluate.redundancy`, every record also has the `redundancy` of its set.
 
@@ -56,7 +56,7 @@ def train_with_redundancy(
     and is tested on the second (after LGD's increments of ten images). High accuracy says that the second slice adds
     little. Sets with classes of one image, and the full data, have none.
     """
-    records = train_all(trainings, bench, work)
+    records = train_all(trainings, real_data, work)
     if not evaluate.redundancy:
         return records
     sliced: dict[int, Training] = {}
@@ -65,32 +65,32 @@ def train_with_redundancy(
         if t.entry.ipc == "full":
             continue
         if t.entry.identity not in sizes:
-            counts = torch.bincount(t.entry.load().labels, minlength=bench.classes)
+            counts = torch.bincount(t.entry.load().labels, minlength=real_data.classes)
             sizes[t.entry.identity] = slice_size(int(counts.min()))
             if work.main and not sizes[t.entry.identity]:
                 log.info(
                     "%s at IPC %s has no redundancy: a class has fewer than two images", t.entry.name, t.entry.ipc
                 )
         if size := sizes[t.entry.identity]:
-            sliced[i] = _on_slice(t, size, bench)
-    values = train_all(list(sliced.values()), bench, work, what="redundancy")
+            sliced[i] = _on_slice(t, size, real_data)
+    values = train_all(list(sliced.values()), real_data, work, what="redundancy")
     numbers = {i: record["last"] for i, record in zip(sliced, values)}
     return [r | ({"redundancy": numbers[i]} if i in numbers else {}) for i, r in enumerate(records)]
 
 
-def _on_slice(t: Training, size: int, bench: RealData) -> Training:
+def _on_slice(t: Training, size: int, real_data: RealData) -> Training:
     """The training of the same student on the first slice of the set of t, tested on the second."""
 
     def part(number: int) -> DistilledSet:
         return slice_of(t.entry.load(), size, number)
 
     def test() -> tuple[Tensor, Tensor]:
-        data = training_data(part(1), bench.image_size)
+        data = training_data(part(1), real_data.image_size)
         return data.images, data.labels
 
     entry: Entry = dataclasses.replace(
         t.entry,
-        images=size * bench.classes,
+        images=size * real_data.classes,
         identity=digest_of([t.entry.identity, "slice", size]),
         load=functools.partial(part, 0),
         test=test,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,92 +37,75 @@ class StudentResult:
     last: float  # after the last epoch: the number to report
     best: float  # of the epoch that was best where `selected_on` says
     best_epoch: int  # the first that was best, counted from 1
-    selected_on: str  # validation; test: chosen on the test images, so optimiztic (most papers); none: the last epoch
+    selected_on: str  # validation; test: chosen on the test images, so optimistic (most papers); none: the last epoch
     looks: tuple[tuple[int, float], ...]  # (epochs trained, accuracy there), ascending, the last epoch included
     train_seconds: float  # without the looks
     krr: float | None = None  # of a ridge regression on the last features and the label vectors, with loss=mse
 
 
+@dataclass(frozen=True)
+class RealImages:
+    """Real images and labels, (M, 3, S, S) and (M,), to evaluate students on."""
+
+    test: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor] | None = None  # to choose an epoch by
+
+
 def train_student(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
+    data: TrainingSet,
     config: StudentConfig,
-    test: tuple[Tensor, Tensor],
-    validation: tuple[Tensor, Tensor] | None = None,
-    weights: Tensor | None = None,
-    soft_labels: Tensor | TargetSource | None = None,
-    bounded: bool = True,
-    pixels: Pixels,
+    real: RealImages,
+    *,
     seed: int,
-    device: torch.device | str,
+    bounded: bool = True,
     on_epoch: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None,
 ) -> StudentResult:
     """Train a freshly initialized student on weighted images and test it.
 
     The test images are used once, at the end: for the last parameters, and for those of the epoch that was best on
-    the validation images if the student looks at them (`config.tests` > 1). With `config.select: test` the looks
-    themselves are at the test images, as in most published code.
+    the validation images if `config.tests` > 1. With `config.select: test` all evaluations are on the test images, as
+    in most published code.
 
     Args:
-        images: (N, 3, S, S), uint8 or float in [0, 1].
-        labels: (N,) class indices.
-        num_classes: number of classes of the data set.
-        config: network, recipe and looks.
-        test: real images and labels, shaped as above.
-        validation: real images and labels to choose an epoch by.
-        weights: (N,) weight of each image, positive; None for all ones.
-        soft_labels: (N, `num_classes`) logits of a teacher for labels "fixed"; a source of label epochs for "soft".
-        bounded: float images lie in [0, 1]; False for images of methods that do not keep them there.
-        pixels: what is done to images before a network gets them, see `normalizer` and `dq.data.zca`.
+        data: what it learns from. Everything happens on the device of its images.
+        config: network, recipe and evaluations.
+        real: images to evaluate on, of the size of those of `data`.
         seed: of this student.
-        device: where all of it happens; everything is copied there once.
+        bounded: float images lie in [0, 1]; False for images of methods that do not keep them there.
         on_epoch: called with the number of epochs done and the mean training loss of the last one.
         checkpoint: file from which a killed training goes on, written about once a minute. It stays: delete it once
-            the result is safe. It knows images, labels, weights, settings and seed, not a source of label epochs.
+            the result is safe. It records images, labels, weights, settings and seed, not a source of label epochs.
 
     Raises:
         InputError: if tensors or settings do not fit together.
         RunError: if the loss is not a finite number.
     """
-    _check(images, labels, num_classes, config, weights, soft_labels, bounded)
-    for what, pair in (("test", test), ("validation", validation)):
-        if pair is not None:
-            _check_pair(what, *pair, num_classes, bounded=bounded)
-            _check_sides(images, pair[0], what)
-    device = torch.device(device)
-    watch = {"test": test, "validation": validation}[config.select] if config.tests > 1 else None
-    if watch is None and config.tests > 1:
+    _check(data, config, real, bounded)
+    device, test = data.images.device, real.test
+    watched = {"test": test, "validation": real.validation}[config.select] if config.tests > 1 else None
+    if watched is None and config.tests > 1:
         raise InputError(
-            f"student {config.net!r} chooses its best of {config.tests} looks on validation images but there are "
-            "none; set evaluate.validation_images, or tests=1"
+            f"student {config.net!r} chooses its best of {config.tests} evaluations on validation images but there "
+            "are none; set evaluate.validation_images, or tests=1"
         )
 
-    def score(net: nn.Module, pair: tuple[Tensor, Tensor]) -> float:
-        return accuracy(net, pair[0].to(device), pair[1].to(device), pixels=pixels, dtype=config.dtype)
+    def score(net: nn.Module, images: tuple[Tensor, Tensor]) -> float:
+        return accuracy(net, images[0].to(device), images[1].to(device), pixels=data.pixels, dtype=config.dtype)
 
     fitted = fit(
-        TrainingSet(
-            images.to(device),
-            labels.to(device, torch.int64),
-            num_classes,
-            pixels,
-            weights=weights,
-            soft_labels=soft_labels,
-        ),
+        dataclasses.replace(data, labels=data.labels.to(device, torch.int64)),
         config,
         seed=seed,
-        evaluate=None if watch is None else lambda net, epoch: score(net, watch),
+        evaluate=None if watched is None else lambda net, epoch: score(net, watched),
         on_epoch=on_epoch,
         checkpoint=None if checkpoint is None else Checkpoint(checkpoint),
     )
     last = score(fitted.net, test)
     krr = None
-    if config.loss == "mse" and isinstance(soft_labels, Tensor):
-        krr = krr_accuracy(fitted.net, images.to(device), soft_labels.to(device), test, pixels=pixels)
-    if watch is None:
+    if config.loss == "mse" and isinstance(data.soft_labels, Tensor):
+        krr = krr_accuracy(fitted.net, data.images, data.soft_labels.to(device), test, pixels=data.pixels)
+    if watched is None:
         return StudentResult(last, last, config.epochs, "none", (), fitted.seconds, krr)
     best_epoch, best = max(fitted.scores, key=lambda t: t[1])
     if config.select == "validation":
@@ -155,19 +139,20 @@ def krr_accuracy(
     return float((torch.cat(classes) == test[1].cpu()).double().mean())
 
 
-# --- the door -----------------------------------------------------------------------------------------------------
+# --- validation ---------------------------------------------------------------------------------------------------
 
 
-def _check(
-    images: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    config: StudentConfig,
-    weights: Tensor | None,
-    soft_labels: Tensor | TargetSource | None,
-    bounded: bool,
-) -> None:
-    _check_pair("training", images, labels, num_classes, bounded=bounded)
+def _check(data: TrainingSet, config: StudentConfig, real: RealImages, bounded: bool) -> None:
+    _check_training(data, config, bounded)
+    for kind, pair in (("test", real.test), ("validation", real.validation)):
+        if pair is not None:
+            _check_pair(kind, *pair, data.num_classes, bounded=bounded)
+            _check_sides(data.images, pair[0], kind)
+
+
+def _check_training(data: TrainingSet, config: StudentConfig, bounded: bool) -> None:
+    labels, weights, soft_labels, num_classes = data.labels, data.weights, data.soft_labels, data.num_classes
+    _check_pair("training", data.images, labels, num_classes, bounded=bounded)
     check_bounded(bounded, "training", [config])
     if weights is not None:
         if weights.shape != labels.shape:
@@ -209,38 +194,38 @@ def check_bounded(bounded: bool, name: str, students: Iterable[StudentConfig]) -
             )
 
 
-def _check_sides(images: Tensor, others: Tensor, what: str) -> None:
+def _check_sides(images: Tensor, others: Tensor, kind: str) -> None:
     if images.shape[-1] != others.shape[-1]:
         raise InputError(
-            f"training images are {images.shape[-1]} px wide but {what} images {others.shape[-1]} px; "
+            f"training images are {images.shape[-1]} px wide but {kind} images {others.shape[-1]} px; "
             "read both at the same size"
         )
 
 
-def _check_pair(what: str, images: Tensor, labels: Tensor, num_classes: int, *, bounded: bool = True) -> None:
+def _check_pair(kind: str, images: Tensor, labels: Tensor, num_classes: int, *, bounded: bool = True) -> None:
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or labels.shape != shape[:1] or not len(labels):
         raise InputError(
-            f"{what} images must be (N, 3, S, S) with labels (N,), N > 0, not {shape} and {tuple(labels.shape)}"
+            f"{kind} images must be (N, 3, S, S) with labels (N,), N > 0, not {shape} and {tuple(labels.shape)}"
         )
     if bounded and images.dtype != torch.uint8 and not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
-            f"{what} images are floats from {float(images.min()):.3g} to {float(images.max()):.3g} but must lie in "
+            f"{kind} images are floats from {float(images.min()):.3g} to {float(images.max()):.3g} but must lie in "
             "[0, 1]; give them as they were before normalization"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(
-            f"{what} labels go from {int(labels.min())} to {int(labels.max())} but num_classes is {num_classes}"
+            f"{kind} labels go from {int(labels.min())} to {int(labels.max())} but num_classes is {num_classes}"
         )
 
 
 log = logging.getLogger("dq")
 WHITENINGS = {"mtt": "MTT's ZCA", "frepo": "FRePo's whitening", "standardize": "mean and deviation"}
-LEAST_PROBABILITY = 1e-7  # below float16, in which label vectors are stored
+MIN_PROBABILITY = 1e-7  # below float16, in which label vectors are stored
 
 
 @dataclass(frozen=True)
-class Data:
+class StudentData:
     """What a student is trained on."""
 
     images: Tensor  # (N, 3, S, S) uint8 or float32 in [0, 1]
@@ -250,13 +235,13 @@ class Data:
     bounded: bool = True  # pixels in [0, 1]
 
 
-def training_data(s: DistilledSet, image_size: int) -> Data:
+def training_data(s: DistilledSet, image_size: int) -> StudentData:
     """A set as training data: images brought to the students' size in px, probabilities as their logarithms."""
     images = resized(s.images, image_size, bounded=s.bounded)
     soft = s.soft_labels
     if soft is not None and s.label_kind == "probabilities":
-        soft = soft.float().clamp(min=LEAST_PROBABILITY).log()
-    return Data(images, s.labels, s.weights, soft, s.bounded)
+        soft = soft.float().clamp(min=MIN_PROBABILITY).log()
+    return StudentData(images, s.labels, s.weights, soft, s.bounded)
 
 
 def regression_labels(s: DistilledSet) -> Tensor:
@@ -270,14 +255,14 @@ def regression_labels(s: DistilledSet) -> Tensor:
     return probabilities_to_labels(soft if s.label_kind == "probabilities" else soft.softmax(1))
 
 
-def fixed_labels(s: DistilledSet, data: Data, student: StudentConfig) -> Tensor | TargetSource | None:
+def fixed_labels(s: DistilledSet, data: StudentData, student: StudentConfig) -> Tensor | TargetSource | None:
     """What a student with labels=fixed learns from, (N, C); None if the set has no label vectors and the loss needs a
     teacher's. For loss=kl, regression labels are the logits labels / temperature, with the set's recorded one."""
     if student.loss == "mse":
         return regression_labels(s)
     temperature = recorded_temperature(s)
     if student.loss == "kl" and temperature is not None and s.soft_labels is not None:
-        return labels_to_probabilities(s.soft_labels.float(), temperature).clamp(min=LEAST_PROBABILITY).log()
+        return labels_to_probabilities(s.soft_labels.float(), temperature).clamp(min=MIN_PROBABILITY).log()
     return data.soft_labels
 
 
@@ -288,7 +273,7 @@ def recorded_temperature(s: DistilledSet) -> float | None:
     return fitted[-1] if fitted and s.label_kind == "regression" else None
 
 
-def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real: RealData) -> None:
+def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real_data: RealData) -> None:
     """Refuse a set whose images were learned behind the whitening of other images than the student's; a student that
     whitens otherwise, or not at all, is a protocol of its own, which a note names.
 
@@ -300,22 +285,22 @@ def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real: Re
     if not learned:
         return
     recipe = learned[-1].get("recipe")
-    sees = student.zca if student.whiten else "standardize"
-    if sees == "frepo" and recipe == "standardize":
-        sees = recipe  # FRePo's whitening of gray images is no more than that
-    if sees != recipe:
+    preprocessing = student.zca if student.whiten else "standardize"
+    if preprocessing == "frepo" and recipe == "standardize":
+        preprocessing = recipe  # FRePo's whitening of gray images is no more than that
+    if preprocessing != recipe:
         log.warning(
             "note: the images of %s were learned behind the preprocessing %s, and student %s sees them behind %s",
-            *(name, WHITENINGS.get(recipe, recipe), student.net, WHITENINGS[sees]),
+            *(name, WHITENINGS.get(recipe, recipe), student.net, WHITENINGS[preprocessing]),
         )
     mtt = recipe == "mtt"
     if not student.whiten or mtt != (student.zca == "mtt"):
         return
-    own = real.mtt_whitening() if mtt else real.frepo_whitening()
-    if not same_whitening(learned[-1], own.summary()):
+    whitening = real_data.mtt_whitening() if mtt else real_data.frepo_whitening()
+    if not same_whitening(learned[-1], whitening.summary()):
         raise InputError(
-            f"the set {name!r} was learned behind the whitening of other images than those of {real.source.origin}; "
-            "score it on the data and at the side it was made from, or set whiten=false"
+            f"the set {name!r} was learned behind the whitening of other images than those of "
+            f"{real_data.source.origin}; score it on the data and at the side it was made from, or set whiten=false"
         )
 
 

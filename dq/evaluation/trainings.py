@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,15 +28,21 @@ from dq.core.version import __version__
 from dq.distilled.external import check_classes
 from dq.evaluation.entries import Entry, Work, prepare_selections
 from dq.evaluation.results import Row, compare, settings_line, summarize, to_csv, warn_of_lost_rows
-from dq.evaluation.student import Data, check_whitening, fixed_labels, train_student, training_data
+from dq.evaluation.student import (
+    RealImages,
+    StudentData,
+    StudentResult,
+    check_whitening,
+    fixed_labels,
+    train_student,
+    training_data,
+)
 from dq.labels.compute import online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
 from dq.networks.real_data import RealData, check_whitened
+from dq.networks.training import TrainingSet
 from dq.networks.zoo import make_net
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("dq")
 
@@ -71,7 +77,7 @@ def students_of(
     Raises:
         InputError: for an unknown network, protocol or setting.
     """
-    found = {}
+    students = {}
     for j, spec in enumerate(evaluate.students):
         for ipc in ipcs:
             where = f"evaluate.students.{j}"
@@ -91,50 +97,50 @@ def students_of(
                     "note: %s never leaves its warm-up of %d epochs in %d; set warmup as well",
                     *(where, student.warmup, student.epochs),
                 )
-            found[(j, ipc)] = student
-    return found
+            students[(j, ipc)] = student
+    return students
 
 
 def trainings_of(
     entries: Sequence[Entry],
     students: dict[tuple[int, str], StudentConfig],
-    bench: RealData,
+    real_data: RealData,
     evaluate: EvaluateConfig,
     work: Work,
 ) -> list[Training]:
     """All trainings, recipe by recipe, each with the file of its record."""
-    found = []
+    trainings = []
     for j in range(len(evaluate.students)):
         for entry in entries:
             config = students[(j, entry.ipc)]
             # the one costly baseline is shared by all evaluations on this data
-            base = bench.cache_dir / "full" if entry.ipc == "full" else work.folder / "eval" / "units"
+            base = real_data.cache_dir / "full" if entry.ipc == "full" else work.folder / "eval" / "units"
             settings = to_dict(config)
             settings["relabel"].pop("storage")
             settings.pop("learned_lr")
-            identity: list[Any] = [__version__, settings, bench.identity, entry.identity]
+            identity: list[Any] = [__version__, settings, real_data.identity, entry.identity]
             if config.labels != "hard":
-                identity.append([t.digest for t in bench.teachers])
+                identity.append([t.digest for t in real_data.teachers])
             if config.for_step_size(entry.step_size) != config:
                 identity.append({"step_size": entry.step_size})
             for seed in entry.seeds:
                 name = f"{entry.name}-ipc{entry.ipc}-{config.net}-{config.labels}-seed{seed}"
                 name = name.replace(":", "_")
-                found.append(Training(entry, j, config, seed, base / f"{name}-{digest_of(identity)}.json"))
-    return found
+                trainings.append(Training(entry, j, config, seed, base / f"{name}-{digest_of(identity)}.json"))
+    return trainings
 
 
 # --- labels of views ----------------------------------------------------------------------------------------------
 
 
-def label_folder(work: Work, t: Training, bench: RealData) -> Path:
+def label_folder(work: Work, t: Training, real_data: RealData) -> Path:
     """Where the epoch labels of a training are; trainings that differ in nothing that labels depend on share them."""
     name = f"ipc{t.entry.ipc}-{t.entry.name}" + (f"-seed{t.entry.seeds[0]}" if t.entry.name == "random" else "")
-    return work.folder / "labels" / f"{name}-{_blind_plan(t, bench).digest}"
+    return work.folder / "labels" / f"{name}-{_planned_labels(t, real_data).digest}"
 
 
 def write_labels(
-    trainings: Sequence[Training], bench: RealData, work: Work, finished: Sequence[Training] = ()
+    trainings: Sequence[Training], real_data: RealData, work: Work, finished: Sequence[Training] = ()
 ) -> None:
     """Label every view of every entry that some student learns from with stored labels; files that are there stay.
 
@@ -142,45 +148,48 @@ def write_labels(
     of all sets are divided over processes together. Before anything is written the space is compared with what the
     disk has left.
     """
-    wanted: dict[Path, Training] = {}
+    by_folder: dict[Path, Training] = {}
     for t in (*trainings, *finished):
         if _stores_labels(t):
-            wanted.setdefault(label_folder(work, t, bench), t)
-    needed = {label_folder(work, t, bench) for t in trainings if _stores_labels(t)}
-    spans = {folder: _blind_plan(t, bench).shards() for folder, t in wanted.items()}
-    there = {folder: [r for r in rs if shard_file(folder, r.start).is_file()] for folder, rs in spans.items()}
+            by_folder.setdefault(label_folder(work, t, real_data), t)
+    needed = {label_folder(work, t, real_data) for t in trainings if _stores_labels(t)}
+    spans = {folder: _planned_labels(t, real_data).shards() for folder, t in by_folder.items()}
+    existing = {folder: [r for r in rs if shard_file(folder, r.start).is_file()] for folder, rs in spans.items()}
     # every process must have seen the same files before the first damaged one is removed
     work.accelerator.wait_for_everyone()
     units = []
     total = 0
-    for folder, t in wanted.items():
-        plan = _blind_plan(t, bench)
-        known = is_done(folder / MANIFEST)  # else nobody can say what the files are labels of
-        asked = spans[folder] if folder in needed else there[folder]
-        shards = [r for r in asked if not (is_done(shard_file(folder, r.start)) and known)]
+    for folder, t in by_folder.items():
+        plan = _planned_labels(t, real_data)
+        has_manifest = is_done(folder / MANIFEST)  # else it is unknown what the files are labels of
+        requested = spans[folder] if folder in needed else existing[folder]
+        shards = [r for r in requested if not (is_done(shard_file(folder, r.start)) and has_manifest)]
         total += plan_bytes(plan).total * sum(map(len, shards)) // plan.epochs
         units += [(folder, t, r) for r in shards]
     # every process must have seen the same files before the first is written, or they divide different lists
     work.accelerator.wait_for_everyone()
     if not units:
         return
-    _check_space(work, total, len(wanted))
+    _check_space(work, total, len(by_folder))
     costs = [float(t.entry.images * len(r)) for _, t, r in units]
-    assigned = [units[i] for i in work.local_units(costs)]
-    views = round(sum(t.entry.images * len(r) for _, t, r in assigned))
-    open_folder: Path | None = None
-    images, plan = torch.empty(0), _blind_plan(units[0][1], bench)
-    with progress([], desc="label", total=views, unit="view", main=work.main) as bar:
-        for folder, t, epochs in assigned:
-            if folder != open_folder:
-                data = training_data(t.entry.load(), bench.image_size)
-                images, open_folder = data.images.to(bench.device), folder
-                plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
-                # a selected set may be smaller than asked for, but its files are those that were divided
-                plan = dataclasses.replace(plan, shard_epochs=_blind_plan(t, bench).shard_epochs)
-                write_manifest(folder, data.images, plan, bench.teachers, set=t.entry.name, ipc=t.entry.ipc)
+    _write_shards([units[i] for i in work.local_units(costs)], real_data, work)
 
-            write_shard(folder, images, bench.teachers, plan, epochs)
+
+def _write_shards(units: Sequence[tuple[Path, Training, range]], real_data: RealData, work: Work) -> None:
+    """Write label files, given by folder, training and epochs; a set is loaded once for a run of its files."""
+    views = round(sum(t.entry.images * len(epochs) for _, t, epochs in units))
+    open_folder: Path | None = None
+    images, plan = torch.empty(0), None
+    with progress([], desc="label", total=views, unit="view", main=work.main) as bar:
+        for folder, t, epochs in units:
+            if plan is None or folder != open_folder:
+                data = training_data(t.entry.load(), real_data.image_size)
+                images, open_folder = data.images.to(real_data.device), folder
+                plan = make_plan(data.images, real_data.teachers, real_data.classes, t.config)
+                # a selected set may be smaller than planned, but its files are those that were divided
+                plan = dataclasses.replace(plan, shard_epochs=_planned_labels(t, real_data).shard_epochs)
+                write_manifest(folder, data.images, plan, real_data.teachers, set=t.entry.name, ipc=t.entry.ipc)
+            write_shard(folder, images, real_data.teachers, plan, epochs)
             bar.update(t.entry.images * len(epochs))
 
 
@@ -189,10 +198,15 @@ def _stores_labels(t: Training) -> bool:
     return t.config.labels == "soft" and t.config.relabel.storage == "shards" and t.entry.ipc != "full"
 
 
-def _blind_plan(t: Training, bench: RealData) -> LabelPlan:
+def _planned_labels(t: Training, real_data: RealData) -> LabelPlan:
     """The plan of a training's labels before its images are loaded."""
     return plan_labels(
-        t.entry.images, bench.image_size, bench.teachers, bench.classes, t.config, image_digest=t.entry.identity
+        t.entry.images,
+        real_data.image_size,
+        real_data.teachers,
+        real_data.classes,
+        t.config,
+        image_digest=t.entry.identity,
     )
 
 
@@ -214,70 +228,79 @@ def _check_space(work: Work, total: int, sets: int) -> None:
 
 
 def train_one(
-    t: Training, bench: RealData, work: Work, on_epoch: Callable[[int, float], None] | None = None
+    t: Training, real_data: RealData, work: Work, on_epoch: Callable[[int, float], None] | None = None
 ) -> dict[str, Any]:
-    """Train and test one student; returns a plain record with all that is needed to do it again."""
+    """Train and test one student, and return its record."""
     s = t.entry.load()
     check_classes(s, f"the set {t.entry.name!r}")
-    data = training_data(s, bench.image_size)
-    test = bench.test(t.config.test_scale) if t.entry.test is None else t.entry.test()
-    check_whitening(s, t.entry.name, t.config, bench)
+    data = training_data(s, real_data.image_size)
+    test = real_data.test(t.config.test_scale) if t.entry.test is None else t.entry.test()
+    check_whitening(s, t.entry.name, t.config, real_data)
     config = t.config.for_step_size(s.step_size)
-    size = 0
+    label_bytes = 0
     if t.config.labels == "fixed":
-        own = fixed_labels(s, data, t.config)
-        soft = bench.soften(data.images) if own is None else own
-        data = dataclasses.replace(data, soft_labels=soft)
-        size = len(data.images) * bench.classes * 2
+        soft_labels = fixed_labels(s, data, t.config)
+        soft_labels = real_data.soften(data.images) if soft_labels is None else soft_labels
+        data = dataclasses.replace(data, soft_labels=soft_labels)
+        label_bytes = len(data.images) * real_data.classes * 2
     elif t.config.labels == "soft":
-        source, size = _label_source(t, data, bench, work)
+        source, label_bytes = _label_source(t, data, real_data, work)
         data = dataclasses.replace(data, soft_labels=source)
-    result = train_student(
-        data.images,
+    training_set = TrainingSet(
+        data.images.to(real_data.device),
         data.labels,
-        num_classes=bench.classes,
-        config=config,
-        test=test,
-        validation=bench.validation(t.config.test_scale),
-        weights=data.weights,
-        soft_labels=data.soft_labels,
+        real_data.classes,
+        real_data.pixels(t.config),
+        data.weights,
+        data.soft_labels,
+    )
+    result = train_student(
+        training_set,
+        config,
+        RealImages(test, real_data.validation(t.config.test_scale)),
+        seed=derive_seed("student", t.seed),  # not the run's: evaluation seeds are the same for all sets
         bounded=data.bounded,
-        pixels=bench.pixels(t.config),
-        seed=derive_seed("student", t.seed),  # not the run's: evaluation seeds are the same for all sets ever
-        device=bench.device,
         on_epoch=on_epoch,
         checkpoint=_checkpoint(t),
     )
-    gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
+    sizes = {"images": len(data.images), "image_bytes": data.images.nbytes, "label_bytes": label_bytes}
+    return _record(t, config, real_data, result, {**sizes, "test_images": len(test[1])})
+
+
+def _record(
+    t: Training, config: StudentConfig, real_data: RealData, result: StudentResult, sizes: dict[str, int]
+) -> dict[str, Any]:
+    """A plain record of a training, with all that is needed to repeat it."""
+    gpu = torch.cuda.get_device_name(real_data.device) if real_data.device.type == "cuda" else None
     return {
         "set": t.entry.name,
         "ipc": t.entry.ipc,
-        "images": len(data.images),
+        "images": sizes["images"],
         "student": t.config.net,
         "labels": t.config.labels,
         "seed": t.seed,
         "recipe": t.recipe,
         "protocol": t.config.protocol,
         "settings": settings_line(t.config),
-        "image_bytes": data.images.nbytes,
-        "label_bytes": size,
+        "image_bytes": sizes["image_bytes"],
+        "label_bytes": sizes["label_bytes"],
         **dataclasses.asdict(result),
         "config": to_dict(config),
-        "test_images": len(test[1]),
+        "test_images": sizes["test_images"],
         "teachers": [
             {"name": x.name, "digest": x.digest, "mean": x.mean, "std": x.std, "classes": x.classes}
-            for x in bench.teachers
+            for x in real_data.teachers
         ],
         "data": {
-            "source": bench.source.origin,
-            "fingerprint": bench.source.fingerprint,
+            "source": real_data.source.origin,
+            "fingerprint": real_data.source.fingerprint,
             "set": t.entry.origin,
             "set_digest": t.entry.identity,
-            "image_size": bench.image_size,
-            "validation_images": len(bench.validation_rows),
+            "image_size": real_data.image_size,
+            "validation_images": len(real_data.validation_rows),
         },
         "software": {"dq": __version__, "python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"device": gpu or bench.device.type, "threads": torch.get_num_threads()},
+        "hardware": {"device": gpu or real_data.device.type, "threads": torch.get_num_threads()},
     }
 
 
@@ -285,16 +308,16 @@ def _checkpoint(t: Training) -> Path:
     return t.file.with_suffix(".checkpoint.safetensors")
 
 
-def _label_source(t: Training, data: Data, bench: RealData, work: Work) -> tuple[Any, int]:
+def _label_source(t: Training, data: StudentData, real_data: RealData, work: Work) -> tuple[Any, int]:
     if t.config.relabel.storage == "online" or t.entry.ipc == "full":
-        plan = make_plan(data.images, bench.teachers, bench.classes, t.config)
-        return online_labels(data.images.to(bench.device), bench.teachers, plan), 0
-    folder = label_folder(work, t, bench)
+        plan = make_plan(data.images, real_data.teachers, real_data.classes, t.config)
+        return online_labels(data.images.to(real_data.device), real_data.teachers, plan), 0
+    folder = label_folder(work, t, real_data)
     return read_labels(folder, data.images), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
 def train_all(
-    trainings: Sequence[Training], bench: RealData, work: Work, *, what: str = "evaluate"
+    trainings: Sequence[Training], real_data: RealData, work: Work, *, what: str = "evaluate"
 ) -> list[dict[str, Any]]:
     """Do all trainings, one file each, divided over processes; returns their records in order.
 
@@ -303,13 +326,13 @@ def train_all(
     """
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not is_done(t.file)}
     selections = [e for e in needed.values() if e.ipc != "full"]
-    prepare_selections([e.name for e in selections], bench, work)
+    prepare_selections([e.name for e in selections], real_data, work)
     for i in work.local_units([float(e.images) for e in selections]):
         selections[i].load()  # selected sets are saved by one process and read by the others
     work.accelerator.wait_for_everyone()
     is_trained = [is_done(t.file) for t in trainings]
-    finished = [t for t, d in zip(trainings, is_trained) if d]
-    write_labels([t for t, d in zip(trainings, is_trained) if not d], bench, work, finished)
+    finished = [t for t, d in zip(trainings, is_trained, strict=True) if d]
+    write_labels([t for t, d in zip(trainings, is_trained, strict=True) if not d], real_data, work, finished)
     work.accelerator.wait_for_everyone()
     todo = [i for i in work.local_units([t.cost for t in trainings]) if not is_done(trainings[i].file)]
     # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
@@ -325,7 +348,7 @@ def train_all(
                 bar.update(round(done + epoch * t.entry.images) - bar.n)
 
             began = time.perf_counter()
-            record = train_one(t, bench, work, advance)
+            record = train_one(t, real_data, work, advance)
             write_json(t.file, record)
             _checkpoint(t).unlink(missing_ok=True)
             done += t.cost
@@ -352,8 +375,8 @@ def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
 
 def training_numbers(records: Sequence[Mapping[str, Any]], what: str = "evaluate") -> dict[str, float]:
     """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for r in records:
         name = f"{what}/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"
-        found |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
-    return found
+        numbers |= {f"{name}/last": r["last"], f"{name}/best": r["best"], f"{name}/seconds": r["train_seconds"]}
+    return numbers

@@ -27,12 +27,12 @@ from dq.core.errors import InputError
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.data.splits import resized
-from dq.distilled.external import bare_set, load_set
+from dq.distilled.external import LabelVectors, load_set, set_from_tensors
 from dq.distilled.set import DistilledSet
 from dq.evaluation.dd_ranking import LEARNING_RATES, _best_rates, _last, ddr_groups, evaluate_ddr
 from dq.evaluation.results import read_records
-from dq.evaluation.student import train_student
-from dq.networks.training import normalizer
+from dq.evaluation.student import RealImages, train_student
+from dq.networks.training import TrainingSet, normalizer
 from dq.networks.zoo import make_net
 
 NAMES = ("blue", "green", "red")  # in folder order
@@ -265,7 +265,7 @@ def test_anything_else_is_refused(tmp_path):
 def own_set(names: tuple[str, ...] = NAMES) -> DistilledSet:
     images, labels = small()
     soft = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
-    s = bare_set(images, labels, names, weights=torch.arange(1.0, 7), soft_labels=soft)
+    s = set_from_tensors(images, labels, names, weights=torch.arange(1.0, 7), label_vectors=LabelVectors(soft))
     return dataclasses.replace(s, counts=torch.arange(6) + 10, source_row=torch.arange(6) + 100)
 
 
@@ -305,15 +305,11 @@ def losses(images: torch.Tensor, labels: torch.Tensor, bounded: bool = True) -> 
     """Of a student after every epoch."""
     found: list[float] = []
     train_student(
-        images,
-        labels,
-        num_classes=3,
-        config=StudentConfig(epochs=8, batch_size=3, tests=1, views=ViewConfig(crop_scale=(0.5, 1.0))),
-        test=(images, labels) if bounded else small(),
-        pixels=normalizer((0.5,) * 3, (0.25,) * 3),
+        TrainingSet(images, labels, 3, normalizer((0.5,) * 3, (0.25,) * 3)),
+        StudentConfig(epochs=8, batch_size=3, tests=1, views=ViewConfig(crop_scale=(0.5, 1.0))),
+        RealImages((images, labels) if bounded else small()),
         bounded=bounded,
         seed=0,
-        device="cpu",
         on_epoch=lambda epoch, loss: found.append(loss),
     )
     return found
@@ -951,9 +947,9 @@ def test_ddr_compares_sets_of_one_size(world, tmp_path):
             accelerator=make_accelerator(cpu=True),
         )
 
-    a = bare_set(*small(2), NAMES)
+    a = set_from_tensors(*small(2), NAMES)
     with pytest.raises(InputError, match="sets of equal size"):
-        score(a, bare_set(*small(3), NAMES))
+        score(a, set_from_tensors(*small(3), NAMES))
     with pytest.raises(InputError, match="sets of equal size"):
         score()
     wide = dataclasses.replace(a, images=torch.zeros(6, 3, 16, 16, dtype=torch.uint8))

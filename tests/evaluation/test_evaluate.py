@@ -18,7 +18,7 @@ from dq.data import augment as aug
 from dq.data.coresets import random_rows
 from dq.data.views import draw_views
 from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference
-from dq.evaluation.student import train_student
+from dq.evaluation.student import RealImages, train_student
 from dq.labels.plan import EpochLabels, LabelPlan
 from dq.networks.losses import image_losses
 from dq.networks.optimizers import make_optimizer
@@ -46,17 +46,13 @@ def train(config: StudentConfig = PLAIN, *, n: int = 24, data=None, seed: int = 
     """A student on stripes; returns the result and the training loss of every epoch."""
     images, labels = data or stripes(n, 0)
     losses: list[float] = []
-    arguments = {
-        "num_classes": 4,
-        "config": config,
-        "test": stripes(40, 1, images.shape[-1]),
-        "validation": stripes(40, 2, images.shape[-1]),
-        "pixels": PIXELS,
-        "seed": seed,
-        "device": "cpu",
-        "on_epoch": lambda epoch, loss: losses.append(loss),
-    }
-    return train_student(images, labels, **(arguments | changes)), losses
+    real = {"test": stripes(40, 1, images.shape[-1]), "validation": stripes(40, 2, images.shape[-1])}
+    real |= {k: changes.pop(k) for k in real if k in changes}
+    fields = {"num_classes": 4, "pixels": PIXELS}
+    fields |= {k: changes.pop(k) for k in (*fields, "weights", "soft_labels") if k in changes}
+    images = images.to(changes.pop("device", "cpu"))
+    options = {"seed": seed, "on_epoch": lambda epoch, loss: losses.append(loss)} | changes
+    return train_student(TrainingSet(images, labels, **fields), config, RealImages(**real), **options), losses
 
 
 def movement(images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, soft=None, **changes) -> torch.Tensor:
@@ -827,7 +823,7 @@ X, Y = stripes(24, 0)
         ({"config": dataclasses.replace(PLAIN, labels="fixed"), "soft_labels": X[:, 0, 0, :5]}, r"\(24, 4\), not"),
         ({"config": dataclasses.replace(PLAIN, labels="soft"), "soft_labels": X[:, 0, 0, :4]}, "source of label ep"),
         ({"config": dataclasses.replace(PLAIN, labels="fixed"), "soft_labels": print}, "need a tensor of logits"),
-        ({"validation": None}, "best of 3 looks on validation images but there are none; set evaluate.validation_im"),
+        ({"validation": None}, "best of 3 evaluations on validation images but there are none; set evaluate.valid"),
         ({"config": dataclasses.replace(PLAIN, net="vgg")}, "no network is called 'vgg'"),
         ({"weights": torch.ones(23)}, r"24 images need weights \(24,\)"),
         ({"weights": torch.zeros(24)}, "more than 0, but image 0 has 0; leave such images out"),

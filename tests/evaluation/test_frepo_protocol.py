@@ -18,7 +18,7 @@ from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
 from dq.data import augment as aug
-from dq.distilled.external import bare_set
+from dq.distilled.external import set_from_tensors
 from dq.evaluation.evaluate import evaluate
 from dq.evaluation.results import tables_text, to_csv
 from dq.evaluation.student import (
@@ -107,7 +107,7 @@ def test_one_operation_is_drawn_for_a_batch_and_digits_are_not_mirrored() -> Non
 
 def labelled(kind: str | None) -> Any:
     x, y = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3)
-    s = bare_set(x, y, ("a", "b", "c"), origin="here")
+    s = set_from_tensors(x, y, ("a", "b", "c"), origin="here")
     if kind is None:
         return s
     vectors = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])

@@ -12,7 +12,7 @@ from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
 from dq.config.students import EvaluateConfig
 from dq.core.files import read_json
-from dq.distilled.external import bare_set
+from dq.distilled.external import set_from_tensors
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate_sets
 from dq.evaluation.redundancy import slice_of, slice_size
@@ -38,16 +38,16 @@ def colored(order: list[int]) -> DistilledSet:
     for row in range(9):
         label, rank = divmod(row, 3)
         images[row, label if rank == 0 else order[label]] = 200 + 10 * rank
-    return bare_set(images, torch.arange(3).repeat_interleave(3), NAMES)
+    return set_from_tensors(images, torch.arange(3).repeat_interleave(3), NAMES)
 
 
 def test_slices_are_the_next_images_of_every_class() -> None:
     labels = torch.tensor([0] * 5 + [1] * 4)
-    s = bare_set(
+    s = set_from_tensors(
         torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1).expand(9, 3, 2, 2),
         labels,
         ("a", "b"),
-        torch.arange(9) + 1.0,
+        weights=torch.arange(9) + 1.0,
     )
     first, second = slice_of(s, 2, 0), slice_of(s, 2, 1)
     assert first.images[:, 0, 0, 0].tolist() == [0, 1, 5, 6]
@@ -60,7 +60,7 @@ def test_equal_slices_are_redundant_and_the_number_is_shown(toy_source, tmp_path
     sets = {
         "same": colored([0, 1, 2]),
         "other": colored([1, 2, 0]),
-        "one": bare_set(colored([0, 1, 2]).images[::3], torch.arange(3), NAMES),
+        "one": set_from_tensors(colored([0, 1, 2]).images[::3], torch.arange(3), NAMES),
     }
     config = EvaluateConfig(seeds=2, baselines=("random",), students=(STUDENT,), redundancy=True)
     options = {"config": config, "cache_dir": tmp_path / "cache", "accelerator": accelerator}

@@ -27,7 +27,7 @@ from dq import (
     load_source,
 )
 from dq.core.files import read_json, write_json
-from dq.distilled.external import bare_set
+from dq.distilled.external import LabelVectors, set_from_tensors
 
 NAMES = ("red", "green", "blue")
 
@@ -43,7 +43,8 @@ def small(n: int = 2, soft: torch.Tensor | None = None, kind: str | None = None)
     g = torch.Generator().manual_seed(n)
     images = torch.randint(0, 256, (3 * n, 3, 8, 8), dtype=torch.uint8, generator=g)
     labels = torch.arange(3).repeat_interleave(n)
-    return bare_set(images, labels, NAMES, soft_labels=soft, label_kind=kind)  # type: ignore[arg-type]
+    vectors = None if soft is None else LabelVectors(soft, kind)  # type: ignore[arg-type]
+    return set_from_tensors(images, labels, NAMES, label_vectors=vectors)
 
 
 def test_no_module_shares_its_name_with_a_public_name() -> None:

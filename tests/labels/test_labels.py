@@ -21,18 +21,18 @@ from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
 from dq.data.views import Views, apply_views, batches, parts
-from dq.distilled.external import bare_set
+from dq.distilled.external import set_from_tensors
 from dq.distilled.set import DistilledSet
 from dq.evaluation import trainings as stage
 from dq.evaluation.entries import Entry, Work
-from dq.evaluation.student import train_student
+from dq.evaluation.student import RealImages, train_student
 from dq.labels.compute import label_epoch, mean_logits, online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.packing import pack, unpack
 from dq.labels.plan import LabelPlan, LabelSource, label_bytes, make_plan, plan_bytes
 from dq.networks.real_data import RealData
 from dq.networks.teacher import Teacher
-from dq.networks.training import normalizer
+from dq.networks.training import TrainingSet, normalizer
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 VIEWS = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5, mix="cutmix")
@@ -160,15 +160,10 @@ def test_a_student_of_replayed_labels_is_the_student_of_an_online_teacher(tmp_pa
     def train(source: LabelSource) -> tuple[list[float], float]:
         losses: list[float] = []
         result = train_student(
-            images,
-            torch.arange(22) % 5,
-            num_classes=5,
-            config=config,
-            test=(pictures(10, seed=1), torch.arange(10) % 5),
-            soft_labels=source,
-            pixels=normalizer(MEAN, STD),
+            TrainingSet(images, torch.arange(22) % 5, 5, normalizer(MEAN, STD), soft_labels=source),
+            config,
+            RealImages((pictures(10, seed=1), torch.arange(10) % 5)),
             seed=0,
-            device="cpu",
             on_epoch=lambda epoch, loss: losses.append(loss),
         )
         return losses, result.last
@@ -200,15 +195,10 @@ def test_teacher_and_student_see_the_same_images_in_the_same_parts(n, expected, 
         labels = online_labels(images, teachers, plan)(1)
         by_teacher, seen = seen, []
         train_student(
-            images,
-            torch.arange(n) % 5,
-            num_classes=5,
-            config=config,
-            test=(pictures(10), torch.arange(10) % 5),
-            soft_labels=lambda epoch: labels,
-            pixels=normalizer(MEAN, STD),
+            TrainingSet(images, torch.arange(n) % 5, 5, normalizer(MEAN, STD), soft_labels=lambda epoch: labels),
+            config,
+            RealImages((pictures(10), torch.arange(10) % 5)),
             seed=0,
-            device="cpu",
         )
     finally:
         hook.remove()
@@ -242,15 +232,10 @@ def test_every_published_recipe_trains_on_labels_of_its_own_views(tmp_path, prot
     for source in sources:
         losses.append([])
         train_student(
-            images,
-            torch.arange(22) % 5,
-            num_classes=5,
-            config=config,
-            test=(pictures(10, seed=1), torch.arange(10) % 5),
-            soft_labels=source,
-            pixels=normalizer(MEAN, STD),
+            TrainingSet(images, torch.arange(22) % 5, 5, normalizer(MEAN, STD), soft_labels=source),
+            config,
+            RealImages((pictures(10, seed=1), torch.arange(10) % 5)),
             seed=0,
-            device="cpu",
             on_epoch=lambda epoch, loss: losses[-1].append(loss),
         )
     assert losses[0] == losses[1]
@@ -632,7 +617,7 @@ def test_a_digest_names_what_labels_depend_on_and_nothing_else():
 
 
 def small_set(n: int) -> DistilledSet:
-    return bare_set(pictures(n), (torch.arange(n) % 3).sort().values, ("red", "green", "blue"))
+    return set_from_tensors(pictures(n), (torch.arange(n) % 3).sort().values, ("red", "green", "blue"))
 
 
 def alone() -> SimpleNamespace:
