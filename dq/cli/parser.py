@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dq.cli.options import add_options
 from dq.cli.verbs import VERBS
+from dq.core.text import nearest_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,14 +39,14 @@ class Parser(argparse.ArgumentParser):
         if verbs:
             some = ", ".join(verbs[:3]) + (", ..." if len(verbs) > 3 else "")
             return f"{name} is not read, but by {some}; leave it out"
-        near = difflib.get_close_matches(name, list(self._option_string_actions), n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
+        close = nearest_name(name, self._option_string_actions, cutoff=0.6)
+        hint = f"did you mean {close}?" if close else f"see `{self.prog} --help`"
         return f"there is no option {name}; {hint}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            near = difflib.get_close_matches(value, list(action.choices), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(action.choices)}"
+            close = nearest_name(value, action.choices)
+            hint = f"did you mean {close!r}?" if close else f"known: {', '.join(action.choices)}"
             self.error(f"there is no verb {value!r}; {hint}")
         super()._check_value(action, value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -16,6 +15,7 @@ from dq.config.students import StudentConfig
 from dq.config.validation import TYPE_NAMES, bounds, field_hint, is_settings, none_word, optional, unwrap
 from dq.core.bounded_yaml import write_yaml
 from dq.core.errors import InputError
+from dq.core.text import nearest_name
 
 NUMBER, NAME = "N", "NAME"  # stand for an index of a list and a key of a mapping
 
@@ -53,8 +53,8 @@ def explain(key: str) -> list[Setting]:
     chosen = chosen or [r for r in rows if len(parts) == 1 and r.key.rpartition(".")[2] == key]
     if not chosen:
         names = {r.key: r.key for r in reversed(rows)} | {r.key.rpartition(".")[2]: r.key for r in reversed(rows)}
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        hint = f"did you mean {names[near[0]]!r}?" if near else "`dq config` lists all"
+        close = nearest_name(key, names)
+        hint = f"did you mean {names[close]!r}?" if close else "`dq config` lists all"
         raise InputError(f"unknown setting {key!r}; {hint}")
     return chosen
 

@@ -23,9 +23,9 @@ from dq.config.kinds import (
 )
 from dq.config.students import Dtype, check_crops
 from dq.config.teachers import TeacherConfig
-from dq.config.validation import Checked, nearest_name, settings
+from dq.config.validation import Checked, settings
 from dq.core.errors import InputError
-from dq.core.text import short
+from dq.core.text import nearest_name, short
 
 
 @settings

@@ -32,9 +32,10 @@ from dq.config.refinement import RefineConfig
 from dq.config.students import Dtype, EvaluateConfig
 from dq.config.teachers import TeacherConfig, TrainPoolConfig, TrainTeachersConfig
 from dq.config.trajectories import TrainExpertsConfig
-from dq.config.validation import Checked, nearest_name, settings
+from dq.config.validation import Checked, settings
 from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
+from dq.core.text import nearest_name
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"  # configurations that come with the package
 Tracker = Literal["trackio", "tensorboard", "wandb"]

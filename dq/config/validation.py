@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import types
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from pydantic_core import CoreSchema
 
 from dq.config.kinds import NoneAs
 from dq.core.errors import InputError
-from dq.core.text import short
+from dq.core.text import nearest_name, short
 
 C = TypeVar("C")
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -218,15 +217,10 @@ def _type_name(core: Any) -> str:
     return {tuple: "a list", dict: "a mapping"}.get(origin or core, "a value")
 
 
-def nearest_name(name: str, names: Sequence[str]) -> str | None:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return near[0] if near else None
-
-
 def unknown_key(where: str, key: str, names: Sequence[str], parent: str = "", kind: str = "setting") -> str:
     """The sentence on a name that does not exist, with its new name or the nearest one that does."""
     if RENAMED.get(key) in names:
         return f"{where!r} is now called {f'{parent}.{RENAMED[key]}'.lstrip('.')!r}; change the name"
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-    hint = f"did you mean {f'{parent}.{near[0]}'.lstrip('.')!r}?" if near else f"known: {', '.join(sorted(names))}"
+    close = nearest_name(key, names, cutoff=0.4)
+    hint = f"did you mean {f'{parent}.{close}'.lstrip('.')!r}?" if close else f"known: {', '.join(sorted(names))}"
     return f"unknown {kind} {where!r}; {hint}"

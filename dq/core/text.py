@@ -1,7 +1,8 @@
-"""Text of messages: shortened values, first lines, sizes, tables."""
+"""Text of messages: shortened values, similar names, first lines, sizes, tables."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,23 @@ SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring = 3, 6, 12, 120
 def short(value: Any) -> str:
     """A value in an error message: a few lines of YAML can stand for millions."""
     return SHORT.repr(value)
+
+
+def similar_names(name: str, names: Iterable[str], *, count: int = 1, cutoff: float = 0.5) -> list[str]:
+    """At most `count` names similar to one, the most similar first.
+
+    Args:
+        name: the name that does not exist.
+        names: those that exist.
+        count: number of names at most.
+        cutoff: least ratio of `difflib.SequenceMatcher`.
+    """
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=cutoff)
+
+
+def nearest_name(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """The most similar of some names; None if none is similar."""
+    return next(iter(similar_names(name, names, cutoff=cutoff)), None)
 
 
 def format_bytes(n: float) -> str:

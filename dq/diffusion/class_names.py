@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dq.core.errors import InputError
+from dq.core.text import nearest_name
 
 
 def class_indices(
@@ -35,8 +35,8 @@ def class_indices(
     mapping = class_map or {}
     for name in mapping:
         if name not in wanted:
-            near = difflib.get_close_matches(name, wanted, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, wanted[:5]))}"
+            close = nearest_name(name, wanted, cutoff=0.4)
+            hint = f"did you mean {close!r}?" if close else f"it has {', '.join(map(repr, wanted[:5]))}"
             raise InputError(f"generate.class_map names {name!r}, which is no class of the data; {hint}")
     if not generator_names and not mapping and total == len(wanted):
         return list(range(total))

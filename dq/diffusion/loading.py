@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 from dq.core.errors import InputError
 from dq.core.model_files import ModelFiles
 from dq.core.progress import library_bars
+from dq.core.text import nearest_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # arguments of from_pretrained that say where files come from ...
@@ -85,8 +85,8 @@ def check_options(options: Mapping[str, Any], components: Collection[str]) -> No
     known = [*FILES, *WEIGHTS, *components, "subfolder", "use_safetensors", "trust_remote_code", "custom_pipeline"]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes dtype, {', '.join(known)}"
+            close = nearest_name(name, known, cutoff=0.6)
+            hint = f"did you mean {close!r}?" if close else f"it takes dtype, {', '.join(known)}"
             raise InputError(f"from_pretrained has no argument {name!r}; {hint}")
 
 

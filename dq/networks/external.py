@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import pickle
@@ -14,13 +13,14 @@ from torch import nn
 
 from dq.config.students import LIBRARIES
 from dq.core.errors import InputError
+from dq.core.text import similar_names
 
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # overrides the arguments of torch.load
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
     """Return the end of a message that lists similar names, empty without any."""
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = similar_names(name, names, count=3)
     return f"; nearest: {', '.join(near)}" if near else ""
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dq.core.text import markdown_table
+from dq.core.text import markdown_table, nearest_name, similar_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +29,15 @@ def test_a_cell_with_a_bar_is_one_cell() -> None:
 def test_tables_are_written_by_one_function() -> None:
     places = [f for folder in ("dq", "pipelines") for f in (ROOT / folder).rglob("*.py") if '"---:"' in f.read_text()]
     assert places == [ROOT / "dq" / "core" / "text.py"]
+
+
+def test_similar_names_come_with_the_nearest_first() -> None:
+    names = ["cifar10_ddoq", "cifar10_labels", "demo"]
+    assert nearest_name("cifar10_ddog", names) == "cifar10_ddoq"
+    assert nearest_name("cifar10_ddog", names, cutoff=0.99) is None
+    assert similar_names("cifar10_ddog", names, count=3) == ["cifar10_ddoq", "cifar10_labels"]
+
+
+def test_similar_names_are_looked_up_by_one_function() -> None:
+    places = [f for f in (ROOT / "dq").rglob("*.py") if "get_close_matches" in f.read_text()]
+    assert [f.name for f in places] == ["text.py"]
