@@ -69,8 +69,9 @@ def check_recipe(call: Call) -> Checked:
 
 def check_demo(call: Call) -> Checked:
     """Check the demo, which may train its prior first."""
+    from dq.config.methods import check_methods
     from dq.run.checks import check_counts
-    from dq.run.folder import check_folder, check_methods, settle_dtypes
+    from dq.run.folder import check_folder, settle_dtypes
     from dq.run.stages.evaluate import check_evaluation
     from dq.run.stages.prune import check_pruning
 

@@ -158,9 +158,10 @@ def _check_report_settings(config: RunConfig) -> None:
 
 def check_report(call: Call) -> Checked:
     """Check whether a prior can be measured on these images, and open it."""
+    from dq.config.methods import check_methods
     from dq.diffusion.prior.quality import checked_counts
     from dq.run.checks import check_teachers, open_generator
-    from dq.run.folder import check_folder, check_methods, settle_dtypes
+    from dq.run.folder import check_folder, settle_dtypes
 
     source = call.source
     _check_report_settings(call.config)

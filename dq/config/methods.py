@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from dq.config.overrides import apply_settings
 from dq.config.pruning import PruneConfig
-from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig, RunConfig
+from dq.config.schema import GUIDANCE, ClusterConfig, GenerateConfig, MethodConfig, RunConfig
+from dq.config.students import Baseline
 from dq.core.errors import InputError
+from dq.core.text import check_name
 
 OVERRIDABLE = ("prune", "cluster", "generate")  # sections of which a method may have settings of its own
 
@@ -50,3 +52,105 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_methods(config: RunConfig) -> None:
+    """Whether the methods and the numbers of images of a run can be.
+
+    Raises:
+        InputError: for a name or a number that is none or comes twice, or an override or a space that cannot be.
+    """
+    if not config.methods or not config.ipc or min(config.ipc) < 1:
+        raise InputError("a run needs at least one method and ipc values of at least 1")
+    if len(set(config.ipc)) < len(config.ipc):
+        raise InputError(f"ipc={list(config.ipc)} names a number twice; give every number once")
+    for name in config.methods:
+        check_name(name, "the method name")
+        if name in (*get_args(Baseline), "set"):
+            raise InputError(f"the method name {name!r} is that of a baseline; choose another")
+    for method in config.methods:
+        space = resolved_method(config, method).cluster
+        if space.uses_features and not config.teachers:
+            raise InputError(
+                f"method {method!r} has cluster.space={space.space}, which needs a teacher; "
+                "set teachers.0.net and teachers.0.path, or cluster.space=latents"
+            )
+        check_prototypes(config, method)
+        check_selection(config, method)
+
+
+def check_prototypes(config: RunConfig, method: str) -> None:
+    """Whether a method with fewer prototypes than images can draw several images of a prototype.
+
+    Raises:
+        InputError: if there are more prototypes than images, or a prototype has one image and no other.
+    """
+    m, cluster, g, _ = resolved_method(config, method)
+    number = cluster.prototypes_per_class
+    if number is None:
+        return
+    if number > min(config.ipc):
+        raise InputError(
+            f"method {method!r} has cluster.prototypes_per_class={number}, more than ipc={min(config.ipc)}, and every "
+            f"prototype has an image; set it to at most {min(config.ipc)}, or null for ipc"
+        )
+    single = (
+        "representative=real" if m.representative == "real"
+        else "generate.mode=decode" if g.mode == "decode"
+        else "generate.noise=inversion" if g.noise == "inversion"
+        else None
+    )  # fmt: skip
+    if single and number < max(config.ipc):
+        raise InputError(
+            f"method {method!r} has cluster.prototypes_per_class={number} below ipc={max(config.ipc)}, but {single} "
+            "gives one image of a prototype; set prototypes_per_class=null for this method"
+        )
+
+
+def check_selection(config: RunConfig, method: str) -> None:
+    """Whether candidates of a method, the rule that selects among them and its teacher go together.
+
+    Raises:
+        InputError: for candidates without a rule, a rule without candidates or teacher, or a pool as teacher.
+    """
+    m, _, g, _ = resolved_method(config, method)
+    if m.representative == "real" or (g.candidates == 1 and g.select == "none"):
+        return
+    if g.select == "none":
+        raise InputError(
+            f"method {method!r} has generate.candidates={g.candidates} and generate.select=none, which would keep the "
+            "first alone; set generate.select to correct, confident, facility or transport, or candidates=1"
+        )
+    if g.candidates == 1:
+        raise InputError(
+            f"method {method!r} has generate.select={g.select} and one candidate; set generate.candidates to 2 or more"
+        )
+    if g.select_teacher is None or not (g.select_teacher.path or g.select_teacher.net == "transformers"):
+        raise InputError(
+            f"method {method!r} has generate.select={g.select}, which needs a teacher; set "
+            "generate.select_teacher.net and generate.select_teacher.path"
+        )
+    if g.select_teacher.net == "pool":
+        raise InputError(
+            f"method {method!r} has a pool as generate.select_teacher, which is one network; name one of its members"
+        )
+
+
+def check_guidance(config: RunConfig) -> None:
+    """Whether every method that is guided uses a denoiser. `dq prior-report` uses one whatever the mode.
+
+    Raises:
+        InputError: for guidance of images that the codec alone decodes.
+    """
+    for method in config.methods:
+        m, _, g, _ = resolved_method(config, method)
+        if m.representative != "real" and g.mode == "decode" and g.guidance:
+            on = ", ".join(f"generate.{name}={scale:g}" for name, scale in g.guidance.items())
+            off = ", ".join(f"generate.{name}={GUIDANCE[name]:g}" for name in g.guidance)
+            raise InputError(
+                f"method {method!r} has {on}, but generate.mode=decode has no denoiser to guide; set "
+                f"generate.mode=dit or img2img, or {off}"
+            )

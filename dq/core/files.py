@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,12 +252,6 @@ def is_done(path: Path) -> bool:
                 path.unlink()
         return False
     return True
-
-
-def check_name(name: str, what: str) -> None:
-    """Refuse names that could not be a folder or would leave it."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name):
-        raise InputError(f"{what} {name!r} must be letters, digits and _ . + - (it names a folder); choose another")
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:

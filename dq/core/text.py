@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from dq.core.errors import InputError
 
 
 def first_line(e: BaseException) -> str:
@@ -17,6 +20,12 @@ def first_line(e: BaseException) -> str:
 def printable(name: object) -> str:
     """A file name or other text as UTF-8 can hold it: bytes of a name that are no UTF-8 become \\xNN."""
     return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse names that could not be a folder or would leave it."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name):
+        raise InputError(f"{what} {name!r} must be letters, digits and _ . + - (it names a folder); choose another")
 
 
 SHORT = reprlib.Repr()

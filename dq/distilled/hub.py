@@ -20,8 +20,9 @@ from dq.config.students import LabelKind
 from dq.core.bounded_yaml import MAX_DEPTH
 from dq.core.cards import UNKNOWN, own_text, public, split_card
 from dq.core.errors import InputError, RunError
-from dq.core.files import atomic_path, check_name, read_json
+from dq.core.files import atomic_path, read_json
 from dq.core.hub_client import Changes, Repo, Target, client, commit_to, open_repo, sentences
+from dq.core.text import check_name
 from dq.distilled.card import EVALUATION, dataset_card, default_config, write_dataset_card
 from dq.distilled.format import (
     GRID,

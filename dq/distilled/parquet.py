@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
-from dq.core.files import Damaged, atomic_path, check_name, write_json
+from dq.core.files import Damaged, atomic_path, write_json
 from dq.core.seeds import digest_of
-from dq.core.text import first_line
+from dq.core.text import check_name, first_line
 from dq.data.grid import image_grid
 from dq.data.images import open_image
 from dq.distilled.format import (

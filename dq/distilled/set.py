@@ -18,7 +18,8 @@ from torch.utils.data import TensorDataset
 
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
-from dq.core.files import as_path, check_name, read_json
+from dq.core.files import as_path, read_json
+from dq.core.text import check_name
 from dq.distilled.card import write_dataset_card
 from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
 from dq.distilled.hub import download_set, push_folder

@@ -18,10 +18,11 @@ from dq.config.reader import from_dict, to_dict
 from dq.config.students import Baseline, EvaluateConfig, StudentConfig, default_baselines
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import as_path, check_name, is_same_folder
+from dq.core.files import as_path, is_same_folder
 from dq.core.numbers import whole_number
 from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of_tensors
+from dq.core.text import check_name
 from dq.data.load import Loadable, load_source
 from dq.data.source import ImageSource
 from dq.distilled.external import check_classes, load_set

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config.dtypes import device_dtypes, resolve_dtypes
-from dq.config.methods import resolved_method
-from dq.config.schema import GUIDANCE, RunConfig
+from dq.config.methods import check_guidance, check_methods, resolved_method
+from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
-from dq.core.errors import InputError
 from dq.core.model_files import open_model
 from dq.data.source import ImageSource
 from dq.networks.teacher_check import TEACHERS, naming
 from dq.networks.teacher_loading import POOL, PRETRAINED, check_fetched, load_teacher, teacher_file
 from dq.refine.registry import method_of
-from dq.run.folder import check_folder, check_methods, settle_dtypes
+from dq.run.folder import check_folder, settle_dtypes
 from dq.run.refinement import check_codec_path, experts_of, needs_codec, planned, setting_of, stages_of
 from dq.run.stages.evaluate import check_evaluation
 from dq.run.stages.prune import check_pruning
@@ -99,23 +98,6 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str, untrained:
         check_teachers([teacher], len(source.class_names), config.image_size, setting)
     if verb in DRAWS and not untrained:
         warn_of_selectors(config, len(source.class_names))
-
-
-def check_guidance(config: RunConfig) -> None:
-    """Whether every method that is guided uses a denoiser. `dq prior-report` uses one whatever the mode.
-
-    Raises:
-        InputError: for guidance of images that the codec alone decodes.
-    """
-    for method in config.methods:
-        m, _, g, _ = resolved_method(config, method)
-        if m.representative != "real" and g.mode == "decode" and g.guidance:
-            on = ", ".join(f"generate.{name}={scale:g}" for name, scale in g.guidance.items())
-            off = ", ".join(f"generate.{name}={GUIDANCE[name]:g}" for name in g.guidance)
-            raise InputError(
-                f"method {method!r} has {on}, but generate.mode=decode has no denoiser to guide; set "
-                f"generate.mode=dit or img2img, or {off}"
-            )
 
 
 def warn_of_selectors(config: RunConfig, classes: int) -> None:

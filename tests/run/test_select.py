@@ -17,6 +17,7 @@ from runs import full, launch
 
 from dq.cli.main import main
 from dq.cluster.prototypes import Prototypes
+from dq.config.methods import check_guidance, check_methods
 from dq.config.overrides import apply_settings
 from dq.config.pruning import PruneConfig
 from dq.config.reader import from_dict, to_dict
@@ -24,9 +25,9 @@ from dq.config.schema import GenerateConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.files import read_metadata, read_tensors
 from dq.core.seeds import digest_of
-from dq.run.checks import check_guidance, check_plan, check_settings
+from dq.run.checks import check_plan, check_settings
 from dq.run.distill import DistillPipeline
-from dq.run.folder import Run, check_methods, deciding, open_run
+from dq.run.folder import Run, deciding, open_run
 from dq.run.planning.costs import stage_plans
 from dq.run.planning.plan import like_source, plan
 from dq.run.stages import generate as draw

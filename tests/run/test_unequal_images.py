@@ -13,6 +13,7 @@ from runs import full
 
 from dq.cli.main import main
 from dq.cluster.prototypes import Prototypes, images_by_mass
+from dq.config.methods import check_methods
 from dq.config.overrides import apply_settings
 from dq.config.reader import from_dict
 from dq.config.schema import RunConfig
@@ -20,7 +21,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_metadata, read_tensors
 from dq.distilled.set import DistilledSet
 from dq.run.distill import DistillPipeline
-from dq.run.folder import check_methods, class_file, open_run
+from dq.run.folder import class_file, open_run
 from dq.run.planning.plan import like_source, plan
 from dq.run.stages.cluster import cluster, prototype_folder
 from dq.run.stages.encode import encode
