@@ -46,23 +46,46 @@ def check_config(config: RunConfig) -> None:
     Raises:
         InputError: with the path of the setting.
     """
-    from dq.config.methods import resolved_method
+    from dq.config.methods import check_guidance, check_methods
     from dq.config.protocols import student_config
     from dq.config.teachers import only_teacher
 
-    for method in config.methods:
-        resolved_method(config, method)
+    check_methods(config, selector=False)
+    check_guidance(config)
+    _check_networks(config)
     ipcs = [*map(str, config.ipc), *["full"] * ("full" in config.evaluate.baselines)]
     for i, spec in enumerate(config.evaluate.students):
         for ipc in ipcs:
-            student_config(
+            where = f"evaluate.students.{i}"
+            student = student_config(
                 spec,
                 ipc=ipc,
                 classes=10,  # of the data, which are not read; presets depend on it and settings do not
                 image_size=config.image_size,
                 teacher=only_teacher(config.teachers),
-                where=f"evaluate.students.{i}",
+                where=where,
             )
+            _check_network(f"{where}.net", student.net)
+
+
+def _check_networks(config: RunConfig) -> None:
+    from dq.config.methods import resolved_method
+    from dq.config.networks import named_networks
+
+    for setting, name in named_networks(config):
+        _check_network(setting, name)
+    for method in config.methods:
+        resolved = resolved_method(config, method)
+        for section in ("prune", "generate"):
+            for setting, name in named_networks(getattr(resolved, section), f"methods.{method}.override.{section}"):
+                _check_network(setting, name)
+
+
+def _check_network(setting: str, name: str) -> None:
+    from dq.config.networks import is_network, unknown_network
+
+    if not is_network(name):
+        raise InputError(f"{setting}: {unknown_network(name)}")
 
 
 def ls_verb(args: argparse.Namespace) -> None:

@@ -44,6 +44,11 @@ def _as_tuple(value: Any) -> Any:
     return value if value is None or isinstance(value, dict) else (value,)
 
 
+def _settings_as_tuple(value: Any) -> Any:
+    """As `_as_tuple`, with a mapping of settings as a tuple of one."""
+    return (value,) if isinstance(value, dict) else _as_tuple(value)
+
+
 def _text_keys(value: Any) -> Any:
     """YAML reads names such as 10 as numbers."""
     return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
@@ -61,6 +66,7 @@ Auto = Annotated[T | None, NoneAs("auto")]  # chosen from the data, the device o
 Preset = Annotated[T | None, NoneAs("preset")]  # as the preset says
 Off = Annotated[T | None, NoneAs("off")]  # not used
 Many = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
+ManySettings = Annotated[tuple[T, ...], BeforeValidator(_settings_as_tuple)]
 Named = Annotated[dict[str, T], BeforeValidator(_text_keys)]
 PathText = Annotated[str, BeforeValidator(_path_text)]
 NameOrIndex = Annotated[str, BeforeValidator(_index_text)]

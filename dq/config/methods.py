@@ -57,11 +57,15 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
-def check_methods(config: RunConfig) -> None:
-    """Whether the methods and the numbers of images of a run can be.
+def check_methods(config: RunConfig, *, selector: bool = True) -> None:
+    """Check the methods and the numbers of images of a run.
+
+    Args:
+        config: the settings.
+        selector: whether rules of selection must have a teacher already, which `dq distill` trains where it lacks.
 
     Raises:
-        InputError: for a name or a number that is none or comes twice, or an override or a space that cannot be.
+        InputError: for an invalid or repeated name or number, or an override or a space that does not fit.
     """
     if not config.methods or not config.ipc or min(config.ipc) < 1:
         raise InputError("a run needs at least one method and ipc values of at least 1")
@@ -79,7 +83,7 @@ def check_methods(config: RunConfig) -> None:
                 "set teachers.0.net and teachers.0.path, or cluster.space=latents"
             )
         check_prototypes(config, method)
-        check_selection(config, method)
+        check_selection(config, method, selector=selector)
 
 
 def check_prototypes(config: RunConfig, method: str) -> None:
@@ -110,8 +114,13 @@ def check_prototypes(config: RunConfig, method: str) -> None:
         )
 
 
-def check_selection(config: RunConfig, method: str) -> None:
-    """Whether candidates of a method, the rule that selects among them and its teacher go together.
+def check_selection(config: RunConfig, method: str, *, selector: bool = True) -> None:
+    """Check that candidates of a method, the rule that selects among them and its teacher go together.
+
+    Args:
+        config: the settings.
+        method: name of the method.
+        selector: whether the teacher must be named already.
 
     Raises:
         InputError: for candidates without a rule, a rule without candidates or teacher, or a pool as teacher.
@@ -128,6 +137,8 @@ def check_selection(config: RunConfig, method: str) -> None:
         raise InputError(
             f"method {method!r} has generate.select={g.select} and one candidate; set generate.candidates to 2 or more"
         )
+    if g.select_teacher is None and not selector:
+        return
     if g.select_teacher is None or not (g.select_teacher.path or g.select_teacher.net == "transformers"):
         raise InputError(
             f"method {method!r} has generate.select={g.select}, which needs a teacher; set "

@@ -45,6 +45,31 @@ def _assign(node: Any, part: str, value: Any, where: str) -> None:
         raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
 
 
+def _check_sections(pairs: dict[str, Any]) -> None:
+    """Refuse a setting that its section, given too, sets to another value."""
+    for key, value in pairs.items():
+        parts = key.split(".")
+        for n in range(1, len(parts)):
+            section = ".".join(parts[:n])
+            if section in pairs and not _agrees(pairs[section], parts[n:], value):
+                raise InputError(
+                    f"{key} is given twice, as {short(value)} and by {section}={short(pairs[section])}; leave one out"
+                )
+
+
+def _agrees(section: Any, path: list[str], value: Any) -> bool:
+    """Whether the content of a section leaves a setting in it open, or sets it to the same value."""
+    if not path:
+        return bool(section == value)
+    first, *rest = path
+    if isinstance(section, dict):
+        return first not in section or _agrees(section[first], rest, value)
+    if isinstance(section, list):
+        is_entry = first.isdigit() and int(first) < len(section)
+        return not is_entry or _agrees(section[int(first)], rest, value)
+    return False
+
+
 def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
     """A copy of `config` with `key=value` strings (values read as YAML) or a dict of dotted keys applied."""
     if isinstance(settings, list):
@@ -61,7 +86,8 @@ def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
             if key in pairs:
                 raise InputError(f"{key} is given twice, as {short(pairs[key])} and {short(value)}; leave one out")
             pairs[key] = value
-        settings = pairs
+        _check_sections(pairs)
+        settings = dict(sorted(pairs.items(), key=lambda pair: pair[0].count(".")))  # a section before its settings
     data = to_dict(config)
     for key, value in settings.items():
         set_value(data, key, value)

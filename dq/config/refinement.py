@@ -11,6 +11,7 @@ from dq.config.kinds import (
     Auto,
     Count,
     Many,
+    ManySettings,
     NonNegative,
     Off,
     PathText,
@@ -67,9 +68,11 @@ class RefineConfig(Checked):
     """Settings of every method of refinement. A subclass names its `stage`, by which a configuration asks for it."""
 
     stage: Annotated[str, Field(description="method of refinement")] = ""
-    teachers: Annotated[Many[TeacherConfig], Field(description="teachers of this stage; empty: those of the run")] = ()
+    teachers: Annotated[
+        ManySettings[TeacherConfig], Field(description="teachers of this stage; empty: those of the run")
+    ] = ()
     validation_teachers: Annotated[
-        Many[TeacherConfig], Field(description="teachers that only measure the images, before and after")
+        ManySettings[TeacherConfig], Field(description="teachers that only measure the images, before and after")
     ] = ()
     weighted: Annotated[bool, Field(description="whether a batch counts its images by their weights in the set")] = (
         False

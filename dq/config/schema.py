@@ -17,6 +17,7 @@ from dq.config.kinds import (
     Auto,
     Count,
     Many,
+    ManySettings,
     Named,
     NameOrIndex,
     NonNegative,
@@ -307,7 +308,8 @@ class MethodConfig(Checked):
         Field(description="settings of prune, cluster or generate for this method alone, by dotted names"),
     ] = field(default_factory=dict)
     refine: Annotated[
-        Auto[Many[RefineConfig]], Field(description="stages of refinement of this method; auto: those of the run")
+        Auto[ManySettings[RefineConfig]],
+        Field(description="stages of refinement of this method; auto: those of the run"),
     ] = None
 
 
@@ -351,12 +353,15 @@ class RunConfig(Checked):
     prune: Annotated[PruneConfig, Field(description="images of a class that are left out")] = PruneConfig()
     cluster: Annotated[ClusterConfig, Field(description="prototypes of a class")] = ClusterConfig()
     generate: Annotated[GenerateConfig, Field(description="images of the prototypes")] = GenerateConfig()
-    refine: Annotated[Many[RefineConfig], Field(description="stages that change the drawn images, in this order")] = ()
+    refine: Annotated[
+        ManySettings[RefineConfig], Field(description="stages that change the drawn images, in this order")
+    ] = ()
     methods: Annotated[Named[MethodConfig], Field(description="ways to make a set, by name")] = field(
         default_factory=lambda: {"ddoq": MethodConfig()}
     )
     teachers: Annotated[
-        Many[TeacherConfig], Field(description="networks that label views; of several, the mean of their logits")
+        ManySettings[TeacherConfig],
+        Field(description="networks that label views; of several, the mean of their logits"),
     ] = ()
     train_teachers: Annotated[TrainTeachersConfig, Field(description="training of teachers")] = TrainTeachersConfig()
     train_pool: Annotated[TrainPoolConfig, Field(description="pool of weak teachers")] = TrainPoolConfig()
@@ -382,6 +387,11 @@ def load_config(path: str | Path) -> RunConfig:
     if not path.exists() and path.suffix == "" and path.parent == Path("."):
         names = [p.stem for p in sorted(PRESETS_FOLDER.glob("*.yaml"))]
         if path.name not in names:
+            if (PRESETS_FOLDER / "protocols" / f"{path.name}.yaml").is_file():
+                raise InputError(
+                    f"{path.name!r} is a protocol and no configuration; name it in evaluate.students, such as "
+                    f"[{{protocol: {path.name}}}], or with `dq evaluate --protocol {path.name}`"
+                )
             close = nearest_name(path.name, names)
             hint = f"did you mean {close!r}?" if close else "`dq ls` lists those that come with the package"
             raise InputError(f"there is no configuration file {path}; {hint}")
@@ -394,4 +404,4 @@ def load_config(path: str | Path) -> RunConfig:
         line = getattr(getattr(e, "problem_mark", None), "line", None)
         at = f" (line {line + 1})" if line is not None else f" ({e})" if isinstance(e, ValueError) else ""
         raise InputError(f"{path} is not valid YAML{at}; correct it, or start from one of `dq ls`") from None
-    return from_dict(RunConfig, data or {})
+    return from_dict(RunConfig, {} if data is None else data)

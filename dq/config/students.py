@@ -283,11 +283,14 @@ def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _student_columns(students: Any) -> Any:
-    """A student for each kind of labels, in a tuple."""
+    """A student for each kind of labels, in a tuple; one student may stand alone, and a name for a network."""
+    if isinstance(students, (str, Mapping)):
+        students = [students]
     if not isinstance(students, (list, tuple)):
         return students
     columns: list[Any] = []
     for i, student in enumerate(students):
+        student = {"net": student} if isinstance(student, str) else student
         try:
             columns += label_columns(student) if isinstance(student, Mapping) else [student]
         except InputError as e:

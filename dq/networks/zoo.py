@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, get_args
@@ -10,7 +9,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from dq.config.students import LIBRARIES, is_library_net
+from dq.config.networks import SIZED, unknown_network
+from dq.config.students import is_library_net
 from dq.core.errors import InputError
 from dq.core.seeds import seeded
 from dq.networks.classic import (
@@ -28,7 +28,7 @@ from dq.networks.classic import (
     ResNet,
     instance_norm,
 )
-from dq.networks.external import library_net, nearest_names
+from dq.networks.external import library_net
 from dq.networks.frepo_conv import FrepoConv
 from dq.networks.torchvision_like import DenseNet121, MobileNetV2, ShuffleNetV2
 
@@ -75,7 +75,7 @@ def recipe_of(name: str) -> Recipe | None:
 
     Also of a ConvNet of any depth from 2 and any width, such as convnet2w16.
     """
-    sized = re.fullmatch(r"convnet([2-6])w([1-9]\d{0,3})", name)
+    sized = SIZED.fullmatch(name)
     if name in RECIPES or sized is None:
         return RECIPES.get(name)
     depth, width = map(int, sized.groups())
@@ -126,11 +126,7 @@ def make_net(
     base, _, suffix = name.partition("-")
     recipe = recipe_of(base)
     if recipe is None or (suffix and suffix not in SUFFIXES):
-        names = ", ".join([*RECIPES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
-        raise InputError(
-            f"no network is called {name!r}{nearest_names(name, RECIPES)}; choose among {names}, "
-            "the ones without a colon also with -bn, -in or -none for another norm"
-        )
+        raise unknown_network(name)
     if norm is not None and norm not in NORMS:
         raise InputError(f"norm must be 'instance', 'batch' or 'none', not {norm!r}")
     if suffix and norm not in (None, SUFFIXES[suffix]):

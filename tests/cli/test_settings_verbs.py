@@ -16,11 +16,13 @@ from dq.cli.main import main
 from dq.cli.options import GROUPS, LABEL_KINDS
 from dq.cli.parser import build_parser
 from dq.cli.verbs import VERBS
+from dq.config.networks import NETWORKS, NORM_ENDINGS
 from dq.config.reference import explain, reference, setting_names
 from dq.config.refinement import FADRM_PRESETS
 from dq.config.schema import PRESETS_FOLDER, RunConfig, load_config
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
+from dq.networks.zoo import RECIPES, SUFFIXES
 from dq.refine.fadrm import PRESETS
 from dq.refine.registry import METHODS
 
@@ -141,6 +143,8 @@ def test_folder_and_seed_are_those_that_the_verb_reads(verb: str, folder: str, s
 def test_tables_agree_with_the_code() -> None:
     assert get_args(LabelKind) == LABEL_KINDS
     assert tuple(PRESETS) == FADRM_PRESETS
+    assert tuple(RECIPES) == NETWORKS
+    assert tuple(SUFFIXES) == NORM_ENDINGS
     assert {g for v in VERBS.values() for g in v.options.split()} == set(GROUPS)
 
 
@@ -184,6 +188,25 @@ def test_config_explains_one_setting(capsys: pytest.CaptureFixture[str]) -> None
         ("methods: {a: {override: {seed: 1}}}", "methods.a.override may set prune.*"),
         ("seed: 1\nseed: 2", "the key 'seed' is given twice, again in line 2"),
         ("a: [1", "is not valid YAML"),
+        ("[]", "the configuration must be a mapping of settings, not []"),
+        ("methods: {}", "a run needs at least one method"),
+        ("methods: {random: {}}", "the method name 'random' is that of a baseline"),
+        ("ipc: [5, 5]", "ipc=[5, 5] names a number twice"),
+        (
+            "generate: {mode: dit, model: x, candidates: 1, select: correct}",
+            "has generate.select=correct and one candidate",
+        ),
+        ("generate: {autoguidance: 2}", "generate.mode=decode has no denoiser to guide"),
+        (
+            "evaluate: {students: convnett3}",
+            "evaluate.students.0.net: no network is called 'convnett3'; nearest: conv",
+        ),
+        ("teachers: {net: resnet21}", "teachers.0.net: no network is called 'resnet21'; nearest: resnet20"),
+        ("refine: {stage: fadrm, teachers: {net: vgg12}}", "refine.0.teachers.0.net: no network is called 'vgg12'"),
+        (
+            "methods: {a: {override: {prune.net: convnet33}}}",
+            "methods.a.override.prune.net: no network is called 'convnet33'",
+        ),
     ],
 )
 def test_validate_names_what_is_wrong(text: str, message: str, tmp_path: Path, capsys) -> None:
@@ -192,6 +215,12 @@ def test_validate_names_what_is_wrong(text: str, message: str, tmp_path: Path, c
     code, out, err = called("validate", str(path), capsys=capsys)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_validate_says_what_a_protocol_is(capsys) -> None:
+    code, _, err = called("validate", "classic", capsys=capsys)
+    assert code == 2
+    assert "'classic' is a protocol and no configuration; name it in evaluate.students" in err
 
 
 def test_validate_accepts_all_that_comes_with_the_package(capsys) -> None:

@@ -86,6 +86,39 @@ def test_settings_reach_nested_values_and_lists() -> None:
     assert RunConfig().cluster.engine == "auto"
 
 
+def test_one_student_and_one_stage_may_stand_alone() -> None:
+    c = apply_settings(RunConfig(), ["evaluate.students=convnet3", "refine={stage: fadrm}", "teachers={net: vgg11}"])
+    assert c.evaluate.students == ({"net": "convnet3"},)
+    assert [stage.stage for stage in c.refine] == ["fadrm"]
+    assert [t.net for t in c.teachers] == ["vgg11"]
+    one = {"net": "convnet3", "labels": ["hard", "soft"]}
+    assert len(apply_settings(RunConfig(), {"evaluate.students": one}).evaluate.students) == 2
+    two = apply_settings(RunConfig(), ["evaluate.students=[convnet3, {net: vgg11}]"]).evaluate.students
+    assert [s["net"] for s in two] == ["convnet3", "vgg11"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["cluster={n_iter: 5}", "cluster.n_iter=6"],
+        ["cluster.n_iter=6", "cluster={n_iter: 5}"],
+        ["evaluate.students=[{net: vgg11}]", "evaluate.students.0.net=alexnet"],
+        ["generate.select_teacher=off", "generate.select_teacher.net=vgg11"],
+        ["generate={select_teacher: {net: vgg11}}", "generate.select_teacher={path: a}"],
+    ],
+)
+def test_a_section_and_its_setting_must_agree(settings: list[str]) -> None:
+    with pytest.raises(InputError, match=r"is given twice, as .* and by .*; leave one out"):
+        apply_settings(RunConfig(), settings)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_section_and_another_of_its_settings_are_joined(order: int) -> None:
+    settings = ["cluster={n_iter: 5, engine: torch}", "cluster.n_init=3", "cluster.n_iter=5"]
+    c = apply_settings(RunConfig(), settings[::order]).cluster
+    assert (c.n_iter, c.n_init, c.engine) == (5, 3, "torch")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -166,7 +166,7 @@ def wrong_values(hint: Any) -> list[Any]:
     inner, _ = optional(inner)
     core, more = unwrap(inner)
     if get_origin(core) is tuple:
-        return [{"a": 1}, [[[]]]]
+        return [[[[]]]] if is_settings(unwrap(get_args(core)[0])[0]) else [{"a": 1}, [[[]]]]
     wrong: list[Any] = [[], {"a": 1}, "no such word"] if core is not str else [[], 5, True]
     for note in [*notes, *more]:
         if getattr(note, "ge", None) is not None:
