@@ -17,23 +17,26 @@ from dq.diffusion.codec import downscale_of
 
 
 def pipeline_card(folder: Path, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
-    """The README of a pipeline's folder: the text that `dq prior-report` wrote there, or what its files say."""
+    """The README of a pipeline's folder.
+
+    The text that `dq prior-report` wrote there, else one made from the files.
+    """
     from huggingface_hub import ModelCardData
 
-    kept, _ = split_card(old)
+    old_head, _ = split_card(old)
     local = folder / "README.md"
-    own = own_text(local)
-    if MARKER in own:
-        head, body = split_card(own)
+    text = own_text(local)
+    if MARKER in text:
+        head, body = split_card(text)
     elif (folder / "transformer" / "config.json").is_file():
-        head, body = split_card(card_text(folder, license=license or str(kept.get("license", ""))))
+        head, body = split_card(card_text(folder, license=license or str(old_head.get("license", ""))))
     else:
         head = ModelCardData(library_name="diffusers", tags=["diffusers", "dataset-distillation"]).to_dict()
         body = template("dq.diffusion", "pipeline_card.md").render(parts=model_parts(folder))
     body = body.replace(MARKER, "").replace(ANY_REPO, repo_id)
-    stated = kept if "license" in kept else head
+    stated = old_head if "license" in old_head else head
     head = {k: v for k, v in head.items() if k not in LICENSE} | license_head(license, stated)
-    head["tags"] = joined_lists(kept.get("tags"), head.get("tags", []))
+    head["tags"] = joined_lists(old_head.get("tags"), head.get("tags", []))
     return merge_card(old, head, body)
 
 
@@ -64,7 +67,7 @@ def quality_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 
 def protocol_text(records: list[dict[str, Any]]) -> str:
-    """How the numbers of the table were got, in a few sentences."""
+    """How the numbers of the table were measured, in a few sentences."""
     r = records[0]
     names = {"internal_guidance": "internal guidance", "autoguidance": "autoguidance"}
     weaker = "".join(f" with {text} {r[name]:g}" for name, text in names.items() if name in r)
@@ -85,7 +88,7 @@ def protocol_text(records: list[dict[str, Any]]) -> str:
 
 
 def check_card(folder: str | Path) -> None:
-    """Whether a card may be written here.
+    """Check that a card may be written into a folder.
 
     Raises:
         InputError: if it is not the local folder of a DiT pipeline.
@@ -110,16 +113,15 @@ def write_card(
     command: str = "",
     records: list[dict[str, Any]] | None = None,
 ) -> Path:
-    """Write `README.md` of a prior's folder from its files: models, `training.json` of each, `quality.json`.
+    """Write `README.md` of a prior's folder from its files.
 
-    Args:
-        data_name: what it was trained on; goes to the YAML head if it could be a Hub id.
-        license: an identifier such as "cc-by-4.0", or any text.
-        command: that made it.
-        records: of `measure_prior`; None: those of `quality.json`, if it is there.
+    These are the models, `training.json` of each, and `quality.json`. `data_name`, which the prior was trained on,
+    goes to the YAML head if it could be a Hub id. `license` is an identifier such as "cc-by-4.0", or any text.
+    `records` are those of `measure_prior`; None: those of `quality.json`, if it exists.
 
     Raises:
-        InputError, RunError: see `check_card`.
+        InputError: see `check_card`.
+        RunError: see `check_card`.
     """
     check_card(folder)
     path = Path(folder) / "README.md"
@@ -167,14 +169,14 @@ def card_text(
 
 
 def model_parts(folder: Path) -> list[dict[str, Any]]:
-    """The parts of a pipeline's folder that have weights, in numbers."""
-    own = [folder] if (folder / "config.json").is_file() else []
-    found = [*own, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    return [model_part(p) for p in found if (p / "config.json").is_file() and any(p.glob("*.safetensors"))]
+    """Facts of the parts of a pipeline's folder that have weights."""
+    root = [folder] if (folder / "config.json").is_file() else []
+    folders = [*root, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    return [model_part(p) for p in folders if (p / "config.json").is_file() and any(p.glob("*.safetensors"))]
 
 
 def model_part(folder: Path) -> dict[str, Any]:
-    """A model folder in numbers."""
+    """Facts of a model folder: name, sizes, parameters and training."""
     config = read_json(folder / "config.json")
     record = folder / "training.json"
     size, parameters = 0, 0
@@ -202,7 +204,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _training(records: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Lines of the table of trainings: a name, and what each part says of it."""
+    """Lines of the table of trainings: a name and its values."""
 
     def line(name: str, values: list[Any]) -> tuple[str, list[str]]:
         return name, ["not recorded" if v in (None, "", {}) else str(v) for v in values]

@@ -11,19 +11,19 @@ from dq.core.text import nearest_name
 
 
 def class_indices(
-    wanted: Sequence[str],
+    names: Sequence[str],
     generator_names: Mapping[str, str],
     total: int,
     class_map: Mapping[str, str] | None = None,
 ) -> list[int]:
-    """Index of the generator's class for every class of a source: by `class_map`, else by name, else (for a generator
-    without names and with as many classes) by place.
+    """Index of the generator's class for every class of a source.
 
-    A name is the whole text of a class ("tench, Tinca tinca") or one of its synonyms; a whole text wins over a synonym
-    of another class.
+    By `class_map`, else by name, else (for a generator without names and with as many classes) by position. A name is
+    the whole text of a class ("tench, Tinca tinca") or one of its synonyms; a whole text wins over a synonym of
+    another class.
 
     Args:
-        wanted: names of the source's classes.
+        names: of the source's classes.
         generator_names: text of the generator's classes, by index as text.
         total: classes of the generator.
         class_map: name of the source's class -> the generator's name or index.
@@ -34,11 +34,11 @@ def class_indices(
     """
     mapping = class_map or {}
     for name in mapping:
-        if name not in wanted:
-            close = nearest_name(name, wanted, cutoff=0.4)
-            hint = f"did you mean {close!r}?" if close else f"it has {', '.join(map(repr, wanted[:5]))}"
+        if name not in names:
+            close = nearest_name(name, names, cutoff=0.4)
+            hint = f"did you mean {close!r}?" if close else f"it has {', '.join(map(repr, names[:5]))}"
             raise InputError(f"generate.class_map names {name!r}, which is no class of the data; {hint}")
-    if not generator_names and not mapping and total == len(wanted):
+    if not generator_names and not mapping and total == len(names):
         return list(range(total))
     exact: dict[str, list[int]] = {}
     synonyms: dict[str, list[int]] = {}
@@ -46,25 +46,25 @@ def class_indices(
         exact.setdefault(text.strip(), []).append(int(index))
         for part in dict.fromkeys(p.strip() for p in text.split(",")):
             synonyms.setdefault(part, []).append(int(index))
-    return [_index(name, mapping.get(name), exact, synonyms, total) for name in wanted]
+    return [_index(name, mapping.get(name), exact, synonyms, total) for name in names]
 
 
 def _index(
     name: str, mapped: str | None, exact: dict[str, list[int]], synonyms: dict[str, list[int]], total: int
 ) -> int:
-    wanted = name if mapped is None else str(mapped)
-    matches = exact.get(wanted.strip()) or synonyms.get(wanted.strip()) or []
+    label = name if mapped is None else str(mapped)
+    matches = exact.get(label.strip()) or synonyms.get(label.strip()) or []
     if len(matches) > 1:
         raise InputError(
-            f"{len(matches)} classes of the generator are called {wanted!r} ({', '.join(map(str, matches))}); say "
+            f"{len(matches)} classes of the generator are called {label!r} ({', '.join(map(str, matches))}); say "
             f"which one by its index: generate.class_map: {{{name}: {matches[0]}}}"
         )
-    if not matches and mapped is not None and wanted.isdigit():
-        matches = [int(wanted)]
+    if not matches and mapped is not None and label.isdigit():
+        matches = [int(label)]
     if not matches or not 0 <= matches[0] < total:
-        asked = f"class {name!r}" if mapped is None else f"class {name!r} (class_map: {wanted!r})"
+        missing = f"class {name!r}" if mapped is None else f"class {name!r} (class_map: {label!r})"
         raise InputError(
-            f"the generator ({total} classes) lacks {asked}; "
+            f"the generator ({total} classes) lacks {missing}; "
             "map it with generate.class_map: {name: the generator's name or index}"
         )
     return matches[0]

@@ -41,25 +41,25 @@ def sample_latents(
     num_inference_steps: int,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Latents of classes, denoised over the whole time grid from Gaussian noise times the scheduler's
-    `init_noise_sigma`.
+    """Sample latents of classes from noise, as diffusers' pipelines do.
 
-    That is how diffusers' pipelines start. It is not the forward process at the first timestep: a grid of few leading
-    steps begins where a part of the image is left, and Euler's deviation is sqrt(sigma^2 + 1) rather than sigma.
+    They are denoised over the whole time grid from Gaussian noise times the scheduler's `init_noise_sigma`. That is
+    not the forward process at the first timestep: a grid of few leading steps begins where a part of the image is
+    left, and Euler's deviation is sqrt(sigma^2 + 1) rather than sigma.
 
     Args:
-        transformer: a class-conditional DiT of diffusers.
-        scheduler: of diffusers, diffusion or flow matching.
+        model: what is sampled, and how.
         classes: class of each latent, an index of the DiT's own.
         generators: one CPU generator per latent, of which it draws all its randomness.
+        guidance_scale: weight of classifier-free guidance; 1 is none.
+        num_inference_steps: steps of the scheduler.
         noise: (B, C, h, w), in place of a draw from the generators.
-        predict: in place of the transformer's own prediction; see `dq.diffusion.weaker_models`.
 
     Returns:
         (B, C, h, w) float32 in the denoiser's space, on its device.
 
     Raises:
-        InputError: if there is no scheduler, or it starts where the prediction says nothing of the image.
+        InputError: if there is no scheduler, or it starts where the prediction does not depend on the image.
         RunError: if the result is not finite.
     """
     transformer, scheduler = model.transformer, model.scheduler
@@ -84,9 +84,10 @@ def sample_latents(
 def noise_of_images(
     generator: torch.Generator | Sequence[torch.Generator] | None, shape: tuple[int, int, int, int]
 ) -> tuple[Tensor, list[torch.Generator]]:
-    """Start noise (B, C, h, w) float32 as diffusers' `randn_tensor` draws it, and a CPU generator for each image.
+    """Initial noise as diffusers' `randn_tensor` draws it, and generators.
 
-    The steps of schedulers that draw noise take it from the latter.
+    The noise is (B, C, h, w) float32. There is a CPU generator for each image, for the steps of schedulers that draw
+    noise.
 
     Args:
         generator: one for all images, one for each, or None for fresh noise; on any device.

@@ -1,5 +1,7 @@
-"""Autoencoders of latent diffusion models, all seen in one way: images in [-1, 1] on one side, latents in the space
-the denoiser sees on the other."""
+"""Autoencoders of latent diffusion models behind one interface.
+
+Images are in [-1, 1], latents in the space that the denoiser sees.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,16 @@ def load_codec(
     A pipeline repository may be given as it is: its `vae/` is taken.
 
     Args:
+        path: folder or repository.
+        subfolder: of the autoencoder in it; None: found by its files.
+        revision: of a repository.
         dtype: by name or torch's; "auto" is what the device is fast in.
         device: where it goes; None: where `weights` says.
         files: those of `path`, if they have been looked up.
         **weights: further arguments of diffusers' from_pretrained, such as `variant`.
 
     Raises:
-        InputError: if there is no such model, or it is of a class that `dq` does not know.
+        InputError: if there is no such model, or its class is not supported.
     """
     import diffusers
 
@@ -76,7 +81,7 @@ def load_codec(
 
 
 def codec_digest(codec: Codec) -> str:
-    """Digest of what the codec computes: its class, its config without bookkeeping, its weights."""
+    """Digest of the class, config and weights of a codec."""
     config = {k: v for k, v in codec.config.items() if not k.startswith("_")}
     return digest_of([type(codec).__name__, config, digest_of_tensors(codec.state_dict())])
 
@@ -89,7 +94,7 @@ def downscale(codec: Codec) -> int:
 
 
 def downscale_of(config: Mapping[str, Any]) -> int:
-    """Pixels per latent cell along one side, of the configuration of an autoencoder."""
+    """Pixels per latent cell along one side, by an autoencoder's configuration."""
     return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
 
@@ -108,15 +113,14 @@ def encode_latents(
     posterior: Literal["mean", "sample"] = "mean",
     generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Encode images (n, 3, H, W) in [-1, 1] to latents (n, C, h, w) float32 in the denoiser's space.
+    """Encode images in [-1, 1] to latents in the denoiser's space.
 
-    For `AutoencoderKL` that is (z - shift) * scaling; `AutoencoderTiny` is there already; `AutoencoderDC` has a
-    scaling factor. Where the config has channel statistics (`latents_mean` and `latents_std`), (z - mean) / std takes
-    the place of z - shift, for every class.
+    Images (n, 3, H, W) become latents (n, C, h, w) float32. For `AutoencoderKL` these are (z - shift) * scaling;
+    `AutoencoderTiny` needs no scaling; `AutoencoderDC` has a scaling factor. Where the config has channel statistics
+    (`latents_mean` and `latents_std`), (z - mean) / std takes the place of z - shift, for every class.
 
-    Args:
-        posterior: "sample" draws from the KL posterior with one CPU generator per image; the two other codecs are
-            deterministic and ignore it.
+    `posterior` "sample" draws from the KL posterior with one CPU generator per image; the two other codecs are
+    deterministic and ignore it.
 
     Raises:
         RunError: if the result is not finite (half precision overflows in some autoencoders).
@@ -144,7 +148,10 @@ def encode_latents(
 
 
 def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
-    """Decode latents (n, C, h, w) of the denoiser's space to images (n, 3, H, W) float32, clipped to [-1, 1]."""
+    """Decode latents of the denoiser's space to images in [-1, 1].
+
+    Latents (n, C, h, w) become images (n, 3, H, W) float32, clipped.
+    """
     parameter = next(codec.parameters())
     z = latents.to(parameter.device).float()
     shift, scale = _affine(codec, z)
@@ -159,7 +166,10 @@ def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
 
 
 def _affine(codec: Codec, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """shift and scale such that (z - shift) * scale lies in the denoiser's space."""
+    """Shift and scale from the codec's latents to the denoiser's.
+
+    (z - shift) * scale lies in the denoiser's space.
+    """
     config = codec.config
     # AutoencoderTiny's factor is 1 by design; its scale_latents() only maps to [0, 1] for display
     tiny = type(codec).__name__ == "AutoencoderTiny"
@@ -177,14 +187,11 @@ def _affine(codec: Codec, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
 
 
 def normalized(codec: Codec, mean: Tensor, std: Tensor) -> Codec:
-    """A copy of the codec, in float32, whose latents z of the denoiser's space have become (z - mean) / std.
+    """A codec whose latents are (z - mean) / std, in float32.
 
-    In an `AutoencoderKL` with 1x1 convolutions around its latents the statistics go into their weights, so that stock
-    pipelines, which know nothing but a scaling factor, decode rightly. Elsewhere they go into the config as
-    `latents_mean` and `latents_std`, which `encode_latents` and `decode_latents` obey.
-
-    Args:
-        mean, std: (C,) by channel.
+    `mean` and `std` are (C,). In an `AutoencoderKL` with 1x1 convolutions around its latents the statistics go into
+    their weights, so that stock pipelines, which have only a scaling factor, decode correctly. Elsewhere they go into
+    the config as `latents_mean` and `latents_std`, which `encode_latents` and `decode_latents` use.
 
     Raises:
         RunError: if a channel does not vary.
@@ -225,7 +232,10 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def to_unit(images: Tensor, size: int | None = None) -> Tensor:
-    """Images in [-1, 1] to [0, 1], shrunk or enlarged to `size` px (bicubic, widened kernel when shrinking)."""
+    """Images in [-1, 1] to [0, 1], resized to `size` px.
+
+    Bicubic, with a kernel widened when shrinking.
+    """
     x = images.float() * 0.5 + 0.5
     if size is not None and x.shape[-1] != size:
         x = torch.nn.functional.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)

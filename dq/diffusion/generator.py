@@ -62,7 +62,7 @@ STOCK_CLASS = {"dit": "DiTPipeline", "img2img": "StableDiffusionImg2ImgPipeline"
 
 
 class LatentGenerator(DiffusionPipeline):
-    """Images of latent points, and of classes, by the stock components of a diffusion model.
+    """Images of latent points and of classes by a diffusion model.
 
     What it saves loads in stock diffusers: an autoencoder alone (mode `decode`), a class-conditional DiT (`dit`), or
     Stable Diffusion (`img2img`). Open it by `from_pretrained` of this class; `DiffusionPipeline.from_pretrained` would
@@ -145,9 +145,10 @@ class LatentGenerator(DiffusionPipeline):
 
     @classmethod
     def from_settings(cls, codec: CodecConfig, generate: GenerateConfig) -> Self:
-        """The generator that settings name, with its codec; for `generate.mode=decode`, the codec alone.
+        """The generator and codec of some settings.
 
-        `dtype: auto` is that of the device of `default_device`; a run resolves it beforehand.
+        For `generate.mode=decode` it is the codec alone. `dtype: auto` is that of the device of `default_device`; a
+        run resolves it beforehand.
 
         Raises:
             InputError: if no codec is named, or one of the models cannot be loaded.
@@ -168,15 +169,11 @@ class LatentGenerator(DiffusionPipeline):
         max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as a stock folder: `DiTPipeline` or Stable Diffusion opens it, and so does this class.
+        """Save as a stock folder, which `DiTPipeline` or Stable Diffusion opens.
 
         An autoencoder without other components is saved as it is, since diffusers has no pipeline of it alone:
-        `AutoModel` and `AutoencoderKL` open the folder.
-
-        Args:
-            safe_serialization: True; weights are not pickled.
-            variant: as for diffusers, such as "fp16": a part of the names of the weights.
-            max_shard_size: as for diffusers.
+        `AutoModel` and `AutoencoderKL` open the folder. `variant`, such as "fp16", and `max_shard_size` are those of
+        diffusers.
 
         Raises:
             InputError: if weights were to be pickled, or the path is a file.
@@ -221,11 +218,11 @@ class LatentGenerator(DiffusionPipeline):
     # --- prototypes -> images -------------------------------------------------------------------------------------
 
     def check_inputs(self, config: GenerateConfig, resolution: int, class_names: Sequence[str]) -> list[int]:
-        """Check that these components can draw these classes; returns the generator's class index per class.
+        """Check the components; return the generator's class index per class.
 
         Raises:
-            InputError: for a missing component, a codec or a scheduler that does not fit the denoiser, a start that is
-                none, or a class it lacks.
+            InputError: for a missing component, a codec or a scheduler that does not fit the denoiser, an invalid
+                start, or a class it lacks.
         """
         required: tuple[str, ...] = {"decode": (), **REQUIRED}[config.mode]
         for part in required:
@@ -250,7 +247,7 @@ class LatentGenerator(DiffusionPipeline):
         return list(range(len(class_names)))
 
     def condition_ids(self, class_names: Sequence[str], class_map: dict[str, str] | None = None) -> list[int]:
-        """Class index of the DiT for every class of the source; see `class_indices`."""
+        """The DiT's class index per class of the source; see `class_indices`."""
         total = int(self.transformer.config.num_embeds_ada_norm)
         return class_indices(class_names, self.config.id2label or {}, total, class_map)
 
@@ -260,12 +257,12 @@ class LatentGenerator(DiffusionPipeline):
         Its SNR and strength do not depend on `noise`, `rescale` and the guidance.
 
         Raises:
-            InputError: for a scheduler that does not fit what the model predicts, or a start that is none.
+            InputError: for a scheduler that does not fit what the model predicts, or an invalid start.
         """
         return None if config.mode == "decode" else self._trajectory(config)[1]
 
     def _trajectory(self, config: GenerateConfig) -> tuple[Any, Start]:
-        """A scheduler with its time grid, and where on it the trajectory begins."""
+        """A scheduler with its time grid, and the start of the trajectory."""
         chosen = choose_scheduler(self.scheduler, config.scheduler)
         if config.noise == "inversion" and is_random(chosen):
             raise InputError(
@@ -288,7 +285,7 @@ class LatentGenerator(DiffusionPipeline):
         *,
         image_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate images of classes from pure noise, the same as `DiTPipeline` does from the same generators.
+        """Generate images of classes from noise, exactly as `DiTPipeline` does.
 
         Args:
             class_labels: class of each image, by the DiT's own index or its name in `config.id2label`; one or several.
@@ -339,7 +336,7 @@ class LatentGenerator(DiffusionPipeline):
         image_size: int | None,
         **options: Any,
     ) -> Tensor:
-        """Images (B, 3, H, W) of classes from noise (B, C, h, w), in batches."""
+        """Images (B, 3, H, W) of classes from their noise."""
         model, parts = ClassModel(self.transformer, self.scheduler), []
         starts = range(0, len(labels), IMAGES_AT_ONCE)
         for first in progress(starts, desc="generate", unit="batch", main=len(starts) > 1):
@@ -350,7 +347,7 @@ class LatentGenerator(DiffusionPipeline):
         return torch.cat(parts) if parts else torch.zeros(0, 3, side, side)
 
     def _class_numbers(self, class_labels: Sequence[int | str] | np.ndarray | Tensor | int | str) -> list[int]:
-        """The DiT's index of each class, given one or several by index or name."""
+        """The DiT's indices of classes given by index or name."""
         plain = class_labels.tolist() if isinstance(class_labels, (np.ndarray, np.generic, Tensor)) else class_labels
         return [self._class_index(c) for c in (plain if isinstance(plain, (list, tuple, range)) else [plain])]
 
@@ -376,11 +373,9 @@ class LatentGenerator(DiffusionPipeline):
         image_size: int | None = None,
         masses: Tensor | None = None,
     ) -> Tensor:
-        """Draw images from latent points: noise to the start, denoise under the class, decode.
+        """Draw images from latent points: noise, denoise, decode.
 
-        The model runs in its own precision, the trajectory between its calls in float32. `config` also says how the
-        point is noised (`noise`), where on the trajectory there is guidance (`guidance_interval`), see
-        `dq.diffusion.sampling`, and how prototypes guide the predicted images, see `dq.diffusion.guidance`.
+        The model runs in its own precision, the trajectory between its calls in float32.
 
         Args:
             latents: (B, C, h, w) float32 in the denoiser's space.
@@ -388,6 +383,8 @@ class LatentGenerator(DiffusionPipeline):
             generators: one CPU generator per image; an image depends on nothing else in the batch, unless
                 `config.together`: then this is a class, of `batch_size` images at a time. Not advanced with
                 `noise="inversion"`.
+            config: start, noise and guidance; see `dq.diffusion.sampling` and `dq.diffusion.guidance`.
+            class_names: names of the classes, for prompts.
             condition_ids: the generator's index per class, from `check_inputs`.
             image_size: side in px of the result; None keeps the codec's.
             masses: (B,) of the images, where the prototypes of the class guide them as a measure; None: uniform.
@@ -422,7 +419,7 @@ class LatentGenerator(DiffusionPipeline):
         config: GenerateConfig,
         masses: Tensor | None,
     ) -> Tensor:
-        """Noise latent points (B, C, h, w) to the start and denoise them under all guidance of `config`."""
+        """Noise latent points (B, C, h, w) and denoise them with guidance."""
         scheduler, start = self._trajectory(config)
         steps = limited(guided_prediction, plain, scheduler, config.guidance_interval)
         steps = by_prototypes(steps, scheduler, start, points, config, masses)
@@ -431,7 +428,7 @@ class LatentGenerator(DiffusionPipeline):
         return denoise(steps, scheduler, clean, start, generators, noise=noise, guidance=scales)
 
     def prediction(self, internal_guidance: float = 1.0, autoguidance: float = 1.0) -> ClassPredict:
-        """The DiT as a function of (x, t, class), guided by its weaker versions; see `WeakerModels.prediction`."""
+        """The DiT as a function of (x, t, class); see `WeakerModels.prediction`."""
         return self.weaker.prediction(self.transformer, internal_guidance, autoguidance)
 
     def _classes(self, labels: Sequence[int], condition_ids: Sequence[int] | None, device: torch.device) -> Tensor:

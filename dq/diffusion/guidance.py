@@ -1,8 +1,8 @@
-"""Guidance by prototypes: of an image by its own, and of the images of a class by all of them and by one another.
+"""Guidance of images by their prototypes and by one another.
 
-Each changes the predicted x_0 at a stretch of the time grid and makes the model output again from it, so that any
-scheduler takes it. Guidance of a class needs its images in one call: they go through the model in chunks, and what one
-does depends on the others, so that neither batch size nor the number of processes matters.
+Each kind changes the predicted x_0 in an interval of the time grid and recomputes the model output from it, so that it
+works with any scheduler. Guidance of a class needs its images in one call: they go through the model in chunks, and
+each depends on the others, so that neither batch size nor the number of processes matters.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ def by_prototypes(
     config: GenerateConfig,
     masses: Tensor | None = None,
 ) -> list[Predict]:
-    """What `config` asks for of the three kinds of guidance, in this order: `prototype_guidance`, `measure_guidance`,
-    `repulsion`. Without any, `predicts` as they are.
+    """Apply `prototype_guidance`, `measure_guidance` and `repulsion`, in this order.
+
+    Without any of them `predicts` is returned as it is.
 
     Args:
         predicts: one for every entry of `scheduler.timesteps`.
+        scheduler: with its time grid set.
+        start: where the trajectory begins.
         points: (B, C, h, w), the prototype of each image; for guidance of a class these are all of its images.
+        config: strengths and intervals.
         masses: (B,) of the images; None: uniform.
     """
     steps = toward(
@@ -67,18 +71,14 @@ def by_prototypes(
 def toward(
     predicts: Sequence[Predict], scheduler: Any, start: Start, target: Tensor, *, share: float, stop: float
 ) -> list[Predict]:
-    """Mode guidance: x_0' = x_0 + share * (target - x_0) in the first `stop` share of the steps from `start` on.
+    """Prototype guidance: x_0' = x_0 + share * (target - x_0).
 
-    The model output is made again from x_0' and the same x, so any scheduler takes it. MGD3 (Chan-Santiago et al.
-    2025) adds a multiple of (target - x_0) times the noise level to the predicted noise, which moves x_0 most where
-    the noise is strong; here x_0 goes the same share of the way at every level, and 1 sets it to the target whatever
-    the schedule.
+    It acts in the first `stop` share of the model evaluations from `start` on. MGD3 (Chan-Santiago et al. 2025) adds a
+    multiple of (target - x_0) times the noise level to the predicted noise, which moves x_0 most where the noise is
+    strong; here x_0 moves by the same share at every level, and 1 sets it to the target whatever the schedule.
 
-    Args:
-        predicts: one for every entry of `scheduler.timesteps`.
-        target: (B, C, h, w), the prototypes.
-        share: 0 returns `predicts` as they are.
-        stop: in [0, 1], of the model evaluations that are left at `start`.
+    `predicts` has one entry for every one of `scheduler.timesteps`, and `target` (B, C, h, w) holds the prototypes.
+    With `share` 0 `predicts` is returned as it is.
     """
     if share == 0:
         return list(predicts)
@@ -109,13 +109,12 @@ def moved_by(
     start: Start,
     interval: Sequence[float],
 ) -> list[Predict]:
-    """Predictions whose x_0 is x_0 + move(x_0) between two shares of the steps from `start` on.
+    """Predictions whose x_0 is x_0 + move(x_0) in an interval.
 
-    Args:
-        move: from the predicted x_0 (B, C, h, w) of all images to their steps, of the same shape.
-        predicts: one for every entry of `scheduler.timesteps`.
-        interval: of the model evaluations that are left at `start`, two rising shares in [0, 1]. An entry at which
-            predicted noise says nothing of the image (signal 0) is left out.
+    `move` maps the predicted x_0 (B, C, h, w) of all images to their steps, of the same shape. `predicts` has one
+    entry for every one of `scheduler.timesteps`. `interval` holds two rising shares, in [0, 1], of the model
+    evaluations that are left at `start`. An entry at which predicted noise does not depend on the image (signal 0) is
+    left out.
     """
     kind = prediction_type(scheduler)
 
@@ -145,16 +144,16 @@ def measure_step(
     n_iter: int,
     image_masses: Tensor | None = None,
 ) -> Tensor:
-    """A step of the images of a class towards the quantizer as a measure (DMGD, arXiv 2605.03877):
-    share * (T points / rowsum T - x_0), T the entropic plan from the images to the points with their masses.
+    """Step of a class's images towards the prototypes as a measure.
 
-    Points that come several times, each with a part of their mass, are as one.
+    share * (T points / rowsum T - x_0), T the entropic plan from the images to the points with their masses (DMGD,
+    arXiv 2605.03877). Points that come several times, each with a part of their mass, count as one.
 
     Args:
         clean: (B, C, h, w), the predicted images of a class, all of them.
         points: (K, C, h, w).
         masses: (K,), sums to 1.
-        share: of the way to the barycentric projection.
+        share: of the step to the barycentric projection.
         entropy: in units of the mean cost between images and points by their masses. The paper has 0.1.
         n_iter: Sinkhorn iterations. The paper has 5.
         image_masses: (B,), sums to 1; None: uniform, as in the paper.
@@ -170,12 +169,12 @@ def measure_step(
 
 
 def repulsion_step(clean: Tensor, *, rate: float, ridge: float) -> Tensor:
-    """A step that keeps the images of a class apart: -rate |x|^2 grad of -log det(K + ridge I), K their cosines.
+    """Repulsion: -rate |x|^2 times the gradient of -log det(K + ridge I).
 
-    The published step (CVPR 2026, of which we have a note alone) moves the noisy latents. Here it moves the predicted
-    images, whose directions are not those of the noise, and |x|^2 makes it grow with the latents, so that `rate` does
-    not depend on their length. The gradient is closed: with u = x / |x| it is -2 (K + ridge I)^-1 u, less its part
-    along u, over |x|.
+    K holds the cosines of the images of a class. The published step (CVPR 2026, of which only a note was available)
+    moves the noisy latents. Here it moves the predicted images, whose directions are not those of the noise, and |x|^2
+    makes it grow with the latents, so that `rate` does not depend on their length. The gradient is closed: with u = x
+    / |x| it is -2 (K + ridge I)^-1 u, less its part along u, over |x|.
 
     Args:
         clean: (B, C, h, w), the predicted images of a class, all of them.
@@ -192,8 +191,10 @@ def repulsion_step(clean: Tensor, *, rate: float, ridge: float) -> Tensor:
 
 
 def in_chunks(predict: ClassPredict, size: int) -> ClassPredict:
-    """A model that is called on `size` images at a time, or fewer where memory is short; the same result, up to the
-    rounding with which batch sizes differ."""
+    """Call a model on at most `size` images at a time.
+
+    Fewer where memory is short. The result is the same, up to the rounding with which batch sizes differ.
+    """
 
     def chunked(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         def part(first: int) -> Tensor:

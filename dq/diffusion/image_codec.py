@@ -1,4 +1,4 @@
-"""A codec as a differentiable map from latents to images of a given side, and back."""
+"""Codec as a differentiable map between latents and images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENCODED_AT_ONCE = 32  # images
 
 @dataclass(frozen=True)
 class ImageCodec:
-    """A frozen float32 autoencoder between latents of the denoiser's space and images in [0, 1]."""
+    """A frozen float32 autoencoder between latents and images in [0, 1]."""
 
     codec: Codec
     resolution: int  # px at which the autoencoder sees images
@@ -25,7 +25,7 @@ class ImageCodec:
 
     @staticmethod
     def of(codec: Codec, resolution: int, side: int, device: torch.device | str = "cpu") -> ImageCodec:
-        """A float32 copy of an autoencoder on a device, without gradients of its weights.
+        """A frozen float32 copy of an autoencoder on a device.
 
         float32 whatever `codec.dtype` is: gradients through a decoder in half precision underflow.
 
@@ -37,10 +37,11 @@ class ImageCodec:
         return ImageCodec(copy.deepcopy(codec).float().eval().requires_grad_(False).to(device), resolution, side)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, 3, side, side) in [0, 1] of latents (n, C, h, w), with a graph.
+        """Decode latents to images in [0, 1], with gradients.
 
-        Decoded pixels are clipped, as the generator clips them, so that those beyond black and white pass no gradient
-        on; then they are averaged over areas (enlarged bicubically, where `side` exceeds the resolution).
+        Latents (n, C, h, w) become images (n, 3, side, side). Decoded pixels are clipped, as the generator clips them,
+        so that those beyond black and white pass no gradient; then they are averaged over areas (enlarged bicubically,
+        where `side` exceeds the resolution).
         """
         x = decode_latents(self.codec, latents)
         if self.side >= self.resolution:
@@ -49,8 +50,11 @@ class ImageCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (n, C, h, w) of images (n, 3, S, S), uint8 or float in [0, 1], brought to the codec's resolution;
-        the mean where the codec gives a distribution."""
+        """Encode images, resized to the codec's resolution.
+
+        Images (n, 3, S, S), uint8 or float in [0, 1], become latents (n, C, h, w): the mean where the codec gives a
+        distribution.
+        """
         parts = []
         for part in images.split(ENCODED_AT_ONCE):
             x = part.float() / 255 if part.dtype == torch.uint8 else part.float()
@@ -59,7 +63,7 @@ class ImageCodec:
 
 
 def check_image_codec(codec: Codec) -> None:
-    """Whether latents of a codec can be optimized.
+    """Check that latents of a codec can be optimized.
 
     Raises:
         InputError: if it lacks the encoder or the decoder.

@@ -1,4 +1,4 @@
-"""What a network makes of every train image, kept for all later runs: latents of a codec, features of a teacher.
+"""Cache of the latents of all train images.
 
 Runs of images are the units of work. A run has one file, in which rows lie class by class, so that a class is read in
 slices of a few files. Which images belong to which file depends on the data alone.
@@ -44,9 +44,11 @@ def open_cache(
     *,
     flip: bool = False,
 ) -> LatentCache:
-    """The cache folder of this combination of data, codec and settings, with its manifest written; `flip`: of the
-    mirrored images."""
-    identity = _whole_identity(source, codec, config, seed)
+    """The cache folder of data, codec and settings, with its manifest written.
+
+    `flip` is for latents of the mirrored images.
+    """
+    identity = _full_identity(source, codec, config, seed)
     if flip:
         identity["flip"] = True
     key = digest_of(identity)
@@ -57,19 +59,21 @@ def open_cache(
 
 
 def latents_key(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> str:
-    """The key of the cache that `open_cache` opens. Nothing is written."""
-    return digest_of(_whole_identity(source, codec, config, seed))
+    """The key of `open_cache`'s cache, without writing."""
+    return digest_of(_full_identity(source, codec, config, seed))
 
 
-def _whole_identity(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> dict[str, Any]:
-    own = str(next(codec.parameters()).dtype).removeprefix("torch.")
-    dtype = own if config.dtype == "auto" else config.dtype
+def _full_identity(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> dict[str, Any]:
+    codec_dtype = str(next(codec.parameters()).dtype).removeprefix("torch.")
+    dtype = codec_dtype if config.dtype == "auto" else config.dtype
     return {**_identity(source, config, seed), "codec": codec_digest(codec), "dtype": dtype}
 
 
 def _identity(source: ImageSource, config: CodecConfig, seed: int) -> dict[str, Any]:
-    """What decides latents beside the codec. The seed matters only where latents are drawn; batch size and process
-    count never do."""
+    """What decides latents beside the codec.
+
+    The seed matters only where latents are drawn; batch size and process count never do.
+    """
     return {
         "data": source.fingerprint,
         "resolution": config.resolution,
@@ -81,22 +85,22 @@ def _identity(source: ImageSource, config: CodecConfig, seed: int) -> dict[str, 
 
 
 def cached_dtype(cache_dir: str | Path, source: ImageSource, config: CodecConfig, seed: int, dtype: str) -> str:
-    """The dtype of latents of these images that are in the cache folder already, else `dtype`.
+    """The dtype of existing latents of these images, else `dtype`.
 
     `dtype` is preferred, and nothing is loaded unless latents were made in another.
     """
-    wanted = _identity(source, config, seed)
-    made: dict[str, set[str]] = {}  # dtype -> digests of codecs
+    identity = _identity(source, config, seed)
+    digests: dict[str, set[str]] = {}  # dtype -> those of codecs
     for manifest in sorted(Path(cache_dir).glob("latents-*/manifest.json")):
         if is_done(manifest):
             facts = read_json(manifest)
-            if {k: facts.get(k) for k in wanted} == wanted:
-                made.setdefault(facts["dtype"], set()).add(facts["codec"])
-    if not set(made) - {dtype}:
+            if {k: facts.get(k) for k in identity} == identity:
+                digests.setdefault(facts["dtype"], set()).add(facts["codec"])
+    if not set(digests) - {dtype}:
         return dtype
-    for candidate in (dtype, *(d for d in made if d != dtype)):
+    for candidate in (dtype, *(d for d in digests if d != dtype)):
         codec = load_codec(config.path, subfolder=config.subfolder, revision=config.revision, dtype=candidate)
-        if codec_digest(codec) in made.get(candidate, ()):
+        if codec_digest(codec) in digests.get(candidate, ()):
             return candidate
     return dtype
 
@@ -114,7 +118,7 @@ def encode_source(
     """Encode the images that the cache lacks; see `fill`.
 
     Raises:
-        InputError: if latents do not fit into float16, in which they are kept.
+        InputError: if latents do not fit into float16, in which they are stored.
     """
     sampled = config.posterior == "sample"
 

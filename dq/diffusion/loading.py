@@ -1,4 +1,4 @@
-"""What is read, honoured or refused when a model of diffusers is opened."""
+"""Arguments and files of diffusers models: what is read or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARTS = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     "StableDiffusionImg2ImgPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
 }
-# keys of a codec's config that its class ignores: latent statistics, which `dq.diffusion.codec` obeys, and what
+# keys of a codec's config that its class ignores: latent statistics, which `dq.diffusion.codec` uses, and what
 # AutoencoderTiny writes by itself
 HARMLESS = {"latents_mean", "latents_std"}
 OF_TINY = {"block_out_channels"}
@@ -38,7 +38,9 @@ IGNORED = re.compile(r"The config attributes (\{.*?\}) were passed to (Autoencod
 
 
 def dtype_of(value: Any) -> torch.dtype:
-    """A floating dtype of torch by name or itself; None is float32, as in diffusers.
+    """A floating dtype of torch, given by name or itself.
+
+    None is float32, as in diffusers.
 
     Raises:
         InputError: for anything else.
@@ -55,7 +57,7 @@ def dtype_of(value: Any) -> torch.dtype:
 
 
 def take_dtype(options: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype]:
-    """Remove `dtype`, or `torch_dtype` as diffusers once called it, from arguments of from_pretrained.
+    """Remove `dtype` (or the older `torch_dtype`) from arguments of from_pretrained.
 
     Returns:
         A dtype, or dtypes by component and for the "default".
@@ -73,7 +75,7 @@ def take_dtype(options: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype]:
 
 
 def check_options(options: Mapping[str, Any], components: Collection[str]) -> None:
-    """Refuse arguments of from_pretrained that would be dropped, or would read pickles or run code.
+    """Refuse arguments of from_pretrained that are unknown or unsafe.
 
     Raises:
         InputError: for an unknown argument, `use_safetensors=False`, or code of a repository.
@@ -82,21 +84,19 @@ def check_options(options: Mapping[str, Any], components: Collection[str]) -> No
         raise InputError("use_safetensors=False would unpickle weights, which can run code; leave it out")
     if options.get("trust_remote_code") or options.get("custom_pipeline") is not None:
         raise InputError("trust_remote_code and custom_pipeline would run code of a repository; leave them out")
-    known = [*FILES, *WEIGHTS, *components, "subfolder", "use_safetensors", "trust_remote_code", "custom_pipeline"]
+    accepted = [*FILES, *WEIGHTS, *components, "subfolder", "use_safetensors", "trust_remote_code", "custom_pipeline"]
     for name in options:
-        if name not in known:
-            close = nearest_name(name, known, cutoff=0.6)
-            hint = f"did you mean {close!r}?" if close else f"it takes dtype, {', '.join(known)}"
+        if name not in accepted:
+            close = nearest_name(name, accepted, cutoff=0.6)
+            hint = f"did you mean {close!r}?" if close else f"it takes dtype, {', '.join(accepted)}"
             raise InputError(f"from_pretrained has no argument {name!r}; {hint}")
 
 
 def check_components(index: Any, path: str, components: Mapping[str, Any]) -> None:
-    """Refuse a pipeline that lacks a part, or names modules of its own, before anything is imported: diffusers imports
-    whatever library a component names.
+    """Refuse a pipeline without a part, or with its own modules.
 
-    Args:
-        index: what `model_index.json` holds.
-        components: given by the caller in place of those of the model.
+    This happens before anything is imported: diffusers imports any library that a component names. `index` is the
+    content of `model_index.json`, and `components` are those that the caller gives in place of the model's.
     """
     from diffusers import pipelines
 
@@ -118,14 +118,16 @@ def check_components(index: Any, path: str, components: Mapping[str, Any]) -> No
 
 
 def codec_folder(files: ModelFiles) -> str | None:
-    """The subfolder in which a model has its autoencoder: None for the model's own folder, "vae" for a pipeline."""
+    """Subfolder of a model's autoencoder: "vae" for a pipeline, else None."""
     return None if files.file("config.json") is not None or files.file("vae/config.json") is None else "vae"
 
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Within the block diffusers says nothing about latent statistics, which this package obeys; see also
-    `library_bars`."""
+    """Hide messages of diffusers about latent statistics within the block.
+
+    This package uses these statistics; see also `library_bars`.
+    """
     logger = logging.getLogger("diffusers.configuration_utils")
     logger.addFilter(_is_news)
     try:
@@ -136,7 +138,7 @@ def loading() -> Iterator[None]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the message that an autoencoder's latent statistics, and nothing else, are ignored."""
+    """False for the message that latent statistics alone are ignored."""
     match = IGNORED.search(record.getMessage())
     if match is None:
         return True

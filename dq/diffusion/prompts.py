@@ -24,10 +24,10 @@ def prompt_conditions(
     names: Sequence[str],
     config: GenerateConfig,
 ) -> tuple[ClassPredict, Tensor, Tensor]:
-    """The UNet as a function of (x, t, text), and its conditions for class names.
+    """The UNet as a function of (x, t, text), and its conditions.
 
     Returns:
-        The function, and the embedded prompts and negative prompts, (B, L, D) both.
+        The function, and the embedded prompts and negative prompts of the names, (B, L, D) both.
     """
     prompts = [config.prompt.format(name=n.replace("_", " ")) for n in names]
     distinct = list(dict.fromkeys([*prompts, config.negative_prompt]))  # a class has one prompt

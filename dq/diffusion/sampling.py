@@ -1,13 +1,13 @@
-"""From a latent point to a sample of the diffusion prior: where to start, how to noise, how to denoise.
+"""Sampling from a latent point: start, noise, and denoising.
 
-The scheduler owns the noise schedule and the steps; nothing here knows a beta. A scheduler carries state, so every
-trajectory gets a fresh one. What steers a trajectory (guidance on a part of it, a pull towards the prototype) is one
-`Predict` per entry of the time grid, so that no scheduler has to know of it.
+The scheduler owns the noise schedule and the steps. It carries state, so every trajectory gets a fresh one. Guidance
+is expressed as one `Predict` per entry of the time grid, so that schedulers need not support it.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from dq.core.errors import InputError, RunError
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, h, w), t) -> model output (B, C, h, w)
 
 # settings of a scheduler that belong to the model
-LEARNT = (
+MODEL_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type",
 )  # fmt: skip
 # Schedulers that transport a Gaussian rightly under a model that is exact (tests/diffusion/test_sampling.py). Others
-# expect other models (EDM, consistency, inverse, two-stage), and would draw noise without a word.
+# expect other models (EDM, consistency, inverse, two-stage), and would draw noise without an error.
 BOTH_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
 NOISE_SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
@@ -45,72 +45,75 @@ class Start:
     index: int  # into scheduler.timesteps
     timestep: float
     snr: float  # signal-to-noise ratio there
-    strength: float  # share of the nominal steps that are steps_taken
+    strength: float  # share of the nominal steps that are taken
     calls: int  # model evaluations that follow
 
 
 @dataclass(frozen=True)
 class Level:
-    """One entry of the time grid: the model sees x = signal * x_0 + noise * eps there."""
+    """Signal and noise at an entry of the time grid.
+
+    The model sees x = signal * x_0 + noise * eps.
+    """
 
     signal: float
     noise: float
     snr: float  # (signal / noise)^2
 
 
-def choose_scheduler(given: Any, name: str | None) -> Any:
-    """The diffusers scheduler class `name` with the noise schedule and prediction type of `given`; None: `given`.
+def choose_scheduler(current: Any, name: str | None) -> Any:
+    """The scheduler class `name` with the noise schedule of `current`.
 
-    Noise prediction ("epsilon", "v_prediction", "sample") goes to `NOISE_SCHEDULERS`; a flow goes to
-    `FLOW_SCHEDULERS`, of which those without "FlowMatch" get use_flow_sigmas, prediction_type="flow_prediction" and
-    the same shift of the grid. The rest (Karras spacing, order, lower-order last steps) is the class's default, or
-    what `given` says. Latents are not clipped unless `given` does.
+    With None, `current`. Noise prediction ("epsilon", "v_prediction", "sample") goes to `NOISE_SCHEDULERS`; a flow
+    goes to `FLOW_SCHEDULERS`, of which those without "FlowMatch" get use_flow_sigmas,
+    prediction_type="flow_prediction" and the same shift of the grid. The rest (Karras spacing, order, lower-order last
+    steps) is the class's default, or what `current` says. Latents are not clipped unless `current` does.
 
     Raises:
         InputError: if it is none of these, or cannot sample from what this model predicts.
     """
     if name is None:
-        return given
+        return current
     import diffusers
 
     if name not in NOISE_SCHEDULERS + FLOW_SCHEDULERS:
-        fit = FLOW_SCHEDULERS if is_flow(given) else NOISE_SCHEDULERS
+        fit = FLOW_SCHEDULERS if is_flow(current) else NOISE_SCHEDULERS
         raise InputError(
-            f"generate.scheduler={name} is none that this model can be steps_taken with; use {', '.join(fit)}"
+            f"generate.scheduler={name} is none that this model can be sampled with; use {', '.join(fit)}"
         )
     cls = getattr(diffusers, name)
-    known = inspect.signature(cls.__init__).parameters
-    own_name = type(given).__name__
-    if is_flow(given):
+    parameters = inspect.signature(cls.__init__).parameters
+    current_name = type(current).__name__
+    if is_flow(current):
         if "FlowMatch" in name:
-            if "FlowMatch" in own_name:
-                return cls.from_config(given.config)
-            return cls(num_train_timesteps=given.config.num_train_timesteps, shift=given.config.flow_shift)
+            if "FlowMatch" in current_name:
+                return cls.from_config(current.config)
+            return cls(num_train_timesteps=current.config.num_train_timesteps, shift=current.config.flow_shift)
         if name not in FLOW_SCHEDULERS:
             raise InputError(
                 f"generate.scheduler={name} samples from models that predict noise, but this one predicts a flow "
-                f"({own_name}); set FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or "
+                f"({current_name}); set FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or "
                 "UniPCMultistepScheduler"
             )
-        if "FlowMatch" not in own_name:
-            return cls.from_config(given.config)
-        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": given.config.shift}
-        return cls(num_train_timesteps=given.config.num_train_timesteps, **flow)
+        if "FlowMatch" not in current_name:
+            return cls.from_config(current.config)
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": current.config.shift}
+        return cls(num_train_timesteps=current.config.num_train_timesteps, **flow)
     if "FlowMatch" in name:
         raise InputError(
             f"generate.scheduler={name} samples from models that predict a flow, but this one predicts noise "
-            f"({own_name}); set DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
+            f"({current_name}); set DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
             "EulerDiscreteScheduler"
         )
-    # by value, because from_config leaves out what is a default of the given class, and Heun's betas default to others
-    changed = {k: given.config[k] for k in LEARNT if k in known and k in given.config}
-    if "clip_sample" in known and "clip_sample" not in given.config:
+    # by value, because from_config leaves out defaults of the current class, and Heun's betas default to others
+    changed = {k: current.config[k] for k in MODEL_SETTINGS if k in parameters and k in current.config}
+    if "clip_sample" in parameters and "clip_sample" not in current.config:
         changed["clip_sample"] = False  # the default of DDIM and DDPM is made for pixels
     if name == "PNDMScheduler":
         changed["skip_prk_steps"] = True  # its Runge-Kutta steps at the start are for trajectories from pure noise
-    if str(given.config.get("variance_type")).startswith("learned") and "variance_type" in known:
-        changed["variance_type"] = known["variance_type"].default  # see `fresh_scheduler`
-    return cls.from_config(given.config, **changed)
+    if str(current.config.get("variance_type")).startswith("learned") and "variance_type" in parameters:
+        changed["variance_type"] = parameters["variance_type"].default  # see `fresh_scheduler`
+    return cls.from_config(current.config, **changed)
 
 
 def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> Any:
@@ -128,9 +131,9 @@ def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.devi
             f"num_inference_steps={num_inference_steps} is more than the {trained} steps that the model was trained "
             f"for; set generate.num_inference_steps to at most {trained}"
         )
-    known = inspect.signature(type(scheduler).__init__).parameters
-    learned = "variance_type" in known and str(scheduler.config.get("variance_type")).startswith("learned")
-    changed = {"variance_type": known["variance_type"].default} if learned else {}
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    learned = "variance_type" in parameters and str(scheduler.config.get("variance_type")).startswith("learned")
+    changed = {"variance_type": parameters["variance_type"].default} if learned else {}
     new = type(scheduler).from_config(scheduler.config, **changed)
     try:
         new.set_timesteps(num_inference_steps, device=device)
@@ -144,7 +147,10 @@ def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.devi
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether x_t = (1 - sigma) x_0 + sigma noise (flow matching), rather than a diffusion with alphas."""
+    """Whether a scheduler is one of flow matching.
+
+    Then x_t = (1 - sigma) x_0 + sigma noise, rather than a diffusion with alphas.
+    """
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
@@ -166,7 +172,7 @@ def grid_snr(scheduler: Any) -> Tensor:
 
 
 def grid_levels(scheduler: Any) -> list[Level]:
-    """Signal and noise at every entry of `scheduler.timesteps`, as the model sees them.
+    """Signal and noise at every entry of `scheduler.timesteps`.
 
     signal + noise = 1 for flow matching, else signal^2 + noise^2 = 1: Euler and Heun keep their state in units of the
     signal, but scale what they hand to the model.
@@ -180,7 +186,7 @@ def grid_levels(scheduler: Any) -> list[Level]:
 
 
 def model_times(scheduler: Any) -> Tensor:
-    """The time that the model is given at every entry of `scheduler.timesteps`, (n,).
+    """The model's time at every entry of `scheduler.timesteps`, (n,).
 
     Where flow sigmas are used that is 1000 sigma (num_train_timesteps sigma): DPM-Solver++ and UniPC cut their own
     timesteps to whole numbers.
@@ -191,17 +197,16 @@ def model_times(scheduler: Any) -> Tensor:
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What the model's output is: "epsilon", "v_prediction", "sample" or "flow_prediction" (noise - x_0)."""
+    """The model's output: "epsilon", "v_prediction", "sample" or "flow_prediction" (noise - x_0)."""
     if "FlowMatch" in type(scheduler).__name__:
         return "flow_prediction"
     return str(scheduler.config.get("prediction_type") or "epsilon")
 
 
 def clean_and_noise(out: Tensor, x: Tensor, level: Level, kind: str) -> tuple[Tensor, Tensor]:
-    """The x_0 and the noise that a model output means for x = signal * x_0 + noise * eps, both (B, C, h, w).
+    """The x_0 and noise of a model output at a level.
 
-    Args:
-        kind: see `prediction_type`.
+    For x = signal * x_0 + noise * eps, both are (B, C, h, w). `kind` is that of `prediction_type`.
     """
     a, b = level.signal, level.noise
     if kind == "epsilon":
@@ -218,10 +223,11 @@ def clean_and_noise(out: Tensor, x: Tensor, level: Level, kind: str) -> tuple[Te
 def choose_start(
     scheduler: Any, num_inference_steps: int, *, snr: float | None = None, strength: float | None = None
 ) -> Start:
-    """The grid step to start from: nearest in log SNR to `snr`, or by `strength` as diffusers' img2img counts it.
+    """The grid step to start from, by SNR or strength.
 
-    The same strength means different noise on different backbones (0.7 of Stable Diffusion's grid is an SNR near 0.1,
-    of DiT's linear grid 0.007), so SNR is the parameter that carries over.
+    It is nearest in log SNR to `snr`, or by `strength` as diffusers' img2img counts it. The same strength means
+    different noise on different backbones (0.7 of Stable Diffusion's grid is an SNR near 0.1, of DiT's linear grid
+    0.007), so SNR is the parameter that carries over.
     """
     if (snr is None) == (strength is None):
         raise InputError("give exactly one of generate.snr and generate.strength; set the other to off")
@@ -252,7 +258,7 @@ def choose_start(
 
 
 def check_start(scheduler: Any, start: Start) -> None:
-    """Whether the prediction of the model at `start` says anything of the image.
+    """Check that the model's prediction at `start` depends on the image.
 
     Raises:
         InputError: at an SNR of zero with noise prediction: x_0 = (x - noise) / 0. Lin et al. (2024) train models of
@@ -267,7 +273,7 @@ def check_start(scheduler: Any, start: Start) -> None:
 
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, start: Start) -> Tensor:
-    """The noisy latents at `start`, in the scaling that the scheduler's own `step` expects."""
+    """Noisy latents at `start`, in the scaling of the scheduler's `step`."""
     if hasattr(scheduler, "set_begin_index"):  # not DDIM, DDPM, PNDM
         scheduler.set_begin_index(start.index)
     t = scheduler.timesteps[start.index].repeat(len(latents)).to(latents.device)
@@ -287,13 +293,17 @@ def denoise(
     noise: Tensor | None = None,
     guidance: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """Noise `latents` (B, C, h, w) to `start` and denoise; image b draws all its randomness from generators[b].
+    """Noise latents (B, C, h, w) to `start` and denoise them.
 
     The scheduler's grid may stay on the CPU: its arithmetic is of single numbers, and reading them from a device would
     wait for it at every step.
 
     Args:
         predict: one for the whole trajectory, or one for every entry of `scheduler.timesteps`.
+        scheduler: with its time grid set.
+        latents: (B, C, h, w).
+        start: where the trajectory begins.
+        generators: one per image, of which it draws all its randomness.
         noise: (B, C, h, w), in place of a draw from the generators.
         guidance: settings of `generate` that guide `predict`, for messages.
 
@@ -319,9 +329,9 @@ def denoise_noisy(
     *,
     guidance: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """Denoise latents (B, C, h, w) that are at the noise level of `start`, in the scaling of the scheduler's `step`.
+    """Denoise latents that are at the noise level of `start`.
 
-    Args, Returns, Raises: see `denoise`.
+    They are (B, C, h, w), in the scaling of the scheduler's `step`. See `denoise` for arguments, result and errors.
     """
     x = noisy
     random_step = "generator" in inspect.signature(scheduler.step).parameters
@@ -330,8 +340,8 @@ def denoise_noisy(
     times = model_times(scheduler).to(x.device)
     for i in range(start.index, len(scheduler.timesteps)):
         t = scheduler.timesteps[i]
-        at = predict if callable(predict) else predict[i]
-        x = scheduler.step(at(scale(x, t), times[i]), t, x, **extra).prev_sample
+        step_predict = predict if callable(predict) else predict[i]
+        x = scheduler.step(step_predict(scale(x, t), times[i]), t, x, **extra).prev_sample
     if not torch.isfinite(x).all():
         scales = ", ".join(f"generate.{name}={scale:g}" for name, scale in (guidance or {}).items())
         raise RunError(
@@ -344,11 +354,11 @@ def denoise_noisy(
 
 @torch.no_grad()
 def invert(predict: Predict, scheduler: Any, latents: Tensor, start: Start) -> tuple[Tensor, Tensor]:
-    """DDIM inversion (Song et al. 2021): the way from the clean `latents` (B, C, h, w) up the time grid to `start`.
+    """DDIM inversion (Song et al. 2021) of clean latents up to `start`.
 
     From one level to the next noisier one, x' = signal' x_0 + noise' eps with the x_0 and the noise that the model
     sees in x; for flow matching this is Euler's step x' = x + (sigma' - sigma) v of the ODE, backwards. One model call
-    per level. The first, at the least noisy level, sees the clean latents.
+    per level. The first, at the least noisy level, sees the clean latents (B, C, h, w).
 
     Returns:
         x_0 and noise, (B, C, h, w) both, of which `add_noise` makes the point at `start`; no random number is drawn.
@@ -356,7 +366,7 @@ def invert(predict: Predict, scheduler: Any, latents: Tensor, start: Start) -> t
     kind, levels, times = prediction_type(scheduler), grid_levels(scheduler), model_times(scheduler).to(latents.device)
     grid = [(levels[i], times[i]) for i in reversed(range(start.index, len(levels)))]
     # a scheduler of second order has its levels twice
-    grid = [at for i, at in enumerate(grid) if i == 0 or at[0] != grid[i - 1][0]]
+    grid = [grid[0], *(b for a, b in itertools.pairwise(grid) if b[0] != a[0])]
     clean = latents
     out = predict(clean, grid[0][1])
     # at level zero a flow's velocity is noise - x_0 of the clean point itself
@@ -368,8 +378,11 @@ def invert(predict: Predict, scheduler: Any, latents: Tensor, start: Start) -> t
 
 
 def dit_prediction(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A class-conditional DiT as a function of (x (B, C, h, w), t, classes (B,)): its prediction (B, C, h, w) float32
-    without the variance that it may have learned."""
+    """A class-conditional DiT as a function of (x, t, classes).
+
+    For x (B, C, h, w) and classes (B,) it returns the prediction (B, C, h, w) float32 without the variance that it may
+    have learned.
+    """
     channels, dtype = int(model.config.in_channels), model.dtype
 
     def predict(x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
@@ -381,8 +394,10 @@ def dit_prediction(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def null_class(model: Any, classes: Tensor) -> Tensor:
-    """The null class for each of `classes` (B,): the last row of the DiT's table. Stock DiTPipeline has 1000 written
-    into it."""
+    """The null class for each of `classes` (B,).
+
+    It is the last row of the DiT's table. Stock DiTPipeline has the literal 1000.
+    """
     return torch.full_like(classes, int(model.config.num_embeds_ada_norm))
 
 
@@ -397,9 +412,10 @@ def is_random(scheduler: Any) -> bool:
 
 
 def guided(predict: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, null: Any, scale: float) -> Predict:
-    """Classifier-free guidance: null + scale * (cond - null); a scale of 1 calls the model once.
+    """Classifier-free guidance: null + scale * (cond - null).
 
-    `cond` and `null` are tensors with one row per image; both halves go through the model in one batch.
+    `cond` and `null` are tensors with one row per image; both halves go through the model in one batch. A scale of 1
+    calls the model once.
     """
     if scale <= 1:  # settings refuse less than 1
         return lambda x, t: predict(x, t, cond)
@@ -413,9 +429,11 @@ def guided(predict: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, null: An
 
 
 def limited(inside: Predict, outside: Predict, scheduler: Any, interval: Sequence[float]) -> list[Predict]:
-    """`inside` at the entries of the grid whose SNR lies in `interval` (low, high), ends included, `outside` at the
-    others; everywhere `inside` if there is no interval. With guidance inside and the conditional prediction outside
-    this is guidance in a limited interval (Kynkäänniemi et al. 2024), who state it in sigma = SNR^-1/2."""
+    """Guidance in an interval of SNR (Kynkäänniemi et al. 2024).
+
+    `inside` applies at the entries of the grid whose SNR lies in `interval` (low, high), ends included, `outside` at
+    the others; everywhere `inside` if there is no interval. The paper states it in sigma = SNR^-1/2.
+    """
     if not interval:
         return [inside] * len(scheduler.timesteps)
     low, high = interval

@@ -1,4 +1,4 @@
-"""Guidance by a weaker version of a denoiser: its intermediate head, and an early average of its parameters.
+"""Guidance by a weaker denoiser: an intermediate head or early average.
 
 Both are saved in folders beside those of the stock pipeline, which ignores them:
 
@@ -35,7 +35,7 @@ HEAD, EARLY = "transformer_head", "transformer_early"
 
 
 class IntermediateHead(nn.Module):
-    """DiT's output layer, for the hidden states behind an earlier block (arXiv 2512.24176).
+    """DiT's output layer behind an earlier block (arXiv 2512.24176).
 
     out = unpatchify(W (norm(h) (1 + scale) + shift) + b) with (shift, scale) = V silu(c) + d for the embedded time and
     class c. W, b, V and d start at zero, as in the DiT.
@@ -57,7 +57,10 @@ class IntermediateHead(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, hidden: Tensor, conditioning: Tensor) -> Tensor:
-        """Prediction (b, C, h, w) for hidden states (b, n, width) of square latents and conditioning (b, width)."""
+        """Prediction (b, C, h, w) for hidden states of square latents.
+
+        These are (b, n, width), and the conditioning (b, width).
+        """
         shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, 1)
         out = self.proj_out_2(self.norm(hidden) * (1 + scale[:, None]) + shift[:, None])
         side, patch = round(hidden.shape[1] ** 0.5), self.config["patch"]
@@ -77,7 +80,7 @@ def new_head(model: Any) -> IntermediateHead:
 
 
 class HiddenStates:
-    """Keeps what block `depth` of a DiT gives, (b, n, width), until it is taken."""
+    """Hook that stores the output (b, n, width) of a DiT block."""
 
     def __init__(self, model: Any, depth: int):
         self.value: Tensor | None = None
@@ -94,19 +97,27 @@ class HiddenStates:
 
 
 def head_output(model: Any, head: IntermediateHead, hidden: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-    """Prediction (b, C, h, w) of the head of a DiT for its hidden states (b, n, width), times and classes (b,)."""
+    """Prediction (b, C, h, w) of the head of a DiT.
+
+    For its hidden states (b, n, width), times and classes (b,).
+    """
     conditioning = model.transformer_blocks[0].norm1.emb(t, classes, hidden_dtype=hidden.dtype)
     return head(hidden, conditioning)
 
 
 def extrapolate(weak: Tensor, strong: Tensor, scale: float) -> Tensor:
-    """weak + scale * (strong - weak); exactly `strong` at a scale of 1."""
+    """Extrapolation: weak + scale * (strong - weak).
+
+    Exactly `strong` at a scale of 1.
+    """
     return strong if scale == 1 else weak + scale * (strong - weak)
 
 
 def internal_guidance(model: Any, head: IntermediateHead, scale: float) -> ClassPredict:
-    """A DiT guided away from its own intermediate head: D_i + scale * (D_f - D_i), in one call of the model
-    (arXiv 2512.24176)."""
+    """Internal guidance (arXiv 2512.24176): D_i + scale * (D_f - D_i).
+
+    A DiT is guided away from its own intermediate head, in one call of the model.
+    """
     final = dit_prediction(model)
 
     def predict(x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
@@ -123,12 +134,15 @@ def internal_guidance(model: Any, head: IntermediateHead, scale: float) -> Class
 
 
 def autoguidance(strong: ClassPredict, weak: ClassPredict, scale: float) -> ClassPredict:
-    """A denoiser guided away from a less trained one: D_0 + scale * (D_1 - D_0), in two calls (Karras et al. 2024)."""
+    """Autoguidance (Karras et al. 2024): D_0 + scale * (D_1 - D_0).
+
+    A denoiser is guided away from a less trained one, in two calls.
+    """
     return lambda x, t, classes: extrapolate(weak(x, t, classes), strong(x, t, classes), scale)
 
 
 class WeakerModels:
-    """The weaker versions of a DiT that lie in its folder or repository, opened when they are first needed."""
+    """Weaker versions of a DiT, opened when they are first needed."""
 
     def __init__(self, files: ModelFiles | None) -> None:
         self.files = files
@@ -136,13 +150,13 @@ class WeakerModels:
         self._early: Any = None
 
     def prediction(self, model: Any, internal: float, auto: float) -> ClassPredict:
-        """The prediction of the DiT `model` with internal guidance and autoguidance of these scales; 1 is none.
+        """Prediction of a DiT with internal guidance and autoguidance; 1 is none.
 
         Both are affine in predictions, as classifier-free guidance is: each acts on the conditional and on the
         unconditional prediction alike.
 
         Raises:
-            InputError: if the weaker version is not there.
+            InputError: if the weaker version does not exist.
         """
         strong = dit_prediction(model) if internal == 1 else internal_guidance(model, self._open_head(model), internal)
         return strong if auto == 1 else autoguidance(strong, dit_prediction(self._open_early(model)), auto)
@@ -184,7 +198,10 @@ class WeakerModels:
 
 
 def save_head(head: IntermediateHead, folder: Path, dtype: torch.dtype, digest: str) -> None:
-    """Write a head's folder in a prior's folder, complete or not at all; `digest` is that of the training."""
+    """Write a head's folder in a prior's folder atomically.
+
+    `digest` is that of the training.
+    """
     with _new_folder(folder / HEAD) as new:
         save_file({k: v.to(dtype).contiguous() for k, v in head.state_dict().items()}, new / "model.safetensors")
         write_json(new / "config.json", head.config, checksum=False)
@@ -192,7 +209,7 @@ def save_head(head: IntermediateHead, folder: Path, dtype: torch.dtype, digest: 
 
 
 def save_early(model: Any, folder: Path, dtype: torch.dtype, digest: str) -> None:
-    """Write the present parameters of a DiT as the early average in a prior's folder; see `save_head`."""
+    """Write the parameters of a DiT as the early average; see `save_head`."""
     with _new_folder(folder / EARLY) as new:
         copy.deepcopy(model).to(dtype).save_pretrained(new)
         write_json(new / "training.json", {"digest": digest})
@@ -200,7 +217,7 @@ def save_early(model: Any, folder: Path, dtype: torch.dtype, digest: str) -> Non
 
 @contextlib.contextmanager
 def _new_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `final` at the end of the block."""
+    """A folder to write into that replaces `final` afterwards."""
     new = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

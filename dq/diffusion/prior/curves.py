@@ -1,4 +1,4 @@
-"""Loss curves of a prior's trainings, drawn as they go and on the page of its quality."""
+"""Loss curves of a prior's trainings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ Curves = dict[str, dict[str, list[tuple[int, float]]]]  # stage -> key -> (step,
 
 
 def read_curves(path: Path) -> Curves:
-    """Losses over steps by stage of a training's `metrics.jsonl`: `loss`, `held_out...` and `grad_norm`; {} if there
-    is no such file. Of a step that was logged twice the later record counts."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    """Losses over steps, by stage, of a training's `metrics.jsonl`.
+
+    These are `loss`, `held_out...` and `grad_norm`; {} without such a file. Of a step that was logged twice the later
+    record counts.
+    """
+    curves: dict[str, dict[str, dict[int, float]]] = {}
     for r in read_jsonl(path):
         for key, value in r.items():
-            wanted = key in ("loss", "grad_norm") or key.startswith("held_out")
-            if wanted and "step" in r and isinstance(value, int | float):
-                found.setdefault(r["stage"], {}).setdefault(key, {})[r["step"]] = float(value)
-    return {s: {k: sorted(v.items()) for k, v in keys.items()} for s, keys in found.items()}
+            is_curve = key in ("loss", "grad_norm") or key.startswith("held_out")
+            if is_curve and "step" in r and isinstance(value, int | float):
+                curves.setdefault(r["stage"], {}).setdefault(key, {})[r["step"]] = float(value)
+    return {s: {k: sorted(v.items()) for k, v in keys.items()} for s, keys in curves.items()}
 
 
 def loss_figure(curves: Curves) -> Any:
@@ -31,7 +34,7 @@ def loss_figure(curves: Curves) -> Any:
         upper, lower = panels[0][column], panels[1][column]
         for key, points in keys.items():
             ax = lower if key == "grad_norm" else upper
-            ax.plot(*zip(*points), label=key.replace("_", " "), lw=1.2)
+            ax.plot(*zip(*points, strict=True), label=key.replace("_", " "), lw=1.2)
         upper.set(title=stage, ylabel="loss")
         lower.set(xlabel="step", ylabel="gradient")
         for ax in (upper, lower):
@@ -44,7 +47,11 @@ def loss_figure(curves: Curves) -> Any:
 
 
 def draw_curves(metrics: Path, picture: Path) -> bool:
-    """Write the curves of a `metrics.jsonl` as PNG; whether there were any."""
+    """Write the curves of a `metrics.jsonl` as PNG, if any.
+
+    Returns:
+        Whether there were any.
+    """
     curves = read_curves(metrics)
     if curves:
         save_figure(loss_figure(curves), picture)

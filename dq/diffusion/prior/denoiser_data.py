@@ -30,7 +30,7 @@ class DenoiserData:
 
 
 def load_data(cache: LatentCache, flipped: LatentCache | None, *, held_out: int, seed: int) -> DenoiserData:
-    """Read all latents, without normalization; hold out at most `held_out`, and a tenth.
+    """Read all latents and hold out at most `held_out`, and a tenth.
 
     Raises:
         InputError: if they exceed 8 GiB, or those of the mirrored images are of other images.
@@ -65,7 +65,7 @@ def load_data(cache: LatentCache, flipped: LatentCache | None, *, held_out: int,
 
 
 def split_rows(n: int, at_most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to hold out and rows to train on, ascending, of n latents."""
+    """Rows to hold out and to train on, ascending, of n latents."""
     order = torch.randperm(n, generator=generator(seed, "denoiser", "held out"))
     k = min(at_most, n // 10)
     return order[:k].sort().values, order[k:].sort().values
@@ -107,7 +107,10 @@ def training_batch(
 
 
 def held_out_batch(data: DenoiserData, seed: int) -> dict[str, Tensor]:
-    """Arguments of `DenoiserLoss` for all held-out rows, at evenly spread noise levels."""
+    """Arguments of `DenoiserLoss` for all held-out rows.
+
+    Noise levels are evenly spread.
+    """
     rows = data.held_out_rows
     levels = (torch.arange(len(rows)) + 0.5) / len(rows)
     noised = _noised(data, data.latents[rows], generator(seed, "denoiser held out"))

@@ -1,4 +1,4 @@
-"""What a denoiser is trained to predict: noise levels, losses, and the scheduler that denoises by them."""
+"""Losses, noise levels and schedulers of a denoiser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ REFERENCE_DIMENSION = 4096  # of the latents for which an unshifted time was tun
 
 
 def time_shift(setting: float | Literal["auto"], shape: tuple[int, int, int]) -> float:
-    """Shift s of a flow's time for latents of `shape` (C, h, w): the setting, or for "auto" by their dimension,
+    """Shift s of a flow's time by the dimension of latents.
+
+    The setting, or for "auto" and `shape` (C, h, w)
 
         s = sqrt(C h w / 4096),
 
@@ -31,19 +33,19 @@ def time_shift(setting: float | Literal["auto"], shape: tuple[int, int, int]) ->
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Shifted time t' = s t / (1 + (s - 1) t) for t in [0, 1] of any shape; 0 and 1 stay, s below 1 means less noise.
+    """Shift the time of a flow.
 
-    diffusers' schedulers do the same to their sigmas under the names `flow_shift` and `shift`.
+    t' = s t / (1 + (s - 1) t) for t in [0, 1] of any shape; 0 and 1 stay, s below 1 means less noise. diffusers'
+    schedulers do the same to their sigmas under the names `flow_shift` and `shift`.
     """
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
 def contrastive_error(out: Tensor, target: Tensor, other: Tensor, weight: float) -> Tensor:
-    """Contrastive flow matching: mean (v - u)^2 - weight * mean (v - u')^2, (b,), for v = `out`, u = `target` and
-    u' = `other`, all (b, C, h, w)
-    (Stoica et al. 2025).
+    """Error (b,) of contrastive flow matching (Stoica et al. 2025).
 
-    u' is the target of another item of the batch. The least error is at v = (E[u | x] - weight E[u']) / (1 - weight):
+    mean (v - u)^2 - weight * mean (v - u')^2 for v = `out`, u = `target` and u' = `other`, all (b, C, h, w). u' is the
+    target of another item of the batch. The smallest error is at v = (E[u | x] - weight E[u']) / (1 - weight):
     velocities are pushed away from the mean of all of them, and are longer by 1 / (1 - weight), as in the paper.
     """
     attraction, repulsion = ((out - u).square().mean((1, 2, 3)) for u in (target, other))
@@ -51,16 +53,16 @@ def contrastive_error(out: Tensor, target: Tensor, other: Tensor, weight: float)
 
 
 class DenoiserLoss(nn.Module):
-    """Squared error of the prediction per latent, for noise prediction on DiT's linear betas (Peebles & Xie 2023) or
-    for flow matching on straight paths (Liu et al. 2023; Esser et al. 2024).
+    """Squared error per latent of noise prediction or flow matching.
 
-    noise: x = sqrt(a_t) z + sqrt(1 - a_t) noise, target noise, weights 1 or min(SNR, 5) / SNR (Hang et al. 2023).
-    flow: x = (1 - s) z + s noise, target noise - z; time handed to the model is 1000 s, as diffusers does it.
+    noise: DiT's linear betas (Peebles & Xie 2023), x = sqrt(a_t) z + sqrt(1 - a_t) noise, target noise, weights 1 or
+    min(SNR, 5) / SNR (Hang et al. 2023).
+    flow: straight paths (Liu et al. 2023; Esser et al. 2024), x = (1 - s) z + s noise, target noise - z; time handed
+    to the model is 1000 s, as diffusers does it.
 
-    Args:
-        contrastive: weight of `contrastive_error`; only for a flow, and only where `other` is given.
-        head: predicts the same from the hidden states of an earlier block.
-        head_weight: of the head's loss, which is added to that of the model.
+    `contrastive` is the weight of `contrastive_error`; only for a flow, and only where `other` is given. `head`
+    predicts the same from the hidden states of an earlier block; `head_weight` times its loss is added to that of the
+    model.
     """
 
     alphas: Tensor  # (1000,) float64, share of the signal
@@ -89,8 +91,11 @@ class DenoiserLoss(nn.Module):
     def forward(
         self, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor, other: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Terms (b,) for latents and noise (b, C, h, w), noise levels (b,) in [0, 1), class ids (b,) and targets of
-        other items (b, C, h, w); `error` is the squared error without weights and without those."""
+        """Loss terms (b,) of a batch.
+
+        For latents and noise (b, C, h, w), noise levels (b,) in [0, 1), class ids (b,) and targets of other items (b,
+        C, h, w); `error` is the squared error without weights and without those.
+        """
         z, view = latents.float(), (-1, 1, 1, 1)
         weight: Tensor | float = 1.0
         if self.objective == "flow":
@@ -124,7 +129,10 @@ class DenoiserLoss(nn.Module):
 
 
 def new_scheduler(objective: str, shift: float = 1.0) -> Any:
-    """The sampler that a prior is saved with; `shift` of its time grid is for a flow."""
+    """The sampler that a prior is saved with.
+
+    `shift` of its time grid is for a flow.
+    """
     import diffusers
 
     if objective == "flow":

@@ -1,4 +1,4 @@
-"""Which training of a denoiser some settings ask for, known without a latent."""
+"""Recipe of a denoiser's training, from settings alone."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ OUTPUT_LAYERS = ("proj_out_2",)  # of a DiT
 def denoiser_recipe(
     latents: str, codec: Codec, prior: PriorConfig, class_names: Sequence[str], where: Accelerator | torch.device | str
 ) -> Recipe:
-    """The training of a denoiser on latents of one key, with what `dtype: auto` stands for in its folder.
+    """The training of a denoiser on latents of one key.
+
+    Its `auto` is what `dtype: auto` stands for in the folder.
 
     Args:
         latents: key of their cache (`dq.diffusion.latents.latents_key`).
         codec: the one that makes them.
+        prior: settings.
+        class_names: of the source.
+        where: device or processes to train on.
 
     Raises:
         InputError: if the checkpoint to start from is none.
@@ -79,7 +84,10 @@ def denoiser_recipe(
 
 
 def unused_options(settings: TrainDenoiserConfig) -> list[str]:
-    """Options that are off: no part of a training's identity, so that folders from before them still count."""
+    """Options that are off, and no part of a training's identity.
+
+    So folders of versions without these options stay valid.
+    """
     options = {"flip": False, "contrastive": 0.0, "time_shift": 1.0, "optimizer": "adamw"}
     options |= {"intermediate_head": 0.0, "early": 0.0}
     return [name for name, off in options.items() if getattr(settings, name) == off]
@@ -101,7 +109,7 @@ def open_denoiser(path: str) -> DiTTransformer2DModel:
 
 
 def no_pipeline(path: str, error: Exception) -> InputError:
-    """The refusal of a model to start from."""
+    """The error for an invalid model to start from."""
     return InputError(
         f"prior.denoiser.init={path} is not a DiT pipeline with vae/, transformer/ and scheduler/ "
         f"({str(error).splitlines()[0][:150]})"

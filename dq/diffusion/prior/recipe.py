@@ -1,4 +1,4 @@
-"""Recipe of a training of the prior, and the record of a finished one."""
+"""Recipe and record of a training of the prior."""
 
 from __future__ import annotations
 

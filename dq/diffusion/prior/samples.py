@@ -1,4 +1,4 @@
-"""Images of a prior from pure noise: what it knows by itself, without a prototype to start from."""
+"""Samples of a prior from noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dq.diffusion.generator import LatentGenerator
 
 @dataclass(frozen=True)
 class Draw:
-    """All that decides the samples of a prior, but for the guidance scale."""
+    """Settings of the samples of a prior, except the guidance scale."""
 
     pipe: LatentGenerator
     scheduler: Any  # of diffusers; its state is not used
@@ -49,17 +49,19 @@ class Draw:
 
     @property
     def weaker_guidance(self) -> dict[str, float]:
-        """Scales of guidance by weaker versions of the model, without those that are off: samples and records from
-        before there were any are those of today."""
+        """Scales of guidance by weaker versions, without those that are off.
+
+        So digests and records of versions without these options stay valid.
+        """
         scales = {"internal_guidance": self.internal_guidance, "autoguidance": self.autoguidance}
         return {name: scale for name, scale in scales.items() if scale != 1}
 
 
 def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Tensor:
-    """Draw images of every class: (N, 3, S, S) uint8, in the order of `draw.labels`.
+    """Draw images of every class, in the order of `draw.labels`.
 
-    The noise of image i of class c comes from (seed, "prior sample", c, i) alone, and is the same at every guidance
-    scale.
+    They are (N, 3, S, S) uint8. The noise of image i of class c comes from (seed, "prior sample", c, i) alone, and is
+    the same at every guidance scale.
     """
     samples = [(c, i) for c, n in enumerate(draw.counts) for i in range(n)]  # class, and number in the class
     predict = draw.pipe.prediction(draw.internal_guidance, draw.autoguidance)
@@ -82,7 +84,7 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
 
 
 def stored_samples(draw: Draw, guidance_scale: float, folder: Path, *, main: bool = True) -> Tensor:
-    """`sample_images`, kept in a file of `folder` that is named by all that decides them."""
+    """`sample_images`, stored in a file of `folder` named by its digest."""
     file = folder / f"guidance-{guidance_scale:g}-{digest_of(draw.identity(guidance_scale))}.safetensors"
     if not is_done(file):
         images = sample_images(draw, guidance_scale, main=main)

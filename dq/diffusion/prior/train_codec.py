@@ -56,12 +56,12 @@ def train_codec(
     *,
     accelerator: Accelerator,
 ) -> Path:
-    """Train an autoencoder on the train split and save it as a stock folder, `<prior.output_dir>/vae`.
+    """Train an autoencoder and save it as `<prior.output_dir>/vae`.
 
     Per image, loss = mean (x - x')^2 + perceptual_weight * `perceptual_distance` of the classifier's features +
-    kl_weight * KL(posterior || N(0, 1)) / number of latent values. The saved codec's latents have mean 0 and
-    deviation 1 in every channel over 2,048 train images (see `normalized`), as a denoiser wants them. All train images
-    are held in memory as bytes. Giving the same command again continues.
+    kl_weight * KL(posterior || N(0, 1)) / number of latent values. The saved codec's latents have mean 0 and deviation
+    1 in every channel over 2,048 train images (see `normalized`), as a denoiser requires. All train images are held in
+    memory as bytes. Giving the same command again continues.
 
     Returns:
         The folder; at once if this very training is done.
@@ -114,8 +114,7 @@ def train_codec(
 def prepare_codec(
     source: ImageSource, codec_config: CodecConfig, prior: PriorConfig, device: torch.device | str = "cpu"
 ) -> tuple[Recipe, Codec, Teacher | None]:
-    """The training that these settings ask for: its recipe, the autoencoder that it starts from, and the classifier in
-    whose features reconstructions are compared.
+    """Recipe, initial autoencoder and perceptual classifier of a training.
 
     Raises:
         InputError: if the images exceed 8 GiB, or a setting does not fit the resolution or the classes.
@@ -166,15 +165,17 @@ def prepare_codec(
 
 
 def _recorded(recipe: Recipe, model: Codec, fine_tuned: bool) -> dict[str, Any]:
-    """The settings as a record of what was made: the architecture is that of the model itself, and what the model to
-    start from decides is left out."""
+    """Settings for the record of a trained codec.
+
+    The architecture is that of the model itself, and what the model to start from decides is left out.
+    """
     decided = ("architecture", "latent_channels", "block_out_channels", "layers_per_block", "attention")
     settings = {k: v for k, v in recipe.identity.items() if not (fine_tuned and k in decided)}
     return settings | {"architecture": type(model).__name__, "latent_channels": int(model.config.latent_channels)}
 
 
 class CodecLoss(nn.Module):
-    """Reconstruction error, distance in a classifier's features, and KL divergence, each per image."""
+    """Reconstruction error, perceptual distance and KL divergence, each per image."""
 
     def __init__(self, model: Codec, kl_weight: float, judge: Teacher | None = None, perceptual_weight: float = 1.0):
         super().__init__()
@@ -184,7 +185,10 @@ class CodecLoss(nn.Module):
         self.judge = judge
 
     def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Terms (b,) for images (b, 3, H, W) uint8 and posterior noise (b, C, h, w)."""
+        """Loss terms (b,) of a batch.
+
+        For images (b, 3, H, W) uint8 and posterior noise (b, C, h, w).
+        """
         x = to_signed(images).contiguous(memory_format=torch.channels_last)
         terms = {}
         encoded: Any = self.model.encode(x)
@@ -205,65 +209,76 @@ class CodecLoss(nn.Module):
 
 
 def perceptual_distance(judge: Teacher, x: Tensor, y: Tensor) -> Tensor:
-    """Distance (b,) of images x and y (b, 3, H, W) in [0, 1] in the features of a classifier; gradients flow into x.
+    """Perceptual distance (b,) in the features of a classifier.
 
-    As LPIPS without its learned weights (Zhang et al. 2018, equation 1): mean over stages of the network of the mean
-    over places of |f(x) / |f(x)| - f(y) / |f(y)||^2, with vectors of channels; the stages are the network's direct
-    parts that give maps.
+    Of images x and y (b, 3, H, W) in [0, 1]; gradients flow into x. As LPIPS without its learned weights (Zhang et al.
+    2018, equation 1): mean over stages of the network of the mean over positions of |f(x) / |f(x)| - f(y) / |f(y)||^2,
+    with vectors of channels; the stages are the network's direct parts that give maps.
     """
     with torch.no_grad():
         targets = stage_features(judge, y)
     total = x.new_zeros(len(x))
-    for a, b in zip(stage_features(judge, x), targets):
+    for a, b in zip(stage_features(judge, x), targets, strict=True):
         total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean((1, 2))
     return total / len(targets)
 
 
 def stage_features(judge: Teacher, x: Tensor) -> list[Tensor]:
-    """Maps (b, C, h, w) that the direct parts of the judge's network give for images (b, 3, H, W) in [0, 1]."""
+    """Feature maps (b, C, h, w) of a classifier's direct parts.
+
+    For images (b, 3, H, W) in [0, 1].
+    """
     net: nn.Module = judge.net
     while len(parts := list(net.children())) == 1:  # a wrapper around the network proper
         net = parts[0]
-    seen: list[Tensor] = []
+    features: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, out: Any) -> None:
+    def store(module: nn.Module, args: Any, out: Any) -> None:
         if isinstance(out, Tensor) and out.ndim == 4:
-            seen.append(out)
+            features.append(out)
 
-    hooks = [part.register_forward_hook(keep) for part in parts]
+    hooks = [part.register_forward_hook(store) for part in parts]
     try:
         judge.differentiable(x)
     finally:
         for hook in hooks:
             hook.remove()
-    if not seen:
+    if not features:
         raise InputError(
             f"the classifier {judge.name} has no part that gives maps (b, C, h, w); "
             "choose a convolutional network for prior.codec.perceptual"
         )
-    return seen
+    return features
 
 
 @torch.no_grad()
 def reconstruct(model: Codec, images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) uint8 through the codec (posterior mean) and back, in [-1, 1], on the CPU."""
+    """Encode and decode images (n, 3, H, W) uint8, to [-1, 1].
+
+    By the posterior mean; the result is on the CPU.
+    """
     return torch.cat([decode_latents(model, encode_latents(model, to_signed(b))).cpu() for b in images.split(64)])
 
 
 def similarity(x: Tensor, y: Tensor) -> dict[str, float]:
-    """PSNR in dB and SSIM of images (n, C, H, W) in [-1, 1], means over images."""
+    """Mean PSNR in dB and SSIM of images in [-1, 1]."""
     return {"psnr": psnr(x, y), "ssim": ssim(x, y)}
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
-    """Mean over images (n, C, H, W) in [-1, 1] of -10 log10(mean ((x - y) / 2)^2), in dB."""
+    """Mean PSNR in dB of images in [-1, 1].
+
+    -10 log10(mean ((x - y) / 2)^2) of every image (C, H, W) of n.
+    """
     return float((-10 * ((x - y) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).mean())
 
 
 def ssim(x: Tensor, y: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004, equation 13) of images (n, C, H, W) in [-1, 1]: mean over images,
-    channels and every place of an 11 x 11 Gaussian window of deviation 1.5, or of the largest odd window that fits a
-    smaller image."""
+    """Structural similarity (Wang et al. 2004, equation 13).
+
+    Of images (n, C, H, W) in [-1, 1]: mean over images, channels and all positions of an 11 x 11 Gaussian window of
+    deviation 1.5, or of the largest odd window that fits a smaller image.
+    """
     channels, h, w = x.shape[1:]
     side = min(11, (min(h, w) - 1) // 2 * 2 + 1)
     g = torch.exp(-((torch.arange(side) - side // 2).float() ** 2) / (2 * 1.5**2))
@@ -316,10 +331,10 @@ def new_codec(prior: PriorConfig, size: int) -> Codec:
 
 
 def _images(source: ImageSource, size: int, seed: int, at_most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images to train on and images held out, (n, 3, size, size) uint8: of the test split, else of train.
+    """Images to train on and images held out, uint8.
 
-    Args:
-        at_most: images to train on, drawn at random; None: all.
+    They are (n, 3, size, size); the latter are of the test split, else of train. At most `at_most` images to train on
+    are drawn at random; None: all.
     """
     n = len(source.train)
 
@@ -343,10 +358,9 @@ def _images(source: ImageSource, size: int, seed: int, at_most: int | None = Non
 
 @torch.no_grad()
 def latent_statistics(model: Codec, images: Tensor, *, bar: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) float32 of every channel of the latents of images (n, 3, H, W) uint8.
+    """Mean and standard deviation (C,) float32 of latents by channel.
 
-    Args:
-        bar: whether to show progress.
+    Of images (n, 3, H, W) uint8; `bar` shows progress.
     """
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for b in progress(images.split(64), desc="statistics of latents", unit="batch", main=bar):

@@ -55,7 +55,7 @@ def train_denoiser(
     accelerator: Accelerator,
     flipped: LatentCache | None = None,
 ) -> Path:
-    """Train a `DiTTransformer2DModel` on cached latents; `prior.output_dir` becomes a folder of a stock `DiTPipeline`.
+    """Train a `DiTTransformer2DModel` on cached latents, saved as `DiTPipeline`.
 
     The latents are normalized to mean 0 and deviation 1 in every channel, and the codec saved beside the denoiser is
     one that gives such latents (`normalized`); fine-tuning keeps the codec that the checkpoint was trained with. The
@@ -63,12 +63,11 @@ def train_denoiser(
     same command again continues. The held-out loss is that of unflipped images at unshifted noise levels without the
     contrastive term, so that it compares trainings of different options.
 
-    Args:
-        codec: the one that made the latents; saved beside the denoiser unless it is there already.
-        flipped: latents of the mirrored images, for `prior.denoiser.flip`.
+    `codec` made the latents, and is saved beside the denoiser unless one exists. `flipped` holds latents of the
+    mirrored images, for `prior.denoiser.flip`.
 
     Returns:
-        The folder; at once if this very training is done.
+        The folder `prior.output_dir`; at once if this very training is done.
 
     Raises:
         InputError: if the latents exceed 8 GiB, or classes or patches do not fit them, or the checkpoint to start from
@@ -146,14 +145,17 @@ def train_denoiser(
 
 
 def _held_out_loss(objective: nn.Module, batch: dict[str, Tensor], size: int, device: torch.device) -> float:
-    """Unweighted loss per latent of a batch, computed in parts of `size` rows."""
+    """Unweighted loss per latent, computed in parts of `size` rows."""
     parts = zip(*(v.split(size) for v in batch.values()), strict=True)
     named = ({k: v.to(device) for k, v in zip(batch, part, strict=True)} for part in parts)
     return sum(float(objective(**part)["error"].sum()) for part in named) / len(batch["latents"])
 
 
 def _save_samples(file: Path, model: Any, codec: Codec, scheduler: Any, *, classes: int, seed: int) -> None:
-    """Write a grid of samples, one row per class, from the same noise at every step."""
+    """Write a grid of samples, one row per class.
+
+    The noise is the same at every step.
+    """
     channels, side = int(model.config.in_channels), int(model.config.sample_size)
     y = torch.arange(min(classes, SHOWN_CLASSES)).repeat_interleave(SHOWN_COLUMNS)
     noise = torch.randn(len(y), channels, side, side, generator=generator(seed, "denoiser", "samples"))
@@ -164,7 +166,7 @@ def _save_samples(file: Path, model: Any, codec: Codec, scheduler: Any, *, class
 
 
 def _write_stock_parts(recipe: Recipe, codec: Codec, scheduler: Any, class_names: Sequence[str]) -> None:
-    """Write what a stock `DiTPipeline` needs beside the transformer: codec, scheduler and index."""
+    """Write codec, scheduler and index of a stock `DiTPipeline`."""
     import diffusers
 
     folder = recipe.folder
@@ -187,10 +189,9 @@ def _write_stock_parts(recipe: Recipe, codec: Codec, scheduler: Any, class_names
 def new_denoiser(
     prior: PriorConfig, shape: tuple[int, int, int], classes: int, *, codec: Codec | None = None
 ) -> DiTTransformer2DModel:
-    """The DiT that these settings and this seed start from, for latents of `shape` (C, h, w).
+    """The initial DiT for latents of `shape` (C, h, w).
 
-    Args:
-        codec: the one that makes the latents; a checkpoint to start from must come with the same.
+    `codec` makes the latents; a checkpoint to start from must come with the same.
     """
     from diffusers import DiTTransformer2DModel
     from diffusers.models.embeddings import LabelEmbedding
@@ -228,7 +229,7 @@ def new_denoiser(
 
 
 def check_denoiser(prior: PriorConfig, shape: tuple[int, int, int], classes: int, codec: Codec | None = None) -> None:
-    """Whether a denoiser of these settings fits latents of `shape` (C, h, w) of the codec.
+    """Check that a denoiser fits latents of `shape` (C, h, w).
 
     Raises:
         InputError: for a patch that does not divide the latents, or a checkpoint that does not fit.
@@ -244,7 +245,7 @@ def check_denoiser(prior: PriorConfig, shape: tuple[int, int, int], classes: int
 def _load_denoiser(
     prior: PriorConfig, shape: tuple[int, int, int], classes: int, codec: Codec | None
 ) -> DiTTransformer2DModel:
-    """The DiT of `prior.denoiser.init`, with new label tables if these are asked for.
+    """The DiT of `prior.denoiser.init`, with new label tables if requested.
 
     Raises:
         InputError: if it is none, or was trained for another codec, objective, number of classes or size of latents.
@@ -297,8 +298,9 @@ def _load_denoiser(
 
 
 def _codec_to_save(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec:
-    """The codec to save beside the denoiser: the one given if its latents are normal already, to within the error of
-    estimating that, else a normalized copy.
+    """The codec to save beside the denoiser, normalized if needed.
+
+    It is the given one if its latents are normal already, to within the error of estimating that.
 
     Raises:
         RunError: if there is another one.
@@ -323,7 +325,7 @@ def _codec_to_save(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec
 
 
 def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor:
-    """Latents (n, C, h, w) of classes (n,), noised from noise with guidance."""
+    """Denoise latents (n, C, h, w) of classes (n,) with guidance."""
     device = next(model.parameters()).device
     sampler = fresh_scheduler(scheduler, SHOWN_STEPS)
     y = labels.to(device)
