@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from dq.data.regression_labels import centered_targets, first_labels
 from dq.networks.online_pool import OnlinePool, PoolSettings
-from dq.refine.ridge import RIDGE, MetaGradient, meta_gradient
+from dq.refine.ridge import RIDGE, MetaGradient, Objective, meta_gradient
 
 
 class PlainConv(nn.Module):
@@ -144,7 +144,7 @@ def main() -> None:
                 look: Callable[[Tensor], Tensor] = features,
                 f: Tensor = f_real,
             ) -> MetaGradient:
-                return meta_gradient(look, x, y, f, y_real, chunk=size)
+                return meta_gradient(look, x, y, f, y_real, Objective(chunk=size))
 
             calls: dict[str, Callable[[], object]] = {
                 "real": look_at_real,

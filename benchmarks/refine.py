@@ -31,6 +31,7 @@ from dq.networks.teacher_loading import load_teacher
 from dq.networks.zoo import make_net
 from dq.refine import fadrm
 from dq.refine.matched import match_teachers
+from dq.refine.method import Batch
 from dq.refine.views import draw_view
 
 
@@ -126,10 +127,10 @@ def main() -> None:
     # Adam's first steps are signs of gradients: rounding of one that vanishes moves a pixel by twice the rate. Losses
     # are therefore compared at a hundredth of it
     config32 = dataclasses.replace(config, dtype="float32", lr=config.lr / 100)
-    critics = match_teachers([teacher], config, side=args.side, sizes=(args.side,))
+    matched = match_teachers([teacher], config, side=args.side, sizes=(args.side,))
 
     def ours(settings: FADRM):
-        return fadrm.refine(images, labels, None, settings, [teacher], critics=critics, seed=0)
+        return fadrm.refine(Batch(images, labels), settings, [teacher], matched=matched)
 
     warm = dataclasses.replace(config, steps=(2,))
     ours(warm)

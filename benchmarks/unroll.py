@@ -26,14 +26,14 @@ from torch import Tensor
 
 from dq.core.seeds import generator
 from dq.networks.flat_parameters import FlatNet
-from dq.refine.unroll import GRADIENTS, Student, draw_batches
+from dq.refine.unroll import GRADIENTS, Segment, Student, draw_batches
 
 LR = 0.01  # of the student, as released
 HARD = 5.0  # logit of an image's class
 
 
-def problem(net_name: str, images: int, steps: int) -> tuple[Student, tuple[Tensor, ...]]:
-    """A student and the arguments of a gradient."""
+def problem(net_name: str, images: int, steps: int) -> tuple[Student, tuple[Tensor, Tensor, Tensor], Segment]:
+    """A student, its images, label logits and step size, and an expert's segment."""
     net, g = FlatNet(net_name, 10, 32), generator(0, "images")
     x, labels = torch.randn(images, 3, 32, 32, generator=g), torch.arange(images) % 10
     start = net.initial(0)
@@ -42,7 +42,8 @@ def problem(net_name: str, images: int, steps: int) -> tuple[Student, tuple[Tens
         (slope,) = torch.autograd.grad(F.cross_entropy(net(target, seen), torch.arange(64) % 10), target)
         target = (target - 5 * LR * slope).detach().requires_grad_(True)
     student = Student(net, draw_batches(images, images, steps, 0), 0)
-    return student, (x, HARD * F.one_hot(labels, 10).float(), torch.tensor(LR), start, target.detach())
+    segment = Segment(start, target.detach())
+    return student, (x, HARD * F.one_hot(labels, 10).float(), torch.tensor(LR)), segment
 
 
 class Saved:
@@ -74,11 +75,11 @@ class Handle:
             self.saved.sizes.pop(self.key, None)
 
 
-def saved_mb(kind: str, student: Student, arguments: tuple[Tensor, ...]) -> float:
+def saved_mb(kind: str, student: Student, learned: tuple[Tensor, Tensor, Tensor], segment: Segment) -> float:
     """MB that autograd holds at most during one gradient."""
-    saved = Saved(arguments)
+    saved = Saved((*learned, segment.start, segment.target))
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda handle: handle.tensor):
-        GRADIENTS[kind](student, *arguments)
+        GRADIENTS[kind](student, *learned, segment)
     return saved.peak / 2**20
 
 
@@ -92,19 +93,19 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for steps in args.steps:
-        student, arguments = problem(args.net, args.images, steps)
+        student, learned, segment = problem(args.net, args.images, steps)
         seconds: dict[str, list[float]] = {kind: [] for kind in GRADIENTS}
         results = {}
         for _ in range(3):
             for kind, gradient in GRADIENTS.items():
                 begin = time.process_time()
-                results[kind] = gradient(student, *arguments)
+                results[kind] = gradient(student, *learned, segment)
                 seconds[kind].append(time.process_time() - begin)
         exact, tesla = (results[k].images.flatten() for k in ("exact", "tesla"))
         ratios = [b / a for a, b in zip(seconds["exact"], seconds["tesla"], strict=True)]
         row = {
             "steps": steps,
-            **{f"{kind}_mb": round(saved_mb(kind, student, arguments), 1) for kind in GRADIENTS},
+            **{f"{kind}_mb": round(saved_mb(kind, student, learned, segment), 1) for kind in GRADIENTS},
             "time": round(statistics.median(ratios), 3),
             "cosine": round(float(F.cosine_similarity(exact, tesla, dim=0)), 3),
             "norms": round(float(tesla.norm() / exact.norm()), 3),

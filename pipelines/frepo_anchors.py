@@ -32,7 +32,7 @@ from dq.data.splits import validation_rows
 from dq.data.zca import Whitening, fit_whitening, is_gray
 from dq.networks.online_pool import OnlinePool, PoolSettings
 from dq.refine.lamb import Lamb, cosine_lr
-from dq.refine.ridge import meta_gradient, predict, solve_ridge
+from dq.refine.ridge import Objective, meta_gradient, predict, solve_ridge
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean squared feature
 STEPS, LR = 600, 0.05
@@ -87,8 +87,9 @@ def learn_linear(
     features = torch.linalg.solve_triangular(root, rows[:, :d], upper=True, left=False)  # x root^-1: covariance I
     images = Lamb.of(torch.randn(classes, d, generator=generator(seed, "images"), dtype=rows.dtype))
     learned = Lamb.of(torch.eye(classes, dtype=rows.dtype) - 1 / classes)
+    objective = Objective(margin_weight=0.0)
     for step in range(steps):
-        g = meta_gradient(lambda z: z, images.value, learned.value, features, rows[:, d:], margin_weight=0.0)
+        g = meta_gradient(lambda z: z, images.value, learned.value, features, rows[:, d:], objective)
         assert g.images is not None
         rate = cosine_lr(step, steps, lr, 0.0)
         images.step(g.images, rate)

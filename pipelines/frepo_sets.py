@@ -29,7 +29,7 @@ from dq.data.source import ImageSource, Split
 from dq.data.zca import Whitening, is_gray
 from dq.networks.training import TrainingSet, fit
 from dq.refine.frepo import refine
-from dq.refine.method import Callback, RealImages, State
+from dq.refine.method import Batch, RealImages, Resources, Session, State
 
 Set = tuple[Tensor, Tensor]  # images (n, 3, S, S), uint8 or float, and regression labels (n, C)
 
@@ -98,20 +98,15 @@ def distil(start: RealImages, real: RealImages, whitening: Whitening, classes: i
             resume = State(state, meta["facts"], meta["steps"])
         left = range(resume.steps if resume else 0, args.steps)
         with progress(left, desc="distil", unit="step") as bar:
-            learned = refine(
-                start.images.float() / 255,
-                start.labels,
-                config,
-                real,
-                classes=classes,
-                whitening=whitening,
-                device=args.device,
+            session = Session(
                 resume=resume,
-                callback=Callback(
-                    step=lambda _: bar.update(),
-                    save=lambda s: write_tensors(partial, s.tensors, {"facts": s.facts, "steps": s.steps}),
-                ),
+                step=lambda _: bar.update(),
+                save=lambda s: write_tensors(partial, s.tensors, {"facts": s.facts, "steps": s.steps}),
             )
+            batch = Batch(start.images.float() / 255, start.labels)
+            resources = Resources(start.images.shape[-1], classes, real=real, device=torch.device(args.device))
+            resources.once("whitening", lambda: whitening)
+            learned = refine(batch, config, resources, session)
         write_tensors(path, {"images": learned.images, "labels": learned.soft_labels})
         partial.unlink(missing_ok=True)
     stored, _ = read_tensors(path)

@@ -1,8 +1,8 @@
-"""What the residual merges of FADRM bring back: the images themselves, patches of real images, a set from a file, or
-at every merge the nearest of a pool."""
+"""Anchors of FADRM's residual merges: real patches, a set, or the nearest of a pool."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,74 +16,80 @@ from dq.networks.patches import PatchRecipe, patch_images
 from dq.networks.teacher import Teacher
 from dq.refine.measure import total_variation
 
-PATCH_POOL = 300  # images of a class whose crops are scored (RDED)
-
 
 def patch_anchors(
     source: ImageSource,
     label: int,
     number: int,
+    recipe: PatchRecipe,
     *,
     teacher: Teacher,
-    image_size: int,
-    rank: str,
     seed: int,
     candidates: np.ndarray | None = None,
-    pool: int = PATCH_POOL,
 ) -> Tensor:
-    """The best-known crops of `number` real images of a class, (number, 3, S, S) uint8, in the order of `rank`.
+    """Cut the best crops (number, 3, S, S) uint8 of real images of a class, as RDED does.
 
     FADRM's own starting images come from an unpublished script; their names say that they were cut as RDED cuts them.
 
     Args:
+        source: whose train images are cut.
+        label: index of the class.
+        number: of patches.
+        recipe: settings of patches; the pool is raised to `number`.
+        teacher: that scores crops.
+        seed: of the draws.
         candidates: ascending rows of the train split that may be used; None: all.
-        pool: images whose crops are scored.
 
     Raises:
         InputError: if the class has fewer images.
     """
-    found = patch_images(
+    patches = patch_images(
         source,
         number,
-        PatchRecipe(image_size, pool=max(pool, number), rank=rank),  # type: ignore[arg-type]
+        dataclasses.replace(recipe, pool=max(recipe.pool, number)),
         teacher=teacher,
         seed=seed,  # the same patches as those of the baseline `patches`
         classes=[label],
         candidates=candidates,
     ).images
-    if len(found) < number:
+    if len(patches) < number:
+        group = "" if candidates is None else "a group of "
         raise InputError(
-            f"{'a group of ' * (candidates is not None)}class {label} {source.class_names[label]!r} has {len(found)} "
-            f"images for {number} anchors; use anchors=init, fewer images per class, or a smaller retrieve_pool"
+            f"{group}class {label} {source.class_names[label]!r} has {len(patches)} images for {number} anchors; use "
+            "anchors=init, fewer images per class, or a smaller retrieve_pool"
         )
-    return found
+    return patches
 
 
 def anchors_by_class(
     images: Tensor, labels: Tensor, counts: Sequence[int], class_names: Sequence[str], origin: str
 ) -> list[Tensor]:
-    """The first `counts[c]` images of every class c of a set, (n_c, 3, S, S) uint8.
+    """The first `counts[c]` images (n_c, 3, S, S) uint8 of every class c of a set.
 
     Args:
         images: (N, 3, S, S) uint8.
         labels: (N,) classes.
-        origin: what a message calls the set.
+        counts: images of each class.
+        class_names: of the classes, for messages.
+        origin: name of the set, for messages.
 
     Raises:
         InputError: if the set has too few images of a class.
     """
     anchors = []
-    for label, (name, count) in enumerate(zip(class_names, counts)):
-        own = images[labels == label]
-        if len(own) < count:
-            raise InputError(f"{origin} has {len(own)} anchors of class {label} {name!r} for {count} images; add some")
-        anchors.append(own[:count])
+    for label, (name, count) in enumerate(zip(class_names, counts, strict=True)):
+        members = images[labels == label]
+        if len(members) < count:
+            raise InputError(
+                f"{origin} has {len(members)} anchors of class {label} {name!r} for {count} images; add some"
+            )
+        anchors.append(members[:count])
     return anchors
 
 
 @dataclass(frozen=True)
 class AnchorPool:
-    """Candidate anchors of each class, with what they are chosen by."""
+    """Candidate anchors of each class, with features and complexity."""
 
     images: list[Tensor]  # (P_c, 3, S, S) uint8 by class
     features: list[Tensor]  # (P_c, d) unit length
@@ -91,25 +97,32 @@ class AnchorPool:
 
 
 def make_pool(images: list[Tensor], teacher: Teacher) -> AnchorPool:
-    """A pool of these images by class, seen by a teacher."""
+    """Make a pool of images by class, with features of a teacher."""
     variation = [total_variation(x) for x in images]
     mean = torch.cat(variation).mean().clamp(min=1e-12)
     return AnchorPool(images, [_unit(teacher.features(x)) for x in images], [v / mean for v in variation])
 
 
 def nearest_anchors(x: Tensor, labels: Tensor, pool: AnchorPool, teacher: Teacher, complexity: float) -> Tensor:
-    """For every image the candidate of its class with the least |f(x) - f(p)|^2 + complexity TV(p), f unit features of
-    a teacher and TV relative to the mean of all candidates: (B, 3, S, S) float32 in [0, 1].
+    """Retrieve for every image the candidate of its class with the least score.
 
-    In the spirit of RETA's dynamic retrieval (arXiv 2602.24144), which also trades fit against complexity; its score
-    was not at hand, so this one is ours.
+    The score is |f(x) - f(p)|^2 + complexity TV(p), with f unit features of a teacher and TV relative to the mean of
+    all candidates. In the spirit of RETA's dynamic retrieval (arXiv 2602.24144), which also trades fit against
+    complexity; its score was not at hand, so this one is ours.
 
     Args:
         x: (B, 3, S, S) float32 in [0, 1], the images before a merge.
+        labels: (B,) classes.
+        pool: candidates.
+        teacher: whose features are compared.
+        complexity: weight of TV.
+
+    Returns:
+        (B, 3, S, S) float32 in [0, 1].
     """
     features = _unit(teacher.features(x))
     chosen = []
-    for f, label in zip(features, labels.tolist()):
+    for f, label in zip(features, labels.tolist(), strict=True):
         scores = (pool.features[label] - f).square().sum(1) + complexity * pool.complexity[label]
         chosen.append(pool.images[label][int(scores.argmin())])
     return torch.stack(chosen).float() / 255

@@ -1,10 +1,11 @@
-"""Learning the images of a set by SGD so that each class resembles real images of its class in some measure, which
-`dq.refine.distribution_matching`, `dq.refine.gradient_matching` and `dq.refine.spectral_matching` define."""
+"""Learning the images of a set by SGD so that each class matches real images of its class.
+
+`dq.refine.distribution_matching`, `dq.refine.gradient_matching` and `dq.refine.spectral_matching` define the distance.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,13 @@ from dq.core.errors import InputError, RunError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.data.zca import Whitening, fit_whitening, is_gray
-from dq.diffusion.image_codec import ImageCodec
 from dq.networks.trajectories import Experts
-from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check, split_off
+from dq.refine.held_out import HARD_LOGIT, HeldOut, check_steps, classic_accuracy, divide, split_off
 from dq.refine.inputs import check_set
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
+from dq.refine.method import Batch, Context, Cost, Method, Needs, RealImages, Refined, Resources, Session, State
 from dq.refine.momentum import Learned
-from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
+from dq.refine.optimize import SHOWN
+from dq.refine.record import Record
 from dq.refine.rendering import Rendering
 from dq.refine.starts import first_values, one_channel, rows_by_class
 
@@ -33,7 +34,7 @@ TERMS = ("matching_loss",)  # columns of the trace
 
 @dataclass(frozen=True)
 class ClassBatches:
-    """Real and learned images of a class as networks see them, augmented alike."""
+    """Batches of real images of a class, and the augmentation that learned ones share."""
 
     real: RealImages
     rows: dict[int, Tensor]  # of each class in `real`
@@ -49,7 +50,7 @@ class ClassBatches:
         return self.augment(self.whitening(images.to(device)), c, step)
 
     def augment(self, x: Tensor, c: int, step: int) -> Tensor:
-        """Images of class c behind the operation of a step, which is the same for real and learned ones."""
+        """Augment images of class c; the draw of a step is the same for real and learned ones."""
         return dsa(x, generator(self.seed, "augment", step, c), shared=True) if self.augmented else x
 
 
@@ -60,7 +61,7 @@ Gradient = Callable[[Tensor, int, dict[str, Tensor]], tuple[Tensor, Tensor]]
 def class_gradients(
     loss_of: Callable[[int, Tensor], Tensor], x: Tensor, rows: dict[int, Tensor], shared: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The sum over classes of a loss, (), and its gradients, with the graph of one class in memory at a time.
+    """Sum a loss over classes, and its gradients, with one class's graph in memory.
 
     Args:
         loss_of: loss () of a class and its images (m, 3, S, S).
@@ -84,107 +85,123 @@ def class_gradients(
 
 
 def learn_images(
-    images: Tensor,
-    labels: Tensor,
+    batch: Batch,
     config: Condensation,
     steps: int,
-    real: RealImages,
+    resources: Resources,
     gradient_of: Callable[[ClassBatches], Gradient],
-    *,
-    classes: int,
-    weights: Tensor | None = None,
-    experts: Experts | None = None,
-    codec: ImageCodec | None = None,
-    seed: int,
-    device: torch.device | str = "cpu",
-    resume: State | None = None,
-    callback: Callback | None = None,
+    session: Session,
 ) -> Refined:
-    """Move the images of a set along a gradient by SGD; a pure function of its arguments.
+    """Learn the images of a set by SGD along a gradient; a pure function of its arguments.
 
     With `mode=latent` the latents that they are decoded from move along the gradient pulled back through the decoder.
 
     Args:
-        images: (n, 3, S, S) float32 in [0, 1], the whole set.
-        labels: (n,) classes.
+        batch: the whole set, with weights for `config.weighted`.
         config: settings that the method has resolved.
         steps: updates of the images.
-        real: the train images.
+        resources: the train images and, with `mode=latent`, the codec. With experts, the images have their
+            preprocessing, and checks are on their held-out images; else mean and std, and a share `config.held_out`.
         gradient_of: the gradient, for batches of real images.
-        experts: whose preprocessing the images have, and whose held-out images serve for checks; None: mean and std,
-            and a share `config.held_out`.
-        codec: whose latents are learned, with `mode=latent`.
-        device: where all of it happens.
+        session: seed, state to resume from and callbacks.
 
     Returns:
         Images of the same shape, whose pixels may leave [0, 1] with `mode=pixel`.
 
     Raises:
-        InputError: if a class of the set has no train image, or latents are learned without a codec.
+        InputError: if there are no train images, or none of a class, or latents are learned without a codec.
         RunError: if the images stop being finite numbers.
     """
-    check_set(images, labels, classes, real, weights if config.weighted else None)
-    device, callback = torch.device(device), callback or Callback()
-    seen, held = (real, None) if not config.checks else _divided(real, config, experts)
-    whitening = (experts.whitening if experts else fit_whitening(real.images, zca=False)).to(device)
-    rendering = Rendering.of(config.stage, config.mode, whitening, codec, config.chunk)
-    # what a decoder makes of gray images need not be gray, so that the three channels count apart
-    gray = config.mode == "pixel" and is_gray(real.images)
-    rows = rows_by_class(labels, seen)
-    batches = ClassBatches(seen, rows, whitening, config.real_batch, config.augment == "dsa", seed)
-    gradient = gradient_of(batches)
-    carried: dict[str, Tensor] = {}
-    best: Tensor | None = None
-    if resume:
-        t = {k: v.to(device, copy=True) for k, v in resume.tensors.items()}
-        x, best = Learned(t["x.value"], t["x.velocity"]), t.get("best")
-        trace, strips, facts = t["trace"].cpu(), list(t["strips"].cpu()), dict(resume.facts)
-        carried = {k.removeprefix("carried."): v for k, v in t.items() if k.startswith("carried.")}
-    else:
-        x = Learned.of(first_values(config.start, images, labels, seen, rendering, seed).to(device))
-        trace, strips = torch.zeros(steps, len(TERMS)), [rendering.pixels(x.value[:SHOWN]).cpu()]
-        facts = {"whitening": whitening.summary(), "net": config.net}
-        facts |= {} if config.mode == "pixel" else {"latents": list(x.value.shape[1:])}
+    problem = _problem(batch, config, resources, session)
+    gradient, rendering = gradient_of(problem.batches), problem.rendering
+    x, carried, record = _start(problem, batch, steps) if session.resume is None else _resumed(problem, session.resume)
     tested = check_steps(steps, config.checks)
-    saved = time.perf_counter()
-    for step in range(resume.steps if resume else 0, steps):
+    for step in range(session.resume.steps if session.resume else 0, steps):
         loss, g = gradient(rendering.images(x.value), step, carried)
-        trace[step] = loss.cpu()
+        record.trace[step] = loss.cpu()
         if not bool(torch.isfinite(g).all()):
             raise RunError(f"the gradient of {config.stage} is no finite number after {step} steps; lower its lr")
-        x.step(rendering.pull_back(x.value, one_channel(g) if gray else g), config.lr, config.momentum)
-        if (step + 1) % max(1, steps // STRIPS) == 0:
-            strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
-        if held is not None and step + 1 in tested:
-            score = classic_accuracy(
-                rendering.images(x.value),
-                HARD_LOGIT * F.one_hot(labels, classes).float().to(device),
-                held,
-                whitening,
-                net=config.net,
-                epochs=config.check_epochs,
-                augment=config.augment,
-                nets=config.check_nets,
-                seed=derive_seed(seed, step),
-            )
-            if record_check(facts, step + 1, score):
-                best = x.value
-        callback.step(step)
-        if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < steps:
-            tensors = {"x.value": x.value, "x.velocity": x.velocity, "trace": trace, "strips": torch.stack(strips)}
-            tensors |= {f"carried.{k}": v for k, v in carried.items()} | ({} if best is None else {"best": best})
-            callback.save(State({k: v.cpu().clone() for k, v in tensors.items()}, dict(facts), step + 1))
-            saved = time.perf_counter()
+        g = one_channel(g) if problem.gray else g
+        x.step(rendering.pull_back(x.value, g), config.lr, config.momentum)
+        record.add_picture(step, rendering, x.value)
+        if step + 1 in tested:
+            score = _check(problem, x.value, batch.labels, derive_seed(session.seed, step))
+            record.add_check(step + 1, score, {"best": x.value})
+        session.step(step)
+        if record.save_due(step + 1):
+            learned = x.tensors("x") | {f"carried.{k}": v for k, v in carried.items()}
+            session.save(State(record.tensors(learned), dict(record.facts), step + 1))
     return Refined(
-        rendering.pixels(x.value if best is None else best).cpu(),
-        trace,
+        rendering.pixels(record.best.get("best", x.value)).cpu(),
+        record.trace,
         TERMS,
-        torch.stack(strips).clamp(0, 1),
+        record.blocks(),
         bounded=config.mode == "latent",
         uniform_weights=not config.weighted,
-        facts=facts,
-        preprocessing=whitening.to("cpu").tensors(),
+        facts=record.facts,
+        preprocessing=rendering.whitening.to("cpu").tensors(),
     )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is the same in all steps on a set."""
+
+    config: Condensation
+    batches: ClassBatches
+    rendering: Rendering
+    held_out: HeldOut | None  # None: no checks
+    gray: bool  # the three channels are one
+    classes: int
+    device: torch.device
+
+
+def _problem(batch: Batch, config: Condensation, resources: Resources, session: Session) -> _Problem:
+    real, experts, device = resources.real, resources.experts, resources.device
+    if real is None:
+        raise InputError(f"{config.stage} compares with real images; give them as `Resources.real`")
+    check_set(batch.images, batch.labels, resources.classes, real, batch.weights if config.weighted else None)
+    compared, held_out = (real, None) if not config.checks else _divided(real, config, experts)
+    whitening = (experts.whitening if experts else fit_whitening(real.images, zca=False)).to(device)
+    rendering = Rendering.of(config.stage, config.mode, whitening, resources.codec, config.chunk)
+    rows, augmented = rows_by_class(batch.labels, compared), config.augment == "dsa"
+    return _Problem(
+        config,
+        ClassBatches(compared, rows, whitening, config.real_batch, augmented, session.seed),
+        rendering,
+        None if held_out is None else HeldOut(held_out, whitening, config.net, config.check_nets),
+        # what a decoder makes of gray images need not be gray, so that the three channels count apart
+        gray=config.mode == "pixel" and is_gray(real.images),
+        classes=resources.classes,
+        device=device,
+    )
+
+
+def _start(problem: _Problem, batch: Batch, steps: int) -> tuple[Learned, dict[str, Tensor], Record]:
+    """Images, or latents, at the start, the tensors carried along, and the record."""
+    config, rendering, batches = problem.config, problem.rendering, problem.batches
+    first = first_values(config.start, batch.images, batch.labels, batches.real, rendering, batches.seed)
+    x = Learned.of(first.to(problem.device))
+    facts: dict[str, Any] = {"whitening": rendering.whitening.summary(), "net": config.net}
+    facts |= {} if config.mode == "pixel" else {"latents": list(x.value.shape[1:])}
+    pictures = [rendering.pixels(x.value[:SHOWN]).cpu()]
+    return x, {}, Record(torch.zeros(steps, len(TERMS)), pictures, facts)
+
+
+def _resumed(problem: _Problem, state: State) -> tuple[Learned, dict[str, Tensor], Record]:
+    """What `_start` gives, from a saved state."""
+    tensors, device = state.tensors, problem.device
+    carried = {k: v.to(device, copy=True) for k, v in tensors.items() if k.startswith("carried.")}
+    carried = {k.removeprefix("carried."): v for k, v in carried.items()}
+    return Learned.restored(tensors, "x", device), carried, Record.restored(tensors, state.facts, device)
+
+
+def _check(problem: _Problem, values: Tensor, labels: Tensor, seed: int) -> float:
+    """Mean held-out accuracy of networks trained on the set."""
+    assert problem.held_out is not None
+    config, logits = problem.config, HARD_LOGIT * F.one_hot(labels, problem.classes).float().to(problem.device)
+    options: dict[str, Any] = {"epochs": config.check_epochs, "augment": config.augment}
+    return classic_accuracy(problem.rendering.images(values), logits, problem.held_out, **options, seed=seed)
 
 
 def _divided(real: RealImages, config: Condensation, experts: Experts | None) -> tuple[RealImages, RealImages]:
@@ -194,18 +211,26 @@ def _divided(real: RealImages, config: Condensation, experts: Experts | None) ->
     return divide(real, experts.held_out_rows(real.labels))
 
 
-def image_weights(config: Condensation, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How much each image counts, (n,), 1 unless the settings ask for its weight in the set; and its share in its
-    class, (n,), which sums to 1 in every class."""
-    counted = weights.float() if config.weighted and weights is not None else torch.ones(len(labels))
+def image_shares(config: Condensation, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Weights of images (n,), 1 unless the settings ask for those in the set, and shares (n,).
+
+    The shares sum to 1 in every class.
+    """
+    labels, weights = batch.labels, batch.weights if config.weighted else None
+    counted = torch.ones(len(labels)) if weights is None else weights.float()
     totals = torch.zeros(int(labels.max()) + 1).index_add(0, labels, counted)
     return counted, counted / totals[labels]
 
 
-class ClassMatchingMethod(Method):
-    """A method that matches classes, as a stage of a run. A subclass names its settings and its function."""
+def class_rows(labels: Tensor, device: torch.device) -> dict[int, Tensor]:
+    """Rows of each class in a set."""
+    return {c: (labels == c).nonzero()[:, 0].to(device) for c in labels.unique().tolist()}
 
-    learn: Callable[..., Refined]  # images, labels, settings, real images -> result
+
+class ClassMatchingMethod(Method):
+    """A method that matches classes; a subclass names its settings and its function."""
+
+    refine: Callable[[Batch, Any, Resources, Session], Refined]
 
     def needs(self, stage: Any) -> Needs:
         return Needs(teachers=False, real_images=True, codec=stage.mode == "latent")
@@ -216,33 +241,5 @@ class ClassMatchingMethod(Method):
     def cost(self, stage: Any, context: Context) -> Cost:
         return Cost(stage.steps, None, stage.checks * stage.check_nets)
 
-    def options(self, resources: Resources) -> dict[str, Any]:
-        """Further arguments of `learn`."""
-        return {}
-
-    def run(
-        self,
-        batch: Batch,
-        stage: Any,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        if resources.real is None:
-            raise InputError(f"{stage.stage} compares with real images; give them as `Resources.real`")
-        return self.learn(
-            batch.images,
-            batch.labels,
-            stage,
-            resources.real,
-            classes=resources.classes,
-            weights=batch.weights,
-            codec=resources.codec,
-            **self.options(resources),
-            seed=derive_seed(seed, stage.stage),
-            device=resources.device,
-            resume=resume,
-            callback=callback,
-        )
+    def run(self, batch: Batch, stage: Any, resources: Resources, session: Session) -> Refined:
+        return self.refine(batch, stage, resources, session.derived(stage.stage))

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dq.config.condensation import DistributionMatching
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed
-from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
 from dq.refine.class_matching import (
@@ -24,14 +23,15 @@ from dq.refine.class_matching import (
     ClassMatchingMethod,
     Gradient,
     class_gradients,
-    image_weights,
+    class_rows,
+    image_shares,
     learn_images,
 )
-from dq.refine.method import Callback, Context, RealImages, Refined, State
+from dq.refine.method import Batch, Context, Refined, Resources, Session
 
 
 def resolve(config: DistributionMatching, context: Context) -> DistributionMatching:
-    """The settings, with the images per class as `lr: auto`.
+    """Fill in the settings: `lr: auto` is the number of images per class.
 
     Raises:
         InputError: for a network that gathers statistics over batches, or has no blocks to choose from.
@@ -42,7 +42,7 @@ def resolve(config: DistributionMatching, context: Context) -> DistributionMatch
 
 
 def distance(real: Tensor, learned: Tensor, shares: Tensor) -> Tensor:
-    """|mean_i real_i - sum_j shares_j learned_j|^2, () (DM, equation 6).
+    """Squared distance of means, |mean_i real_i - sum_j shares_j learned_j|^2 (DM, equation 6).
 
     Args:
         real: (B, ...) features of real images of a class.
@@ -54,7 +54,7 @@ def distance(real: Tensor, learned: Tensor, shares: Tensor) -> Tensor:
 
 @contextmanager
 def block_outputs(net: nn.Module, alpha: float | None) -> Iterator[list[Tensor]]:
-    """A list to which a forward pass within the block adds the pooled maps of each block that is matched.
+    """Collect the pooled maps of each matched block in a forward pass.
 
     Raises:
         InputError: for a network that has no pooled blocks.
@@ -65,9 +65,9 @@ def block_outputs(net: nn.Module, alpha: float | None) -> Iterator[list[Tensor]]
         raise InputError(
             f"matching of features needs a network of pooled blocks, such as convnet3, not {type(net).__name__}"
         )
-    kept = blocks[-1:] if alpha is None else blocks[int(alpha * len(blocks)) :]
+    matched = blocks[-1:] if alpha is None else blocks[int(alpha * len(blocks)) :]
     outputs: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda _module, _args, out: outputs.append(out)) for m in kept]
+    hooks = [m.register_forward_hook(lambda _module, _args, out: outputs.append(out)) for m in matched]
     try:
         yield outputs
     finally:
@@ -76,31 +76,23 @@ def block_outputs(net: nn.Module, alpha: float | None) -> Iterator[list[Tensor]]
 
 
 def refine(
-    images: Tensor,
-    labels: Tensor,
-    config: DistributionMatching,
-    real: RealImages,
-    *,
-    classes: int,
-    weights: Tensor | None = None,
-    codec: ImageCodec | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    resume: State | None = None,
-    callback: Callback | None = None,
+    batch: Batch, config: DistributionMatching, resources: Resources, session: Session | None = None
 ) -> Refined:
-    """Learn a set's images; see `learn_images`. In every step, with a freshly drawn network f and the same
-    augmentation a on both sides, the images move along the gradient of
+    """Learn the images of a set by distribution matching; see `learn_images`.
+
+    In every step, with a freshly drawn network f and the same augmentation a on both sides, the images move along the
+    gradient of
 
         L = sum_c |mean_{real x of c} f(a(x)) - mean_{learned x of c} f(a(x))|^2
 
-    Args:
-        weights: (n,) of the images in the means, for `config.weighted`.
+    With `config.weighted` the weights of the batch weigh the images in the means.
     """
-    device = torch.device(device)
-    shares = image_weights(config, labels, weights)[1].to(device)
-    rows = {c: (labels == c).nonzero()[:, 0].to(device) for c in labels.unique().tolist()}
-    config = resolve(config, Context(images.shape[-1], 0, ipc=len(images) // classes, classes=classes))
+    session, classes, device = session or Session(), resources.classes, resources.device
+    seed = session.seed
+    shares = image_shares(config, batch)[1].to(device)
+    rows = class_rows(batch.labels, device)
+    context = Context(batch.images.shape[-1], 0, ipc=len(batch.images) // classes, classes=classes)
+    config = resolve(config, context)
 
     def gradient_of(batches: ClassBatches) -> Gradient:
         def gradient(x: Tensor, step: int, carried: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -108,33 +100,20 @@ def refine(
             net.requires_grad_(False)
 
             def loss_of(c: int, part: Tensor) -> Tensor:
-                features = block_features(net, batches.images(c, step, device), config.alpha)
+                real = block_features(net, batches.images(c, step, device), config.alpha)
                 learned = block_features(net, batches.augment(part, c, step), config.alpha)
-                return torch.stack([distance(r, s, shares[rows[c]]) for r, s in zip(features, learned)]).sum()
+                blocks = zip(real, learned, strict=True)
+                return torch.stack([distance(r, s, shares[rows[c]]) for r, s in blocks]).sum()
 
             return class_gradients(loss_of, x, rows)[:2]
 
         return gradient
 
-    return learn_images(
-        images,
-        labels,
-        config,
-        config.steps,
-        real,
-        gradient_of,
-        classes=classes,
-        weights=weights,
-        codec=codec,
-        seed=seed,
-        device=device,
-        resume=resume,
-        callback=callback,
-    )
+    return learn_images(batch, config, config.steps, resources, gradient_of, session)
 
 
 def block_features(net: nn.Module, x: Tensor, alpha: float | None) -> Sequence[Tensor]:
-    """Pooled maps (B, C, h, w) of the matched blocks of a network for images (B, 3, S, S).
+    """Pooled maps (B, C, h, w) of the matched blocks for images (B, 3, S, S).
 
     Raises:
         InputError: for a network that has no pooled blocks.
@@ -148,7 +127,7 @@ class DistributionMethod(ClassMatchingMethod):
     """Distribution matching as a stage of a run."""
 
     config = DistributionMatching
-    learn = staticmethod(refine)
+    refine = staticmethod(refine)
 
     def resolve(self, stage: DistributionMatching, context: Context) -> DistributionMatching:
         return resolve(stage, context)

@@ -1,4 +1,4 @@
-"""FADRM and FADRM+: pixels pushed towards teachers' statistics and classes, the start blended back in between blocks.
+"""FADRM and FADRM+: matching of batch norm statistics, with residual merges of the start.
 
 "FADRM: Fast and Accurate Data Residual Matching for Dataset Distillation", NeurIPS 2025, arXiv 2506.24125; settings of
 the released code. With one teacher it is FADRM; with several, one per step in turn, FADRM+.
@@ -28,8 +28,19 @@ from dq.refine.matched import (
     with_statistics,
 )
 from dq.refine.matching import resolve_depth
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
-from dq.refine.optimize import optimize
+from dq.refine.method import (
+    AnchorNeeds,
+    Batch,
+    Context,
+    Cost,
+    GroupNeeds,
+    Method,
+    Needs,
+    Refined,
+    Resources,
+    Session,
+)
+from dq.refine.optimize import Matching, optimize
 from dq.refine.views import Schedule
 
 # Released recipes. `one` and `plus` change a preset for FADRM and FADRM+. CIFAR-10 has no recipe of its own: it takes
@@ -55,44 +66,27 @@ REDUCED = 200 / 224  # smaller side of multi-resolution blocks, of the images'
 
 
 def resolve(config: FADRM, *, side: int, teachers: int) -> FADRM:
-    """The settings with every None filled in: from the preset, else as the released recipes treat images of this side.
+    """Fill in every None of the settings.
+
+    From the preset, else as the released recipes treat images of this side.
 
     Args:
+        config: settings.
         side: of the images in px.
         teachers: number of teachers that are matched.
 
     Raises:
         InputError: for an unknown preset, one for other images, or blocks that do not fit the images.
     """
-    if config.preset is None:
-        small = side <= SINGLE_SIZE
-        reduced = round(side * REDUCED)
-        settings: dict[str, Any] = {
-            "sizes": (side,) * 4 if small else (reduced, side, reduced, side),
-            "steps": (500,) * 4,
-            "lr": 0.25,
-            "batch_size": 100,
-            "jitter": 4 if small else round(side / 7),  # 32 of 224
-        }
-    elif config.preset not in PRESETS:
-        raise InputError(unknown_key(config.preset, config.preset, list(PRESETS), kind="preset"))
-    else:
-        settings = dict(PRESETS[config.preset])
-        own = {"one": settings.pop("one", {}), "plus": settings.pop("plus", {})}
-        settings |= own["plus" if teachers > 1 else "one"]
-        if settings.pop("side") != side and config.sizes is None:
-            raise InputError(
-                f"preset {config.preset!r} is for images of {PRESETS[config.preset]['side']} px, not {side}; "
-                "leave preset out, or set sizes"
-            )
-    given = {k: getattr(config, k) for k in settings if getattr(config, k) is not None}
-    if "sizes" in given and "steps" not in given:
-        settings["steps"] = (settings["steps"][0],) * len(given["sizes"])
-    elif "steps" in given and "sizes" not in given:
+    settings = _recipe(config, side, teachers)
+    explicit = {k: getattr(config, k) for k in settings if getattr(config, k) is not None}
+    if "sizes" in explicit and "steps" not in explicit:
+        settings["steps"] = (settings["steps"][0],) * len(explicit["sizes"])
+    elif "steps" in explicit and "sizes" not in explicit:
         # the last sizes of the recipe, which ends at the images' side
-        sizes, blocks = settings["sizes"], len(given["steps"])
+        sizes, blocks = settings["sizes"], len(explicit["steps"])
         settings["sizes"] = tuple(sizes[i % len(sizes)] for i in range(len(sizes) - blocks, len(sizes)))
-    settings |= given
+    settings |= explicit
     if settings["sizes"][-1] != side:
         raise InputError(
             f"the last of sizes={list(settings['sizes'])} must be the side of the images, {side} px; "
@@ -106,6 +100,31 @@ def resolve(config: FADRM, *, side: int, teachers: int) -> FADRM:
     return dataclasses.replace(config, **settings)
 
 
+def _recipe(config: FADRM, side: int, teachers: int) -> dict[str, Any]:
+    """Sizes, steps, lr, batch size and jitter of the preset, or for images of this side."""
+    if config.preset is None:
+        small = side <= SINGLE_SIZE
+        reduced = round(side * REDUCED)
+        return {
+            "sizes": (side,) * 4 if small else (reduced, side, reduced, side),
+            "steps": (500,) * 4,
+            "lr": 0.25,
+            "batch_size": 100,
+            "jitter": 4 if small else round(side / 7),  # 32 of 224
+        }
+    if config.preset not in PRESETS:
+        raise InputError(unknown_key(config.preset, config.preset, list(PRESETS), kind="preset"))
+    settings = dict(PRESETS[config.preset])
+    changes = {"one": settings.pop("one", {}), "plus": settings.pop("plus", {})}
+    settings |= changes["plus" if teachers > 1 else "one"]
+    if settings.pop("side") != side and config.sizes is None:
+        raise InputError(
+            f"preset {config.preset!r} is for images of {PRESETS[config.preset]['side']} px, not {side}; "
+            "leave preset out, or set sizes"
+        )
+    return settings
+
+
 def schedule_of(config: FADRM) -> Schedule:
     """The blocks of settings that `resolve` has filled in."""
     settings = {k: getattr(config, k) for k in ("sizes", "steps", "lr", "alpha", "jitter")}
@@ -113,34 +132,29 @@ def schedule_of(config: FADRM) -> Schedule:
 
 
 def refine(
-    images: Tensor,
-    labels: Tensor,
-    weights: Tensor | None,
+    batch: Batch,
     config: FADRM,
     teachers: Sequence[Teacher],
+    session: Session | None = None,
     *,
-    critics: Sequence[MatchedTeacher] | None = None,
-    anchors: Tensor | None = None,
+    matched: Sequence[MatchedTeacher] | None = None,
     retrieve: Callable[[Tensor, int], Tensor] | None = None,
-    seed: int = 0,
-    resume: State | None = None,
-    callback: Callback | None = None,
 ) -> Refined:
-    """Refine one batch of images; a pure function of its arguments. A batch of the paper's is one image of each of B
-    classes; where there are fewer classes, several images of each make batch statistics less of a caricature.
+    """Refine one batch of images by FADRM; a pure function of its arguments.
 
         x <- alpha resample(x) + (1 - alpha) resample(anchor)      behind every block but the last
 
+    A batch of the paper's is one image of each of B classes; where there are fewer classes, several images of each
+    bring batch statistics nearer to those of the data.
+
     Args:
-        images: (B, 3, S, S) float32 in [0, 1], as many different classes as may be.
-        labels: (B,) classes.
-        weights: (B,) of the images in the set, for `config.weighted`; None: all alike.
+        batch: images, as many different classes as may be; their anchors, or None for the images themselves; and
+            weights for `config.weighted`.
         config: settings; what is None is filled in as `resolve` says.
         teachers: in evaluation mode or not; used in turn, one per step, and left as they were.
-        critics: the same teachers through `match_teachers`, if that has been done.
-        anchors: (B, 3, S, S) in [0, 1]; None: the images.
-        retrieve: gives the anchors of each merge from the images at hand, in place of `anchors`.
-        resume, callback: see `optimize`.
+        session: seed, state to resume from and callbacks.
+        matched: the same teachers through `match_teachers`, if that has been done.
+        retrieve: gives the anchors of each merge from the present images, in place of those of the batch.
 
     Returns:
         Images of the same shape, with the losses of all steps and the images at the end of each block.
@@ -149,31 +163,39 @@ def refine(
         InputError: for settings or teachers that do not fit.
         RunError: if the loss stops being a number.
     """
-    if critics is None:
+    if matched is None:
         check_alone(config)
-    if (config.anchors != "init" and anchors is None) or (config.retrieve != "none" and retrieve is None):
+    if (config.anchors != "init" and batch.anchors is None) or (config.retrieve != "none" and retrieve is None):
         raise InputError(
-            f"anchors={config.anchors} and retrieve={config.retrieve} are read by a run; here, give `anchors` or "
-            "`retrieve` themselves"
+            f"anchors={config.anchors} and retrieve={config.retrieve} are read by a run; here, give `Batch.anchors` "
+            "or `retrieve`"
         )
-    side = images.shape[-1]
+    side = batch.images.shape[-1]
     settings = resolve(config, side=side, teachers=len(teachers))
     schedule = schedule_of(settings)
-    critics = critics or match_teachers(teachers, settings, side=side, sizes=schedule.sizes)
-    anchors = images if anchors is None else anchors
+    matched = matched or match_teachers(teachers, settings, side=side, sizes=schedule.sizes)
+    anchors = batch.images if batch.anchors is None else batch.anchors
     return optimize(
-        anchors if config.start == "anchor" else images,
-        labels,
-        config=settings,
-        schedule=schedule,
-        critics=critics,
-        choose=lambda step: step % len(teachers),  # goes on across blocks
-        seed=seed,
+        anchors if config.start == "anchor" else batch.images,
+        batch.labels,
+        Matching(settings, schedule, matched, lambda step: step % len(teachers)),  # goes on across blocks
+        session or Session(),
         anchors=retrieve or anchors,
-        image_weights=weights,
-        resume=resume,
-        callback=callback,
+        image_weights=batch.weights,
     )
+
+
+def _retrieval(batch: Batch, stage: FADRM, resources: Resources) -> Callable[[Tensor, int], Tensor] | None:
+    """The anchors of each merge, the nearest candidates of their classes; None without candidates."""
+    if resources.candidates is None:
+        return None
+    images, teacher = list(resources.candidates), resources.matched[0]
+    pool = resources.once("pool", lambda: make_pool(images, teacher))
+
+    def retrieve(x: Tensor, merge: int) -> Tensor:
+        return nearest_anchors(x, batch.labels, pool, teacher, stage.retrieve_complexity)
+
+    return retrieve
 
 
 class FadrmMethod(Method):
@@ -190,52 +212,32 @@ class FadrmMethod(Method):
             patches["anchors"] = None
         if stage.retrieve == "patches":
             patches["candidates"] = stage.retrieve_pool
-        return Needs(
-            patches=patches,
-            rank=stage.anchor_rank,
-            anchors={"init": None, "real_patch": "anchors", "group": "group", "file": "file"}[stage.anchors],
+        anchors = AnchorNeeds(
+            patches,
+            stage.anchor_rank,
+            source={"init": None, "real_patch": "anchors", "group": "group", "file": "file"}[stage.anchors],
             file=stage.anchor_path,
             candidates={"none": None, "patches": "candidates", "prototypes": "set"}[stage.retrieve],
-            groups=None if stage.groups == "none" else stage.groups,
-            group_statistics=stage.statistics == "group",
-            class_features=stage.class_weight > 0,
         )
+        groups = None if stage.groups == "none" else GroupNeeds(stage.groups, stage.statistics == "group")
+        return Needs(class_features=stage.class_weight > 0, anchors=anchors, groups=groups)
 
     def prepare(self, stage: FADRM, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
         if stage.start == "anchor" and first.anchors is not None:
             first = dataclasses.replace(first, images=first.anchors)
         return matching_facts(stage, schedule_of(stage), resources, first, seed=seed)
 
-    def run(
-        self,
-        batch: Batch,
-        stage: FADRM,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        retrieve = None
-        if resources.candidates is not None:
-            images, teacher = list(resources.candidates), resources.matched[0]
-            pool = resources.once("pool", lambda: make_pool(images, teacher))
-
-            def retrieve(x: Tensor, merge: int) -> Tensor:
-                return nearest_anchors(x, batch.labels, pool, teacher, stage.retrieve_complexity)
-
+    def run(self, batch: Batch, stage: FADRM, resources: Resources, session: Session) -> Refined:
+        matched = matched_teachers(stage, schedule_of(stage), resources)
+        if batch.anchors is None:
+            batch = dataclasses.replace(batch, anchors=batch.images)
         return refine(
-            batch.images,
-            batch.labels,
-            batch.weights,
+            batch,
             stage,
             resources.matched,
-            critics=with_statistics(matched_teachers(stage, schedule_of(stage), resources), batch.statistics),
-            anchors=batch.images if batch.anchors is None else batch.anchors,
-            retrieve=retrieve,
-            seed=seed,
-            resume=resume,
-            callback=callback,
+            session,
+            matched=with_statistics(matched, batch.statistics),
+            retrieve=_retrieval(batch, stage, resources),
         )
 
     def brief(self, stage: FADRM) -> FADRM:

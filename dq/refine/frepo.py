@@ -1,4 +1,4 @@
-"""FRePo: images and labels learned by the gradient of a ridge regression on the features of a pool of networks.
+"""FRePo: images and labels learned through ridge regression on features of a pool.
 
 Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022, arXiv 2206.00719; with
 the settings of the released code. Its loss is in `dq.refine.ridge`, its optimizer in `dq.refine.lamb`, its networks in
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +22,23 @@ from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
 from dq.data.zca import Whitening, fit_whitening, is_gray, stride_of
-from dq.diffusion.image_codec import ImageCodec
 from dq.networks.online_pool import OnlinePool, PoolSettings
 from dq.networks.teacher import Teacher, pooled_logits
-from dq.refine.held_out import check_steps, held_out_accuracy, label_temperature, record_check, split_off
+from dq.refine.held_out import HeldOut, check_steps, held_out_accuracy, label_temperature, split_off
 from dq.refine.inputs import check_set
 from dq.refine.lamb import Lamb, cosine_lr
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
-from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
+from dq.refine.method import Batch, Context, Cost, Method, Needs, RealImages, Refined, Resources, Session, State
+from dq.refine.optimize import SHOWN
+from dq.refine.record import Record
 from dq.refine.rendering import Rendering
-from dq.refine.ridge import duplicates, krr_loss, meta_gradient, temperature_cross_entropy
+from dq.refine.ridge import (
+    MetaGradient,
+    Objective,
+    duplicates,
+    krr_loss,
+    meta_gradient,
+    temperature_cross_entropy,
+)
 from dq.refine.starts import first_values, one_channel
 
 TERMS = ("krr_loss", "label_margin", "condition", "ridge")  # columns of the trace
@@ -43,7 +49,7 @@ HELD_NUMBERS = 1 << 28  # of whitened real images that are held in memory
 
 
 def resolve(config: FRePo, context: Context) -> FRePo:
-    """The settings with steps, lr and architectures filled in.
+    """Fill in steps, lr and architectures.
 
     Raises:
         InputError: for images that are too large, or a single class.
@@ -65,62 +71,50 @@ def resolve(config: FRePo, context: Context) -> FRePo:
 
 @dataclass(frozen=True)
 class RealBatches:
-    """Batches of real images as networks see them: all of them in a new order every epoch."""
+    """Batches of real images as networks see them, in a new order every epoch."""
 
     real: RealImages
     whitening: Whitening
     targets: Tensor  # (N, C)
     size: int
     seed: int
-    held: Tensor | None  # (N, 3, S, S) whitened on the device, if they fit
+    whitened: Tensor | None  # (N, 3, S, S) on the device, if they fit
     orders: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # (N,) rows of the present epoch
 
     @staticmethod
     def of(real: RealImages, whitening: Whitening, classes: int, size: int, seed: int) -> RealBatches:
         device = whitening.mean.device
-        held = None
+        whitened = None
         if real.images.numel() <= HELD_NUMBERS:
-            held = torch.cat([whitening(part.to(device)) for part in real.images.split(1000)])
+            whitened = torch.cat([whitening(part.to(device)) for part in real.images.split(1000)])
         targets = centered_targets(real.labels, classes).to(device)
-        return RealBatches(real, whitening, targets, min(size, len(targets)), seed, held)
+        return RealBatches(real, whitening, targets, min(size, len(targets)), seed, whitened)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) and targets (B, C) of a step; the rest of an epoch that fills no batch is left out."""
+        """Images (B, 3, S, S) and targets (B, C) of a step; incomplete batches are dropped."""
         per_epoch = len(self.targets) // self.size
         epoch, i = divmod(step, per_epoch)
         if epoch not in self.orders:
             self.orders.clear()
             self.orders[epoch] = torch.randperm(len(self.targets), generator=generator(self.seed, "real batch", epoch))
         rows = self.orders[epoch][i * self.size : (i + 1) * self.size]
-        there = rows.to(self.targets.device)
-        x = self.held[there] if self.held is not None else self.whitening(self.real.images[rows].to(there.device))
-        return x, self.targets[there]
+        index = rows.to(self.targets.device)
+        if self.whitened is not None:
+            return self.whitened[index], self.targets[index]
+        return self.whitening(self.real.images[rows].to(index.device)), self.targets[index]
 
 
 def start_labels(config: FRePo, images: Tensor, labels: Tensor, classes: int, teachers: Sequence[Teacher]) -> Tensor:
-    """Where the labels (n, C) begin: centered classes, or the teachers' probabilities, scaled as released."""
+    """First labels (n, C): centered classes, or the teachers' probabilities, scaled as released."""
     if config.first_labels == "teachers":
         return probabilities_to_labels(pooled_logits(teachers, images).softmax(1))
     return first_labels(centered_targets(labels, classes))
 
 
-def refine(
-    images: Tensor,
-    labels: Tensor,
-    config: FRePo,
-    real: RealImages,
-    *,
-    classes: int,
-    weights: Tensor | None = None,
-    teachers: Sequence[Teacher] = (),
-    whitening: Whitening | None = None,
-    codec: ImageCodec | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    resume: State | None = None,
-    callback: Callback | None = None,
-) -> Refined:
-    """Learn a set's images and labels; a pure function of its arguments. In every step, with a network f of the pool:
+def refine(batch: Batch, config: FRePo, resources: Resources, session: Session | None = None) -> Refined:
+    """Learn the images and labels of a set by FRePo; a pure function of its arguments.
+
+    In every step, with a network f of the pool:
 
         A = f(X) f(X)^T + ridge s I,  P = f(X_real) f(X)^T A^-1 Y,  L = mean 1/2 |P - Y_real|^2 - label margin
 
@@ -129,15 +123,10 @@ def refine(
     With `mode=latent` X is whiten(resize(decode(z))), and LAMB moves z.
 
     Args:
-        images: (n, 3, S, S) float32 in [0, 1], the whole set.
-        labels: (n,) classes.
-        config: settings that `resolve` has filled in.
-        real: the train images.
-        weights: (n,) of the images in the regression and in the networks' training, for `config.weighted`.
-        teachers: whose probabilities the labels start from, with `first_labels=teachers`.
-        whitening: fitted on the train images; None: it is fitted here.
-        codec: whose latents are learned, with `mode=latent`.
-        device: where all of it happens.
+        batch: the whole set, with weights in the regression and in the networks' training for `config.weighted`.
+        config: settings; what is None is filled in as `resolve` says.
+        resources: the train images; teachers, with `first_labels=teachers`; and the codec, with `mode=latent`.
+        session: seed, state to resume from and callbacks.
 
     Returns:
         Images of the same shape, whose pixels may leave [0, 1] with `mode=pixel`, and regression labels.
@@ -146,127 +135,161 @@ def refine(
         InputError: for settings or images that do not fit.
         RunError: if features, images or labels stop being finite numbers.
     """
-    device, side = torch.device(device), images.shape[-1]
-    if device.type == "mps":
-        raise InputError("frepo solves in float64, which mps does not have; run on the CPU with --cpu")
-    check_set(images, labels, classes, real, weights if config.weighted else None)
-    config = resolve(config, Context(side, len(teachers), classes=classes))
-    if config.first_labels == "teachers" and not teachers:
-        raise InputError("first_labels=teachers needs teachers; give some, or set first_labels=classes")
-    steps, top_lr = config.steps or 0, config.lr or 0.0  # which `resolve` has set
-    callback, learns = callback or Callback(), config.mode != "labels_only"
-    if len(real.images) == 0:
-        raise InputError("frepo predicts real train images, but there are none; check the train split")
-    whitening = (whitening or fit_whitening(real.images, zca=config.whiten)).to(device)
-    rendering = Rendering.of("frepo", config.mode, whitening, codec, config.chunk)
-    seen, held = split_off(real, config.held_out) if config.checks or config.fit_temperature else (real, None)
-    batches = RealBatches.of(seen, whitening, classes, config.real_batch, seed)
-    gray = is_gray(real.images)
-    flip = config.flip if config.flip is not None else len(images) < FLIP_BELOW and not gray
-    w = None
-    if config.weighted and weights is not None:
-        w = (weights / weights.mean()).to(device)
-    pool = OnlinePool(
-        config.nets,
-        classes,
-        side,
-        PoolSettings(config.pool_size, config.max_online, config.online_lr, config.online_batch, config.norm),
-        seed=seed,
-        device=device,
-    )
-    outer_loss = krr_loss
-    if config.outer_loss == "ce_temp":
-        outer_loss = functools.partial(temperature_cross_entropy, temperature=config.outer_temperature)
-    facts: dict[str, Any] = {"whitening": whitening.summary(), "flip": flip, "nets": list(config.nets)}
-    if resume:
-        x, y, trace, strips, facts = _restored(resume, pool, device)
-    else:
-        start = config.start if learns else "drawn"
-        first = first_values(start, images, labels, real, rendering, seed).to(device)
-        if rendering.codec is not None:
-            facts["latents"] = list(first.shape[1:])
-        start_std = float(rendering.images(first).std())
-        facts |= {"start_std": round(start_std, 4), "copies": 0}  # 0.44 for real images of CIFAR-10
-        if learns:
-            first, facts["copies"] = _apart(first, rendering, pool, seed)
-        x, y = Lamb.of(first), Lamb.of(start_labels(config, images, labels, classes, teachers).to(device))
-        trace = torch.zeros(steps, len(TERMS), device=device)
-        strips = [rendering.pixels(first[:SHOWN]).cpu()]
-    best = _best_of(resume, device)
+    session = session or Session()
+    problem = _problem(batch, config, resources, session.seed)
+    config, pool, rendering, objective = problem.config, problem.pool, problem.rendering, problem.objective
+    steps, top_lr, learns = config.steps or 0, config.lr or 0.0, objective.learn_images
+    x, y, record = _resumed(problem, session.resume) if session.resume else _start(problem, batch, resources)
     tested = check_steps(steps, config.checks)
-    saved = time.perf_counter()
-    for step in range(resume.steps if resume else 0, steps):
+    for step in range(session.resume.steps if session.resume else 0, steps):
         lr = cosine_lr(step, steps, top_lr, config.lr_floor)
         i = pool.pick(step)
-        x_real, y_real = batches(step)
-        with pool.features(i) as features:
-            with torch.no_grad():
-                parts = x_real.split(config.chunk or len(x_real))
-                f_real = torch.cat([features(part) for part in parts])
-            g = meta_gradient(
-                features,
-                x.value,
-                y.value,
-                f_real,
-                y_real,
-                chunk=config.chunk,
-                flip=flip,
-                margin_weight=config.label_margin if config.learn_labels else 0.0,
-                ridge=config.ridge,
-                weights=w,
-                learn_images=learns,
-                render=None if rendering.codec is None else rendering,
-                outer_loss=outer_loss,
-            )
-        trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
-        trace[step, 3].fill_(g.ridge)  # no copy from the host
+        g = _gradient(problem, x.value, y.value, i, step)
+        record.trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
+        record.trace[step, 3].fill_(g.ridge)  # no copy from the host
         if g.images is not None:
-            x.step(one_channel(g.images) if gray and config.mode == "pixel" else g.images, lr)
+            x.step(one_channel(g.images) if problem.gray and config.mode == "pixel" else g.images, lr)
         if config.learn_labels:
             y.step(g.labels, lr)
-        pool.advance(i, rendering.images(x.value), y.value, step, w)  # on the updated set, as released
-        if (step + 1) % max(1, steps // STRIPS) == 0:
-            strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
-        if held is not None and step + 1 in tested:
-            score = held_out_accuracy(
-                rendering.images(x.value),
-                y.value,
-                held,
-                whitening,
-                net=config.nets[0],
-                classes=classes,
-                nets=config.check_nets,
-                seed=derive_seed(seed, "check", step),
-            )
-            if record_check(facts, step + 1, score):
-                best = (x.value.clone(), y.value.clone())
-        callback.step(step)
-        if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < steps:
-            callback.save(_state(x, y, best, trace, strips, facts, pool, step + 1))
-            saved = time.perf_counter()
+        pool.advance(i, rendering.images(x.value), y.value, step, objective.weights)  # on the updated set, as released
+        record.add_picture(step, rendering, x.value)
+        if problem.held_out is not None and step + 1 in tested:
+            check_seed = derive_seed(session.seed, "check", step)
+            score = held_out_accuracy(rendering.images(x.value), y.value, problem.held_out, seed=check_seed)
+            record.add_check(step + 1, score, {"best.x": x.value.clone(), "best.y": y.value.clone()})
+        session.step(step)
+        if record.save_due(step + 1):
+            session.save(_state(x, y, record, pool, step + 1))
+    facts = record.facts
     facts["networks_replaced"] = sum(m.generation for m in pool.members)
     facts["end_std"] = round(float(rendering.images(x.value).std()), 4)
-    last_x, last_y = best or (x.value, y.value)
-    if held is not None and config.fit_temperature:
-        shown = rendering.images(last_x)
-        temperature = label_temperature(pool, shown, last_y, held, whitening, ridge=config.ridge, weights=w)
+    last_x, last_y = record.best.get("best.x", x.value), record.best.get("best.y", y.value)
+    if problem.held_out is not None and config.fit_temperature:
+        options: dict[str, Any] = {"ridge": config.ridge, "weights": objective.weights}
+        temperature = label_temperature(pool, rendering.images(last_x), last_y, problem.held_out, **options)
         facts["label_temperature"] = round(temperature, 6)
     return Refined(
-        rendering.pixels(last_x).cpu() if learns else images,
-        trace.float().cpu(),
+        rendering.pixels(last_x).cpu() if learns else batch.images,
+        record.trace.float().cpu(),
         TERMS,
-        torch.stack(strips).clamp(0, 1),
+        record.blocks(),
         soft_labels=last_y.cpu(),
         label_kind="regression",
         bounded=config.mode != "pixel",
         uniform_weights=not config.weighted,  # learned labels absorb importance
         facts=facts,
-        preprocessing=whitening.to("cpu").tensors(),
+        preprocessing=rendering.whitening.to("cpu").tensors(),
     )
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What is the same in all steps on a set."""
+
+    config: FRePo  # resolved
+    real: RealImages  # all train images
+    batches: RealBatches  # without those that are held out
+    held_out: HeldOut | None  # for checks and the temperature of labels
+    rendering: Rendering
+    pool: OnlinePool
+    objective: Objective
+    gray: bool  # the three channels of real images are one
+    classes: int
+    device: torch.device
+    seed: int
+
+
+def _problem(batch: Batch, config: FRePo, resources: Resources, seed: int) -> _Problem:
+    images, classes, device, real = batch.images, resources.classes, resources.device, resources.real
+    if device.type == "mps":
+        raise InputError("frepo solves in float64, which mps does not have; run on the CPU with --cpu")
+    if real is None:
+        raise InputError("frepo predicts real train images; give them as `Resources.real`")
+    check_set(images, batch.labels, classes, real, batch.weights if config.weighted else None)
+    config = resolve(config, Context(images.shape[-1], len(resources.teachers), classes=classes))
+    if config.first_labels == "teachers" and not resources.teachers:
+        raise InputError("first_labels=teachers needs teachers; give some, or set first_labels=classes")
+    if len(real.images) == 0:
+        raise InputError("frepo predicts real train images, but there are none; check the train split")
+    whitening = resources.once("whitening", lambda: fit_whitening(real.images, zca=config.whiten)).to(device)
+    rendering = Rendering.of("frepo", config.mode, whitening, resources.codec, config.chunk)
+    holds_out = config.checks or config.fit_temperature
+    predicted, held_out = split_off(real, config.held_out) if holds_out else (real, None)
+    batches = RealBatches.of(predicted, whitening, classes, config.real_batch, seed)
+    pool = OnlinePool(
+        config.nets,
+        classes,
+        images.shape[-1],
+        PoolSettings(config.pool_size, config.max_online, config.online_lr, config.online_batch, config.norm),
+        seed=seed,
+        device=device,
+    )
+    gray = is_gray(real.images)
+    return _Problem(
+        config,
+        real,
+        batches,
+        None if held_out is None else HeldOut(held_out, whitening, config.nets[0], config.check_nets),
+        rendering,
+        pool,
+        _objective(config, batch, rendering, gray, device),
+        gray,
+        classes,
+        device,
+        seed,
+    )
+
+
+def _objective(config: FRePo, batch: Batch, rendering: Rendering, gray: bool, device: torch.device) -> Objective:
+    outer_loss: Callable[[Tensor, Tensor], Tensor] = krr_loss
+    if config.outer_loss == "ce_temp":
+        outer_loss = functools.partial(temperature_cross_entropy, temperature=config.outer_temperature)
+    weights = None
+    if config.weighted and batch.weights is not None:
+        weights = (batch.weights / batch.weights.mean()).to(device)
+    return Objective(
+        chunk=config.chunk,
+        flip=config.flip if config.flip is not None else len(batch.images) < FLIP_BELOW and not gray,
+        margin_weight=config.label_margin if config.learn_labels else 0.0,
+        ridge=config.ridge,
+        weights=weights,
+        learn_images=config.mode != "labels_only",
+        render=None if rendering.codec is None else rendering,
+        outer_loss=outer_loss,
+    )
+
+
+def _gradient(problem: _Problem, x: Tensor, y: Tensor, i: int, step: int) -> MetaGradient:
+    """The gradient of a step, with network i of the pool."""
+    x_real, y_real = problem.batches(step)
+    with problem.pool.features(i) as features:
+        with torch.no_grad():
+            parts = x_real.split(problem.config.chunk or len(x_real))
+            f_real = torch.cat([features(part) for part in parts])
+        return meta_gradient(features, x, y, f_real, y_real, problem.objective)
+
+
+def _start(problem: _Problem, batch: Batch, resources: Resources) -> tuple[Lamb, Lamb, Record]:
+    """Images, or latents, and labels at the start, and the record."""
+    config, rendering, labels, device = problem.config, problem.rendering, batch.labels, problem.device
+    learns = problem.objective.learn_images
+    start = config.start if learns else "drawn"
+    first = first_values(start, batch.images, labels, problem.real, rendering, problem.seed).to(device)
+    facts: dict[str, Any] = {"whitening": rendering.whitening.summary(), "flip": problem.objective.flip}
+    facts["nets"] = list(config.nets)
+    if rendering.codec is not None:
+        facts["latents"] = list(first.shape[1:])
+    start_std = float(rendering.images(first).std())
+    facts |= {"start_std": round(start_std, 4), "copies": 0}  # 0.44 for real images of CIFAR-10
+    if learns:
+        first, facts["copies"] = _apart(first, rendering, problem.pool, problem.seed)
+    y = start_labels(config, batch.images, labels, problem.classes, resources.teachers).to(device)
+    trace = torch.zeros(config.steps or 0, len(TERMS), device=device)
+    return Lamb.of(first), Lamb.of(y), Record(trace, [rendering.pixels(first[:SHOWN]).cpu()], facts)
+
+
 def _apart(values: Tensor, rendering: Rendering, pool: OnlinePool, seed: int) -> tuple[Tensor, int]:
-    """Images, or latents, with a little noise on those that are nearly copies of others, and their number."""
+    """Add a little noise to images, or latents, that are nearly copies of others; and their number."""
     with pool.features(0) as features, torch.no_grad():
         copied = duplicates(torch.cat([features(part) for part in rendering.images(values).split(1000)]))
     size = JITTER if rendering.codec is None else JITTER * float(values.std())
@@ -274,47 +297,21 @@ def _apart(values: Tensor, rendering: Rendering, pool: OnlinePool, seed: int) ->
     return torch.where(copied.view(-1, 1, 1, 1), values + noise, values), int(copied.sum())
 
 
-Best = tuple[Tensor, Tensor] | None  # images or latents, and labels, of the best check
-
-
-def _best_of(resume: State | None, device: torch.device) -> Best:
-    if resume is None or "best.x" not in resume.tensors:
-        return None
-    return resume.tensors["best.x"].to(device), resume.tensors["best.y"].to(device)
-
-
-def _state(
-    x: Lamb,
-    y: Lamb,
-    best: Best,
-    trace: Tensor,
-    strips: list[Tensor],
-    facts: dict[str, Any],
-    pool: OnlinePool,
-    steps: int,
-) -> State:
+def _state(x: Lamb, y: Lamb, record: Record, pool: OnlinePool, steps: int) -> State:
     tensors, pool_facts = pool.state()
-    tensors = {f"pool.{k}": v for k, v in tensors.items()}
-    for name, lamb in (("x", x), ("y", y)):
-        tensors |= {f"{name}.{k}": getattr(lamb, k).detach().cpu().clone() for k in ("value", "first", "second")}
-    if best is not None:
-        tensors |= {"best.x": best[0].cpu(), "best.y": best[1].cpu()}
-    tensors |= {"trace": trace.cpu().clone(), "strips": torch.stack(strips)}
-    return State(tensors, {"pool": pool_facts, "facts": dict(facts), "lamb": [x.steps, y.steps]}, steps)
+    tensors = {f"pool.{k}": v for k, v in tensors.items()} | record.tensors(x.tensors("x") | y.tensors("y"))
+    return State(tensors, {"pool": pool_facts, "facts": dict(record.facts), "lamb": [x.steps, y.steps]}, steps)
 
 
-def _restored(
-    state: State, pool: OnlinePool, device: torch.device
-) -> tuple[Lamb, Lamb, Tensor, list[Tensor], dict[str, Any]]:
-    t = state.tensors
-    pool.restore({k.removeprefix("pool."): v for k, v in t.items() if k.startswith("pool.")}, state.facts["pool"])
-
-    def lamb(name: str, steps: int) -> Lamb:
-        value, first, second = (t[f"{name}.{k}"].to(device, copy=True) for k in ("value", "first", "second"))
-        return Lamb(value, first, second, steps)
-
-    x, y = (lamb(name, steps) for name, steps in zip("xy", state.facts["lamb"]))
-    return x, y, t["trace"].to(device, copy=True), list(t["strips"]), dict(state.facts["facts"])
+def _resumed(problem: _Problem, state: State) -> tuple[Lamb, Lamb, Record]:
+    """What `_start` gives, and the pool, from a saved state."""
+    tensors, device = state.tensors, problem.device
+    in_pool = {k.removeprefix("pool."): v for k, v in tensors.items() if k.startswith("pool.")}
+    problem.pool.restore(in_pool, state.facts["pool"])
+    x, y = (Lamb.restored(tensors, n, k, device) for n, k in zip("xy", state.facts["lamb"], strict=True))
+    record = Record.restored(tensors, state.facts["facts"], device)
+    record.trace = record.trace.to(device)
+    return x, y, record
 
 
 class FrepoMethod(Method):
@@ -328,34 +325,8 @@ class FrepoMethod(Method):
     def needs(self, stage: FRePo) -> Needs:
         return Needs(teachers=stage.first_labels == "teachers", real_images=True, codec=stage.mode == "latent")
 
-    def run(
-        self,
-        batch: Batch,
-        stage: FRePo,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        real = resources.real
-        if real is None:
-            raise InputError("frepo predicts real train images; give them as `Resources.real`")
-        return refine(
-            batch.images,
-            batch.labels,
-            stage,
-            real,
-            classes=resources.classes,
-            weights=batch.weights,
-            teachers=resources.teachers,
-            whitening=resources.once("whitening", lambda: fit_whitening(real.images, zca=stage.whiten)),
-            codec=resources.codec,
-            seed=derive_seed(seed, "frepo"),
-            device=resources.device,
-            resume=resume,
-            callback=callback,
-        )
+    def run(self, batch: Batch, stage: FRePo, resources: Resources, session: Session) -> Refined:
+        return refine(batch, stage, resources, session.derived("frepo"))
 
     def brief(self, stage: FRePo) -> FRePo:
         # whitening is fitted once and costs no step

@@ -17,23 +17,23 @@ from dq.config.condensation import LOOPS, GradientMatching
 from dq.core.errors import InputError
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
-from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.refine.class_matching import (
     ClassBatches,
     ClassMatchingMethod,
     Gradient,
     class_gradients,
-    image_weights,
+    class_rows,
+    image_shares,
     learn_images,
 )
-from dq.refine.method import Callback, Context, Cost, RealImages, Refined, State
+from dq.refine.method import Batch, Context, Cost, Refined, Resources, Session
 
 TINY = 1e-6  # beside products of norms, as released
 
 
 def resolve(config: GradientMatching, context: Context) -> GradientMatching:
-    """The settings with passes and net_epochs filled in, those of the released code by images per class.
+    """Fill in passes and net_epochs, as the released code by images per class.
 
     Raises:
         InputError: for an unknown network, one that gathers statistics over batches, or an alpha that leaves nothing.
@@ -49,11 +49,14 @@ def resolve(config: GradientMatching, context: Context) -> GradientMatching:
 
 
 def distance(real: Tensor, learned: Tensor, net: FlatNet, alpha: float = 0.0) -> Tensor:
-    """sum over layers and their outputs o of 1 - cos(real_o, learned_o), () (DC, equation 10), where biases and norms
-    are left out as released.
+    """Sum over layers and their outputs o of 1 - cos(real_o, learned_o).
+
+    DC, equation 10, where biases and norms are left out as released.
 
     Args:
-        real, learned: (P,) gradients for the parameters of `net`.
+        real: (P,) gradient of real images for the parameters of `net`.
+        learned: (P,) that of learned ones.
+        net: the network.
         alpha: the first int(alpha P) entries are left out.
     """
     first, begin = int(alpha * net.size), 0
@@ -63,58 +66,62 @@ def distance(real: Tensor, learned: Tensor, net: FlatNet, alpha: float = 0.0) ->
         if len(shape) > 1 and end > first:
             a, b = (g[begin:end].view(shape[0], -1) for g in (real, learned))
             if begin < first:  # the cut lies within this layer
-                kept = (torch.arange(begin, end, device=real.device) >= first).view(shape[0], -1)
-                rows = kept.any(1)
-                a, b = (a * kept)[rows], (b * kept)[rows]
+                compared = (torch.arange(begin, end, device=real.device) >= first).view(shape[0], -1)
+                rows = compared.any(1)
+                a, b = (a * compared)[rows], (b * compared)[rows]
             total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + TINY)).sum()
         begin = end
     return total
 
 
-def refine(
-    images: Tensor,
-    labels: Tensor,
+def train(
+    net: FlatNet,
+    theta: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
     config: GradientMatching,
-    real: RealImages,
-    *,
-    classes: int,
-    weights: Tensor | None = None,
-    codec: ImageCodec | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    resume: State | None = None,
-    callback: Callback | None = None,
-) -> Refined:
-    """Learn a set's images; see `learn_images`. With a network theta and the same augmentation a on both sides, they
-    move along the gradient of
+    draws: torch.Generator,
+) -> Tensor:
+    """Parameters (P,) after `config.net_epochs` epochs of SGD on a set.
+
+    Args:
+        net: the network.
+        theta: (P,) its parameters at the start.
+        x: (n, 3, S, S) images as networks see them.
+        y: (n,) classes.
+        weights: (n,) of the images in the cross-entropy.
+        config: settings of the training.
+        draws: for batches and augmentation.
+    """
+    for _ in range(config.net_epochs or 0):
+        for part in torch.randperm(len(x), generator=draws).split(config.net_batch):
+            index = part.to(x.device)
+            images = dsa(x[index], draws) if config.augment == "dsa" else x[index]
+            at = theta.detach().requires_grad_(True)
+            losses = F.cross_entropy(net(at, images), y[index], reduction="none")
+            (g,) = torch.autograd.grad((weights[index] * losses).sum() / weights[index].sum(), at)
+            theta = at.detach() - config.net_lr * g
+    return theta
+
+
+def refine(batch: Batch, config: GradientMatching, resources: Resources, session: Session | None = None) -> Refined:
+    """Learn the images of a set by gradient matching; see `learn_images`.
+
+    With a network theta and the same augmentation a on both sides, they move along the gradient of
 
         L = sum_c distance(grad_theta l(theta; a(real images of c)), grad_theta l(theta; a(learned images of c)))
 
     of the cross-entropy l; then theta is trained `net_epochs` epochs on the set, and after `passes` updates replaced.
-
-    Args:
-        weights: (n,) of the images in the cross-entropy, for `config.weighted`.
+    With `config.weighted` the weights of the batch weigh the images in the cross-entropy.
     """
-    device = torch.device(device)
-    config = resolve(config, Context(images.shape[-1], 0, max(1, len(images) // classes), classes))
-    passes, epochs = config.passes or 1, config.net_epochs or 0
-    net = FlatNet(config.net, classes, images.shape[-1]).to(device)
-    w, shares = (v.to(device) for v in image_weights(config, labels, weights))
-    y = labels.to(device)
-    rows = {c: (y == c).nonzero()[:, 0] for c in labels.unique().tolist()}
-
-    def train(theta: Tensor, x: Tensor, step: int) -> Tensor:
-        """Parameters after some epochs of SGD on the set."""
-        draws = generator(seed, "network's training", step)
-        for _ in range(epochs):
-            for part in torch.randperm(len(x), generator=draws).split(config.net_batch):
-                own = part.to(device)
-                seen = dsa(x[own], draws) if config.augment == "dsa" else x[own]
-                at = theta.detach().requires_grad_(True)
-                losses = F.cross_entropy(net(at, seen), y[own], reduction="none")
-                (g,) = torch.autograd.grad((w[own] * losses).sum() / w[own].sum(), at)
-                theta = at.detach() - config.net_lr * g
-        return theta
+    session, classes, device = session or Session(), resources.classes, resources.device
+    seed, side = session.seed, batch.images.shape[-1]
+    config = resolve(config, Context(side, 0, max(1, len(batch.images) // classes), classes))
+    passes = config.passes or 1
+    net = FlatNet(config.net, classes, side).to(device)
+    weights, shares = (v.to(device) for v in image_shares(config, batch))
+    y, rows = batch.labels.to(device), class_rows(batch.labels, device)
 
     def gradient_of(batches: ClassBatches) -> Gradient:
         def gradient(x: Tensor, step: int, carried: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -122,43 +129,30 @@ def refine(
             if update == 0:
                 carried["theta"] = net.initial(derive_seed(seed, "network", number)).to(device)
             else:
-                carried["theta"] = train(carried["theta"], x, step)
+                draws = generator(seed, "network's training", step)
+                carried["theta"] = train(net, carried["theta"], x, y, weights, config, draws)
             theta = carried["theta"].detach().requires_grad_(True)
 
             def loss_of(c: int, part: Tensor) -> Tensor:
-                seen, own = batches.images(c, step, device), rows[c]
-                loss = F.cross_entropy(net(theta, seen), torch.full((len(seen),), c, device=device))
+                real, index = batches.images(c, step, device), rows[c]
+                loss = F.cross_entropy(net(theta, real), torch.full((len(real),), c, device=device))
                 (of_real,) = torch.autograd.grad(loss, theta)
-                losses = F.cross_entropy(net(theta, batches.augment(part, c, step)), y[own], reduction="none")
-                (of_learned,) = torch.autograd.grad((shares[own] * losses).sum(), theta, create_graph=True)
+                losses = F.cross_entropy(net(theta, batches.augment(part, c, step)), y[index], reduction="none")
+                (of_learned,) = torch.autograd.grad((shares[index] * losses).sum(), theta, create_graph=True)
                 return distance(of_real, of_learned, net, config.alpha)
 
             return class_gradients(loss_of, x, rows)[:2]
 
         return gradient
 
-    return learn_images(
-        images,
-        labels,
-        config,
-        config.networks * passes,
-        real,
-        gradient_of,
-        classes=classes,
-        weights=weights,
-        codec=codec,
-        seed=seed,
-        device=device,
-        resume=resume,
-        callback=callback,
-    )
+    return learn_images(batch, config, config.networks * passes, resources, gradient_of, session)
 
 
 class GradientMethod(ClassMatchingMethod):
     """Gradient matching as a stage of a run."""
 
     config = GradientMatching
-    learn = staticmethod(refine)
+    refine = staticmethod(refine)
 
     def resolve(self, stage: GradientMatching, context: Context) -> GradientMatching:
         return resolve(stage, context)

@@ -1,7 +1,8 @@
-"""Choosing among stages of a set by networks trained on it and tested on train images that were held out."""
+"""Choosing among states of a set by networks trained on it and tested on held-out images."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,18 @@ AT_ONCE = 1000  # images
 HARD_LOGIT = 20.0  # of an image's class, where labels are not learned: softmax gives it all but 1e-8
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out train images, and the networks that are trained on a set and tested on them."""
+
+    real: RealImages
+    whitening: Whitening
+    net: str  # architecture
+    nets: int = 1  # networks of a check
+
+
 def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
-    """Train images without a stratified share of them, and that share.
+    """Divide train images into the others and a stratified share.
 
     Raises:
         InputError: if too few would be left.
@@ -35,120 +46,94 @@ def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
             f"{len(real.labels)} train images are too few to hold out any for checks; set checks=0 and leave "
             "fit_temperature out"
         )
-    held = torch.zeros(len(real.labels), dtype=torch.bool)
-    held[torch.from_numpy(validation_rows(real.labels.numpy(), number))] = True
-    return divide(real, held)
+    held_out = torch.zeros(len(real.labels), dtype=torch.bool)
+    held_out[torch.from_numpy(validation_rows(real.labels.numpy(), number))] = True
+    return divide(real, held_out)
 
 
-def divide(real: RealImages, held: Tensor) -> tuple[RealImages, RealImages]:
-    """Train images without those that `held` (N,) bool names, and these."""
-    return RealImages(real.images[~held], real.labels[~held]), RealImages(real.images[held], real.labels[held])
+def divide(real: RealImages, held_out: Tensor) -> tuple[RealImages, RealImages]:
+    """Divide train images into the others and those that `held_out` (N,) bool names."""
+    others = RealImages(real.images[~held_out], real.labels[~held_out])
+    return others, RealImages(real.images[held_out], real.labels[held_out])
 
 
 def check_steps(steps: int, checks: int) -> set[int]:
-    """After how many of `steps` steps a set is tested, `checks` times evenly spread, the last step included."""
+    """Numbers of steps after which a set is tested, evenly spread, the last included."""
     return {-(-steps * i // checks) for i in range(1, checks + 1)}
 
 
-def record_check(facts: dict[str, Any], steps: int, score: float) -> bool:
-    """Add the accuracy of a check to `facts["checks"]`; whether it is the best so far."""
-    earlier = facts.get("checks", [])
-    facts["checks"] = [*earlier, [steps, round(score, 5)]]
-    return score > max((s for _, s in earlier), default=-1.0)
+def held_out_accuracy(x: Tensor, y: Tensor, held_out: HeldOut, *, seed: int) -> float:
+    """Mean held-out accuracy of networks trained by the protocol `frepo`.
 
-
-def held_out_accuracy(
-    x: Tensor, y: Tensor, held: RealImages, whitening: Whitening, *, net: str, classes: int, nets: int, seed: int
-) -> float:
-    """Mean accuracy on held-out images of fresh networks trained on a set as the protocol `frepo` trains them.
-
-    Args:
-        x: (n, 3, S, S) whitened images.
-        y: (n, C) regression labels.
-        net: their architecture.
-        nets: how many.
+    On whitened images x (n, 3, S, S) with regression labels y (n, C).
     """
-    spec = {"protocol": "frepo", "net": net, "augment": "frepo_noflip" if is_gray(held.images) else "frepo"}
-    ipc = max(1, round(len(x) / classes))
-    config = student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
-    return mean_accuracy(x, y, held, whitening, config, nets=nets, seed=seed)
+    augment = "frepo_noflip" if is_gray(held_out.real.images) else "frepo"
+    spec = {"protocol": "frepo", "net": held_out.net, "augment": augment}
+    return mean_accuracy(x, y, held_out, _student(spec, x, y), seed=seed)
 
 
 def classic_accuracy(
-    x: Tensor,
-    logits: Tensor,
-    held: RealImages,
-    whitening: Whitening,
-    *,
-    net: str,
-    epochs: int,
-    augment: str,
-    lr: float | None = None,
-    nets: int,
-    seed: int,
+    x: Tensor, logits: Tensor, held_out: HeldOut, *, epochs: int, augment: str, lr: float | None = None, seed: int
 ) -> float:
-    """Mean accuracy on held-out images of fresh networks trained on a set as the protocol `classic` trains them.
+    """Mean held-out accuracy of networks trained by the protocol `classic`.
 
     Args:
         x: (n, 3, S, S) images as networks see them.
         logits: (n, C) of their labels.
-        net: architecture of the networks.
-        lr: their learning rate; None: the protocol's.
-        nets: how many.
+        held_out: images and networks.
+        epochs: of the training.
+        augment: augmentation.
+        lr: learning rate; None: the protocol's.
+        seed: of the networks.
     """
-    spec: dict[str, Any] = {"protocol": "classic", "net": net, "labels": "fixed", "augment": augment}
+    spec: dict[str, Any] = {"protocol": "classic", "net": held_out.net, "labels": "fixed", "augment": augment}
     spec |= {"epochs": epochs, "dtype": "float32"} | ({} if lr is None else {"lr": lr})
-    classes = logits.shape[1]
+    return mean_accuracy(x, logits, held_out, _student(spec, x, logits), seed=seed)
+
+
+def _student(spec: dict[str, Any], x: Tensor, y: Tensor) -> StudentConfig:
+    """Settings of a student for a set of images x with label vectors y (n, C)."""
+    classes = y.shape[1]
     ipc = max(1, round(len(x) / classes))
-    config = student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
-    return mean_accuracy(x, logits, held, whitening, config, nets=nets, seed=seed)
+    return student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])
 
 
-def mean_accuracy(
-    x: Tensor, y: Tensor, held: RealImages, whitening: Whitening, config: StudentConfig, *, nets: int, seed: int
-) -> float:
-    """Mean accuracy on held-out images of fresh networks trained on a set with the settings of a student.
+def mean_accuracy(x: Tensor, y: Tensor, held_out: HeldOut, config: StudentConfig, *, seed: int) -> float:
+    """Mean held-out accuracy of networks trained with the settings of a student.
 
-    Args:
-        x: (n, 3, S, S) whitened images.
-        y: (n, C) label vectors.
-        nets: how many.
+    On whitened images x (n, 3, S, S) with label vectors y (n, C).
     """
     data = TrainingSet(x, y.argmax(1), y.shape[1], lambda images: images, soft_labels=y)
-    total = 0.0
-    for k in range(nets):
+    real, total = held_out.real, 0.0
+    for k in range(held_out.nets):
         fitted = fit(data, config, seed=derive_seed(seed, "check", k))
-        total += accuracy(fitted.net, held.images, held.labels, pixels=whitening)
-    return total / nets
+        total += accuracy(fitted.net, real.images, real.labels, pixels=held_out.whitening)
+    return total / held_out.nets
 
 
 @torch.no_grad()
 def label_temperature(
-    pool: OnlinePool,
-    x: Tensor,
-    y: Tensor,
-    held: RealImages,
-    whitening: Whitening,
-    *,
-    ridge: float,
-    weights: Tensor | None = None,
+    pool: OnlinePool, x: Tensor, y: Tensor, held_out: HeldOut, *, ridge: float, weights: Tensor | None = None
 ) -> float:
-    """Temperature that turns a set's regression labels y into the probabilities softmax(y / temperature).
+    """Fit the temperature of softmax(y / temperature) for regression labels y.
 
     A student that learns these by cross-entropy has about the regression's predictions over the temperature as its
     logits. So the temperature is the one at which kernel ridge regressions on the features of the pool's networks,
     which were trained a few steps on the set, have the least cross-entropy on held-out images; no student is trained.
 
     Args:
+        pool: networks that were trained a few steps on the set.
         x: (n, 3, S, S) whitened images.
         y: (n, C) regression labels.
+        held_out: images that are predicted.
+        ridge: see `solve_ridge`.
         weights: (n,) of the images in the regression.
     """
-    predictions = []
+    real, predictions = held_out.real, []
     for i in range(len(pool.members)):
         with pool.features(i) as features:
             support = torch.cat([features(part) for part in x.split(AT_ONCE)])
             solution = solve_ridge(support, y, ridge=ridge, weights=weights)
-            for part in held.images.split(AT_ONCE):
-                predictions.append(predict(solution, support, features(whitening(part.to(x.device)))))
-    return fit_temperature(torch.cat(predictions), held.labels.repeat(len(pool.members)))
+            for part in real.images.split(AT_ONCE):
+                predictions.append(predict(solution, support, features(held_out.whitening(part.to(x.device)))))
+    return fit_temperature(torch.cat(predictions), real.labels.repeat(len(pool.members)))

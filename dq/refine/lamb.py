@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,11 @@ EPS = 1e-6
 
 @dataclass
 class Lamb:
-    """A tensor with its moments. All images of a set are one tensor, and all its labels another: with a tensor for
-    each image the ratio of norms, and so every step, would be another one."""
+    """A tensor with its moments.
+
+    All images of a set are one tensor, and all its labels another: with a tensor for each image the ratio of norms,
+    and so every step, would be another one.
+    """
 
     value: Tensor
     first: Tensor  # mean of gradients
@@ -24,15 +28,16 @@ class Lamb:
 
     @staticmethod
     def of(value: Tensor) -> Lamb:
-        """The start of an optimization, with a copy of the tensor."""
+        """Start an optimization, with a copy of the tensor."""
         value = value.detach().clone()
         return Lamb(value, torch.zeros_like(value), torch.zeros_like(value))
 
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
-        """u = m / (sqrt(v) + eps) with bias-corrected moments; p <- p - lr |p| / |u| u, with norms over the tensor.
+        """Move by p <- p - lr |p| / |u| u, with norms over the tensor.
 
-        A norm of 0 makes the ratio 1. No weight decay and no clipping, as in FRePo's released code.
+        u = m / (sqrt(v) + eps) with bias-corrected moments. A norm of 0 makes the ratio 1. No weight decay and no
+        clipping, as in FRePo's released code.
         """
         self.steps += 1
         self.first.lerp_(gradient, 1 - BETAS[0])
@@ -43,7 +48,17 @@ class Lamb:
         ratio = torch.where((length > 0) & (update > 0), length / update, torch.ones_like(length))
         self.value -= lr * ratio * u
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Value and moments by their names in a state."""
+        return {f"{name}.{k}": getattr(self, k) for k in ("value", "first", "second")}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor], name: str, steps: int, device: torch.device) -> Lamb:
+        """Copies of what `tensors` gave, on a device, after so many steps."""
+        value, first, second = (tensors[f"{name}.{k}"].to(device, copy=True) for k in ("value", "first", "second"))
+        return Lamb(value, first, second, steps)
+
 
 def cosine_lr(step: int, steps: int, lr: float, floor: float) -> float:
-    """Learning rate of a step from 0: a cosine over all steps from `lr` down to `floor` times it."""
+    """Learning rate of a step from 0: a cosine from `lr` to `floor` times it."""
     return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))

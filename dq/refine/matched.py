@@ -1,4 +1,4 @@
-"""Teachers as they are matched: layers, weights, and r_bn calibrated on the first images."""
+"""Matched teachers: their layers, weights, and calibrated r_bn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dq.networks.teacher import Teacher, evaluation_mode
 from dq.refine.matching import Layer, StatMatcher, layer_weights, trace_layers
 from dq.refine.method import Batch, Resources
 from dq.refine.moments import Moments
-from dq.refine.views import Schedule, draw_view, look, resample
+from dq.refine.views import Schedule, apply_view, draw_view, resample
 
 M = TypeVar("M", bound=MatchingConfig)
 CALIBRATION_VIEWS = 8
@@ -27,16 +27,21 @@ CALIBRATION_VIEWS = 8
 
 @dataclass(frozen=True)
 class MatchedTeacher:
-    """A teacher with what is matched of it."""
+    """A teacher with the layers whose statistics are matched."""
 
     teacher: Teacher
     layers: tuple[Layer, ...]  # in the order of calls; empty for a network without batch norm
     weights: Tensor  # (L,) of all layers
-    kept: Tensor  # (L,) of the layers that are matched
+    matched_weights: Tensor  # (L,) of the layers that are matched; 0 for others
     r_bn: float
     classes: int  # outputs of the teacher
     class_means: Tensor | None = None  # (C, d) mean last feature of the real images of each class
     targets: tuple[Moments, ...] | None = None  # (C_l,) by layer, which are matched; None: the running statistics
+
+    def matcher(self, weights: Tensor, config: MatchingConfig, image_weights: Tensor | None) -> StatMatcher:
+        """A matcher of the layers with weights (L,), for images with weights (B,)."""
+        options: dict[str, Any] = {"norm": config.norm, "image_weights": image_weights, "targets": self.targets}
+        return StatMatcher(self.layers, weights, **options)
 
 
 def match_teachers(
@@ -47,35 +52,39 @@ def match_teachers(
     sizes: Sequence[int],
     class_means: Sequence[Tensor | None] | None = None,
 ) -> tuple[MatchedTeacher, ...]:
-    """Teachers as critics of images.
+    """Find the layers and weights of teachers that are matched.
 
     Args:
+        teachers: networks of the classes.
+        config: settings.
+        side: of the images, px.
         sizes: sides in px at which the teachers will see images.
+        class_means: (C, d) mean features of real images, by teacher.
 
     Raises:
         InputError: for a teacher that cannot see images of one of these sizes; if none has batch norm.
     """
     if not teachers:
         raise InputError("refinement needs a teacher; set teachers, or refine.N.teachers")
-    critics = []
+    matched = []
     for i, teacher in enumerate(teachers):
         with evaluating([teacher]):
             classes = min(_check_side(teacher, size) for size in sorted({side, *sizes}))
             layers = trace_layers(teacher.net, functools.partial(_gray, teacher, side))
-        weights, kept = layer_weights(layers, config.depth, first_weight=config.first_bn_weight)
+        weights, matched_weights = layer_weights(layers, config.depth, first_weight=config.first_bn_weight)
         means = class_means[i] if class_means else None
-        critics.append(MatchedTeacher(teacher, tuple(layers), weights, kept, config.r_bn, classes, means))
-    if config.r_bn and not any(c.layers for c in critics):
+        matched.append(MatchedTeacher(teacher, tuple(layers), weights, matched_weights, config.r_bn, classes, means))
+    if config.r_bn and not any(t.layers for t in matched):
         names = ", ".join(t.name for t in teachers)
         raise InputError(
             f"no teacher has batch norm ({names}), whose statistics are matched; add one that has, or set r_bn=0 "
             "for the cross-entropy alone"
         )
-    return tuple(critics)
+    return tuple(matched)
 
 
 def check_alone(config: MatchingConfig) -> None:
-    """Refuse settings that a batch alone cannot follow, since they need other images or the whole set.
+    """Refuse settings that need other images than those of a batch.
 
     Raises:
         InputError: that names the first of them.
@@ -86,15 +95,15 @@ def check_alone(config: MatchingConfig) -> None:
         "depth.drop=null": config.depth.drop is None,
         "statistics=group": config.statistics == "group",
     }
-    for name, set_ in needs.items():
-        if set_:
+    for name, is_set in needs.items():
+        if is_set:
             raise InputError(
-                f"{name} is worked out by a run; for a batch alone give `critics` that know it, or unset it"
+                f"{name} is worked out by a run; for a batch alone give `matched` that know it, or unset it"
             )
 
 
 def alone(config: M, **changes: Any) -> M:
-    """Settings without what a batch alone cannot follow, see `check_alone`, and with other changes."""
+    """Settings without those that `check_alone` refuses, and with other changes."""
     depth = dataclasses.replace(config.depth, drop=config.depth.drop or 0.0)
     changes |= {"bn_share": None, "class_weight": 0.0, "depth": depth, "groups": "none", "statistics": "running"}
     return dataclasses.replace(config, **changes)
@@ -111,16 +120,16 @@ def _check_side(teacher: Teacher, size: int) -> int:
     try:
         return _gray(teacher, size).shape[1]
     except (AssertionError, RuntimeError, ValueError) as e:
-        said = " ".join(str(e).split())[:120]
+        message = " ".join(str(e).split())[:120]
         raise InputError(
-            f"the teacher {teacher.name} cannot see images of {size} px ({said}); set sizes to the side it was made "
-            "for, or its image_size, to which every image is then resized"
+            f"the teacher {teacher.name} cannot see images of {size} px ({message}); set sizes to the side it was "
+            "made for, or its image_size, to which every image is then resized"
         ) from e
 
 
 @torch.no_grad()
-def _ratio(
-    critic: MatchedTeacher,
+def depth_ratio(
+    teacher: MatchedTeacher,
     pixels: Tensor,
     config: MatchingConfig,
     schedule: Schedule,
@@ -128,20 +137,22 @@ def _ratio(
     number: int,
     image_weights: Tensor | None,
 ) -> float:
-    """How many times smaller the kept layers' sum is than that of all, at the first view of the start."""
+    """Distance over all layers by that over the matched ones, at a view of the start.
+
+    `number` is that of the step whose view it is.
+    """
     sums = []
-    seen = look(pixels, draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=number))
-    for weights in (critic.kept, critic.weights):
-        options: dict[str, Any] = {"norm": config.norm, "image_weights": image_weights, "targets": critic.targets}
-        with StatMatcher(critic.layers, weights, **options) as matcher:
-            critic.teacher(seen)
+    images = apply_view(pixels, draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=number))
+    for weights in (teacher.matched_weights, teacher.weights):
+        with teacher.matcher(weights, config, image_weights) as matcher:
+            teacher.teacher(images)
             sums.append(float(matcher.distance()))
     return sums[1] / sums[0] if sums[0] > 0 else 1.0
 
 
 @torch.no_grad()
 def calibrate(
-    critics: Sequence[MatchedTeacher],
+    matched: Sequence[MatchedTeacher],
     start: Tensor,
     config: MatchingConfig,
     schedule: Schedule,
@@ -150,31 +161,31 @@ def calibrate(
     seed: int,
     image_weights: Tensor | None = None,
 ) -> list[float]:
-    """r_bn of every teacher such that r_bn S at the start is `config.bn_share` times ln(classes), the cross-entropy of
-    a guess; S is the mean over a few views of images (B, 3, S, S) in [0, 1]. As it is without `bn_share`.
+    """Calibrate r_bn of every teacher by `config.bn_share`.
+
+    r_bn S at the start is `bn_share` times ln(classes), the cross-entropy of a guess; S is the mean over a few views
+    of images (B, 3, S, S) in [0, 1]. Without `bn_share` r_bn stays.
 
     What a distance of statistics weighs depends on the depth and the width of a network: r_bn = 0.01 is FADRM's for a
     ResNet-18, and users report a hundred times the distance for a ResNet-50.
     """
     if config.bn_share is None:
-        return [c.r_bn for c in critics]
+        return [t.r_bn for t in matched]
     rates = []
-    for critic in critics:
-        if not critic.layers:
+    for teacher in matched:
+        if not teacher.layers:
             rates.append(0.0)
             continue
-        device = next(critic.teacher.net.parameters()).device
+        device = next(teacher.teacher.net.parameters()).device
         pixels = resample(start.to(device), schedule.sizes[0])
         sums = []
         # with renorm=scale the sum of the kept layers begins as large as that of all
-        kept = critic.weights if config.depth.renorm == "scale" else critic.kept
+        layer_weights = teacher.weights if config.depth.renorm == "scale" else teacher.matched_weights
         weights = None if image_weights is None else image_weights.to(device)
-        options: dict[str, Any] = {"norm": config.norm, "image_weights": weights, "targets": critic.targets}
-        matcher = StatMatcher(critic.layers, kept, **options)
-        with evaluating([critic.teacher]), matcher:
+        with evaluating([teacher.teacher]), teacher.matcher(layer_weights, config, weights) as matcher:
             for step in range(CALIBRATION_VIEWS):
                 view = draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=step)
-                critic.teacher(look(pixels, view))
+                teacher.teacher(apply_view(pixels, view))
                 sums.append(float(matcher.distance()))
         mean = sum(sums) / len(sums)
         rates.append(config.bn_share * math.log(classes) / mean if mean > 0 else config.r_bn)
@@ -184,10 +195,9 @@ def calibrate(
 def matched_teachers(
     config: MatchingConfig, schedule: Schedule, resources: Resources, *, calibrated: bool = True
 ) -> tuple[MatchedTeacher, ...]:
-    """The teachers of a run as they are matched; none without steps.
+    """Match the teachers of a run; none without steps.
 
-    Args:
-        calibrated: with r_bn as `matching_facts` found them.
+    With `calibrated` r_bn is that of `matching_facts`.
     """
     if not sum(schedule.steps):
         return ()
@@ -205,19 +215,19 @@ def matched_teachers(
     if not calibrated or "teachers" not in resources.facts:
         return matched
     rates = [t["r_bn"] for t in resources.facts["teachers"]]
-    return tuple(dataclasses.replace(t, r_bn=rate) for t, rate in zip(matched, rates))
+    return tuple(dataclasses.replace(t, r_bn=rate) for t, rate in zip(matched, rates, strict=True))
 
 
 def with_statistics(
     matched: Sequence[MatchedTeacher], statistics: Sequence[Moments] | None
 ) -> tuple[MatchedTeacher, ...]:
-    """Teachers whose layers are matched to the statistics of a batch, see `Batch.statistics`; None: as they are."""
+    """Match teachers to the statistics of a batch, see `Batch.statistics`; None: unchanged."""
     if statistics is None:
         return tuple(matched)
     teachers = []
-    for t, moments in zip(matched, statistics):
-        split = moments.split([a.channels for a in t.layers])
-        targets = tuple(Moments(m.mean.to(a.mean), m.var.to(a.var)) for m, a in zip(split, t.layers))
+    for t, moments in zip(matched, statistics, strict=True):
+        split = zip(moments.split([a.channels for a in t.layers]), t.layers, strict=True)
+        targets = tuple(Moments(m.mean.to(a.mean), m.var.to(a.var)) for m, a in split)
         teachers.append(dataclasses.replace(t, targets=targets))
     return tuple(teachers)
 
@@ -225,7 +235,7 @@ def with_statistics(
 def matching_facts(
     config: MatchingConfig, schedule: Schedule, resources: Resources, first: Batch, *, seed: int
 ) -> dict[str, Any]:
-    """What all batches share: name, digest, layers and r_bn of every teacher; see `calibrate`."""
+    """Name, digest, layers and r_bn of every teacher, which all batches share."""
     matched = with_statistics(matched_teachers(config, schedule, resources, calibrated=False), first.statistics)
     rates = [t.r_bn for t in matched]
     if matched and config.bn_share is not None:
@@ -238,16 +248,20 @@ def matching_facts(
                 "name": t.teacher.name,
                 "digest": t.teacher.digest,
                 "r_bn": rate,
-                "layers": [{"name": a.name, "weight": w} for a, w in zip(t.layers, t.kept.tolist())],
+                "layers": [{"name": a.name, "weight": w} for a, w in _weighted_layers(t)],
             }
-            for t, rate in zip(matched, rates)
+            for t, rate in zip(matched, rates, strict=True)
         ]
     }
 
 
+def _weighted_layers(t: MatchedTeacher) -> Iterator[tuple[Layer, float]]:
+    return zip(t.layers, t.matched_weights.tolist(), strict=True)
+
+
 @contextlib.contextmanager
 def evaluating(teachers: Sequence[Teacher]) -> Iterator[None]:
-    """The teachers' networks in evaluation mode and without gradients of weights, and as they were after it."""
+    """Put the teachers' networks in evaluation mode, without gradients of weights, and back."""
     learning = [p for t in teachers for p in t.net.parameters() if p.requires_grad]
     with contextlib.ExitStack() as stack:
         for t in teachers:

@@ -7,6 +7,7 @@ division over processes, measures, provenance.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from dq.config.refinement import RefineConfig
 from dq.config.students import LabelKind
+from dq.core.seeds import derive_seed
 from dq.diffusion.image_codec import ImageCodec
+from dq.networks.patches import Rank
 from dq.networks.teacher import Teacher
 from dq.networks.trajectories import Experts
 from dq.refine.batches import Rows, compose_batches
@@ -27,7 +30,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Context:
-    """What is known of the images before anything is loaded."""
+    """Properties of the images that are known before anything is loaded."""
 
     side: int  # of an image, px
     matched: int  # networks that the stage matches
@@ -37,27 +40,41 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What the run has to bring for a stage."""
+class AnchorNeeds:
+    """Images that are blended into those that are refined, or candidates for them."""
 
-    teachers: bool = True  # those of the stage, else those of the run
     patches: Mapping[str, int | None] = field(default_factory=dict)  # real patches per class by name; None: as images
-    rank: str = "easy"  # which patches come first: "easy" or "medium"
+    rank: Rank = "easy"  # which patches come first
     # which of `patches`, "file", or "group", patches of the groups, are the anchors of the images; None: the images
-    anchors: str | None = None
+    source: str | None = None
     file: str | None = None  # a set whose images, class by class, are the anchors
     candidates: str | None = None  # which of `patches`, or "set", are candidate anchors of a class
-    groups: str | None = None  # of the real images of a class, one for each image: "gps" or "cells"
-    group_statistics: bool = False  # batch norm statistics of the groups, in `Batch.statistics`
+
+
+@dataclass(frozen=True)
+class GroupNeeds:
+    """Groups of the real images of a class, one for each of its images."""
+
+    by: str  # "gps" or "cells"
+    statistics: bool = False  # batch norm statistics of the groups, in `Batch.statistics`
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run has to load for a stage."""
+
+    teachers: bool = True  # those of the stage, else those of the run
     class_features: bool = False  # mean features of the real images of each class
     real_images: bool = False  # all train images, in memory
     experts: str | None = None  # folder of trajectories
     codec: bool = False  # the run's autoencoder
+    anchors: AnchorNeeds = AnchorNeeds()
+    groups: GroupNeeds | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage costs, for plans and estimates."""
+    """Number of steps and of images in a step, for plans and estimates."""
 
     steps: int  # forward and backward passes over every image
     batch_size: int | None  # images of a batch; None: the whole set
@@ -79,14 +96,14 @@ class Batch:
     images: Tensor  # (B, 3, S, S) float32 in [0, 1]
     labels: Tensor  # (B,) int64
     weights: Tensor | None = None  # (B,) in the set, for stages with `weighted`
-    anchors: Tensor | None = None  # (B, 3, S, S) float32 in [0, 1], of `Needs.anchors`
-    # of `Needs.group_statistics`: for each matched teacher, moments (sum C_l,) of its batch norm layers' inputs
+    anchors: Tensor | None = None  # (B, 3, S, S) float32 in [0, 1], of `AnchorNeeds.source`
+    # of `GroupNeeds.statistics`: for each matched teacher, moments (sum C_l,) of its batch norm layers' inputs
     statistics: tuple[Moments, ...] | None = None
 
 
 @dataclass(frozen=True)
 class State:
-    """Where an interrupted batch goes on; the run keeps it in a file."""
+    """State from which an interrupted batch resumes; the run keeps it in a file."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]  # plain data
@@ -95,7 +112,7 @@ class State:
 
 @dataclass(frozen=True)
 class Refined:
-    """What a method makes of a batch."""
+    """The result of a method for a batch."""
 
     images: Tensor  # (B, 3, S, S) float32 in [0, 1], unless not `bounded`
     trace: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (steps, terms) float32 terms of the loss
@@ -111,28 +128,34 @@ class Refined:
     preprocessing: Mapping[str, Tensor] = field(default_factory=dict)  # by which networks see the images, for a file
 
 
-def _nothing(_: Any) -> None:
+def _ignore(_: Any) -> None:
     pass
 
 
 @dataclass(frozen=True)
-class Callback:
-    """What a method reports while it works on a batch."""
+class Session:
+    """Seed, resume point and callbacks of the refinement of one batch."""
 
-    step: Callable[[int], None] = _nothing  # number of a step that is done, from 0
-    save: Callable[[State], None] = _nothing  # where the batch could go on
+    seed: int = 0
+    resume: State | None = None  # None: from the start
+    step: Callable[[int], None] = _ignore  # called with the number of each step that is done, from 0
+    save: Callable[[State], None] = _ignore  # called with states from which the batch could resume
+
+    def derived(self, name: str) -> Session:
+        """This session with a seed of its own for a method."""
+        return dataclasses.replace(self, seed=derive_seed(self.seed, name))
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the run brings for all batches of a stage."""
+    """Models and data that are the same for all batches of a stage."""
 
     side: int  # of an image, px
     classes: int
     teachers: tuple[Teacher, ...] = ()  # all of the stage; those with `matched` are matched, all may label
     candidates: tuple[Tensor, ...] | None = None  # (P_c, 3, S, S) uint8 by class
     class_means: tuple[Tensor, ...] | None = None  # (C, d) mean features of real images, by matched teacher
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what `Method.prepare` gave
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of `Method.prepare`
     real: RealImages | None = None  # of `Needs.real_images`
     experts: Experts | None = None  # of `Needs.experts`
     codec: ImageCodec | None = None  # of `Needs.codec`
@@ -144,19 +167,22 @@ class Resources:
         return tuple(t for t in self.teachers if t.matched)
 
     def once(self, key: str, make: Callable[[], V]) -> V:
-        """What `make` gives, made at the first call and kept for the other batches."""
+        """The result of `make`, called once and kept for the other batches."""
         if key not in self._memory:
             self._memory[key] = make()
         return self._memory[key]
 
 
 class Method(Protocol):
-    """A method of refinement. The defaults suit a method of batches of at most `stage.batch_size` images."""
+    """A method of refinement.
+
+    The defaults suit a method of batches of at most `stage.batch_size` images.
+    """
 
     config: type[RefineConfig]  # its settings
 
     def resolve(self, stage: Any, context: Context) -> Any:
-        """The settings with every None filled in.
+        """Fill in every None of the settings.
 
         Raises:
             InputError: if they do not fit the images.
@@ -164,40 +190,32 @@ class Method(Protocol):
         return stage
 
     def needs(self, stage: Any) -> Needs:
-        """What the run has to bring."""
+        """What the run has to load."""
         return Needs()
 
     def batches(self, stage: Any, counts: Sequence[int]) -> list[Rows]:
-        """Which images are refined together: lists of (class, rank in the class).
+        """Compose batches, lists of (class, rank in the class), from the images of each class.
 
-        Args:
-            stage: settings that `resolve` has filled in.
-            counts: images of each class.
+        `stage` has been filled in by `resolve`.
         """
         size = getattr(stage, "batch_size", None) or sum(counts)
         return compose_batches(counts, size, compose=stage.compose, min_classes=stage.min_classes)
 
     def prepare(self, stage: Any, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
-        """Plain data that all batches share, made once from the first batch; `teachers` has a mapping for each."""
+        """Plain data that all batches share, computed once from the first batch.
+
+        An entry `teachers` has a mapping for each matched teacher.
+        """
         return {}
 
-    def run(
-        self,
-        batch: Batch,
-        stage: Any,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        """Refine one batch: a pure function of its arguments, whatever `callback` does."""
+    def run(self, batch: Batch, stage: Any, resources: Resources, session: Session) -> Refined:
+        """Refine one batch: a pure function of its arguments, whatever the callbacks do."""
         ...
 
     def brief(self, stage: Any) -> Any:
-        """The settings with a few steps of every kind, to measure what a step costs."""
+        """The settings with a few steps of every kind, to measure the time of a step."""
         return stage
 
     def cost(self, stage: Any, context: Context) -> Cost:
-        """Steps of a batch and its size, of settings that `resolve` has filled in."""
+        """Number of steps and batch size, of settings that `resolve` has filled in."""
         ...

@@ -1,7 +1,8 @@
-"""The one loop of the stages that optimize pixels: Adam on a batch of images against frozen teachers, in blocks."""
+"""Optimization of pixels: Adam on a batch of images against frozen teachers, in blocks."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,42 +15,46 @@ from dq.config.refinement import MatchingConfig
 from dq.core.devices import resolve_dtype
 from dq.core.errors import InputError, RunError
 from dq.diffusion.codec import DTYPES
-from dq.networks.teacher import head_inputs
-from dq.refine.matched import MatchedTeacher, _ratio, evaluating
-from dq.refine.matching import StatMatcher
-from dq.refine.method import Callback, Refined, State
-from dq.refine.views import Schedule, draw_view, look, resample
+from dq.networks.teacher import Teacher, head_inputs
+from dq.refine.matched import MatchedTeacher, depth_ratio, evaluating
+from dq.refine.method import Refined, Session, State
+from dq.refine.views import Schedule, apply_view, draw_view, resample
 
 log = logging.getLogger("dq")
 
 TERMS = ("cross_entropy", "statistics", "classes", "proximity")  # the weighted terms of the loss, columns of a trace
 SCALE = 65536.0  # first loss scale of float16
 BAD_SHARE = 0.05  # of the steps of a block that may be lost to overflow in float16 before it is done again
-SHOWN = 10  # images of a batch that are kept from the end of every block
-SAVE_SECONDS = 60.0  # between two states to go on from, of methods without blocks
-STRIPS = 4  # pictures of the first images, spread over the steps, of methods without blocks
+SHOWN = 10  # first images of a batch, of which pictures are kept
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an interrupted batch goes on: behind a block nothing else is remembered, since Adam starts anew there and
-    the draws of a step depend on its number."""
+    """State of a batch between two blocks.
+
+    Nothing else is needed to resume, since Adam starts anew and the draws of a step depend on its number.
+    """
 
     block: int  # finished blocks
     x: Tensor  # (B, 3, D, D) normalized, not yet merged
     trace: Tensor  # (steps so far, 4)
-    blocks: Tensor
+    blocks: Tensor  # (block + 1, n, 3, S, S) in [0, 1]: the first images at the start and behind every block
     precision: str  # of the blocks to come
     scale: float  # of losses in float16
 
+    def after(self, block: Block, picture: Tensor) -> Progress:
+        """The state behind another block, with a picture (1, n, 3, S, S) of its first images."""
+        trace, blocks = torch.cat([self.trace, block.trace]), torch.cat([self.blocks, picture])
+        return Progress(self.block + 1, block.x, trace, blocks, block.precision, block.scale)
+
     def state(self) -> State:
         facts = {"block": self.block, "precision": self.precision, "scale": self.scale}
-        return State({"x": self.x, "trace": self.trace, "blocks": self.blocks}, facts, len(self.trace))
+        return State({"x": self.x.cpu(), "trace": self.trace, "blocks": self.blocks}, facts, len(self.trace))
 
     @staticmethod
-    def of(state: State) -> Progress:
+    def of(state: State, device: torch.device) -> Progress:
         t, f = state.tensors, state.facts
-        return Progress(f["block"], t["x"], t["trace"], t["blocks"], f["precision"], f["scale"])
+        return Progress(f["block"], t["x"].to(device), t["trace"], t["blocks"], f["precision"], f["scale"])
 
 
 def _check_batch(images: Tensor, labels: Tensor, classes: int) -> None:
@@ -71,171 +76,229 @@ def _check_batch(images: Tensor, labels: Tensor, classes: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Matching:
+    """The loss on pixels: settings, blocks of steps, and the teacher of each step."""
+
+    config: MatchingConfig
+    schedule: Schedule
+    teachers: Sequence[MatchedTeacher]
+    teacher_of: Callable[[int], int]  # number of a step to that of its teacher
+
+
 def optimize(
     start: Tensor,
     labels: Tensor,
+    matching: Matching,
+    session: Session,
     *,
-    config: MatchingConfig,
-    schedule: Schedule,
-    critics: Sequence[MatchedTeacher],
-    choose: Callable[[int], int],
-    seed: int,
     anchors: Tensor | Callable[[Tensor, int], Tensor] | None = None,
     image_weights: Tensor | None = None,
-    resume: State | None = None,
-    callback: Callback | None = None,
 ) -> Refined:
-    """Minimise CE(f(A(x)), y) + r_bn S_f(A(x)) + ... over the pixels of a batch.
+    """Minimize CE(f(A(x)), y) + r_bn S_f(A(x)) + ... over the pixels of a batch.
 
     x is kept in the normalization of the first teacher, in which the learning rate is meant, and within the range of
-    pixels. The teacher f of step t is `critics[choose(t)]`, the view A of step t is drawn from (seed, t). Every block
-    has an Adam of its own, so that no moment describes another image (FADRM's released code).
+    pixels. The view A of step t is drawn from (seed, t). Every block has an Adam of its own, so that no moment
+    describes another image (FADRM's released code). A state is saved behind every block but the last.
 
     Args:
         start: (B, 3, S, S) float32 in [0, 1], where the first block begins.
         labels: (B,) classes.
-        anchors: (B, 3, S, S) in [0, 1], what merges bring back; or a function of the images at hand (B, 3, S, S) in
-            [0, 1] and the number of the merge that gives them; None: `start`.
+        matching: the loss.
+        session: seed, state to resume from and callbacks.
+        anchors: (B, 3, S, S) in [0, 1], blended in by merges; or a function of the present images (B, 3, S, S) in
+            [0, 1] and the number of the merge that returns them; None: `start`.
         image_weights: (B,) for `config.weighted`.
-        callback: told of every step, and behind every block but the last what `resume` takes to go on from there.
 
     Raises:
         RunError: if the loss stops being a number.
     """
-    _check_batch(start, labels, min(c.classes for c in critics))
-    teacher = critics[0].teacher
-    device = next(teacher.net.parameters()).device
-    mean, std = (start.new_tensor(v, device=device).view(1, -1, 1, 1) for v in (teacher.mean, teacher.std))
-    low, high = -mean / std, (1 - mean) / std
-    side = start.shape[-1]
+    _check_batch(start, labels, min(t.classes for t in matching.teachers))
+    config, schedule, side = matching.config, matching.schedule, start.shape[-1]
+    device = next(matching.teachers[0].teacher.net.parameters()).device
+    space = PixelSpace.of(matching.teachers[0].teacher, start.to(device))
     start, labels = start.to(device), labels.to(device)
-    x0 = (start - mean) / std
     weights = image_weights.to(device) if config.weighted and image_weights is not None else None
-    callback = callback or Callback()
-    start_at = Progress.of(resume) if resume else None
-    precision, scale = (
-        (start_at.precision, start_at.scale) if start_at else (resolve_dtype(config.dtype, device, "training"), SCALE)
-    )
-    with evaluating([c.teacher for c in critics]):
-        ratios = [1.0] * len(critics)
-        if config.depth.renorm == "scale" and any((c.kept != c.weights).any() for c in critics):
+    x0 = space.normalize(start)
+    with evaluating([t.teacher for t in matching.teachers]):
+        loss = BatchLoss(matching, space, x0, labels, weights, session.seed)
+        if session.resume:
+            progress = Progress.of(session.resume, device)
+        else:
+            precision = resolve_dtype(config.dtype, device, "training")
             first = resample(x0, schedule.sizes[0])
-            ratios = [_ratio(c, first * std + mean, config, schedule, seed, i, weights) for i, c in enumerate(critics)]
-        matchers = [
-            StatMatcher(c.layers, c.kept, norm=config.norm, image_weights=weights, targets=c.targets) for c in critics
-        ]
-
-        def step_loss(x: Tensor, step: int) -> Tensor:
-            """The terms of the loss (4,) at a step."""
-            i = choose(step)
-            critic = critics[i]
-            size = x.shape[-1]
-            seen = look(x, draw_view(config, size, schedule.jitter, seed=seed, step=step)) * std + mean
-            half = torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
-            heads = head_inputs(critic.teacher.net, enabled=critic.class_means is not None)
-            with matchers[i] as matcher, heads as features:
-                with half:
-                    logits = critic.teacher.differentiable(seen)
-                zero = x.new_zeros(())
-                statistics = critic.r_bn * ratios[i] * matcher.distance() if critic.layers else zero
-            entropy = F.cross_entropy(logits, labels)
-            classes = zero
-            if critic.class_means is not None and config.class_weight:
-                classes = config.class_weight * class_distance(features[-1], labels, critic.class_means)
-            near = zero
-            if config.proximity:
-                near = config.proximity * F.mse_loss(x, resample(x0, size))
-            return torch.stack([entropy, statistics, classes, near])
-
-        done = start_at.block if start_at else 0
-        trace = [start_at.trace] if start_at else []
-        ends = [start_at.blocks] if start_at else [start[None, :SHOWN].cpu()]
-
-        def pixels(x: Tensor) -> Tensor:
-            return resample((x * std + mean).clamp(0, 1), side)
-
-        x = start_at.x.to(device) if start_at else resample(x0, schedule.sizes[0])
-        for block in range(done, len(schedule.sizes)):
-            if block:  # merge behind the block before
-                given = anchors(pixels(x).cpu(), block - 1) if callable(anchors) else anchors
-                x = resample(x, schedule.sizes[block])
-                if schedule.alpha < 1:
-                    anchor = x0 if given is None else (given.to(device) - mean) / std
-                    x = schedule.alpha * x + (1 - schedule.alpha) * resample(anchor, schedule.sizes[block])
-            first_step = sum(schedule.steps[:block])
-            steps = range(first_step, first_step + schedule.steps[block])
-            walk = (x, steps, step_loss, schedule, config, (low, high), callback.step)
-            moved, found, ended, lost = _block(*walk, scale=scale if precision == "float16" else None)
-            if lost and torch.isfinite(found).all() and ended >= 1:
-                # the scale was far too large at first: the same steps again with the one that it came down to
-                moved, found, ended, lost = _block(*walk, scale=ended)
-            if lost:
-                log.warning("note: too many losses or gradients overflow in float16; a block is done again in float32")
-                precision = "float32"
-                moved, found, ended, _ = _block(*walk, scale=None)
-            x, scale = moved, ended
-            if not (torch.isfinite(found).all() or precision == "float16") or not torch.isfinite(x).all():
-                bad = first_step + int((~torch.isfinite(found)).any(1).float().argmax())
-                raise RunError(
-                    f"the loss of the refinement is not a number in step {bad} of {sum(schedule.steps)} (teacher "
-                    f"{critics[choose(bad)].teacher.name}, {precision}); lower its lr, now {schedule.lr:g}, or r_bn"
-                )
-            trace.append(found)
-            ends.append(pixels(x[:SHOWN])[None].cpu())
-            if block + 1 < len(schedule.sizes):
-                progress = Progress(block + 1, x.cpu(), torch.cat(trace), torch.cat(ends), precision, scale)
-                callback.save(progress.state())
-        return Refined(pixels(x).cpu(), torch.cat(trace), TERMS, torch.cat(ends), precision=precision)
+            progress = Progress(0, first, torch.zeros(0, len(TERMS)), start[None, :SHOWN].cpu(), precision, SCALE)
+        for number in range(progress.block, len(schedule.sizes)):
+            x = progress.x
+            if number:
+                back = anchors(space.pixels(x, side).cpu(), number - 1) if callable(anchors) else anchors
+                x = _merged(x, x0 if back is None else space.normalize(back.to(device)), schedule, number)
+            block = _run_block(x, number, loss, session, progress)
+            progress = progress.after(block, space.pixels(block.x[:SHOWN], side)[None].cpu())
+            if number + 1 < len(schedule.sizes):
+                session.save(progress.state())
+        images = space.pixels(progress.x, side).cpu()
+        return Refined(images, progress.trace, TERMS, progress.blocks, precision=progress.precision)
 
 
-def _block(
-    x: Tensor,
-    steps: range,
-    step_loss: Callable[[Tensor, int], Tensor],
-    schedule: Schedule,
-    config: MatchingConfig,
-    bounds: tuple[Tensor, Tensor],
-    on_step: Callable[[int], None],
-    *,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, float, bool]:
-    """One block: the images at its end, the terms of its losses (steps, 4) on the CPU, the last scale of the losses,
-    and whether so many steps were lost to overflow that the block should not stand. Losses are scaled for float16;
-    without a `scale` they are not."""
+@dataclass(frozen=True)
+class PixelSpace:
+    """Pixels in the normalization of a teacher."""
+
+    mean: Tensor  # (1, 3, 1, 1)
+    std: Tensor  # (1, 3, 1, 1)
+
+    @staticmethod
+    def of(teacher: Teacher, like: Tensor) -> PixelSpace:
+        """The normalization of a teacher, in the dtype and on the device of a tensor."""
+        mean, std = (like.new_tensor(v).view(1, -1, 1, 1) for v in (teacher.mean, teacher.std))
+        return PixelSpace(mean, std)
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest value of a pixel."""
+        return -self.mean / self.std, (1 - self.mean) / self.std
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+    def pixels(self, x: Tensor, side: int) -> Tensor:
+        """Images in [0, 1] of a side."""
+        return resample(self.denormalize(x).clamp(0, 1), side)
+
+
+def _merged(x: Tensor, anchor: Tensor, schedule: Schedule, number: int) -> Tensor:
+    """Images at the size of block `number`, with the anchors blended in."""
+    size = schedule.sizes[number]
+    x = resample(x, size)
+    return schedule.alpha * x + (1 - schedule.alpha) * resample(anchor, size) if schedule.alpha < 1 else x
+
+
+class BatchLoss:
+    """The terms of the loss of a batch at each step."""
+
+    def __init__(
+        self, matching: Matching, space: PixelSpace, x0: Tensor, labels: Tensor, weights: Tensor | None, seed: int
+    ) -> None:
+        """Prepare the matchers, and the ratios of `depth.renorm=scale`.
+
+        Args:
+            matching: settings and teachers.
+            space: normalization of the pixels.
+            x0: (B, 3, S, S) normalized, the images at the start.
+            labels: (B,) classes.
+            weights: (B,) of the images in batch statistics.
+            seed: of the views.
+        """
+        self.matching, self.space, self.x0, self.labels, self.seed = matching, space, x0, labels, seed
+        config, schedule, teachers = matching.config, matching.schedule, matching.teachers
+        self.ratios = [1.0] * len(teachers)
+        if config.depth.renorm == "scale" and any((t.matched_weights != t.weights).any() for t in teachers):
+            first = space.denormalize(resample(x0, schedule.sizes[0]))
+            self.ratios = [depth_ratio(t, first, config, schedule, seed, i, weights) for i, t in enumerate(teachers)]
+        self.matchers = [t.matcher(t.matched_weights, config, weights) for t in teachers]
+
+    def __call__(self, x: Tensor, step: int, precision: str) -> Tensor:
+        """Weighted terms (4,) for normalized images (B, 3, D, D)."""
+        config, i, size = self.matching.config, self.matching.teacher_of(step), x.shape[-1]
+        matched = self.matching.teachers[i]
+        view = draw_view(config, size, self.matching.schedule.jitter, seed=self.seed, step=step)
+        images = self.space.denormalize(apply_view(x, view))
+        half = torch.autocast(x.device.type, DTYPES[precision], enabled=precision != "float32")
+        heads = head_inputs(matched.teacher.net, enabled=matched.class_means is not None)
+        with self.matchers[i] as matcher, heads as features:
+            with half:
+                logits = matched.teacher.differentiable(images)
+            zero = x.new_zeros(())
+            statistics = matched.r_bn * self.ratios[i] * matcher.distance() if matched.layers else zero
+        entropy = F.cross_entropy(logits, self.labels)
+        classes = zero
+        if matched.class_means is not None and config.class_weight:
+            classes = config.class_weight * class_distance(features[-1], self.labels, matched.class_means)
+        near = zero
+        if config.proximity:
+            near = config.proximity * F.mse_loss(x, resample(self.x0, size))
+        return torch.stack([entropy, statistics, classes, near])
+
+
+@dataclass(frozen=True)
+class Block:
+    """The result of one block."""
+
+    x: Tensor  # (B, 3, D, D) normalized
+    trace: Tensor  # (steps, 4) on the CPU
+    scale: float  # last scale of the losses
+    overflowed: bool  # so many steps were lost to overflow that the block should not stand
+    precision: str
+
+
+def _run_block(x: Tensor, number: int, loss: BatchLoss, session: Session, progress: Progress) -> Block:
+    """One block at the precision of the batch, done again where float16 overflows too often.
+
+    Raises:
+        RunError: if the loss stops being a number.
+    """
+    schedule = loss.matching.schedule
+    first_step = sum(schedule.steps[:number])
+    attempt = functools.partial(
+        _attempt_block, x, range(first_step, first_step + schedule.steps[number]), loss, session.step
+    )
+    block = attempt(progress.precision, progress.scale)
+    if block.overflowed and torch.isfinite(block.trace).all() and block.scale >= 1:
+        # the scale was far too large at first: the same steps again with the one that it came down to
+        block = attempt(progress.precision, block.scale)
+    if block.overflowed:
+        log.warning("note: too many losses or gradients overflow in float16; a block is done again in float32")
+        block = attempt("float32", SCALE)
+    if not (torch.isfinite(block.trace).all() or block.precision == "float16") or not torch.isfinite(block.x).all():
+        bad = first_step + int((~torch.isfinite(block.trace)).any(1).float().argmax())
+        teacher = loss.matching.teachers[loss.matching.teacher_of(bad)].teacher
+        raise RunError(
+            f"the loss of the refinement is not a number in step {bad} of {sum(schedule.steps)} (teacher "
+            f"{teacher.name}, {block.precision}); lower its lr, now {schedule.lr:g}, or r_bn"
+        )
+    return block
+
+
+def _attempt_block(
+    x: Tensor, steps: range, loss: BatchLoss, on_step: Callable[[int], None], precision: str, scale: float
+) -> Block:
+    """Steps of Adam on normalized images; with float16 the losses are scaled, first by `scale`."""
+    config, schedule, scaled = loss.matching.config, loss.matching.schedule, precision == "float16"
+    bounds = loss.space.bounds
     x = x.detach().clone().contiguous().requires_grad_(True)
     optimizer = torch.optim.Adam([x], lr=schedule.lr, betas=config.betas)  # type: ignore[arg-type]
     # The released code shares one scaler among all batches; here a batch has its own, as results must not depend on
     # which process did what before
-    scaler = torch.amp.GradScaler(x.device.type, init_scale=scale or SCALE, enabled=scale is not None)
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=scale, enabled=scaled)
     trace = torch.zeros(len(steps), len(TERMS), device=x.device)  # read at the end: no wait within a step
-    skipped, scale_now = 0, scale or SCALE
+    skipped = 0
     for i, step in enumerate(steps):
         optimizer.param_groups[0]["lr"] = schedule.rate(step)
-        terms = step_loss(x, step)
+        terms = loss(x, step, precision)
         optimizer.zero_grad()
         scaler.scale(terms.sum()).backward()
         scaler.step(optimizer)
         scaler.update()
-        if scale is not None:
-            before, scale_now = scale_now, scaler.get_scale()  # read once in a step, since the host waits for it
-            skipped += scale_now < before
+        if scaled:
+            before, scale = scale, scaler.get_scale()  # read once in a step, since the host waits for it
+            skipped += scale < before
         with torch.no_grad():
             x.clamp_(*bounds)
             trace[i] = terms.detach()
         on_step(step)
-    return (
-        x.detach(),
-        trace.cpu(),
-        scale_now,
-        skipped > BAD_SHARE * len(steps),
-    )
+    return Block(x.detach(), trace.cpu(), scale, skipped > BAD_SHARE * len(steps), precision)
 
 
 def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the classes of a batch of | mean feature of its images - target |_2.
+    """Mean over the classes of a batch of |mean feature of its images - target|_2.
 
     Args:
         features: (B, ...) last features.
+        labels: (B,) classes.
         targets: (C, d) mean feature of the real images of each class.
     """
     x = features.flatten(1).float()

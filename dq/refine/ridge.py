@@ -1,4 +1,4 @@
-"""Kernel ridge regression on last-layer features, its loss on real images, and its gradient in chunks of images.
+"""Kernel ridge regression on last-layer features, its loss and its gradient.
 
 The inner problem of FRePo (Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS
 2022, arXiv 2206.00719; constants of the released code). Gram matrix, factorization and solve are in float64 whatever
@@ -37,12 +37,13 @@ class Solution:
 
 
 def solve_ridge(features: Tensor, targets: Tensor, *, ridge: float = RIDGE, weights: Tensor | None = None) -> Solution:
-    """Solve A a = Y with A = F F^T + ridge s diag(1 / w), where s is the weighted mean of the diagonal of F F^T.
+    """Solve the kernel ridge regression A a = Y, A = F F^T + ridge s diag(1 / w).
 
-    The same predictor as min_W sum_i w_i |f_i W - y_i|^2 + ridge s |W|^2 (W = F^T a), for n < d and n > d. Without
-    weights s is the trace over n, as in the released code; the weighted mean makes an image of weight 2 the same as
-    the image given twice. Gradients flow through s as well. If the factorization fails, the ridge grows tenfold up to
-    1e-3, and then the eigenvalues are clipped from below; both are logged.
+    Here s is the weighted mean of the diagonal of F F^T. The same predictor as
+    min_W sum_i w_i |f_i W - y_i|^2 + ridge s |W|^2 (W = F^T a), for n < d and n > d. Without weights s is the trace
+    over n, as in the released code; the weighted mean makes an image of weight 2 the same as the image given twice.
+    Gradients flow through s as well. If the factorization fails, the ridge grows tenfold up to 1e-3, and then the
+    eigenvalues are clipped from below; both are logged.
 
     Args:
         features: (n, d) float.
@@ -83,8 +84,10 @@ def solve_ridge(features: Tensor, targets: Tensor, *, ridge: float = RIDGE, weig
 
 
 def _clipped(a: Tensor, y: Tensor) -> Solution:
-    """Solve with the eigenvalues of A raised to a share of the largest. What is added counts as a constant, since the
-    gradient of eigenvectors does not exist where eigenvalues coincide."""
+    """Solve with the eigenvalues of A raised to a share of the largest.
+
+    What is added counts as a constant, since the gradient of eigenvectors does not exist where eigenvalues coincide.
+    """
     values, vectors = torch.linalg.eigh(a.detach())
     top = float(values[-1])
     floor = LARGEST_RIDGE * top if top > 0 else 1.0  # all features zero: any number gives the prediction 0
@@ -96,32 +99,38 @@ def _clipped(a: Tensor, y: Tensor) -> Solution:
 
 
 def predict(solution: Solution, support: Tensor, queries: Tensor) -> Tensor:
-    """Predictions (B, C) float64 for the features `queries` (B, d), from the features `support` (n, d) solved for."""
+    """Predictions (B, C) float64 for features `queries` (B, d) from `support` (n, d)."""
     # K_ts a as F_t (F_s^T a): (B + n) d C products, not B n d
     return queries.double() @ (support.double().T @ solution.dual)
 
 
 def krr_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean over images of half the squared error, summed over classes; (B, C) each."""
+    """Mean over images of half the squared error of (B, C), summed over classes."""
     return 0.5 * (predictions - targets).square().sum(1).mean()
 
 
 def temperature_cross_entropy(predictions: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Mean cross-entropy of softmax(predictions / temperature) with the classes, the largest targets; (B, C) each.
+    """Mean cross-entropy of softmax(predictions / temperature) with the largest targets.
 
-    As in CLP-DD (arXiv 2605.07194) and RCIG, which report it better than squared error there.
+    Both are (B, C). As in CLP-DD (arXiv 2605.07194) and RCIG, which report it better than squared error there.
     """
     return F.cross_entropy(predictions / temperature, targets.argmax(1))
 
 
 def label_margin(labels: Tensor) -> Tensor:
-    """Mean of min(largest - second largest entry, 1/C) of label vectors (n, C), which the released code maximizes."""
+    """Mean of min(largest - second largest entry, 1/C) of label vectors (n, C).
+
+    The released code maximizes it.
+    """
     first, second = labels.topk(2, 1).values.unbind(1)
     return (first - second).clamp(max=1 / labels.shape[1]).mean()
 
 
 def duplicates(features: Tensor) -> Tensor:
-    """Which rows are nearly copies of an earlier one: (n,) bool, by the cosine of centered features (n, d)."""
+    """Which rows (n,) bool are nearly copies of an earlier one.
+
+    By the cosine of centered features (n, d).
+    """
     x = features.double().flatten(1)
     x = F.normalize(x - x.mean(0), dim=1)
     copied = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -146,23 +155,31 @@ class MetaGradient:
     ridge: float  # that was used
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The loss outer_loss - margin_weight label_margin, and how its regression and gradient are computed."""
+
+    chunk: int | None = None  # images whose activations are held at once; None: all
+    flip: bool = False  # regress on the images and their mirror images, with the same labels
+    margin_weight: float = 1.0
+    ridge: float = RIDGE
+    weights: Tensor | None = None  # (n,) of the images in the regression; None: all alike
+    learn_images: bool = True  # False leaves out the gradient of the images, and with it the second pass
+    # from what is learned, such as latents (m, C, h, w), to images as the network sees them, (m, 3, S, S), which are
+    # what is mirrored; the gradient goes through it. None: images are learned
+    render: Callable[[Tensor], Tensor] | None = None
+    outer_loss: Callable[[Tensor, Tensor], Tensor] = krr_loss  # of predictions and targets (B, C), a mean over B
+
+
 def meta_gradient(
     features_of: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
     real_features: Tensor,
     real_targets: Tensor,
-    *,
-    chunk: int | None = None,
-    flip: bool = False,
-    margin_weight: float = 1.0,
-    ridge: float = RIDGE,
-    weights: Tensor | None = None,
-    learn_images: bool = True,
-    render: Callable[[Tensor], Tensor] | None = None,
-    outer_loss: Callable[[Tensor, Tensor], Tensor] = krr_loss,
+    objective: Objective | None = None,
 ) -> MetaGradient:
-    """Gradients of L = outer_loss - margin_weight label_margin with respect to distilled images and labels.
+    """Compute the gradients of FRePo's loss with respect to distilled images and labels.
 
     With chunks, features are computed without a graph, the regression gives their gradient, and every chunk is
     computed once more with a graph to carry its rows back: the same gradient up to rounding, with the activations of
@@ -175,51 +192,54 @@ def meta_gradient(
         labels: (n, C) learned labels.
         real_features: (B, d) of the real batch, without a graph.
         real_targets: (B, C), see `centered_targets`.
-        chunk: images whose activations are held at once; None: all.
-        flip: regress on the images and their mirror images, with the same labels.
-        weights: (n,) of the images in the regression; None: all alike.
-        learn_images: False leaves out the gradient of the images, and with it the second pass.
-        render: from `images`, such as latents (m, C, h, w), to images as the network sees them, (m, 3, S, S), which
-            are what is mirrored; the gradient goes through it. None: `images` themselves.
-        outer_loss: of predictions (B, C) and `real_targets`, a mean over the batch.
+        objective: the loss; None: its defaults.
 
     Raises:
         RunError: if features or labels are not finite.
     """
-
-    def look(values: Tensor) -> Tensor:  # (m, ...) -> (1 or 2, m, d)
-        x = values if render is None else render(values)
-        return features_of(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)) if flip else features_of(x)[None]
-
-    spans = _spans(len(images), chunk)
-    whole = learn_images and len(spans) == 1
+    o = objective or Objective()
+    spans = _spans(len(images), o.chunk)
+    one_pass = o.learn_images and len(spans) == 1
     leaf = images.detach().requires_grad_(True)
-    with torch.set_grad_enabled(whole):
-        parts = [look(leaf[a:b]) for a, b in spans]
-        seen = parts[0] if whole else torch.cat(parts, 1).detach().requires_grad_(learn_images)
+    with torch.set_grad_enabled(one_pass):
+        parts = [_support(features_of, leaf[a:b], o) for a, b in spans]
+        support = parts[0] if one_pass else torch.cat(parts, 1).detach().requires_grad_(o.learn_images)
     y = labels.detach().requires_grad_(True)
-    copies = 2 if flip else 1
     with torch.enable_grad():
-        support = seen.flatten(0, 1)  # (copies n, d)
-        repeated = None if weights is None else weights.repeat(copies)
-        solution = solve_ridge(support, y.repeat(copies, 1), ridge=ridge, weights=repeated)
-        krr = outer_loss(predict(solution, support, real_features.detach()), real_targets.double())
-        margin = label_margin(y)
-        loss = krr - margin_weight * margin.double()
+        solution, krr, margin = _regress(support, y, real_features, real_targets, o)
+        loss = krr - o.margin_weight * margin.double()
     gradient = None
-    if not learn_images:
+    if not o.learn_images:
         (dy,) = torch.autograd.grad(loss, [y])
-    elif whole:
+    elif one_pass:
         gradient, dy = torch.autograd.grad(loss, [leaf, y])
     else:
-        rows, dy = torch.autograd.grad(loss, [seen, y])  # rows: (copies, n, d)
+        rows, dy = torch.autograd.grad(loss, [support, y])  # rows: (copies, n, d)
         gradient = torch.empty_like(images)
         for a, b in spans:
             part = images[a:b].detach().requires_grad_(True)
             with torch.enable_grad():
-                again = look(part)
+                again = _support(features_of, part, o)
             (gradient[a:b],) = torch.autograd.grad(again, [part], rows[:, a:b])
     return MetaGradient(gradient, dy, krr.detach(), margin.detach(), solution.condition, solution.ridge)
+
+
+def _support(features_of: Callable[[Tensor], Tensor], values: Tensor, o: Objective) -> Tensor:
+    """Features (1 or 2, m, d) of images, and of their mirror images."""
+    x = values if o.render is None else o.render(values)
+    return features_of(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)) if o.flip else features_of(x)[None]
+
+
+def _regress(
+    support: Tensor, y: Tensor, real_features: Tensor, real_targets: Tensor, o: Objective
+) -> tuple[Solution, Tensor, Tensor]:
+    """Regression from the support (copies, n, d), its loss on the real batch () and the label margin ()."""
+    copies = len(support)
+    support = support.flatten(0, 1)  # (copies n, d)
+    weights = None if o.weights is None else o.weights.repeat(copies)
+    solution = solve_ridge(support, y.repeat(copies, 1), ridge=o.ridge, weights=weights)
+    krr = o.outer_loss(predict(solution, support, real_features.detach()), real_targets.double())
+    return solution, krr, label_margin(y)
 
 
 def _spans(n: int, chunk: int | None) -> Sequence[tuple[int, int]]:

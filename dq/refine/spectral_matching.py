@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from dq.config.condensation import SpectralMatching
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator, seeded
-from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.trajectories import MANIFEST, Experts
 from dq.networks.zoo import make_net
@@ -32,11 +30,12 @@ from dq.refine.class_matching import (
     ClassMatchingMethod,
     Gradient,
     class_gradients,
-    image_weights,
+    class_rows,
+    image_shares,
     learn_images,
 )
 from dq.refine.distribution_matching import block_features, block_outputs
-from dq.refine.method import Callback, Context, Needs, RealImages, Refined, Resources, State
+from dq.refine.method import Batch, Context, Needs, Refined, Resources, Session
 from dq.refine.momentum import Learned
 
 SCALE = 300.0  # of the loss, as released
@@ -45,7 +44,7 @@ LAYERS, SLOPE = 3, 0.2  # of the network of frequencies; of its leaky ReLU
 
 
 def resolve(config: SpectralMatching, context: Context) -> SpectralMatching:
-    """The settings as they are.
+    """Check the settings.
 
     Raises:
         InputError: for a network that gathers statistics over batches, has no pooled blocks, or is not the experts'.
@@ -63,7 +62,7 @@ def resolve(config: SpectralMatching, context: Context) -> SpectralMatching:
 
 
 def characteristic(features: Tensor, frequencies: Tensor, shares: Tensor | None = None) -> Tensor:
-    """Empirical characteristic function Phi(t) = sum_j shares_j exp(i <t, f_j>), (k,) complex.
+    """Empirical characteristic function Phi(t) = sum_j shares_j exp(i <t, f_j>), (k,).
 
     Args:
         features: (m, d) f.
@@ -76,13 +75,15 @@ def characteristic(features: Tensor, frequencies: Tensor, shares: Tensor | None 
 
 
 def distance(real: Tensor, learned: Tensor, amplitude: float, phase: float) -> Tensor:
-    """Discrepancy of the characteristic functions Phi_r of real and Phi_s of learned features, () (NCFM):
+    """Discrepancy of characteristic functions Phi_r of real and Phi_s of learned features.
 
         L = 300 mean_t sqrt( alpha (|Phi_r| - |Phi_s|)^2 + 2 beta (|Phi_r| |Phi_s| - Re Phi_r conj(Phi_s)) )
 
     Args:
-        real, learned: (k,) complex, at the same frequencies t.
-        amplitude, phase: weights alpha and beta.
+        real: (k,) complex, Phi_r.
+        learned: (k,) complex, Phi_s at the same frequencies t.
+        amplitude: weight alpha.
+        phase: weight beta.
     """
     of_amplitude = (real.abs() - learned.abs()).square()
     # 2 (|r| |s| - Re r s*) = |r - s|^2 - (|r| - |s|)^2, which is exact where both are nearly equal
@@ -91,7 +92,7 @@ def distance(real: Tensor, learned: Tensor, amplitude: float, phase: float) -> T
 
 
 def frequency_network(size: int, seed: int) -> nn.Sequential:
-    """The network that makes frequencies (k, `size`) in [-1, 1] of normal noise (k, `size`), k > 1."""
+    """Network from normal noise (k, size) to frequencies in [-1, 1], for k > 1."""
     layers: list[nn.Module] = []
     with seeded(seed):
         for i in range(LAYERS):
@@ -101,14 +102,10 @@ def frequency_network(size: int, seed: int) -> nn.Sequential:
 
 
 class Frequencies:
-    """Frequencies t of every step: normal ones, or those of a network that learns to enlarge the loss."""
+    """Frequencies of every step: normal, or of a network trained to enlarge the loss."""
 
     def __init__(self, config: SpectralMatching, size: int, seed: int, device: torch.device) -> None:
-        """Draw the network, if there is one.
-
-        Args:
-            size: of a feature vector.
-        """
+        """Draw the network, if there is one; `size` is that of a feature vector."""
         self.config, self.size, self.seed, self.device = config, size, seed, device
         self.net: nn.Sequential | None = None
         if config.sampler == "network":
@@ -116,7 +113,10 @@ class Frequencies:
         self.parameters = [] if self.net is None else list(self.net.parameters())
 
     def draw(self, step: int, carried: dict[str, Tensor]) -> Tensor:
-        """Frequencies (k, d) of a step, with a graph if a network makes them, whose parameters are in `carried`."""
+        """Frequencies (k, d) of a step.
+
+        With a graph if a network makes them, whose parameters are in `carried`.
+        """
         draws = generator(self.seed, "frequencies", step)
         t = torch.randn(self.config.frequencies, self.size, generator=draws).to(self.device)
         if self.net is None:
@@ -127,7 +127,13 @@ class Frequencies:
             return self.net(t)
 
     def learn(self, t: Tensor, gradient: Tensor, carried: dict[str, Tensor]) -> None:
-        """Move the network uphill by SGD, given the gradient (k, d) of the loss with respect to what `draw` gave."""
+        """Move the network uphill by SGD.
+
+        Args:
+            t: (k, d) of `draw`.
+            gradient: (k, d) of the loss with respect to t.
+            carried: tensors from step to step.
+        """
         uphill = parameters_to_vector(torch.autograd.grad(t, self.parameters, gradient))
         value = parameters_to_vector(self.parameters).detach()
         theta = Learned(value, carried.get("frequencies.velocity", torch.zeros_like(value)))
@@ -141,7 +147,10 @@ def features_at(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def draw_network(config: SpectralMatching, classes: int, side: int, experts: Experts | None, seed: int) -> nn.Module:
-    """A freshly drawn network, or one at a random point on the line from an expert's first parameters to its last."""
+    """Draw a network: fresh, or between an expert's first and last parameters.
+
+    The point between them is random.
+    """
     net = make_net(config.net, classes, side, seed=seed)
     if experts is not None:
         draws = generator(seed, "expert")
@@ -151,40 +160,27 @@ def draw_network(config: SpectralMatching, classes: int, side: int, experts: Exp
     return net.requires_grad_(False)
 
 
-def refine(
-    images: Tensor,
-    labels: Tensor,
-    config: SpectralMatching,
-    real: RealImages,
-    *,
-    classes: int,
-    weights: Tensor | None = None,
-    experts: Experts | None = None,
-    codec: ImageCodec | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    resume: State | None = None,
-    callback: Callback | None = None,
-) -> Refined:
-    """Learn a set's images; see `learn_images`. In every step, with a network f, frequencies t and the same
-    augmentation a on both sides, the images move along the gradient of
+def refine(batch: Batch, config: SpectralMatching, resources: Resources, session: Session | None = None) -> Refined:
+    """Learn the images of a set by spectral matching; see `learn_images`.
+
+    In every step, with a network f, frequencies t and the same augmentation a on both sides, the images move along the
+    gradient of
 
         L = sum_c distance(Phi_t(f(a(real images of c))), Phi_t(f(a(learned images of c))))
 
-    and the network that t comes from, if there is one, moves against it.
-
-    Args:
-        weights: (n,) of the images in Phi, for `config.weighted`.
-        experts: between whose first and last parameters networks are drawn, for `config.experts`.
+    and the network that t comes from, if there is one, moves against it. With `config.weighted` the weights of the
+    batch weigh the images in Phi.
 
     Raises:
         InputError: if experts are missing, or of another network, number of classes or size of images.
     """
-    device, side = torch.device(device), images.shape[-1]
+    session, side = session or Session(), batch.images.shape[-1]
+    seed = session.seed
+    classes, experts, device = resources.classes, resources.experts, resources.device
     resolve(config, Context(side, 0, classes=classes))
     check_experts(config, experts, classes, side)
-    shares = image_weights(config, labels, weights)[1].to(device)
-    rows = {c: (labels == c).nonzero()[:, 0].to(device) for c in labels.unique().tolist()}
+    shares = image_shares(config, batch)[1].to(device)
+    rows = class_rows(batch.labels, device)
     width = features_at(draw_network(config, classes, side, None, 0), torch.zeros(1, 3, side, side)).shape[1]
     frequencies = Frequencies(config, width, seed, device)
 
@@ -208,26 +204,11 @@ def refine(
 
         return gradient
 
-    return learn_images(
-        images,
-        labels,
-        config,
-        config.steps,
-        real,
-        gradient_of,
-        classes=classes,
-        weights=weights,
-        experts=experts,
-        codec=codec,
-        seed=seed,
-        device=device,
-        resume=resume,
-        callback=callback,
-    )
+    return learn_images(batch, config, config.steps, resources, gradient_of, session)
 
 
 def check_experts(config: SpectralMatching, experts: Experts | None, classes: int, side: int) -> None:
-    """Whether there are experts where the settings name some, and they saw images like those of the set.
+    """Check that there are experts where the settings name some, of images as in the set.
 
     Raises:
         InputError: if not.
@@ -247,13 +228,10 @@ class SpectralMethod(ClassMatchingMethod):
     """Spectral matching as a stage of a run."""
 
     config = SpectralMatching
-    learn = staticmethod(refine)
+    refine = staticmethod(refine)
 
     def resolve(self, stage: SpectralMatching, context: Context) -> SpectralMatching:
         return resolve(stage, context)
 
     def needs(self, stage: SpectralMatching) -> Needs:
         return dataclasses.replace(super().needs(stage), experts=stage.experts)
-
-    def options(self, resources: Resources) -> dict[str, Any]:
-        return {"experts": resources.experts}

@@ -1,14 +1,15 @@
-"""Teddy: a short refinement against a pool of weak teachers, and the pool as labeller (Yu et al., "Teddy: Efficient
-Large-Scale Dataset Distillation via Taylor-Approximated Matching", ECCV 2024, arXiv 2410.07579).
+"""Teddy: a short refinement against a pool of weak teachers that also labels the images.
 
-The paper expands the loss along the training of a student to first order, so that statistics of features at different
-stages of training are all that is left to match. Its hyper-parameters were not at hand: what is set here are SRe2L's,
-shortened for images that look real already. Not a reproduction.
+Yu et al., "Teddy: Efficient Large-Scale Dataset Distillation via Taylor-Approximated Matching", ECCV 2024, arXiv
+2410.07579. The paper expands the loss along the training of a student to first order, so that statistics of features
+at different stages of training are all that is left to match. Its hyper-parameters were not at hand: what is set here
+are SRe2L's, shortened for images that look real already. Not a reproduction.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ from dq.refine.matched import (
     with_statistics,
 )
 from dq.refine.matching import StatMatcher, resolve_depth
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
-from dq.refine.optimize import SHOWN, TERMS, optimize
+from dq.refine.method import Batch, Context, Cost, GroupNeeds, Method, Needs, Refined, Resources, Session
+from dq.refine.optimize import SHOWN, TERMS, Matching, optimize
 from dq.refine.views import Schedule
 
 
@@ -42,54 +43,37 @@ def schedule_of(config: Teddy, *, side: int) -> Schedule:
 
 
 def refine(
-    images: Tensor,
-    labels: Tensor,
-    weights: Tensor | None,
+    batch: Batch,
     config: Teddy,
     teachers: Sequence[Teacher],
+    session: Session | None = None,
     *,
-    critics: Sequence[MatchedTeacher] | None = None,
-    labellers: Sequence[Teacher] = (),
-    seed: int = 0,
-    resume: State | None = None,
-    callback: Callback | None = None,
+    matched: Sequence[MatchedTeacher] | None = None,
+    labelers: Sequence[Teacher] = (),
 ) -> Refined:
-    """Refine one batch against the statistics of a pool, one teacher per step, and label it by the ensemble; a pure
-    function of its arguments.
+    """Refine one batch against a pool, one teacher per step, and label it by the ensemble.
 
         L = CE(f(A(x)), y) + r_bn S_f(A(x)) + class_weight D_f(A(x)) + proximity |x - x_0|^2 / numel
 
-    Args:
-        images, labels, weights, config, teachers, critics: as for `dq.refine.fadrm.refine`.
-        labellers: who label the result with `config.ensemble_labels`; none: the teachers.
+    A pure function of its arguments, which are as for `dq.refine.fadrm.refine`; `labelers` label the result with
+    `config.ensemble_labels`, or the teachers if there are none.
 
     Returns:
         Images of the same shape; with `config.ensemble_labels`, soft labels (B, C).
     """
-    if critics is None:
+    session, side = session or Session(), batch.images.shape[-1]
+    if matched is None:
         check_alone(config)
-    side = images.shape[-1]
-    schedule = schedule_of(config, side=side)
     if config.steps == 0:
-        empty = torch.zeros(0, 4)
-        refined = Refined(images, empty, TERMS, images[None, :SHOWN])
+        refined = Refined(batch.images, torch.zeros(0, len(TERMS)), TERMS, batch.images[None, :SHOWN])
     else:
-        critics = critics or match_teachers(teachers, config, side=side, sizes=(side,))
-        refined = optimize(
-            images,
-            labels,
-            config=config,
-            schedule=schedule,
-            critics=critics,
-            choose=lambda step: member_of_step(step, len(teachers), seed),
-            seed=seed,
-            image_weights=weights,
-            resume=resume,
-            callback=callback,
-        )
+        matched = matched or match_teachers(teachers, config, side=side, sizes=(side,))
+        teacher_of = functools.partial(member_of_step, members=len(teachers), seed=session.seed)
+        matching = Matching(config, schedule_of(config, side=side), matched, teacher_of)
+        refined = optimize(batch.images, batch.labels, matching, session, image_weights=batch.weights)
     if not config.ensemble_labels:
         return refined
-    soft = pooled_logits(labellers or teachers, refined.images)
+    soft = pooled_logits(labelers or teachers, refined.images)
     return dataclasses.replace(refined, soft_labels=soft, label_kind="logits")
 
 
@@ -102,38 +86,16 @@ class TeddyMethod(Method):
         return resolve_depth(stage, context)
 
     def needs(self, stage: Teddy) -> Needs:
-        return Needs(
-            groups=None if stage.groups == "none" else stage.groups,
-            group_statistics=stage.statistics == "group",
-            class_features=stage.class_weight > 0,
-        )
+        groups = None if stage.groups == "none" else GroupNeeds(stage.groups, stage.statistics == "group")
+        return Needs(class_features=stage.class_weight > 0, groups=groups)
 
     def prepare(self, stage: Teddy, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
         return matching_facts(stage, schedule_of(stage, side=resources.side), resources, first, seed=seed)
 
-    def run(
-        self,
-        batch: Batch,
-        stage: Teddy,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
+    def run(self, batch: Batch, stage: Teddy, resources: Resources, session: Session) -> Refined:
         matched = matched_teachers(stage, schedule_of(stage, side=resources.side), resources)
-        return refine(
-            batch.images,
-            batch.labels,
-            batch.weights,
-            stage,
-            resources.matched,
-            critics=with_statistics(matched, batch.statistics),
-            labellers=resources.teachers,
-            seed=seed,
-            resume=resume,
-            callback=callback,
-        )
+        matched = with_statistics(matched, batch.statistics)
+        return refine(batch, stage, resources.matched, session, matched=matched, labelers=resources.teachers)
 
     def brief(self, stage: Teddy) -> Teddy:
         return dataclasses.replace(alone(stage), steps=min(stage.steps, 4), ensemble_labels=False)
@@ -144,19 +106,17 @@ class TeddyMethod(Method):
 
 @torch.no_grad()
 def score(images: Tensor, teachers: Sequence[Teacher], config: Teddy | None = None) -> Tensor:
-    """How far a batch is from the teachers' data at each depth: for every teacher the distances of its layers, without
-    weights; (M, L) padded with NaN where a teacher has fewer layers.
+    """Distance of a batch to the data of M teachers in each of their layers, (M, L).
 
-    Args:
-        images: (B, 3, S, S) float32 in [0, 1], seen as they are.
+    Without weights of layers; NaN where a teacher has fewer layers. Images (B, 3, S, S) float32 in [0, 1] are seen as
+    they are.
     """
     config = config or Teddy()
     side = images.shape[-1]
-    critics = match_teachers(teachers, config, side=side, sizes=(side,))
     rows = []
     with evaluating(teachers):
-        for critic in critics:
-            with StatMatcher(critic.layers, torch.ones(len(critic.layers)), norm=config.norm) as matcher:
-                critic.teacher(images.to(next(critic.teacher.net.parameters()).device))
-                rows.append(torch.stack([t.cpu() for t in matcher.terms()]) if critic.layers else torch.zeros(0))
+        for t in match_teachers(teachers, config, side=side, sizes=(side,)):
+            with StatMatcher(t.layers, torch.ones(len(t.layers)), norm=config.norm) as matcher:
+                t.teacher(images.to(next(t.teacher.net.parameters()).device))
+                rows.append(torch.stack([d.cpu() for d in matcher.terms()]) if t.layers else torch.zeros(0))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))

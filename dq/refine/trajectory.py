@@ -1,4 +1,4 @@
-"""Matching of trajectories: images, soft labels and a learning rate with which networks train as on real images.
+"""Matching of training trajectories: learned images, soft labels and a learning rate.
 
 Cazenavette et al., "Dataset Distillation by Matching Training Trajectories" (MTT), CVPR 2022; Guo et al., DATM, ICLR
 2024: learned soft labels, a range of start epochs that grows; PAD (arXiv 2408.03360): a part of the parameters is left
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,17 @@ from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.seeds import derive_seed, generator
 from dq.data.zca import is_gray
-from dq.diffusion.image_codec import ImageCodec
 from dq.networks.trajectories import CHUNK, MANIFEST, Experts
-from dq.refine.held_out import HARD_LOGIT, check_steps, classic_accuracy, divide, record_check
+from dq.refine.held_out import HARD_LOGIT, HeldOut, check_steps, classic_accuracy, divide
 from dq.refine.inputs import check_set
 from dq.refine.matching import pad_drop
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, RealImages, Refined, Resources, State
+from dq.refine.method import Batch, Context, Cost, Method, Needs, RealImages, Refined, Resources, Session, State
 from dq.refine.momentum import Learned
-from dq.refine.optimize import SAVE_SECONDS, SHOWN, STRIPS
+from dq.refine.optimize import SHOWN
+from dq.refine.record import Record
 from dq.refine.rendering import Rendering
 from dq.refine.starts import first_values, one_channel
-from dq.refine.unroll import GRADIENTS, MetaGradient, Student, draw_batches, last_start
+from dq.refine.unroll import GRADIENTS, MetaGradient, Segment, Student, draw_batches, last_start
 
 log = logging.getLogger("dq")
 
@@ -47,7 +47,7 @@ FIRST_PROBABILITY = 0.9  # of an image's class, where labels are learned and sta
 
 
 def resolve(config: Trajectory, context: Context) -> Trajectory:
-    """The settings with every None filled in.
+    """Fill in every None of the settings.
 
     Raises:
         InputError: for an unknown preset, an ipc that it has no settings for, or epochs that experts do not have.
@@ -102,10 +102,12 @@ def check_experts(experts: Experts, config: Trajectory) -> None:
 
 @torch.no_grad()
 def expert_labels(experts: Experts, x: Tensor, labels: Tensor) -> Tensor:
-    """Mean logits (S, C) of the trained experts that classify an image rightly; of all where none does, since the
-    released code then divides by zero.
+    """Mean logits (S, C) of the trained experts that classify an image correctly.
+
+    Of all where none does, since the released code then divides by zero.
 
     Args:
+        experts: trajectories.
         x: (S, 3, H, H) images as networks see them.
         labels: (S,) their classes.
     """
@@ -124,8 +126,9 @@ def expert_labels(experts: Experts, x: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def correct_rows(experts: Experts, labels: Tensor, real: RealImages, device: torch.device, seed: int) -> Tensor:
-    """Train images (n,) for the images of the set, of their class and classified rightly: of each class in random
-    order the first that the first expert knows, then those that the second knows, ...
+    """Rows (n,) of correctly classified train images, of the classes of the set.
+
+    Of each class in random order the first that the first expert classifies correctly, then those of the second, ...
 
     Raises:
         InputError: if all experts together know too few images of a class.
@@ -155,38 +158,23 @@ def correct_rows(experts: Experts, labels: Tensor, real: RealImages, device: tor
     return rows
 
 
-def refine(
-    images: Tensor,
-    labels: Tensor,
-    config: Trajectory,
-    experts: Experts,
-    real: RealImages | None = None,
-    *,
-    ipc: int | None = None,
-    codec: ImageCodec | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    resume: State | None = None,
-    callback: Callback | None = None,
-) -> Refined:
-    """Learn a set's images, soft labels and step size; a pure function of its arguments. In every step an expert and
-    a start epoch t are drawn, a student starts from theta*_t and makes N steps of SGD on the set, and the set moves
-    along the gradient of
+def refine(batch: Batch, config: Trajectory, resources: Resources, session: Session | None = None) -> Refined:
+    """Learn images, soft labels and step size of a set by matching of trajectories.
+
+    A pure function of its arguments. In every step an expert and a start epoch t are drawn, a student starts from
+    theta*_t and makes N steps of SGD on the set, and the set moves along the gradient of
 
         L = |m (theta_N - theta*_{t+M})|^2 / |m (theta*_t - theta*_{t+M})|^2
 
-    with m of `kept_parameters`. With `mode=latent` the images are whiten(resize(decode(z))). They are decoded once a
+    with m of `Segment.mask`. With `mode=latent` the images are whiten(resize(decode(z))). They are decoded once a
     step, and z moves along their gradient pulled back through the decoder, in memory that N does not change.
 
     Args:
-        images: (n, 3, S, S) float32 in [0, 1], the whole set.
-        labels: (n,) classes.
-        config: settings that `resolve` fills in.
-        experts: trajectories.
-        real: all train images, for starts from these and for `config.checks`.
-        ipc: images per class, for presets; None: n by the number of classes.
-        codec: whose latents are learned, with `mode=latent`.
-        device: where all of it happens.
+        batch: the whole set; its weights are not read.
+        config: settings; what is None is filled in as `resolve` says.
+        resources: experts; train images, for starts from these and for `config.checks`; and the codec, with
+            `mode=latent`.
+        session: seed, state to resume from and callbacks.
 
     Returns:
         Images of the same shape, whose pixels may leave [0, 1] with `mode=pixel`, logits and a step size.
@@ -195,115 +183,121 @@ def refine(
         InputError: for settings or experts that do not fit, or an expert whose compared parameters did not move.
         RunError: if an expert's file cannot be read.
     """
-    device, net = torch.device(device), experts.net
-    classes = net.classes
-    size = round(len(real.labels) / classes) if real is not None else None
-    context = Context(images.shape[-1], 0, ipc or max(1, round(len(images) / classes)), classes, size)
-    config = resolve(config, context)
-    check_set(images, labels, classes, real)
+    session = session or Session()
+    problem = _problem(batch, config, resources, session.seed)
+    config, rendering = problem.config, problem.rendering
+    learning, record = _resumed(problem, session.resume) if session.resume else _start(problem, batch)
+    tested, inner = check_steps(config.steps, config.checks), config.student_steps or 1
+    for step in range(session.resume.steps // inner if session.resume else 0, config.steps):
+        g, t = _gradient(problem, learning, step)
+        record.trace[step] = torch.tensor([float(g.loss), t, float(learning.step_size.value)])
+        skipped = _skipped(g, config)
+        if skipped:
+            record.facts[skipped] += 1
+        else:
+            learning.move(g, problem)
+        record.add_picture(step, rendering, learning.x.value)
+        if step + 1 in tested:
+            score = _check(problem, learning, derive_seed(session.seed, step))
+            record.add_check(step + 1, score, {f"best.{k}": v for k, v in learning.values().items()})
+        for i in range(inner):  # the steps that take the time, in which costs are counted
+            session.step(step * inner + i)
+        if record.save_due(step + 1):
+            session.save(State(record.tensors(learning.tensors()), dict(record.facts), (step + 1) * inner))
+    _warn(record.facts, config.steps, float(learning.step_size.value))
+    last = {k: record.best.get(f"best.{k}", v) for k, v in learning.values().items()}
+    return Refined(
+        rendering.pixels(last["x"]).cpu(),
+        record.trace,
+        TERMS,
+        record.blocks(),
+        soft_labels=last["y"].cpu(),
+        label_kind="logits",
+        step_size=float(last["s"]),
+        bounded=config.mode == "latent",
+        uniform_weights=True,  # the distance does not depend on weights
+        facts=record.facts,
+        preprocessing=problem.experts.whitening.tensors(),
+    )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is the same in all steps on a set."""
+
+    config: Trajectory  # resolved
+    experts: Experts
+    rendering: Rendering
+    real: RealImages | None  # train images that the experts saw
+    held_out: HeldOut | None  # train images that they did not see
+    gray: bool  # the three channels are one
+    device: torch.device
+    seed: int
+
+
+def _problem(batch: Batch, config: Trajectory, resources: Resources, seed: int) -> _Problem:
+    images, experts, real, device = batch.images, resources.experts, resources.real, resources.device
+    if experts is None:
+        raise InputError("trajectory matches experts; give them as `Resources.experts`")
+    net = experts.net
+    size = round(len(real.labels) / net.classes) if real is not None else None
+    ipc = max(1, round(len(images) / net.classes))
+    config = resolve(config, Context(images.shape[-1], 0, ipc, net.classes, size))
+    check_set(images, batch.labels, net.classes, real)
     if images.shape[-1] != net.side:
         raise InputError(
             f"the experts in {experts.folder} saw images of {net.side} px, but those of the set have "
             f"{images.shape[-1]}; train experts at that size"
         )
     check_experts(experts, config)
+    cut = net.cut(config.alpha or 0.0)
+    if config.select == "depth" and cut.first:
+        log.info("trajectory compares no parameter before %s, nor %.0f %% of it", cut.layer, 100 * cut.share)
     net.to(device)
-    callback, whitening = callback or Callback(), experts.whitening.to(device)
-    rendering = Rendering.of("trajectory", config.mode, whitening, codec, config.chunk)
-    seen, held = _divided(experts, real)
-    # what a decoder makes of gray images need not be gray, so that the three channels count apart
-    gray = config.mode == "pixel" and is_gray(images if real is None else real.images)
-    share, cut = config.alpha or 0.0, net.cut(config.alpha or 0.0)
-    facts: dict[str, Any] = {"whitening": experts.whitening.summary(), "net": net.name, "experts": experts.number}
-    facts |= {"skipped_by_threshold": 0, "skipped_not_finite": 0, "parameters": net.size}
-    if config.select == "depth":
-        facts["cut"] = {"parameters_left_out": cut.first, "layer": cut.layer, "share_of_layer": round(cut.share, 4)}
-        if cut.first:
-            log.info("trajectory compares no parameter before %s, nor %.0f %% of it", cut.layer, 100 * cut.share)
-    if resume:
-        parts = {k: resume.tensors[k].to(device, copy=True) for k in resume.tensors if k[:2] in ("x.", "y.", "s.")}
-        x, y, step_size = (Learned(parts[f"{n}.value"], parts[f"{n}.velocity"]) for n in "xys")
-        trace, strips = resume.tensors["trace"].clone(), list(resume.tensors["strips"])
-        facts = dict(resume.facts)
-    else:
-        x = Learned.of(_start(config, images, labels, experts, seen, rendering, device, seed))
-        y = Learned.of(_start_labels(config, experts, rendering.images(x.value), labels))
-        step_size = Learned.of(torch.tensor(config.first_step, device=device))
-        trace, strips = torch.zeros(config.steps, len(TERMS)), [rendering.pixels(x.value[:SHOWN]).cpu()]
-        facts |= {} if config.mode == "pixel" else {"latents": list(x.value.shape[1:])}
-    best = {k[5:]: v.to(device) for k, v in resume.tensors.items() if k.startswith("best.")} if resume else {}
-    tested = check_steps(config.steps, config.checks)
-    saved = time.perf_counter()
-    inner = config.student_steps or 1
-    for step in range(resume.steps // inner if resume else 0, config.steps):
-        shown = rendering.images(x.value)
-        g, t = _matched(shown, y.value, step_size.value, config, experts, step, share, seed, device)
-        loss = float(g.loss)
-        trace[step] = torch.tensor([loss, t, float(step_size.value)])
-        if not all(bool(torch.isfinite(v).all()) for v in g):
-            facts["skipped_not_finite"] += 1
-        elif config.threshold is not None and loss > config.threshold:
-            facts["skipped_by_threshold"] += 1
-        else:
-            g_images = one_channel(g.images) if gray else g.images
-            x.step(rendering.pull_back(x.value, g_images), config.lr_images or 0.0, config.momentum_images)
-            if config.learn_labels:
-                y.step(g.labels, config.lr_labels or 0.0, config.momentum_labels)
-            if config.learn_step:
-                step_size.step(g.step_size, config.lr_step or 0.0, config.momentum_step)
-                step_size.value = step_size.value.clamp(min=config.least_step)
-        if (step + 1) % max(1, config.steps // STRIPS) == 0:
-            strips.append(rendering.pixels(x.value[:SHOWN]).cpu())
-        if step + 1 in tested:
-            shown, check_seed = rendering.images(x.value), derive_seed(seed, step)
-            score = _check(shown, y.value, float(step_size.value), config, experts, held, check_seed)
-            if record_check(facts, step + 1, score):
-                best = {"x": x.value, "y": y.value, "s": step_size.value}
-        for i in range(inner):  # the steps that take the time, in which costs are counted
-            callback.step(step * inner + i)
-        if time.perf_counter() - saved >= SAVE_SECONDS and step + 1 < config.steps:
-            tensors = {f"{n}.value": v.value for n, v in zip("xys", (x, y, step_size))}
-            tensors |= {f"{n}.velocity": v.velocity for n, v in zip("xys", (x, y, step_size))}
-            tensors |= {f"best.{k}": v for k, v in best.items()} | {"trace": trace, "strips": torch.stack(strips)}
-            callback.save(State({k: v.cpu().clone() for k, v in tensors.items()}, dict(facts), (step + 1) * inner))
-            saved = time.perf_counter()
-    skipped = facts["skipped_by_threshold"] + facts["skipped_not_finite"]
-    if 2 * skipped > config.steps:
-        log.warning(
-            "trajectory skipped %d of %d steps; lower lr_images, lr_step or start_epochs", skipped, config.steps
-        )
-    if float(step_size.value) > LARGE_STEP:
-        log.warning(
-            "trajectory learned a step size of %g, with which students diverge; lower lr_step", step_size.value
-        )
-    last = best or {"x": x.value, "y": y.value, "s": step_size.value}
-    return Refined(
-        rendering.pixels(last["x"]).cpu(),
-        trace,
-        TERMS,
-        torch.stack(strips).clamp(0, 1),
-        soft_labels=last["y"].cpu(),
-        label_kind="logits",
-        step_size=float(last["s"]),
-        bounded=config.mode == "latent",
-        uniform_weights=True,  # the distance knows no weights
-        facts=facts,
-        preprocessing=experts.whitening.tensors(),
+    whitening = experts.whitening.to(device)
+    seen, held_out = (None, None) if real is None else divide(real, experts.held_out_rows(real.labels))
+    return _Problem(
+        config,
+        experts,
+        Rendering.of("trajectory", config.mode, whitening, resources.codec, config.chunk),
+        seen,
+        None if held_out is None else HeldOut(held_out, experts.whitening, net.name, config.check_nets),
+        # what a decoder makes of gray images need not be gray, so that the three channels count apart
+        gray=config.mode == "pixel" and is_gray(images if real is None else real.images),
+        device=device,
+        seed=seed,
     )
 
 
-def _matched(
-    x: Tensor,
-    y: Tensor,
-    step_size: Tensor,
-    config: Trajectory,
-    experts: Experts,
-    step: int,
-    share: float,
-    seed: int,
-    device: torch.device,
-) -> tuple[MetaGradient, int]:
+@dataclass(frozen=True)
+class _Learning:
+    """The tensors that are learned."""
+
+    x: Learned  # whitened images, or latents
+    y: Learned  # (S, C) label logits
+    step_size: Learned  # ()
+
+    def values(self) -> dict[str, Tensor]:
+        return {"x": self.x.value, "y": self.y.value, "s": self.step_size.value}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.x.tensors("x") | self.y.tensors("y") | self.step_size.tensors("s")
+
+    def move(self, g: MetaGradient, problem: _Problem) -> None:
+        """Move along the gradient."""
+        config = problem.config
+        g_images = problem.rendering.pull_back(self.x.value, one_channel(g.images) if problem.gray else g.images)
+        self.x.step(g_images, config.lr_images or 0.0, config.momentum_images)
+        if config.learn_labels:
+            self.y.step(g.labels, config.lr_labels or 0.0, config.momentum_labels)
+        if config.learn_step:
+            self.step_size.step(g.step_size, config.lr_step or 0.0, config.momentum_step)
+            self.step_size.value = self.step_size.value.clamp(min=config.least_step)
+
+
+def _gradient(problem: _Problem, learning: _Learning, step: int) -> tuple[MetaGradient, int]:
     """The gradient of a step, and the start epoch; experts take turns in a new order every time."""
+    config, experts, seed, device = problem.config, problem.experts, problem.seed, problem.device
     first, bound, end = config.start_epochs or (0, 1, 1)
     bound = last_start(step, first=bound, last=end, every=config.expand_every or 0)
     t = int(torch.randint(first, bound, (), generator=generator(seed, "start epoch", step)))
@@ -311,48 +305,74 @@ def _matched(
     e = int(torch.randperm(experts.number, generator=generator(seed, "experts", turn))[i])
     until = t + (config.expert_epochs or 1)
     start, target = (experts.parameters(e, epoch).to(device) for epoch in (t, until))
+    share = config.alpha or 0.0
     cut = int(share * len(start)) if config.select == "depth" else 0
     if torch.equal(start[cut:], target[cut:]):
         raise InputError(
             f"the compared parameters of expert {e} are the same after {t} and after {until} epochs; train experts "
             "with a larger lr, or lower alpha"
         )
+    x = problem.rendering.images(learning.x.value)
     batches = draw_batches(len(x), config.inner_batch or len(x), config.student_steps or 1, derive_seed(seed, step))
     student = Student(experts.net.to(device), batches, derive_seed(seed, "augment", step), config.augment)
-    gradient = GRADIENTS[config.unroll]
-    return gradient(student, x, y, step_size, start, target, share=share, select=config.select), t
+    segment = Segment(start, target, share, config.select)
+    return GRADIENTS[config.unroll](student, x, learning.y.value, learning.step_size.value, segment), t
 
 
-def _divided(experts: Experts, real: RealImages | None) -> tuple[RealImages | None, RealImages | None]:
-    """Train images that the experts saw, and those that were held out from them."""
-    if real is None:
-        return None, None
-    return divide(real, experts.held_out_rows(real.labels))
+def _skipped(g: MetaGradient, config: Trajectory) -> str | None:
+    """The fact that counts skipped steps of this kind; None for a step that is made."""
+    if not all(bool(torch.isfinite(v).all()) for v in g):
+        return "skipped_not_finite"
+    return "skipped_by_threshold" if config.threshold is not None and float(g.loss) > config.threshold else None
 
 
-def _start(
-    config: Trajectory,
-    images: Tensor,
-    labels: Tensor,
-    experts: Experts,
-    seen: RealImages | None,
-    rendering: Rendering,
-    device: torch.device,
-    seed: int,
-) -> Tensor:
-    """Where whitened images, or latents, begin."""
+def _start(problem: _Problem, batch: Batch) -> tuple[_Learning, Record]:
+    """The tensors that are learned at the start, and the record."""
+    config, experts, rendering = problem.config, problem.experts, problem.rendering
+    facts: dict[str, Any] = {"whitening": experts.whitening.summary(), "net": experts.net.name}
+    facts |= {"experts": experts.number, "skipped_by_threshold": 0, "skipped_not_finite": 0}
+    facts["parameters"] = experts.net.size
+    if config.select == "depth":
+        cut = experts.net.cut(config.alpha or 0.0)
+        facts["cut"] = {"parameters_left_out": cut.first, "layer": cut.layer, "share_of_layer": round(cut.share, 4)}
+    x = Learned.of(_start_images(problem, batch))
+    y = Learned.of(_start_labels(config, experts, rendering.images(x.value), batch.labels))
+    step_size = Learned.of(torch.tensor(config.first_step, device=problem.device))
+    facts |= {} if config.mode == "pixel" else {"latents": list(x.value.shape[1:])}
+    trace, pictures = torch.zeros(config.steps, len(TERMS)), [rendering.pixels(x.value[:SHOWN]).cpu()]
+    return _Learning(x, y, step_size), Record(trace, pictures, facts)
+
+
+def _resumed(problem: _Problem, state: State) -> tuple[_Learning, Record]:
+    """What `_start` gives, from a saved state."""
+    x, y, step_size = (Learned.restored(state.tensors, name, problem.device) for name in "xys")
+    return _Learning(x, y, step_size), Record.restored(state.tensors, state.facts, problem.device)
+
+
+def _warn(facts: dict[str, Any], steps: int, step_size: float) -> None:
+    """Warn of many skipped steps and of a large step size."""
+    skipped = facts["skipped_by_threshold"] + facts["skipped_not_finite"]
+    if 2 * skipped > steps:
+        log.warning("trajectory skipped %d of %d steps; lower lr_images, lr_step or start_epochs", skipped, steps)
+    if step_size > LARGE_STEP:
+        log.warning("trajectory learned a step size of %g, with which students diverge; lower lr_step", step_size)
+
+
+def _start_images(problem: _Problem, batch: Batch) -> Tensor:
+    """First whitened images, or latents."""
+    config, rendering, real, device = problem.config, problem.rendering, problem.real, problem.device
     if config.start == "drawn":
-        return rendering.encode(images.to(device)).to(device)
-    if seen is None:
-        raise InputError(f"start={config.start} needs the train images; give them as `real`")
+        return rendering.encode(batch.images.to(device)).to(device)
+    if real is None:
+        raise InputError(f"start={config.start} needs the train images; give them as `Resources.real`")
     if config.start == "correct":
-        rows = correct_rows(experts, labels, seen, device, seed)
-        return rendering.encode(seen.images[rows].to(device)).to(device)
-    return first_values(config.start or "real", images, labels, seen, rendering, seed).to(device)
+        rows = correct_rows(problem.experts, batch.labels, real, device, problem.seed)
+        return rendering.encode(real.images[rows].to(device)).to(device)
+    return first_values(config.start or "real", batch.images, batch.labels, real, rendering, problem.seed).to(device)
 
 
 def _start_labels(config: Trajectory, experts: Experts, x: Tensor, labels: Tensor) -> Tensor:
-    """Where label logits (S, C) begin."""
+    """First label logits (S, C)."""
     if config.first_labels == "experts":
         return expert_labels(experts, x, labels)
     classes = experts.net.classes
@@ -361,22 +381,18 @@ def _start_labels(config: Trajectory, experts: Experts, x: Tensor, labels: Tenso
     return logit * torch.nn.functional.one_hot(labels.to(x.device), classes).float()
 
 
-def _check(
-    x: Tensor, y: Tensor, step_size: float, config: Trajectory, experts: Experts, held: RealImages | None, seed: int
-) -> float:
-    """Mean accuracy on held-out train images of networks trained on the set by the protocol `classic`."""
-    if held is None:
-        raise InputError("checks need the train images; give them as `real`, or set checks=0")
+def _check(problem: _Problem, learning: _Learning, seed: int) -> float:
+    """Mean held-out accuracy of networks trained on the set by the protocol `classic`."""
+    if problem.held_out is None:
+        raise InputError("checks need the train images; give them as `Resources.real`, or set checks=0")
+    x, config = problem.rendering.images(learning.x.value), problem.config
     return classic_accuracy(
         x,
-        y,
-        held,
-        experts.whitening,
-        net=experts.net.name,
+        learning.y.value,
+        problem.held_out,
         epochs=config.check_epochs,
         augment=config.augment,
-        lr=step_size,
-        nets=config.check_nets,
+        lr=float(learning.step_size.value),
         seed=seed,
     )
 
@@ -393,30 +409,8 @@ class TrajectoryMethod(Method):
         real = stage.start != "drawn" or stage.checks > 0
         return Needs(teachers=False, real_images=real, experts=stage.experts, codec=stage.mode == "latent")
 
-    def run(
-        self,
-        batch: Batch,
-        stage: Trajectory,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        if resources.experts is None:
-            raise InputError("trajectory matches experts; give them as `Resources.experts`")
-        return refine(
-            batch.images,
-            batch.labels,
-            stage,
-            resources.experts,
-            resources.real,
-            codec=resources.codec,
-            seed=derive_seed(seed, "trajectory"),
-            device=resources.device,
-            resume=resume,
-            callback=callback,
-        )
+    def run(self, batch: Batch, stage: Trajectory, resources: Resources, session: Session) -> Refined:
+        return refine(batch, stage, resources, session.derived("trajectory"))
 
     def brief(self, stage: Trajectory) -> Trajectory:
         # few steps of the student, whose number decides the memory of the exact gradient

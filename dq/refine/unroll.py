@@ -1,4 +1,4 @@
-"""Gradient of the distance between a student's trajectory on a distilled set and an expert's on real images.
+"""Gradient of the distance between a student's and an expert's trajectory.
 
 MTT (Cazenavette et al. 2022) unrolls the student; TESLA (Cui et al. 2023) needs the memory of one step; PAD (arXiv
 2408.03360) leaves the shallow parameters out of the distance.
@@ -6,6 +6,7 @@ MTT (Cazenavette et al. 2022) unrolls the student; TESLA (Cui et al. 2023) needs
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,8 +32,33 @@ class MetaGradient(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A part of an expert's trajectory, and which parameters of it are compared."""
+
+    start: Tensor  # (P,) the expert's parameters where the student starts
+    target: Tensor  # (P,) those some epochs later
+    share: float = 0.0  # of the parameters that are left out, k = int(share P) of them
+    # "depth" leaves out the first k in the order of registration, which for a ConvNet are the shallowest; "loss" the k
+    # whose squared errors are smallest, as the paper's alternative
+    select: str = "depth"
+
+    def mask(self, errors: Tensor) -> Tensor:
+        """Compared parameters (P,), as zeros and ones (PAD's second filter).
+
+        `errors` (P,) are squared differences of the student's end and the expert's.
+        """
+        mask = torch.ones_like(errors)
+        k = int(self.share * len(errors))
+        if self.select == "depth":
+            mask[:k] = 0
+        elif k:
+            mask[errors.detach().topk(k, largest=False).indices] = 0
+        return mask
+
+
+@dataclass(frozen=True)
 class Student:
-    """The training of a student on the set: plain SGD on the cross-entropy with softened labels."""
+    """The training of a student: plain SGD on the cross-entropy with softened labels."""
 
     net: FlatNet
     batches: Sequence[Tensor]  # of every step: indices of its images
@@ -40,14 +66,14 @@ class Student:
     kind: str = "dsa"  # of the augmentation, "none" for none
 
     def loss(self, theta: Tensor, i: int, x: Tensor, y: Tensor) -> Tensor:
-        """-mean over the batch of step i of sum_c softmax(y)_c log softmax(f(theta, augmented x))_c, ()."""
+        """Mean cross-entropy () of softmax(y) and the predictions for augmented x at step i."""
         rows = self.batches[i].to(x.device)
-        seen = augment(self.kind, x[rows], generator(self.seed, i))
-        return -(y[rows].softmax(1) * F.log_softmax(self.net(theta, seen), 1)).sum(1).mean()
+        augmented = augment(self.kind, x[rows], generator(self.seed, i))
+        return -(y[rows].softmax(1) * F.log_softmax(self.net(theta, augmented), 1)).sum(1).mean()
 
 
 def draw_batches(images: int, size: int, steps: int, seed: int) -> list[Tensor]:
-    """Indices of the batches of a student's steps: a permutation in pieces of `size`, then another one."""
+    """Indices of the batches of a student's steps: permutations in pieces of `size`."""
     draws = generator(seed, "inner batches")
     batches: list[Tensor] = []
     while len(batches) < steps:
@@ -56,90 +82,52 @@ def draw_batches(images: int, size: int, steps: int, seed: int) -> list[Tensor]:
 
 
 def last_start(step: int, *, first: int, last: int, every: int) -> int:
-    """The bound below which start epochs are drawn at a step: min(last, first + step // every) (DATM's sequential
-    generation, where a run of `every` steps raises the bound by an epoch)."""
+    """Bound below which start epochs are drawn at a step: min(last, first + step // every).
+
+    DATM's sequential generation, where `every` steps raise the bound by an epoch.
+    """
     return min(last, first + step // every) if every else last
 
 
-def kept_parameters(share: float, select: str, errors: Tensor) -> Tensor:
-    """Which parameters (P,) the distance counts, as zeros and ones (PAD's second filter).
-
-    Args:
-        share: of the parameters that are left out, k = int(share P) of them.
-        select: "depth" leaves out the first k in the order of registration, which for a ConvNet are the shallowest;
-            "loss" the k whose squared errors are smallest, as the paper's alternative.
-        errors: (P,) squared differences of the student's end and the expert's.
-    """
-    mask = torch.ones_like(errors)
-    k = int(share * len(errors))
-    if select == "depth":
-        mask[:k] = 0
-    elif k:
-        mask[errors.detach().topk(k, largest=False).indices] = 0
-    return mask
-
-
-def matching_loss(end: Tensor, start: Tensor, target: Tensor, share: float, select: str) -> tuple[Tensor, Tensor]:
-    """The distance and its denominator:
+def matching_loss(end: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+    """The distance of a student's end (P,) from an expert's, and its denominator.
 
         L = sum_j m_j (end_j - target_j)^2 / D,  D = sum_j m_j (start_j - target_j)^2
 
-    with m of `kept_parameters`. The paper prints norms, the released code has sums of squares.
-
-    Args:
-        end: (P,) the student's parameters at its end.
-        start: (P,) the expert's where the student started.
-        target: (P,) the expert's some epochs later.
+    with m of `Segment.mask`. The paper prints norms, the released code has sums of squares.
     """
-    errors = (end - target).square()
-    m = kept_parameters(share, select, errors)
-    denominator = (m * (start - target).square()).sum()
+    errors = (end - segment.target).square()
+    m = segment.mask(errors)
+    denominator = (m * (segment.start - segment.target).square()).sum()
     return (m * errors).sum() / (denominator + TINY), denominator
 
 
-def exact_gradient(
-    student: Student,
-    x: Tensor,
-    y: Tensor,
-    step_size: Tensor,
-    start: Tensor,
-    target: Tensor,
-    *,
-    share: float = 0.0,
-    select: str = "depth",
-) -> MetaGradient:
-    """Gradient through all steps theta_{i+1} = theta_i - lr grad l_i(theta_i) of the student. Its memory grows with
-    their number: about 3 MB for an image of 32 px, a step and a ConvNet of width 128.
+def exact_gradient(student: Student, x: Tensor, y: Tensor, step_size: Tensor, segment: Segment) -> MetaGradient:
+    """Gradient through all steps theta_{i+1} = theta_i - lr grad l_i(theta_i).
+
+    Its memory grows with their number: about 3 MB for an image of 32 px, a step and a ConvNet of width 128.
 
     Args:
+        student: the training.
         x: (S, 3, H, H) images as networks see them.
         y: (S, C) label logits.
         step_size: () lr.
-        start, target: (P,) of the expert.
-        share, select: see `kept_parameters`.
+        segment: of the expert.
     """
     x, y, lr = (v.detach().requires_grad_(True) for v in (x, y, step_size))
-    theta = start.detach().requires_grad_(True)
+    theta = segment.start.detach().requires_grad_(True)
     for i in range(len(student.batches)):
         (g,) = torch.autograd.grad(student.loss(theta, i, x, y), theta, create_graph=True)
         theta = theta - lr * g
-    loss, _ = matching_loss(theta, start, target, share, select)
+    loss, _ = matching_loss(theta, segment)
     return MetaGradient(loss.detach(), *torch.autograd.grad(loss, (x, y, lr)))
 
 
-def tesla_gradient(
-    student: Student,
-    x: Tensor,
-    y: Tensor,
-    step_size: Tensor,
-    start: Tensor,
-    target: Tensor,
-    *,
-    share: float = 0.0,
-    select: str = "depth",
-) -> MetaGradient:
-    """TESLA's gradient in the memory of one step. With G = sum_i g_i, g_i = grad l_i(theta_i), m of `kept_parameters`,
-    r = m (start - lr G - target) and D of `matching_loss`:
+def tesla_gradient(student: Student, x: Tensor, y: Tensor, step_size: Tensor, segment: Segment) -> MetaGradient:
+    """TESLA's gradient in the memory of one step; arguments as for `exact_gradient`.
+
+    With G = sum_i g_i, g_i = grad l_i(theta_i), m of `Segment.mask`, r = m (start - lr G - target) and D of
+    `matching_loss`:
 
         L = |r|^2 / D,  dL/dlr = -2 r G / D,  dL/dx += d/dx [(-2 lr / D) r g_i(x)]
 
@@ -148,15 +136,15 @@ def tesla_gradient(
     the exact ones falls with the number of steps and with lr.
     """
     x, y, lr = x.detach().requires_grad_(True), y.detach().requires_grad_(True), step_size.detach()
-    start, target = start.detach(), target.detach()
-    theta, visited, total = start, [], torch.zeros_like(start)
+    segment = dataclasses.replace(segment, start=segment.start.detach(), target=segment.target.detach())
+    theta, visited, total = segment.start, [], torch.zeros_like(segment.start)
     for i in range(len(student.batches)):
         at = theta.detach().requires_grad_(True)
         (g,) = torch.autograd.grad(student.loss(at, i, x.detach(), y.detach()), at)
         visited.append(at.detach())
         theta, total = at.detach() - lr * g, total + g
-    loss, denominator = matching_loss(theta, start, target, share, select)
-    r = kept_parameters(share, select, (theta - target).square()) * (theta - target)
+    loss, denominator = matching_loss(theta, segment)
+    r = segment.mask((theta - segment.target).square()) * (theta - segment.target)
     scale = -2 / (denominator + TINY)
     g_x, g_y = torch.zeros_like(x), torch.zeros_like(y)
     for i, at in enumerate(visited):

@@ -1,6 +1,6 @@
-"""What one step of refinement sees of a batch: one crop, one mirror and one circular shift for all of its images.
+"""Random views of a batch: one crop, flip and shift for all images.
 
-Batch statistics are matched over the batch, and one view keeps them those of images that were looked at alike.
+Batch statistics are matched over the batch, and one view keeps them those of images that were seen alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dq.data.views import draw_crops, resize_matrix
 
 @dataclass(frozen=True)
 class View:
-    """The draws of one step."""
+    """Crop, flip and shift of one step."""
 
     box: tuple[int, int, int, int]  # px: top, left, height, width
     flip: bool
@@ -28,7 +28,7 @@ class View:
 
 
 def draw_view(config: MatchingConfig, side: int, jitter: int, *, seed: int, step: int) -> View:
-    """Crop, mirror and shift of a step: a pure function of its arguments, so that any step can be drawn again."""
+    """Draw crop, flip and shift of a step: a pure function of its arguments."""
     rng = np.random.default_rng(derive_seed(seed, "view", step))
     box = (0, 0, side, side)
     if config.crop_scale:
@@ -38,9 +38,12 @@ def draw_view(config: MatchingConfig, side: int, jitter: int, *, seed: int, step
     return View(box, flip, (down, right))
 
 
-def look(x: Tensor, view: View) -> Tensor:
-    """The view of images (B, C, S, S), differentiable: the crop resized to S (bilinear, half-pixel centers, as
-    torchvision's RandomResizedCrop; enlarging needs no antialiasing), mirrored, rolled around."""
+def apply_view(x: Tensor, view: View) -> Tensor:
+    """Crop, flip and shift images (B, C, S, S), differentiably.
+
+    The crop is resized to S (bilinear, half-pixel centers, as torchvision's RandomResizedCrop; enlarging needs no
+    antialiasing), mirrored, and rolled around.
+    """
     side = x.shape[-1]
     down, right = view.shift
     top, left, height, width = view.box
@@ -56,7 +59,7 @@ def look(x: Tensor, view: View) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Blocks of steps at one size each; behind each but the last the anchor is merged in."""
+    """Blocks of steps at one size each; anchors are merged in between."""
 
     sizes: tuple[int, ...]  # side in px in each block
     steps: tuple[int, ...]
@@ -70,7 +73,10 @@ class Schedule:
 
 
 def resample(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, S, S) at another side: bilinear, half-pixel centers, no antialiasing (FADRM's released code)."""
+    """Resize images (B, C, S, S): bilinear, half-pixel centers, no antialiasing.
+
+    As FADRM's released code.
+    """
     if x.shape[-1] == size:
         return x
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

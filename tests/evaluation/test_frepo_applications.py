@@ -18,8 +18,8 @@ from dq.core.errors import InputError
 from dq.core.files import read_tensors
 from dq.data.load import load_source
 from dq.data.zca import Whitening, fit_whitening
-from dq.refine import frepo
-from dq.refine.method import RealImages
+from dq.refine import record
+from dq.refine.method import Batch, RealImages, Resources, Session
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 QUICK = ["--data=sklearn:digits", "--image_size=8", "--net=frepoconv3w32", "--lr=0.05", "--real_batch=32"]
@@ -39,10 +39,10 @@ def calls(pipeline: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
     refine, train = frepo_sets.refine, frepo_sets.train
     records = SimpleNamespace(real=[], start=[], sets=[])
 
-    def spied_refine(images: torch.Tensor, labels: torch.Tensor, config: Any, real: RealImages, **more: Any) -> Any:
-        records.real.append(real)
-        records.start.append(images)
-        return refine(images, labels, config, real, **more)
+    def spied_refine(batch: Batch, config: Any, resources: Resources, session: Session) -> Any:
+        records.real.append(resources.real)
+        records.start.append(batch.images)
+        return refine(batch, config, resources, session)
 
     def spied_train(data: Any, *args: Any) -> Any:
         records.sets.append(data)
@@ -160,7 +160,7 @@ def test_a_killed_distillation_goes_on_bit_for_bit(
     pipeline: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frepo_sets = pipeline("frepo_sets")
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     real = frepo_sets.take(digits(), slice(0, 60))
     start, whitening = frepo_sets.random_images(real, 1, 0), fit_whitening(real.images)
     args = argparse.Namespace(steps=4, lr=0.05, net="frepoconv3w32", real_batch=32, device="cpu")

@@ -407,13 +407,15 @@ def test_recipes_of_one_network_are_drawn_apart() -> None:
 
 
 def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_source) -> None:
-    from dq.cluster.kmeans import kmeans
+    from dq.cluster.kmeans import kmeans, quantization_stats
     from dq.cluster.prototypes import make_prototypes
     from dq.run.report import _plot_sizes
 
     z = torch.rand(9, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     r = kmeans(z.flatten(1), 3)
+    stats = quantization_stats(z.flatten(1), r)
     points = [make_prototypes(i, n, z, torch.arange(9), r) for i, n in enumerate(("$5_vs_$10%", "$^$", "_x"))]
+    points = [dataclasses.replace(p, stats=stats) for p in points]
     _plot_sizes(points, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").stat().st_size > 1000
 

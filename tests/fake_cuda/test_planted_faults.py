@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dq.config.refinement import FADRM
 from dq.refine import fadrm, optimize
+from dq.refine.method import Batch
 from fake_cuda.device_log import WAIT, DeviceLog
 from fake_cuda.rules import DeviceMixError
 
@@ -20,7 +21,7 @@ SETTINGS = FADRM(sizes=(16, 16), steps=(2, 2), lr=0.01, batch_size=4, jitter=2)
 
 def refine() -> Any:
     teacher = teacher_of(drawn(TinyNet()).to("cuda"))
-    return fadrm.refine(images_of(LABELS, seed=5), LABELS, None, SETTINGS, [teacher])
+    return fadrm.refine(Batch(images_of(LABELS, seed=5), LABELS), SETTINGS, [teacher])
 
 
 def test_a_tensor_left_on_the_host_is_reported_where_it_meets_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +40,8 @@ def test_a_tensor_left_on_the_host_is_reported_where_it_meets_the_device(monkeyp
 
 
 def test_a_sum_of_host_and_device_in_a_function_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    look = optimize.look
-    monkeypatch.setattr(optimize, "look", lambda x, view: look(x, view) + torch.zeros(1, 3, 1, 1))
+    look = optimize.apply_view
+    monkeypatch.setattr(optimize, "apply_view", lambda x, view: look(x, view) + torch.zeros(1, 3, 1, 1))
     with pytest.raises(
         DeviceMixError, match=r"aten\.add\.Tensor got cuda \(4, 3, 16, 16\), cpu \(1, 3, 1, 1\)"
     ) as error:
@@ -52,13 +53,13 @@ def test_a_sum_of_host_and_device_in_a_function_is_reported(monkeypatch: pytest.
 def test_a_wait_within_a_step_is_counted_at_its_line(monkeypatch: pytest.MonkeyPatch, device_log: DeviceLog) -> None:
     refine()
     before = device_log.counts().waits
-    look = optimize.look
+    look = optimize.apply_view
 
     def reading(x: Tensor, view: Any) -> Tensor:
         assert float(x.detach().mean()) < 100
         return look(x, view)
 
-    monkeypatch.setattr(optimize, "look", reading)
+    monkeypatch.setattr(optimize, "apply_view", reading)
     device_log.clear()
     refine()
     assert device_log.counts().waits - before == sum(SETTINGS.steps or ())

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_dit, tiny_kl, toy_splits
+from refined import refined
 from small_prior import CODEC, NAMES, encoded, prior_in
 from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 
@@ -27,7 +28,7 @@ from dq.diffusion.prior.train_codec import train_codec
 from dq.diffusion.prior.train_denoiser import train_denoiser
 from dq.networks.training import TrainingSet, fit, normalizer
 from dq.refine import fadrm, frepo
-from dq.refine.method import RealImages
+from dq.refine.method import Batch, RealImages
 from fake_cuda.device_log import LAUNCH, TO_DEVICE, TO_HOST, WAIT, Counts, DeviceLog
 
 DEVICE = torch.device("cuda")
@@ -100,7 +101,7 @@ def test_a_step_of_fadrm(device_log: DeviceLog, changes: dict[str, Any], budget:
 
     def work(steps: int) -> None:
         settings = {"sizes": (16,), "lr": 0.01, "batch_size": 4, "jitter": 2, **changes}
-        fadrm.refine(images, labels, None, FADRM(steps=(steps,), **settings), [teacher])
+        fadrm.refine(Batch(images, labels), FADRM(steps=(steps,), **settings), [teacher])
 
     assert_within(device_log, work, 2, 6, budget)
 
@@ -192,6 +193,6 @@ def test_a_step_of_frepo(changes: dict[str, Any], budget: Counts, device_log: De
 
     def work(steps: int) -> None:
         config = FRePo(steps=steps, lr=0.01, **{**settings, **changes})
-        frepo.refine(start, classes, config, real, classes=3, device=DEVICE)
+        refined(frepo.refine, start, classes, config, real, classes=3, device=DEVICE)
 
     assert_within(device_log, work, 5, 9, budget)

@@ -21,7 +21,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.distilled.external import load_set
 from dq.refine.batches import compose_batches
-from dq.refine.method import Batch, Callback, Context, Cost, Method, Needs, Refined, Resources, State
+from dq.refine.method import Batch, Context, Cost, Method, Needs, Refined, Resources, Session, State
 from dq.refine.registry import METHODS, method_of
 from dq.run.distill import DistillPipeline
 from dq.run.folder import open_run
@@ -59,25 +59,15 @@ class DarkenMethod(Method):
     def needs(self, stage: Darken) -> Needs:
         return Needs(teachers=False)
 
-    def run(
-        self,
-        batch: Batch,
-        stage: Darken,
-        resources: Resources,
-        *,
-        seed: int,
-        resume: State | None = None,
-        callback: Callback | None = None,
-    ) -> Refined:
-        callback = callback or Callback()
-        x, first = (resume.tensors["x"], resume.steps) if resume else (batch.images, 0)
+    def run(self, batch: Batch, stage: Darken, resources: Resources, session: Session) -> Refined:
+        x, first = (session.resume.tensors["x"], session.resume.steps) if session.resume else (batch.images, 0)
         for step in range(first, stage.steps):
             if step == self.stop_at:
                 raise KeyboardInterrupt
             x = x * stage.amount
             self.ran.append(step)
-            callback.step(step)
-            callback.save(State({"x": x}, {}, step + 1))
+            session.step(step)
+            session.save(State({"x": x}, {}, step + 1))
         labels = torch.nn.functional.one_hot(batch.labels, resources.classes) * 0.7 + 0.1
         trace = torch.arange(1.0, stage.steps + 1)[:, None]
         return Refined(x, trace, ("steps",), None, labels, "probabilities", step_size=0.02)

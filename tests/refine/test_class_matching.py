@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny_kl
+from refined import refined
 from sklearn.datasets import load_digits
 
 from dq.config.condensation import Condensation, DistributionMatching, GradientMatching, SpectralMatching
@@ -25,8 +26,8 @@ from dq.diffusion.image_codec import ImageCodec
 from dq.networks.flat_parameters import FlatNet
 from dq.networks.zoo import make_net
 from dq.refine import distribution_matching, gradient_matching, spectral_matching
-from dq.refine.class_matching import ClassBatches, class_gradients, image_weights
-from dq.refine.method import Callback, Context, RealImages
+from dq.refine.class_matching import ClassBatches, class_gradients, image_shares
+from dq.refine.method import Batch, Context, RealImages
 from dq.refine.starts import rows_by_class
 
 SMALL = {"net": "convnet2w16", "real_batch": 16, "augment": "none"}
@@ -161,7 +162,7 @@ def test_real_and_learned_images_are_augmented_alike(digits):
 def test_a_loop_over_classes_in_plain_words_gives_the_same_first_step(refine, config, digits):
     images, labels = first_of_each(digits, 2)
     config = with_steps(config, 1)
-    result = refine(images, labels, config, digits, classes=10, seed=3)
+    result = refined(refine, images, labels, config, digits, classes=10, seed=3)
     whitening = fit_whitening(digits.images, zca=False)
     batches = ClassBatches(digits, rows_by_class(digits.labels, digits), whitening, 16, False, 3)
     x = whitening(images).requires_grad_(True)
@@ -199,12 +200,12 @@ def test_a_loop_over_classes_in_plain_words_gives_the_same_first_step(refine, co
 
 @every
 def test_resumed_equals_uninterrupted(refine, config, digits, monkeypatch):
-    monkeypatch.setattr("dq.refine.class_matching.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dq.refine.record.SAVE_SECONDS", 0.0)
     images, labels = first_of_each(digits, 1)
     states = []
-    whole = refine(images, labels, config, digits, classes=10, callback=Callback(save=states.append))
+    whole = refined(refine, images, labels, config, digits, classes=10, save=states.append)
     for state in (states[0], states[3]):
-        rest = refine(images, labels, config, digits, classes=10, resume=state)
+        rest = refined(refine, images, labels, config, digits, classes=10, resume=state)
         assert torch.equal(rest.images, whole.images)
         assert torch.equal(rest.trace, whole.trace)
 
@@ -215,8 +216,9 @@ def test_an_image_of_weight_two_is_the_image_twice(refine, config, digits):
     weights = torch.ones(20)
     weights[0] = 2
     config = dataclasses.replace(with_steps(config, 1), weighted=True)
-    once = refine(images, labels, config, digits, classes=10, weights=weights)
-    twice = refine(
+    once = refined(refine, images, labels, config, digits, classes=10, weights=weights)
+    twice = refined(
+        refine,
         torch.cat([images, images[:1]]),
         torch.cat([labels, labels[:1]]),
         dataclasses.replace(config, weighted=False),
@@ -234,7 +236,9 @@ def test_the_automatic_rate_of_distribution_matching_is_the_number_of_images_of_
     rate = distribution_matching.resolve(config, Context(8, 0, ipc=ipc, classes=10)).lr
     assert rate == ipc
     moved = [
-        distribution_matching.refine(images, labels, dataclasses.replace(config, lr=lr), digits, classes=10).images
+        refined(
+            distribution_matching.refine, images, labels, dataclasses.replace(config, lr=lr), digits, classes=10
+        ).images
         for lr in (None, float(ipc))
     ]
     assert torch.equal(*moved)
@@ -243,9 +247,10 @@ def test_the_automatic_rate_of_distribution_matching_is_the_number_of_images_of_
 
 def test_shares_of_a_class_sum_to_one():
     labels, weights = torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 5.0])
-    counted, shares = image_weights(DistributionMatching(weighted=True), labels, weights)
+    batch = Batch(torch.rand(3, 3, 8, 8), labels, weights)
+    counted, shares = image_shares(DistributionMatching(weighted=True), batch)
     assert (counted.tolist(), shares.tolist()) == ([1, 3, 5], [0.25, 0.75, 1.0])
-    assert image_weights(DistributionMatching(), labels, weights)[1].tolist() == [0.5, 0.5, 1.0]
+    assert image_shares(DistributionMatching(), batch)[1].tolist() == [0.5, 0.5, 1.0]
 
 
 @every
@@ -253,24 +258,23 @@ def test_images_of_a_gray_data_set_stay_gray(refine, config, digits):
     gray = RealImages(digits.images[:, :1].expand(-1, 3, -1, -1), digits.labels)
     images, labels = first_of_each(gray, 1)
     for start in ("drawn", "noise"):
-        out = refine(images, labels, dataclasses.replace(config, start=start), gray, classes=10).images
+        out = refined(refine, images, labels, dataclasses.replace(config, start=start), gray, classes=10).images
         assert torch.allclose(out[:, :1], out[:, 1:], atol=1e-5)
         assert not torch.allclose(out, images, atol=1e-3)
 
 
 @every
 def test_latents_move_along_the_gradient_of_the_images_they_are_decoded_to(refine, config, digits, monkeypatch):
-    monkeypatch.setattr("dq.refine.class_matching.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dq.refine.record.SAVE_SECONDS", 0.0)
     images, labels = first_of_each(digits, 2)
     config = dataclasses.replace(with_steps(config, 2), lr=0.01)
     latent = dataclasses.replace(config, mode="latent", chunk=7)
     codec, states = ImageCodec.of(tiny_kl(), 16, 8), []
-    callback = Callback(save=states.append)
-    learned = refine(images, labels, latent, digits, classes=10, codec=codec, callback=callback)
+    learned = refined(refine, images, labels, latent, digits, classes=10, codec=codec, save=states.append)
     z = codec.encode(images).requires_grad_(True)
     decoded = codec.decode(z)
     # what one step does to the decoded images, if these are learned themselves
-    pixels = refine(decoded.detach(), labels, with_steps(config, 1), digits, classes=10)
+    pixels = refined(refine, decoded.detach(), labels, with_steps(config, 1), digits, classes=10)
     whitening = fit_whitening(digits.images, zca=False)
     gradient = (whitening(decoded.detach()) - whitening(pixels.images)) / 0.01
     assert float(learned.trace[0, 0]) == pytest.approx(float(pixels.trace[0, 0]), rel=1e-3)
@@ -279,10 +283,10 @@ def test_latents_move_along_the_gradient_of_the_images_they_are_decoded_to(refin
     assert torch.allclose(moved, expected, atol=5e-3 * float(expected.abs().max()))
     assert learned.bounded
     assert torch.all((learned.images >= 0) & (learned.images <= 1))
-    again = refine(images, labels, latent, digits, classes=10, codec=codec, resume=states[0])
+    again = refined(refine, images, labels, latent, digits, classes=10, codec=codec, resume=states[0])
     assert torch.equal(again.images, learned.images)
     with pytest.raises(InputError, match="latents of a codec"):
-        refine(images, labels, latent, digits, classes=10)
+        refined(refine, images, labels, latent, digits, classes=10)
 
 
 @every
@@ -291,10 +295,10 @@ def test_latents_of_a_gray_data_set_move_along_all_channels(refine, config, digi
     images, labels = first_of_each(gray, 1)
     latent = dataclasses.replace(with_steps(config, 2), mode="latent", lr=0.01)
     options = {"classes": 10, "codec": ImageCodec.of(tiny_kl(), 16, 8)}
-    learned = refine(images, labels, latent, gray, **options).images
+    learned = refined(refine, images, labels, latent, gray, **options).images
     assert not torch.allclose(learned[:, :1], learned[:, 1:], atol=1e-3)  # a decoder's images need not be gray
     monkeypatch.setattr("dq.refine.class_matching.is_gray", lambda _: False)
-    assert torch.equal(refine(images, labels, latent, gray, **options).images, learned)
+    assert torch.equal(refined(refine, images, labels, latent, gray, **options).images, learned)
 
 
 @every
@@ -310,7 +314,7 @@ def test_networks_are_drawn_again(refine, config, digits, monkeypatch):
 
     monkeypatch.setattr(owner, name, recorded)
     images, labels = first_of_each(digits, 1)
-    refine(images, labels, config, digits, classes=10, seed=3)
+    refined(refine, images, labels, config, digits, classes=10, seed=3)
     times = 2 if drawn is None else 6  # gradient matching trains a network for some steps
     assert seeds[-times:] == [derive_seed(3, "network", i) for i in range(times)]
     assert len(set(seeds[-times:])) == times
@@ -324,8 +328,8 @@ def test_learned_images_teach_more_than_those_they_start_from(refine, config, di
     images, labels = first_of_each(train, 1)
     still = dataclasses.replace(with_steps(config, 1), lr=1e-9)
     config = with_steps(config, 60 if isinstance(config, GradientMatching) else 150)
-    before = refine(images, labels, still, train, classes=10).facts["checks"]
-    after = refine(images, labels, config, train, classes=10).facts["checks"]
+    before = refined(refine, images, labels, still, train, classes=10).facts["checks"]
+    after = refined(refine, images, labels, config, train, classes=10).facts["checks"]
     assert max(a for _, a in after) > max(a for _, a in before) + 0.05
 
 
@@ -360,7 +364,7 @@ def test_what_does_not_fit_is_refused(module: Any, config: Condensation) -> None
             dataclasses.replace(config, **wrong)
     lonely = RealImages(toy().images[:20:2], toy().labels[:20:2])
     with pytest.raises(InputError, match="class 1 has no train image"):
-        module.refine(torch.rand(4, 3, 8, 8), LABELS, config, lonely, classes=2)
+        refined(module.refine, torch.rand(4, 3, 8, 8), LABELS, config, lonely, classes=2)
 
 
 def test_loops_follow_the_images_per_class() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from frepo_toy import SMALL, distill, drawn, settings_of, short_student, toy
+from refined import refined
 from torch import Tensor
 
 from dq.config.refinement import BUDGETS, FRePo
@@ -17,16 +18,17 @@ from dq.core.files import read_json, read_tensors
 from dq.data import zca
 from dq.data.regression_labels import centered_targets
 from dq.data.zca import fit_whitening
-from dq.refine import frepo, held_out
+from dq.refine import frepo, held_out, record
 from dq.refine.frepo import FrepoMethod, RealBatches, refine, resolve
-from dq.refine.method import Callback, Context, RealImages, Refined, State
+from dq.refine.held_out import HeldOut
+from dq.refine.method import Context, RealImages, Refined, State
 from dq.refine.rendering import Rendering
 from dq.refine.starts import first_values
 
 
 def learn(config: FRePo = SMALL, **more: Any) -> Refined:
     images, labels = drawn()
-    return refine(images, labels, config, toy(), classes=2, **more)
+    return refined(refine, images, labels, config, toy(), classes=2, **more)
 
 
 def test_the_loss_falls_on_a_toy() -> None:
@@ -57,12 +59,12 @@ def test_labels_alone_leave_the_images_as_they_came() -> None:
 def test_it_goes_on_bit_for_bit_from_any_saved_state(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(SMALL, mode=mode, steps=12)
     whole = learn(config, seed=3)
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     states: list[State] = []
-    learn(config, seed=3, callback=Callback(save=states.append))
+    learn(config, seed=3, save=states.append)
     assert [s.steps for s in states] == list(range(1, 12))
     steps: list[int] = []
-    again = learn(config, seed=3, resume=states[5], callback=Callback(step=steps.append))
+    again = learn(config, seed=3, resume=states[5], step=steps.append)
     assert steps == list(range(6, 12))
     for name in ("images", "soft_labels", "trace", "blocks"):
         assert torch.equal(getattr(again, name), getattr(whole, name)), name
@@ -74,9 +76,9 @@ def test_the_best_set_on_held_out_train_images_is_returned(monkeypatch: pytest.M
     scores = {2: 0.5, 4: 0.75, 6: 0.75}  # the first of the best counts
     seen: list[Tensor] = []
 
-    def score(x: Tensor, y: Tensor, held: RealImages, whitening: Any, **more: Any) -> float:
+    def score(x: Tensor, y: Tensor, held_out: HeldOut, **more: Any) -> float:
         seen.append(x.clone())
-        assert len(held.labels) == 8
+        assert len(held_out.real.labels) == 8
         return scores[2 * len(seen)]
 
     with monkeypatch.context() as patch:
@@ -85,10 +87,10 @@ def test_the_best_set_on_held_out_train_images_is_returned(monkeypatch: pytest.M
     torch.testing.assert_close(fit_whitening(toy().images)(r.images), seen[1], atol=1e-4, rtol=1e-4)
     assert r.facts["checks"] == [[2, 0.5], [4, 0.75], [6, 0.75]]
     # with networks that are trained, and across a kill
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     states: list[State] = []
     monkeypatch.setattr(held_out, "student_config", short_student)
-    whole = learn(config, callback=Callback(save=states.append))
+    whole = learn(config, save=states.append)
     again = learn(config, resume=states[4])
     assert torch.equal(again.images, whole.images)
     assert again.facts == whole.facts
@@ -107,7 +109,7 @@ def test_held_out_images_are_stratified_and_not_seen() -> None:
 def test_chunks_change_nothing_but_memory() -> None:
     images, labels = drawn(ipc=3)
     results = [
-        refine(images, labels, dataclasses.replace(SMALL, chunk=chunk, steps=3), toy(), classes=2)
+        refined(refine, images, labels, dataclasses.replace(SMALL, chunk=chunk, steps=3), toy(), classes=2)
         for chunk in (None, 2)
     ]
     torch.testing.assert_close(results[1].images, results[0].images, atol=1e-4, rtol=1e-4)
@@ -135,12 +137,12 @@ def test_a_temperature_of_the_labels_is_fitted_on_held_out_images(monkeypatch: p
     whitening, held = fit_whitening(toy().images), toy(200, seed=1)
     held.labels[:20] = 1 - held.labels[:20]
     x, y = whitening(toy().images), centered_targets(toy().labels, 2)
-    one, two = (held_out.label_temperature(pool, x, k * y, held, whitening, ridge=1e-3) for k in (1, 2))
+    one, two = (held_out.label_temperature(pool, x, k * y, HeldOut(held, whitening, ""), ridge=1e-3) for k in (1, 2))
     assert two == pytest.approx(2 * one, rel=1e-4)
     assert 0.1 < one < 10
     # the held-out images are those that the regression did not see
     with monkeypatch.context() as patch:
-        patch.setattr(frepo, "label_temperature", lambda pool, x, y, held, *_, **__: float(len(held.labels)))
+        patch.setattr(frepo, "label_temperature", lambda pool, x, y, h, **_: float(len(h.real.labels)))
         assert learn(dataclasses.replace(config, steps=1)).facts["label_temperature"] == 8
     assert "held_out" in SMALL.unread()
     assert "held_out" not in config.unread()
@@ -189,7 +191,7 @@ def test_real_batches_pass_through_all_images_before_any_comes_again() -> None:
     assert len(two.unique(dim=0)) == 16
     assert third.shape == (8, 3, 8, 8)  # of the next epoch: four images fill no batch
     assert torch.equal(batches(1)[0], second)
-    streamed = dataclasses.replace(batches, held=None)
+    streamed = dataclasses.replace(batches, whitened=None)
     torch.testing.assert_close(streamed(1)[0], second)
     assert batches(0)[1].abs().eq(0.5).all()
 
@@ -198,7 +200,7 @@ def test_copies_are_moved_apart() -> None:
     images, labels = drawn(ipc=2)
     images[1] = images[0]
     images[3] = images[2]
-    r = refine(images, labels, SMALL, toy(), classes=2)
+    r = refined(refine, images, labels, SMALL, toy(), classes=2)
     assert r.facts["copies"] == 2
     assert torch.isfinite(r.images).all()
     assert not torch.equal(r.images[0], r.images[1])
@@ -206,7 +208,7 @@ def test_copies_are_moved_apart() -> None:
 
 def test_more_images_than_features_are_fitted() -> None:
     images, labels = drawn(ipc=80)  # 160, doubled by mirror images, for 128 features
-    r = refine(images, labels, dataclasses.replace(SMALL, steps=2), toy(), classes=2)
+    r = refined(refine, images, labels, dataclasses.replace(SMALL, steps=2), toy(), classes=2)
     assert torch.isfinite(r.images).all()
     assert float(r.trace[:, 3].max()) == pytest.approx(1e-6)
 
@@ -216,7 +218,7 @@ def test_mirror_images_are_for_small_sets_of_color_images() -> None:
     gray = toy()
     gray = RealImages(gray.images[:, :1].expand(-1, 3, -1, -1).contiguous(), gray.labels)
     images, labels = drawn()
-    assert not refine(images, labels, SMALL, gray, classes=2).facts["flip"]
+    assert not refined(refine, images, labels, SMALL, gray, classes=2).facts["flip"]
     assert not learn(dataclasses.replace(SMALL, flip=False)).facts["flip"]
 
 
@@ -279,10 +281,10 @@ def test_devices_without_float64_are_refused() -> None:
 def test_numbers_that_are_not_finite_stop_it() -> None:
     images, labels = drawn()
     with pytest.raises(RunError, match="not finite numbers"):
-        refine(images, labels, dataclasses.replace(SMALL, lr=1e30), toy(), classes=2)
+        refined(refine, images, labels, dataclasses.replace(SMALL, lr=1e30), toy(), classes=2)
     images[0, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match="no finite numbers"):
-        refine(images, labels, SMALL, toy(), classes=2)
+        refined(refine, images, labels, SMALL, toy(), classes=2)
 
 
 def test_it_is_a_stage_of_a_run(
@@ -296,7 +298,7 @@ def test_it_is_a_stage_of_a_run(
     assert "frepo, 6 images in 1 batches, 4 steps, 24 image steps" in plan(config, toy_source)
     assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
     # killed behind its second step, it goes on there to the same set
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     whole = distill(settings_of(tmp_path / "whole"), toy_source, accelerator)
     advance = frepo.OnlinePool.advance
 
@@ -335,7 +337,7 @@ def test_labels_may_start_from_teachers(toy_images: Any) -> None:
     images, labels = drawn()
     teacher = trained(classes=2, side=8)
     config = dataclasses.replace(SMALL, first_labels="teachers", learn_labels=False)
-    r = refine(images, labels, config, toy(), classes=2, teachers=[teacher])
+    r = refined(refine, images, labels, config, toy(), classes=2, teachers=[teacher])
     p = teacher.logits(images).softmax(1)
     torch.testing.assert_close(r.soft_labels, (p - 1 / p.shape[1]) / (p.shape[1] / 10) ** 0.5)
     assert FrepoMethod().needs(config).teachers

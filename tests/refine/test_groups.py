@@ -18,6 +18,7 @@ from dq.refine.batches import compose_batches, largest_batch
 from dq.refine.groups import cut_by_score, groups_by_cell, groups_by_score, image_moments, mean_rank
 from dq.refine.matched import MatchedTeacher, evaluating, match_teachers, with_statistics
 from dq.refine.matching import StatMatcher
+from dq.refine.method import Batch
 from dq.refine.moments import Moments, gps, pool_moments
 from dq.run.refinement import stage_settings
 
@@ -177,13 +178,13 @@ def test_other_statistics_give_other_images_and_the_running_ones_the_same_bits()
     teacher, labels = trained(), LABELS[:8]
     images = images_of(labels, seed=5)
     config = FADRM(sizes=(16,) * 2, steps=(4,) * 2, lr=0.05, batch_size=8, r_bn=0.1, **STILL)
-    plain = fadrm.refine(images, labels, None, config, [teacher])
+    plain = fadrm.refine(Batch(images, labels), config, [teacher])
     matched = matched_of(teacher, r_bn=0.1)
     running = Moments(torch.cat([a.mean for a in matched.layers]), torch.cat([a.var for a in matched.layers]))
     each = image_moments(teacher, matched.layers, images_of(LABELS, seed=9))
     groups = [pool_moments(Moments(each.mean[s], each.var[s]), torch.ones(6)) for s in (slice(0, 6), slice(6, 12))]
     results = [
-        fadrm.refine(images, labels, None, config, [teacher], critics=with_statistics([matched], [m])).images
+        fadrm.refine(Batch(images, labels), config, [teacher], matched=with_statistics([matched], [m])).images
         for m in (running, *groups)
     ]
     assert torch.equal(results[0], plain.images)
@@ -217,7 +218,7 @@ def test_a_batch_alone_has_no_groups() -> None:
     labels = LABELS[:4]
     config = FADRM(sizes=(16,), steps=(1,), batch_size=4, **GROUPED)
     with pytest.raises(InputError, match="statistics=group is worked out by a run"):
-        fadrm.refine(images_of(labels), labels, None, config, [teacher_of(drawn(TinyNet()))])
+        fadrm.refine(Batch(images_of(labels), labels), config, [teacher_of(drawn(TinyNet()))])
     brief = fadrm.FadrmMethod().brief(dataclasses.replace(config, anchors="group"))
     assert (brief.groups, brief.statistics, brief.anchors) == ("none", "running", "init")
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from frepo_toy import SMALL, distill, drawn, settings_of, short_student, toy
 from models import tiny_kl
+from refined import refined
 from torch import Tensor, nn
 
 from dq.core.errors import InputError
 from dq.data.zca import fit_whitening
 from dq.diffusion.codec import decode_latents
 from dq.diffusion.image_codec import ImageCodec
-from dq.refine import frepo, held_out
+from dq.refine import frepo, held_out, record
 from dq.refine.frepo import FrepoMethod, refine
-from dq.refine.method import Batch, Callback, Context, RealImages, Refined, Resources, State
+from dq.refine.method import Batch, Context, RealImages, Refined, Resources, Session, State
 from dq.refine.rendering import Rendering
 from dq.refine.starts import first_values
 
@@ -34,7 +35,7 @@ def codec(resolution: int = 16) -> ImageCodec:
 
 def learn(config: Any = LATENT, **more: Any) -> Refined:
     images, labels = drawn()
-    return refine(images, labels, config, toy(), classes=2, codec=codec(), **more)
+    return refined(refine, images, labels, config, toy(), classes=2, codec=codec(), **more)
 
 
 def test_images_are_decoded_clipped_and_averaged_over_areas() -> None:
@@ -77,10 +78,10 @@ def test_rendering_in_parts_is_rendering_and_has_the_gradient_of_the_composition
 
 
 def test_latents_are_learned_and_images_stay_those_of_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     states: list[State] = []
     config = dataclasses.replace(LATENT, steps=40, lr=0.03, start="noise")
-    r = learn(config, callback=Callback(save=states.append))
+    r = learn(config, save=states.append)
     losses = r.trace[:, 0]
     assert float(losses[-10:].mean()) < 0.8 * float(losses[:5].mean())
     assert r.facts["latents"] == [4, 8, 8]
@@ -96,9 +97,9 @@ def test_latents_are_learned_and_images_stay_those_of_the_decoder(monkeypatch: p
 
 
 def test_a_step_moves_all_latents_as_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     states: list[State] = []
-    learn(dataclasses.replace(LATENT, steps=2, lr=0.02), callback=Callback(save=states.append))
+    learn(dataclasses.replace(LATENT, steps=2, lr=0.02), save=states.append)
     images, _ = drawn()
     start = codec().encode(images)
     moved = (states[0].tensors["x.value"] - start).norm() / start.norm()
@@ -106,7 +107,7 @@ def test_a_step_moves_all_latents_as_one_tensor(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_networks_are_trained_on_the_decoded_whitened_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     states: list[State] = []
     trained: list[Tensor] = []
     advance = frepo.OnlinePool.advance
@@ -116,7 +117,7 @@ def test_networks_are_trained_on_the_decoded_whitened_images(monkeypatch: pytest
         return advance(pool, i, x, *more)
 
     monkeypatch.setattr(frepo.OnlinePool, "advance", watched)
-    learn(dataclasses.replace(LATENT, steps=3), callback=Callback(save=states.append))
+    learn(dataclasses.replace(LATENT, steps=3), save=states.append)
     with torch.no_grad():
         for x, state in zip(trained, states):  # on the updated latents
             expected = fit_whitening(toy().images)(codec().decode(state.tensors["x.value"]))
@@ -125,11 +126,11 @@ def test_networks_are_trained_on_the_decoded_whitened_images(monkeypatch: pytest
 
 
 def test_it_goes_on_bit_for_bit_from_a_saved_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frepo, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(held_out, "student_config", short_student)
     config = dataclasses.replace(LATENT, steps=6, checks=2, check_nets=1, held_out=0.2, chunk=1)
     states: list[State] = []
-    whole = learn(config, seed=3, callback=Callback(save=states.append))
+    whole = learn(config, seed=3, save=states.append)
     again = learn(config, seed=3, resume=states[3])
     for name in ("images", "soft_labels", "trace", "blocks"):
         assert torch.equal(getattr(again, name), getattr(whole, name)), name
@@ -140,7 +141,7 @@ def test_it_goes_on_bit_for_bit_from_a_saved_state(monkeypatch: pytest.MonkeyPat
 def test_chunks_change_nothing_but_memory() -> None:
     images, labels = drawn(ipc=3)
     results = [
-        refine(images, labels, dataclasses.replace(LATENT, chunk=k, steps=3), toy(), classes=2, codec=codec())
+        refined(refine, images, labels, dataclasses.replace(LATENT, chunk=k, steps=3), toy(), classes=2, codec=codec())
         for k in (None, 2)
     ]
     torch.testing.assert_close(results[1].images, results[0].images, atol=1e-4, rtol=1e-4)
@@ -174,15 +175,15 @@ def test_latents_of_a_gray_data_set_move_along_all_channels(monkeypatch: pytest.
     color = toy()
     gray = RealImages(color.images[:, :1].expand(-1, 3, -1, -1).contiguous(), color.labels)
     config = dataclasses.replace(LATENT, flip=False, steps=2)
-    learned = refine(images, labels, config, gray, classes=2, codec=codec()).images
+    learned = refined(refine, images, labels, config, gray, classes=2, codec=codec()).images
     monkeypatch.setattr(frepo, "is_gray", lambda _: False)
-    assert torch.equal(refine(images, labels, config, gray, classes=2, codec=codec()).images, learned)
+    assert torch.equal(refined(refine, images, labels, config, gray, classes=2, codec=codec()).images, learned)
 
 
 def test_copies_are_moved_apart() -> None:
     images, labels = drawn(ipc=2)
     images[1] = images[0]
-    r = refine(images, labels, LATENT, toy(), classes=2, codec=codec())
+    r = refined(refine, images, labels, LATENT, toy(), classes=2, codec=codec())
     assert r.facts["copies"] == 1
     assert not torch.equal(r.images[0], r.images[1])
 
@@ -190,9 +191,9 @@ def test_copies_are_moved_apart() -> None:
 def test_what_cannot_be_decoded_is_refused(toy_source: Any, accelerator: Any, tmp_path: Path) -> None:
     images, labels = drawn()
     with pytest.raises(InputError, match=r"mode=latent .*codec.*, or mode"):
-        refine(images, labels, LATENT, toy(), classes=2)
+        refined(refine, images, labels, LATENT, toy(), classes=2)
     with pytest.raises(InputError, match="and there is none"):
-        FrepoMethod().run(Batch(images, labels), LATENT, Resources(8, 2, real=toy()), seed=0)
+        FrepoMethod().run(Batch(images, labels), LATENT, Resources(8, 2, real=toy()), Session())
 
     class Encoder(nn.Module):
         def encode(self, x: Tensor) -> Tensor:

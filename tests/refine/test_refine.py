@@ -19,9 +19,9 @@ from dq.refine.anchors import make_pool, nearest_anchors
 from dq.refine.batches import compose_batches
 from dq.refine.matched import calibrate, match_teachers
 from dq.refine.measure import measure, total_variation
-from dq.refine.method import Callback
+from dq.refine.method import Batch, Session
 from dq.refine.optimize import class_distance
-from dq.refine.views import Schedule, View, draw_view, look, resample
+from dq.refine.views import Schedule, View, apply_view, draw_view, resample
 
 LABELS = torch.arange(8) % 4
 mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -42,8 +42,9 @@ def short(**settings) -> FADRM:
     return FADRM(**{"sizes": (16,) * 3, "steps": (4,) * 3, "lr": 0.05, "batch_size": 8, "jitter": 2, **settings})
 
 
-def run(images, teachers, config, labels=LABELS, **options):
-    return fadrm.refine(images, labels, None, config, teachers, **options)
+def run(images, teachers, config, labels=LABELS, *, anchors=None, matched=None, retrieve=None, **session):
+    batch = Batch(images, labels, anchors=anchors)
+    return fadrm.refine(batch, config, teachers, Session(**session), matched=matched, retrieve=retrieve)
 
 
 class Watching(TinyNet):
@@ -211,7 +212,7 @@ def test_a_run_repeats_under_its_seed_and_leaves_teachers_alone(teacher, images)
 def test_an_interrupted_batch_ends_bit_equal(teacher, images, stop):
     config = short(sizes=(12, 16, 16))
     kept = []
-    whole = run(images, [teacher], config, callback=Callback(save=kept.append))
+    whole = run(images, [teacher], config, save=kept.append)
     assert [p.facts["block"] for p in kept] == [1, 2]
     again = run(images, [teacher], config, resume=kept[stop - 1])
     assert torch.equal(whole.images, again.images)
@@ -236,7 +237,7 @@ def test_overflow_in_float16_falls_back_to_float32(images, caplog):
         net.bn1.running_mean.mul_(3e5)
         net.bn1.running_var.mul_(9e10)
     kept = []
-    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), callback=Callback(save=kept.append))
+    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), save=kept.append)
     assert found.precision == "float32"
     again = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), resume=kept[0])
     assert torch.equal(found.images, again.images)  # it does not go back to float16
@@ -253,7 +254,7 @@ def test_a_scale_that_is_far_too_large_costs_no_step(images):
     teacher = teacher_of(net)
     config = short(alpha=1.0, lr=0.02)
     kept = []
-    found = run(images, [teacher], dataclasses.replace(config, dtype="float16"), callback=Callback(save=kept.append))
+    found = run(images, [teacher], dataclasses.replace(config, dtype="float16"), save=kept.append)
     exact = run(images, [teacher], config)
     moved = [(x.blocks[1] - x.blocks[0]).abs().mean() for x in (found, exact)]
     assert float(moved[0]) == pytest.approx(float(moved[1]), rel=0.02)
@@ -337,15 +338,15 @@ def test_calibration_gives_every_teacher_the_same_say(images):
     teachers = [teacher_of(drawn(TinyNet(), 0)), teacher_of(wide)]
     config = fadrm.resolve(short(bn_share=0.5), side=16, teachers=2)
     schedule = fadrm.schedule_of(config)
-    critics = match_teachers(teachers, config, side=16, sizes=(16,))
-    rates = calibrate(critics, images, config, schedule, 4, seed=0)
+    matched = match_teachers(teachers, config, side=16, sizes=(16,))
+    rates = calibrate(matched, images, config, schedule, 4, seed=0)
     assert rates[1] < rates[0] / 3
     still = dataclasses.replace(config, lr=0.0, steps=(16, 16, 16))
-    critics = [dataclasses.replace(c, r_bn=r) for c, r in zip(critics, rates)]
-    terms = run(images, teachers, still, critics=critics).trace[:, 1]
+    matched = [dataclasses.replace(c, r_bn=r) for c, r in zip(matched, rates, strict=True)]
+    terms = run(images, teachers, still, matched=matched).trace[:, 1]
     for turn in (terms[0::2], terms[1::2]):
         assert turn.mean().item() == pytest.approx(0.5 * math.log(4), rel=0.2)
-    assert calibrate(critics, images, dataclasses.replace(config, bn_share=None), schedule, 4, seed=0) == rates
+    assert calibrate(matched, images, dataclasses.replace(config, bn_share=None), schedule, 4, seed=0) == rates
 
 
 def test_presets_are_the_released_recipes():
@@ -424,7 +425,7 @@ def test_settings_that_need_a_run_are_refused_for_a_batch_alone(teacher, images)
         with pytest.raises(InputError, match="worked out by a run"):
             run(images, [teacher], short(**settings))
     with pytest.raises(InputError, match="worked out by a run"):
-        teddy.refine(images, LABELS, None, tender(bn_share=1.0), [teacher])
+        teddy.refine(Batch(images, LABELS), tender(bn_share=1.0), [teacher])
     for settings in ({"anchors": "real_patch"}, {"retrieve": "patches"}):
         with pytest.raises(InputError, match="are read by a run"):
             run(images, [teacher], short(**settings))
@@ -435,7 +436,7 @@ def test_the_ratio_of_depths_knows_the_weights_of_images(teacher, images):
 
     def first(**settings) -> float:
         config = short(lr=0.0, weighted=True, **settings)
-        return fadrm.refine(images, LABELS, weights, config, [teacher]).trace[0, 1].item()
+        return fadrm.refine(Batch(images, LABELS, weights), config, [teacher]).trace[0, 1].item()
 
     assert first(depth=DepthConfig(drop=0.34)) == pytest.approx(first(), rel=1e-4)
 
@@ -463,7 +464,7 @@ def test_a_teacher_with_a_side_of_its_own_sees_every_block(images):
 @pytest.mark.parametrize("shift", [(0, 0), (3, 1)])
 def test_a_look_is_crop_resize_mirror_roll(images, flip, shift):
     box = (2, 3, 9, 11)
-    found = look(images, View(box, flip, shift))
+    found = apply_view(images, View(box, flip, shift))
     crop = images[:, :, 2:11, 3:14]
     expected = F.interpolate(crop, (16, 16), mode="bilinear", antialias=True)
     expected = torch.roll(expected.flip(3) if flip else expected, shift, (2, 3))
@@ -471,7 +472,7 @@ def test_a_look_is_crop_resize_mirror_roll(images, flip, shift):
     boxes = torch.tensor([box]).expand(8, -1)
     each = crop_and_flip(images, boxes, torch.full((8,), flip))
     torch.testing.assert_close(found, torch.roll(each, shift, (2, 3)), rtol=0, atol=1e-6)
-    whole = look(images, View((0, 0, 16, 16), flip, shift))
+    whole = apply_view(images, View((0, 0, 16, 16), flip, shift))
     assert torch.equal(whole, torch.roll(images.flip(3) if flip else images, shift, (2, 3)))
 
 
@@ -524,30 +525,30 @@ def tender(**settings) -> Teddy:
 
 def test_teddy_lowers_the_loss_and_labels_by_the_ensemble(images):
     pool = [dataclasses.replace(trained(i), weight=w) for i, w in ((0, 0.9), (1, 0.3))]
-    found = teddy.refine(images, LABELS, None, tender(proximity=0.0, r_bn=0.05), pool)
+    found = teddy.refine(Batch(images, LABELS), tender(proximity=0.0, r_bn=0.05), pool)
     loss = found.trace.sum(1)
     assert loss[-20:].mean() < loss[:20].mean()
     with torch.no_grad():
         logits = [t(found.images) for t in pool]
     torch.testing.assert_close(found.soft_labels, 0.75 * logits[0] + 0.25 * logits[1])
-    assert teddy.refine(images, LABELS, None, tender(steps=1, ensemble_labels=False), pool).soft_labels is None
+    assert teddy.refine(Batch(images, LABELS), tender(steps=1, ensemble_labels=False), pool).soft_labels is None
 
 
 def test_teddy_without_steps_only_labels(images, teacher):
-    found = teddy.refine(images, LABELS, None, tender(steps=0), [teacher], labellers=[trained(1)])
+    found = teddy.refine(Batch(images, LABELS), tender(steps=0), [teacher], labelers=[trained(1)])
     assert torch.equal(found.images, images)
     assert found.trace.shape == (0, 4)
     torch.testing.assert_close(found.soft_labels, trained(1)(images))
 
 
 def test_proximity_holds_images_near_their_start(images, teacher):
-    far, near = (teddy.refine(images, LABELS, None, tender(proximity=p), [teacher]).images for p in (0.0, 100.0))
+    far, near = (teddy.refine(Batch(images, LABELS), tender(proximity=p), [teacher]).images for p in (0.0, 100.0))
     assert (near - images).square().mean() < 0.2 * (far - images).square().mean()
 
 
 def test_teddys_teachers_are_drawn_uniformly(images):
     teachers, log = watching(3)
-    teddy.refine(images, LABELS, None, tender(steps=150, ensemble_labels=False), teachers, seed=2)
+    teddy.refine(Batch(images, LABELS), tender(steps=150, ensemble_labels=False), teachers, Session(seed=2))
     counts = [sum(name == str(i) for name, _ in log) for i in range(3)]
     assert sum(counts) == 150
     assert min(counts) > 30  # 50 expected, deviation 5.8
@@ -570,8 +571,8 @@ def test_class_means_are_matched(images):
 def test_the_class_term_pulls_features_to_their_means(images, teacher):
     targets = torch.stack([teacher.features(images_of(torch.full((40,), c))).mean(0) for c in range(4)])
     config = tender(class_weight=1.0, r_bn=0.0, steps=80)
-    critics = match_teachers([teacher], config, side=16, sizes=(16,), class_means=[targets])
-    trace = teddy.refine(images, LABELS, None, config, [teacher], critics=critics).trace
+    matched = match_teachers([teacher], config, side=16, sizes=(16,), class_means=[targets])
+    trace = teddy.refine(Batch(images, LABELS), config, [teacher], matched=matched).trace
     assert trace[-20:, 2].mean() < 0.8 * trace[:20, 2].mean()
     assert (trace[:, 1] == 0).all()
 
@@ -580,12 +581,12 @@ def test_weights_of_images_enter_the_statistics(images, teacher):
     weights = torch.tensor([8.0, 1, 1, 1, 1, 1, 1, 1])
     plain = tender(lr=0.0, steps=1, crop_scale=(), flip=0.0, jitter=0)
     weighted = dataclasses.replace(plain, weighted=True)
-    one = teddy.refine(images, LABELS, weights, weighted, [teacher]).trace[0, 1]
+    one = teddy.refine(Batch(images, LABELS, weights), weighted, [teacher]).trace[0, 1]
     repeated = torch.cat([images[:1].expand(7, -1, -1, -1), images])
     labels = torch.cat([LABELS[:1].expand(7), LABELS])
-    two = teddy.refine(repeated, labels, None, plain, [teacher]).trace[0, 1]
+    two = teddy.refine(Batch(repeated, labels), plain, [teacher]).trace[0, 1]
     torch.testing.assert_close(one, two)
-    off = teddy.refine(images, LABELS, weights, plain, [teacher]).trace[0, 1]
+    off = teddy.refine(Batch(images, LABELS, weights), plain, [teacher]).trace[0, 1]
     assert off != one
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from frepo_toy import SMALL, toy
+from refined import refined
 
 from dq.core.errors import InputError, RunError
 from dq.refine import distribution_matching, frepo
@@ -44,9 +45,10 @@ def test_methods_check_their_set() -> None:
     from dq.config.condensation import DistributionMatching
 
     with pytest.raises(InputError, match="lie in 0 to 1"):
-        frepo.refine(IMAGES, LABELS + 1, SMALL, toy(), classes=2)
+        refined(frepo.refine, IMAGES, LABELS + 1, SMALL, toy(), classes=2)
     with pytest.raises(InputError, match="lie in 0 to 1"):
-        distribution_matching.refine(IMAGES, LABELS + 1, DistributionMatching(net="convnet2w4"), toy(), classes=2)
+        config = DistributionMatching(net="convnet2w4")
+        refined(distribution_matching.refine, IMAGES, LABELS + 1, config, toy(), classes=2)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dq.core.errors import RunError
 from dq.data.regression_labels import centered_targets
 from dq.refine.ridge import (
+    Objective,
     duplicates,
     krr_loss,
     label_margin,
@@ -132,13 +133,13 @@ def problem(n: int = 5) -> dict[str, Tensor]:
 def test_gradients_equal_finite_differences(flip: bool, weighted: bool, outer_loss: Any) -> None:
     f, p = net(), problem(3)
     weights = torch.tensor([0.5, 1.0, 2.0]) if weighted else None
-    more = {"flip": flip, "ridge": 1e-3, "weights": weights, "outer_loss": outer_loss}
+    objective = Objective(flip=flip, ridge=1e-3, weights=weights, outer_loss=outer_loss)
 
     def loss(images: Tensor, labels: Tensor) -> float:
-        g = meta_gradient(f, images, labels, p["real_features"], p["real_targets"], **more)
+        g = meta_gradient(f, images, labels, p["real_features"], p["real_targets"], objective)
         return float(g.krr - g.margin)
 
-    g = meta_gradient(f, **p, **more)
+    g = meta_gradient(f, **p, objective=objective)
     for name, gradient in (("images", g.images), ("labels", g.labels)):
         direction = drawn(*p[name].shape, seed=5)
         h = 1e-6
@@ -152,7 +153,7 @@ def test_gradients_equal_finite_differences(flip: bool, weighted: bool, outer_lo
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_chunks_give_the_gradient_of_one_pass(flip: bool, chunk: int) -> None:
     f, p = net(), problem()
-    one, parts = meta_gradient(f, **p, flip=flip), meta_gradient(f, **p, flip=flip, chunk=chunk)
+    one, parts = (meta_gradient(f, **p, objective=Objective(flip=flip, chunk=c)) for c in (None, chunk))
     torch.testing.assert_close(parts.images, one.images, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(parts.labels, one.labels)
     assert float(parts.krr) == pytest.approx(float(one.krr))
@@ -167,10 +168,10 @@ def test_chunks_hold_the_activations_of_one_chunk() -> None:
             with_graph.append(len(x))
         return f(x)
 
-    meta_gradient(features, **p, chunk=2)
+    meta_gradient(features, **p, objective=Objective(chunk=2))
     assert with_graph == [2, 2, 2]
     with_graph.clear()
-    g = meta_gradient(features, **p, learn_images=False)
+    g = meta_gradient(features, **p, objective=Objective(learn_images=False))
     assert g.images is None
     assert with_graph == []
 
@@ -182,7 +183,7 @@ def test_the_gradient_of_latents_is_that_of_the_composition(flip: bool, chunk: i
     torch.manual_seed(1)
     decoder = nn.Sequential(nn.ConvTranspose2d(2, 1, 2, stride=2), nn.Tanh()).double()
     z = p["images"] = drawn(5, 2, 2, 2, seed=6)
-    g = meta_gradient(f, **p, flip=flip, chunk=chunk, render=decoder, ridge=1e-3)
+    g = meta_gradient(f, **p, objective=Objective(flip=flip, chunk=chunk, render=decoder, ridge=1e-3))
     leaf, y = z.clone().requires_grad_(True), p["labels"].clone().requires_grad_(True)
     x = decoder(leaf)
     support, labels = (torch.cat([f(x), f(x.flip(-1))]), torch.cat([y, y])) if flip else (f(x), y)
@@ -214,7 +215,7 @@ def test_a_linear_feature_learns_one_image_per_class_as_good_as_all_data() -> No
     images, labels = drawn(3, 6, seed=4), torch.eye(3, dtype=torch.float64)
     moments = [torch.zeros_like(images), torch.zeros_like(labels)]
     for _ in range(400):
-        g = meta_gradient(lambda z: z, images, labels, x, y, margin_weight=0.0)
+        g = meta_gradient(lambda z: z, images, labels, x, y, Objective(margin_weight=0.0))
         for v, p, d in zip(moments, (images, labels), (g.images, g.labels)):
             v.mul_(0.9).add_(d)
             p.sub_(0.05 * v)

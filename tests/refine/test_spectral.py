@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refined import refined
 from small_experts import NET, experts_in
 from torch import Tensor
 
 from dq.config.condensation import SpectralMatching
 from dq.core.errors import InputError
 from dq.networks.trajectories import Experts, open_experts
-from dq.refine.method import Batch, RealImages, Resources
+from dq.refine.method import Batch, RealImages, Resources, Session
 from dq.refine.spectral_matching import (
     Frequencies,
     SpectralMethod,
@@ -143,12 +144,12 @@ def test_experts_bring_their_preprocessing_and_held_out_images(
     )
     held: list[int] = []
     monkeypatch.setattr(
-        "dq.refine.class_matching.classic_accuracy", lambda x, y, h, *a, **more: held.append(len(h.labels)) or 0.5
+        "dq.refine.class_matching.classic_accuracy", lambda x, y, h, **more: held.append(len(h.real.labels)) or 0.5
     )
     method, labels = SpectralMethod(), torch.arange(3)
     assert method.needs(config).experts == str(experts.folder)
     batch = Batch(torch.rand(3, 3, 8, 8), labels)
-    r = method.run(batch, config, Resources(8, 3, real=real, experts=experts), seed=0)
+    r = method.run(batch, config, Resources(8, 3, real=real, experts=experts), Session())
     assert r.facts["whitening"]["recipe"] == "mtt"
     assert held == [int(experts.held_out_rows(y).sum())]
     assert "held_out" in config.unread()
@@ -158,9 +159,11 @@ def test_experts_bring_their_preprocessing_and_held_out_images(
         ({"net": "convnet2w8"}, experts, "are convnet2w4, but spectral has net=convnet2w8; train others, or set net="),
     ):
         with pytest.raises(InputError, match=message):
-            refine(batch.images, labels, dataclasses.replace(config, **settings), real, classes=3, experts=given)
+            refined(
+                refine, batch.images, labels, dataclasses.replace(config, **settings), real, classes=3, experts=given
+            )
     with pytest.raises(InputError, match=r"3 classes .* 8 px, .* 4 classes .* 8 px"):
-        refine(batch.images, labels, config, real, classes=4, experts=experts)
+        refined(refine, batch.images, labels, config, real, classes=4, experts=experts)
 
 
 @pytest.mark.parametrize(

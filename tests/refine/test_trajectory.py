@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_kl
+from refined import refined
 from small_experts import NET, experts_in
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -24,9 +25,9 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors, write_json
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.trajectories import Experts, flat_accuracy, open_experts
-from dq.refine import held_out, trajectory
-from dq.refine.held_out import mean_accuracy
-from dq.refine.method import Batch, Callback, Context, RealImages, Refined, Resources, State
+from dq.refine import held_out, record, trajectory
+from dq.refine.held_out import HeldOut, mean_accuracy
+from dq.refine.method import Batch, Context, RealImages, Refined, Resources, Session, State
 from dq.refine.trajectory import TrajectoryMethod, correct_rows, expert_labels, refine, resolve
 from dq.refine.unroll import MetaGradient, matching_loss
 
@@ -69,7 +70,7 @@ LABELS = torch.arange(3).repeat_interleave(2)
 
 def learn(config: Trajectory, experts: Experts, real: RealImages | None = None, **more: Any) -> Refined:
     images = 0.3 + 0.4 * torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    return refine(images, LABELS, config, experts, real, **more)
+    return refined(refine, images, LABELS, config, real, classes=3, experts=experts, **more)
 
 
 # --- what it learns -----------------------------------------------------------------------------------------------
@@ -107,9 +108,9 @@ def test_it_goes_on_bit_for_bit_from_any_saved_state(
 ) -> None:
     config = dataclasses.replace(small, checks=3, check_nets=1, check_epochs=2)
     whole = learn(config, experts, real, seed=3)
-    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     states: list[State] = []
-    learn(config, experts, real, seed=3, callback=Callback(save=states.append))
+    learn(config, experts, real, seed=3, save=states.append)
     assert [s.steps for s in states] == [3, 6, 9, 12, 15]
     for state in states:
         again = learn(config, experts, real, seed=3, resume=state)
@@ -156,10 +157,10 @@ def test_the_best_set_on_images_held_out_from_experts_is_returned(
     seen: list[Tensor] = []
     scores = iter([0.2, 0.9, 0.4])
 
-    def score(x: Tensor, y: Tensor, held: RealImages, *args: Any, **more: Any) -> float:
+    def score(x: Tensor, y: Tensor, held_out: HeldOut, student: Any, **more: Any) -> float:
         seen.append(x.clone())
-        assert len(held.labels) == int(experts.held_out_rows(real.labels).sum()) == 3
-        assert args[1].lr == pytest.approx(float(next(steps)))
+        assert len(held_out.real.labels) == int(experts.held_out_rows(real.labels).sum()) == 3
+        assert student.lr == pytest.approx(float(next(steps)))
         return next(scores)
 
     plain = learn(small, experts)
@@ -309,7 +310,7 @@ def test_experts_that_know_too_little_or_stand_still_are_refused(small: Trajecto
 
 def test_images_of_another_size_are_refused(small: Trajectory, experts: Experts) -> None:
     with pytest.raises(InputError, match=r"8 px, .* 16"):
-        refine(torch.rand(6, 3, 16, 16), LABELS, small, experts)
+        refined(refine, torch.rand(6, 3, 16, 16), LABELS, small, classes=3, experts=experts)
 
 
 # --- latents ------------------------------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ def codec() -> ImageCodec:
 
 def with_states(config: Trajectory, experts: Experts, *more: Any, **options: Any) -> tuple[Refined, list[State]]:
     states: list[State] = []
-    r = learn(config, experts, *more, codec=codec(), callback=Callback(save=states.append), **options)
+    r = learn(config, experts, *more, codec=codec(), save=states.append, **options)
     return r, states
 
 
@@ -334,7 +335,7 @@ def with_states(config: Trajectory, experts: Experts, *more: Any, **options: Any
 def test_latents_move_along_the_gradient_through_student_and_decoder(
     latent: Trajectory, experts: Experts, monkeypatch: pytest.MonkeyPatch, unroll: str, student_steps: int
 ) -> None:
-    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     calls: list[tuple[Any, ...]] = []
     gradient = trajectory.GRADIENTS[unroll]
     monkeypatch.setitem(trajectory.GRADIENTS, unroll, lambda *a, **o: calls.append(a) or gradient(*a, **o))
@@ -344,13 +345,14 @@ def test_latents_move_along_the_gradient_through_student_and_decoder(
     start = codec().encode(images)
     assert r.facts["latents"] == list(start.shape[1:]) == [4, 8, 8]
     # the same step in one graph from the latents to the loss
-    student, _, y, step_size, theta, target = calls[0]
+    student, _, y, step_size, segment = calls[0]
+    theta = segment.start
     z, end = start.clone().requires_grad_(True), theta.clone().requires_grad_(True)
     x = experts.whitening(codec().decode(z))
     for i in range(student_steps):
         (g,) = torch.autograd.grad(student.loss(end, i, x, y), end, create_graph=True)
         end = end - step_size * g
-    loss, _ = matching_loss(end, theta, target, 0.25, "depth")
+    loss, _ = matching_loss(end, segment)
     (expected,) = torch.autograd.grad(loss, z)
     assert float(r.trace[0, 0]) == pytest.approx(loss.item(), rel=1e-4)
     moved = states[0].tensors["x.value"] - start
@@ -407,7 +409,7 @@ def test_activations_of_the_decoder_do_not_grow_with_the_steps_of_the_student(
 def test_learning_latents_goes_on_bit_for_bit(
     latent: Trajectory, experts: Experts, real: RealImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
     config = dataclasses.replace(latent, momentum_images=0.5, checks=2, check_nets=1, check_epochs=1, start="correct")
     whole, states = with_states(config, experts, real, seed=3)
     for state in (states[0], states[3]):
@@ -458,7 +460,7 @@ def test_latents_need_a_codec(latent: Trajectory, small: Trajectory, experts: Ex
     assert method.needs(latent).codec
     assert not method.needs(small).codec
     resources = Resources(8, 3, experts=experts, codec=codec())
-    r = method.run(Batch(torch.rand(6, 3, 8, 8), LABELS), method.brief(latent), resources, seed=0)
+    r = method.run(Batch(torch.rand(6, 3, 8, 8), LABELS), method.brief(latent), resources, Session())
     assert r.images.shape == (6, 3, 8, 8)
     assert "chunk" in small.unread()
     assert "chunk" not in latent.unread()
@@ -527,17 +529,17 @@ def test_it_is_a_stage_of_a_run(
     assert "trajectory, 6 images in 1 batches, 18 steps, 108 image steps" in plan(config, toy_source)
     assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
     check_evaluation(config, toy_source)
-    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
-    matched, steps = trajectory._matched, []
+    monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)
+    gradient, steps = trajectory._gradient, []
 
     def killed(*args: Any) -> Any:
         if len(steps) == 3:
             steps.append("killed")
             raise KeyboardInterrupt
-        steps.append(args[5])
-        return matched(*args)
+        steps.append(args[2])
+        return gradient(*args)
 
-    monkeypatch.setattr(trajectory, "_matched", killed)
+    monkeypatch.setattr(trajectory, "_gradient", killed)
     with pytest.raises(KeyboardInterrupt):
         distill(config, toy_source, accelerator)
     s = distill(config, toy_source, accelerator)
@@ -620,13 +622,14 @@ def test_twenty_digits_are_distilled(accelerator: Any, tmp_path: Path) -> None:
         spec |= {"lr": r.step_size, "dtype": "float32"}
         student = student_config(spec, ipc="2", classes=10, image_size=8)
         x = experts.whitening(r.images)
-        return mean_accuracy(x, r.soft_labels, held, experts.whitening, student, nets=3, seed=seed)
+        return mean_accuracy(x, r.soft_labels, HeldOut(held, experts.whitening, "", 3), student, seed=seed)
 
     gains = []
     for seed in range(3):
-        r = refine(torch.zeros(20, 3, 8, 8), labels, config, experts, real, seed=seed)
-        first = refine(
-            torch.zeros(20, 3, 8, 8), labels, dataclasses.replace(config, steps=0), experts, real, seed=seed
+        options: dict[str, Any] = {"classes": 10, "experts": experts, "seed": seed}
+        r, first = (
+            refined(refine, torch.zeros(20, 3, 8, 8), labels, c, real, **options)
+            for c in (config, dataclasses.replace(config, steps=0))
         )
         losses = r.trace[:, 0]
         assert float(losses[-15:].mean()) < 0.5 * float(losses[:15].mean())

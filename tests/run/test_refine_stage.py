@@ -258,6 +258,7 @@ def test_settings_reach_the_stage(world, teachers, tmp_path, capsys):
 def test_each_image_has_its_own_weight_in_the_statistics(world, teachers, tmp_path):
     from dq.networks.teacher_loading import load_teacher
     from dq.refine import fadrm
+    from dq.refine.method import Batch
 
     stage = {**SHORT, "lr": 0.0, "batch_size": 9, "weighted": True}
     assert run(refining(world, tmp_path, teachers, [stage])) == 0
@@ -270,7 +271,7 @@ def test_each_image_has_its_own_weight_in_the_statistics(world, teachers, tmp_pa
 
     def alone(weights: torch.Tensor) -> float:
         x = s.images[order].float() / 255
-        return fadrm.refine(x, s.labels[order], weights, config, [teacher]).trace[0, 1].item()
+        return fadrm.refine(Batch(x, s.labels[order], weights), config, [teacher]).trace[0, 1].item()
 
     file = refining(world, tmp_path / "seen", teachers, [{**stage, "crop_scale": [], "flip": 0.0, "jitter": 0}])
     assert run(file) == 0

@@ -10,7 +10,7 @@ from dq.config.refinement import RefineConfig
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
 from dq.networks.trajectories import open_experts
-from dq.refine.method import Batch, Context, RealImages, Resources
+from dq.refine.method import Batch, Context, RealImages, Resources, Session
 from dq.refine.registry import method_of
 from dq.run.planning.clock import Speed, random_pixels, timed
 
@@ -51,7 +51,7 @@ def refining_speed(
         return Batch(random_pixels(size, side).float() / 255, torch.arange(size) % 2)
 
     def work(batch: Batch) -> None:
-        method.run(batch, short, resources, seed=0)
+        method.run(batch, short, resources, Session())
 
     # what a step of a whole set costs does not grow with its images alone, so that a part would not tell
     largest, least = (whole, whole) if cost.batch_size is None else (cost.batch_size, 1)

@@ -1,4 +1,4 @@
-"""The refine stage of a run: batches of the drawn images as units of work over processes, files, resume, measurements.
+"""The refine stage of a run: batches of images as units of work over processes.
 
 A method's stages follow one another; each reads the class files of a folder and writes those of another, beside one
 file per batch. Folders are named by a digest of all that decides their content.
@@ -36,13 +36,14 @@ from dq.diffusion.image_codec import ImageCodec
 from dq.networks.teacher import Teacher
 from dq.refine.inputs import check_refined
 from dq.refine.measure import measure, sentence, summarize
-from dq.refine.method import Batch, Callback, Refined, Resources, State
+from dq.refine.method import Batch, Refined, Resources, Session, State
 from dq.run.folder import Run, class_file
 from dq.run.refinement import INDEX, asked, files_of, needs_codec, planned, real_images, stages_of
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import drawn_folders
+from dq.run.stages.image_files import as_bytes, holds_floats
 from dq.run.stages.refine_groups import prepare_groups
-from dq.run.stages.refine_jobs import Job, as_bytes, image_codec, job_of, prepare, read_batch, resources_of
+from dq.run.stages.refine_jobs import Inputs, Job, image_codec, job_of, prepare, read_batch, resources_of
 
 log = logging.getLogger("dq")
 
@@ -51,10 +52,9 @@ SOFT_LABELS = ("soft_labels", "logits")  # tensor of label vectors; the second i
 
 
 def refine(run: Run, codec: Codec | None = None) -> None:
-    """Put the drawn images of every method through its stages, in their order; finished batches are left alone.
+    """Refine the drawn images of every method by its stages; finished batches are skipped.
 
-    Args:
-        codec: the run's autoencoder, if it is loaded; None: it is loaded where a stage needs it.
+    `codec` is the run's autoencoder, if it is loaded; None: it is loaded where a stage needs it.
     """
     if not any(stages_of(run.config, m) for m in run.config.methods):
         log.info("refine: no method has stages, so images stay as they were drawn")
@@ -71,7 +71,7 @@ def refine(run: Run, codec: Codec | None = None) -> None:
             ipc, method = key.split("/", 1)
             stages = stages_of(run.config, method)
             if level < len(stages):
-                job = job_of(run, stages[level], level, int(ipc), method, folders[key], loaded)
+                job = job_of(run, stages[level], Inputs(int(ipc), method, level, folders[key]), loaded)
                 folders[key] = job.folder
                 jobs.setdefault(job.folder, job)
         _run_level(run, list(jobs.values()), decoder)
@@ -89,10 +89,10 @@ def refine(run: Run, codec: Codec | None = None) -> None:
 
 
 def _run_level(run: Run, jobs: list[Job], codec: ImageCodec | None) -> None:
-    """Prepare, refine and put together the jobs of one level; batches of all of them are divided over processes."""
+    """Run the jobs of one level; their batches are divided over processes."""
     began = time.perf_counter()
     finished = [_is_finished(job) for job in jobs]
-    jobs = [job for job, done in zip(jobs, finished) if not done]
+    jobs = [job for job, done in zip(jobs, finished, strict=True) if not done]
     run.accelerator.wait_for_everyone()  # every process has seen the same files before the first is written
     for job in jobs:
         prepare(run, job, prepare_groups(run, job) if job.needs.groups else {})
@@ -116,16 +116,16 @@ def _run_level(run: Run, jobs: list[Job], codec: ImageCodec | None) -> None:
     if run.main:
         for job in jobs:
             summary = _summary(job)
-            record = {"stage": "refinement", "ipc": job.ipc, "folder": job.folder.name, **summary}
+            record = {"stage": "refinement", "ipc": job.inputs.ipc, "folder": job.folder.name, **summary}
             append_jsonl(run.folder / "metrics.jsonl", record)
-            write_json(job.folder / "summary.json", summary)  # last: the folder is whole once this file is there
-            log.info("%s ipc %d: %s", job.stage.stage, job.ipc, sentence(summary))
+            write_json(job.folder / "summary.json", summary)  # last: the folder is complete once this file exists
+            log.info("%s ipc %d: %s", job.stage.stage, job.inputs.ipc, sentence(summary))
     if jobs:
         run.finish("refine", began, batches=len(units))
 
 
 def _is_finished(job: Job) -> bool:
-    """Whether every file of a job is there and intact."""
+    """Whether every file of a job exists and is intact."""
     batches = [job.batch_file(j) for j in range(len(job.batches))]
     classes = [class_file(job.folder, label) for label in range(len(job.counts))]
     damaged = [path for path in (*batches, *classes, job.folder / "summary.json") if not is_done(path)]  # names all
@@ -139,7 +139,7 @@ def _advance(bar: Any, images: int, step: int) -> None:
 def _summary(job: Job) -> dict[str, Any]:
     records = [read_metadata(job.batch_file(j)) for j in range(len(job.batches))]
     redone = sum(r["precision"] != job.stage.dtype for r in records) if job.cost.steps else 0
-    facts = {"method": job.stage.stage, "from": job.source.name, "redone_in_float32": redone}
+    facts = {"method": job.stage.stage, "from": job.inputs.source.name, "redone_in_float32": redone}
     learned = [r["step_size"] for r in records if r.get("step_size") is not None]
     if learned:
         facts["step_size"] = learned[0]
@@ -158,32 +158,28 @@ def _by_job(todo: list[tuple[Job, int]]) -> Iterator[tuple[Job, list[int]]]:
 
 @dataclass(frozen=True)
 class Worker:
-    """What one process needs to refine batches of a job."""
+    """Refines batches of a job in one process."""
 
     run: Run
     job: Job
     resources: Resources
 
     def refine_batch(self, number: int, on_step: Callable[[int], None]) -> None:
-        """Refine a batch and write its file; one that was interrupted goes on from its last state."""
+        """Refine a batch and write its file; an interrupted one resumes from its last state."""
         job = self.job
         batch = read_batch(job, number)
         partial = job.batch_file(number).with_suffix(".partial.safetensors")
         resume = _read_state(partial)
         for step in range(resume.steps if resume else 0):
             on_step(step)
-        refined = job.method.run(
-            batch,
-            job.stage,
-            self.resources,
-            seed=derive_seed(self.run.config.seed, "refine", job.level, number),
-            resume=resume,
-            callback=Callback(on_step, functools.partial(_write_state, partial)),
-        )
+        seed = derive_seed(self.run.config.seed, "refine", job.inputs.level, number)
+        session = Session(seed, resume, on_step, functools.partial(_write_state, partial))
+        refined = job.refinement.run(batch, job.stage, self.resources, session)
         self._write(number, refined, batch)
         partial.unlink(missing_ok=True)
 
     def _write(self, number: int, refined: Refined, batch: Batch) -> None:
+        """Write the images, labels and measures of a batch."""
         job = self.job
         check_refined(refined, job.stage.stage)
         if refined.step_size is not None and len(job.batches) > 1:
@@ -191,45 +187,47 @@ class Worker:
                 f"the stage {job.stage.stage!r} learned a step size for one of {len(job.batches)} batches, but a "
                 "set has one; set compose=whole"
             )
-        anchors = batch.images if batch.anchors is None else batch.anchors
-        float_images = not refined.bounded or _is_float(class_file(job.source, job.batches[number][0][0]))
+        float_images = not refined.bounded or holds_floats(class_file(job.inputs.source, job.batches[number][0][0]))
         result = refined.images if float_images else as_bytes(refined.images)
         tensors = {"images": result, "trace": refined.trace}
         if number == 0 and refined.blocks is not None:
             tensors["strip"] = as_bytes(refined.blocks)
         if refined.soft_labels is not None:
             tensors["soft_labels"] = refined.soft_labels.half()
-        after = result if float_images else result.float() / 255
-        measures: dict[str, Any] = {
-            "images": len(batch.labels),
-            "before": measure(batch.images, batch.labels, anchors, job.teachers, job.validation_teachers),
-            "after": measure(after, batch.labels, anchors, job.teachers, job.validation_teachers),
-            "precision": refined.precision,
-            "terms": list(refined.terms),
-        }
-        if refined.soft_labels is not None:
-            measures["label_kind"] = refined.label_kind
-        if refined.step_size is not None:
-            measures["step_size"] = refined.step_size
-        flags = {"bounded": refined.bounded, "uniform_weights": refined.uniform_weights, "facts": dict(refined.facts)}
-        measures |= {k: v for k, v in flags.items() if v != getattr(Refined, k, {})}
         if refined.preprocessing:
             write_tensors(job.folder / "preprocessing.safetensors", dict(refined.preprocessing))
-        write_tensors(job.batch_file(number), tensors, measures)
+        after = result if float_images else result.float() / 255
+        write_tensors(job.batch_file(number), tensors, _measures(job, refined, batch, after))
 
 
-def _is_float(path: Path) -> bool:
-    with open_tensors(path) as f:
-        return f.get_slice("images").get_dtype() != "U8"
+def _measures(job: Job, refined: Refined, batch: Batch, after: Tensor) -> dict[str, Any]:
+    """The metadata of a batch, with measures of its images before and after."""
+    anchors = batch.images if batch.anchors is None else batch.anchors
+    measures: dict[str, Any] = {
+        "images": len(batch.labels),
+        "before": measure(batch.images, batch.labels, anchors, job.teachers, job.validation_teachers),
+        "after": measure(after, batch.labels, anchors, job.teachers, job.validation_teachers),
+        "precision": refined.precision,
+        "terms": list(refined.terms),
+    }
+    if refined.soft_labels is not None:
+        measures["label_kind"] = refined.label_kind
+    if refined.step_size is not None:
+        measures["step_size"] = refined.step_size
+    flags = {"bounded": refined.bounded, "uniform_weights": refined.uniform_weights, "facts": dict(refined.facts)}
+    return measures | {k: v for k, v in flags.items() if v != getattr(Refined, k, {})}
 
 
 def _gather_class(run: Run, job: Job, label: int) -> None:
-    """The refined images of a class in one file like that of the generator, from the batches that hold them."""
+    """Write the refined images of a class in one file, like that of the generator."""
     path = class_file(job.folder, label)
     if is_done(path):
         return
     parts: dict[str, list[Tensor]] = {}
-    meta: dict[str, Any] = {**read_metadata(class_file(job.source, label)), "refined_from": job.source.name}
+    meta: dict[str, Any] = {
+        **read_metadata(class_file(job.inputs.source, label)),
+        "refined_from": job.inputs.source.name,
+    }
     for rank in range(job.counts[label]):
         j, i = job.places[(label, rank)]
         with open_tensors(job.batch_file(j)) as f:

@@ -1,11 +1,12 @@
 """Groups of real images for a job of the refine stage: scores and statistics in files that all runs share.
 
 Scores are in parts of a cache like that of features, statistics in one file for each class; both are divided over
-processes, and what is there is not made again. What a job reads of them is copied into its folder.
+processes, and existing files are not made again. What a job reads of them is copied into its folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from dq.core.seeds import digest_of, digest_of_tensors
 from dq.data.image_cache import ImageCache, Reading, fill, write_manifest
 from dq.data.images import read_images
 from dq.networks.features import open_teacher_cache, teacher_identity
-from dq.refine.anchors import PATCH_POOL, patch_anchors
+from dq.networks.patches import PatchRecipe
+from dq.refine.anchors import patch_anchors
 from dq.refine.groups import ClassGroups, groups_by_cell, groups_by_score, image_moments, mean_rank
 from dq.refine.matched import MatchedTeacher, match_teachers
 from dq.refine.moments import Moments, gps, pool_moments
@@ -44,27 +46,31 @@ class ScoreCache(ImageCache):
 
 
 def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
-    """Make what a job reads of its groups: statistics by rank, and anchors by class. Facts for its manifest.
+    """Write statistics by rank and anchors by class of the groups of a job.
+
+    Returns:
+        Facts for its manifest.
 
     Raises:
         InputError: if no matched teacher has batch norm, or a group has too few images for its anchors.
     """
     assert isinstance(job.stage, MatchingConfig)
+    assert job.needs.groups is not None
     side = run.config.image_size
     matched = match_teachers(job.matched, job.stage, side=side, sizes=(side,))
     if not any(t.layers for t in matched):
         names = ", ".join(t.teacher.name for t in matched)
         raise InputError(f"groups need a teacher with batch norm, and {names} has none; add one, or set groups=none")
-    groups = _groups_of(run, job, matched)
+    groups = _groups_of(run, job, job.needs.groups.by, matched)
     sizes = [len(rows) for of_class in groups for rows in of_class.rows]
-    facts: dict[str, Any] = {"by": job.needs.groups, "groups": len(sizes), "images": [min(sizes), max(sizes)]}
-    if job.needs.group_statistics:
+    facts: dict[str, Any] = {"by": job.needs.groups.by, "groups": len(sizes), "images": [min(sizes), max(sizes)]}
+    if job.needs.groups.statistics:
         folders = [_class_statistics(run, t, groups) if t.layers else None for t in matched]
         facts["statistics"] = [None if f is None else f.name for f in folders]
         run.accelerator.wait_for_everyone()
         if run.main and not is_done(job.folder / STATISTICS):
             write_tensors(job.folder / STATISTICS, _rank_statistics(groups, folders))
-    if job.needs.anchors == "group":
+    if job.needs.anchors.source == "group":
         for label in run.local_units([float(n) for n in job.counts]):
             path = class_file(job.folder / "group", label)
             if not is_done(path):
@@ -75,18 +81,18 @@ def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
 # --- groups -------------------------------------------------------------------------------------------------------
 
 
-def _groups_of(run: Run, job: Job, matched: Sequence[MatchedTeacher]) -> Groups:
-    """The groups of every class, of the images that are quantized."""
-    scores = [_scores(run, t) for t in matched if t.layers] if job.needs.groups == "gps" else []
+def _groups_of(run: Run, job: Job, by: str, matched: Sequence[MatchedTeacher]) -> Groups:
+    """The groups of the quantized images of every class."""
+    scores = [_scores(run, t) for t in matched if t.layers] if by == "gps" else []
     run.accelerator.wait_for_everyone()  # scores are divided over processes
     groups: Groups = []
-    for p in load_prototypes(run, cache_of(run), job.ipc, run.resolved(job.name)):
+    for p in load_prototypes(run, cache_of(run), job.inputs.ipc, run.resolved(job.inputs.method)):
         rows, cells = p.members()
         if scores:
             ranks = mean_rank([_scores_of(cache, p.label, rows) for cache in scores])
             groups.append(groups_by_score(rows, ranks, job.counts[p.label]))
         else:
-            copies = read_metadata(class_file(job.source, p.label))["copies"]
+            copies = read_metadata(class_file(job.inputs.source, p.label))["copies"]
             copies = [copies] * len(p.counts) if isinstance(copies, int) else copies
             groups.append(groups_by_cell(rows, cells, copies))
     return groups
@@ -136,8 +142,10 @@ def _scores_of(cache: ScoreCache, label: int, rows: Tensor) -> Tensor:
 
 
 def _class_statistics(run: Run, matched: MatchedTeacher, groups: Groups) -> Path:
-    """Put the statistics of all groups under a teacher into the cache: a file of each class with images (G,), mean and
-    var (G, sum C_l)."""
+    """Put the statistics of all groups under a teacher into the cache.
+
+    A file of each class with images (G,), mean and var (G, sum C_l).
+    """
     teacher, config = matched.teacher, run.config
     content = {f"{c}-{g}": rows for c, of_class in enumerate(groups) for g, rows in enumerate(of_class.rows)}
     identity = teacher_identity(run.source, config.image_size, teacher.digest)
@@ -158,7 +166,7 @@ def _class_statistics(run: Run, matched: MatchedTeacher, groups: Groups) -> Path
 
 
 def _statistics(run: Run, matched: MatchedTeacher, rows: Tensor, bar: Any) -> dict[str, Tensor]:
-    """Images read, mean and var (sum C_l,) float32 of one group; images of a batch are in memory at a time."""
+    """Images read, mean and var (sum C_l,) float32 of one group."""
     source, teacher = run.source, matched.teacher
     parts: list[Moments] = []
     counts: list[int] = []
@@ -176,14 +184,16 @@ def _statistics(run: Run, matched: MatchedTeacher, rows: Tensor, bar: Any) -> di
         raise InputError(
             f"none of {len(rows)} images of a group can be read, first {source.train.where(int(rows[0]))}"
         )
-    stacked = Moments(*map(torch.stack, zip(*parts)))
+    stacked = Moments(*map(torch.stack, zip(*parts, strict=True)))
     mean, var = pool_moments(stacked, torch.tensor(counts))
     return {"images": torch.tensor(sum(counts)), "mean": mean.float(), "var": var.float()}
 
 
 def _rank_statistics(groups: Groups, folders: Sequence[Path | None]) -> dict[str, Tensor]:
-    """The statistics of the groups of each rank, over the classes that have an image of this rank: `mean-i` and
-    `var-i` (R, sum C_l) of matched teacher i, with no channels for one without batch norm."""
+    """Statistics of the groups of each rank, over the classes that have an image of it.
+
+    `mean-i` and `var-i` (R, sum C_l) of matched teacher i, with no channels for one without batch norm.
+    """
     ranks = range(max(len(of_class.of_image) for of_class in groups))
     tensors: dict[str, Tensor] = {}
     for i, folder in enumerate(folders):
@@ -196,7 +206,7 @@ def _rank_statistics(groups: Groups, folders: Sequence[Path | None]) -> dict[str
             of = [(t, of_image[rank]) for t, of_image in classes if rank < len(of_image)]
             parts = Moments(*(torch.stack([t[name][g] for t, g in of]) for name in ("mean", "var")))
             pooled.append(pool_moments(parts, torch.stack([t["images"][g] for t, g in of])))
-        means, variances = zip(*pooled)
+        means, variances = zip(*pooled, strict=True)
         tensors |= {f"mean-{i}": torch.stack(means).float(), f"var-{i}": torch.stack(variances).float()}
     return tensors
 
@@ -205,21 +215,15 @@ def _rank_statistics(groups: Groups, folders: Sequence[Path | None]) -> dict[str
 
 
 def _group_anchors(run: Run, job: Job, label: int, groups: ClassGroups) -> Tensor:
-    """A patch of a real image of its group for every image of a class, (n_c, 3, S, S) uint8. Together the groups have
-    as many candidates as a class with anchors=real_patch."""
+    """Patches (n_c, 3, S, S) uint8 of real images of the groups, one for each image.
+
+    Together the groups have as many candidates as a class with anchors=real_patch.
+    """
+    recipe = PatchRecipe(run.config.image_size, rank=job.needs.anchors.rank)
+    recipe = dataclasses.replace(recipe, pool=recipe.pool // len(groups.rows))
     anchors = []
     for g in sorted(set(groups.of_image)):
-        anchors.append(
-            patch_anchors(
-                run.source,
-                label,
-                groups.of_image.count(g),
-                teacher=job.matched[0],
-                image_size=run.config.image_size,
-                rank=job.needs.rank,
-                seed=run.config.seed,
-                candidates=groups.rows[g].numpy(),
-                pool=PATCH_POOL // len(groups.rows),
-            )
-        )
+        options: dict[str, Any] = {"teacher": job.matched[0], "seed": run.config.seed}
+        options["candidates"] = groups.rows[g].numpy()
+        anchors.append(patch_anchors(run.source, label, groups.of_image.count(g), recipe, **options))
     return torch.cat(anchors)
