@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ def _untrained(call: Call) -> list[TeacherConfig]:
     return [teacher] if teacher else []
 
 
-def plan(call: Call, checked: Checked) -> str:
+def plan(call: Call, checked: Checked, untrained: Sequence[TeacherConfig] = ()) -> str:
     """The plan of a run, with speeds read from a file or measured here."""
     from dq.run.folder import settle_dtypes
     from dq.run.planning.timings import Speeds, measure_speeds, plan_with_speeds
@@ -107,7 +107,8 @@ def plan(call: Call, checked: Checked) -> str:
     if args.speeds:
         speeds = Speeds.load(args.speeds)
     else:
-        speeds = measure_speeds(config, source, checked.pipe, accelerator.device, checked.unknown)
+        pipe, unknown = checked.pipe, checked.unknown
+        speeds = measure_speeds(config, source, pipe, accelerator.device, unknown, untrained=untrained)
     if args.save_speeds:
         speeds.save(Path(args.save_speeds))
     return plan_with_speeds(config, source, speeds, processes=args.processes or accelerator.num_processes)
@@ -117,8 +118,9 @@ def plan_recipe(call: Call, checked: Checked) -> str:
     """The plan of a run, below that of the teacher that is trained first."""
     from dq.run.planning.plan import plan_training
 
-    trained = plan_training("train-teachers", call.config, call.source) if _untrained(call) else ""
-    return "\n".join([*trained.splitlines()[1:], plan(call, checked)])
+    untrained = _untrained(call)
+    training = plan_training("train-teachers", call.config, call.source) if untrained else ""
+    return "\n".join([*training.splitlines()[1:], plan(call, checked, untrained)])
 
 
 # --- work ---------------------------------------------------------------------------------------------------------

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
+from dq.core.files import read_json
 from dq.core.seeds import generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource
-from dq.networks.teacher import Teacher
+from dq.networks.teacher import TEACHER_FACTS, Teacher
 
 TEACHERS = "teachers.N"  # the setting that messages name
 
@@ -92,8 +94,12 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
         return accuracy
     message = (
         f"the teacher {config.path} gets {accuracy:.1%} of {len(rows)} real train images right, near the chance of "
-        f"{chance:.1%}: its class order or input normalization is probably not that of {source.origin}"
+        f"{chance:.1%}: "
     )
+    epochs = None if config.classes else _epochs_on(source, config.path)
+    if epochs is not None:
+        raise InputError(f"{message}{epochs} epochs on these images are too few; raise train_teachers.epochs")
+    message += f"its class order or input normalization is probably not that of {source.origin}"
     reordered = reordered_accuracy(predicted, labels, num_classes)
     if reordered >= max(0.5, 3 * accuracy):
         order = class_order(predicted, labels, num_classes)
@@ -103,6 +109,14 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
             f"set teachers.N.classes={classes}"
         )
     raise InputError(message)
+
+
+def _epochs_on(source: ImageSource, path: str) -> int | None:
+    """Return the epochs of `train_teachers` on these images for the weights at a path; None if it made others."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    facts = read_json(folder / TEACHER_FACTS) if (folder / TEACHER_FACTS).is_file() else {}
+    is_same = (facts.get("source") or {}).get("fingerprint") == source.fingerprint
+    return int(facts["recipe"]["epochs"]) if is_same else None
 
 
 def class_order(predicted: Tensor, labels: Tensor, num_classes: int) -> list[int]:

@@ -74,6 +74,8 @@ def test_one_command_gives_a_scored_set_and_repeats_nothing(world, tmp_path, cap
     assert main([*call(world, tmp_path), "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert "convnet3w32" in plan.splitlines()[0]  # trained first
+    assert "not timed: selection, as its teacher convnet3w32 is trained first" in plan
+    assert "there is no teacher" not in plan
     assert not (tmp_path / "run-teacher").exists()
     assert main(call(world, tmp_path)) == 0
     record = json.loads((tmp_path / "run-teacher" / "convnet3w32" / "teacher.json").read_text())
@@ -86,6 +88,14 @@ def test_one_command_gives_a_scored_set_and_repeats_nothing(world, tmp_path, cap
     assert main(call(world, tmp_path)) == 0
     assert "recommended" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_weak_teacher_of_its_own_needs_more_epochs(world, tmp_path, capsys):
+    arguments = swap(call(world, tmp_path), "train_teachers.epochs=1")
+    assert main([*arguments, "train_teachers.lr=0.0"]) == 2
+    message = capsys.readouterr().err
+    assert "near the chance of 33.3%: 1 epochs on these images are too few; raise train_teachers.epochs" in message
+    assert "class order" not in message
 
 
 def test_selection_by_a_method_alone_has_its_teacher_too(world):

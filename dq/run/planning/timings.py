@@ -38,6 +38,7 @@ from dq.run.planning.refining import refining_speed
 from dq.run.planning.sets import planned_sets
 
 if TYPE_CHECKING:
+    from dq.config.teachers import TeacherConfig
     from dq.data.source import ImageSource
     from dq.diffusion.generator import LatentGenerator
     from dq.networks.teacher import Teacher
@@ -83,14 +84,23 @@ class Speeds:
 
 
 def measure_speeds(
-    config: RunConfig, source: ImageSource, pipe: LatentGenerator | None, device: torch.device, why: Sequence[str] = ()
+    config: RunConfig,
+    source: ImageSource,
+    pipe: LatentGenerator | None,
+    device: torch.device,
+    unknown: Sequence[str] = (),
+    *,
+    untrained: Sequence[TeacherConfig] = (),
 ) -> Speeds:
-    """Time what a run is made of. What cannot be timed here is left out, and said.
+    """Time the operations of a run; those that cannot be timed are listed in `unknown`.
 
     Args:
+        config: settings without `dtype: auto`.
         source: may hold counts alone (`dq.run.planning.plan.like_source`).
-        pipe: the run's generator, or None if it is not at hand.
-        why: reasons that are known already.
+        pipe: the run's generator, or None if it is not available.
+        device: where to run.
+        unknown: reasons why operations cannot be timed.
+        untrained: teachers that are trained before the run.
     """
     facts: dict[str, Any] = {
         "machine": f"{platform.machine()}, {platform.system()}",
@@ -103,11 +113,11 @@ def measure_speeds(
         "image_size": config.image_size,
     }
     found: dict[str, Speed] = {}
-    unknown = list(why)
+    reasons = list(unknown)
     if not source.fingerprint.startswith("like "):
         found["read"] = _reading(config, source, device)
     else:
-        unknown.append("images are not at hand, so neither reading nor teachers")
+        reasons.append("images are not at hand, so neither reading nor teachers")
     if pipe is not None:
         from dq.diffusion.codec import latent_shape
 
@@ -118,13 +128,14 @@ def measure_speeds(
         found |= dict(_generator(config, source, pipe, device, found["decode"], facts))
     if "latent" in facts:
         found |= dict(_clustering(config, source, facts["latent"], device))
+    reasons += [f"selection, as its teacher {t.net} is trained first" for t in untrained]
     try:
-        found |= dict(_teachers(config, source, device, pipe))
+        found |= dict(_teachers(config, source, device, pipe, untrained))
     except InputError as e:
-        unknown.append(f"teachers: {e}")
+        reasons.append(f"teachers: {e}")
     found |= dict(_students(config, source, device))
     found |= dict(_agents(config, source, device))
-    return Speeds(found, facts, tuple(unknown))
+    return Speeds(found, facts, tuple(reasons))
 
 
 # --- one operation each -------------------------------------------------------------------------------------------
@@ -245,14 +256,20 @@ def _clustering(
 
 
 def _teachers(
-    config: RunConfig, source: ImageSource, device: torch.device, pipe: LatentGenerator | None
+    config: RunConfig,
+    source: ImageSource,
+    device: torch.device,
+    pipe: LatentGenerator | None,
+    untrained: Sequence[TeacherConfig],
 ) -> Iterator[tuple[str, Speed]]:
     """The forward pass of all teachers, and a step of every stage of refinement."""
     from dq.diffusion.image_codec import ImageCodec
     from dq.networks.teacher import pooled_logits
+    from dq.networks.teacher_check import naming
     from dq.networks.teacher_loading import load_teachers
     from dq.refine.registry import method_of
     from dq.run.refinement import asked_settings, stages_of
+    from dq.run.stages.select import select_setting
 
     checked = functools.partial(load_teachers, image_size=config.image_size, device=device)
     side = config.image_size
@@ -270,9 +287,11 @@ def _teachers(
     done = set()
     for s in planned_sets(config, source) if real else ():
         settings, name = s.generate.select_teacher, select_operation(s.generate)
-        if settings is not None and s.draws > s.images and name not in done:
+        if settings is not None and settings not in untrained and s.draws > s.images and name not in done:
             done.add(name)
-            yield name, looking(checked([settings], source))
+            with naming(select_setting(config, s.method)):
+                teachers = checked([settings], source)
+            yield name, looking(teachers)
     for method in config.methods if real else ():
         for stage, asked in zip(stages_of(config, method), asked_settings(config, method)):
             name = refine_operation(asked)
