@@ -1,1 +1,1 @@
-"""How good a set is: students trained on it, beside real images of equal number."""
+"""Evaluation of sets: students trained on them and on real images."""

@@ -1,4 +1,4 @@
-"""Real images to compare with: as many as a distilled set has, at random, by coreset rules, or as a teacher's patches.
+"""Baselines of real images: random, coresets, or a teacher's patches.
 
 The rules are functions of arrays that return row numbers; `select` turns one of them into a `DistilledSet`.
 """
@@ -56,7 +56,7 @@ Scores = Callable[[str], Tensor]  # name of a score -> (n,) float, by row of the
 
 
 def nearest_rows(features: Tensor, labels: np.ndarray, ipc: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the real points nearest to k-means centroids, one of each cell, and the sizes of the cells.
+    """Rows nearest to k-means centroids, and the sizes of the cells.
 
     A class with fewer than `ipc` images gives all that it has. One with copies may have fewer cells than that, of
     which `kmeans` warns.
@@ -80,10 +80,10 @@ def nearest_rows(features: Tensor, labels: np.ndarray, ipc: int, seed: int) -> t
 
 
 def bps_rows(features: Tensor, labels: np.ndarray, ipc: int, entropy: Tensor, seed: int) -> np.ndarray:
-    """Rows of prototypes and boundary images of the k-means cells of every class; see `boundary_prototype_rows`.
+    """Rows of prototypes and boundary images of the k-means cells.
 
-    A class has one cell for every two of its images, so that an average cell gives a prototype and a boundary image:
-    the paper's communities have no number that could be taken.
+    See `boundary_prototype_rows`. A class has one cell for every two of its images, so that an average cell gives a
+    prototype and a boundary image: the paper's communities have no fixed number.
 
     Args:
         features: (n, d) float.
@@ -104,7 +104,10 @@ def bps_rows(features: Tensor, labels: np.ndarray, ipc: int, entropy: Tensor, se
 def _cells(
     features: Tensor, labels: np.ndarray, k: int, *, purpose: str, seed: int
 ) -> Iterator[tuple[np.ndarray, Clustering, Tensor]]:
-    """Of every class: its rows (n,), at most k cells, and squared distances (n,) float64 to their centroids."""
+    """Yield rows, at most k cells and squared distances per class.
+
+    Rows are (n,), distances to the centroids (n,) float64.
+    """
     for label, rows, x in centered_classes(features, labels, k):
         cells = kmeans(x, min(k, len(rows)), seed=derive_seed(seed, purpose, label), name=f"class {label}")
         yield rows, cells, (x - cells.centroids[cells.labels]).square().sum(1)
@@ -130,10 +133,11 @@ def select(
     factor: int = 1,
     rank: Rank = "easy",
 ) -> DistilledSet:
-    """A set of real images chosen by one of `BASELINES`, with weights 1, in class order.
+    """Select real images by one of `BASELINES`, with weights 1.
 
     Args:
         name: one of `BASELINES`.
+        source: real images.
         ipc: images per class; a smaller class gives all that it has.
         image_size: side of the images in px.
         seed: of random, nearest, bps and patches; the others are deterministic.
@@ -145,7 +149,10 @@ def select(
         teacher: for patches.
         candidates: (m,) ascending int64 rows of the train split that may be chosen; None: all.
         window_start: of window; see `dq.data.coresets.window_rows`.
-        pool: of patches; see `PatchRecipe`, also for crops, factor and rank.
+        pool: of patches; see `PatchRecipe`.
+        crops: of patches.
+        factor: of patches.
+        rank: of patches.
 
     Raises:
         InputError: if the name is unknown, what the rule needs is missing, or a class has no candidates.
@@ -208,7 +215,7 @@ class _RuleInputs:
 
 
 def _rule_inputs(name: str, source: ImageSource, inputs: _RuleInputs) -> _RuleInputs:
-    """Leave out images that cannot be read, and make CAD a positive weight."""
+    """Leave out unreadable images, and make CAD a positive weight."""
     is_complete = _complete([v for v in (inputs.features, inputs.scores) if v is not None], source)
     if is_complete is not None:
         unreadable = len(is_complete) - int(is_complete.sum())
@@ -225,7 +232,7 @@ def _rule_inputs(name: str, source: ImageSource, inputs: _RuleInputs) -> _RuleIn
 def _rule(
     name: str, inputs: _RuleInputs, ipc: int, *, seed: int, window_start: float
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Indices of the candidates that a rule selects, and points per cell if any."""
+    """Indices of the candidates that a rule selects, and cell sizes."""
     labels, x, score = inputs.labels, inputs.features, inputs.scores
     if name == "nearest" and x is not None:
         return nearest_rows(x, labels, ipc, seed)
@@ -260,7 +267,10 @@ def _score(name: str, scores: Scores | None, source: ImageSource, candidates: np
 
 
 def _positive_weights(cad: Tensor, labels: np.ndarray) -> Tensor:
-    """CAD (m,) as weights: 1 in classes (m,) of which no image has any, since facility location needs a weight."""
+    """CAD (m,) as weights, which are 1 in classes without any.
+
+    Facility location needs a positive weight in every class.
+    """
     weights = cad.clone()
     for label in np.unique(labels):
         rows = torch.from_numpy(labels == label)
@@ -275,9 +285,9 @@ def _positive_weights(cad: Tensor, labels: np.ndarray) -> Tensor:
 
 
 def _complete(values: list[Tensor], source: ImageSource) -> Tensor | None:
-    """Which candidates (m,) bool have features (m, d) and scores (m,); None: all, or those without are refused.
+    """Which candidates have features and scores, (m,) bool; None: all.
 
-    Features and scores of images that cannot be read are NaN.
+    Features (m, d) and scores (m,) of images that cannot be read are NaN. Under `raise` they are refused later.
     """
     masks = [~v.reshape(len(v), -1).isnan().all(1) for v in values]
     if source.on_bad_image == "raise" or all(bool(mask.all()) for mask in masks):
@@ -286,7 +296,7 @@ def _complete(values: list[Tensor], source: ImageSource) -> Tensor | None:
 
 
 def _candidate_labels(source: ImageSource, candidates: np.ndarray | None) -> np.ndarray:
-    """Labels of the rows that may be chosen, checked."""
+    """Check the candidates and return their labels."""
     n = len(source.train)
     if candidates is None:
         labels = source.train.labels

@@ -1,6 +1,7 @@
-"""The scores of DD-Ranking (arXiv 2505.13300), from accuracies as fractions.
+"""Scores of DD-Ranking (arXiv 2505.13300), from accuracies as fractions.
 
-The package `ddranking` 0.2.0 puts percentages into the exponentials below, which saturates them; hence our own.
+The package `ddranking` 0.2.0 puts percentages into the exponentials below, which saturates them; hence this
+implementation.
 """
 
 from __future__ import annotations
@@ -29,31 +30,35 @@ if TYPE_CHECKING:
 
 
 def hlr(full: float, distilled: float) -> float:
-    """Hard-label recovery: accuracy of training on all real data less that on the distilled set, both with hard
-    labels. Lower is better."""
+    """Hard-label recovery: full-data accuracy less that of the distilled set.
+
+    Both are trained with hard labels. Lower is better.
+    """
     return _accuracy("full", full) - _accuracy("distilled", distilled)
 
 
 def ior(distilled: float, random: float) -> float:
-    """Improvement over random: accuracy of the distilled set with its own labels and recipe less that of as many
-    random real images with the same labels and recipe. Higher is better."""
+    """Improvement over random: accuracy of the set less random images' accuracy.
+
+    The set has its own labels and recipe; as many random real images have the same. Higher is better.
+    """
     return _accuracy("distilled", distilled) - _accuracy("random", random)
 
 
 def lrs(ior: float, hlr: float, weight: float = 0.5) -> float:
-    """Label-robust score (e^a - e^-1) / (e - e^-1) with a = weight * IOR - (1 - weight) * HLR, in [0, 1].
+    """Label-robust score, in [0, 1].
 
-    A set as good as random images that recovers all of the accuracy with hard labels has a = 0, a score of 0.269.
+    (e^a - e^-1) / (e - e^-1) with a = weight * IOR - (1 - weight) * HLR. A set as good as random images that recovers
+    all of the accuracy with hard labels has a = 0, a score of 0.269.
     """
     return _score(_weight(weight) * _difference("IOR", ior) - (1 - weight) * _difference("HLR", hlr))
 
 
 def ars(augmented: float, plain: float, weight: float = 0.5) -> float:
-    """Augmentation-robust score (e^b - e^-1) / (e - e^-1) with b = weight * augmented + (1 - weight) * plain.
+    """Augmentation-robust score, in [0, 1].
 
-    Args:
-        augmented: improvement over random (see `ior`) of trainings with augmentation.
-        plain: the same without augmentation.
+    (e^b - e^-1) / (e - e^-1) with b = weight * augmented + (1 - weight) * plain, where `augmented` is the improvement
+    over random (see `ior`) of trainings with augmentation, and `plain` the same without.
     """
     return _score(_weight(weight) * _difference("augmented", augmented) + (1 - weight) * _difference("plain", plain))
 
@@ -82,10 +87,10 @@ def _weight(value: float) -> float:
 
 @dataclass(frozen=True)
 class DDRanking:
-    """Test accuracies per seed, as fractions, and the scores that follow from them.
+    """Test accuracies per seed, as fractions, and their scores.
 
-    Empty fields leave out the scores that need them. `full` may hold a single value for all seeds, since it costs
-    more than the others together.
+    Empty fields leave out the scores that need them. `full` may hold a single value for all seeds, since it costs more
+    than the others together.
 
     Example:
         DDRanking(full=(0.84,), hard=(0.61, 0.63), own=(0.70, 0.71), random=(0.66, 0.67)).summary()["lrs"]
@@ -114,7 +119,7 @@ class DDRanking:
             raise InputError(f"accuracies need the same seeds, but there are {sizes}; give one of every seed to each")
 
     def per_seed(self) -> dict[str, tuple[float, ...]]:
-        """Every score that the accuracies allow, by name: hlr, ior, lrs, ars; one value a seed."""
+        """Available scores by name (hlr, ior, lrs, ars), one per seed."""
         scores: dict[str, tuple[float, ...]] = {}
         full: Sequence[float] = self.full * len(self.hard) if len(self.full) == 1 else self.full
         if full and self.hard:
@@ -129,7 +134,10 @@ class DDRanking:
         return scores
 
     def summary(self) -> dict[str, tuple[float, float | None]]:
-        """Mean and sample standard deviation over seeds of every score; the deviation of one seed is None."""
+        """Mean and sample standard deviation of every score over seeds.
+
+        The deviation of one seed is None.
+        """
         return {name: mean_std(values) for name, values in self.per_seed().items()}
 
 
@@ -160,7 +168,10 @@ class DDRScores:
 
 
 def count_trainings(sets: int, students: int, seeds: int) -> int:
-    """How many trainings `evaluate_ddr` does: own and hard under every lr, augmented and plain, and the full data."""
+    """Number of trainings of `evaluate_ddr`.
+
+    Own and hard labels under every lr, augmented and plain, and the full data.
+    """
     rates = len(LEARNING_RATES)
     return students * (seeds * (rates * (sets + 1) + rates * sets + 2 * (sets + 1)) + 1)
 
@@ -168,7 +179,7 @@ def count_trainings(sets: int, students: int, seeds: int) -> int:
 def ddr_groups(
     recipes: list[dict[str, Any]], *, hard_augmented: bool = False
 ) -> dict[str, tuple[list[dict[str, Any]], tuple[Baseline, ...]]]:
-    """Students and baselines of every part of `evaluate_ddr`, by name, from the recipes' settings."""
+    """Students and baselines of every part of `evaluate_ddr`, by name."""
     # evaluated at half time and at the end, so that the last score can choose an lr
     base = [{**s, "tests": 2, "select": "validation"} for s in recipes]
     hard = [{**s, "labels": "hard", "loss": "kl"} for s in base]
@@ -242,9 +253,9 @@ def evaluate_ddr(
     the sets' own recipe: its labels, optimizer and augmentation. From it follow
     - own: the recipe on the set and on a random subset of equal size, lr tuned for each;
     - hard: the same on the set with hard labels, lr tuned, without mixes and augmentation as in the package, where the
-      crops and mirrors of its image transforms stay; `hard_augmented` keeps all of the recipe;
+    crops and mirrors of its image transforms stay; `hard_augmented` keeps all of the recipe;
     - plain: the recipe without crops, mixes and augmentation, on both, with the recipe's own lr, as the recipe itself
-      is compared for ARS.
+    is compared for ARS.
     lr is tuned per seed over `LEARNING_RATES` on the validation part of train, not on test images as in the package.
     The full data is trained as the set is with hard labels, for the epochs that the recipe names for "full".
 
@@ -272,7 +283,7 @@ def evaluate_ddr(
 
 
 def _scores(records: dict[str, list[dict[str, Any]]], name: str, recipe: int) -> dict[str, Any]:
-    """Scores of a set under a recipe from the records of every part: a row of `DDRScores`."""
+    """Scores of a set under a recipe: a row of `DDRScores`."""
     rates = {
         "hard": _best_rates(records["hard"], name, recipe),
         "own": _best_rates(records["own"], name, recipe),
@@ -294,7 +305,7 @@ def _scores(records: dict[str, list[dict[str, Any]]], name: str, recipe: int) ->
 
 
 def _seed_record(row: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Scores, accuracies and learning rates of one seed: a line of `ddr.csv`."""
+    """Scores, accuracies and learning rates of one seed."""
     raw = {k: v for k, v in dataclasses.asdict(row["raw"]).items() if isinstance(v, tuple) and v}
     return {
         **{k: row[k] for k in ("set", "student", "protocol", "settings")},
@@ -316,7 +327,10 @@ def _last(records: list[dict[str, Any]]) -> tuple[float, ...]:
 
 
 def _best_rates(records: list[dict[str, Any]], name: str, recipe: int) -> list[dict[str, Any]]:
-    """By seed, the training under the lr whose last look at the validation images was best."""
+    """By seed, the training under the best lr.
+
+    Best is the last score on the validation images.
+    """
     rates = len(LEARNING_RATES)
     matching = [r for r in records if r["set"] == name and r["recipe"] // rates == recipe]
     chosen = []

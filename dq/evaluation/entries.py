@@ -1,4 +1,4 @@
-"""Lines of a table: sets of any origin, selected real images, and all of train, each loaded when its turn comes."""
+"""Entries of a results table: sets, selected real images, and full data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger("dq")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table: a set as it is for a seed. Loaded when its turn comes, since sets may be large."""
+    """A set on which students are trained, loaded when it is needed."""
 
     name: str  # method, baseline or external set
     ipc: str  # "10", or "full"
@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Work:
-    """Where an evaluation keeps its files, and who does what."""
+    """Folder and processes of an evaluation."""
 
     folder: Path
     accelerator: Accelerator
@@ -62,11 +62,10 @@ class Work:
 
 
 def baseline_entries(real_data: RealData, evaluate: EvaluateConfig, work: Work, sizes: dict[str, int]) -> list[Entry]:
-    """Selection baselines and the full data. Each selected set is saved once.
+    """Entries of selection baselines and the full data.
 
-    Args:
-        sizes: images per class of the baselines for each ipc of the table, which differ where several images are drawn
-            from one prototype.
+    Each selected set is saved once. `sizes` holds images per class of the baselines for each ipc of the table, which
+    differ where several images are drawn from one prototype.
     """
     counts = np.bincount(real_data.source.train.labels[real_data.candidates], minlength=real_data.classes)
     seeds = tuple(range(evaluate.seeds))
@@ -105,7 +104,7 @@ def _selected(real_data: RealData, folder: Path, name: str, ipc: int, options: d
         if isinstance(e, Damaged):
             log.warning("%s; it is made again", e)
             (folder / "set" / "provenance.json").unlink(missing_ok=True)
-    made = select(
+    selected = select(
         name,
         real_data.source,
         ipc,
@@ -116,7 +115,7 @@ def _selected(real_data: RealData, folder: Path, name: str, ipc: int, options: d
         candidates=real_data.candidates,
         **options,
     )
-    made.save(folder, "set")
+    selected.save(folder, "set")
     return DistilledSet.load(folder, "set")
 
 
@@ -125,15 +124,17 @@ def _difficulty(real_data: RealData) -> DifficultyCache:
 
 
 def _score(real_data: RealData, score: str) -> Tensor:
-    """A score (n,) of all train images: a teacher's, or of difficulty."""
+    """A score (n,) of all train images, by teachers or difficulty."""
     if score in ("probability", "entropy"):
         return real_data.predictions()[score]
     return _difficulty(real_data).by_row(score, real_data.difficulty.runs, len(real_data.source.train))
 
 
 def prepare_selections(names: Iterable[str], real_data: RealData, work: Work) -> None:
-    """Make what these baselines go by, before processes share them: features and predictions once, by the main
-    process, and runs of difficulty scores by all."""
+    """Compute features, predictions and difficulty before processes share baselines.
+
+    Features and predictions are made once, by the main process, and runs of difficulty scores by all.
+    """
     chosen = set(names)
     if work.main and chosen & set(BY_FEATURES):
         real_data.features()
@@ -148,7 +149,7 @@ def prepare_selections(names: Iterable[str], real_data: RealData, work: Work) ->
 def check_difficulty(
     baselines: Sequence[Baseline], difficulty: DifficultyConfig, classes: int, image_size: int
 ) -> None:
-    """Whether an agent can score the train images as baselines need it.
+    """Check that difficulty can be scored as the baselines need it.
 
     Raises:
         InputError: for a network that does not fit the images, or runs too short for a deviation over epochs.

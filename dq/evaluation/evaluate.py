@@ -1,4 +1,4 @@
-"""Proof: fresh students trained on every set and on its baselines, tested on real images, n seeds each."""
+"""Evaluation of sets and baselines by students tested on real images."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def evaluate_records(
     cache_dir: Path,
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
-    """Train on sets and on baselines of equal size; return the records of trainings.
+    """Train on sets and on baselines of equal size; return records.
 
     Files and resume are as in a run.
 
@@ -200,7 +200,9 @@ def evaluate(
     accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> Results:
-    """Train fresh students on a set and on baselines of equal size, and test them on `source.test`.
+    """Train students on a set and on baselines, and test them.
+
+    The baselines have as many images as the set; tests are on `source.test`.
 
     Args:
         distilled: a set, or what `load_set` opens.
@@ -214,6 +216,7 @@ def evaluate(
         difficulty: how difficulty is measured, for the baselines facility_cad, window and forgetting.
         image_size: side in px at which students train; None: the set's.
         output_dir: where records and labels are kept, so that the same call continues; None: nowhere.
+        cache_dir: folder of features and of full-data results, used with `output_dir`.
         accelerator: where to train; None: the accelerator of this machine if there is one.
         **settings: fields of `StudentConfig` for all students; `epochs` may be a mapping by ipc.
 

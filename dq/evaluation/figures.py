@@ -1,4 +1,4 @@
-"""Figures of results: accuracy against images per class, across networks, and against the bytes of the labels."""
+"""Figures of results: accuracy by images per class, network, and label bytes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 
 from dq.evaluation.results import recipe_names
 
-COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#8d6a9f", "#b8860b", "#444444", "#2a9d8f", "#a23b72")
+COLORS = ("#3b6ea5", "#c8553d", "#588157", "#8d6a9f", "#b8860b", "#444444", "#2a9d8f", "#a23b72")
 MARKERS = "osD^vPX*"
 
 
 def results_figures(records: list[dict[str, str]], figure: Any) -> Iterable[tuple[str, Any]]:
-    """Yield (name, figure) of everything that the rows of `summary.csv` allow.
+    """Yield (name, figure) for everything that `summary.csv` allows.
 
-    Args:
-        records: rows as read from the file; accuracies are fractions.
-        figure: makes an empty figure from its width and height in inches.
+    `records` are rows as read from the file; accuracies are fractions. `figure` makes an empty figure from its width
+    and height in inches.
     """
     names = recipe_names(records)
     by_recipe: dict[str, list[dict[str, str]]] = {}
@@ -31,13 +30,16 @@ def results_figures(records: list[dict[str, str]], figure: Any) -> Iterable[tupl
 
 
 def against_ipc(by_recipe: dict[str, list[dict[str, str]]], figure: Any) -> Any:
-    """Accuracy over images per class, one panel per recipe; full data as a line across."""
+    """Accuracy over images per class, one panel per recipe.
+
+    Full data is a horizontal line.
+    """
     drawn = figure(5.2 * len(by_recipe), 4)
-    for ax, (recipe, rows) in zip(drawn.subplots(1, len(by_recipe), squeeze=False)[0], by_recipe.items()):
+    for ax, (recipe, rows) in zip(drawn.subplots(1, len(by_recipe), squeeze=False)[0], by_recipe.items(), strict=True):
         for i, name in enumerate(_sets(rows)):
-            own = sorted((r for r in rows if r["set"] == name), key=lambda r: int(r["ipc"]))
-            x = [int(r["ipc"]) for r in own]
-            ax.errorbar(x, *_accuracies(own), label=name, **_style(i), capsize=3)
+            points = sorted((r for r in rows if r["set"] == name), key=lambda r: int(r["ipc"]))
+            x = [int(r["ipc"]) for r in points]
+            ax.errorbar(x, *_accuracies(points), label=name, **_style(i), capsize=3)
         for r in rows:
             if r["ipc"] == "full":
                 ax.axhline(100 * float(r["last_mean"]), color="#222", lw=1, ls=":", label="all of train")
@@ -50,20 +52,20 @@ def against_ipc(by_recipe: dict[str, list[dict[str, str]]], figure: Any) -> Any:
 
 
 def across_networks(records: list[dict[str, str]], figure: Any) -> Any:
-    """Bars per network at each number of images per class, sets side by side."""
+    """Bars per network and set at each number of images per class."""
     ipcs = sorted({int(r["ipc"]) for r in records if r["ipc"] != "full"})
     names = recipe_names(records)
     drawn = figure(max(7, 1.6 * len({r["student"] for r in records}) * len(ipcs)), 3.6)
-    for ax, ipc in zip(drawn.subplots(1, len(ipcs), squeeze=False)[0], ipcs):
+    for ax, ipc in zip(drawn.subplots(1, len(ipcs), squeeze=False)[0], ipcs, strict=True):
         rows = [r for r in records if r["ipc"] == str(ipc)]
         recipes = list(dict.fromkeys(int(r["recipe"]) for r in rows))
         sets = _sets(records)
         width = 0.8 / len(sets)
         for i, name in enumerate(sets):
-            own = [r for r in rows if r["set"] == name]
-            x = [recipes.index(int(r["recipe"])) + (i - (len(sets) - 1) / 2) * width for r in own]
-            height, error = _accuracies(own)
-            ax.bar(x, height, width, yerr=error, label=name, color=COLOURS[i % len(COLOURS)], capsize=2)
+            points = [r for r in rows if r["set"] == name]
+            x = [recipes.index(int(r["recipe"])) + (i - (len(sets) - 1) / 2) * width for r in points]
+            height, error = _accuracies(points)
+            ax.bar(x, height, width, yerr=error, label=name, color=COLORS[i % len(COLORS)], capsize=2)
         ax.set(ylabel="test accuracy, %", title=f"{ipc} images per class")
         ax.set_xticks(range(len(recipes)), [names[n] for n in recipes], fontsize=8)
         ax.legend(fontsize=7)
@@ -71,14 +73,14 @@ def across_networks(records: list[dict[str, str]], figure: Any) -> Any:
 
 
 def against_label_bytes(records: list[dict[str, str]], figure: Any) -> Any:
-    """Accuracy over the bytes of stored labels; sets without stored labels stay out."""
+    """Accuracy over the bytes of stored labels, for sets with them."""
     drawn = figure(7, 4)
     ax = drawn.subplots()
     rows = [r for r in records if int(r["label_bytes"]) and r["ipc"] != "full"]
     for i, key in enumerate(dict.fromkeys((r["set"], r["ipc"]) for r in rows)):
-        own = sorted((r for r in rows if (r["set"], r["ipc"]) == key), key=lambda r: int(r["label_bytes"]))
-        x = [int(r["label_bytes"]) for r in own]
-        ax.errorbar(x, *_accuracies(own), label=f"{key[0]}, IPC {key[1]}", **_style(i), capsize=3)
+        points = sorted((r for r in rows if (r["set"], r["ipc"]) == key), key=lambda r: int(r["label_bytes"]))
+        x = [int(r["label_bytes"]) for r in points]
+        ax.errorbar(x, *_accuracies(points), label=f"{key[0]}, IPC {key[1]}", **_style(i), capsize=3)
     ax.set(xscale="log", xlabel="bytes of soft labels", ylabel="test accuracy, %")
     ax.legend(fontsize=7)
     return drawn
@@ -89,9 +91,9 @@ def _sets(rows: list[dict[str, str]]) -> list[str]:
 
 
 def _accuracies(rows: list[dict[str, str]]) -> tuple[list[float], list[float]]:
-    """Means and standard deviations in percent; a single seed has no error bar."""
+    """Means and standard deviations in percent (0 for a single seed)."""
     return [100 * float(r["last_mean"]) for r in rows], [100 * float(r["last_std"] or 0) for r in rows]
 
 
 def _style(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2}
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2}

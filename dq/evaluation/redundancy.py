@@ -1,4 +1,4 @@
-"""Redundancy of a set: how well a student that was trained on one slice of its images classifies the next."""
+"""Redundancy: accuracy of students of one slice on the next slice."""
 
 from __future__ import annotations
 
@@ -25,20 +25,18 @@ LARGEST_SLICE = 10  # images per class, as in LGD; half of the images of a small
 
 
 def slice_size(images: int) -> int:
-    """Images per class of a slice, where the smallest class of a set has `images`; 0 where two slices do not fit."""
+    """Images per class of a slice; 0 where two do not fit.
+
+    `images` is the number of the smallest class of the set.
+    """
     return min(LARGEST_SLICE, images // 2)
 
 
 def slice_of(s: DistilledSet, size: int, number: int) -> DistilledSet:
-    """The images of ranks number * size, ..., (number + 1) * size - 1 of every class, in the order of the set.
+    """The slice of a set with this number.
 
-    Args:
-        s: a set in class order.
-        size: images per class of a slice.
-        number: of the slice, from 0.
-
-    Returns:
-        A set of classes * size images, in class order.
+    It has the images of ranks number * size, ..., (number + 1) * size - 1 of every class, in the order of the set,
+    which is class order.
     """
     rank = torch.arange(len(s)) - torch.searchsorted(s.labels.contiguous(), s.labels.contiguous())
     rows = (rank // size == number).nonzero()[:, 0]
@@ -50,10 +48,10 @@ def slice_of(s: DistilledSet, size: int, number: int) -> DistilledSet:
 def train_with_redundancy(
     trainings: Sequence[Training], real_data: RealData, work: Work, evaluate: EvaluateConfig
 ) -> list[dict[str, Any]]:
-    """`train_all`; with `evaluate.redundancy`, every record also has the `redundancy` of its set.
+    """`train_all`; with `evaluate.redundancy`, records also have `redundancy`.
 
-    A second student with the same settings and seed learns from the first slice of the set's images of every class
-    and is tested on the second (after LGD's increments of ten images). High accuracy says that the second slice adds
+    A second student with the same settings and seed learns from the first slice of the set's images of every class and
+    is tested on the second (after LGD's increments of ten images). High accuracy says that the second slice adds
     little. Sets with classes of one image, and the full data, have none.
     """
     records = train_all(trainings, real_data, work)
@@ -74,12 +72,12 @@ def train_with_redundancy(
         if size := sizes[t.entry.identity]:
             sliced[i] = _on_slice(t, size, real_data)
     values = train_all(list(sliced.values()), real_data, work, what="redundancy")
-    numbers = {i: record["last"] for i, record in zip(sliced, values)}
+    numbers = {i: record["last"] for i, record in zip(sliced, values, strict=True)}
     return [r | ({"redundancy": numbers[i]} if i in numbers else {}) for i, r in enumerate(records)]
 
 
 def _on_slice(t: Training, size: int, real_data: RealData) -> Training:
-    """The training of the same student on the first slice of the set of t, tested on the second."""
+    """The same training on the first slice, tested on the second."""
 
     def part(number: int) -> DistilledSet:
         return slice_of(t.entry.load(), size, number)

@@ -1,4 +1,4 @@
-"""Results of trainings as rows, CSV, Markdown and statements about differences."""
+"""Results of trainings as rows, CSV, Markdown and comparisons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ log = logging.getLogger("dq")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a results table: a set, a student, all its seeds. Accuracies are fractions."""
+    """A line of a results table: a set, a student, all seeds.
+
+    Accuracies are fractions.
+    """
 
     set: str  # method, baseline or external set
     ipc: str  # "10", or "full"
@@ -38,7 +41,7 @@ class Row:
     selected_on: str  # validation, test or none
     recipe: int  # which student of the configuration, from 0
     test_images: int
-    seconds: float  # of training without looks, mean over seeds
+    seconds: float  # of training without evaluation, mean over seeds
     image_bytes: int
     label_bytes: int  # of the soft labels on disk
     protocol: str  # name of the preset
@@ -48,9 +51,10 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         last, best = mean_std(self.last), mean_std(self.best)
-        krr = dict(zip(("krr_mean", "krr_std"), mean_std(self.krr))) if self.krr else {}
-        names = ("redundancy_mean", "redundancy_std")
-        redundancy = dict(zip(names, mean_std(self.redundancy))) if self.redundancy else {}
+        optional: dict[str, float | None] = {}
+        for name, values in (("krr", self.krr), ("redundancy", self.redundancy)):
+            if values:
+                optional[f"{name}_mean"], optional[f"{name}_std"] = mean_std(values)
         return {
             "set": self.set,
             "ipc": self.ipc,
@@ -69,7 +73,7 @@ class Row:
             "label_bytes": self.label_bytes,
             "protocol": self.protocol,
             "settings": self.settings,
-            **{k: None if v is None else round(v, 5) for k, v in (krr | redundancy).items()},
+            **{k: None if v is None else round(v, 5) for k, v in optional.items()},
         }
 
 
@@ -78,13 +82,14 @@ def settings_line(c: StudentConfig) -> str:
     parts = [
         f"{c.epochs} epochs",
         f"batch {c.batch_size}" + (f" in {c.accumulate} parts" if c.accumulate > 1 else ""),
-        f"{c.optimizer} lr {c.lr:g}{' or learned' * c.learned_lr} wd {c.weight_decay:g}"
-        + (f" momentum {c.momentum:g}" * (c.optimizer == "sgd")),
+        f"{c.optimizer} lr {c.lr:g}{' or learned' if c.learned_lr else ''} wd {c.weight_decay:g}"
+        + (f" momentum {c.momentum:g}" if c.optimizer == "sgd" else ""),
         c.schedule + (f" zeta {c.zeta:g}" if c.zeta != 1 else "") + (f" to {c.lr_floor:g} lr" if c.lr_floor else ""),
         *_changed_schedule(c),
         f"augment {c.augment}",
     ]
-    parts += [f"weight decay {'' if c.decay_vectors else 'not '}of biases and norms"] * (c.decay_vectors is not None)
+    if c.decay_vectors is not None:
+        parts.append(f"weight decay {'' if c.decay_vectors else 'not '}of biases and norms")
     view, plain = to_dict(c.views), to_dict(ViewConfig())
     parts += [f"{k} {_short(v)}" for k, v in view.items() if v != plain[k]]
     if c.labels == "hard":
@@ -108,7 +113,8 @@ def settings_line(c: StudentConfig) -> str:
 def _changed_schedule(c: StudentConfig) -> list[str]:
     changed = c.milestones != StudentConfig.milestones or c.step_factor != StudentConfig.step_factor
     steps = "-".join(f"{m:.4g}" for m in c.milestones)
-    return [f"times {c.step_factor:g} at {steps}"] * changed + [f"{c.warmup} epochs of warm-up"] * (c.warmup > 0)
+    parts = [f"times {c.step_factor:g} at {steps}"] if changed else []
+    return [*parts, f"{c.warmup} epochs of warm-up"] if c.warmup > 0 else parts
 
 
 def _short(value: Any) -> str:
@@ -118,7 +124,10 @@ def _short(value: Any) -> str:
 
 
 def summarize(records: list[dict[str, Any]]) -> list[Row]:
-    """Group trainings that differ in their seed alone, in the order of first appearance."""
+    """Group trainings that differ only in their seed.
+
+    Rows are in the order of first appearance.
+    """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in records:
         key = tuple(r[k] for k in ("set", "ipc", "student", "labels", "settings", "recipe"))
@@ -166,12 +175,10 @@ ROW = ("set", "ipc", "student", "labels", "protocol", "settings")  # what names 
 
 
 def warn_of_lost_rows(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Warn of results that the tables in `folder`, which are there, have and new ones will not have: rows that leave
-    because settings have changed, rows measured on something else, and rows of which seeds leave.
+    """Warn of results in existing tables that new tables will lack.
 
-    Args:
-        folder: with `summary.csv` and `trainings.jsonl`.
-        records: of the trainings of the new tables.
+    These are rows that leave because settings have changed, rows measured on something else, and rows of which seeds
+    leave. `folder` has `summary.csv` and `trainings.jsonl`; `records` are of the trainings of the new tables.
     """
     summary = folder / "summary.csv"
     new = {tuple(str(r[k]) for k in ROW) for r in records}
@@ -190,8 +197,11 @@ def warn_of_lost_rows(folder: Path, records: list[dict[str, Any]]) -> None:
         both = [seed for seed in was if seed in now]
         others = [k for k in GROUNDS if any(None not in (x := (was[s][k], now[s][k])) and x[0] != x[1] for s in both)]
         gone = sorted(set(was) - set(now))
-        changed += [f"{_row_name(row)} (other {' and '.join(others)})"] * bool(others)
-        fewer += [f"{_row_name(row)} (without seed{'s' * (len(gone) > 1)} {', '.join(map(str, gone))})"] * bool(gone)
+        if others:
+            changed.append(f"{_row_name(row)} (other {' and '.join(others)})")
+        if gone:
+            seeds = f"seed{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+            fewer.append(f"{_row_name(row)} (without {seeds})")
     for rows, what in ((changed, "are measured anew on something else"), (fewer, "lose seeds")):
         if rows:
             log.warning(
@@ -210,8 +220,10 @@ GROUNDS = ("images of the set", "real images", "teachers", "version of dq")
 
 
 def _grounds_by_row(records: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, dict[str, Any]]]:
-    """For every row and seed, what the result hangs on beside that which names the row; None where a record lacks
-    it."""
+    """What a result depends on beside its row, by row and seed.
+
+    None where a record lacks it.
+    """
     rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for r in records:
         data, software = (x if isinstance(x := r.get(k), dict) else {} for k in ("data", "software"))
@@ -225,32 +237,31 @@ def _grounds_by_row(records: list[dict[str, Any]]) -> dict[tuple[str, ...], dict
         ]
         if type(r.get("seed")) is int:  # else it is no record of a training
             row = tuple(str(r.get(k, "")) for k in ROW)
-            rows.setdefault(row, {})[r["seed"]] = dict(zip(GROUNDS, grounds))
+            rows.setdefault(row, {})[r["seed"]] = dict(zip(GROUNDS, grounds, strict=True))
     return rows
 
 
 def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """A name for every recipe (student of the configuration) among rows of results: network and labels, and what else
-    tells it from others of the same: the protocol, settings, else its number.
+    """A distinct name for every recipe (student of the configuration).
 
-    Args:
-        records: `Row.record()`s, or the rows of a `summary.csv`.
+    It has network and labels, and what else tells it from others of the same: the protocol, settings, else its number.
+    `records` are `Row.record()`s, or the rows of a `summary.csv`.
     """
     pieces: dict[int, set[str]] = {}
     base: dict[int, str] = {}
     for r in records:
-        n, own = int(r["recipe"]), {f"protocol {r['protocol']}", *str(r["settings"]).split(", ")}
+        n, parts = int(r["recipe"]), {f"protocol {r['protocol']}", *str(r["settings"]).split(", ")}
         base[n] = f"{r['student']}, {r['labels']}"
-        pieces[n] = pieces[n] & own if n in pieces else own  # epochs differ between numbers of images
+        pieces[n] = pieces[n] & parts if n in pieces else parts  # epochs differ between numbers of images
     names = {}
     for n in sorted(base):
         twins = [m for m in base if base[m] == base[n]]
         shared = set.intersection(*(pieces[m] for m in twins))
         differ = sorted(pieces[n] - shared, key=lambda piece: (not piece.startswith("protocol "), piece))
-        told = {tuple(sorted(pieces[m] - shared)) for m in twins}
+        distinct = {tuple(sorted(pieces[m] - shared)) for m in twins}
         if len(twins) == 1:
             names[n] = base[n]
-        elif differ and len(differ) <= 2 and len(told) == len(twins):
+        elif differ and len(differ) <= 2 and len(distinct) == len(twins):
             names[n] = ", ".join([base[n], *(piece.removeprefix("protocol ") for piece in differ)])
         else:
             names[n] = f"{base[n]} #{n + 1}"
@@ -258,10 +269,10 @@ def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def accuracy_table(rows: list[Row], *, which: str = "last") -> str:
-    """Accuracy in percent, mean ± std over seeds: one line per set, one column per recipe and ipc.
+    """Accuracy in percent, mean ± std over seeds.
 
-    Args:
-        which: "last" epoch, "best" epoch, or "redundancy" of the rows that have one.
+    One line per set, one column per recipe and ipc. `which` is the "last" epoch, the "best" epoch, or "redundancy" of
+    the rows that have one.
     """
     rows = [r for r in rows if getattr(r, which)]
     columns = list(dict.fromkeys((r.recipe, r.student, r.labels, r.ipc) for r in rows))
@@ -277,7 +288,7 @@ def accuracy_table(rows: list[Row], *, which: str = "last") -> str:
     what = "last epoch" if which != "best" else f"best epoch, chosen on {' or '.join(chosen) or 'nothing'}"
     used = "; ".join(dict.fromkeys(f"{r.protocol}, {r.student}: {r.settings}" for r in rows))
     tested = "Redundancy: accuracy on the next slice of a set" if which == "redundancy" else "Top-1 test accuracy"
-    note = f"{tested} in %, {what}, mean ± std over {seeds} seed{'s' * (seeds != '1')}."
+    note = f"{tested} in %, {what}, mean ± std over {seeds} seed{'' if seeds == '1' else 's'}."
     if which == "last" and any(r.krr for r in rows):
         note += " In parentheses: kernel ridge regression on the students' features."
     return "\n".join([markdown_table(["set", *head], body), "", note, f"Protocols: {used}."])
@@ -294,7 +305,7 @@ def _order(ipc: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of equal number under one recipe."""
+    """Two sets of equal size under one recipe."""
 
     a: Row
     b: Row
@@ -346,8 +357,11 @@ class Comparison:
 
 
 def compare(rows: list[Row]) -> list[Comparison]:
-    """What may be said of pairs of rows at equal ipc and recipe, over the seeds that both have: every set and baseline
-    against random images, and sets against one another. Rows of unequal numbers of images are not compared."""
+    """Compare pairs of rows at equal ipc and recipe.
+
+    Over the seeds that both have: every set and baseline against random images, and sets against one another. Rows of
+    unequal numbers of images are not compared.
+    """
     pairs = []
     names = recipe_names([r.record() for r in rows])
     for i, a in enumerate(rows):
@@ -356,14 +370,17 @@ def compare(rows: list[Row]) -> list[Comparison]:
             sets = {a.set, b.set}.isdisjoint(get_args(Baseline)) and i < rows.index(b)
             both = sorted(set(a.seeds) & set(b.seeds))
             if same and both and (sets or b.set == "random"):
-                x, y = ([dict(zip(r.seeds, r.last))[s] for s in both] for r in (a, b))
+                x, y = ([dict(zip(r.seeds, r.last, strict=True))[s] for s in both] for r in (a, b))
                 pairs.append((a, b, paired_difference(x, y, test_images=a.test_images)))
     corrected = iter(holm([d.p_value for _, _, d in pairs if d.p_value is not None]))
     return [Comparison(a, b, d, names[a.recipe], None if d.p_value is None else next(corrected)) for a, b, d in pairs]
 
 
 def tables_text(rows: list[Row]) -> str:
-    """What is printed of an evaluation: last epochs, best epochs where some were chosen, and what follows."""
+    """Text of an evaluation: accuracies and comparisons.
+
+    Best epochs are shown where some were chosen.
+    """
     best = any(r.selected_on != "none" for r in rows)
     parts = [accuracy_table(rows), *([accuracy_table(rows, which="best")] if best else [])]
     parts += [accuracy_table(rows, which="redundancy")] if any(r.redundancy for r in rows) else []
@@ -372,7 +389,7 @@ def tables_text(rows: list[Row]) -> str:
 
 
 def statements(rows: list[Row]) -> str:
-    """The comparisons as text, one a line."""
+    """The comparisons as text, one per line."""
     comparisons = compare(rows)
     lines = [str(c) for c in comparisons]
     if len(comparisons) > 1:
@@ -391,7 +408,7 @@ def statements(rows: list[Row]) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """Rows of a table and what may be said of their differences; prints as both."""
+    """Rows of a results table and their comparisons; prints as both."""
 
     rows: tuple[Row, ...]
 
@@ -400,7 +417,7 @@ class Results:
         return compare(list(self.rows))
 
     def to_pandas(self) -> pd.DataFrame:
-        """One line per set and student: mean and std of accuracies over seeds, protocol and settings."""
+        """Rows as a data frame, one line per set and student."""
         import pandas as pd
 
         return pd.DataFrame([r.record() for r in self.rows])

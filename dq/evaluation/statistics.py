@@ -1,4 +1,4 @@
-"""Mean and spread over seeds, differences between two sets, and how they are written."""
+"""Statistics over seeds: means, paired differences, and their format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dq.core.errors import InputError
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, sqrt(sum_i (v_i - mean)^2 / (n - 1)); None for a single value."""
+    """Mean and sample standard deviation; None for a single value.
+
+    The deviation is sqrt(sum_i (v_i - mean)^2 / (n - 1)).
+    """
     if not values:
         raise InputError("there are no results to average; evaluate at least one seed")
     mean = math.fsum(values) / len(values)
@@ -27,7 +30,7 @@ def format_mean_std(values: Sequence[float], *, digits: int = 1) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences with a confidence interval, and what may be said of it."""
+    """Mean of paired differences with a confidence interval."""
 
     mean: float
     low: float  # -inf with a single pair
@@ -45,11 +48,12 @@ class Difference:
 def paired_difference(
     a: Sequence[float], b: Sequence[float], *, test_images: int | None = None, confidence: float = 0.95
 ) -> Difference:
-    """a - b, pair by pair: students of the same seed start from the same weights and see batches in the same order.
+    """Student's interval of paired differences a - b.
 
-    The interval is Student's: mean +- t(n - 1) sqrt(std^2 / n + v), for differences that are about normal. The draw of
-    the test images adds at least v = (|mean| - mean^2) / test_images, McNemar's variance if all images on which the
-    two differ speak for one side. Without it, equal differences by chance of few seeds would look certain.
+    Students of the same seed start from the same weights and see batches in the same order. The interval is mean +-
+    t(n - 1) sqrt(std^2 / n + v), for differences that are about normal. The draw of the test images adds at least v =
+    (|mean| - mean^2) / test_images, McNemar's variance if all images on which the two differ speak for one side.
+    Without it, equal differences by chance of few seeds would look certain.
 
     The interval covers the seeds of training (and of the draw, for random subsets), not the making of the two sets;
     several comparisons of one table are not corrected for one another: see `holm`.
@@ -59,7 +63,7 @@ def paired_difference(
     """
     if len(a) != len(b):
         raise InputError(f"a paired difference needs the same seeds on both sides, not {len(a)} and {len(b)}")
-    mean, std = mean_std([x - y for x, y in zip(a, b)])
+    mean, std = mean_std([x - y for x, y in zip(a, b, strict=True)])
     if std is None:
         return Difference(mean, -math.inf, math.inf, 1, confidence)
     from scipy.stats import t
@@ -72,7 +76,7 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number: the familywise error rate of those below a level is at most that level.
+    """Holm-adjusted p values, which control the familywise error rate.
 
     The i-th smallest of m becomes max_{j <= i} min(1, (m - j + 1) p_j) (Holm, "A simple sequentially rejective
     multiple test procedure", Scandinavian Journal of Statistics 6, 1979). scipy has no function for it.

@@ -1,4 +1,4 @@
-"""Train a student on a small labelled set and test it on real images."""
+"""Students: training on a small labeled set, tests on real images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KRR_BATCH = 500  # images at once
 
 @dataclass(frozen=True)
 class StudentResult:
-    """What one student reached. Accuracies are fractions of the test images."""
+    """Accuracies of a student, as fractions of the test images."""
 
     last: float  # after the last epoch: the number to report
     best: float  # of the epoch that was best where `selected_on` says
@@ -45,7 +45,7 @@ class StudentResult:
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images and labels, (M, 3, S, S) and (M,), to evaluate students on."""
+    """Real images (M, 3, S, S) and labels (M,) to evaluate on."""
 
     test: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor] | None = None  # to choose an epoch by
@@ -118,13 +118,16 @@ def train_student(
 def krr_accuracy(
     net: nn.Module, images: Tensor, targets: Tensor, test: tuple[Tensor, Tensor], *, pixels: Pixels
 ) -> float:
-    """FRePo's second predictor: kernel ridge regression on a network's last features, with the distilled set as
-    support; the share of test images whose largest prediction is their class.
+    """Accuracy of FRePo's kernel ridge regression on a network's last features.
+
+    The distilled set is the support, and the prediction of a test image its largest output.
 
     Args:
+        net: trained network.
         images: (N, 3, S, S) on the network's device, uint8 or float.
         targets: (N, C) regression labels.
         test: images and labels.
+        pixels: what is done to images before the network.
     """
     with evaluation_mode(net), head_inputs(net) as seen:
 
@@ -226,7 +229,7 @@ MIN_PROBABILITY = 1e-7  # below float16, in which label vectors are stored
 
 @dataclass(frozen=True)
 class StudentData:
-    """What a student is trained on."""
+    """Images and labels of a set to train on."""
 
     images: Tensor  # (N, 3, S, S) uint8 or float32 in [0, 1]
     labels: Tensor  # (N,) int64
@@ -236,7 +239,10 @@ class StudentData:
 
 
 def training_data(s: DistilledSet, image_size: int) -> StudentData:
-    """A set as training data: images brought to the students' size in px, probabilities as their logarithms."""
+    """A set as training data, at the students' size in px.
+
+    Probabilities become their logarithms.
+    """
     images = resized(s.images, image_size, bounded=s.bounded)
     soft = s.soft_labels
     if soft is not None and s.label_kind == "probabilities":
@@ -245,8 +251,10 @@ def training_data(s: DistilledSet, image_size: int) -> StudentData:
 
 
 def regression_labels(s: DistilledSet) -> Tensor:
-    """What a student with loss=mse learns from, (N, C): a set's regression labels, else its probabilities or logits
-    turned into such, else its classes (FRePo's scaling)."""
+    """Regression labels (N, C) for a student with loss=mse.
+
+    A set's regression labels, else its probabilities or logits turned into such, else its classes (FRePo's scaling).
+    """
     if s.soft_labels is None:
         return first_labels(centered_targets(s.labels, len(s.class_names)))
     soft = s.soft_labels.float()
@@ -256,8 +264,11 @@ def regression_labels(s: DistilledSet) -> Tensor:
 
 
 def fixed_labels(s: DistilledSet, data: StudentData, student: StudentConfig) -> Tensor | TargetSource | None:
-    """What a student with labels=fixed learns from, (N, C); None if the set has no label vectors and the loss needs a
-    teacher's. For loss=kl, regression labels are the logits labels / temperature, with the set's recorded one."""
+    """Label vectors (N, C) for a student with labels=fixed.
+
+    None if the set has no label vectors and the loss needs a teacher's. For loss=kl, regression labels are the logits
+    labels / temperature, with the set's recorded one.
+    """
     if student.loss == "mse":
         return regression_labels(s)
     temperature = recorded_temperature(s)
@@ -267,15 +278,16 @@ def fixed_labels(s: DistilledSet, data: StudentData, student: StudentConfig) -> 
 
 
 def recorded_temperature(s: DistilledSet) -> float | None:
-    """The temperature that was fitted for a set's regression labels; None if it has none."""
+    """The temperature fitted for a set's regression labels, or None."""
     stages = s.provenance.get("refine") or []
     fitted = [t for r in stages if (t := r.get("summary", {}).get("label_temperature")) is not None]
     return fitted[-1] if fitted and s.label_kind == "regression" else None
 
 
 def check_whitening(s: DistilledSet, name: str, student: StudentConfig, real_data: RealData) -> None:
-    """Refuse a set whose images were learned behind the whitening of other images than the student's; a student that
-    whitens otherwise, or not at all, is a protocol of its own, which a note names.
+    """Refuse a set learned behind the whitening of other images.
+
+    A student that whitens otherwise, or not at all, is a protocol of its own, which is logged.
 
     Raises:
         InputError: that names the set.

@@ -1,4 +1,4 @@
-"""Trainings as units of work: which set, which student, which seed; the labels they need; one record file each."""
+"""Trainings as units of work, their labels, and their record files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def students_of(
     image_size: int,
     teachers: Sequence[TeacherConfig] = (),
 ) -> dict[tuple[int, str], StudentConfig]:
-    """Settings of every student for every ipc; a protocol may have others for a certain teacher.
+    """Settings of every student for every ipc.
+
+    A protocol may have others for a certain teacher.
 
     Raises:
         InputError: for an unknown network, protocol or setting.
@@ -108,7 +110,7 @@ def trainings_of(
     evaluate: EvaluateConfig,
     work: Work,
 ) -> list[Training]:
-    """All trainings, recipe by recipe, each with the file of its record."""
+    """All trainings, recipe by recipe, with the files of their records."""
     trainings = []
     for j in range(len(evaluate.students)):
         for entry in entries:
@@ -134,7 +136,10 @@ def trainings_of(
 
 
 def label_folder(work: Work, t: Training, real_data: RealData) -> Path:
-    """Where the epoch labels of a training are; trainings that differ in nothing that labels depend on share them."""
+    """Folder of the epoch labels of a training.
+
+    Trainings with the same images and label settings share them.
+    """
     name = f"ipc{t.entry.ipc}-{t.entry.name}" + (f"-seed{t.entry.seeds[0]}" if t.entry.name == "random" else "")
     return work.folder / "labels" / f"{name}-{_planned_labels(t, real_data).digest}"
 
@@ -142,11 +147,11 @@ def label_folder(work: Work, t: Training, real_data: RealData) -> Path:
 def write_labels(
     trainings: Sequence[Training], real_data: RealData, work: Work, finished: Sequence[Training] = ()
 ) -> None:
-    """Label every view of every entry that some student learns from with stored labels; files that are there stay.
+    """Write the missing label files of entries with stored labels.
 
-    Of `finished` trainings, only damaged files are made anew: what somebody deleted is not missed any more. The files
-    of all sets are divided over processes together. Before anything is written the space is compared with what the
-    disk has left.
+    Of `finished` trainings, only damaged files are made anew: deleted ones are not needed any more. The files of all
+    sets are divided over processes together. Before anything is written the space is compared with what the disk has
+    left.
     """
     by_folder: dict[Path, Training] = {}
     for t in (*trainings, *finished):
@@ -176,7 +181,10 @@ def write_labels(
 
 
 def _write_shards(units: Sequence[tuple[Path, Training, range]], real_data: RealData, work: Work) -> None:
-    """Write label files, given by folder, training and epochs; a set is loaded once for a run of its files."""
+    """Write label files, given by folder, training and epochs.
+
+    A set is loaded once for consecutive files.
+    """
     views = round(sum(t.entry.images * len(epochs) for _, t, epochs in units))
     open_folder: Path | None = None
     images, plan = torch.empty(0), None
@@ -194,7 +202,10 @@ def _write_shards(units: Sequence[tuple[Path, Training, range]], real_data: Real
 
 
 def _stores_labels(t: Training) -> bool:
-    """The full data would be stored once per epoch: its labels are always computed when needed."""
+    """Whether the labels of a training are stored.
+
+    Those of the full data are always computed when needed, since each epoch would be stored.
+    """
     return t.config.labels == "soft" and t.config.relabel.storage == "shards" and t.entry.ipc != "full"
 
 
@@ -270,7 +281,7 @@ def train_one(
 def _record(
     t: Training, config: StudentConfig, real_data: RealData, result: StudentResult, sizes: dict[str, int]
 ) -> dict[str, Any]:
-    """A plain record of a training, with all that is needed to repeat it."""
+    """Record of a training, with all that is needed to repeat it."""
     gpu = torch.cuda.get_device_name(real_data.device) if real_data.device.type == "cuda" else None
     return {
         "set": t.entry.name,
@@ -319,10 +330,9 @@ def _label_source(t: Training, data: StudentData, real_data: RealData, work: Wor
 def train_all(
     trainings: Sequence[Training], real_data: RealData, work: Work, *, what: str = "evaluate"
 ) -> list[dict[str, Any]]:
-    """Do all trainings, one file each, divided over processes; returns their records in order.
+    """Do all trainings, divided over processes; return their records in order.
 
-    Args:
-        what: is measured, for progress and trackers.
+    Each has one file. `what` is measured, for progress and trackers.
     """
     needed = {(t.entry.name, t.entry.ipc, t.entry.seeds): t.entry for t in trainings if not is_done(t.file)}
     selections = [e for e in needed.values() if e.ipc != "full"]
@@ -335,7 +345,7 @@ def train_all(
     write_labels([t for t, d in zip(trainings, is_trained, strict=True) if not d], real_data, work, finished)
     work.accelerator.wait_for_everyone()
     todo = [i for i in work.local_units([t.cost for t in trainings]) if not is_done(trainings[i].file)]
-    # cheap trainings first: an early look at the table, and nothing lost if the dear ones are interrupted
+    # cheap trainings first, so that most results exist if the costly ones are interrupted
     todo.sort(key=lambda i: trainings[i].cost)
     total = round(sum(trainings[i].cost for i in todo))
     with progress([], desc=what, total=total, unit="img", main=work.main and bool(todo)) as bar:
@@ -362,7 +372,10 @@ def train_all(
 
 
 def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
-    """Summarise trainings; the main process writes `eval/summary.csv`, `comparisons.csv` and `trainings.jsonl`."""
+    """Summarize trainings and write the tables of an evaluation.
+
+    The main process writes `eval/summary.csv`, `comparisons.csv` and `trainings.jsonl`.
+    """
     rows = summarize(records)
     if work.main:
         warn_of_lost_rows(work.folder / "eval", records)
@@ -374,7 +387,10 @@ def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
 
 
 def training_numbers(records: Sequence[Mapping[str, Any]], what: str = "evaluate") -> dict[str, float]:
-    """Accuracies and seconds of trainings. Seeds are no steps: wandb drops a step that is not above the last."""
+    """Accuracies and seconds of trainings, for trackers.
+
+    Seeds are no steps: wandb drops a step that is not above the last.
+    """
     numbers: dict[str, float] = {}
     for r in records:
         name = f"{what}/{r['set']}-ipc{r['ipc']}-{r['student']}-{r['labels']}-recipe{r['recipe']}-seed{r['seed']}"

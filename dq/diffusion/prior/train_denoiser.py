@@ -22,6 +22,7 @@ from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.diffusion.latents import LatentCache
 from dq.diffusion.prior.denoiser_data import (
+    DenoiserData,
     channel_statistics,
     held_out_batch,
     load_data,
@@ -89,10 +90,8 @@ def train_denoiser(
         raise InputError("prior.denoiser.flip=true needs the latents of the mirrored images; give them as `flipped`")
     data = load_data(cache, flipped if settings.flip else None, held_out=settings.held_out, seed=prior.seed)
     # a checkpoint was trained on the latents of its codec, whatever their scale in these data
-    if settings.normalize == "channel" and settings.init is None:
-        mean, std = channel_statistics(data.latents)
-    else:
-        mean, std = data.mean, data.std
+    is_normalized = settings.normalize == "channel" and settings.init is None
+    mean, std = channel_statistics(data.latents) if is_normalized else (data.mean, data.std)
     saved_codec = _codec_to_save(folder / "vae", codec, mean, std)
     if saved_codec is not codec:  # else its latents are normal already
         data = dataclasses.replace(data, mean=mean, std=std)
@@ -131,17 +130,21 @@ def train_denoiser(
         _write_stock_parts(recipe, saved_codec, scheduler, class_names)
         if head is not None:
             save_head(head, folder, dtype, recipe.digest)
-        numbers = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "train_images": len(data.train_rows),
-            "held_out_images": len(data.held_out_rows),
-            "channel_mean": data.mean.tolist(),
-            "channel_std": data.std.tolist(),
-        }
         # last, because the denoiser's folder is what marks the training as done
-        publish(recipe, copy.deepcopy(model).to(dtype).save_pretrained, numbers, fitted, accelerator)
+        publish(recipe, copy.deepcopy(model).to(dtype).save_pretrained, _numbers(model, data), fitted, accelerator)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _numbers(model: nn.Module, data: DenoiserData) -> dict[str, Any]:
+    """Sizes and latent statistics for the record of a training."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_images": len(data.train_rows),
+        "held_out_images": len(data.held_out_rows),
+        "channel_mean": data.mean.tolist(),
+        "channel_std": data.std.tolist(),
+    }
 
 
 def _held_out_loss(objective: nn.Module, batch: dict[str, Tensor], size: int, device: torch.device) -> float:

@@ -78,8 +78,7 @@ def fit(
     state = _new_state(recipe, objective)
     run = _Run(recipe, objective, state, accelerator, on_save, save, score)
     first, seconds = _restore(recipe, state)
-    parameters = list(state.trained.values())
-    _check_disk(recipe, sum(p.numel() * 4 for p in parameters))
+    _check_disk(recipe, sum(p.numel() * 4 for p in state.trained.values()))
     # no process may write before all have read
     accelerator.wait_for_everyone()
     if recipe.auto is not None:
@@ -88,25 +87,17 @@ def fit(
     sums: dict[str, Tensor] = {}  # of the terms since the last save
     last_save = first
     began = time.perf_counter()
-    with progress(
-        [], desc=f"train {recipe.name}", total=recipe.steps, unit="step", main=main and recipe.steps > 0
-    ) as bar:
+    options: dict[str, Any] = {"total": recipe.steps, "unit": "step", "main": main and recipe.steps > 0}
+    with progress([], desc=f"train {recipe.name}", **options) as bar:
         bar.initial = bar.n = first
         for step in range(first, recipe.steps):
-            for group in state.optimizer.param_groups:
-                group["lr"] = recipe.lr * rate(step, recipe.steps, recipe.schedule, recipe.warmup_steps)
-            objective.zero_grad(set_to_none=True)
-            means = backward(batch(step))
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            state.optimizer.step()
-            _update_averages(recipe, state, step)
-            means["grad_norm"] = norm / world
+            means = _train_step(run, backward, batch(step), step)
             sums = {k: sums.get(k, 0) + v for k, v in means.items()}
             done = step + 1
             bar.update()
             if done % LOG_EVERY == 0:
                 # the norm is the same in every process, so that all of them stop
-                _check_finite(run, [("gradient", float(norm))], done)
+                _check_finite(run, [("gradient", float(means["grad_norm"]))], done)
                 bar.set_postfix(loss=f"{float(means['loss']) * world:.4f}", refresh=False)
             if done % recipe.save_every == 0 or done == recipe.steps or done in recipe.extra_saves:
                 losses = {k: float(accelerator.reduce(v, "sum")) / (done - last_save) for k, v in sums.items()}
@@ -179,6 +170,24 @@ def _backward(
         return means
 
     return backward
+
+
+def _train_step(
+    run: _Run,
+    backward: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    batch: dict[str, Tensor],
+    step: int,
+) -> dict[str, Tensor]:
+    """Update parameters and averages; return this process's share of the mean terms."""
+    recipe, state = run.recipe, run.state
+    for group in state.optimizer.param_groups:
+        group["lr"] = recipe.lr * rate(step, recipe.steps, recipe.schedule, recipe.warmup_steps)
+    run.objective.zero_grad(set_to_none=True)
+    means = backward(batch)
+    norm = nn.utils.clip_grad_norm_(list(state.trained.values()), 1.0)
+    state.optimizer.step()
+    _update_averages(recipe, state, step)
+    return {**means, "grad_norm": norm / run.accelerator.num_processes}
 
 
 def _update_averages(recipe: Recipe, state: _State, step: int) -> None:
