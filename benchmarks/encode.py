@@ -41,24 +41,24 @@ def main() -> None:
     args = parser.parse_args()
     dtype = resolve_dtype(args.dtype, args.device, "inference")
     source_config, config = SourceConfig(path=args.data), CodecConfig(resolution=args.resolution, dtype=dtype)
-    whole = load_source(source_config)
+    full = load_source(source_config)
     # two classes of equal size, so that the stage does what it does on a real set
-    rows = [int(r) for c in (0, 1) for r in whole.rows_of_class(c)[: args.images // 2]]
-    part = Split(whole.train.labels[rows], lambda i: whole.train.read(rows[i]), "train")
-    source = ImageSource({"train": part}, whole.class_names[:2], whole.fingerprint, args.data)
+    rows = [int(r) for c in (0, 1) for r in full.rows_of_class(c)[: args.images // 2]]
+    part = Split(full.train.labels[rows], lambda i: full.train.read(rows[i]), "train")
+    source = ImageSource({"train": part}, full.class_names[:2], full.fingerprint, args.data)
     with tempfile.TemporaryDirectory() as folder:
         codec = load_codec(args.codec or random_codec(Path(folder)), dtype=dtype, device=args.device)
         images, _, _ = read_images(part, range(len(part)), args.resolution, "crop")
-        bare, stage = [], []
+        codec_only, stage = [], []
         for r in range(args.rounds + 1):  # in turn; the first round warms up
             began = time.perf_counter()
             with torch.inference_mode():
                 for batch in images.split(config.batch_size):
                     encode_latents(codec, to_signed(batch)).cpu()  # which waits for the device
-            bare.append(time.perf_counter() - began)
+            codec_only.append(time.perf_counter() - began)
             cache = open_cache(f"{folder}/{r}", source, codec, config, 0)
             stage.append(encode_source(source, codec, cache, config, seed=0))
-    a, b = statistics.median(bare[1:]), statistics.median(stage[1:])
+    a, b = statistics.median(codec_only[1:]), statistics.median(stage[1:])
     row = {
         "data": args.data.rsplit("/", 1)[-1],
         "codec": (args.codec or "random AutoencoderKL").rsplit("/", 1)[-1],

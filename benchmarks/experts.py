@@ -39,14 +39,14 @@ def usual(net: str, side: int, images: torch.Tensor, labels: torch.Tensor, t: Tr
     for seed in seeds:
         model = make_net(net, 10, side, seed=seed).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=t.lr)
-        kept = []
+        checkpoints = []
         for epoch in range(t.epochs):
             for rows in torch.randperm(len(y), generator=generator(seed, "order", epoch)).split(t.batch_size):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[rows.to(device)]), y[rows.to(device)]).backward()
                 optimizer.step()
-            kept.append([p.detach().cpu().clone() for p in model.parameters()])
-        ends.append(torch.cat([p.flatten() for p in kept[-1]]))
+            checkpoints.append([p.detach().cpu().clone() for p in model.parameters()])
+        ends.append(torch.cat([p.flatten() for p in checkpoints[-1]]))
     return torch.stack(ends)
 
 

@@ -131,23 +131,23 @@ def main() -> None:
         with pool.features(0) as features:
             anyway = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
 
-            def look_at_real(look: Callable[[Tensor], Tensor] = features) -> Tensor:
+            def real_features(features_of: Callable[[Tensor], Tensor] = features) -> Tensor:
                 with torch.no_grad():
-                    return look(x_real)
+                    return features_of(x_real)
 
-            f_real = look_at_real()
+            f_real = real_features()
 
             def gradient(
                 size: int | None,
                 x: Tensor = images,
                 y: Tensor = labels,
-                look: Callable[[Tensor], Tensor] = features,
+                features_of: Callable[[Tensor], Tensor] = features,
                 f: Tensor = f_real,
             ) -> MetaGradient:
-                return meta_gradient(look, x, y, f, y_real, Objective(chunk=size))
+                return meta_gradient(features_of, x, y, f, y_real, Objective(chunk=size))
 
             calls: dict[str, Callable[[], object]] = {
-                "real": look_at_real,
+                "real": real_features,
                 "one pass": lambda: gradient(None),
                 "chunks": lambda: gradient(chunk),  # noqa: B023
                 "plain": lambda: plain_step(plain, images, labels, x_real, y_real),  # noqa: B023

@@ -71,7 +71,8 @@ def plain(net: nn.Module, images: Tensor, labels: Tensor, config: FADRM, mean: T
         optimizer.zero_grad()
         entropy = criterion(net(seen), labels)
         factors = [config.first_bn_weight] + [1.0] * (len(hooks) - 1)
-        statistic = config.r_bn * sum(h.distance * f for h, f in zip(hooks, factors))
+        # a network without batch norm has no hook
+        statistic = config.r_bn * sum(h.distance * f for h, f in zip(hooks, factors, strict=False))
         (entropy + statistic).backward()
         optimizer.step()
         with torch.no_grad():
@@ -116,8 +117,8 @@ def main() -> None:
         net = make_net(args.net, args.classes, args.side, seed=0).eval().requires_grad_(False)
         net.to(device, memory_format=torch.channels_last)
         teacher = Teacher(net, *IMAGENET, 256, "benchmark", args.net)
-    theirs = make_net(args.net, args.classes, args.side, seed=0).eval().requires_grad_(False).to(device)
-    theirs.load_state_dict(teacher.net.state_dict())
+    plain_net = make_net(args.net, args.classes, args.side, seed=0).eval().requires_grad_(False).to(device)
+    plain_net.load_state_dict(teacher.net.state_dict())
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (teacher.mean, teacher.std))
     images = torch.rand(args.batch_size, 3, args.side, args.side, generator=torch.Generator().manual_seed(0))
     images = F.avg_pool2d(images, 3, stride=1, padding=1).to(device)  # smoother than noise
@@ -134,21 +135,21 @@ def main() -> None:
 
     warm = dataclasses.replace(config, steps=(2,))
     ours(warm)
-    plain(theirs, images, labels, warm, mean, std, 0)
-    _, expected = plain(theirs, images, labels, config32, mean, std, 0)
-    found = ours(config32).trace[:, :2]
-    gap = float((found - expected).abs().div(expected.abs().clamp(min=1)).max())
+    plain(plain_net, images, labels, warm, mean, std, 0)
+    _, expected = plain(plain_net, images, labels, config32, mean, std, 0)
+    losses = ours(config32).trace[:, :2]
+    gap = float((losses - expected).abs().div(expected.abs().clamp(min=1)).max())
     seconds: dict[str, list[float]] = {"plain": [], "dq": []}
     peaks = {"plain": 0, "dq": 0}
     for _ in range(args.rounds):
         for name, call in (
-            ("plain", lambda: plain(theirs, images, labels, config, mean, std, 0)),
+            ("plain", lambda: plain(plain_net, images, labels, config, mean, std, 0)),
             ("dq", lambda: ours(config)),
         ):
             _, took, peak = measured(call, device)
             seconds[name].append(took / args.steps)
             peaks[name] = max(peaks[name], peak)
-    ratio = statistics.median(a / b for a, b in zip(seconds["plain"], seconds["dq"]))
+    ratio = statistics.median(a / b for a, b in zip(seconds["plain"], seconds["dq"], strict=True))
     record = {
         "net": args.net,
         "side": args.side,

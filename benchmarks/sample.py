@@ -65,8 +65,8 @@ def main() -> None:
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as f:
-            said = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
-            print("# python benchmarks/sample.py", *said, file=f)
+            arguments = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
+            print("# python benchmarks/sample.py", *arguments, file=f)
             where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
             print(f"# {where}, {torch.get_num_threads()} threads, torch {torch.__version__}", file=f)
             writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
@@ -102,14 +102,14 @@ def measure(
         return ours.synthesize(points, chosen, seeds(rows), config, class_names=names)
 
     def run_stock(rows: list[int]) -> torch.Tensor:
-        found = stock(
+        output = stock(
             [labels[r] for r in rows],
             guidance_scale=scale,
             num_inference_steps=args.steps,
             generator=seeds(rows),
             output_type="np",
         )
-        return torch.from_numpy(found.images).permute(0, 3, 1, 2)
+        return torch.from_numpy(output.images).permute(0, 3, 1, 2)
 
     everything = list(range(args.images))
     batches = split(everything, args.batch_size)
@@ -123,9 +123,9 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     images: dict[str, torch.Tensor] = {}
     for _ in range(args.rounds + 1):  # in turn; the first round warms up
-        for name, way in ways.items():
+        for name, generate_all in ways.items():
             began = clock()
-            images[name] = way()
+            images[name] = generate_all()
             seconds[name].append(clock() - began)
     median = {name: statistics.median(s[1:]) for name, s in seconds.items()}
     return [

@@ -96,8 +96,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             write_shards(Path(scratch) / "set", n)
             command = [sys.executable, __file__, "--walk", str(Path(scratch) / "set")]
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        peak, encoding, clustering = map(float, said.split())
+            arguments = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        peak, encoding, clustering = map(float, arguments.split())
         rows.append({"rows": n, "peak_mb": round(peak, 1), "images_per_s": round(n / encoding)})
         rows[-1] |= {"clustering_s": round(clustering, 1), "ratio": round(peak / rows[0]["peak_mb"], 3)}
         print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)

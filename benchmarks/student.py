@@ -139,14 +139,14 @@ def main() -> None:
                     views=views,
                     dtype=dtype,
                 )
-                given = {"hard": None, "fixed": torch.zeros(len(labels), classes)}.get(labels_are)
+                soft_labels = {"hard": None, "fixed": torch.zeros(len(labels), classes)}.get(labels_are)
                 if labels_are == "soft":
-                    given = read_labels(folder, images)
+                    soft_labels = read_labels(folder, images)
                 x, y = images.to(device), labels.to(device)
-                fitted = fit(TrainingSet(x, y, classes, pixels, soft_labels=given), config, seed=0)
+                fitted = fit(TrainingSet(x, y, classes, pixels, soft_labels=soft_labels), config, seed=0)
                 return fitted.seconds / args.epochs
 
-            found: dict[str, list[float]] = {}
+            timings: dict[str, list[float]] = {}
             for _ in range(args.rounds + 1):  # in turn; the first round warms up
                 measured = {
                     "usual loop, float32": usual(make_net(net, classes, 32, seed=0), loader, args.epochs, device),
@@ -156,8 +156,8 @@ def main() -> None:
                     "dq, float32, replayed labels": ours("float32", "soft", MIXED),
                 }
                 for name, seconds in measured.items():
-                    found.setdefault(name, []).append(seconds)
-        medians = {name: statistics.median(v[1:]) for name, v in found.items()}
+                    timings.setdefault(name, []).append(seconds)
+        medians = {name: statistics.median(v[1:]) for name, v in timings.items()}
         for name, seconds in medians.items():
             against = "dq, float32, fixed labels" if "replayed" in name else "usual loop, float32"
             ratio = seconds / medians[against]
@@ -175,8 +175,8 @@ def main() -> None:
             print(f"{net}: {name}: {seconds:.3f} s per epoch, x{ratio:.2f} of {against}")
     if args.csv:
         with open(args.csv, "w", newline="") as f:
-            said = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
-            print("# python benchmarks/student.py", *said, file=f)
+            arguments = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
+            print("# python benchmarks/student.py", *arguments, file=f)
             threads = torch.get_num_threads()
             print(f"# {device.type}, {platform.machine()}, {threads} threads, torch {torch.__version__}", file=f)
             writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")

@@ -96,9 +96,9 @@ def arms(config: RunConfig, only: list[str] | None = None) -> dict[str, MethodCo
         for level, change in levels.items():
             if only and not {factor, slug(factor, level)} & set(only):
                 continue
-            own = {k: v for k, v in change.items() if k in fields}
+            changed = {k: v for k, v in change.items() if k in fields}
             override = {**default.override, **{k: v for k, v in change.items() if k not in fields}}
-            methods[slug(factor, level)] = dataclasses.replace(default, **own, override=override)
+            methods[slug(factor, level)] = dataclasses.replace(default, **changed, override=override)
     return methods
 
 
@@ -124,8 +124,8 @@ def folders(config: RunConfig, only: list[str] | None) -> list[RunConfig]:
 
 def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: int) -> None:
     """Write one row per arm, student and ipc, with the paired difference to the default."""
-    known = {slug(f, level): (f, level) for f, levels in ARMS.items() for level in levels}
-    known |= {slug(*POSTERIOR): POSTERIOR, "default": ("default", ""), "random": ("rivals", "random real")}
+    arms_by_name = {slug(f, level): (f, level) for f, levels in ARMS.items() for level in levels}
+    arms_by_name |= {slug(*POSTERIOR): POSTERIOR, "default": ("default", ""), "random": ("rivals", "random real")}
     trainings: list[dict[str, Any]] = []
     seen: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for run in folders(config, only):
@@ -139,19 +139,20 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
             key = (record["student"], record["labels"], str(record["ipc"]), record["set"])
             seen.setdefault(key, []).append(record)
     rows = []
-    for (student, labels, ipc, name), found in seen.items():
-        if name not in known:
+    for (student, labels, ipc, name), records in seen.items():
+        if name not in arms_by_name:
             continue
-        by_seed = {r["seed"]: r for r in found}
-        theirs = {r["seed"]: r for r in seen.get((student, labels, ipc, "default"), [])}
+        by_seed = {r["seed"]: r for r in records}
+        default = {r["seed"]: r for r in seen.get((student, labels, ipc, "default"), [])}
         values = [r["last"] for r in by_seed.values()]
         mean, std = mean_std(values)
-        row = {"factor": known[name][0], "level": known[name][1], "ipc": ipc, "student": student, "labels": labels,
+        factor, level = arms_by_name[name]
+        row = {"factor": factor, "level": level, "ipc": ipc, "student": student, "labels": labels,
                "seeds": len(values), "mean": round(mean, 5), "std": None if std is None else round(std, 5),
                "difference": "", "low": "", "high": ""}  # fmt: skip
-        if name != "default" and by_seed.keys() == theirs.keys():
+        if name != "default" and by_seed.keys() == default.keys():
             seeds = sorted(by_seed)
-            pairs = [by_seed[s]["last"] for s in seeds], [theirs[s]["last"] for s in seeds]
+            pairs = [by_seed[s]["last"] for s in seeds], [default[s]["last"] for s in seeds]
             d = paired_difference(*pairs, test_images=test_images)
             row |= {"difference": round(d.mean, 5), "low": round(d.low, 5), "high": round(d.high, 5)}
         rows.append(row)
@@ -164,9 +165,11 @@ def collect(config: RunConfig, out: Path, only: list[str] | None, test_images: i
     plain = without_places(to_dict(config))
     (out / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
     chosen = f" --only {' '.join(only)}" if only else ""
-    made = read_json(Path(folders(config, only)[0].output_dir) / "provenance.json")
-    command = f"torchrun --nproc_per_node {made['processes']} pipelines/ablation.py --config config.yaml --data DIR"
-    write_json(out / "run.json", {"command": command + chosen, **without_places(made)}, checksum=False)
+    provenance = read_json(Path(folders(config, only)[0].output_dir) / "provenance.json")
+    command = (
+        f"torchrun --nproc_per_node {provenance['processes']} pipelines/ablation.py --config config.yaml --data DIR"
+    )
+    write_json(out / "run.json", {"command": command + chosen, **without_places(provenance)}, checksum=False)
 
 
 def main() -> None:

@@ -63,7 +63,8 @@ def main() -> None:
             seeds=args.seeds,
             baselines=(),
             students=tuple(
-                {**student, "relabel": {**way, "epochs": round(share * args.epochs)}} for way, share in WAYS.values()
+                {**student, "relabel": {**relabel, "epochs": round(share * args.epochs)}}
+                for relabel, share in WAYS.values()
             ),
         ),
         teachers=(TeacherConfig(net=net, path=path),),
@@ -74,10 +75,10 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     records = []
-    for kept, row in zip(WAYS, rows, strict=True):
+    for name, row in zip(WAYS, rows, strict=True):
         views = row.images * args.epochs
-        records.append({"kept": kept, "views": views, "classes": len(source.class_names), **row.record()})
-        print(f"{kept}: {row.label_bytes} bytes, {100 * row.record()['last_mean']:.1f} %")
+        records.append({"kept": name, "views": views, "classes": len(source.class_names), **row.record()})
+        print(f"{name}: {row.label_bytes} bytes, {100 * row.record()['last_mean']:.1f} %")
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as f:

@@ -47,7 +47,7 @@ def measured(net: nn.Module, groups: Sequence[RealImages], whitening: Whitening,
     inside, outside, sources = (outputs(net, r, whitening) for r in groups)
     results = attack(inside, outside, seed) | {"loss, sources only": (loss_auc(sources, outside), float("nan"))}
     row = {}
-    for name, y, real in zip(("member_accuracy", "other_accuracy"), (inside, outside), groups):
+    for name, y, real in zip(("member_accuracy", "other_accuracy"), (inside, outside), groups[:2], strict=True):
         row[name] = round(float((y[:, :-1].argmax(1) == real.labels.numpy()).mean()), 5)
     return [{**row, "attack": k, "auc": round(a, 5), "attack_accuracy": round(b, 5)} for k, (a, b) in results.items()]
 

@@ -80,7 +80,8 @@ def differences(folder: str) -> str:
     head = ["sets", "student", "difference, points", "95 % interval", "verdict"]
     if "verdict_holm" in rows[0]:  # which earlier files lack
         head.append("after Holm's correction")
-        body = [[*line, verdicts[r["verdict_holm"]].format(r["set"], r["against"])] for line, r in zip(body, rows)]
+        holm = [verdicts[r["verdict_holm"]].format(r["set"], r["against"]) for r in rows]
+        body = [[*line, verdict] for line, verdict in zip(body, holm, strict=True)]
     return markdown_table(head, body)
 
 

@@ -47,9 +47,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = []
-        for section, found in self.facts.items():
-            width = max(map(len, found))
-            lines += [section, *(f"  {name:<{width}}  {value}" for name, value in found.items()), ""]
+        for section, facts in self.facts.items():
+            width = max(map(len, facts))
+            lines += [section, *(f"  {name:<{width}}  {value}" for name, value in facts.items()), ""]
         lines += [f"{len(self.problems)} problem(s)" if self.problems else "no problems found"]
         return "\n".join([*lines, *(f"  - {p}" for p in self.problems)])
 
@@ -93,7 +93,7 @@ def _versions(say: Any) -> dict[str, str]:
     from dq.core.version import __version__
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
-    found = {
+    versions = {
         "python": platform.python_version(),
         "dq": __version__,
         "torch": f"{torch.__version__} (built for {build})",
@@ -103,9 +103,9 @@ def _versions(say: Any) -> dict[str, str]:
         **{name: version_of(name) for name in TRACKERS},
     }
     for name in REQUIRED:
-        if found[name] == ABSENT:
+        if versions[name] == ABSENT:
             say(f"{name} is not installed; pip install {name}")
-    return found
+    return versions
 
 
 def _faiss(say: Any) -> str:
@@ -154,7 +154,7 @@ def _first_line(e: BaseException) -> str:
 
 
 def _devices() -> dict[str, str]:
-    found = {
+    devices = {
         "cpu": f"{available_cores()} of {os.cpu_count()} cores, {format_bytes(_memory())} RAM for this process; "
         f"float32, bfloat16 ({'native' if has_native_bfloat16('cpu') else 'slow'})"
     }
@@ -162,13 +162,13 @@ def _devices() -> dict[str, str]:
         free, total = torch.cuda.mem_get_info(i)
         major, minor = torch.cuda.get_device_capability(i)
         dtypes = "float32, float16" + ", bfloat16" * (major >= 8)
-        found[f"cuda:{i}"] = (
+        devices[f"cuda:{i}"] = (
             f"{torch.cuda.get_device_name(i)}, {format_bytes(total)}, {format_bytes(free)} free, "
             f"capability {major}.{minor}; {dtypes}"
         )
     if torch.backends.mps.is_available():
-        found["mps"] = "float32, float16, bfloat16"
-    return found
+        devices["mps"] = "float32, float16, bfloat16"
+    return devices
 
 
 def _memory() -> int:
@@ -186,7 +186,7 @@ def _launch(say: Any) -> dict[str, str]:
     env = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     world = os.environ.get("WORLD_SIZE", "1")
     count = int(world) if world.isdigit() else 0
-    found = {"processes": world, "variables": ", ".join(f"{k}={v}" for k, v in env.items()) or "none"}
+    facts = {"processes": world, "variables": ", ".join(f"{k}={v}" for k, v in env.items()) or "none"}
     missing = [name for name in LAUNCHED if name not in env]
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     rank = os.environ.get("RANK", "0")
@@ -204,35 +204,35 @@ def _launch(say: Any) -> dict[str, str]:
             f"srun started {tasks} tasks that do not know of each other, each a run of its own; let srun start one "
             "accelerate launch on each node, see configs/accelerate/slurm_2x8.sh"
         )
-    here, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
-    if gpus and here.isdigit() and int(here) > gpus:
-        say(f"{here} processes on this machine would share {gpus} GPUs; start at most {gpus}")
-    return found
+    local, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
+    if gpus and local.isdigit() and int(local) > gpus:
+        say(f"{local} processes on this machine would share {gpus} GPUs; start at most {gpus}")
+    return facts
 
 
 # --- disk and Hub -------------------------------------------------------------------------------------------------
 
 
 def _disk(config: RunConfig, say: Any, least_free: int) -> dict[str, str]:
-    found = {}
+    facts = {}
     for name in ("output_dir", "cache_dir"):
         path = Path(getattr(config, name))
-        free, said = _room(path, name, say)
-        found[name] = f"{path}: {said}"
+        free, state = _room(path, name, say)
+        facts[name] = f"{path}: {state}"
         if free is not None and free < least_free:
             say(f"{name} {path} has {format_bytes(free)} free; free some, or choose another --{name}")
-    return found
+    return facts
 
 
 def _room(path: Path, name: str, say: Any) -> tuple[int | None, str]:
     """Free bytes where `path` is or will be, and what may be said of it."""
-    there = existing(path)
-    if not there.is_dir():
-        say(f"{name} {path} lies below {there}, which is no folder; choose another --{name}")
+    parent = existing(path)
+    if not parent.is_dir():
+        say(f"{name} {path} lies below {parent}, which is no folder; choose another --{name}")
         return None, "cannot be made"
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(parent).free
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as e:
         say(f"{name} {path} cannot be written ({e.strerror}); choose another --{name}")
@@ -310,31 +310,31 @@ def named_paths(config: RunConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _paths(config: RunConfig, say: Any) -> dict[str, str]:
-    found: dict[str, str] = {}
+    states: dict[str, str] = {}
     missing: dict[str, list[str]] = {}
-    made_here = Path(config.prior.output_dir)
+    prior_folder = Path(config.prior.output_dir)
     for name, path, kind in named_paths(config):
         local = kind in ("file", "pool") or path.startswith(("/", ".", "~")) or path.count("/") != 1
-        if name in found:
+        if name in states:
             continue
         if not path:
-            found[name] = "not named"
+            states[name] = "not named"
             say(f"{name} is not set; name {'a data set' if kind == 'data' else 'a model'} there")
         elif Path(path).exists() or path == "sklearn:digits" or path == PRETRAINED:
-            found[name] = path
-        elif made_here in (Path(path), *Path(path).parents):
-            found[name] = f"{path}, which dq train-codec and dq train-denoiser will make"
+            states[name] = path
+        elif prior_folder in (Path(path), *Path(path).parents):
+            states[name] = f"{path}, which dq train-codec and dq train-denoiser will make"
         elif not local or (kind == "data" and "/" not in path):
-            found[name] = f"{path}, taken for a Hub id"
+            states[name] = f"{path}, taken for a Hub id"
             if _offline() and not _is_cached(path, kind):
                 say(f"{name}={path} is not a local folder, and the Hub is switched off; unset HF_HUB_OFFLINE")
         else:
-            found[name] = f"{path}: missing"
+            states[name] = f"{path}: missing"
             missing.setdefault(path, []).append(name)
     for path, names in missing.items():
         others = f" (and {len(names) - 1} other settings)" if len(names) > 1 else ""
         say(f"{names[0]}={path}{others} does not exist; correct it, or set it with --set {names[0]}=PATH")
-    return found
+    return states
 
 
 def _offline() -> bool:

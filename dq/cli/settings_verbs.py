@@ -25,7 +25,7 @@ def config_verb(args: argparse.Namespace) -> None:
     names = [f"{r.key} ({r.stage})" if r.stage else r.key for r in rows]
     kinds = [", ".join(filter(None, (r.type, r.bound))) for r in rows]
     widths = [max(map(len, names)), min(44, max(map(len, kinds)))]
-    for name, kind, row in zip(names, kinds, rows):
+    for name, kind, row in zip(names, kinds, rows, strict=True):
         default = row.default if len(row.default) <= 40 else f"{row.default[:37]}..."
         print(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  default {default:<12}  {row.help}")
 

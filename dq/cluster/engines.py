@@ -51,7 +51,7 @@ def check_problem(x: Any, weights: Any, start: Any, seed: Any, name: str, k: int
     Raises:
         InputError: see `dq.cluster.kmeans.kmeans`.
     """
-    x, seed = as_points(x, name), whole_number(seed, "seed", least=None)
+    x, seed = as_points(x, name), whole_number(seed, "seed", minimum=None)
     _check_values(x, name)
     if start is not None and config.engine == "minibatch":
         raise InputError("cluster.engine=minibatch draws its own start, as D4M does; give no start points")

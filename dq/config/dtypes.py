@@ -101,20 +101,20 @@ def _resolved(name: str, value: Any, owner: Any, dtypes: Mapping[Use, str]) -> A
     parts = list(value.values()) if isinstance(value, dict) else value
     if isinstance(parts, (tuple, list)) and parts and all(dataclasses.is_dataclass(v) for v in parts):
         resolved = [resolve_dtypes(v, dtypes) for v in parts]
-        if any(a is not b for a, b in zip(resolved, parts)):
-            return dict(zip(value, resolved)) if isinstance(value, dict) else tuple(resolved)
+        if any(a is not b for a, b in zip(resolved, parts, strict=True)):
+            return dict(zip(value, resolved, strict=True)) if isinstance(value, dict) else tuple(resolved)
     return value
 
 
 def named_dtypes(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """Every dtype that a configuration names, with the setting that names it; defaults are not listed."""
     for f in dataclasses.fields(config):
-        value, at = getattr(config, f.name), f"{where}.{f.name}".lstrip(".")
-        items: list[tuple[str, Any]] = [(at, value)]
+        value, path = getattr(config, f.name), f"{where}.{f.name}".lstrip(".")
+        items: list[tuple[str, Any]] = [(path, value)]
         if isinstance(value, dict):
-            items = [(f"{at}.{k}", v) for k, v in value.items()]
+            items = [(f"{path}.{k}", v) for k, v in value.items()]
         elif isinstance(value, (tuple, list)):
-            items = [(f"{at}.{i}", v) for i, v in enumerate(value)]
+            items = [(f"{path}.{i}", v) for i, v in enumerate(value)]
         for key, item in items:
             if f.name == "dtype":
                 named = [] if item in ("auto", f.default) else [(key, item)]  # FRePo has float32 alone

@@ -61,7 +61,8 @@ def explain(key: str) -> list[Setting]:
 
 def _matches(row: Sequence[str], parts: Sequence[str]) -> bool:
     """Whether a row's key begins with these parts, where N is any number and NAME any name."""
-    return len(parts) <= len(row) and all(a in (b, NAME) or (a == NUMBER and b.isdigit()) for a, b in zip(row, parts))
+    pairs = zip(row, parts, strict=False)  # a section has fewer parts than its rows
+    return len(parts) <= len(row) and all(a in (b, NAME) or (a == NUMBER and b.isdigit()) for a, b in pairs)
 
 
 def setting_names(cls: Any = RunConfig) -> list[str]:

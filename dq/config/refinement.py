@@ -109,14 +109,14 @@ class RefineConfig(Checked):
         """Settings of the stage that a mapping names; anything else is left to the check."""
         if isinstance(data, (RefineConfig, ArgsKwargs)):
             return data
-        made = cls.variant(data)
-        if made is cls:
+        settings_class = cls.variant(data)
+        if settings_class is cls:
             stage = data.get("stage") if isinstance(data, dict) else None
             close = nearest_name(stage, list(STAGES)) if isinstance(stage, str) else None
             hint = f"; did you mean {close!r}?" if close else ""
             names = ", ".join(map(repr, STAGES))
             raise InputError(f"must be a mapping whose stage is one of {names}, not {short(data)}{hint}")
-        return made.__pydantic_validator__.validate_python(data)
+        return settings_class.__pydantic_validator__.validate_python(data)
 
     @property
     def labels_images(self) -> bool:

@@ -402,6 +402,6 @@ def load_config(path: str | Path) -> RunConfig:
         data = read_yaml(path.read_text())
     except (yaml.YAMLError, RecursionError, ValueError) as e:  # impossible dates are ValueErrors
         line = getattr(getattr(e, "problem_mark", None), "line", None)
-        at = f" (line {line + 1})" if line is not None else f" ({e})" if isinstance(e, ValueError) else ""
-        raise InputError(f"{path} is not valid YAML{at}; correct it, or start from one of `dq ls`") from None
+        position = f" (line {line + 1})" if line is not None else f" ({e})" if isinstance(e, ValueError) else ""
+        raise InputError(f"{path} is not valid YAML{position}; correct it, or start from one of `dq ls`") from None
     return from_dict(RunConfig, {} if data is None else data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -230,7 +231,7 @@ class StudentConfig(Checked):
         changed = v.rand_augment or v.crop_scale or v.crop_pad or v.flip or v.shuffle > 1 or v.jitter or v.lighting
         if self.whiten and (changed or v.mix != "none"):
             raise InputError("whiten works on whole images: leave views at its defaults and use augment")
-        if not all(0 < a < b for a, b in zip((1e-9, *self.milestones), self.milestones)):
+        if not all(0 < a < b for a, b in pairwise((1e-9, *self.milestones))):
             raise InputError(f"milestones must be ascending shares such as [0.5, 0.75], not {list(self.milestones)}")
         if self.relabel.top_k and self.loss == "mse_gt":
             raise InputError("relabel.top_k keeps logits up to a constant, which loss=mse_gt needs; set top_k=off")

@@ -54,18 +54,18 @@ class Checked:
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(cls: type[C]) -> type[C]:
     """Make a frozen pydantic dataclass whose constructor raises `InputError`."""
-    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=CONFIG)(cls)
-    validate = made.__init__
+    checked_class: Any = pydantic.dataclasses.dataclass(frozen=True, config=CONFIG)(cls)
+    validate = checked_class.__init__
 
     @functools.wraps(validate)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             validate(self, *args, **kwargs)
         except ValidationError as e:
-            raise InputError(sentence(e, made, kwargs)) from None
+            raise InputError(sentence(e, checked_class, kwargs)) from None
 
-    made.__init__ = init
-    return made
+    checked_class.__init__ = init
+    return checked_class
 
 
 def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> str:
@@ -78,10 +78,10 @@ def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> st
     first = error.errors(include_url=False)[0]
     kind, value = first["type"], first["input"]
     path, hint = _locate(cls, data, first["loc"], where)
-    owner = _bare(hint)
+    owner = _core_type(hint)
     if kind in ("unexpected_keyword_argument", "invalid_key"):
         parent = path.rpartition(".")[0]
-        owner = _bare(_locate(cls, data, first["loc"][:-1], where)[1])
+        owner = _core_type(_locate(cls, data, first["loc"][:-1], where)[1])
         return unknown_key(path, path.rpartition(".")[2], list(owner.__pydantic_fields__), parent)
     if kind == "value_error":
         text = str(first["ctx"]["error"])
@@ -130,7 +130,7 @@ def optional(hint: Any) -> tuple[Any, bool]:
     return (some[0] if len(some) == 1 else Union[tuple(some)]), len(some) < len(get_args(hint))  # noqa: UP007
 
 
-def _bare(hint: Any) -> Any:
+def _core_type(hint: Any) -> Any:
     """A type without annotations and `None`."""
     while True:
         plain = optional(unwrap(hint)[0])[0]
@@ -148,23 +148,23 @@ def _locate(cls: Any, data: Any, loc: Sequence[Any], where: str) -> tuple[str, A
     """Dotted path of a place in data, and its type."""
     path, hint, node = where, cls, data
     for part in loc:
-        bare = _bare(hint)
-        if is_settings(bare):
-            fields = bare.variant(node).__pydantic_fields__
+        core = _core_type(hint)
+        if is_settings(core):
+            fields = core.variant(node).__pydantic_fields__
             hint = field_hint(fields[part]) if part in fields else Any
             node = node.get(part) if isinstance(node, dict) else getattr(node, str(part), None)
-        elif get_origin(bare) is tuple:
+        elif get_origin(core) is tuple:
             is_list = isinstance(node, (list, tuple))
-            hint, node = get_args(bare)[0], node[part] if is_list else node
+            hint, node = get_args(core)[0], node[part] if is_list else node
             if not is_list:  # a scalar that stands for a list of one
                 continue
-        elif get_origin(bare) is dict and part != "[key]":
-            hint, node = get_args(bare)[1], node.get(part) if isinstance(node, dict) else None
+        elif get_origin(core) is dict and part != "[key]":
+            hint, node = get_args(core)[1], node.get(part) if isinstance(node, dict) else None
         else:  # the member of a union
             continue
         path = f"{path}.{part}".lstrip(".")
-    bare = _bare(hint)
-    return path, bare.variant(node) if is_settings(bare) else hint
+    core = _core_type(hint)
+    return path, core.variant(node) if is_settings(core) else hint
 
 
 def bounds(notes: Iterable[Any]) -> str:

@@ -73,15 +73,15 @@ def read_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _measure(node: yaml.Node, known: dict[yaml.Node, tuple[float, float]], path: str) -> tuple[float, float]:
+def _measure(node: yaml.Node, measured: dict[yaml.Node, tuple[float, float]], path: str) -> tuple[float, float]:
     """Values of a node, each counted wherever an alias repeats it, and how deep they nest; both without end if it
     contains itself."""
     if isinstance(node, yaml.ScalarNode):
         if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
             raise ValueError(f"a whole number has {len(node.value):,} digits")
         return 1, 0
-    if node not in known:
-        known[node] = float("inf"), float("inf")
+    if node not in measured:
+        measured[node] = float("inf"), float("inf")
         if isinstance(node, yaml.MappingNode):
             keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and k.value != "<<"]
             if len(set(keys)) < len(keys):
@@ -90,9 +90,9 @@ def _measure(node: yaml.Node, known: dict[yaml.Node, tuple[float, float]], path:
                 raise ValueError(
                     f"the key {f'{path}.{key}'.lstrip('.')[-200:]!r} is given twice, again in line {line}"
                 )
-        sizes = [_measure(n, known, at) for at, n in _children(node, path)]
-        known[node] = 1 + sum(values for values, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
-    return known[node]
+        sizes = [_measure(n, measured, inner) for inner, n in _children(node, path)]
+        measured[node] = 1 + sum(values for values, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+    return measured[node]
 
 
 def _children(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:

@@ -52,7 +52,7 @@ def public(value: Any, key: str = "") -> Any:
         return _last(value)
     if key in PATHS and "/" in value and "://" not in value and (value.count("/") > 1 or Path(value).exists()):
         return _last(value)
-    return ABSOLUTE.sub(lambda found: _last(found[0]), value)
+    return ABSOLUTE.sub(lambda match: _last(match[0]), value)
 
 
 def _last(path: str) -> str:
@@ -90,17 +90,17 @@ def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
     Raises:
         InputError: if it cannot be read and `must` says what card it is.
     """
-    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
-    if not found:
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
+    if not match:
         return {}, text
     try:
-        head = read_yaml(found[1])
+        head = read_yaml(match[1])
     except (RecursionError, ValueError, yaml.YAMLError) as e:
         if must:
             raise InputError(f"the head of {must} cannot be read ({first_line(e)}); mend it there") from e
         log.warning("the head of a card cannot be read (%s) and counts as none", first_line(e))
-        return {}, found[2]
-    return (head if isinstance(head, dict) else {}), found[2]
+        return {}, match[2]
+    return (head if isinstance(head, dict) else {}), match[2]
 
 
 def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
@@ -108,11 +108,11 @@ def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
     in the head replaces all keys of the old one."""
     from huggingface_hub import CardData
 
-    kept, text = split_card(old)
+    old_head, text = split_card(old)
     if "license" in head:
-        kept = {k: v for k, v in kept.items() if k not in LICENSE or k in head}
+        old_head = {k: v for k, v in old_head.items() if k not in LICENSE or k in head}
     merged = CardData()  # no RepoCard, which reads any head of others without limits of size and depth
-    for key, value in {**kept, **head}.items():
+    for key, value in {**old_head, **head}.items():
         merged[key] = value
     begin = text.rfind(BEGIN)
     end = text.find(END, max(begin, 0))
@@ -143,5 +143,5 @@ def template(package: str, name: str) -> Any:
 ANY_REPO = "THIS_FOLDER_OR_REPO"
 
 
-def joined_lists(old: Any, own: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*(x for x in old if isinstance(x, str)), *own] if isinstance(old, list) else own))
+def joined_lists(old: Any, new: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*(x for x in old if isinstance(x, str)), *new] if isinstance(old, list) else new))

@@ -27,8 +27,8 @@ def available_cores() -> int:
 
 def _quotas() -> Iterator[int]:
     """Whole cores that the control groups (version 2 and 1) of this process grant it."""
-    own = [line.rpartition(":")[2].strip("/") for line in read_text("/proc/self/cgroup").splitlines()]
-    for path in dict.fromkeys(["", *own]):
+    groups = [line.rpartition(":")[2].strip("/") for line in read_text("/proc/self/cgroup").splitlines()]
+    for path in dict.fromkeys(["", *groups]):
         parts = Path(path).parts
         for depth in range(len(parts) + 1):
             group = Path(*parts[:depth])
@@ -42,8 +42,8 @@ def _quotas() -> Iterator[int]:
 
 def cores_per_process() -> int:
     """`available_cores` divided by the processes that a launcher started on this machine, at least 1."""
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, available_cores() // (int(here) if here.isdigit() and int(here) else 1))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, available_cores() // (int(processes) if processes.isdigit() and int(processes) else 1))
 
 
 def set_threads() -> int:
@@ -112,14 +112,14 @@ def has_native_bfloat16(device: torch.device | str) -> bool:
     return not flags.isdisjoint(CPU_BFLOAT16)
 
 
-def resolve_dtype(asked: str, device: torch.device | str, use: Use) -> str:
+def resolve_dtype(dtype: str, device: torch.device | str, use: Use) -> str:
     """The dtype of a setting on a device; "auto" is the fastest that is safe.
 
     auto is bfloat16 where it is native; else float32, except float16 on CUDA for inference. Training in float16 would
     need loss scaling. Other devices (MPS) get float32.
     """
-    if asked != "auto":
-        return asked
+    if dtype != "auto":
+        return dtype
     if has_native_bfloat16(device):
         return "bfloat16"
     return "float16" if torch.device(device).type == "cuda" and use == "inference" else "float32"

@@ -51,14 +51,14 @@ def check_place(folder: str | Path, name: str, *, reads: bool = False) -> None:
         InputError: if it is a file or under one, or writing is not allowed.
     """
     folder = Path(folder)
-    there = folder.absolute()
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        what = "is" if there == folder.absolute() else f"lies under {there}, which is"
+    existing = folder.absolute()
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        what = "is" if existing == folder.absolute() else f"lies under {existing}, which is"
         raise InputError(f"{name}={folder} {what} not a folder; choose another")
-    if not os.access(there, os.W_OK | os.X_OK) and not (reads and there == folder.absolute()):
-        raise InputError(f"{name}={folder} cannot be written, as {there} may not be; choose another, or allow it")
+    if not os.access(existing, os.W_OK | os.X_OK) and not (reads and existing == folder.absolute()):
+        raise InputError(f"{name}={folder} cannot be written, as {existing} may not be; choose another, or allow it")
 
 
 def temporary_beside(path: Path) -> Path:
@@ -134,19 +134,19 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError, RecursionError: if it is no such text. Half of a surrogate pair is JSON, and no text in UTF-8.
     """
-    found = json.loads(text)
+    data = json.loads(text)
     if "\\ud" in text.lower():
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or damaged one is one sentence. A checksum is compared and left out."""
     with readable(path):
-        found = parse_json(path.read_text())
-        if isinstance(found, dict) and found.pop("checksum", None) not in (None, digest_of(found)):
+        data = parse_json(path.read_text())
+        if isinstance(data, dict) and data.pop("checksum", None) not in (None, digest_of(data)):
             raise ValueError("its checksum is that of another content")
-    return found
+    return data
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None) -> None:

@@ -47,53 +47,55 @@ def sentences(repo_id: str, token: str | None, *, revision: str | None = None, p
     from huggingface_hub import errors, get_token
 
     to = f"push to {repo_id}" if push else f"read {repo_id}"
-    again = (
+    retry = (
         "; the repository is as it was: give the same command again, and what has arrived is not sent again"
         if push
         else "; give the same command again, what has arrived is kept"
     )
-    said: Exception
+    error: Exception
     try:
         yield
         return
     except errors.HFValidationError:
-        said = InputError(
+        error = InputError(
             f"{repo_id!r} cannot name a repository; give NAME or OWNER/NAME of letters, digits and _ . -"
         )
     except errors.GatedRepoError:
-        said = InputError(f"{repo_id} is gated; ask for access on its page, and log in with `hf auth login`")
+        error = InputError(f"{repo_id} is gated; ask for access on its page, and log in with `hf auth login`")
     except errors.RepositoryNotFoundError:
-        said = InputError(
+        error = InputError(
             f"the Hub has no repository {repo_id}, or this token may not see it; check the name, and log in with "
             "`hf auth login` or give --token"
         )
     except errors.RevisionNotFoundError:
-        said = InputError(f"{repo_id} has no revision {revision!r}; give a branch, tag or commit that it has")
+        error = InputError(f"{repo_id} has no revision {revision!r}; give a branch, tag or commit that it has")
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        said = RunError(f"cannot {to}: the Hub is not reached (is HF_HUB_OFFLINE set?)")
+        error = RunError(f"cannot {to}: the Hub is not reached (is HF_HUB_OFFLINE set?)")
     except (InputError, RunError):
         raise
     # the client raises a RuntimeError from an upload, and connection errors of two kinds
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as e:
-        at: BaseException = e
-        while not isinstance(at, httpx2.HTTPError) and at.__cause__ is not None:
-            at = at.__cause__
-        status = getattr(getattr(at, "response", None), "status_code", None)
-        detail = " ".join(str(at).split()) or type(at).__name__
+        cause: BaseException = e
+        while not isinstance(cause, httpx2.HTTPError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        detail = " ".join(str(cause).split()) or type(cause).__name__
         detail = re.sub(r"\?[^\s'\"]+", "", detail)  # signatures of upload links
         detail = redact(redact(detail, token), get_token())[:300].rstrip(".:")
         if status in (401, 403):
             what = "write to" if push else "read"
-            said = InputError(
+            error = InputError(
                 f"the token may not {what} {repo_id} ({status}); log in with `hf auth login` as someone who may, or "
                 "give --token"
             )
-        elif status is None and isinstance(at, (httpx2.TransportError, ConnectionError)):
-            said = RunError(f"cannot {to}: the connection to the Hub failed ({type(at).__name__}: {detail}){again}")
+        elif status is None and isinstance(cause, (httpx2.TransportError, ConnectionError)):
+            error = RunError(
+                f"cannot {to}: the connection to the Hub failed ({type(cause).__name__}: {detail}){retry}"
+            )
         else:
-            said = RunError(f"cannot {to}: {detail}{again}")
+            error = RunError(f"cannot {to}: {detail}{retry}")
     # not "from e": a traceback would show what the server said, and it may have said the token
-    raise said from None
+    raise error from None
 
 
 # --- repositories -------------------------------------------------------------------------------------------------
@@ -111,8 +113,8 @@ class Repo:
 
     def sets(self) -> list[str]:
         """Names of the distilled sets in it."""
-        found = [PurePosixPath(f) for f in self.files]
-        return sorted(f.parts[0] for f in found if len(f.parts) == 2 and f.name == "provenance.json")
+        paths = [PurePosixPath(f) for f in self.files]
+        return sorted(f.parts[0] for f in paths if len(f.parts) == 2 and f.name == "provenance.json")
 
     def fetch(self, file: str, cache_dir: str | Path | None = None) -> Path:
         return Path(
@@ -124,12 +126,12 @@ class Repo:
 
     def json(self, file: str) -> dict[str, Any]:
         try:
-            found = parse_json(self.text(file))
+            record = parse_json(self.text(file))
         except (RecursionError, ValueError):
-            found = None
-        if not isinstance(found, dict):
+            record = None
+        if not isinstance(record, dict):
             raise InputError(f"{file} of {self.name} is not a record of dq; delete it on the Hub, or push elsewhere")
-        return found
+        return record
 
 
 def open_repo(api: HfApi, repo_id: str, kind: str, revision: str | None) -> Repo:

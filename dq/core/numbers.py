@@ -8,7 +8,7 @@ from typing import Any
 from dq.core.errors import InputError
 
 
-def whole_number(value: Any, name: str, *, least: int | None = 1) -> int:
+def whole_number(value: Any, name: str, *, minimum: int | None = 1) -> int:
     """A whole number of Python, NumPy or a tensor of one element.
 
     Raises:
@@ -19,7 +19,7 @@ def whole_number(value: Any, name: str, *, least: int | None = 1) -> int:
         number = None if truth else operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # of tensors with several elements
         number = None
-    if number is None or (least is not None and number < least):
-        bound = "" if least is None else f" of at least {least}"
+    if number is None or (minimum is not None and number < minimum):
+        bound = "" if minimum is None else f" of at least {minimum}"
         raise InputError(f"{name} is a whole number{bound}, not {value!r}")
     return number

@@ -34,11 +34,11 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = cpu or not (torch.cuda.is_available() or os.environ.get("ACCELERATE_TORCH_DEVICE"))
-    here, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
-    if not cpu and gpus and here.isdigit() and int(here) > gpus:
+    local, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
+    if not cpu and gpus and local.isdigit() and int(local) > gpus:
         # NCCL refuses two processes on a card, and accelerate's barrier names a device for each of them
         raise RunError(
-            f"{here} processes on this machine would share {gpus} GPU(s); start at most {gpus}, or give --cpu"
+            f"{local} processes on this machine would share {gpus} GPU(s); start at most {gpus}, or give --cpu"
         )
     # Stages are embarrassingly parallel, so a fast rank may wait for hours at the end of one.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
@@ -68,17 +68,18 @@ def check_launch(accelerator: Accelerator) -> str | None:
 
     On a machine without several GPUs, `accelerate launch --num_processes 2` starts one process, with or without --cpu.
     """
-    asked = _launcher_processes(launcher_arguments())
-    if accelerator.num_processes > 1 or asked < 2:
+    requested = _launcher_processes(launcher_arguments())
+    if accelerator.num_processes > 1 or requested < 2:
         return None
     if accelerator.device.type == "cuda":
         return (
-            f"accelerate launch was asked for {asked} processes but started 1; this machine has too few GPUs for more"
+            f"accelerate launch was asked for {requested} processes but started 1; "
+            "this machine has too few GPUs for more"
         )
     return (
-        f"accelerate launch was asked for {asked} processes but started 1, since without GPUs it needs --multi_gpu; "
-        f"launch with `accelerate launch --multi_gpu --num_processes {asked} -m dq.cli ...` or "
-        f"`torchrun --nproc_per_node {asked} -m dq.cli ...`"
+        f"accelerate launch was asked for {requested} processes but started 1, since without GPUs it needs "
+        f"--multi_gpu; launch with `accelerate launch --multi_gpu --num_processes {requested} -m dq.cli ...` or "
+        f"`torchrun --nproc_per_node {requested} -m dq.cli ...`"
     )
 
 
@@ -91,7 +92,7 @@ def _launcher_processes(arguments: Sequence[str]) -> int:
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     options: dict[str, str] = {}
-    for option, following in zip(arguments[first:], [*arguments[first + 1 :], ""]):
+    for option, following in zip(arguments[first:], [*arguments[first + 1 :], ""], strict=True):
         name, separator, value = option.partition("=")
         options.setdefault(name.replace("-", "_"), value if separator else following)
         if option == "-m":  # what follows belongs to the program
@@ -121,9 +122,9 @@ def assign_units(costs: Sequence[float], rank: int, world_size: int) -> list[int
     return sorted(assigned)
 
 
-def cut(n: int, *, least: int, most: int) -> list[range]:
+def cut(n: int, *, smallest: int, largest: int) -> list[range]:
     """0, ..., n - 1 in nearly equal stretches, 64 of them where that makes none shorter than `least` or longer than
     `most`: enough to be divided evenly over many processes, and the same for any number of them."""
-    size = min(max(-(-n // 64), least), most)
+    size = min(max(-(-n // 64), smallest), largest)
     number = -(-n // size)
     return [range(i * n // number, (i + 1) * n // number) for i in range(number)]

@@ -59,11 +59,11 @@ class StageTimer:
 
     def ratio(self) -> float:
         """Seconds taken by seconds expected, over the finished stages; 1 before the first."""
-        known = [s for s in self.taken if self.expected.get(s, 0) > 0]
-        told = [s for s in known if self.taken[s] >= RESUMED * self.expected[s]]
-        if not told:
+        estimated = [s for s in self.taken if self.expected.get(s, 0) > 0]
+        informative = [s for s in estimated if self.taken[s] >= RESUMED * self.expected[s]]
+        if not informative:
             return 1.0
-        return sum(self.taken[s] for s in told) / sum(self.expected[s] for s in told)
+        return sum(self.taken[s] for s in informative) / sum(self.expected[s] for s in informative)
 
     def remaining(self) -> float | None:
         """Seconds until the end, or None if nobody can say."""
@@ -107,5 +107,5 @@ def library_bars() -> Iterator[None]:
 def unit_done(stage: str, name: str, seconds: float, **numbers: float | int | str) -> None:
     """One line about a finished class or other unit, for `--verbose`."""
     if log.isEnabledFor(logging.DEBUG):
-        said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
-        log.debug("%s: %s%s, %.2f s", stage, name, f": {said}" if said else "", seconds)
+        text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
+        log.debug("%s: %s%s, %.2f s", stage, name, f": {text}" if text else "", seconds)

@@ -39,7 +39,7 @@ class ImageCache:
     @functools.cached_property
     def parts(self) -> list[range]:
         """Return positions in `cache_order` of the images of each file."""
-        return cut(self.images, least=MIN_IMAGES, most=MAX_IMAGES)
+        return cut(self.images, smallest=MIN_IMAGES, largest=MAX_IMAGES)
 
     def path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.safetensors"

@@ -103,14 +103,14 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str, untrained:
 def warn_of_selectors(config: RunConfig, classes: int) -> None:
     """Warn where a teacher that selects among candidates is one of those that label: students learn its labels, and
     gain by what it mistakes (see `docs/generation.md`)."""
-    here = [t for t in config.teachers if t.net not in (POOL, "transformers") and t.path != PRETRAINED]
-    labelling: set[str] = set()
+    local = [t for t in config.teachers if t.net not in (POOL, "transformers") and t.path != PRETRAINED]
+    labeling: set[str] = set()
     for method in config.methods:
         selecting = _selects(config, method)
-        if selecting is None or not here:
+        if selecting is None or not local:
             continue
-        labelling = labelling or {load_teacher(t, classes, config.image_size).digest for t in here}
-        if selecting.path != PRETRAINED and load_teacher(selecting, classes, config.image_size).digest in labelling:
+        labeling = labeling or {load_teacher(t, classes, config.image_size).digest for t in local}
+        if selecting.path != PRETRAINED and load_teacher(selecting, classes, config.image_size).digest in labeling:
             log.warning(
                 "generate.select_teacher of method %r is one of the teachers that label, so that its own mistakes "
                 "decide which images are kept; name a teacher of another training",
@@ -139,8 +139,8 @@ def check_counts(config: RunConfig, source: ImageSource) -> None:
         small = (source.class_counts() < ipc).nonzero()[0].tolist() if cluster.on_small == "raise" else []
         if small:
             name, images = source.class_names[small[0]], int(source.class_counts()[small[0]])
-            own = cluster.on_small != config.cluster.on_small
-            setting = f"methods.{method}.override.cluster.on_small" if own else "cluster.on_small"
+            is_overridden = cluster.on_small != config.cluster.on_small
+            setting = f"methods.{method}.override.cluster.on_small" if is_overridden else "cluster.on_small"
             raise too_small(f"class {small[0]} {name!r} has {images} images but ipc={ipc}", setting)
 
 
@@ -197,8 +197,8 @@ def _check_teacher(t: TeacherConfig, classes: int, image_size: int) -> None:
     teacher_file(t)
     fetched = t.path == PRETRAINED
     if t.net == "transformers":
-        here = open_model(t.path)
-        fetched = not (here.local or here.cached)
+        model = open_model(t.path)
+        fetched = not (model.local or model.cached)
     if fetched:
         check_fetched(t, classes)
     elif t.net != POOL:

@@ -158,7 +158,7 @@ class DistillPipeline(LatentGenerator):
         settings = dataclasses.replace(
             base,
             ipc=(whole_number(ipc, "ipc"),),
-            seed=whole_number(seed, "seed", least=None),
+            seed=whole_number(seed, "seed", minimum=None),
             output_dir=str(output_dir),
             cache_dir=str(cache_dir or base.cache_dir),
         )

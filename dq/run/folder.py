@@ -90,11 +90,11 @@ def images_per_class(resolved: ResolvedMethod, ipc: int, class_counts: Sequence[
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
     """A section's settings without those that change speed alone, in it and in its selecting teacher."""
-    kept = {k: v for k, v in settings.items() if k not in SPEED}
-    if kept.get("select_teacher"):
+    decisive = {k: v for k, v in settings.items() if k not in SPEED}
+    if decisive.get("select_teacher"):
         passed = (*SPEED, "check_images")
-        kept["select_teacher"] = {k: v for k, v in kept["select_teacher"].items() if k not in passed}
-    return kept
+        decisive["select_teacher"] = {k: v for k, v in decisive["select_teacher"].items() if k not in passed}
+    return decisive
 
 
 def class_file(folder: Path, label: int) -> Path:
@@ -131,13 +131,13 @@ def settle_dtypes(
 
 def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The provenance of a run folder, and the settings that it was begun with; None if it is none."""
-    record, known = folder / "provenance.json", folder / "config.yaml"
-    made = read_json(record) if is_done(record) else {}
-    if made.get("settings") or not known.is_file():
-        return made, made.get("settings")
+    record, settings_file = folder / "provenance.json", folder / "config.yaml"
+    facts = read_json(record) if is_done(record) else {}
+    if facts.get("settings") or not settings_file.is_file():
+        return facts, facts.get("settings")
     # the configuration says what was asked for, and the record of dtypes what auto stood for
     dtypes = folder_dtypes(folder, "cpu", begun="float32")
-    return made, to_dict(resolve_dtypes(load_config(known), dtypes))
+    return facts, to_dict(resolve_dtypes(load_config(settings_file), dtypes))
 
 
 def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
@@ -154,9 +154,9 @@ def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
     check_place(folder, "output_dir")
     check_place(config.cache_dir, "cache_dir", reads=True)
     settings = {key: to_dict(config)[key] for key in IDENTITY}
-    made, old = _recorded(folder)
+    provenance_record, old = _recorded(folder)
     if old is not None and not holds_work(folder):  # of an attempt that made nothing
-        old, made = settings, {}
+        old, provenance_record = settings, {}
     if old is None and _holds_something(folder):
         raise InputError(f"{folder} is not empty and not a run of dq; choose another --output_dir")
     if old is not None:  # what nothing was made by yet may change
@@ -166,13 +166,13 @@ def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
             f"{folder} belongs to a run with other settings ({', '.join(changed[:4])}); "
             "choose another --output_dir, or delete that folder"
         )
-    fingerprint = made.get("source", {}).get("fingerprint", source.fingerprint)
+    fingerprint = provenance_record.get("source", {}).get("fingerprint", source.fingerprint)
     if fingerprint != source.fingerprint:
         raise InputError(
             f"{folder} was made from other data (fingerprint {fingerprint}, now {source.fingerprint}); "
             "choose another --output_dir"
         )
-    return made
+    return provenance_record
 
 
 def open_run(
@@ -188,18 +188,18 @@ def open_run(
     """
     check_methods(config)
     folder = Path(config.output_dir)
-    known = folder / "config.yaml"
-    asked = config
+    settings_file = folder / "config.yaml"
+    requested = config
     config, dtypes = settle_dtypes(config, source, accelerator, loaded)
     reading = {"preprocess": config.source.preprocess, "on_bad_image": config.source.on_bad_image}
     run = Run(config, dataclasses.replace(source, **reading), accelerator, folder)  # type: ignore[arg-type]
     record, settings = folder / "provenance.json", {key: to_dict(config)[key] for key in IDENTITY}
-    made = check_folder(config, source)
+    facts = check_folder(config, source)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if made.get("settings") != settings:  # the record, and not config.yaml, says whose folder it is
-            write_json(record, {**(made or provenance(run)), "settings": settings})
-        write_text(known, dump_config(asked))
+        if facts.get("settings") != settings:  # the record, and not config.yaml, says whose folder it is
+            write_json(record, {**(facts or provenance(run)), "settings": settings})
+        write_text(settings_file, dump_config(requested))
     record_dtypes(folder, dtypes, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     return run
@@ -207,8 +207,8 @@ def open_run(
 
 def holds_work(folder: Path) -> bool:
     """Whether anything was made in a run folder, apart from its settings and logs."""
-    bare = ("config.yaml", "provenance.json", "logs", "bad_images.txt")
-    return folder.is_dir() and any(f.name not in bare and f.name[0] != "." for f in folder.iterdir())
+    no_work = ("config.yaml", "provenance.json", "logs", "bad_images.txt")
+    return folder.is_dir() and any(f.name not in no_work and f.name[0] != "." for f in folder.iterdir())
 
 
 def _holds_something(folder: Path) -> bool:

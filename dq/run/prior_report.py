@@ -78,7 +78,7 @@ def report_prior(
     settings, resolution = config.prior_report, config.codec.resolution
     pipe.to(run.device)
     pipe.set_progress_bar_config(disable=True)
-    bench = load_real_data(
+    real_data = load_real_data(
         source,
         config.image_size,
         cache_dir=Path(config.cache_dir),
@@ -86,25 +86,25 @@ def report_prior(
         teachers=config.teachers,
     )
     generate = dataclasses.replace(config.generate, mode="dit")
-    draw = plan_draw(pipe, bench, settings, generate, resolution=resolution, seed=config.seed)
-    kept = run.folder / "prior_samples"
+    draw = plan_draw(pipe, real_data, settings, generate, resolution=resolution, seed=config.seed)
+    samples = run.folder / "prior_samples"
     for i in assign_units([1.0] * len(settings.guidance), accelerator.process_index, accelerator.num_processes):
-        stored_samples(draw, settings.guidance[i], kept, main=run.main)
+        stored_samples(draw, settings.guidance[i], samples, main=run.main)
     accelerator.wait_for_everyone()
     quality = None
     if run.main:
-        quality = measure_prior(draw, bench, settings, resolution=resolution, folder=kept)
-        _write(config, bench, quality, pipe.digest("dit"))
+        quality = measure_prior(draw, real_data, settings, resolution=resolution, folder=samples)
+        _write(config, real_data, quality, pipe.digest("dit"))
     run.finish("prior-report", began, images=sum(draw.counts) * len(settings.guidance))
     return quality.records if quality else []
 
 
-def _write(config: RunConfig, bench: RealData, quality: PriorQuality, digest: str) -> None:
+def _write(config: RunConfig, real_data: RealData, quality: PriorQuality, digest: str) -> None:
     folder, prior, settings = Path(config.output_dir), Path(str(config.generate.model)), config.prior_report
     how = {
         "prior": digest,
-        "data": bench.source.fingerprint,
-        "teachers": [t.digest for t in bench.teachers],
+        "data": real_data.source.fingerprint,
+        "teachers": [t.digest for t in real_data.teachers],
         "settings": {k: v for k, v in to_dict(settings).items() if k not in ("data", "license", "command", "shown")},
     }
     write_text(folder / "prior_quality.csv", to_csv(quality.records))
@@ -113,7 +113,7 @@ def _write(config: RunConfig, bench: RealData, quality: PriorQuality, digest: st
         write_json(prior / QUALITY, {"records": quality.records, **how})
     if _wants_card(settings):
         write_card(prior, data_name=settings.data, license=settings.license, command=settings.command)
-    _write_page(config, bench, quality)
+    _write_page(config, real_data, quality)
 
 
 def _wants_card(settings: PriorReportConfig) -> bool:
@@ -123,7 +123,7 @@ def _wants_card(settings: PriorReportConfig) -> bool:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def _write_page(config: RunConfig, bench: RealData, quality: PriorQuality) -> None:
+def _write_page(config: RunConfig, real_data: RealData, quality: PriorQuality) -> None:
     folder, shown = Path(config.output_dir), config.prior_report.shown
     figures = folder / "figures"
     samples, nearest = {}, {}
@@ -132,7 +132,7 @@ def _write_page(config: RunConfig, bench: RealData, quality: PriorQuality) -> No
         save_image(image_grid(_by_class(images, quality.labels, shown), scale=_scale(images)), path)
     for g, images in quality.samples.items():
         nearest[f"{g:g}"] = path = figures / f"prior-nearest-{g:g}.png"
-        save_image(image_grid(_pairs(bench, quality, g, shown), scale=_scale(images)), path)
+        save_image(image_grid(_pairs(real_data, quality, g, shown), scale=_scale(images)), path)
     losses = figures / "prior-losses.png"
     write_page(
         folder / "prior_report.html",
@@ -156,10 +156,10 @@ def _by_class(images: Tensor, labels: Tensor, columns: int) -> list[list[Tensor]
     return [list(row) for row in rows[:MAX_CLASSES]]
 
 
-def _pairs(bench: RealData, quality: PriorQuality, g: float, columns: int) -> list[list[Tensor]]:
+def _pairs(real_data: RealData, quality: PriorQuality, g: float, columns: int) -> list[list[Tensor]]:
     """Rows of samples and train images in turn, by distance."""
     order = quality.distances[g].argsort(stable=True)[: NEAREST_ROWS * columns]
     rows = quality.closest[g][order].tolist()
-    real, _, _ = read_images(bench.source.train, rows, bench.image_size, bench.source.preprocess)
+    real, _, _ = read_images(real_data.source.train, rows, real_data.image_size, real_data.source.preprocess)
     flat = torch.stack([quality.samples[g][order], real], 1).flatten(0, 1)
     return [list(row) for row in flat.split(2 * columns)]

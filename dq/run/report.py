@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def set_grid(small: DistilledSet, nearest: list[Tensor] | None = None) -> Image.
     images = small.images_uint8()
     rows = []
     for c in range(min(MAX_CLASSES, len(small.class_names))):
-        own = (small.labels == c).nonzero()[:, 0][:MAX_COLUMNS].tolist()
+        rows_of_class = (small.labels == c).nonzero()[:, 0][:MAX_COLUMNS].tolist()
         row: list[Tensor] = []
-        for i in own:
+        for i in rows_of_class:
             row.append(images[i])
             if nearest is not None:
                 row.append(nearest[c][int(small.prototype[i])])
@@ -190,7 +191,7 @@ def accuracy_content(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> 
             rows.append([*row, f"{100 * float(r['difference']):+.1f}", interval, r["verdict"]])
         if "verdict_holm" in compared[0]:  # which files of earlier versions lack
             head.append("after Holm's correction")
-            rows = [[*row, r["verdict_holm"]] for row, r in zip(rows, compared)]
+            rows = [[*row, r["verdict_holm"]] for row, r in zip(rows, compared, strict=True)]
         accuracy["differences"] = (head, rows)
     return accuracy
 
@@ -203,10 +204,10 @@ def _selections(run: Run, present: Sequence[tuple[int, str]]) -> dict[str, Any]:
         provenance = read_json(run.folder / "dataset" / f"ipc{ipc}-{method}" / "provenance.json")
         s = provenance["generate"].get("selection")
         if s:
-            drawn, kept = (f"{100 * s[name]:.1f} %" for name in ("probability_drawn", "probability_kept"))
+            p_drawn, p_kept = (f"{100 * s[name]:.1f} %" for name in ("probability_drawn", "probability_kept"))
             measures = ((n, s[f"{n}_first"], s[n]) for n in ("w2", "coverage") if n in s)
             w2 = ", ".join(f"{name} {first:.3f} to {last:.3f}" for name, first, last in measures)
-            rows.append([method, ipc, s["rule"], s["candidates"], s["teacher"], s["images"], drawn, kept, w2])
+            rows.append([method, ipc, s["rule"], s["candidates"], s["teacher"], s["images"], p_drawn, p_kept, w2])
             sentences += [f"{method} at IPC {ipc}: {sentence}." for sentence in selection_sentences(s)]
     head = ["method", "IPC", "rule", "candidates", "teacher", "images", "p(y) of all", "p(y) of the kept"]
     table = ([*head, "from the first draws to the kept"], rows)
@@ -219,7 +220,7 @@ def _refinement(run: Run, heading: str, folder: Path) -> dict[str, Any]:
     summary = read_json(folder / "summary.json")
     rows = []
     for group in ("teachers", "validation_teachers"):
-        for a, b in zip(summary["before"][group], summary["after"][group]):
+        for a, b in zip(summary["before"][group], summary["after"][group], strict=True):
             accuracies = [f"{100 * x['accuracy']:.1f} %" for x in (a, b)]
             rows.append([f"{a['name']} ({group[:-1]})", *accuracies, *(f"{x['cross_entropy']:.3f}" for x in (a, b))])
     for key, what in (("variation", "total variation"), ("anchor_distance", "distance to the anchor")):
@@ -256,7 +257,7 @@ def _trace_table(trace: Trace) -> Table:
     steps = len(trace.losses)
     ends = sorted({max(1, round(steps * i / TRACE_PARTS)) for i in range(1, TRACE_PARTS + 1)})
     rows = []
-    for first, end in zip([0, *ends], ends, strict=False):
+    for first, end in pairwise((0, *ends)):
         values = trace.losses[first:end].mean(0).tolist()
         rows.append([f"{first + 1} to {end}", *(f"{v:.4g}" for v in values)])
     return ["steps", *(t.replace("_", " ") for t in trace.terms)], rows
@@ -266,7 +267,8 @@ def _loss_figure(trace: Trace) -> Any:
     """Mean loss terms (steps, terms) over steps."""
     figure = new_figure(8, 3)
     ax = figure.subplots()
-    for name, values in zip(trace.terms, trace.losses.T):
+    # earlier files have fewer terms
+    for name, values in zip(trace.terms, trace.losses.T, strict=False):
         if (values != 0).any():
             ax.plot(values.numpy(), lw=0.8, label=name.replace("_", " "))
     ax.set(xlabel="step", ylabel="weighted loss term")
@@ -346,12 +348,14 @@ def _plot_latents(run: Run, points: list[Prototypes], path: Path) -> None:
     from matplotlib import colormaps
 
     palette = colormaps["tab10"]
-    for i, (p, s) in enumerate(zip(shown, samples)):
+    for i, (p, s) in enumerate(zip(shown, samples, strict=True)):
         flat = (s - mean) @ axes
-        own = (p.centroids.flatten(1) - mean) @ axes
+        prototypes = (p.centroids.flatten(1) - mean) @ axes
         ax.scatter(*flat.T.numpy(), s=3, color=palette(i % 10), alpha=0.3)
         size = (30 + 170 * p.counts / p.counts.max()).numpy()
-        ax.scatter(*own.T.numpy(), s=size, color=palette(i % 10), edgecolor="black", lw=0.7, label=_plain(p.name))
+        ax.scatter(
+            *prototypes.T.numpy(), s=size, color=palette(i % 10), edgecolor="black", lw=0.7, label=_plain(p.name)
+        )
     ax.set(xlabel="first principal axis", ylabel="second principal axis")
     ax.legend(fontsize=7, markerscale=0.5)
     save_figure(figure, path)

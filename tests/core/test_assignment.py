@@ -56,7 +56,7 @@ def test_equal_units_are_spread_evenly(number: int, world_size: int) -> None:
 @given(st.integers(0, 20_000), st.integers(1, 64), st.integers(0, 1000))
 def test_stretches_cover_all_and_are_nearly_equal(n: int, least: int, more: int) -> None:
     most = least + more
-    stretches = cut(n, least=least, most=most)
+    stretches = cut(n, smallest=least, largest=most)
     assert [i for s in stretches for i in s] == list(range(n))
     sizes = {len(s) for s in stretches}
     if n:

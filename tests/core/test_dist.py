@@ -223,13 +223,13 @@ def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
 
 def test_stretches_are_even_and_cover_all() -> None:
     for n, least, most in ((0, 8, 512), (1, 8, 512), (24, 8, 512), (1347, 8, 512), (50_000, 8, 512), (100, 1, 32)):
-        parts = cut(n, least=least, most=most)
+        parts = cut(n, smallest=least, largest=most)
         assert [i for p in parts for i in p] == list(range(n))
         sizes = {len(p) for p in parts}
         assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1)
-    assert len(cut(50_000, least=8, most=512)) == 98
-    assert len(cut(1347, least=8, most=512)) == 62
-    assert len(cut(24, least=8, most=512)) == 3
+    assert len(cut(50_000, smallest=8, largest=512)) == 98
+    assert len(cut(1347, smallest=8, largest=512)) == 62
+    assert len(cut(24, smallest=8, largest=512)) == 3
 
 
 def test_half_a_line_of_a_log_costs_that_line_alone(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_batches_grow_while_the_budget_lasts() -> None:
     found = timed(lambda n: 0.1 * n, 64, device=cpu, budget_s=1.0)
     assert found.batch == 2  # three of 0.2 s fit, three of 0.4 s do not
     assert found.seconds == pytest.approx(0.1)
-    assert timed(lambda n: 100.0, 64, device=cpu, least=2).batch == 2
+    assert timed(lambda n: 100.0, 64, device=cpu, smallest=2).batch == 2
     took = iter([9.0, 3, 2, 1, 6])
     found = timed(lambda n: next(took), 1, device=cpu)
     assert (found.seconds, found.least, found.most) == (2, 1, 6)

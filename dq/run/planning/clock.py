@@ -31,7 +31,7 @@ def timed(
     largest: int,
     *,
     device: torch.device,
-    least: int = 1,
+    smallest: int = 1,
     budget_s: float = BUDGET_S,
     prepare: Callable[[int], Any] = int,
 ) -> Speed:
@@ -51,11 +51,11 @@ def timed(
         ready = prepare(size)
         wait()
         began = time.perf_counter()
-        told = work(ready)
+        reported = work(ready)
         wait()
-        return time.perf_counter() - began if told is None else told
+        return time.perf_counter() - began if reported is None else reported
 
-    size = min(least, largest)
+    size = min(smallest, largest)
     once(size)
     taken = once(size)
     while size < largest and 2 * taken * REPEATS <= budget_s:  # a batch twice as large takes at most twice as long

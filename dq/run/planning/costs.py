@@ -109,7 +109,7 @@ def stage_plans(
 
 def _encode(counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:
     n = sum(counts)
-    parts = [float(len(p)) for p in cut(n, least=MIN_IMAGES, most=MAX_IMAGES)]
+    parts = [float(len(p)) for p in cut(n, smallest=MIN_IMAGES, largest=MAX_IMAGES)]
     size = None if cells is None else float(n * (cells * CELL + ROW))
     share = busiest(parts, processes)
     return StagePlan("encode", f"{n} images in {len(parts)} parts", {"read": n, "encode": n}, share=share, bytes=size)
@@ -176,8 +176,10 @@ def _generate(
 
     distinct = {s.drawn: s for s in sets}
     total = sum(s.draws for s in distinct.values())
-    kept = sum(s.images for s in distinct.values())
-    plan = StagePlan("generate", f"{total} images" + (f", of which {kept} are kept" if kept < total else ""))
+    images_kept = sum(s.images for s in distinct.values())
+    plan = StagePlan(
+        "generate", f"{total} images" + (f", of which {images_kept} are kept" if images_kept < total else "")
+    )
     compared: set[str] = set()
     for s in distinct.values():
         if s.how.representative == "real":
@@ -307,11 +309,15 @@ def estimate_lines(
     on = "1 process" if processes == 1 else f"{processes} processes, each on a device like the measured one"
     yield f"estimate    on {on}"
     times = [seconds_of(p, speeds, overlap=overlap) for p in plans]
-    for p, seconds in zip(plans, times):
+    for p, seconds in zip(plans, times, strict=True):
         calls = ", ".join(f"{n:,.0f} {op}" for op, n in p.calls.items() if n and len(p.calls) <= 4)
-        said = "time not known" if seconds is None else f"about {duration(seconds)}"
+        time_text = "time not known" if seconds is None else f"about {duration(seconds)}"
         room = "disk not known" if p.bytes is None else f"{format_bytes(p.bytes)} on disk"
-        yield f"  {p.stage:<10}{p.units}: {said}, {room}" + (f" ({calls})" if calls else "")
-    known = [s for s in times if s is not None]
-    total = f"about {duration(sum(known))}" if len(known) == len(times) else f"at least {duration(sum(known))}"
+        yield f"  {p.stage:<10}{p.units}: {time_text}, {room}" + (f" ({calls})" if calls else "")
+    known_times = [s for s in times if s is not None]
+    total = (
+        f"about {duration(sum(known_times))}"
+        if len(known_times) == len(times)
+        else f"at least {duration(sum(known_times))}"
+    )
     yield f"  {'all':<10}{total}, {format_bytes(sum(p.bytes or 0 for p in plans))} on disk"

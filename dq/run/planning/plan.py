@@ -63,7 +63,7 @@ def plan(config: RunConfig, source: ImageSource) -> str:
 
     counts = source.class_counts()
     n, classes = int(counts.sum()), len(counts)
-    n_units = len(cut(n, least=MIN_IMAGES, most=MAX_IMAGES))
+    n_units = len(cut(n, smallest=MIN_IMAGES, largest=MAX_IMAGES))
     sets = planned_sets(config, source)
     lines = [
         f"source      {source.origin}: {n} train images, {classes} classes of {counts.min()} to {counts.max()}, "
@@ -107,11 +107,11 @@ def _plan_pruning(config: RunConfig, counts: Any) -> list[str]:
         f"prune       {p.runs} runs of {p.net}, {p.trained_epochs} epochs each, unless the scores are in the cache"
         for p in scored_settings(config)
     ]
-    for ipc, name, kept in kept_counts(config, counts):
+    for ipc, name, sizes in kept_counts(config, counts):
         if name.startswith("method "):
             p = resolved_method(config, name.removeprefix("method ")).prune
             lines.append(
-                f"prune       {name} ipc {ipc}: {p.policy} ({p.where}) keeps {sum(kept)} of {counts.sum()} images"
+                f"prune       {name} ipc {ipc}: {p.policy} ({p.where}) keeps {sum(sizes)} of {counts.sum()} images"
             )
     return lines
 
@@ -120,19 +120,19 @@ def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], count
     """Batches and image steps of the stages behind the generator; equal ones of several methods count once."""
     from dq.run.refinement import asked_settings, planned
 
-    found: dict[str, str] = {}
+    lines_of: dict[str, str] = {}
     for (method, ipc), images in sizes.items():
         chain = asked_settings(config, method)
         for level, stage in enumerate(planned(config, method, counts)):
             key = repr((ipc, config.methods[method].representative, chain[: level + 1]))
             steps, batches = stage.steps, stage.batches(images)
-            found.setdefault(
+            lines_of.setdefault(
                 key,
                 f"refine      {method} ipc {ipc}: {stage.name}, {images} images in {batches} batches, {steps} steps, "
                 f"{images * steps} image steps forward and backward"
                 + (f"; {stage.checks} trainings for checks, which are not in the time" * (stage.checks > 0)),
             )
-    return list(found.values())
+    return list(lines_of.values())
 
 
 @dataclass(frozen=True)

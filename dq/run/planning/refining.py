@@ -45,7 +45,7 @@ def refining_speed(
     experts = open_experts(folder) if folder else None
     on = torch.device(device)
     resources = Resources(side, classes, teachers, real=real, experts=experts, codec=codec, device=on)
-    whole = min(images, WHOLE_SET)
+    set_size = min(images, WHOLE_SET)
 
     def prepare(size: int) -> Batch:
         return Batch(random_pixels(size, side).float() / 255, torch.arange(size) % 2)
@@ -54,6 +54,6 @@ def refining_speed(
         method.run(batch, short, resources, Session())
 
     # what a step of a whole set costs does not grow with its images alone, so that a part would not tell
-    largest, least = (whole, whole) if cost.batch_size is None else (cost.batch_size, 1)
-    timing = timed(work, largest, least=least, device=device, prepare=prepare)
+    largest, smallest = (set_size, set_size) if cost.batch_size is None else (cost.batch_size, 1)
+    timing = timed(work, largest, smallest=smallest, device=device, prepare=prepare)
     return Speed(timing.seconds / steps, timing.least / steps, timing.most / steps, timing.batch)

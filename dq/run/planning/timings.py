@@ -77,10 +77,10 @@ class Speeds:
             raise InputError(f"there are no speeds in {path}; write the file with --dry-run --save_speeds {path}")
         facts = read_json(Path(path))
         try:
-            found = {k: Speed(**v) for k, v in facts.pop("speeds").items()}
+            speeds = {k: Speed(**v) for k, v in facts.pop("speeds").items()}
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{path} is not a file of speeds; write one with --dry-run --save_speeds") from None
-        return Speeds(found, facts)
+        return Speeds(speeds, facts)
 
 
 def measure_speeds(
@@ -112,10 +112,10 @@ def measure_speeds(
         "resolution": config.codec.resolution,
         "image_size": config.image_size,
     }
-    found: dict[str, Speed] = {}
+    speeds: dict[str, Speed] = {}
     reasons = list(unknown)
     if not source.fingerprint.startswith("like "):
-        found["read"] = _reading(config, source, device)
+        speeds["read"] = _reading(config, source, device)
     else:
         reasons.append("images are not at hand, so neither reading nor teachers")
     if pipe is not None:
@@ -124,18 +124,18 @@ def measure_speeds(
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         facts["latent"] = list(latent_shape(pipe.vae, config.codec.resolution))
-        found |= dict(_codec(config, pipe, device))
-        found |= dict(_generator(config, source, pipe, device, found["decode"], facts))
+        speeds |= dict(_codec(config, pipe, device))
+        speeds |= dict(_generator(config, source, pipe, device, speeds["decode"], facts))
     if "latent" in facts:
-        found |= dict(_clustering(config, source, facts["latent"], device))
+        speeds |= dict(_clustering(config, source, facts["latent"], device))
     reasons += [f"selection, as its teacher {t.net} is trained first" for t in untrained]
     try:
-        found |= dict(_teachers(config, source, device, pipe, untrained))
+        speeds |= dict(_teachers(config, source, device, pipe, untrained))
     except InputError as e:
         reasons.append(f"teachers: {e}")
-    found |= dict(_students(config, source, device))
-    found |= dict(_agents(config, source, device))
-    return Speeds(found, facts, tuple(reasons))
+    speeds |= dict(_students(config, source, device))
+    speeds |= dict(_agents(config, source, device))
+    return Speeds(speeds, facts, tuple(reasons))
 
 
 # --- one operation each -------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def _clustering(
             p = make_prototypes(0, "class", z[:size], torch.arange(size), result)
             latent_stats(z[:size], result.labels, p.centroids)
 
-        yield name, timed(work, n, least=n, device=device)
+        yield name, timed(work, n, smallest=n, device=device)
 
 
 def _teachers(
@@ -275,15 +275,15 @@ def _teachers(
     side = config.image_size
     real = not source.fingerprint.startswith("like ")
 
-    def looking(teachers: Sequence[Teacher]) -> Speed:
-        def look(images: torch.Tensor) -> None:
+    def label_speed(teachers: Sequence[Teacher]) -> Speed:
+        def label(images: torch.Tensor) -> None:
             pooled_logits(teachers, images)
 
         batch = max(t.batch_size for t in teachers)
-        return timed(look, batch, device=device, prepare=functools.partial(random_pixels, side=side))
+        return timed(label, batch, device=device, prepare=functools.partial(random_pixels, side=side))
 
     if config.teachers and real:
-        yield "teacher", looking(checked(config.teachers, source))
+        yield "teacher", label_speed(checked(config.teachers, source))
     done = set()
     for s in planned_sets(config, source) if real else ():
         settings, name = s.generate.select_teacher, select_operation(s.generate)
@@ -291,10 +291,10 @@ def _teachers(
             done.add(name)
             with naming(select_setting(config, s.method)):
                 teachers = checked([settings], source)
-            yield name, looking(teachers)
+            yield name, label_speed(teachers)
     for method in config.methods if real else ():
-        for stage, asked in zip(stages_of(config, method), asked_settings(config, method)):
-            name = refine_operation(asked)
+        for stage, requested in zip(stages_of(config, method), asked_settings(config, method), strict=True):
+            name = refine_operation(requested)
             if name in done:
                 continue
             done.add(name)
@@ -303,10 +303,10 @@ def _teachers(
                 if pipe is None:
                     continue
                 codec = ImageCodec.of(pipe.vae, config.codec.resolution, side, device)
-            own = checked(stage.teachers or config.teachers, source)
+            teachers = checked(stage.teachers or config.teachers, source)
             classes = len(source.class_names)
             images = classes * max(config.ipc)
-            yield name, refining_speed(stage, own, classes, side, device, images=images, codec=codec)
+            yield name, refining_speed(stage, teachers, classes, side, device, images=images, codec=codec)
 
 
 def _students(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
@@ -342,12 +342,12 @@ def _training(
         y = (torch.arange(len(x)) % classes).to(device)
         return fit(TrainingSet(x.to(device), y, classes, pixels), short, seed=0).seconds
 
-    def look(x: torch.Tensor) -> None:
+    def score(x: torch.Tensor) -> None:
         accuracy(net, x, torch.zeros(len(x), dtype=torch.int64), pixels=pixels, dtype=settings.dtype)
 
     images = functools.partial(random_pixels, side=side)
-    yield name, timed(train, settings.batch_size, least=2 * settings.accumulate, device=device, prepare=images)
-    yield test or f"test {name}", timed(look, 200, device=device, prepare=images)
+    yield name, timed(train, settings.batch_size, smallest=2 * settings.accumulate, device=device, prepare=images)
+    yield test or f"test {name}", timed(score, 200, device=device, prepare=images)
 
 
 def _agents(config: RunConfig, source: ImageSource, device: torch.device) -> Iterator[tuple[str, Speed]]:
@@ -414,9 +414,9 @@ def _needs(config: RunConfig, plans: Sequence[Any]) -> dict[Path, float]:
     """Bytes that the run will put on each disk, by a folder on it."""
     from dq.core.files import existing
 
-    found: dict[int, tuple[Path, float]] = {}
+    needs: dict[int, tuple[Path, float]] = {}
     for p in plans:
         folder = existing(Path(config.cache_dir if p.stage == "encode" else config.output_dir))
         disk = folder.stat().st_dev
-        found[disk] = (found.get(disk, (folder, 0.0))[0], found.get(disk, (folder, 0.0))[1] + (p.bytes or 0))
-    return dict(found.values())
+        needs[disk] = (needs.get(disk, (folder, 0.0))[0], needs.get(disk, (folder, 0.0))[1] + (p.bytes or 0))
+    return dict(needs.values())

@@ -221,7 +221,7 @@ class Draw:
     def units(self) -> list[Unit]:
         """Class, which of its draws, and whether they are all images of the class."""
         counts = [sum(numbers) * self.candidates for numbers in self.numbers]
-        longest = max(map(len, cut(sum(counts), least=1, most=LONGEST)))
+        longest = max(map(len, cut(sum(counts), smallest=1, largest=LONGEST)))
         result = []
         for label, n in enumerate(counts):
             number = self.candidates if self.together else -(-n // longest)
