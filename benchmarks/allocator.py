@@ -1,4 +1,6 @@
-"""Time and peak memory of training steps on a CPU with freed memory kept by the process, against glibc's defaults.
+"""Time and peak memory of training steps on a CPU with freed memory reused.
+
+The baseline is glibc's defaults.
 
     python benchmarks/allocator.py [--csv results/allocator.csv]
 

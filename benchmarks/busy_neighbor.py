@@ -1,5 +1,6 @@
-"""A training step of a small DiT on an idle machine and beside one busy process, with OpenMP threads that spin while
-they wait and with threads that sleep (`OMP_WAIT_POLICY=passive`, as dq sets it).
+"""A training step of a small DiT on an idle machine and beside a busy process.
+
+OpenMP threads spin while they wait, or sleep (`OMP_WAIT_POLICY=passive`, as dq sets it).
 
     python benchmarks/busy_neighbor.py [--steps 6] [--rounds 3] [--threads N] [--csv FILE]
 
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def step(steps: int, policy: str | None, threads: int, *, busy: bool) -> float:
-    """Seconds of a training step in a process of its own, whose OpenMP threads wait by `policy`."""
+    """Seconds of a training step in a new process with an OpenMP wait policy."""
     env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     env |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     if policy is not None:
@@ -83,7 +84,10 @@ def step(steps: int, policy: str | None, threads: int, *, busy: bool) -> float:
 
 
 def measure(steps: int) -> float:
-    """The middle of some training steps of a DiT of 3 M parameters, 32 latents of 4 x 8 x 8, in seconds."""
+    """Median seconds of training steps of a DiT of 3 M parameters.
+
+    A batch has 32 latents of 4 x 8 x 8.
+    """
     import torch  # before dq, so that the policy is the one of the environment alone
 
     from dq.config.prior import PriorConfig, TrainDenoiserConfig

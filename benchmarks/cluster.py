@@ -120,7 +120,10 @@ def measure(latents: Path | None, seeds: int) -> list[dict[str, object]]:
 
 
 def on_gpu() -> None:
-    """1,000 classes of 1300 x 4096 at once: time against this machine's CPU, and share of the memory bandwidth."""
+    """Time 1,000 classes of 1300 x 4096 at once.
+
+    Reported are the ratio to this machine's CPU and the share of the memory bandwidth.
+    """
     classes, n, d, k = 1000, 1300, 4096, 50
     config = ClusterConfig(engine="torch", init="k-means++", tol=0.0, n_iter=20)
     block = torch.empty(256 << 20, device="cuda", dtype=torch.float32)

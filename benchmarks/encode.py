@@ -1,5 +1,6 @@
-"""Throughput of the encode stage (read, decode, resize, encode, store) against a bare loop over preloaded tensors with
-the same model and batch.
+"""Throughput of the encode stage against a loop over preloaded tensors.
+
+The stage reads, decodes, resizes, encodes and stores; model and batch are the same.
 
     python benchmarks/encode.py [--data DIR] [--codec DIR] [--images 1500] [--csv results/encode.csv]
 

@@ -1,4 +1,4 @@
-"""Seconds per epoch of an expert: the usual loop, `dq` with one expert after another, `dq` with several side by side.
+"""Seconds per epoch of an expert: usual loop, `dq` in sequence, `dq` side by side.
 
     python benchmarks/experts.py [--net convnet3w32] [--side 32] [--images 1024] [--experts 4] [--csv FILE]
 
@@ -33,7 +33,7 @@ PIXELS = normalizer((0.5,) * 3, (0.25,) * 3)
 
 
 def usual(net: str, side: int, images: torch.Tensor, labels: torch.Tensor, t: TrainExpertsConfig, seeds: range):
-    """The parameters (E, P) of networks at the end of the usual loop, one network after another."""
+    """Parameters (E, P) of networks after the usual loop, one network after another."""
     device, ends = images.device, []
     x, y = PIXELS(images), labels
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""FRePo's meta-step: chunks against one pass, and the package's step against a plain loop written for clarity.
+"""FRePo's meta-step in chunks, in one pass, and as a plain loop.
 
     python benchmarks/frepo.py [--sizes 10 100 500] [--real 256] [--rounds 5] [--csv results/frepo_step.csv]
 

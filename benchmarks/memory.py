@@ -1,4 +1,6 @@
-"""Peak memory of encode and cluster at 10,000 and at 50,000 images whose largest class is of equal size.
+"""Peak memory of encode and cluster at 10,000 and 50,000 images.
+
+The largest class is of equal size.
 
     python benchmarks/memory.py [--csv results/memory.csv]
 

@@ -1,4 +1,4 @@
-"""Throughput of several processes with one thread each against one process with one thread, on the same work.
+"""Throughput of several processes of one thread each against one process.
 
     python benchmarks/processes.py [--processes 2] [--repeats 3] [--out results/processes.csv]
 
@@ -45,7 +45,7 @@ def settings(folder: Path, ipc: int) -> dict:
 
 
 def measure(processes: int, ipc: int, runs: int = 1) -> dict[str, float]:
-    """Seconds of each stage; of several runs at once, each in a folder of its own, the mean."""
+    """Seconds of each stage; the mean of several runs at once in folders of their own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "dq.cli"]

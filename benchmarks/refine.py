@@ -1,4 +1,4 @@
-"""Time per step and peak memory of FADRM's refinement against a plain loop written the way the released recipe works.
+"""Time per step and peak memory of FADRM against a plain loop as released.
 
     python benchmarks/refine.py [--net resnet20] [--teacher FILE] [--side 32] [--batch_size 100] [--csv FILE]
 

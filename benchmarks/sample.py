@@ -1,5 +1,6 @@
-"""Images per second of `DistillPipeline.synthesize` against stock `DiTPipeline` on the same checkpoint, scheduler,
-steps and images, without guidance and with it.
+"""Images per second of `DistillPipeline.synthesize` against stock `DiTPipeline`.
+
+Checkpoint, scheduler, steps and images are the same, without guidance and with it.
 
     python benchmarks/sample.py [--model DIR] [--images 100] [--steps 4] [--csv results/sample.csv]
 
@@ -153,7 +154,7 @@ def split(rows: list[int], size: int) -> list[list[int]]:
 
 
 def pad_labels(transformer: DiTTransformer2DModel) -> None:
-    """Give every label table 1001 rows in place: the classes as they are, the null class last."""
+    """Extend every label table to 1001 rows in place, with the null class last."""
     classes = int(transformer.config.num_embeds_ada_norm)
     if classes >= STOCK_NULL:
         return
@@ -168,7 +169,10 @@ def pad_labels(transformer: DiTTransformer2DModel) -> None:
 
 
 def random_model(folder: Path) -> Path:
-    """A pipeline folder of a DiT of 10 M parameters for ten classes, on 8x8 latents of 16 px images."""
+    """Save a random pipeline of a DiT of 10 M parameters for ten classes.
+
+    It has 8x8 latents of 16 px images.
+    """
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=8,

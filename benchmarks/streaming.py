@@ -1,4 +1,4 @@
-"""Peak memory of encode and cluster over Parquet shards that are read where they lie, at 10,000 and 1,000,000 rows.
+"""Peak memory of encode and cluster over Parquet shards, at 10,000 and 1,000,000 rows.
 
     python benchmarks/streaming.py [--rows 10000 1000000] [--csv results/streaming.csv]
 
@@ -51,7 +51,7 @@ def write_shards(folder: Path, rows: int) -> None:
 
 
 def walk(folder: Path) -> None:
-    """Encode and cluster the set in `folder`; prints peak resident memory in MB and seconds of both."""
+    """Encode and cluster the set in `folder`, and print peak memory in MB and seconds."""
     import torch
     from diffusers import AutoencoderTiny
 

@@ -1,4 +1,4 @@
-"""Print the structure of the package: modules at top level, import levels, cycles, upward imports, largest file.
+"""Print the structure of the package: levels, cycles, upward imports, largest file.
 
     python benchmarks/structure.py
 
@@ -19,7 +19,7 @@ ORDER += ("evaluation", "run", "cli")
 
 
 def strongly_connected(edges: dict[str, set[str]]) -> list[set[str]]:
-    """Sets of modules that import each other, directly or not (Tarjan's algorithm by two passes of Kosaraju)."""
+    """Sets of modules that import each other, directly or not (Kosaraju's algorithm)."""
     order: list[str] = []
     seen: set[str] = set()
 

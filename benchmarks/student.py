@@ -1,5 +1,7 @@
-"""Seconds per epoch of student training against the usual loop (a DataLoader with worker processes that decodes PNG
-files and transforms them with PIL, float32), and the cost of replaying stored labels against fixed ones.
+"""Seconds per epoch of student training against the usual loop, and cost of replay.
+
+The usual loop is a DataLoader with worker processes that decodes PNG files and transforms them with PIL, in float32.
+Replay of stored labels is compared with fixed ones.
 
     python benchmarks/student.py [--data DIR] [--net resnet20] [--images 500] [--epochs 4] [--csv results/student.csv]
 

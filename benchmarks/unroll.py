@@ -1,4 +1,4 @@
-"""Matching of trajectories: memory, time and gradients of TESLA beside exact unrolling, by steps of the student.
+"""Memory, time and gradients of TESLA and exact unrolling, by steps of the student.
 
     python benchmarks/unroll.py [--steps 1 5 10 20 40] [--images 20] [--net convnet3w32] [--csv results/unroll.csv]
 

@@ -1,5 +1,6 @@
-"""What a codec lets through: PSNR of images sent through it and back, and a teacher's accuracy on them. No set decoded
-by it can carry more.
+"""Upper bound of a codec: PSNR and teacher accuracy of reconstructed images.
+
+No set decoded by it can be better.
 
     python pipelines/codec_ceiling.py --data DIR --codecs DIR [DIR ...] --teacher FILE --csv results/codec_ceiling.csv
 

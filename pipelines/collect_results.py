@@ -1,4 +1,4 @@
-"""Copy what a finished run proves into `results/`: accuracies, quantization numbers, the picture, and how it was made.
+"""Copy accuracies, quantization numbers, picture and provenance of a run to `results/`.
 
     python pipelines/collect_results.py runs/cifar10-ddoq results/cifar10_ddoq --command "dq run --config ..."
 
@@ -27,7 +27,7 @@ MEANS = ("distortion", "explained", "w2_mass", "w2_uniform", "ess_mass", "ess_sq
 
 
 def quantization_rows(metrics: Path) -> list[dict[str, object]]:
-    """One row per ipc, engine and space: means over classes, and how much the masses lower W2."""
+    """One row per ipc, engine and space: means over classes, and gains in W2."""
     groups: dict[tuple[int, str, str], dict[int, dict]] = {}
     for line in metrics.read_text().splitlines():
         event = json.loads(line)
@@ -45,8 +45,10 @@ def quantization_rows(metrics: Path) -> list[dict[str, object]]:
 
 
 def check_rows(run: Path) -> list[dict[str, object]]:
-    """One row per refined folder and check: its set, which images it started from, steps, accuracy on held-out
-    images."""
+    """One row per refined folder and check.
+
+    It has the set, its first images, steps and the accuracy on held-out images.
+    """
     rows = []
     refined = read_json(run / "images" / "refined.json") if (run / "images" / "refined.json").exists() else {}
     sets = {r["folder"]: name.partition("/")[2] for name, r in refined.items() if isinstance(r, dict)}
@@ -77,7 +79,7 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def without_places(value: Any) -> Any:
-    """Plain data with absolute paths cut to their names, also behind words: results must not say where things lay."""
+    """Plain data with absolute paths cut to their names, also behind words."""
     if isinstance(value, dict):
         return {k: without_places(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,7 @@
-"""Class-incremental learning from distilled sets (FRePo, arXiv 2206.00719): classes come in parts, each of which FRePo
-distills by itself; after each part a fresh network is trained on the union so far and tested on all classes seen.
+"""Class-incremental learning from distilled sets (FRePo, arXiv 2206.00719).
+
+Classes come in parts, each of which FRePo distills by itself; after each part a fresh network is trained on the union
+so far and tested on all classes seen.
 
     python pipelines/continual_learning.py --data DIR --csv FILE --output_dir DIR
     # CIFAR-100 as in the paper: --ipc 20 --parts 5 --steps 500000 --lr 3e-4

@@ -1,4 +1,4 @@
-"""Numbers of FRePo that are known without a long run: linear features, and random features of real images.
+"""FRePo without a long run: linear features, and random features of real images.
 
     python pipelines/frepo_anchors.py --cifar10 DIR --fashion_mnist DIR --csv results/frepo_anchors.csv
 
@@ -56,7 +56,10 @@ def second_moments(x: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def ridge_weights(moments: Tensor, classes: int, penalty: float) -> Tensor:
-    """W (D, C) of min |X W - Y|^2 + penalty s |W|^2 from second moments; s is the mean of the diagonal of X^T X."""
+    """W (D, C) of min |X W - Y|^2 + penalty s |W|^2 from second moments.
+
+    s is the mean of the diagonal of X^T X.
+    """
     gram, cross = moments[:-classes, :-classes], moments[:-classes, -classes:]
     scale = penalty * gram.diagonal().mean()
     return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + scale * torch.eye(len(gram), dtype=gram.dtype)))
@@ -65,7 +68,9 @@ def ridge_weights(moments: Tensor, classes: int, penalty: float) -> Tensor:
 def learn_linear(
     moments: Tensor, classes: int, penalty: float, *, steps: int = STEPS, lr: float = LR, seed: int = 0
 ) -> Tensor:
-    """Learn one image and label vector per class whose ridge regression is that of all data, by FRePo's meta-gradient.
+    """Learn one image and label vector per class by FRePo's meta-gradient.
+
+    Their ridge regression approaches that of all data.
 
     The loss is that on all data with the penalty: D + C rows with the same second moments stand for them, rows of the
     triangular factor of [X Y; sqrt(penalty) I 0], so that a step costs nothing that grows with N.
@@ -105,7 +110,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 def linear_anchor(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int = 10, steps: int = STEPS
 ) -> dict[str, float]:
-    """Test accuracies of linear ridge regression on all train images, and on one learned image per class.
+    """Test accuracies of linear ridge regression on all and on learned images.
 
     Args:
         train: images (N, 3, S, S) and labels (N,).
@@ -133,7 +138,9 @@ def random_feature_accuracies(
     sizes: tuple[int, ...] = SIZES,
     net: str = "frepoconv3",
 ) -> dict[tuple[int, bool], float]:
-    """Accuracy of ridge regression on n real images through one random network, by n and use of mirror images.
+    """Accuracy of ridge regression on n real images through one random network.
+
+    Keys are n and the use of mirror images.
 
     The images of a smaller n are among those of a larger; classes have equal numbers.
     """

@@ -114,7 +114,7 @@ def distil(start: RealImages, real: RealImages, whitening: Whitening, classes: i
 
 
 def train(data: Set, whitening: Whitening, steps: int, seed: int, args: argparse.Namespace) -> nn.Module:
-    """A fresh network trained on a set by the protocol `frepo`, for about `steps` steps of whole epochs."""
+    """Train a fresh network on a set by the protocol `frepo`, for about `steps` steps."""
     images, targets = (t.to(args.device) for t in data)
     epochs = max(1, round(steps / -(-len(images) // args.student_batch)))
     spec = {"protocol": "frepo", "net": args.net, "epochs": epochs, "warmup": epochs // 4, "dtype": "float32"}

@@ -1,4 +1,6 @@
-"""A copy of a Parquet data set whose test split is a stratified part of train, to choose settings on.
+"""Copy a Parquet data set with a stratified part of train as its test split.
+
+Settings are chosen on it.
 
     python pipelines/hold_out.py DATA OUT --images 5000 --seed 0
 

@@ -1,4 +1,4 @@
-"""What compact soft labels cost in accuracy: one set, one student, the labels kept in different ways.
+"""Accuracy of one student on one set with labels in several compact storages.
 
     python pipelines/label_storage.py SET --data DIR --teacher NET=PATH --csv FILE
     accelerate launch --multi_gpu --num_processes 8 pipelines/label_storage.py ...    # the same on many processes

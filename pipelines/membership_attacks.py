@@ -1,4 +1,4 @@
-"""Attacks that guess from what a network says of an image whether it was trained on it (membership inference)."""
+"""Membership inference attacks on the outputs of a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ATTACKERS = {
 
 @torch.no_grad()
 def outputs(net: nn.Module, real: RealImages, whitening: Whitening) -> np.ndarray:
-    """What attackers see, (N, C + 1): a network's outputs in evaluation mode, and its squared-error loss, last."""
+    """Outputs of a network in evaluation mode and its squared-error loss, (N, C + 1)."""
     net.eval()
     device = next(net.parameters()).device
     y = torch.cat([net(whitening(x.to(device))).cpu() for x in real.images.split(500)])
@@ -36,13 +36,18 @@ def outputs(net: nn.Module, real: RealImages, whitening: Whitening) -> np.ndarra
 
 
 def loss_auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Area under the ROC curve of -loss as a score of membership, of rows of `outputs`; nothing is fitted."""
+    """Area under the ROC curve of -loss as a score of membership.
+
+    The loss is the last column of rows of `outputs`; nothing is fitted.
+    """
     scores = -np.concatenate([members[:, -1], others[:, -1]])
     return float(roc_auc_score(np.repeat([1, 0], [len(members), len(others)]), scores))
 
 
 def attack(members: np.ndarray, others: np.ndarray, seed: int) -> dict[str, tuple[float, float]]:
-    """AUC and accuracy of every attack, fitted on a half of both populations and tested on the other halves.
+    """AUC and accuracy of every attack.
+
+    Attacks are fitted on a half of both populations and tested on the other halves.
 
     Args:
         members, others: (N, C + 1) and (M, C + 1) rows of `outputs`, of which the halves are drawn.

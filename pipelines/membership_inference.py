@@ -1,5 +1,7 @@
-"""Membership inference against networks trained on a distilled set (FRePo, arXiv 2206.00719): a chunk of train images
-(the members) is distilled; attacks guess from a network's outputs whether an image was in that chunk.
+"""Membership inference against networks trained on a distilled set.
+
+A chunk of train images (the members) is distilled; attacks guess from a network's outputs whether an image was in that
+chunk (FRePo, arXiv 2206.00719).
 
     python pipelines/membership_inference.py --data DIR --csv FILE --output_dir DIR
     # MNIST as in the paper: --chunk 1000 --ipc 50 --steps 500000 --lr 3e-4 --student_steps 100 1000 16000
@@ -43,7 +45,10 @@ def chunks(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measured(net: nn.Module, groups: Sequence[RealImages], whitening: Whitening, seed: int) -> list[dict[str, Any]]:
-    """A row for every attack on a network; the groups are members, others, and the members that its set came from."""
+    """One row for every attack on a network.
+
+    The groups are members, others, and the members that its set came from.
+    """
     inside, outside, sources = (outputs(net, r, whitening) for r in groups)
     results = attack(inside, outside, seed) | {"loss, sources only": (loss_auc(sources, outside), float("nan"))}
     row = {}

@@ -1,4 +1,4 @@
-"""Options of a denoiser's training at equal CPU time, each alone against a base, judged by its samples.
+"""Options of denoiser training at equal CPU time, each against a base.
 
     python pipelines/prior_tricks.py --config configs/fashion_prior.yaml --data DIR --seconds 240 \\
         --csv results/prior_tricks.csv --set codec.path=DIR teachers.0.path=DIR
@@ -51,7 +51,10 @@ def dq(verb: str, args: argparse.Namespace, settings: dict[str, object]) -> floa
 
 
 def trained(args: argparse.Namespace, training: dict[str, object]) -> tuple[Path, float]:
-    """Folder of the prior of these settings, trained for `args.seconds`, and CPU seconds of one of its steps."""
+    """Folder of the prior of these settings, and CPU seconds of one step.
+
+    It is trained for `args.seconds`.
+    """
     name = "-".join(f"{k}={v}" for k, v in training.items()) or "base"
     folder, record = args.work / name, args.work / f"{name}.json"
     settings = {f"prior.denoiser.{k}": v for k, v in (BASE | training).items()}

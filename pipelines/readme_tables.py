@@ -37,7 +37,7 @@ from dq.core.text import format_bytes, markdown_table
 
 
 def ablation(*names: str) -> str:
-    """Arms against students and ipc: mean ± std, and the paired difference to the default where it is beyond doubt."""
+    """Arms against students and ipc: mean ± std, and the paired difference if decided."""
     rows = [r for name in names for r in read(f"{name}/ablation.csv")]
     columns = list(dict.fromkeys((r["student"], r["labels"], r["ipc"]) for r in rows))
     cells = {(r["factor"], r["level"], r["student"], r["labels"], r["ipc"]): r for r in rows}

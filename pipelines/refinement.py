@@ -1,5 +1,6 @@
-"""What pixel refinement is worth: FADRM, FADRM+ and Teddy from a distilled set and from real patches, labelled by one
-teacher, by several architectures, and by a pool of weak teachers.
+"""Comparison of FADRM, FADRM+ and Teddy from a distilled set and from real patches.
+
+Images are labeled by one teacher, by several architectures, and by a pool of weak teachers.
 
     torchrun --nproc_per_node 2 pipelines/refinement.py --config configs/cifar10_refine.yaml --data DIR
     python pipelines/refinement.py ... --collect results/cifar10_refine
@@ -92,8 +93,11 @@ QUESTIONS = {
 
 
 def labellers(config: RunConfig) -> dict[str, tuple[TeacherConfig, ...]]:
-    """Who labels: the run's teacher, those of FADRM+, or the pool with its fully trained network and the run's teacher
-    as strong members."""
+    """Teachers that label the images of a method.
+
+    They are the run's teacher, those of FADRM+, or the pool with its fully trained network and the run's teacher as
+    strong members.
+    """
 
     def teachers(method: str) -> tuple[TeacherConfig, ...]:
         return (config.methods[method].refine or ())[0].teachers

@@ -79,7 +79,7 @@ def refinement_speed() -> str:
 
 
 def over_seeds(values: Iterable[tuple[str, str, float]]) -> str:
-    """Mean ± std in percent of fractions that come with the names of their row and column."""
+    """Mean ± std in percent of fractions, with the names of row and column."""
     rows: dict[str, dict[str, list[float]]] = {}
     for row, column, value in values:
         rows.setdefault(row, {}).setdefault(column, []).append(100 * value)
@@ -89,8 +89,10 @@ def over_seeds(values: Iterable[tuple[str, str, float]]) -> str:
 
 
 def with_ridge(*folders: str) -> str:
-    """Sets against students and ipc; last epoch, mean ± std in percent, in parentheses ridge regression on the
-    students' features."""
+    """Sets against students and ipc: last epoch, mean ± std in percent.
+
+    In parentheses stands ridge regression on the students' features.
+    """
     rows = [r for folder in folders for r in read_numbered(f"{folder}/accuracy.csv")]
     columns = list(dict.fromkeys((r["student"], r["protocol"], r["ipc"]) for r in rows))
     cells = {(r["set"], r["student"], r["protocol"], r["ipc"]): r for r in rows}
@@ -176,13 +178,13 @@ MATCHED = {
 
 
 def matched_folders(kind: str) -> dict[str, str]:
-    """Folders of results of a kind of matching that are there, by the name of their column."""
+    """Existing folders of results of a kind of matching, by the name of their column."""
     folders = {name: folder.format(kind) for name, folder in MATCHED.items()}
     return {name: f for name, f in folders.items() if (ROOT / "results" / f / "accuracy.csv").exists()}
 
 
 def matched(kind: str, labels: str) -> str:
-    """Sets against data sets and ipc, for students of one kind of labels; mean ± std in percent."""
+    """Sets against data sets and ipc for one kind of labels: mean ± std in percent."""
     folders = matched_folders(kind)
     cells = {
         (r["set"], name): f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}"

@@ -86,8 +86,11 @@ def differences(folder: str) -> str:
 
 
 def advantages(folder: str, name: str) -> str:
-    """Paired differences over seeds of one set to every other of its size, in points with 95 % intervals; in bold
-    where they are decided after Holm's correction for all differences of the table."""
+    """Paired differences of one set to every other of its size, over seeds.
+
+    They are in points with 95 % intervals, in bold where decided after Holm's correction for all differences of the
+    table.
+    """
     rows = [json.loads(line) for line in (ROOT / "results" / folder / "trainings.jsonl").read_text().splitlines()]
     names = recipe_names(rows)
     last: dict[tuple[str, int, str], dict[int, float]] = defaultdict(dict)

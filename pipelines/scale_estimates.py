@@ -1,4 +1,4 @@
-"""Estimates of docs/scale.md from a file of measured speeds, and a check of such an estimate against a run.
+"""Estimates of docs/scale.md from measured speeds, and their check against a run.
 
     dq run --config configs/cifar10_scale.yaml --ipc 10,50 --data DIR --dry-run --save_speeds FILE
     python pipelines/scale_estimates.py --config configs/cifar10_scale.yaml --speeds FILE
@@ -43,7 +43,10 @@ def estimates(config: RunConfig, speeds: Speeds) -> list[dict[str, object]]:
 
 
 def check(config: RunConfig, speeds: Speeds, run: Path) -> list[dict[str, object]]:
-    """Seconds of the stages of a run beside their estimates. Labels and the sets put together are one stage here."""
+    """Seconds of the stages of a run beside their estimates.
+
+    Label and assemble are one stage here.
+    """
     source = load_source(config.source)
     events = read_jsonl(run / "metrics.jsonl")
     names = {"features": "cluster"}

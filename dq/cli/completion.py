@@ -1,4 +1,4 @@
-"""Scripts that let a shell complete verbs, options, paths and the names of settings; written by shtab."""
+"""Shell completion of verbs, options, paths and settings, written by shtab."""
 
 from __future__ import annotations
 

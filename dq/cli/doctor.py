@@ -1,4 +1,4 @@
-"""`dq doctor`: what this machine has, what a run would use of it, and what would stop a run before its end."""
+"""`dq doctor`: report this machine, what a run would use, and problems."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dq.core.trackers import TRACKERS, is_installed
 from dq.networks.teacher_loading import POOL, PRETRAINED
 from dq.run.refinement import stages_of
 
-LEAST_FREE = 1 << 30  # bytes of disk below which a run is likely to stop half-way
+MIN_FREE = 1 << 30  # bytes of disk below which a run is likely to stop half-way
 PACKAGES = (
     *("diffusers", "transformers", "accelerate", "datasets", "huggingface_hub", "pyarrow", "safetensors"),
     *("numpy", "scikit-learn", "POT", "pillow"),
@@ -57,20 +57,22 @@ class Report:
         return json.dumps({"facts": self.facts, "problems": self.problems}, indent=2)
 
 
-def examine(config: RunConfig, *, named: bool = False, cpu: bool = False, least_free: int = LEAST_FREE) -> Report:
-    """Look at packages, devices, launch, disks and Hub, and at what `config` asks of them. Nothing stays written.
+def examine(config: RunConfig, *, named: bool = False, cpu: bool = False, min_free: int = MIN_FREE) -> Report:
+    """Report packages, devices, launch, disks, Hub, and what `config` needs of them.
+
+    Nothing is left behind.
 
     Args:
         named: the configuration is a user's, so that the paths in it must be there.
         cpu: as the flag `--cpu` of a run.
-        least_free: bytes that a disk should have left.
+        min_free: bytes that a disk should have left.
     """
     report = Report()
     say = report.problems.append
     report.facts["packages"] = _versions(say)
     report.facts["devices"] = _devices()
     report.facts["launch"] = _launch(say)
-    report.facts["disk"] = _disk(config, say, least_free)
+    report.facts["disk"] = _disk(config, say, min_free)
     report.facts["hub"] = _hub(say)
     report.facts["a run will use"] = _used(config, say, cpu=cpu)
     if named:
@@ -127,8 +129,10 @@ def _faiss(say: Any) -> str:
 
 
 def _importable(name: str, say: Any) -> str:
-    """Version of a package that may be there and yet not import: a CUDA torchvision over a CPU torch raises
-    RuntimeError."""
+    """Version of a package that may be installed and yet not import.
+
+    A CUDA torchvision over a CPU torch raises RuntimeError.
+    """
     version = version_of(name)
     try:
         importlib.import_module(name)
@@ -172,7 +176,10 @@ def _devices() -> dict[str, str]:
 
 
 def _memory() -> int:
-    """Bytes of memory that this process may use: the least of the machine's and the limits of its control group."""
+    """Bytes of memory that this process may use.
+
+    The minimum of the machine's and the limits of its control group.
+    """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = read_text(file).strip()
@@ -181,8 +188,7 @@ def _memory() -> int:
 
 
 def _launch(say: Any) -> dict[str, str]:
-    """How many processes this one believes to be one of, judged by the environment alone: a doctor must not wait for
-    the others."""
+    """Number of processes by the environment alone, which needs no other process."""
     env = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     world = os.environ.get("WORLD_SIZE", "1")
     count = int(world) if world.isdigit() else 0
@@ -213,13 +219,13 @@ def _launch(say: Any) -> dict[str, str]:
 # --- disk and Hub -------------------------------------------------------------------------------------------------
 
 
-def _disk(config: RunConfig, say: Any, least_free: int) -> dict[str, str]:
+def _disk(config: RunConfig, say: Any, min_free: int) -> dict[str, str]:
     facts = {}
     for name in ("output_dir", "cache_dir"):
         path = Path(getattr(config, name))
         free, state = _room(path, name, say)
         facts[name] = f"{path}: {state}"
-        if free is not None and free < least_free:
+        if free is not None and free < min_free:
             say(f"{name} {path} has {format_bytes(free)} free; free some, or choose another --{name}")
     return facts
 

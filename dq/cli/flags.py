@@ -1,4 +1,4 @@
-"""The configuration that the options of a call stand for, and options that do not go together."""
+"""The configuration that options stand for, and checks of their combinations."""
 
 from __future__ import annotations
 

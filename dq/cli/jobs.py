@@ -1,4 +1,4 @@
-"""What a verb on images is made of: its call, its checks, its plan and its work."""
+"""Parts of a verb that works on images: call, checks, plan and work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command line: verbs over one configuration. Results go to standard output, everything else to standard error."""
+"""The command line: verbs over one configuration.
+
+Results go to standard output, everything else to standard error.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ log = logging.getLogger("dq")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0 when done, 1 when the run failed, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line.
+
+    Returns 0 when done, 1 when the run failed, 2 for bad input, 130 after Ctrl-C.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -66,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _do(args: argparse.Namespace) -> int:
-    """Do what a verb says. Imports are within functions, so that help and settings are printed without torch."""
+    """Run a verb.
+
+    Imports are within functions, so that help and settings are printed without torch.
+    """
     verb = VERBS[args.verb]
     if verb.prints:
         return _print(verb, args)

@@ -1,4 +1,4 @@
-"""Verbs of a run: all its stages or one of them, the recommended recipe, and the demo."""
+"""Verbs of a run: all stages or one, the recommended recipe, the demo."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ STEPS: dict[str, Callable[[Run, str, LatentGenerator | None], None]] = {
 
 
 def work(call: Call, checked: Checked) -> None:
-    """Do a stage of a run or all of them, and push the sets if asked to."""
+    """Do a stage of a run or all, and push the sets if requested."""
     run_stages(call, call.verb, pipe=checked.pipe)
     push_run(call)
 
@@ -283,7 +283,7 @@ def _follow_recipe(call: Call, began: float) -> None:
 
 
 def fill_distill(call: Call) -> RunConfig:
-    """Settings of the recipe that depend on the images and the prior, with sizes unless they are set."""
+    """Settings of the recipe by images and prior, with sizes unless set."""
     from dq.cli.flags import sets_key
     from dq.run.recipe import fill_recipe
 

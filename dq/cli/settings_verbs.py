@@ -1,4 +1,7 @@
-"""Verbs that start no run: config, validate, ls, cp, completion, doctor. All but doctor load no torch."""
+"""Verbs that start no run: config, validate, ls, cp, completion, doctor.
+
+All but doctor load no torch.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def config_verb(args: argparse.Namespace) -> None:
 
 
 def validate_verb(args: argparse.Namespace) -> None:
-    """Check a configuration as a run would read it, with its students and the overrides of its methods."""
+    """Check a configuration as a run would read it."""
     from dq.config.overrides import apply_settings
     from dq.config.schema import load_config
 

@@ -76,7 +76,7 @@ def _is_remote(call: Call, files: ModelFiles | None) -> bool:
 
 
 def prior_codec(call: Call) -> tuple[CodecConfig, Dtypes]:
-    """The codec whose latents a denoiser is trained on, with its dtype, and what `auto` stands for.
+    """The codec whose latents a denoiser is trained on, and its dtypes.
 
     `dtype: auto` is that of the prior's folder, else that of latents in the cache. Nothing is written.
     """
@@ -101,7 +101,10 @@ def train_codec(call: Call, checked: Checked | None = None) -> Path:
 
 
 def train_denoiser(call: Call, checked: Checked | None = None) -> Path:
-    """Encode the images where the cache lacks them, train the denoiser of a prior, and return its folder."""
+    """Train the denoiser of a prior, and return its folder.
+
+    Images whose latents the cache lacks are encoded first.
+    """
     from dq.config.dtypes import record_dtypes
     from dq.core.processes import assign_units
     from dq.diffusion.codec import load_codec

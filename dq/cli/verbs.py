@@ -1,4 +1,4 @@
-"""Verbs of the command line: what each does, the options and settings that it reads, and the functions that it calls.
+"""Verbs of the command line: help, options, settings and functions of each.
 
 Modules of these functions import torch and settings within them, so that help is printed at once.
 """

@@ -77,8 +77,10 @@ class DistributionMatching(Condensation):
 
 @settings
 class SpectralMatching(Condensation):
-    """Neural characteristic function matching (NCFM, Wang et al., CVPR 2025), with the released settings of CIFAR-10
-    where the methods of this file do not share one."""
+    """Neural characteristic function matching (NCFM, Wang et al., CVPR 2025).
+
+    Defaults are the released settings of CIFAR-10 where the methods of this file do not share one.
+    """
 
     stage: Annotated[Literal["spectral"], Field(description="method of refinement")] = "spectral"
     lr: Annotated[NonNegative, Field(description="learning rate of the images, or of the latents, SGD")] = 0.1
@@ -125,7 +127,10 @@ LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: 
 
 @settings
 class GradientMatching(Condensation):
-    """Gradient matching (DC, Zhao et al., ICLR 2021; DSA, Zhao and Bilen, ICML 2021, with `augment: dsa`)."""
+    """Gradient matching (DC, Zhao et al., ICLR 2021).
+
+    With `augment: dsa` it is DSA (Zhao and Bilen, ICML 2021).
+    """
 
     stage: Annotated[Literal["gradient"], Field(description="method of refinement")] = "gradient"
     lr: Annotated[NonNegative, Field(description="learning rate of the images, or of the latents, SGD")] = 0.1

@@ -1,4 +1,6 @@
-"""What `dtype: auto` stands for: the fast dtype of a device, or that of a folder that was begun on another one.
+"""Resolution of `dtype: auto` to the fast dtype of a device.
+
+A folder that was begun on another device keeps its dtype.
 
 Settings are resolved once, when a run, a training or an evaluation is opened. From then on only resolved values are
 seen, in digests, caches and records; the configuration that was asked for keeps its "auto".
@@ -38,7 +40,7 @@ def device_dtypes(device: torch.device | str) -> Dtypes:
 def folder_dtypes(
     folder: Path, where: Accelerator | torch.device | str, *, begun: str | None = None, forget: bool = False
 ) -> Dtypes:
-    """What auto stands for in an output folder: as it was when the folder was begun, else what this device is fast in.
+    """Dtypes of `auto` in an output folder: recorded ones, else those of the device.
 
     Nothing is written.
 
@@ -66,21 +68,24 @@ def folder_dtypes(
 
 
 def note_slow(dtype: str, device: torch.device | str, sentence: str) -> None:
-    """Log a sentence on a dtype that is kept, if the device is slow in it; once, though several steps ask."""
+    """Log a sentence on a dtype that the device is slow in, once."""
     if is_slow(dtype, device) and sentence not in _noted:
         _noted.add(sentence)
         log.info("%s, although that is slow here", sentence)
 
 
 def record_dtypes(folder: Path, dtypes: Dtypes, *, main: bool = True) -> None:
-    """Write what auto stands for in a folder, unless it is there; only where `main`, of several processes."""
+    """Write the dtypes of `auto` to a folder that lacks them, in the main process."""
     path = folder / RECORD
     if main and not (is_done(path) and {use: read_json(path)[use] for use in USES} == dtypes):
         write_json(folder / RECORD, dtypes)
 
 
 def resolve_dtypes(config: C, dtypes: Mapping[Use, str]) -> C:
-    """A copy of a configuration, or of a part of one, without `dtype: auto`, in mappings of students either."""
+    """Copy a configuration, or a part of one, without `dtype: auto`.
+
+    Mappings of students are resolved too.
+    """
     changes = {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, f.name)
@@ -126,7 +131,7 @@ def named_dtypes(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def slow_dtypes(config: Any, device: torch.device | str, *, without: Collection[str] = ()) -> str | None:
-    """One sentence on the dtypes that a configuration names although the device is slow in them; None: all is well.
+    """One sentence on named dtypes that the device is slow in, None without any.
 
     Args:
         without: sections that are not read.

@@ -1,4 +1,4 @@
-"""Types of settings: bounded numbers, paths, lists of which one may stand alone, and words for None."""
+"""Types of settings: bounded numbers, paths, lists, and words for None."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True)
 class NoneAs:
-    """The word that stands for None in files and on the command line; null is read too.
+    """The word for None in files and on the command line; null is read too.
 
     YAML reads a bare `off` as false.
     """
@@ -38,7 +38,10 @@ class NoneAs:
 
 
 def _as_tuple(value: Any) -> Any:
-    """A list or tuple as a tuple, and a scalar as a tuple of one; None and mappings stay for the check to refuse."""
+    """Turn a list into a tuple, and a scalar into a tuple of one.
+
+    None and mappings are left for the check to refuse.
+    """
     if isinstance(value, (list, tuple)):
         return tuple(value)
     return value if value is None or isinstance(value, dict) else (value,)

@@ -1,4 +1,4 @@
-"""The settings that hold for a method of a run: those of the run, with the method's own."""
+"""Settings of the methods of a run, and their checks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def resolved_method(config: RunConfig, method: str) -> ResolvedMethod:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of nested settings, so that {cluster: {engine: torch}} changes one value and not the section."""
+    """Dotted keys of nested settings.
+
+    {cluster: {engine: torch}} changes one setting and not the section.
+    """
     for key, value in settings.items():
         if isinstance(value, dict) and f"{prefix}{key}" in OVERRIDABLE:
             yield from _flat(value, f"{prefix}{key}.")
@@ -115,7 +118,7 @@ def check_prototypes(config: RunConfig, method: str) -> None:
 
 
 def check_selection(config: RunConfig, method: str, *, selector: bool = True) -> None:
-    """Check that candidates of a method, the rule that selects among them and its teacher go together.
+    """Check candidates of a method, their rule of selection and its teacher.
 
     Args:
         config: the settings.

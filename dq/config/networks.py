@@ -42,7 +42,10 @@ def unknown_network(name: str) -> InputError:
 
 
 def named_networks(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Settings that name a network, and the names, except for those of teachers alone; students are left out."""
+    """Settings that name a network, with the names.
+
+    Students, and networks of teachers alone, are left out.
+    """
     for f in dataclasses.fields(config):
         value, path = getattr(config, f.name), f"{where}.{f.name}".lstrip(".")
         items = {path: value}

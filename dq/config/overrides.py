@@ -58,7 +58,7 @@ def _check_sections(pairs: dict[str, Any]) -> None:
 
 
 def _agrees(section: Any, path: list[str], value: Any) -> bool:
-    """Whether the content of a section leaves a setting in it open, or sets it to the same value."""
+    """Whether a section leaves a setting open, or sets it to the same value."""
     if not path:
         return bool(section == value)
     first, *rest = path
@@ -71,7 +71,10 @@ def _agrees(section: Any, path: list[str], value: Any) -> bool:
 
 
 def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
-    """A copy of `config` with `key=value` strings (values read as YAML) or a dict of dotted keys applied."""
+    """Copy `config` with `key=value` strings or a dict of dotted keys applied.
+
+    Values of strings are read as YAML.
+    """
     if isinstance(settings, list):
         pairs: dict[str, Any] = {}
         for s in settings:

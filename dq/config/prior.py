@@ -159,7 +159,10 @@ class PriorConfig(Checked):
 
 @settings
 class PriorReportConfig(Checked):
-    """The report of a prior (`dq prior-report`); a card is written if `data`, `license` or `command` is set."""
+    """The report of a prior (`dq prior-report`).
+
+    A card is written if `data`, `license` or `command` is set.
+    """
 
     per_class: Annotated[
         Count, Field(description="samples of a class; fewer where it has fewer test or train images")

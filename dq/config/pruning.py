@@ -20,7 +20,9 @@ DEFAULT_SHARES = {"hard": 0.2, "easy": 0.1, "window": 0.2}
 
 @settings
 class DifficultyConfig(Checked):
-    """How the difficulty of train images is measured: short runs of an agent network (PAD, arXiv 2408.03360).
+    """Difficulty scores of train images (PAD, arXiv 2408.03360).
+
+    They come from short runs of an agent network.
 
     PAD says neither which network nor which epoch nor how many runs it averaged. These are the recommendations of Data
     Diet (arXiv 2107.07075) for EL2N, on PAD's agent network.

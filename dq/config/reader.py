@@ -34,7 +34,9 @@ def from_dict(cls: type[C], data: Any, where: str = "") -> C:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain data of a config dataclass (tuples become lists), such that `from_dict` gives an equal one back.
+    """Plain data of a settings class, from which `from_dict` builds an equal one.
+
+    Tuples become lists.
 
     Digests are made of it, so that None stays None.
     """
@@ -63,5 +65,5 @@ def _word(field: FieldInfo) -> str | None:
 
 
 def dump_config(config: Any) -> str:
-    """YAML text of a config, with the words for None; `load_config` on it gives an equal one."""
+    """YAML text of settings, from which `load_config` reads equal ones."""
     return write_yaml(in_words(config))

@@ -42,7 +42,9 @@ def reference() -> list[Setting]:
 
 
 def explain(key: str) -> list[Setting]:
-    """The setting of a dotted name, or all of a section; the last part of a name is enough where it is a name.
+    """The setting of a dotted name, or all settings of a section.
+
+    The last part of a name suffices where it is unique.
 
     Raises:
         InputError: for a name that is none, with the nearest one.
@@ -60,13 +62,16 @@ def explain(key: str) -> list[Setting]:
 
 
 def _matches(row: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether a row's key begins with these parts, where N is any number and NAME any name."""
+    """Whether a row's key begins with parts, where N is any number, NAME any name."""
     pairs = zip(row, parts, strict=False)  # a section has fewer parts than its rows
     return len(parts) <= len(row) and all(a in (b, NAME) or (a == NUMBER and b.isdigit()) for a, b in pairs)
 
 
 def setting_names(cls: Any = RunConfig) -> list[str]:
-    """Dotted names of all settings. Below lists and mappings, whose entries have names of their own, it stops."""
+    """Dotted names of all settings.
+
+    Settings in lists and mappings, whose entries have names of their own, are left out.
+    """
     names: list[str] = []
     for name, field in cls.__pydantic_fields__.items():
         core = unwrap(optional(unwrap(field_hint(field))[0])[0])[0]
@@ -127,7 +132,7 @@ def _plain_type(core: Any) -> str:
 
 
 def bound_text(hint: Any) -> str:
-    """Bound of a number, or of the numbers of a list, in words such as "at least 1"."""
+    """Bound of a number, or of a list's numbers, such as "at least 1"."""
     inner, notes = unwrap(hint)
     core, more = unwrap(optional(inner)[0])
     if get_origin(core) is tuple or get_origin(core) in (Union, types.UnionType):

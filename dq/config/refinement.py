@@ -31,8 +31,10 @@ from dq.core.text import nearest_name, short
 
 @settings
 class DepthConfig(Checked):
-    """Which layers' statistics are matched (PAD's second filter on statistics, arXiv 2408.03360). Layers count in the
-    order in which the network calls them."""
+    """Layers whose statistics are matched (PAD's second filter, arXiv 2408.03360).
+
+    Layers count in the order in which the network calls them.
+    """
 
     drop: Annotated[
         Auto[ShareBelowOne],
@@ -65,7 +67,10 @@ STAGES: dict[str, type[RefineConfig]] = {}  # settings of every method of refine
 
 @settings
 class RefineConfig(Checked):
-    """Settings of every method of refinement. A subclass names its `stage`, by which a configuration asks for it."""
+    """Settings of every method of refinement.
+
+    A subclass sets its `stage`, by which a configuration names it.
+    """
 
     stage: Annotated[str, Field(description="method of refinement")] = ""
     teachers: Annotated[
@@ -211,8 +216,10 @@ FADRM_PRESETS = ("cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof
 
 @settings
 class FADRM(MatchingConfig):
-    """Data residual matching (arXiv 2506.24125). With several teachers it is FADRM+: one per step, in turn. What is
-    None comes from the preset."""
+    """Data residual matching (arXiv 2506.24125).
+
+    With several teachers it is FADRM+: one per step, in turn. Settings that are None come from the preset.
+    """
 
     stage: Annotated[Literal["fadrm"], Field(description="method of refinement")] = "fadrm"
     preset: Annotated[
@@ -284,8 +291,11 @@ class FADRM(MatchingConfig):
 
 @settings
 class Teddy(MatchingConfig):
-    """Matching against a pool of weak teachers (arXiv 2410.07579). The paper's settings are not known to us: the
-    defaults are of SRe2L's kind, for a short refinement of images that look real already."""
+    """Matching against a pool of weak teachers (Teddy, arXiv 2410.07579).
+
+    The paper does not state its settings: the defaults are of SRe2L's kind, for a short refinement of realistic
+    images.
+    """
 
     stage: Annotated[Literal["teddy"], Field(description="method of refinement")] = "teddy"
     steps: Annotated[Whole, Field(description="steps; 0: labels only")] = 300
@@ -313,8 +323,11 @@ BUDGETS: dict[str, tuple[int, float]] = {"quick": (2_000, 3e-3), "standard": (20
 
 @settings
 class FRePo(RefineConfig):
-    """Neural feature regression with pooling (arXiv 2206.00719): images and labels are learned together by the
-    gradient of a kernel ridge regression on the features of a pool of networks. The whole set is one batch."""
+    """Neural feature regression with pooling (FRePo, arXiv 2206.00719).
+
+    Images and labels are learned together by the gradient of a kernel ridge regression on the features of a pool of
+    networks. The whole set is one batch.
+    """
 
     stage: Annotated[Literal["frepo"], Field(description="method of refinement")] = "frepo"
     mode: Annotated[

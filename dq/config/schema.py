@@ -290,8 +290,10 @@ class GenerateConfig(Checked):
 
 @settings
 class MethodConfig(Checked):
-    """One way to make a set: which points, which representative, which weights. `override` changes settings of
-    `prune`, `cluster` or `generate` for this method alone."""
+    """One way to make a set: points, representative and weights.
+
+    `override` changes settings of `prune`, `cluster` or `generate` for this method alone.
+    """
 
     representative: Annotated[
         Literal["centroid", "medoid", "real"],
@@ -315,8 +317,10 @@ class MethodConfig(Checked):
 
 @settings
 class HubConfig(Checked):
-    """Where and how something is pushed to the Hugging Face Hub. A token is no setting: it comes from --token,
-    HF_TOKEN or the login, and is written nowhere."""
+    """Pushes to the Hugging Face Hub.
+
+    A token is no setting: it comes from --token, HF_TOKEN or the login, and is never written.
+    """
 
     repo_id: Annotated[str | None, Field(description="repository: name in your own namespace, or owner/name")] = None
     private: Annotated[
@@ -382,7 +386,7 @@ class RunConfig(Checked):
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read a `RunConfig` from a YAML file, or by the name of one that ships with the package (e.g. "demo")."""
+    """Read a `RunConfig` from a YAML file, or by a name such as "demo"."""
     path = Path(path)
     if not path.exists() and path.suffix == "" and path.parent == Path("."):
         names = [p.stem for p in sorted(PRESETS_FOLDER.glob("*.yaml"))]

@@ -47,8 +47,11 @@ def is_library_net(name: str) -> bool:
 
 @settings
 class ViewConfig(Checked):
-    """What a network sees of an image, in this order: RandAugment, patches shuffled, cropped, mirrored, colors
-    changed, mixed with another image of the batch."""
+    """What a network sees of an image.
+
+    The order is RandAugment, patches shuffled, cropped, mirrored, colors changed, mixed with another image of the
+    batch.
+    """
 
     rand_augment: Annotated[
         Whole, Field(description="operations of RandAugment per image (torchvision: 2), on 8-bit pixels")
@@ -103,7 +106,7 @@ def check_crops(scale: Sequence[float], ratio: Sequence[float]) -> None:
 
 @settings
 class RelabelConfig(Checked):
-    """How teachers label every view of a student with `labels: soft`, and what is kept of it."""
+    """Labels of every view of a student with `labels: soft`, and their storage."""
 
     storage: Annotated[
         Literal["shards", "online"],
@@ -133,8 +136,11 @@ class RelabelConfig(Checked):
 
 @settings
 class StudentConfig(Checked):
-    """All settings of one training. In a configuration a student is a mapping of these and of `protocol` (a preset,
-    see `dq.config.protocols`) and `dataset` (whose published settings to take); `epochs` may be a mapping by ipc."""
+    """All settings of one training.
+
+    In a configuration a student is a mapping of these and of `protocol` (a preset, see `dq.config.protocols`) and
+    `dataset` (whose published settings to take); `epochs` may be a mapping by ipc.
+    """
 
     protocol: Annotated[str, Field(description="preset that the settings come from; see `dq ls`")] = "custom"
     net: Annotated[str, Field(description="network: a name of dq, timm:NAME or torchvision:NAME")] = "convnet3"
@@ -242,7 +248,10 @@ class StudentConfig(Checked):
         return self
 
     def for_step_size(self, step_size: float | None) -> StudentConfig:
-        """The settings on a set with this learned step size: it is `lr`, if the student takes it."""
+        """The settings on a set with this learned step size.
+
+        It is `lr`, if the student takes it.
+        """
         if step_size is None or not self.learned_lr or self.optimizer != "sgd":
             return self
         return dataclasses.replace(self, lr=step_size)
@@ -284,7 +293,10 @@ def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _student_columns(students: Any) -> Any:
-    """A student for each kind of labels, in a tuple; one student may stand alone, and a name for a network."""
+    """Turn students into a tuple, with one for each kind of labels.
+
+    One student may stand alone, and a name for a network.
+    """
     if isinstance(students, (str, Mapping)):
         students = [students]
     if not isinstance(students, (list, tuple)):

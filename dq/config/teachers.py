@@ -68,7 +68,10 @@ class TrainTeachersConfig(Checked):
 
 @settings
 class TrainPoolConfig(Checked):
-    """A pool of weak teachers: early checkpoints of one training, or pruned copies of a trained network."""
+    """A pool of weak teachers.
+
+    Members are early checkpoints of one training, or pruned copies of a trained network.
+    """
 
     generation: Annotated[
         Literal["prior", "post"],

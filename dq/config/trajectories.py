@@ -34,8 +34,10 @@ def _pairs(value: Any) -> Any:
 
 @settings
 class CurriculumConfig(Checked):
-    """PAD's data schedule of experts (arXiv 2408.03360, section 3.2): in every class the easy images first, then all,
-    then without the easiest."""
+    """PAD's data schedule of experts (arXiv 2408.03360, section 3.2).
+
+    In every class the easy images come first, then all, then all without the easiest.
+    """
 
     order: Annotated[
         PathText, Field(description="safetensors file with the rows of each class from easy to hard (`dq prune`)")
@@ -69,8 +71,10 @@ class CurriculumConfig(Checked):
 
 @settings
 class TrainExpertsConfig(Checked):
-    """Networks trained on real data whose parameters at the end of every epoch are kept, for matching of trajectories.
-    Defaults are those of DATM and PAD; MTT has `optimizer: sgd` and 50 epochs."""
+    """Training of experts, whose parameters after every epoch are stored.
+
+    Defaults are those of DATM and PAD; MTT has `optimizer: sgd` and 50 epochs.
+    """
 
     output_dir: Annotated[PathText, Field(description="folder of the experts")] = "runs/experts"
     number: Annotated[Count, Field(description="experts to train")] = 100
@@ -103,7 +107,7 @@ class TrainExpertsConfig(Checked):
 
 
 class Published(NamedTuple):
-    """Settings of a data set and ipc in PAD's paper (its tables, arXiv 2408.03360), and the accuracies it prints."""
+    """Settings and accuracies of a data set and ipc in PAD's tables (arXiv 2408.03360)."""
 
     student_steps: int
     expert_epochs: int
@@ -147,9 +151,12 @@ GENERAL = Published(20, 2, (0, 10, 20), 100, 0, 2, 100, 0.0, 1e-5, 0.0, 0.0, sta
 
 @settings
 class Trajectory(RefineConfig):
-    """Matching of trajectories: images, soft labels and the student's learning rate are learned, so that a network's
-    training on the set ends where an expert's on real images ends (MTT; DATM's soft labels and growing range of
-    epochs; PAD's choice of parameters). The whole set is one batch. What is None comes from the preset."""
+    """Matching of training trajectories (MTT, with extensions of DATM and PAD).
+
+    Images, soft labels and the student's learning rate are learned so that training on the set ends where an expert's
+    training on real images ends. Soft labels and the growing range of epochs are DATM's, the choice of parameters is
+    PAD's. The whole set is one batch. Settings that are None come from the preset.
+    """
 
     stage: Annotated[Literal["trajectory"], Field(description="method of refinement")] = "trajectory"
     experts: Annotated[

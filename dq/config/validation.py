@@ -29,7 +29,10 @@ TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "te
 
 
 class Checked:
-    """Base of all settings classes. A mapping is read as one, though scalars must be of their very type."""
+    """Base of all settings classes.
+
+    A mapping is read as one; scalars must be of their exact type.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
@@ -37,7 +40,10 @@ class Checked:
 
     @classmethod
     def variant(cls, data: Any) -> type[Checked]:
-        """The class that plain data are to be read as: this one, unless a subclass chooses by the data."""
+        """The class to read plain data as.
+
+        It is this one, unless a subclass chooses by the data.
+        """
         return cls
 
     @classmethod
@@ -168,7 +174,7 @@ def _locate(cls: Any, data: Any, loc: Sequence[Any], where: str) -> tuple[str, A
 
 
 def bounds(notes: Iterable[Any]) -> str:
-    """Bounds of a number in words such as "of at least 1" or "in [0, 1)"; "" without any."""
+    """Bounds of a number such as "of at least 1" or "in [0, 1)"; "" without any."""
     low = high = left = right = None
     for note in notes:
         for name in ("ge", "gt"):
@@ -187,7 +193,10 @@ def bounds(notes: Iterable[Any]) -> str:
 
 
 def none_word(hint: Any) -> str | None:
-    """The word for None in a type; "null" if it has none, None if the type does not allow None."""
+    """The word for None in a type; "null" if it has none.
+
+    None if the type does not allow None.
+    """
     inner, notes = unwrap(hint)
     if not optional(inner)[1]:
         return None
@@ -218,7 +227,7 @@ def _type_name(core: Any) -> str:
 
 
 def unknown_key(where: str, key: str, names: Sequence[str], parent: str = "", kind: str = "setting") -> str:
-    """The sentence on a name that does not exist, with its new name or the nearest one that does."""
+    """The sentence on an unknown name, with its new name or a similar one."""
     if RENAMED.get(key) in names:
         return f"{where!r} is now called {f'{parent}.{RENAMED[key]}'.lstrip('.')!r}; change the name"
     close = nearest_name(key, names, cutoff=0.4)

@@ -74,8 +74,10 @@ def read_yaml(text: str) -> Any:
 
 
 def _measure(node: yaml.Node, measured: dict[yaml.Node, tuple[float, float]], path: str) -> tuple[float, float]:
-    """Values of a node, each counted wherever an alias repeats it, and how deep they nest; both without end if it
-    contains itself."""
+    """Count the values of a node and how deep they nest.
+
+    A value counts wherever an alias repeats it; both are infinite for a node that contains itself.
+    """
     if isinstance(node, yaml.ScalarNode):
         if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
             raise ValueError(f"a whole number has {len(node.value):,} digits")

@@ -41,7 +41,10 @@ ABSOLUTE = re.compile(r"(?<![\w:/.<])(?:~|[A-Za-z]:)?[/\\][^\s\"'`,;:()|<>]*[/\\
 
 
 def public(value: Any, key: str = "") -> Any:
-    """A copy of plain data in which every path on this machine is reduced to its last part. Hub ids stay."""
+    """Copy plain data with every path on this machine reduced to its last part.
+
+    Hub ids stay.
+    """
     if isinstance(value, dict):
         return {k: v if k in NO_PATHS else public(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -85,7 +88,9 @@ def own_text(card: Path) -> str:
 
 
 def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
-    """The YAML head of a card and its body; a head that cannot be read counts as none.
+    """Split a card into its YAML head and its body.
+
+    A head that cannot be read counts as none.
 
     Raises:
         InputError: if it cannot be read and `must` says what card it is.
@@ -104,8 +109,10 @@ def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
 
 
 def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
-    """A card with this head and generated body, and with everything of an old one that is not generated. A license
-    in the head replaces all keys of the old one."""
+    """Join a head and a generated body with what an old card has besides.
+
+    A license in the head replaces all license keys of the old one.
+    """
     from huggingface_hub import CardData
 
     old_head, text = split_card(old)

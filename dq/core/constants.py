@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def constant(values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers, nested as for `torch.tensor`, on a device: the same tensor in every call, not to be changed in place.
+    """Return numbers as a tensor on a device, the same in every call.
+
+    Numbers nest as for `torch.tensor`; the tensor must not be changed in place.
 
     A copy from ordinary memory waits until the device has done all its work, so that one in a loop holds the host up.
     """

@@ -20,7 +20,10 @@ CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of CPUs that compute
 
 
 def available_cores() -> int:
-    """Cores that this process may use: the least of affinity and the quotas of its control groups, at least 1."""
+    """Cores that this process may use, at least 1.
+
+    The minimum of the CPU affinity and the quotas of its control groups.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *_quotas()]))
 
@@ -80,7 +83,10 @@ def launcher_arguments() -> list[str]:
 
 
 def reader_threads(device: torch.device | str | None = None) -> int:
-    """Threads that read images: all cores of this process, or a quarter of them while `device` computes on the CPU."""
+    """Number of threads that read images.
+
+    All cores of this process, or a quarter of them while `device` computes on the CPU.
+    """
     busy = device is not None and torch.device(device).type == "cpu"
     return max(1, cores_per_process() // 4) if busy else cores_per_process()
 
@@ -94,8 +100,10 @@ def read_text(path: str | Path) -> str:
 
 
 def default_device() -> torch.device:
-    """Where work goes unless told otherwise: a CUDA device if there is one, else the CPU. Not Apple's MPS, which lacks
-    float64."""
+    """The CUDA device if there is one, else the CPU.
+
+    Not Apple's MPS, which lacks float64.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -103,8 +111,11 @@ def default_device() -> torch.device:
 
 
 def has_native_bfloat16(device: torch.device | str) -> bool:
-    """Whether the device has instructions for bfloat16: CUDA from Ampere on, CPUs with AVX512-BF16, AMX or ARM's bf16.
-    Elsewhere bfloat16 is emulated, at a multiple of the time of float32."""
+    """Whether the device has instructions for bfloat16.
+
+    These are CUDA from Ampere on, and CPUs with AVX512-BF16, AMX or ARM's bf16. Elsewhere bfloat16 is emulated, at a
+    multiple of the time of float32.
+    """
     kind = torch.device(device).type
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

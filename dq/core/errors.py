@@ -1,4 +1,7 @@
-"""Errors that a user can cause. Each message is one sentence that names the offending thing and the way out."""
+"""Errors that a user can cause.
+
+Each message is one sentence that names the problem and its solution.
+"""
 
 
 class InputError(ValueError):

@@ -41,7 +41,9 @@ def as_path(value: Any, name: str) -> Path:
 
 
 def check_place(folder: str | Path, name: str, *, reads: bool = False) -> None:
-    """Whether files can be written to a folder, which may not be there yet. Nothing is made.
+    """Check that files can be written to a folder, which need not exist.
+
+    Nothing is created.
 
     Args:
         name: the setting that names it, for messages.
@@ -62,7 +64,10 @@ def check_place(folder: str | Path, name: str, *, reads: bool = False) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """The hidden name under which this process writes `path`. Another host may have a process of the same number."""
+    """The hidden name under which this process writes `path`.
+
+    It includes the host, since another host may have a process of the same number.
+    """
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
@@ -86,7 +91,7 @@ def _is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed and takes the final name, on failure it is gone.
+    """Yield a temporary path beside `path`, renamed on success and removed on failure.
 
     A full disk becomes one sentence that names the file and how to go on.
     """
@@ -120,8 +125,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, obj: Any, *, checksum: bool = True) -> None:
-    """Write an object as indented JSON, atomically. A mapping gets a `checksum` of its other entries, unless others
-    than dq are to read it."""
+    """Write an object as indented JSON, atomically.
+
+    With `checksum` a mapping gets a `checksum` of its other entries; files that other programs read go without.
+    """
     if checksum and isinstance(obj, dict):
         plain = json.loads(json.dumps(obj, default=str))
         obj = {**plain, "checksum": digest_of(plain)}
@@ -141,7 +148,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or damaged one is one sentence. A checksum is compared and left out."""
+    """Read a JSON file, without the checksum, which is verified."""
     with readable(path):
         data = parse_json(path.read_text())
         if isinstance(data, dict) and data.pop("checksum", None) not in (None, digest_of(data)):
@@ -199,8 +206,10 @@ def read_checksum(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """An open file of `write_tensors`, for reading slices. All of it is compared with its checksum when this process
-    first opens it."""
+    """Open a file of `write_tensors` for reading slices.
+
+    Its checksum is verified when this process first opens it.
+    """
     with readable(path), safe_open(path, framework="pt") as f:
         if _intact.get(path) != (stamp := _stamp(path)):
             _compared(f)
@@ -232,8 +241,10 @@ def _compared(f: Any) -> dict[str, Any]:
 
 
 def is_done(path: Path) -> bool:
-    """Whether a unit of work is done: its file is there and intact. A damaged one is reported and removed, so that it
-    is computed again; if another process has replaced it in the meantime, it is not removed."""
+    """Whether the file of a unit of work exists and is intact.
+
+    A damaged one is reported and removed, so that it is computed again, unless another process has replaced it.
+    """
     if not path.is_file():
         return False
     try:
@@ -255,7 +266,10 @@ def is_done(path: Path) -> bool:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one event to a JSONL log, on a line of its own even if a killed process left half a line."""
+    """Append one event to a JSONL log.
+
+    It begins a line of its own even if a killed process left half a line.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, default=str).encode() + b"\n"
     with open(path, "ab+") as f:
@@ -266,7 +280,10 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The events of a JSONL log; [] if there is none. Half a line of a killed process is left out."""
+    """Read the events of a JSONL log; [] without a file.
+
+    Incomplete lines of killed processes are left out.
+    """
     events = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):

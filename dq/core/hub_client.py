@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face Hub as dq sees it: its state, one commit on top of it, and errors as sentences."""
+"""Repositories of the Hugging Face Hub: state, commits, and errors as sentences."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def client(token: str | None) -> HfApi:
 
 @contextlib.contextmanager
 def sentences(repo_id: str, token: str | None, *, revision: str | None = None, push: bool = False) -> Iterator[None]:
-    """Turn what the Hub's client raises into one sentence that says what to do, without the token."""
+    """Turn errors of the Hub's client into one sentence without the token."""
     import httpx2
     from huggingface_hub import errors, get_token
 
@@ -203,7 +203,10 @@ def commit_to(
 
 
 def _create_repo(api: HfApi, target: Target) -> Target:
-    """Create the repository and the branch unless they exist; the target with the full name of the repository."""
+    """Create the repository and the branch unless they exist.
+
+    Returns the target with the full name of the repository.
+    """
     kind, private = target.kind, target.private
     repo_id = api.create_repo(target.repo_id, repo_type=kind, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id, repo_type=kind).private:

@@ -32,8 +32,9 @@ WAIT_S = 0.2  # for a command that is just ending
 
 @contextlib.contextmanager
 def locked(folder: str | Path, accelerator: Accelerator, cache_dir: str | Path | None = None) -> Iterator[None]:
-    """Keep `folder` to the processes of this command, and clear it of what killed ones left half-written, and so
-    `cache_dir`, which commands share.
+    """Reserve `folder` for the processes of this command.
+
+    Files that killed processes left half-written are removed from it, and from `cache_dir`, which commands share.
 
     The lock is the kernel's (`flock`) and goes with the process that holds it, however that ends. Where the file
     system has none, a warning says so.
@@ -70,7 +71,9 @@ def locked(folder: str | Path, accelerator: Accelerator, cache_dir: str | Path |
 
 
 def _acquire(folder: Path) -> FileLock | None:
-    """The lock of a folder, acquired, with a file beside it that names its holder; None without locks.
+    """Acquire the lock of a folder; None where locks are not supported.
+
+    A file beside it names its holder.
 
     Raises:
         Timeout: if another command holds it.

@@ -1,4 +1,4 @@
-"""Memory: batches that fit, and freed memory of a CPU that is kept for the next batch."""
+"""Batches that fit in memory, and reuse of freed memory on a CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _fitted: dict[tuple[object, ...], int] = {}  # the largest piece that has fitted
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed blocks for the next allocation, instead of giving each back to the system.
+    """Let glibc keep freed blocks for later allocations.
 
     Activations of a training step are larger than the size from which glibc maps a block of its own, so that every
     step asks for its memory anew and the kernel fills it with zeros: up to half of the time of a step on a CPU
@@ -59,7 +59,7 @@ def run_with_batch_backoff(
 
 
 def list_in_pieces(what: str, size: int, call: Callable[[slice], T], *, like: tuple[object, ...] = ()) -> list[T]:
-    """`call` on a batch of `size` rows, at once if memory allows, else in halves, and those in halves.
+    """Call a function on a batch of `size` rows, in halves where memory is short.
 
     Only for work whose rows do not depend on one another: the result is then the same, up to the rounding with which
     batch sizes differ. Later batches of the same kind start with what has fitted. A piece that fails although a

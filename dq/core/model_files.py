@@ -1,4 +1,4 @@
-"""Files of a model: in a local folder, in a repository of the Hub, or in the Hub's cache when it is not reached."""
+"""Files of a model in a local folder, on the Hub, or in the Hub's cache."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def hardware_line(accelerator: Accelerator) -> str:
 
 
 def check_launch(accelerator: Accelerator) -> str | None:
-    """What to tell a user whose launcher was asked for several processes and started one; None if all is well.
+    """The message on a launcher that started one process of several, None otherwise.
 
     On a machine without several GPUs, `accelerate launch --num_processes 2` starts one process, with or without --cpu.
     """
@@ -84,7 +84,10 @@ def check_launch(accelerator: Accelerator) -> str | None:
 
 
 def _launcher_processes(arguments: Sequence[str]) -> int:
-    """The number of processes in a command line of `accelerate launch` or in the file that it reads; 0: not given."""
+    """Number of processes in the arguments of `accelerate launch`, or in its file.
+
+    0 if it is not given.
+    """
     names = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
     first = next((i + 1 for i, a in enumerate(arguments) if a in names or os.path.basename(a) in names), None)
     if first is None:
@@ -108,7 +111,9 @@ def _launcher_processes(arguments: Sequence[str]) -> int:
 
 
 def assign_units(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
-    """Indices of the units that `rank` works on: largest first, each to the least loaded rank (ties: lowest rank).
+    """Indices of the units that `rank` works on.
+
+    The largest unit goes first, each to the least loaded rank; the lowest rank wins ties.
 
     Every rank computes the same division from the same costs; the indices come back in ascending order.
     """
@@ -123,8 +128,10 @@ def assign_units(costs: Sequence[float], rank: int, world_size: int) -> list[int
 
 
 def cut(n: int, *, smallest: int, largest: int) -> list[range]:
-    """0, ..., n - 1 in nearly equal stretches, 64 of them where that makes none shorter than `least` or longer than
-    `most`: enough to be divided evenly over many processes, and the same for any number of them."""
+    """Cut 0, ..., n - 1 into nearly equal ranges, the same for any number of processes.
+
+    There are 64, unless that makes one shorter than `smallest` or longer than `largest`.
+    """
     size = min(max(-(-n // 64), smallest), largest)
     number = -(-n // size)
     return [range(i * n // number, (i + 1) * n // number) for i in range(number)]

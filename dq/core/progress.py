@@ -17,20 +17,26 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it", main: bool = True) -> tqdm:
-    """A progress bar with ETA on standard error, shown by the main process only, and not with TQDM_DISABLE=1."""
+    """A progress bar with ETA on standard error.
+
+    It is shown by the main process only, and not with TQDM_DISABLE=1.
+    """
     # tqdm itself asks the environment at its import, and not at all where `disable` is given
     hidden = not main or os.environ.get("TQDM_DISABLE") == "1"
     return tqdm(items, desc=desc, total=total, unit=unit, disable=hidden, file=sys.stderr, dynamic_ncols=True)
 
 
 log = logging.getLogger("dq")
-LEAST_S = 1.0  # less is not worth a word
+MIN_LOGGED_SECONDS = 1.0
 RESUMED = 0.1  # a stage faster than this share of its estimate had most of its files already and tells no speed
 
 
 class StageTimer:
-    """The stages of one command, in order. What remains is the estimate of the stages to come, scaled by what the
-    finished ones took beside theirs; nothing is said where a stage to come has no estimate."""
+    """Log start, end and remaining time of the stages of a command.
+
+    The remaining time is the estimate of the stages to come, scaled by the ratio of time and estimate of the finished
+    ones; it is left out if a stage to come has no estimate.
+    """
 
     def __init__(
         self,
@@ -49,12 +55,14 @@ class StageTimer:
         """Announce a stage, and say at its end how long it took."""
         place = f"{self.stages.index(name) + 1} of {len(self.stages)}"
         likely = self.expected.get(name, 0.0) * self.ratio()
-        log.info("%s begins (%s%s)", name, place, f", about {duration(likely)}" if likely >= LEAST_S else "")
+        log.info(
+            "%s begins (%s%s)", name, place, f", about {duration(likely)}" if likely >= MIN_LOGGED_SECONDS else ""
+        )
         began = self.clock()
         yield
         self.taken[name] = self.clock() - began
         left = self.remaining()
-        rest = f"; about {duration(left)} left in all" if left is not None and left >= LEAST_S else ""
+        rest = f"; about {duration(left)} left in all" if left is not None and left >= MIN_LOGGED_SECONDS else ""
         log.info("%s done in %s (%s)%s", name, duration(self.taken[name]), place, rest)
 
     def ratio(self) -> float:
@@ -74,7 +82,7 @@ class StageTimer:
 
 
 def duration(seconds: float) -> str:
-    """Text such as "0.4 s", "12 s", "4 min", "3 h 20 min", "2 d 5 h"."""
+    """Format seconds as text such as "0.4 s", "12 s", "3 h 20 min", "2 d 5 h"."""
     if seconds < 9.5:
         return f"{seconds:.1f} s"
     if seconds < 119.5:
@@ -91,8 +99,10 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def library_bars() -> Iterator[None]:
-    """Within the block diffusers and transformers show no bars of loading where TQDM_DISABLE=1: they read it at their
-    import at most."""
+    """Hide the loading bars of diffusers and transformers where TQDM_DISABLE=1.
+
+    These libraries read the variable at their import at most.
+    """
     modules = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
     hidden = [m for m in modules if os.environ.get("TQDM_DISABLE") == "1" and m.is_progress_bar_enabled()]
     for module in hidden:

@@ -12,8 +12,10 @@ import torch
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from a tuple of identities, e.g. (run seed, "generate", class, rank): never from a process rank
-    or a batch index, so that results do not depend on how the work was divided."""
+    """Derive a 63-bit seed from identities such as (run seed, "generate", class).
+
+    A process rank or a batch index is no identity, so that results do not depend on how work is divided.
+    """
     digest = hashlib.blake2b("\x1f".join(str(p) for p in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -42,8 +44,10 @@ def digest_of_tensors(tensors: dict[str, torch.Tensor], *, size: int = 8) -> str
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Random numbers from `seed` inside the block, on the CPU and on a CUDA `device`, and the global random state
-    untouched after it."""
+    """Draw global random numbers from `seed` within the block, and restore the state.
+
+    This holds for the CPU and for a CUDA `device`.
+    """
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # torch.manual_seed would also reseed every other accelerator, which fork_rng does not restore

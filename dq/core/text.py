@@ -18,7 +18,7 @@ def first_line(e: BaseException) -> str:
 
 
 def printable(name: object) -> str:
-    """A file name or other text as UTF-8 can hold it: bytes of a name that are no UTF-8 become \\xNN."""
+    """Text such as a file name, with bytes that are no UTF-8 as \\xNN."""
     return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
 
 
@@ -64,6 +64,6 @@ def format_bytes(n: float) -> str:
 
 
 def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:
-    """A Markdown table with the first `left` columns at the left and the others at the right."""
+    """Format a Markdown table with the first `left` columns aligned left."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""Experiment trackers: a run's settings and numbers sent to TensorBoard, Trackio or Weights & Biases, if asked for.
+"""Experiment trackers: TensorBoard, Trackio and Weights & Biases.
 
 The trackers are accelerate's and hang on the accelerator that every stage has; without any, `report` does nothing and
 no tracker is imported. A tracker that fails later is left out with one warning: a run outlives its audience.
@@ -78,7 +78,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: Map
 
 
 def report(accelerator: Accelerator, values: Mapping[str, Any], step: int | None = None) -> None:
-    """Send numbers to the trackers of this process; what is not a finite number is left out."""
+    """Send the finite ones of some numbers to the trackers of this process."""
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
     for tracker in list(accelerator.trackers) if numbers else ():
         try:
@@ -115,7 +115,7 @@ def _first_line(e: Exception) -> str:
 
 
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """All settings by dotted name, as values that every tracker takes; what looks like a secret is left out."""
+    """All settings by dotted name, as values that every tracker takes, without secrets."""
     return dict(_flat(settings))
 
 

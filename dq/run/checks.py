@@ -1,4 +1,7 @@
-"""What a run would refuse, known before its first unit of work. A dry run goes through the same checks."""
+"""Checks of a run before its first unit of work.
+
+A dry run goes through the same checks.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def check_run(
     fetch: bool = True,
     untrained: Sequence[TeacherConfig] = (),
 ) -> tuple[LatentGenerator | None, list[str]]:
-    """Check all that can be known of a run, or of one of its stages, before its first image is encoded.
+    """Check a run, or one of its stages, before its first image is encoded.
 
     Args:
         verb: the stage, or "run" for all.
@@ -76,7 +79,7 @@ def check_run(
 
 
 def check_settings(config: RunConfig, source: ImageSource, verb: str, untrained: Sequence[TeacherConfig] = ()) -> None:
-    """Whether methods, run folder, stages of refinement and teachers of a run, or of one of its stages, can be.
+    """Check methods, run folder, stages of refinement and teachers.
 
     Raises:
         InputError: see `check_run`.
@@ -101,8 +104,10 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str, untrained:
 
 
 def warn_of_selectors(config: RunConfig, classes: int) -> None:
-    """Warn where a teacher that selects among candidates is one of those that label: students learn its labels, and
-    gain by what it mistakes (see `docs/generation.md`)."""
+    """Warn where a teacher that selects among candidates also labels.
+
+    Students learn its labels, and gain by its mistakes (see `docs/generation.md`).
+    """
     local = [t for t in config.teachers if t.net not in (POOL, "transformers") and t.path != PRETRAINED]
     labeling: set[str] = set()
     for method in config.methods:
@@ -163,7 +168,7 @@ def check_generation(config: RunConfig, source: ImageSource, pipe: LatentGenerat
 
 
 def open_generator(config: RunConfig, *, fetch: bool) -> tuple[LatentGenerator | None, list[str]]:
-    """The generator that settings name; or None, and why, if it would have to be fetched and may not be.
+    """Open the generator; None with the reasons if it may not be downloaded.
 
     Raises:
         InputError: if no codec is named, or there is no such model.
@@ -180,7 +185,9 @@ def open_generator(config: RunConfig, *, fetch: bool) -> tuple[LatentGenerator |
 
 
 def check_teachers(teachers: Iterable[TeacherConfig], classes: int, image_size: int, setting: str = TEACHERS) -> None:
-    """Whether teachers can be loaded and name as many classes as the data. Published ones are not fetched for that.
+    """Check that teachers load and have as many outputs as the data has classes.
+
+    Published ones are not downloaded for that.
 
     Args:
         setting: where they stand, for messages.
@@ -222,8 +229,10 @@ def _teachers_of(config: RunConfig, verb: str) -> dict[TeacherConfig, str]:
 def check_plan(
     config: RunConfig, source: ImageSource, accelerator: Accelerator
 ) -> tuple[LatentGenerator | None, list[str]]:
-    """The generator for the plan of a run on images that are not here (`--like`): settings are checked, and models
-    that are not on this machine are left out of the plan."""
+    """The generator for the plan of a run on counts without images (`--like`).
+
+    Settings are checked; models that are not on this machine are left out of the plan.
+    """
     check_methods(config)
     check_guidance(config)
     check_counts(config, source)

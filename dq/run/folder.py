@@ -1,4 +1,4 @@
-"""A run folder: whose it is, which settings hold for a method, and who works on what."""
+"""A run folder: its owner, the settings of its methods, and its units."""
 
 from __future__ import annotations
 
@@ -75,14 +75,20 @@ class Run:
 
 
 def copies_of(method: MethodConfig, generate: GenerateConfig) -> int:
-    """Images of a prototype. Decoding twice gives the same image twice, and so does copying a real one."""
+    """Images of a prototype.
+
+    Decoding twice gives the same image, and so does copying a real one.
+    """
     single = generate.mode == "decode" or method.representative == "real"
     return 1 if single else generate.images_per_prototype
 
 
 def images_per_class(resolved: ResolvedMethod, ipc: int, class_counts: Sequence[int]) -> list[int]:
-    """Images of every class in the set of a method. A class with fewer train images than `ipc` gives fewer, unless
-    `cluster.prototypes_per_class` has its prototypes share `ipc` images."""
+    """Images of every class in the set of a method.
+
+    A class with fewer train images than `ipc` gives fewer, unless `cluster.prototypes_per_class` has its prototypes
+    share `ipc` images.
+    """
     copies = copies_of(resolved.method, resolved.generate)
     fixed = resolved.cluster.prototypes_per_class is not None
     return [(ipc if fixed else min(int(n), ipc)) * copies for n in class_counts]
@@ -105,7 +111,9 @@ def class_file(folder: Path, label: int) -> Path:
 def settle_dtypes(
     config: RunConfig, source: ImageSource, accelerator: Accelerator, loaded: Mapping[str, str] | None = None
 ) -> tuple[RunConfig, Dtypes]:
-    """The configuration of a run without `dtype: auto`, and what auto stands for in its folder. Nothing is written.
+    """The configuration of a run without `dtype: auto`, and its folder's dtypes.
+
+    Nothing is written.
 
     A run that was begun keeps its dtypes, and latents in the cache keep theirs.
 
@@ -130,7 +138,10 @@ def settle_dtypes(
 
 
 def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The provenance of a run folder, and the settings that it was begun with; None if it is none."""
+    """The provenance of a run folder, and the settings that it was begun with.
+
+    The settings are None if there are none.
+    """
     record, settings_file = folder / "provenance.json", folder / "config.yaml"
     facts = read_json(record) if is_done(record) else {}
     if facts.get("settings") or not settings_file.is_file():

@@ -1,4 +1,4 @@
-"""`dq prior-report`: measure a prior, and write the table, the page, and the card of its folder."""
+"""`dq prior-report`: measure a prior; write its table, page and card."""
 
 from __future__ import annotations
 
@@ -60,8 +60,10 @@ def check_prior_report(config: RunConfig) -> None:
 def report_prior(
     config: RunConfig, source: ImageSource, pipe: LatentGenerator, *, accelerator: Accelerator
 ) -> list[dict[str, Any]]:
-    """Measure `pipe` and write `prior_quality.csv`, `prior_quality.jsonl` and `prior_report.html` in the run folder
-    `config.output_dir`, `quality.json` in the prior's folder, and its card where the settings say what it was made of.
+    """Measure a prior, and write its report.
+
+    The run folder `config.output_dir` gets `prior_quality.csv`, `prior_quality.jsonl` and `prior_report.html`; the
+    prior's folder gets `quality.json`, and a card where the settings describe its data.
 
     Guidance scales are divided over processes. Samples are kept under `prior_samples/`: the same call again draws
     only what is missing.

@@ -1,4 +1,4 @@
-"""What the recommended recipe (`dq distill`) takes from the data and from the prior, where settings leave it open."""
+"""Settings of the recommended recipe (`dq distill`) that depend on data and prior."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def untrained_selector(config: RunConfig, source: ImageSource, accelerator: Acce
 
 
 def train_selector(config: RunConfig, source: ImageSource, accelerator: Accelerator) -> None:
-    """Train the teacher that selects among draws, if it is one that `train_teachers` makes and not there."""
+    """Train the selecting teacher unless it exists, if `train_teachers` makes it."""
     if untrained_selector(config, source, accelerator):
         train_teachers(config, source, accelerator=accelerator)
         accelerator.wait_for_everyone()

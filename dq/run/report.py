@@ -41,8 +41,10 @@ NOT_FACTS = ("method", "from", "checks", "images", "batches", "before", "after",
 
 
 def set_grid(small: DistilledSet, nearest: list[Tensor] | None = None) -> Image.Image:
-    """Rows are classes, columns prototypes by weight; with `nearest`, each image has its nearest real image at its
-    right."""
+    """A grid with classes as rows and prototypes by weight as columns.
+
+    With `nearest`, each image has its nearest real image at its right.
+    """
     images = small.images_uint8()
     rows = []
     for c in range(min(MAX_CLASSES, len(small.class_names))):
@@ -197,8 +199,10 @@ def accuracy_content(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> 
 
 
 def _selections(run: Run, present: Sequence[tuple[int, str]]) -> dict[str, Any]:
-    """Of every set that was selected from candidates: the rule, its teacher, and what was kept; nothing if there is
-    none."""
+    """Table and sentences on the sets that were selected from candidates.
+
+    Empty without any.
+    """
     rows, sentences = [], []
     for ipc, method in present:
         provenance = read_json(run.folder / "dataset" / f"ipc{ipc}-{method}" / "provenance.json")
@@ -215,8 +219,11 @@ def _selections(run: Run, present: Sequence[tuple[int, str]]) -> dict[str, Any]:
 
 
 def _refinement(run: Run, heading: str, folder: Path) -> dict[str, Any]:
-    """Of a refined folder: measures of its teachers before and after, losses over steps, images after each block, and
-    what the method records of its work."""
+    """Facts of a refined folder.
+
+    They are measures of its teachers before and after, losses over steps, images after each block, and records of the
+    method.
+    """
     summary = read_json(folder / "summary.json")
     rows = []
     for group in ("teachers", "validation_teachers"):

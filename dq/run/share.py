@@ -1,4 +1,4 @@
-"""The way to the Hugging Face Hub and back: distilled sets, pipelines and teachers.
+"""Exchange of distilled sets, pipelines and teachers with the Hugging Face Hub.
 
 A push is one commit on top of the state that was read, so that it replaces what it means to and nothing else; a pull
 checks every name and type before anything is written. Tokens appear in no message.
@@ -49,7 +49,7 @@ def push(
     token: str | None = None,
     **settings: Any,
 ) -> CommitInfo:
-    """Push what a folder holds: the sets of a run with what is known of their worth, sets alone, or a model.
+    """Push the content of a folder: sets of a run, sets alone, or a model.
 
     Args, Returns, Raises: see `push_folder`.
     """
@@ -74,8 +74,9 @@ def push_model(
     variant: str | None = None,
     **settings: Any,
 ) -> CommitInfo:
-    """Push a pipeline (or its folder), a codec's folder or a teacher's folder (`dq train-teachers`) with its card, in
-    one commit. Files that are no weights and no settings are left out.
+    """Push a pipeline, a codec or a teacher with its card, in one commit.
+
+    `model` may be the folder of any of them. Files other than weights and settings are left out.
 
     Args:
         variant: of the weights, such as "fp16": those of other variants stay in the repository.
@@ -105,7 +106,7 @@ def push_model(
 
 
 def _model_files(folder: Path, kind: str) -> dict[str, Path | bytes | None]:
-    """Weights and settings of a model by path in the repository; records without what is not public."""
+    """Weights and settings of a model by path; records lose what is not public."""
     files: dict[str, Path | bytes | None] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -165,7 +166,9 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Copy the sets of a repository (or one of them), or a model, to a folder; what is there already is left alone.
+    """Copy the sets of a repository, or a model, to a folder.
+
+    Files that exist already are left alone.
 
     Returns:
         The folder: for sets `load_dataset(folder, name)` and `DistilledSet.load(folder, name)` open it, for a pipeline

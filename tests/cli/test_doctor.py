@@ -17,7 +17,7 @@ from fork_server import ForkServer
 from launching import torchrun
 
 from dq.cli.completion import completion_script, setting_names
-from dq.cli.doctor import LEAST_FREE, examine
+from dq.cli.doctor import MIN_FREE, examine
 from dq.cli.main import main
 from dq.cli.parser import build_parser
 from dq.config.overrides import apply_settings
@@ -127,10 +127,10 @@ def test_folders_that_cannot_be_written(asked: Ask, tmp_path: Path) -> None:
 def test_little_disk_is_a_problem(tmp_path: Path) -> None:
     config = apply_settings(RunConfig(), {"output_dir": str(tmp_path / "a"), "cache_dir": str(tmp_path / "b")})
     assert examine(config).problems == []
-    found = examine(config, least_free=1 << 60).problems
+    found = examine(config, min_free=1 << 60).problems
     assert len(found) == 2
     assert all("free some, or choose another" in p for p in found)
-    assert LEAST_FREE == 2**30
+    assert MIN_FREE == 2**30
 
 
 def test_the_token_is_told_of_and_never_told(asked: Ask, tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ def timed(
     budget_s: float = BUDGET_S,
     prepare: Callable[[int], Any] = int,
 ) -> Speed:
-    """Seconds of one call of what `work` does so many times at once: batches double up to `largest` while the budget
-    lasts, then the middle of some repeats counts.
+    """Time one call of `work`, as the median of some repeats.
+
+    Batches double up to `largest` while the budget lasts.
 
     Args:
         work: does what `prepare` gave; returns the seconds that count, or None for all of them.

@@ -1,4 +1,4 @@
-"""Seconds and bytes of the stages of a run, by arithmetic: counts of operations, times the measured seconds of one.
+"""Seconds and bytes of stages: counts of operations times measured seconds of one.
 
 Symbols and a worked example are in docs/scale.md.
 """
@@ -63,8 +63,10 @@ def seconds_of(plan: StagePlan, speeds: Mapping[str, float], *, overlap: bool) -
 
 
 def busiest(costs: Sequence[float], processes: int) -> float:
-    """Share of all work that the busiest of P processes has, when the largest unit goes first to the least loaded
-    (`dq.core.processes.assign_units`)."""
+    """Share of all work that the busiest of P processes has.
+
+    The largest unit goes first to the least loaded process (`dq.core.processes.assign_units`).
+    """
     total = sum(costs)
     if processes == 1 or not total:
         return 1.0
@@ -237,12 +239,15 @@ def _refine(config: RunConfig, sets: Sequence[PlannedSet], counts: list[int], pr
 
 
 def refine_operation(settings: Mapping[str, Any]) -> str:
-    """Names a stage by its kind and a digest of its settings, which decide what a step costs."""
+    """The name of a stage, with a digest of the settings that decide its cost."""
     return f"refine {settings['stage']} {digest_of(settings, size=4)}"
 
 
 def _label(config: RunConfig, sets: Sequence[PlannedSet], processes: int) -> StagePlan:
-    """Labels of the images themselves, and the sets put together. Parquet keeps images as PNG: pixels are a bound."""
+    """Labels of the images themselves, and assembly of the sets.
+
+    Parquet stores images as PNG, so that the bytes of pixels are a bound.
+    """
     plan = StagePlan("label", f"{len(sets)} sets")
     plan.bytes = float(sum(s.images * pixel_bytes(config, s.generate.image_dtype) for s in sets))
     if config.teachers:

@@ -117,7 +117,7 @@ def _plan_pruning(config: RunConfig, counts: Any) -> list[str]:
 
 
 def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], counts: list[int]) -> list[str]:
-    """Batches and image steps of the stages behind the generator; equal ones of several methods count once."""
+    """Batches and steps of the stages of refinement; equal ones count once."""
     from dq.run.refinement import asked_settings, planned
 
     lines_of: dict[str, str] = {}
@@ -148,7 +148,7 @@ class Trainings:
     copies: int  # selections: a random subset has one for every seed
 
     def stored_labels(self, classes: int) -> StoredLabels | None:
-        """The labels of views that these trainings need on disk; None if they are computed when needed."""
+        """Labels of views that these trainings store; None if they are computed when needed."""
         from dq.labels.plan import label_bytes
 
         s = self.config
@@ -172,8 +172,9 @@ class StoredLabels(NamedTuple):
 def trainings(
     config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = ()
 ) -> Iterator[Trainings]:
-    """All trainings of an evaluation; those on slices, for redundancy, have negative numbers, and those on the full
-    data come last.
+    """All trainings of an evaluation.
+
+    Those on slices, for redundancy, have negative numbers; those on the full data come last.
 
     Args:
         sets: number of images by name and ipc.
@@ -209,7 +210,7 @@ def trainings(
 def plan_evaluation(
     config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = ()
 ) -> list[str]:
-    """Trainings of sets and of their baselines, and the bytes of the labels that they would store.
+    """Trainings of sets and baselines, and bytes of the labels that they store.
 
     Args:
         sets: number of images by name and ipc.

@@ -28,7 +28,7 @@ def refining_speed(
     images: int,
     codec: ImageCodec | None = None,
 ) -> Speed:
-    """A step forward and backward of a stage, over a few steps of every kind, with at most `images` together.
+    """Time a step of a stage, forward and backward, over steps of every kind.
 
     Args:
         codec: the run's, for a stage that needs it.

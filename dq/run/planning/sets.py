@@ -1,4 +1,4 @@
-"""The sets of a run as a plan sees them: settings, numbers of images and of draws."""
+"""Sets of a planned run: settings, numbers of images and of draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast this machine does what a run is made of: a few batches of each operation, timed with the run's own models.
+"""Speeds of the operations of a run, timed with its own models on a few batches.
 
 Speeds measured on one machine can be kept in a file and used to plan for another data set, or for many processes.
 """
@@ -187,7 +187,7 @@ def _generator(
     decode: Speed,
     facts: dict[str, Any],
 ) -> Iterator[tuple[str, Speed]]:
-    """A step of the trajectory with all that the configuration adds to it, guidance too; decoding is taken off."""
+    """Time a step of the denoiser with guidance, without decoding."""
     cfg = config.generate
     start = pipe.start(cfg)
     if start is None:  # decode
@@ -230,7 +230,10 @@ def _walk_settings(config: RunConfig) -> dict[str, Any]:
 def _clustering(
     config: RunConfig, source: ImageSource, shape: Sequence[int], device: torch.device
 ) -> Iterator[tuple[str, Speed]]:
-    """One class of Gaussian points as large as the largest class, or as memory allows, for every ipc and engine."""
+    """Time the clustering of Gaussian points for every ipc and engine.
+
+    They are as many as images in the largest class, or as memory allows.
+    """
     from dq.cluster.kmeans import kmeans_many, quantization_stats
     from dq.cluster.prototypes import latent_stats, make_prototypes
 
@@ -387,7 +390,7 @@ def plan_with_speeds(config: RunConfig, source: ImageSource, speeds: Speeds, *, 
 
 
 def expected_seconds(config: RunConfig, source: ImageSource, processes: int, speeds: Speeds) -> dict[str, float]:
-    """Seconds by stage, for a run that tells what is left; stages of unknown speed are left out."""
+    """Seconds by stage, without stages of unknown speed."""
     plans = planned_stages(config, source, speeds, processes)
     overlap = bool(speeds.facts.get("overlap"))
     # what no plan speaks of takes no time worth speaking of
