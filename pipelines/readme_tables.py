@@ -37,7 +37,7 @@ from dq.core.text import format_bytes, markdown_table
 
 
 def ablation(*names: str) -> str:
-    """Arms against students and ipc: mean ± std, and the paired difference if decided."""
+    """Arms against students and ipc: mean ± std, and the paired difference to the default where it is beyond doubt."""
     rows = [r for name in names for r in read(f"{name}/ablation.csv")]
     columns = list(dict.fromkeys((r["student"], r["labels"], r["ipc"]) for r in rows))
     cells = {(r["factor"], r["level"], r["student"], r["labels"], r["ipc"]): r for r in rows}
@@ -337,8 +337,8 @@ def main() -> int:
             if not args.check:
                 path.write_text(new)
     if args.check and differ:
-        message = f"{' and '.join(differ)} differ from results/; run python pipelines/readme_tables.py"
-        print(message, file=sys.stderr)
+        said = f"{' and '.join(differ)} differ from results/; run python pipelines/readme_tables.py"
+        print(said, file=sys.stderr)
         return 1
     return 0
 

@@ -703,9 +703,8 @@ def planned(call: list[str], capsys: pytest.CaptureFixture) -> tuple[int, float]
 def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
     # so many images that the header of a file, which is not counted, is small
     folder = tensor_file(tmp_path / "big.safetensors", images=small(300)[0], labels=small(300)[1])
-    call = arguments(
-        world, tmp_path, *soft(world), "--set", "evaluate.students.0.epochs=2", "evaluate.students.0.batch_size=60"
-    )
+    shorter = ("epochs: 4, batch_size: 4", "epochs: 2, batch_size: 60")
+    call = [word.replace(*shorter) for word in arguments(world, tmp_path, *soft(world))]
     call[call.index(f"mine={world / 'set'}")] = str(folder)
     call[call.index("--baselines") + 1] = ""
     trainings, expected = planned(call, capsys)
@@ -718,7 +717,7 @@ def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
     assert planned([*call, "--baselines", "random", "--ipc", "2"], capsys)[0] == 6
     # a second student that differs in nothing that labels depend on shares them
     student = SOFT[1].partition("=")[2].strip("[]")
-    student = student.replace("epochs: 4, batch_size: 4", "epochs: 2, batch_size: 60")
+    student = student.replace(*shorter)
     twice = [student, student.replace("lr: 1e-3", "lr: 1e-2")]
     both = [f"evaluate.students=[{', '.join(twice)}]" if w.startswith("evaluate.students=") else w for w in call]
     assert planned(both, capsys) == (4, expected)
