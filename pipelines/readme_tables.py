@@ -293,6 +293,8 @@ TABLES = {
     "prior": lambda: prior_quality("cifar10_prior"),
     "recommended_fashion": lambda: accuracy("fashion_recommended"),
     "recommended_fashion_differences": lambda: advantages("fashion_recommended", "selected"),
+    "recommended_fashion_ipc50": lambda: accuracy("fashion_recommended_ipc50"),
+    "recommended_fashion_ipc50_differences": lambda: advantages("fashion_recommended_ipc50", "selected"),
     "recommended_cifar10": lambda: accuracy("cifar10_recommended"),
     "recommended_cifar10_differences": lambda: advantages("cifar10_recommended", "selected"),
     "digits_differences": lambda: advantages("digits_demo", "recommended-frepo"),
