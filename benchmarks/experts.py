@@ -50,7 +50,7 @@ def usual(net: str, side: int, images: torch.Tensor, labels: torch.Tensor, t: Tr
     return torch.stack(ends)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="convnet3w32")
     parser.add_argument("--side", type=int, default=32)
@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     device = default_device()
     images = torch.randint(0, 256, (args.images, 3, args.side, args.side), generator=generator("images")).byte()
     labels = torch.arange(args.images) % 10

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,7 @@ def saved_bytes(call: Callable[[], object], without: set[int]) -> int:
     """The most bytes that autograd holds for passes back during a call, each storage once.
 
     Args:
+        call: the function that saves tensors.
         without: addresses of storages that are there anyway.
     """
     held: dict[int, int] = {}
@@ -103,7 +105,7 @@ def saved_bytes(call: Callable[[], object], without: set[int]) -> int:
     return peak
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 500])
     parser.add_argument("--real", type=int, default=1024, help="images of the real batch")
@@ -111,95 +113,106 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=8, help="into which the images are divided")
     parser.add_argument("--net", default="frepoconv3")
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def difference(plain: tuple[Tensor, Tensor, Tensor], ours: MetaGradient) -> float:
+    """Largest relative difference of loss and gradients."""
+    krr, dx, dy = plain
+    assert ours.images is not None
+    gaps = [abs(float(krr) / float(ours.krr) - 1), float((dx - ours.images).norm() / ours.images.norm())]
+    return max(*gaps, float((dy - ours.labels).norm() / ours.labels.norm()))
+
+
+def ratio(seconds: dict[str, list[float]], above: tuple[str, ...], below: tuple[str, ...]) -> float:
+    """Median over rounds of the ratio of two sums of parts of a step."""
+    sums = [[sum(parts) for parts in zip(*(seconds[k] for k in keys), strict=True)] for keys in (above, below)]
+    return round(statistics.median(a / b for a, b in zip(*sums, strict=True)), 3)
+
+
+def measure(
+    args: argparse.Namespace,
+    n: int,
+    pool: OnlinePool,
+    plain: PlainConv,
+    real: tuple[Tensor, Tensor],
+    g: torch.Generator,
+) -> dict[str, object]:
+    """The row of a set of n images; `real` are whitened images and centered targets."""
+    (x_real, y_real), net = real, pool.members[0].net
+    images = 0.44 * torch.randn(n, 3, 32, 32, generator=g)
+    labels = first_labels(centered_targets(torch.arange(n) % 10, 10))
+    chunk = max(2, n // args.chunks)
+    seconds: dict[str, list[float]] = {}
+    with pool.features(0) as features:
+        anyway = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
+
+        def real_features() -> Tensor:
+            with torch.no_grad():
+                return features(x_real)
+
+        f_real = real_features()
+
+        def gradient(size: int | None) -> MetaGradient:
+            return meta_gradient(features, images, labels, f_real, y_real, Objective(chunk=size))
+
+        calls: dict[str, Callable[[], object]] = {
+            "real": real_features,
+            "one pass": lambda: gradient(None),
+            "chunks": lambda: gradient(chunk),
+            "plain": lambda: plain_step(plain, images, labels, x_real, y_real),
+        }
+        result: dict[str, Any] = {name: call() for name, call in calls.items()}
+        for _ in range(args.rounds):
+            for name, call in calls.items():
+                began = time.process_time()
+                call()
+                seconds.setdefault(name, []).append(time.process_time() - began)
+        peak = {name: saved_bytes(calls[name], anyway) for name in ("one pass", "chunks")}
+        network = [saved_bytes(lambda m=m: features(images[:m].requires_grad_()), anyway) for m in (n, chunk)]
+    return {
+        "n": n,
+        "real_batch": args.real,
+        "chunk": chunk,
+        "net": args.net,
+        "rounds": args.rounds,
+        "real_s": round(statistics.median(seconds["real"]), 3),
+        "one_pass_s": round(statistics.median(seconds["one pass"]), 3),
+        "chunked_over_one_pass": ratio(seconds, ("chunks",), ("one pass",)),
+        "chunked_step_over_one_pass_step": ratio(seconds, ("chunks", "real"), ("one pass", "real")),
+        "saved_bytes_one_pass": peak["one pass"],
+        "saved_bytes_chunked": peak["chunks"],
+        "network_activation_ratio": round(network[1] / network[0], 4),
+        "saved_bytes_ratio": round(peak["chunks"] / peak["one pass"], 4),
+        "step_over_plain_step": ratio(seconds, ("one pass", "real"), ("plain",)),
+        "largest_relative_difference": f"{difference(result['plain'], result['one pass']):.1e}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    args = arguments()
     pool = OnlinePool((args.net,), 10, 32, PoolSettings(size=1), seed=0)
-    net = pool.members[0].net
+    convolutions = (m for m in pool.members[0].net.modules() if isinstance(m, nn.Conv2d))
     plain = PlainConv(32 if args.net.endswith("w32") else 128).eval().requires_grad_(False)
     # batch norm of fresh networks is the same in both
-    for a, b in zip(plain.convs, (m for m in net.modules() if isinstance(m, nn.Conv2d)), strict=True):
+    for a, b in zip(plain.convs, convolutions, strict=True):
         a.load_state_dict(b.state_dict())
     g = torch.Generator().manual_seed(0)
     x_real = 0.44 * torch.randn(args.real, 3, 32, 32, generator=g)  # as large as whitened images of CIFAR-10
     y_real = centered_targets(torch.randint(10, (args.real,), generator=g), 10)
     records = []
     for n in args.sizes:
-        images = 0.44 * torch.randn(n, 3, 32, 32, generator=g)
-        labels = first_labels(centered_targets(torch.arange(n) % 10, 10))
-        chunk = max(2, n // args.chunks)
-        seconds: dict[str, list[float]] = {}
-        result: dict[str, object] = {}
-        with pool.features(0) as features:
-            anyway = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
-
-            def real_features(features_of: Callable[[Tensor], Tensor] = features) -> Tensor:
-                with torch.no_grad():
-                    return features_of(x_real)
-
-            f_real = real_features()
-
-            def gradient(
-                size: int | None,
-                x: Tensor = images,
-                y: Tensor = labels,
-                features_of: Callable[[Tensor], Tensor] = features,
-                f: Tensor = f_real,
-            ) -> MetaGradient:
-                return meta_gradient(features_of, x, y, f, y_real, Objective(chunk=size))
-
-            calls: dict[str, Callable[[], object]] = {
-                "real": real_features,
-                "one pass": lambda: gradient(None),
-                "chunks": lambda: gradient(chunk),  # noqa: B023
-                "plain": lambda: plain_step(plain, images, labels, x_real, y_real),  # noqa: B023
-            }
-            for name, call in calls.items():
-                result[name] = call()
-            for _ in range(args.rounds):
-                for name, call in calls.items():
-                    began = time.process_time()
-                    call()
-                    seconds.setdefault(name, []).append(time.process_time() - began)
-            peak = {name: saved_bytes(calls[name], anyway) for name in ("one pass", "chunks")}
-            network = [saved_bytes(lambda m=m: features(images[:m].requires_grad_()), anyway) for m in (n, chunk)]  # noqa: B023
-        krr, dx, dy = result["plain"]  # type: ignore[misc]
-        one = result["one pass"]
-        assert isinstance(one, MetaGradient)
-        assert one.images is not None
-        gap = max(abs(float(krr) / float(one.krr) - 1), float((dx - one.images).norm() / one.images.norm()))
-        gap = max(gap, float((dy - one.labels).norm() / one.labels.norm()))
-
-        def ratio(above: tuple[str, ...], below: tuple[str, ...], s: dict[str, list[float]] = seconds) -> float:
-            rounds = zip(zip(*(s[a] for a in above)), zip(*(s[b] for b in below)))
-            return round(statistics.median(sum(a) / sum(b) for a, b in rounds), 3)
-
-        record = {
-            "n": n,
-            "real_batch": args.real,
-            "chunk": chunk,
-            "net": args.net,
-            "rounds": args.rounds,
-            "real_s": round(statistics.median(seconds["real"]), 3),
-            "one_pass_s": round(statistics.median(seconds["one pass"]), 3),
-            "chunked_over_one_pass": ratio(("chunks",), ("one pass",)),
-            "chunked_step_over_one_pass_step": ratio(("chunks", "real"), ("one pass", "real")),
-            "saved_bytes_one_pass": peak["one pass"],
-            "saved_bytes_chunked": peak["chunks"],
-            "network_activation_ratio": round(network[1] / network[0], 4),
-            "saved_bytes_ratio": round(peak["chunks"] / peak["one pass"], 4),
-            "step_over_plain_step": ratio(("one pass", "real"), ("plain",)),
-            "largest_relative_difference": f"{gap:.1e}",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        records.append(record)
-        print(", ".join(f"{k} {v}" for k, v in record.items()), flush=True)
+        records.append(measure(args, n, pool, plain, (x_real, y_real), g))
+        print(", ".join(f"{k} {v}" for k, v in records[-1].items()), flush=True)
         if args.csv:
             with open(args.csv, "w", newline="") as f:
                 writer = csv.DictWriter(f, fieldnames=list(records[0]), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(records)
-    if any(float(r["largest_relative_difference"]) > 1e-3 for r in records):
+    if any(float(str(r["largest_relative_difference"])) > 1e-3 for r in records):
         sys.exit("the losses or gradients differ from those of the plain loop by more than rounding")
 
 

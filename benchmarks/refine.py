@@ -98,7 +98,19 @@ def measured(call, device: torch.device):
     return result, time.perf_counter() - began, peak
 
 
-def main() -> None:
+def replace_row(path: Path, record: dict[str, object]) -> None:
+    """Write a row to a table, in place of that of the same settings and machine."""
+    old = list(csv.DictReader(path.open())) if path.is_file() else []
+    same = ("net", "side", "batch_size", "dtype", "device", "threads")
+    old = [r for r in old if any(r[k] != str(record[k]) for k in same)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(record), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, record])
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--teacher", help="safetensors file or folder; without it, freshly drawn weights")
@@ -109,14 +121,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def open_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
+    """The teacher of `--teacher`, or one with freshly drawn weights."""
     if args.teacher:
-        teacher = load_teacher(TeacherConfig(net=args.net, path=args.teacher), args.classes, args.side, device)
-    else:
-        net = make_net(args.net, args.classes, args.side, seed=0).eval().requires_grad_(False)
-        net.to(device, memory_format=torch.channels_last)
-        teacher = Teacher(net, *IMAGENET, 256, "benchmark", args.net)
+        return load_teacher(TeacherConfig(net=args.net, path=args.teacher), args.classes, args.side, device)
+    net = make_net(args.net, args.classes, args.side, seed=0).eval().requires_grad_(False)
+    net.to(device, memory_format=torch.channels_last)
+    return Teacher(net, *IMAGENET, 256, "benchmark", args.net)
+
+
+def main() -> None:
+    args = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = open_teacher(args, device)
     plain_net = make_net(args.net, args.classes, args.side, seed=0).eval().requires_grad_(False).to(device)
     plain_net.load_state_dict(teacher.net.state_dict())
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (teacher.mean, teacher.std))
@@ -167,14 +187,7 @@ def main() -> None:
     }
     print(", ".join(f"{k} {v}" for k, v in record.items()))
     if args.csv:
-        old = list(csv.DictReader(args.csv.open())) if args.csv.is_file() else []
-        same = ("net", "side", "batch_size", "dtype", "device", "threads")
-        old = [r for r in old if any(r[k] != str(record[k]) for k in same)]
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(record), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*old, record])
+        replace_row(args.csv, record)
     if gap > 1e-4:
         sys.exit(f"the losses differ by {gap:.1e}, more than 1e-4 of their size")
 

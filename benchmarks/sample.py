@@ -129,12 +129,18 @@ def measure(
             images[name] = generate_all()
             seconds[name].append(clock() - began)
     median = {name: statistics.median(s[1:]) for name, s in seconds.items()}
+    facts = {"guidance": scale, "dtype": dtype, "compiled": compiled}
+    return ratios(args, facts, median, images)
+
+
+def ratios(
+    args: argparse.Namespace, facts: dict[str, object], median: dict[str, float], images: dict[str, torch.Tensor]
+) -> list[dict[str, object]]:
+    """Rows that compare `dq` with stock, of median seconds and images (N, 3, D, D) by name."""
     return [
         {
             "model": args.model.name if args.model else "random DiT",
-            "guidance": scale,
-            "dtype": dtype,
-            "compiled": compiled,
+            **facts,
             "images": args.images,
             "steps": args.steps,
             "batch": args.batch_size,
@@ -144,7 +150,7 @@ def measure(
             "ratio": round(median[name] / median["dq"], 3),
             "largest_difference": round(float((images[name] - images["dq"]).abs().max()), 4),
         }
-        for name in ways
+        for name in median
         if name != "dq"
     ]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import math
 import platform
@@ -21,7 +22,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
+from dq.config.students import StudentConfig, ViewConfig
 from dq.core.devices import default_device, resolve_dtype
 from dq.data.images import read_images
 from dq.data.load import load_source
@@ -94,7 +97,7 @@ def usual(net: torch.nn.Module, loader: DataLoader, epochs: int, device: torch.d
     return (time.perf_counter() - began) / epochs
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="sklearn:digits")
     parser.add_argument("--net", action="append")
@@ -105,82 +108,84 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def student(args: argparse.Namespace, net: str, **settings: Any) -> StudentConfig:
+    return StudentConfig(net=net, epochs=args.epochs, batch_size=args.batch_size, augment="none", **settings)
+
+
+def store_labels(args: argparse.Namespace, net: str, data: TrainingSet, folder: Path) -> None:
+    """Store the labels of all views of a student, by a teacher with random weights."""
+    weights = make_net(net, data.num_classes, 32, seed=1).eval().to(args.device)
+    teacher = Teacher(weights, MEAN, STD, 256, "benchmark", net)
+    plan = make_plan(data.images, [teacher], data.num_classes, student(args, net, labels="soft", views=MIXED))
+    write_manifest(folder, data.images, plan, [teacher])
+    for epochs in plan.shards():
+        write_shard(folder, data.images.to(args.device), [teacher], plan, epochs)
+
+
+def loops(
+    args: argparse.Namespace, net: str, data: TrainingSet, loader: DataLoader, folder: Path
+) -> dict[str, Callable[[], float]]:
+    """Functions that train a network and return seconds per epoch, by the name of the loop."""
+    fast = resolve_dtype("auto", args.device, "training")
+    on_device = dataclasses.replace(data, images=data.images.to(args.device), labels=data.labels.to(args.device))
+
+    def ours(dtype: str, labels: str, views: ViewConfig = VIEWS) -> float:
+        soft_labels: Any = {"hard": None, "fixed": torch.zeros(len(data.labels), data.num_classes)}.get(labels)
+        if labels == "soft":
+            soft_labels = read_labels(folder, data.images)
+        config = student(args, net, labels=labels, views=views, dtype=dtype)
+        return fit(dataclasses.replace(on_device, soft_labels=soft_labels), config, seed=0).seconds / args.epochs
+
+    functions: dict[str, Callable[[], float]] = {
+        "usual loop, float32": lambda: usual(
+            make_net(net, data.num_classes, 32, seed=0), loader, args.epochs, args.device
+        ),
+        "dq, float32": lambda: ours("float32", "hard"),
+    }
+    if fast != "float32":  # what auto stands for
+        functions[f"dq, {fast}"] = lambda: ours(fast, "hard")
+    functions["dq, float32, fixed labels"] = lambda: ours("float32", "fixed")
+    functions["dq, float32, replayed labels"] = lambda: ours("float32", "soft", MIXED)
+    return functions
+
+
+def measure(args: argparse.Namespace, net: str, data: TrainingSet, loader: DataLoader) -> list[dict[str, object]]:
+    """Rows with the median seconds per epoch of every loop."""
+    timings: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store_labels(args, net, data, Path(folder))
+        functions = loops(args, net, data, loader, Path(folder))
+        for _ in range(args.rounds + 1):  # in turn; the first round warms up
+            for name, train in functions.items():
+                timings.setdefault(name, []).append(train())
+    medians = {name: statistics.median(v[1:]) for name, v in timings.items()}
+    rows: list[dict[str, object]] = []
+    for name, seconds in medians.items():
+        against = "dq, float32, fixed labels" if "replayed" in name else "usual loop, float32"
+        ratio = seconds / medians[against]
+        facts = {"net": net, "images": len(data.images), "batch": args.batch_size, "loop": name}
+        rows.append({**facts, "seconds_per_epoch": round(seconds, 4), "against": against, "ratio": round(ratio, 3)})
+        print(f"{net}: {name}: {seconds:.3f} s per epoch, x{ratio:.2f} of {against}")
+    return rows
+
+
+def main() -> None:
+    args = arguments()
     source = load_source(args.data)
     images, _, _ = read_images(source.train, range(args.images), 32, "crop")
     labels = torch.from_numpy(source.train.labels[: args.images])
-    classes = len(source.class_names)
-    pixels = normalizer(MEAN, STD)
+    data = TrainingSet(images, labels, len(source.class_names), normalizer(MEAN, STD))
     loader = DataLoader(Files(images, labels), args.batch_size, shuffle=True, num_workers=args.workers)
-    device, fast = args.device, resolve_dtype("auto", args.device, "training")
-    rows = []
-    for net in args.net or ["resnet20", "convnet3"]:
-        with tempfile.TemporaryDirectory() as folder:
-            teacher = Teacher(make_net(net, classes, 32, seed=1).eval().to(device), MEAN, STD, 256, "benchmark", net)
-            soft = StudentConfig(
-                net=net,
-                epochs=args.epochs,
-                batch_size=args.batch_size,
-                augment="none",
-                labels="soft",
-                views=MIXED,
-                relabel=RelabelConfig(),
-            )
-            plan = make_plan(images, [teacher], classes, soft)
-            write_manifest(Path(folder), images, plan, [teacher])
-            for epochs in plan.shards():
-                write_shard(Path(folder), images.to(device), [teacher], plan, epochs)
-
-            def ours(dtype: str, labels_are: str, views: ViewConfig = VIEWS, net=net, folder=folder) -> float:
-                config = StudentConfig(
-                    net=net,
-                    epochs=args.epochs,
-                    batch_size=args.batch_size,
-                    augment="none",
-                    labels=labels_are,
-                    views=views,
-                    dtype=dtype,
-                )
-                soft_labels = {"hard": None, "fixed": torch.zeros(len(labels), classes)}.get(labels_are)
-                if labels_are == "soft":
-                    soft_labels = read_labels(folder, images)
-                x, y = images.to(device), labels.to(device)
-                fitted = fit(TrainingSet(x, y, classes, pixels, soft_labels=soft_labels), config, seed=0)
-                return fitted.seconds / args.epochs
-
-            timings: dict[str, list[float]] = {}
-            for _ in range(args.rounds + 1):  # in turn; the first round warms up
-                measured = {
-                    "usual loop, float32": usual(make_net(net, classes, 32, seed=0), loader, args.epochs, device),
-                    "dq, float32": ours("float32", "hard"),
-                    **({f"dq, {fast}": ours(fast, "hard")} if fast != "float32" else {}),  # what auto stands for
-                    "dq, float32, fixed labels": ours("float32", "fixed"),
-                    "dq, float32, replayed labels": ours("float32", "soft", MIXED),
-                }
-                for name, seconds in measured.items():
-                    timings.setdefault(name, []).append(seconds)
-        medians = {name: statistics.median(v[1:]) for name, v in timings.items()}
-        for name, seconds in medians.items():
-            against = "dq, float32, fixed labels" if "replayed" in name else "usual loop, float32"
-            ratio = seconds / medians[against]
-            rows.append(
-                {
-                    "net": net,
-                    "images": len(images),
-                    "batch": args.batch_size,
-                    "loop": name,
-                    "seconds_per_epoch": round(seconds, 4),
-                    "against": against,
-                    "ratio": round(ratio, 3),
-                }
-            )
-            print(f"{net}: {name}: {seconds:.3f} s per epoch, x{ratio:.2f} of {against}")
+    rows = [row for net in args.net or ["resnet20", "convnet3"] for row in measure(args, net, data, loader)]
     if args.csv:
         with open(args.csv, "w", newline="") as f:
-            arguments = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
-            print("# python benchmarks/student.py", *arguments, file=f)
-            threads = torch.get_num_threads()
-            print(f"# {device.type}, {platform.machine()}, {threads} threads, torch {torch.__version__}", file=f)
+            words = [a if "/" not in a else Path(a).name for a in sys.argv[1:]]
+            print("# python benchmarks/student.py", *words, file=f)
+            machine, threads = platform.machine(), torch.get_num_threads()
+            print(f"# {args.device.type}, {machine}, {threads} threads, torch {torch.__version__}", file=f)
             writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

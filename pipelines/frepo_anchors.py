@@ -77,7 +77,11 @@ def learn_linear(
 
     Args:
         moments: (D + C, D + C) means of `second_moments`.
+        classes: number of classes.
         penalty: as in `ridge_weights`.
+        steps: number of updates.
+        lr: learning rate.
+        seed: of the random numbers.
 
     Returns:
         Weights (D, C) that the C learned images give.
@@ -114,6 +118,9 @@ def linear_anchor(
 
     Args:
         train: images (N, 3, S, S) and labels (N,).
+        test: images and labels of the test split.
+        classes: number of classes.
+        steps: number of updates.
     """
     images, labels = train
     fitted = fit_whitening(images, zca=False)

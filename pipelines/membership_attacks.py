@@ -47,10 +47,12 @@ def loss_auc(members: np.ndarray, others: np.ndarray) -> float:
 def attack(members: np.ndarray, others: np.ndarray, seed: int) -> dict[str, tuple[float, float]]:
     """AUC and accuracy of every attack.
 
-    Attacks are fitted on a half of both populations and tested on the other halves.
+    Attacks are fitted on a random half of both populations and tested on the other halves.
 
     Args:
-        members, others: (N, C + 1) and (M, C + 1) rows of `outputs`, of which the halves are drawn.
+        members: rows (N, C + 1) of `outputs` for images of the training.
+        others: rows (M, C + 1) for other images.
+        seed: of the halves and of the attackers.
     """
     draw = np.random.default_rng(seed)
     halves = [np.array_split(rows[draw.permutation(len(rows))], 2) for rows in (members, others)]

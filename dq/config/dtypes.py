@@ -45,6 +45,7 @@ def folder_dtypes(
     Nothing is written.
 
     Args:
+        folder: the folder.
         where: the accelerator, whose processes all get that of the main one, or this process's device.
         begun: dtype of a folder that was begun when no record was kept; None: the folder is new.
         forget: the folder holds no work, so that its record does not matter.
@@ -134,6 +135,8 @@ def slow_dtypes(config: Any, device: torch.device | str, *, without: Collection[
     """One sentence on named dtypes that the device is slow in, None without any.
 
     Args:
+        config: the settings.
+        device: where to compute.
         without: sections that are not read.
     """
     named = ((where, dtype) for where, dtype in named_dtypes(config) if where.split(".")[0] not in without)

@@ -20,6 +20,8 @@ def from_dict(cls: type[C], data: Any, where: str = "") -> C:
     """Build a settings class from plain data, with every key, type and bound checked.
 
     Args:
+        cls: the settings class.
+        data: plain data.
         where: path of the data, which messages begin with.
 
     Raises:

@@ -78,7 +78,9 @@ def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> st
     """The first of the errors: path, what is expected, value.
 
     Args:
+        error: what validation raised.
         cls: the class that was to be made of `data`.
+        data: plain data.
         where: path of the data themselves.
     """
     first = error.errors(include_url=False)[0]

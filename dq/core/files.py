@@ -46,6 +46,7 @@ def check_place(folder: str | Path, name: str, *, reads: bool = False) -> None:
     Nothing is created.
 
     Args:
+        folder: the folder.
         name: the setting that names it, for messages.
         reads: whether a folder that is there and may not be written to will do, as its files may be all one needs.
 

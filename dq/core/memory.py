@@ -67,6 +67,7 @@ def list_in_pieces(what: str, size: int, call: Callable[[slice], T], *, like: tu
 
     Args:
         what: the work, named in the log.
+        size: number of rows.
         call: gives the rows of a slice of the batch. It is called again after a failure and must not have kept
             anything, a generator's state for instance.
         like: what decides the memory of a row beside `what`, such as the network and the shape of an image.

@@ -51,7 +51,10 @@ def check_run(
     """Check a run, or one of its stages, before its first image is encoded.
 
     Args:
+        config: the settings.
+        source: the images.
         verb: the stage, or "run" for all.
+        accelerator: processes and device.
         fetch: whether models of the Hub that are not in its cache may be downloaded; if not they are only looked up,
             and what their files would say is not checked.
         untrained: teachers that the verb trains first, whose files are not there yet.
@@ -190,6 +193,9 @@ def check_teachers(teachers: Iterable[TeacherConfig], classes: int, image_size: 
     Published ones are not downloaded for that.
 
     Args:
+        teachers: the teachers.
+        classes: number of classes.
+        image_size: side of the images in px.
         setting: where they stand, for messages.
 
     Raises:

@@ -209,7 +209,12 @@ class DistillPipeline(LatentGenerator):
         """Save as a stock folder; see `LatentGenerator.save_pretrained`.
 
         Args:
+            save_directory: the folder to write.
+            safe_serialization: True; weights are not pickled.
+            variant: of the names of weights, as for diffusers.
+            max_shard_size: as for diffusers.
             push_to_hub: also push it; the arguments of `push_to_hub` may stand beside.
+            **kwargs: fields of `HubConfig` and `repo_id`, with `push_to_hub`.
         """
         hub = {k: kwargs.pop(k) for k in ("repo_id", "token", *HUB_SETTINGS) if k in kwargs}
         if hub and not push_to_hub:

@@ -118,6 +118,9 @@ def settle_dtypes(
     A run that was begun keeps its dtypes, and latents in the cache keep theirs.
 
     Args:
+        config: the settings.
+        source: the images.
+        accelerator: processes and device.
         loaded: dtypes of models that are loaded already, by section: "codec", "generate".
     """
     folder = Path(config.output_dir)
@@ -192,6 +195,9 @@ def open_run(
     """Open or continue the run in `config.output_dir`; what `dtype: auto` stands for is settled here.
 
     Args:
+        config: the settings.
+        source: the images.
+        accelerator: processes and device.
         loaded: dtypes of models that are loaded already, by section: "codec", "generate".
 
     Raises:

@@ -27,6 +27,8 @@ def fill_recipe(
     """Fill in what depends on the prior and the data.
 
     Args:
+        config: the settings.
+        source: the images.
         resolution: whether `codec.resolution` becomes the side in px that the prior was made for.
         image_size: whether `source.image_size`, if it is not set, becomes the side of the first train image, or
             `codec.resolution` where that is less.

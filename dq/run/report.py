@@ -145,6 +145,7 @@ def accuracy_content(folder: Path, outdated: Sequence[tuple[str, str]] = ()) -> 
     """Tables and figures of the results in a folder; nothing if there are none.
 
     Args:
+        folder: the folder.
         outdated: name and ipc of sets whose rows are left out, since they are of other images than the folder's.
     """
     summary, comparisons = folder / "eval" / "summary.csv", folder / "eval" / "comparisons.csv"

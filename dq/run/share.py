@@ -79,7 +79,11 @@ def push_model(
     `model` may be the folder of any of them. Files other than weights and settings are left out.
 
     Args:
+        model: a pipeline, or the folder of a model.
+        repo_id: "name" or "owner/name" of the repository.
+        token: None takes HF_TOKEN or the login.
         variant: of the weights, such as "fp16": those of other variants stay in the repository.
+        **settings: fields of `HubConfig`.
 
     Other arguments, returns, raises: see `push_folder`.
     """

@@ -41,6 +41,10 @@ def timed(
 
     Args:
         work: does what `prepare` gave; returns the seconds that count, or None for all of them.
+        largest: calls at once, at most.
+        device: where to compute.
+        smallest: calls at once, at least.
+        budget_s: seconds for the repeats.
         prepare: makes the input of so many calls, outside of the clock; by default their number.
     """
 

@@ -48,6 +48,7 @@ def seconds_of(plan: StagePlan, speeds: Mapping[str, float], *, overlap: bool) -
     """Seconds until the busiest process is done; None if an operation has no known speed.
 
     Args:
+        plan: operations and bytes of the stage.
         speeds: seconds of one call, by operation.
         overlap: reading runs beside an accelerator, so that the slower of the two counts in `encode`.
     """
@@ -90,6 +91,8 @@ def stage_plans(
     """What the stages of `dq run` ask for.
 
     Args:
+        config: the settings.
+        source: the images.
         latent: (C, h, w) of a latent, if known.
         denoiser_steps: denoiser steps of an image; None: all of `num_inference_steps`.
         processes: among which the units are divided.

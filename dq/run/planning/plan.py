@@ -177,6 +177,8 @@ def trainings(
     Those on slices, for redundancy, have negative numbers; those on the full data come last.
 
     Args:
+        config: the settings.
+        counts: train images of every class.
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.
     """
@@ -213,6 +215,8 @@ def plan_evaluation(
     """Trainings of sets and baselines, and bytes of the labels that they store.
 
     Args:
+        config: the settings.
+        counts: train images of every class.
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.
     """

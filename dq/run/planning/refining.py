@@ -31,6 +31,12 @@ def refining_speed(
     """Time a step of a stage, forward and backward, over steps of every kind.
 
     Args:
+        stage: settings of the stage.
+        teachers: the teachers.
+        classes: number of classes.
+        side: side of the images in px.
+        device: where to compute.
+        images: images of the set.
         codec: the run's, for a stage that needs it.
     """
     method = method_of(stage)
