@@ -85,7 +85,7 @@ def _check_values(x: Tensor, name: str) -> None:
 
 
 def _start_points(group: list[Problem], x: Tensor, weights: Tensor, restart: int, config: ClusterConfig) -> Tensor:
-    """Starting centroids (B, k, d) of classes with the same k, padded to x (B, n, d).
+    """Starting centroids (B, k, d) of classes of one k, padded to x (B, n, d).
 
     Each class draws from its own generator, so that it starts the same alone and in a group.
     """
@@ -109,7 +109,7 @@ def _start_of(p: Problem, restart: int, config: ClusterConfig) -> Tensor:
 
 
 def _occupied(p: Problem, start: Tensor) -> Tensor:
-    """Start points (k, d), with those that own no point moved onto points.
+    """Move start points (k, d) that own no point onto points.
 
     Equal ones would stay equal in an entropic barycenter, and a stream would leave them where they are.
     """
@@ -118,12 +118,12 @@ def _occupied(p: Problem, start: Tensor) -> Tensor:
 
 
 def _padded(parts: list[Tensor]) -> Tensor:
-    """Stack tensors that differ in length, with zeros at the end; a single one is not copied."""
+    """Stack tensors, padded with zeros; a single one is not copied."""
     return parts[0][None] if len(parts) == 1 else torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
 def fit_torch(problems: list[Problem], restart: int, config: ClusterConfig) -> list[Fit]:
-    """Lloyd on all classes at once; classes that were clamped to another k run in a group of their own."""
+    """Lloyd on all classes at once, in groups of the same k."""
     fits: dict[int, Fit] = {}
     for k in {p.k for p in problems}:
         group = [i for i, p in enumerate(problems) if p.k == k]
@@ -146,7 +146,7 @@ def fit_faiss(p: Problem, restart: int, config: ClusterConfig) -> Fit:
 
 def fit_barycenter(p: Problem, restart: int, config: ClusterConfig) -> Fit:
     """Free-support Wasserstein barycenter with equal masses."""
-    points, labels, used, converged = barycenter(
+    result = barycenter(
         p.x,
         _occupied(p, _start_of(p, restart, config)),
         transport=config.transport,
@@ -154,7 +154,7 @@ def fit_barycenter(p: Problem, restart: int, config: ClusterConfig) -> Fit:
         n_iter=config.n_iter,
         tol=config.tol,
     )
-    return Fit(points, used, converged, labels)
+    return Fit(result.points, result.n_iter, result.converged, result.labels)
 
 
 def fit_minibatch(p: Problem, restart: int, config: ClusterConfig) -> Fit:

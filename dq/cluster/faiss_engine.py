@@ -1,4 +1,7 @@
-"""Nearest centroids by FAISS, on CPU or on this process's own GPU. The only module that imports faiss."""
+"""Nearest centroids by FAISS, on CPU or on the GPU of this process.
+
+The only module that imports faiss.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from dq.core.errors import InputError
 
 
 def has_faiss() -> bool:
+    """Whether FAISS is installed."""
     return importlib.util.find_spec("faiss") is not None
 
 
@@ -27,7 +31,7 @@ def has_faiss_gpu() -> bool:
 
 
 def faiss_assigner(x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function that assigns the points x (n, d) float32 of one class to centroids, for `dq.cluster.lloyd.lloyd`.
+    """Make a function that assigns points x (n, d) float32 to centroids, for `lloyd`.
 
     FAISS's own `Clustering` is not used: it stops on the unweighted objective, and splits an empty cell by scaling
     another centroid, which in centered data leaves the centroid of a cell that owns everything at the origin.

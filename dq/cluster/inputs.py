@@ -1,4 +1,4 @@
-"""Arguments of the public functions of this package as tensors and whole numbers, or refused by name."""
+"""Checks and conversion of the arguments of public functions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from dq.core.errors import InputError
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
-    """A tensor, an array or nested lists of numbers as a dense real tensor without gradients, on the same device.
+    """Convert a tensor, an array or nested lists to a dense real tensor.
 
-    float16 and bfloat16 become float32; other types stay.
+    Without gradients, on the same device; `name` is for messages. float16 and bfloat16 become float32; other types
+    stay.
 
     Raises:
         InputError: for anything that holds no real numbers, or masked ones.
@@ -41,11 +42,11 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 
 def as_points(value: Any, name: str, *, finite: bool = False) -> Tensor:
-    """Points (n, d) as a float32 tensor, or as float64 where they are; n and d are at least 1.
+    """Convert points (n, d) to float32, or float64 where they are; n, d >= 1.
 
     Args:
         value: a tensor, an array, or nested lists of numbers.
-        name: how messages name it.
+        name: of the points, for messages.
         finite: whether to refuse NaN and infinite values.
 
     Raises:
@@ -61,7 +62,7 @@ def as_points(value: Any, name: str, *, finite: bool = False) -> Tensor:
 
 
 def as_rows(value: Any, name: str) -> Tensor:
-    """One row per image, (n, ...), as points (n, d); see `as_points`.
+    """Flatten rows (n, ...), one per image, to points (n, d); see `as_points`.
 
     Raises:
         InputError: for fewer than two axes, no rows, or what holds no real numbers.
@@ -73,10 +74,9 @@ def as_rows(value: Any, name: str) -> Tensor:
 
 
 def as_weights(value: Any, n: int, name: str) -> Tensor:
-    """Weights (n,) as a float tensor: finite, none negative, not all zero; checked.
+    """Convert weights (n,) to a float tensor: finite, none negative, not all zero.
 
-    Args:
-        name: what the weights are, in the plural, e.g. "weights of class 3 'cat'".
+    `name` says what the weights are, in the plural, e.g. "weights of class 3 'cat'".
 
     Raises:
         InputError: for anything else.
@@ -89,7 +89,7 @@ def as_weights(value: Any, n: int, name: str) -> Tensor:
 
 
 def too_small(sentence: str, setting: str = "cluster.on_small") -> InputError:
-    """The refusal of a class with fewer images than prototypes are asked for.
+    """An error for a class with fewer images than prototypes.
 
     `setting` is the one by which such a class is refused.
     """

@@ -52,14 +52,14 @@ class Clustering:
 
 
 def nearest(x: Any, centroids: Any) -> Tensor:
-    """Index (n,) int64 of the nearest of centroids (k, d) for x (n, d)."""
+    """Index (n,) int64 of the centroid (k, d) nearest to x (n, d)."""
     x, centroids = _same_space(as_points(x, "x"), centroids)
     shift = x.mean(0)
     return assign((x - shift).float()[None], (centroids - shift).float()[None])[0]
 
 
 def _same_space(x: Tensor, centroids: Any) -> tuple[Tensor, Tensor]:
-    """Points and centroids in the more precise of their dtypes, on the device of x."""
+    """Convert both to the more precise of their dtypes on one device."""
     c = as_points(centroids, "centroids")
     if c.shape[1] != x.shape[1]:
         raise InputError(
@@ -79,11 +79,12 @@ def kmeans(
     start: Any = None,
     name: str = "the data",
 ) -> Clustering:
-    """Cluster x (n, d): minimize sum_i w_i min_k |x_i - c_k|^2 over k centroids.
+    """Cluster points x (n, d) by weighted k-means.
 
-    All engines run on centered float32 data and end in an exact assignment to the points that are returned. `faiss`,
-    `torch` and `barycenter` start from the same seeded points (or `start`), so that the choice among the first two
-    changes speed, not results beyond rounding; the two streams start from their own first samples.
+    Minimizes sum_i w_i min_k |x_i - c_k|^2 over k centroids.     All engines run on centered float32 data and end in
+    an exact assignment to the points that are returned. `faiss`, `torch` and `barycenter` start from the same seeded
+    points (or `start`), so that the choice among the first two changes speed, not results beyond rounding; the two
+    streams start from their own first samples.
 
     An empty cell is moved onto the point that is farthest from its own centroid. `torch` and `faiss` iterate on from
     there; the cell of a stream moves alone, and the other centroids stay what the stream made them.
@@ -164,7 +165,7 @@ def _one_each(values: Sequence[Any] | None, default: list[Any], name: str) -> li
 
 
 def _finish(p: Problem, fit: Fit, engine: str) -> Clustering:
-    """Assign the points to the nearest centroids, and measure the cells; none is left empty."""
+    """Assign the points to the nearest centroids without empty cells, and measure the cells."""
     fit, labels = _filled(p, fit, engine) if fit.labels is None else (fit, fit.labels)
     fit, labels = _without_empty(p, fit, labels)
     c, w = fit.centroids, p.weights
@@ -184,7 +185,7 @@ def _finish(p: Problem, fit: Fit, engine: str) -> Clustering:
 
 
 def _filled(p: Problem, fit: Fit, engine: str) -> tuple[Fit, Tensor]:
-    """Move the centroids of empty cells onto points, and assign: the fit, labels (n,).
+    """Move centroids of empty cells onto points: the fit, labels (n,).
 
     Neighbors settle by Lloyd iterations, but not those of a stream, whose centroids no Lloyd iteration makes: D4M
     leaves an empty one where it is, with no image, and here it moves alone, once, since it then owns the point on
@@ -213,7 +214,7 @@ def _filled(p: Problem, fit: Fit, engine: str) -> tuple[Fit, Tensor]:
 
 
 def _without_empty(p: Problem, fit: Fit, labels: Tensor) -> tuple[Fit, Tensor]:
-    """Drop empty cells, where the data have no more distinct points: the fit, labels (n,)."""
+    """Drop empty cells of data with too few distinct points: the fit, labels (n,)."""
     mass = cell_totals(p.weights, labels, len(fit.centroids))
     occupied = (mass > 0).nonzero()[:, 0]
     if len(occupied) == len(mass):

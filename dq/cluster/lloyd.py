@@ -1,4 +1,4 @@
-"""Seeding, exact assignment and Lloyd iterations in plain torch, for many classes at once.
+"""Seeding, exact assignment and Lloyd iterations for many classes at once.
 
 Shapes: x (B, n, d) float32, B classes padded to n points; weights (B, n), zero where a row is padding;
 centroids (B, k, d). Every function works on any device. One class is the case B = 1. On a CPU the same call gives the
@@ -20,17 +20,17 @@ CHUNK_ELEMENTS = 1 << 24
 CACHED_ELEMENTS = 1 << 18
 # Terms of a cumulative sum that one triangular product adds up.
 CUMULATIVE_BLOCK = 256
-# Size of the multistart in which the starting cells are found.
-RACE_STARTS = 4
-RACE_MANY = 20
-RACE_DIMENSIONS = 64
-RACE_POINTS = 2048
-RACE_POINTS_PER_CENTROID = 32
-RACE_ITERATIONS = 25
+# Size of the multistart.
+MULTISTART_STARTS = 4
+MULTISTART_MANY = 20
+MULTISTART_DIMENSIONS = 64
+MULTISTART_POINTS = 2048
+MULTISTART_POINTS_PER_CENTROID = 32
+MULTISTART_ITERATIONS = 25
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid of every point, (B, n) int64; ties go to the lower index.
+    """Index (B, n) int64 of the nearest centroid; ties go to the lower.
 
     argmin_k |x - c_k|^2 = argmax_k <x, c_k> - |c_k|^2 / 2, so that |x|^2 is never needed. Points should be centered:
     the product loses digits under large offsets.
@@ -47,12 +47,13 @@ def squared_norms(x: Tensor) -> Tensor:
 
 
 def cell_sums(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weighted sums of the points of each cell, (B, k, d), and the cells' weights, (B, k), in the dtype of x."""
+    """Weighted sums (B, k, d) of the points of each cell, and weights (B, k)."""
     weights = weights.to(x.dtype)
     sums = x.new_zeros(x.shape[0], k, x.shape[2])
     mass = x.new_zeros(x.shape[0], k)
     step = max(1, CHUNK_ELEMENTS // max(1, x.shape[0] * k))
-    for part, label, weight in zip(x.split(step, 1), labels.split(step, 1), weights.split(step, 1)):
+    parts = zip(x.split(step, 1), labels.split(step, 1), weights.split(step, 1), strict=True)
+    for part, label, weight in parts:
         member = torch.zeros(*label.shape, k, dtype=x.dtype, device=x.device)
         member.scatter_(2, label.unsqueeze(2), weight.unsqueeze(2))
         sums.baddbmm_(member.transpose(1, 2), part)
@@ -67,8 +68,11 @@ def cell_totals(values: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def cumulative_sums(values: Tensor) -> Tensor:
-    """Cumulative sums along the rows of values (B, n). torch's scan of a single row on CUDA adds in an order that
-    changes from call to call; products with triangular matrices do not."""
+    """Cumulative sums along the rows of values (B, n).
+
+    torch's scan of a single row on CUDA adds in an order that changes from call to call; products with triangular
+    matrices do not.
+    """
     if values.device.type == "cpu":
         return values.cumsum(1)
     return _cumulative_products(values)
@@ -87,7 +91,10 @@ def _cumulative_products(values: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
-    """|x - c_label|^2 of every point, (B, n) float32, from differences: exact to rounding even in tight cells."""
+    """Squared distances (B, n) to the centroids of labels, from differences.
+
+    Exact to rounding even in tight cells.
+    """
     B, n, d = x.shape
     out = x.new_empty(B, n)
     flat = centroids.reshape(-1, d)
@@ -101,10 +108,10 @@ def squared_distances(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
 
 
 def kmeans_plusplus(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007, with the best of 2 + ln k candidates at each step, as
-    scikit-learn does): indices of the starting points, (B, k).
+    """Greedy k-means++: indices (B, k) of the starting points.
 
-    `generators` has one CPU generator per class, so that a class draws the same points alone and in a batch.
+    Arthur & Vassilvitskii 2007, with the best of 2 + ln k candidates at each step, as scikit-learn does. `generators`
+    has one CPU generator per class, so that a class draws the same points alone and in a batch.
     """
     B = len(x)
     trials = 2 + int(torch.tensor(float(k)).log())
@@ -114,13 +121,13 @@ def kmeans_plusplus(x: Tensor, weights: Tensor, k: int, generators: Sequence[tor
     chosen = torch.empty(B, k, dtype=torch.int64, device=x.device)
 
     def pick(mass: Tensor, u: Tensor) -> Tensor:
-        """Inverse-transform sampling of `trials` points with probability ~ mass; without mass left, uniformly."""
+        """Sample points with probability ~ mass by inverse transform; without mass, uniformly."""
         cumulative = cumulative_sums(mass.double())
         total = cumulative[:, -1:]
-        found = torch.searchsorted(cumulative, u * total, right=True)
+        sampled = torch.searchsorted(cumulative, u * total, right=True)
         last = weights.gt(0).sum(1, keepdim=True) - 1
         spread = (u * (last + 1)).long()
-        return torch.where(total > 0, found, spread).minimum(last)
+        return torch.where(total > 0, sampled, spread).minimum(last)
 
     chosen[:, 0] = pick(weights, draws[:, 0, :1])[:, 0]
     closest = _to_candidates(x, norms, chosen[:, :1])[:, 0]
@@ -134,70 +141,75 @@ def kmeans_plusplus(x: Tensor, weights: Tensor, k: int, generators: Sequence[tor
 
 
 def _to_candidates(x: Tensor, norms: Tensor, candidates: Tensor) -> Tensor:
-    """Squared distances of the candidates (B, t) to all points, (B, t, n)."""
+    """Squared distances (B, t, n) of candidates (B, t) to all points."""
     points = x.gather(1, candidates.unsqueeze(2).expand(-1, -1, x.shape[2]))
-    own = norms.gather(1, candidates).unsqueeze(2)
-    distance = torch.baddbmm(own + norms.unsqueeze(1), points, x.transpose(1, 2), alpha=-2).clamp_(min=0)
+    candidate_norms = norms.gather(1, candidates).unsqueeze(2)
+    distance = torch.baddbmm(candidate_norms + norms.unsqueeze(1), points, x.transpose(1, 2), alpha=-2).clamp_(min=0)
     return distance.scatter_(2, candidates.unsqueeze(2), 0.0)  # rounding must not leave a chosen point some mass
 
 
 def _sample(weights: Tensor, m: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """Rows of at most m points of each class and their weights, both (B, <= m)."""
+    """Rows (B, <= m) of a sample of each class, and their weights."""
     B, n = weights.shape
     if n <= m:
         return torch.arange(n, device=weights.device).expand(B, n), weights
     rows, inside = [], []
-    for w, g in zip(weights, generators):
+    for w, g in zip(weights, generators, strict=True):
         last = int(w.gt(0).nonzero().max()) + 1  # padding stands at the end and must not use up the sample
         rows.append(torch.randperm(last, generator=g).repeat(m // last + 1)[:m])
         inside.append(min(last, m))
     index = torch.stack(rows).to(weights.device)
-    kept = torch.arange(m, device=weights.device) < torch.tensor(inside, device=weights.device)[:, None]
-    return index, weights.gather(1, index) * kept
+    valid = torch.arange(m, device=weights.device) < torch.tensor(inside, device=weights.device)[:, None]
+    return index, weights.gather(1, index) * valid
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, n, d) at index (B, m): (B, m, d)."""
+    """Rows (B, m, d) of x (B, n, d) at index (B, m)."""
     flat = index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.reshape(-1, x.shape[2]).index_select(0, flat.flatten()).view(*index.shape, x.shape[2])
 
 
 def principal_basis(x: Tensor, weights: Tensor, r: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Orthonormal basis (B, d, r) of about the r leading principal directions of centered points, by one power
-    iteration from a random start (Halko, Martinsson & Tropp 2011)."""
+    """Orthonormal basis (B, d, r) of about the r leading principal directions.
+
+    Of centered points, by one power iteration from a random start (Halko, Martinsson & Tropp 2011).
+    """
     probe = torch.stack([torch.randn(x.shape[2], r, generator=g) for g in generators]).to(x.device)
     scaled = x * weights.sqrt().unsqueeze(2)
     return torch.linalg.qr(scaled.transpose(1, 2) @ (scaled @ probe)).Q
 
 
 def pca_multistart(x: Tensor, weights: Tensor, k: int, generators: Sequence[torch.Generator], *, tol: float) -> Tensor:
-    """Starting centroids (B, k, d) that are worth more than a single k-means++: several starts run Lloyd on a sample
-    in the leading principal subspace, where an iteration costs next to nothing; all points then settle there from
-    the best start, and the means of their cells are returned.
+    """Starting centroids (B, k, d) of the best of several starts in a principal subspace.
+
+    Several starts run Lloyd on a sample in the leading principal subspace, where an iteration is cheap; all points
+    then settle there from the best start, and the means of their cells are returned.
 
     Projection keeps the k-means cost of every partition up to the variance left out (Cohen et al. 2015), and what
     sample and projection leave out is settled by the Lloyd iterations that follow, on all points in all dimensions.
     """
     B, n, d = x.shape
-    index, sample_weights = _sample(weights, max(RACE_POINTS, RACE_POINTS_PER_CENTROID * k), generators)
+    index, sample_weights = _sample(weights, max(MULTISTART_POINTS, MULTISTART_POINTS_PER_CENTROID * k), generators)
     y = x
-    if d > 2 * RACE_DIMENSIONS and n > RACE_DIMENSIONS:
-        few = index[:, : RACE_POINTS // 2]
-        basis = principal_basis(_rows(x, few), sample_weights[:, : RACE_POINTS // 2], RACE_DIMENSIONS, generators)
+    if d > 2 * MULTISTART_DIMENSIONS and n > MULTISTART_DIMENSIONS:
+        few = index[:, : MULTISTART_POINTS // 2]
+        basis = principal_basis(
+            _rows(x, few), sample_weights[:, : MULTISTART_POINTS // 2], MULTISTART_DIMENSIONS, generators
+        )
         y = x @ basis
     sample = _rows(y, index)
     starts = (
-        RACE_STARTS if k <= RACE_MANY else RACE_STARTS // 2
+        MULTISTART_STARTS if k <= MULTISTART_MANY else MULTISTART_STARTS // 2
     )  # the more cells, the less a start differs from another
     # All starts of all classes are one batch: row s * B + b is start s of class b.
     many, many_weights = sample.repeat(starts, 1, 1), sample_weights.repeat(starts, 1)
     draws = [int(torch.randint(2**62, (), generator=g)) for _ in range(starts) for g in generators]
     chosen = kmeans_plusplus(many, many_weights, k, [torch.Generator().manual_seed(s) for s in draws])
     start = _rows(many, chosen)
-    found, _, _ = lloyd(many, start, many_weights, n_iter=RACE_ITERATIONS, tol=10 * tol)
-    cost = (squared_distances(many, found, assign(many, found)) * many_weights).sum(1).view(starts, B)
-    winner = found.view(starts, B, k, -1)[cost.argmin(0), torch.arange(B, device=x.device)]
-    settled, _, _ = lloyd(y, winner, weights, n_iter=RACE_ITERATIONS, tol=tol)
+    centers, _, _ = lloyd(many, start, many_weights, n_iter=MULTISTART_ITERATIONS, tol=10 * tol)
+    cost = (squared_distances(many, centers, assign(many, centers)) * many_weights).sum(1).view(starts, B)
+    winner = centers.view(starts, B, k, -1)[cost.argmin(0), torch.arange(B, device=x.device)]
+    settled, _, _ = lloyd(y, winner, weights, n_iter=MULTISTART_ITERATIONS, tol=tol)
     labels = assign(y, settled)
     sums, mass = cell_sums(x, labels, weights, k)
     centroids = sums / mass.unsqueeze(2).clamp(min=1e-30)
@@ -207,17 +219,20 @@ def pca_multistart(x: Tensor, weights: Tensor, k: int, generators: Sequence[torc
 
 
 def peak_bytes(n: int, d: int) -> int:
-    """Bytes that k-means takes at most for each class of a batch padded to n points of d numbers, start points
-    included: an upper bound of what was measured, 3.5 to 6.6 times the points for d >= 256 and up to 17.5 times for
-    small d, where the several starts are not in a subspace of fewer dimensions."""
-    return 4 * n * (7 * d + 12 * min(d, 2 * RACE_DIMENSIONS))
+    """Upper bound of the bytes of k-means per class padded to n points (n, d).
+
+    Start points included: 3.5 to 6.6 times the points were measured for d >= 256, and up to 17.5 times for small d,
+    where the several starts are not in a subspace of fewer dimensions.
+    """
+    return 4 * n * (7 * d + 12 * min(d, 2 * MULTISTART_DIMENSIONS))
 
 
 def fill_empty(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Move every empty centroid of one class onto a distinct point, the farthest from its own centroid first.
+    """Move every empty centroid of one class onto a distinct point.
 
-    scikit-learn's rule, but that a point next to one that was just taken is not far any more, so that two cells never
-    move onto equal points. x (n, d), centroids (k, d), labels (n,), weights (n,), mass (k,).
+    The farthest from its centroid first, by scikit-learn's rule, but that a point next to one that was just taken is
+    not far any more, so that two cells never move onto equal points. x (n, d), centroids (k, d), labels (n,), weights
+    (n,), mass (k,).
 
     Returns:
         centroids (k, d), and labels (n,) where the points that were taken belong to the moved ones.
@@ -235,7 +250,7 @@ def fill_empty(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, ma
 
 
 def fill_empty_alone(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-    """Move every empty centroid of one class as `fill_empty` does, but so that no other cell runs empty.
+    """Move every empty centroid as `fill_empty` does, emptying no other cell.
 
     Candidates are the farthest points of each cell, the farthest first; taken is the first that leaves every cell a
     point, or else the first. x (n, d), centroids (k, d), labels (n,), weights (n,), mass (k,).
@@ -246,7 +261,7 @@ def fill_empty_alone(x: Tensor, centroids: Tensor, labels: Tensor, weights: Tens
     for e in (~owns).nonzero()[:, 0].tolist():
         order = distance.argsort(descending=True, stable=True)
         order = order[distance[order] > 0]
-        farthest = {c: i for i, c in reversed(list(zip(order.tolist(), labels[order].tolist())))}
+        farthest = {c: i for i, c in reversed(list(zip(order.tolist(), labels[order].tolist(), strict=True)))}
         moves = []
         for far in sorted(farthest.values(), key=lambda i: -float(distance[i])):
             to_far = (x - x[far]).square().sum(-1)
@@ -272,13 +287,11 @@ def lloyd(
     tol: float,
     nearest: Callable[[Tensor, Tensor], Tensor] = assign,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lloyd's algorithm on B classes at once.
+    """Run Lloyd's algorithm on B classes at once.
 
     A class stops when its labels no longer change, or when an iteration lowers its weighted distortion by less than
     the share `tol`; the others go on without it. An empty cell is moved by `fill_empty` and the iterations go on.
-
-    Args:
-        nearest: assigns points (B, n, d) to centroids (B, k, d), as `assign` does.
+    `nearest` assigns points (B, n, d) to centroids (B, k, d), as `assign` does.
 
     Returns:
         centroids (B, k, d), iterations (B,), converged (B,) bool.
@@ -299,9 +312,9 @@ def lloyd(
         for b in (~full).nonzero()[:, 0].tolist():
             moved, taken = fill_empty(x[b], c[b], new[b], weights[b], mass[b])
             # The cells that lost a point go on without it, as scikit-learn has it.
-            own, own_mass = cell_sums(x[b : b + 1], taken[None], weights[b : b + 1], k)
-            c[b] = torch.where(own_mass[0, :, None] > 0, own[0] / own_mass[0, :, None].clamp(min=1e-30), moved)
-            mass[b] = own_mass[0]
+            one, one_mass = cell_sums(x[b : b + 1], taken[None], weights[b : b + 1], k)
+            c[b] = torch.where(one_mass[0, :, None] > 0, one[0] / one_mass[0, :, None].clamp(min=1e-30), moved)
+            mass[b] = one_mass[0]
         # Distortion after the update: sum w |x|^2 - sum_k mass_k |c_k|^2 (cells and means belong together).
         sse = power - (mass * c.square().sum(-1)).sum(1)
         same = ((new == labels) | (weights <= 0)).all(1)

@@ -1,4 +1,4 @@
-"""Quantizers that see the data as a stream: CLVQ, and D4M's one-pass mini-batch k-means."""
+"""Quantizers of streams: CLVQ, and D4M's one-pass mini-batch k-means."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ class _Clvq:
 
 
 def systematic_sample(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Systematic resampling (Carpenter et al. 1999): n ascending indices (n,) int64 by weights (n,).
+    """Systematic resampling by weights (n,) (Carpenter et al. 1999).
 
-    Index i comes floor or ceil of n w_i / sum(w) times, with that number as its expectation. Equal weights give every
-    index once.
+    n ascending indices (n,) int64; index i comes floor or ceil of n w_i / sum(w) times, with that number as its
+    expectation. Equal weights give every index once.
     """
     n = len(weights)
     cumulative = weights.double().cumsum(0)
@@ -123,9 +123,10 @@ def systematic_sample(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _in_order(gains: Tensor) -> tuple[Tensor, Tensor]:
-    """Closed form of x <- (1 - g_i) x + g_i z_i for i = 1..m, per column of gains (m, k), zero where not won.
+    """Closed form of x <- (1 - g_i) x + g_i z_i for i = 1..m.
 
-    Returns the weight of each sample, g_i prod_{j>i} (1 - g_j), (m, k), and of the start, prod_j (1 - g_j), (k,).
+    Per column of gains (m, k), zero where not won. Returns the weight of each sample, g_i prod_{j>i} (1 - g_j), (m,
+    k), and of the start, prod_j (1 - g_j), (k,).
     """
     decay = (1 - gains).flip(0).cumprod(0).flip(0)
     after = torch.cat([decay[1:], decay.new_ones(1, gains.shape[1])])
@@ -143,7 +144,7 @@ def _rank_in_group(group: Tensor) -> Tensor:
 
 
 def _start_points(stream: Callable[[int], Iterable[Tensor]], k: int, generator: torch.Generator, size: int) -> Tensor:
-    """Starting points (k, d) float64: k-means++ on the first `size` samples of a stream."""
+    """Starting points (k, d) by k-means++ on the first samples of a stream."""
     buffer: list[Tensor] = []
     samples = 0
     for batch in stream(0):

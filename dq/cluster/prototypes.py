@@ -1,4 +1,4 @@
-"""Prototypes of one class: points, the cells they own, and the training weights computed from exact counts."""
+"""Prototypes of one class: points, cells, and training weights from exact counts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ Normalization = Literal["none", "class", "sqrt_k"]
 
 
 def image_weights(counts: Any, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
-    """Training weights of the prototypes of one class from their counts n_k, (K,) float32.
+    """Training weights (K,) float32 of the prototypes of a class from counts n_k.
 
     With masses m_k = n_k / sum n:  `uniform` 1;  `mass` K m_k (Algorithm 1 of DDOQ);  `sqrt` sqrt(K m_k), the reading
     of the paper's variance-reducing heuristic that gives 1 for equal clusters. The literal equation is not known.
 
     Args:
         counts: (K,) positive numbers, as a tensor, an array or a list.
+        kind: one of these.
         normalize: "none" leaves them; "class" scales to mean 1 in the class; "sqrt_k" scales to sum sqrt(K), the
             form of the only public port (its mean is 1 / sqrt(K)).
 
@@ -61,9 +62,9 @@ def image_weights(counts: Any, kind: WeightKind = "sqrt", normalize: Normalizati
 
 
 def images_by_mass(masses: Any, total: int) -> list[int]:
-    """Whole numbers of images in proportion to masses, by largest remainders, each at least 1; they sum to `total`.
+    """Divide `total` images by masses, by largest remainders, each at least 1.
 
-    What the least of 1 takes is given by the prototypes that are furthest above their share; of equal ones the later.
+    Images for the minimum of 1 come from the prototypes furthest above their share; of equal ones the later.
 
     Args:
         masses: (K,) positive.
@@ -72,8 +73,8 @@ def images_by_mass(masses: Any, total: int) -> list[int]:
     Raises:
         InputError: for masses that are not positive, or fewer images than prototypes.
     """
-    given = as_tensor(masses, "masses").double()
-    w = as_weights(given, len(given), "masses of prototypes").cpu().numpy()
+    values = as_tensor(masses, "masses").double()
+    w = as_weights(values, len(values), "masses of prototypes").cpu().numpy()
     if not (w > 0).all():
         raise InputError(f"prototype {int((w <= 0).nonzero()[0][0])} has no mass and no share of the images")
     if total < len(w):
@@ -87,10 +88,10 @@ def images_by_mass(masses: Any, total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Quantizer of one class in the denoiser's latent space, largest cell first. K may be below the ipc asked for.
+    """Quantizer of one class in the denoiser's latent space, largest cell first.
 
-    The cells may have been found in another space (`cluster.space`). Points are latents in every case; what measures
-    distances (`sse`, which member is a medoid) does so in the space of the cells.
+    K may be below the requested ipc. The cells may have been found in another space (`cluster.space`). Points are
+    latents in every case; what measures distances (`sse`, which member is a medoid) does so in the space of the cells.
     """
 
     label: int
@@ -112,13 +113,11 @@ class Prototypes:
     def image_weights(
         self, numbers: int | Sequence[int], kind: WeightKind = "sqrt", normalize: Normalization = "none"
     ) -> Tensor:
-        """Training weights (N,) float32 of images, prototype by prototype; those of a prototype share its mass.
+        """Training weights (N,) float32 of images, prototype by prototype.
 
-        A prototype without images has no weight: the others stand for the class by their own masses. With equal
-        numbers these are the `weights`, repeated.
-
-        Args:
-            numbers: images of every prototype, one number for all or (K,).
+        Those of a prototype share its mass. A prototype without images has no weight: the others stand for the class
+        by their own masses. With equal numbers these are the `weights`, repeated. `numbers` are images of every
+        prototype, one number for all or (K,).
         """
         if isinstance(numbers, int):
             return self.weights(kind, normalize).repeat_interleave(numbers)
@@ -131,15 +130,14 @@ class Prototypes:
     def points(
         self, representative: Literal["centroid", "medoid", "real"], *, rescale: Literal["none", "norm"] = "none"
     ) -> Tensor:
-        """The latents (K, C, h, w) that stand for the cells. `real` images need no latents; theirs are the medoids.
+        """Latents (K, C, h, w) that represent the cells; those of `real` are the medoids.
 
         A mean of latents is shorter than any of them. A point that is c times as long has c^2 times the signal: at
         `Start.snr` S, which takes latents of the usual length for granted, the trajectory of a point of length r
         begins with the signal of S (r / median norm)^2, and with that of S itself after `rescale="norm"`.
 
-        Args:
-            rescale: "norm" gives every point the median Euclidean norm of its class's latents (`median_norm` in the
-                stats). The direction stays; a point at the origin stays too.
+        `rescale="norm"` gives every point the median Euclidean norm of its class's latents (`median_norm` in the
+        stats). The direction stays; a point at the origin stays too.
 
         Raises:
             InputError: if the stats have no `median_norm`.
@@ -160,7 +158,7 @@ class Prototypes:
         return points * (self.stats["median_norm"] / norms).view(-1, 1, 1, 1)
 
     def members(self) -> tuple[Tensor, Tensor]:
-        """Rows (n,) int64 of the source that are quantized, and the cell (n,) int32 of each.
+        """Quantized rows (n,) int64 of the source, and the cell (n,) int32 of each.
 
         Raises:
             InputError: for prototypes from a version that did not keep them.
@@ -200,7 +198,7 @@ def make_prototypes(
     points: Any = None,
     weights: Any = None,
 ) -> Prototypes:
-    """Make the prototypes of a class from a clustering of its latents; without stats.
+    """Make prototypes, without stats, from a clustering of a class's latents.
 
     Among the members of a cell the nearest to the mean is also the one with the least summed squared distance to
     the others, so the medoid needs no pairwise distances.
@@ -268,10 +266,9 @@ def select_clusters(result: Clustering, keep: Tensor, *, requested: int) -> tupl
 
 
 def cell_means(x: Any, labels: Any, k: int, weights: Any = None) -> Tensor:
-    """Mean (k, d) of the points x (n, d) of each of k cells, none of which is empty.
+    """Weighted mean (k, d) of the points x (n, d) of each of k cells.
 
-    Args:
-        weights: (n,) of the points, not negative; None: 1 each.
+    `labels` (n,) number the cells, none of which is empty; `weights` (n,) are not negative, None: 1 each.
 
     Raises:
         InputError: if a cell is empty, or labels are not (n,) whole numbers below k.
@@ -287,8 +284,8 @@ def cell_means(x: Any, labels: Any, k: int, weights: Any = None) -> Tensor:
 
 
 def _checked_labels(labels: Tensor, n: int, k: int) -> Tensor:
-    whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
-    if labels.shape != (n,) or not whole or int(labels.min()) < 0 or int(labels.max()) >= k:
+    integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if labels.shape != (n,) or not integers or int(labels.min()) < 0 or int(labels.max()) >= k:
         raise InputError(
             f"labels must be ({n},) whole numbers from 0 to {k - 1}, not {labels.dtype} {tuple(labels.shape)}"
         )
@@ -296,7 +293,7 @@ def _checked_labels(labels: Tensor, n: int, k: int) -> Tensor:
 
 
 def latent_stats(latents: Any, labels: Any, centroids: Any) -> dict[str, float]:
-    """What cells of any space are worth as cells of latents.
+    """Compute statistics of cells of any space as cells of latents.
 
     `explained_latents` is the share of the variance of the latents that lies between the means of the cells;
     `w2_latents` the root of the mean squared distance of a latent to the centroid of its cell: what it costs to move
@@ -318,8 +315,8 @@ def latent_stats(latents: Any, labels: Any, centroids: Any) -> dict[str, float]:
     shift = z.mean(0)  # before float64 is rounded
     z, c = (z - shift).float(), (c - shift).float()
 
-    def spread(points: Tensor, own: Tensor) -> float:
-        return float(squared_distances(z[None], points[None], own[None]).double().sum())
+    def spread(points: Tensor, cells: Tensor) -> float:
+        return float(squared_distances(z[None], points[None], cells[None]).double().sum())
 
     total = spread(z.mean(0, keepdim=True), torch.zeros_like(labels))
     within = spread(cell_means(z, labels, len(c)), labels)

@@ -1,4 +1,4 @@
-"""Rules that select among candidate images of a class, several of each prototype.
+"""Rules that select among candidate images of the prototypes of a class.
 
 All rules are functions of a teacher's predictions for the candidates and, in the space of its features, of the real
 images of the class. The pool of candidates is (N,), in any order; `numbers[k]` are kept of those of prototype k.
@@ -58,9 +58,9 @@ def select_correct(correct: Any, probability: Any, prototype: Any, numbers: Sequ
 
 
 def select_confident(probability: Any, prototype: Any, numbers: Sequence[int]) -> Selection:
-    """Select the candidates with the highest probability of the class; ties go to the earlier.
+    """Select the candidates with the highest probability of the class.
 
-    Arguments, result and errors as for `select_correct`.
+    Ties go to the earlier one. Arguments, result and errors as for `select_correct`.
     """
     prototype, numbers = _checked_pool(prototype, numbers)
     p = _of_pool(probability, "probability", len(prototype)).double()
@@ -123,7 +123,7 @@ def select_transport(
     centers: Any,
     weights: Any = None,
 ) -> Selection:
-    """Select the candidates with the least transport cost to the class in feature space.
+    """Select candidates of least transport cost to the class in feature space.
 
     This is the objective of optimal quantization, over the images that were drawn: it minimizes
     W2^2(sum_x a_x delta(x), sum_i b_i delta(f_i)) over one candidate f_i for every image i, where the images of
@@ -171,7 +171,7 @@ def select_transport(
 
 
 def _distance_to_center(pool: Tensor, centers: Any, prototype: Tensor, prototypes: int) -> Tensor:
-    """Squared distance (N,) of candidates (N, d) to the centers of their prototypes, on the CPU."""
+    """Squared distance (N,) of candidates (N, d) to their centers, on the CPU."""
     c = as_points(centers, "centers", finite=True).double().to(pool)
     if c.shape != (prototypes, pool.shape[1]):
         expected = (prototypes, pool.shape[1])
@@ -180,7 +180,7 @@ def _distance_to_center(pool: Tensor, centers: Any, prototype: Tensor, prototype
 
 
 class _Solved(NamedTuple):
-    """One candidate for every image, and the transport of the real images to them."""
+    """One candidate for every image, and the solved transport to them."""
 
     rows: Tensor  # (M,) into the pool
     transport: ExactTransport
@@ -199,7 +199,7 @@ class _Search:
         return _Solved(rows, exact_transport(self.cost[:, rows], self.a, self.b))
 
     def descend(self, state: _Solved) -> tuple[_Solved, int]:
-        """Change one image after another until no change improves; and the number of changes."""
+        """Change single images until none improves; and the number of changes."""
         changes, unchanged, i = 0, 0, 0
         while unchanged < len(state.rows):
             better = self._best_change(state, i)
@@ -232,7 +232,7 @@ class _Search:
 def lower_bounds(
     cost: Tensor, rows: Tensor, i: int, options: Tensor, a: Tensor, b: Tensor, potentials: Tensor
 ) -> Tensor:
-    """Lower bounds (O,) float64 of the transport cost if image i were another candidate.
+    """Lower bounds (O,) of the transport cost with other candidates for image i.
 
     By duality any v gives a bound sum_x a_x min_j (c_xj - v_j) + sum_j b_j v_j. Those of the other images stay; that
     of the new point is the one that makes the bound largest, a weighted quantile.
@@ -259,7 +259,7 @@ def lower_bounds(
 
 
 def _checked_pool(prototype: Any, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Prototypes of the pool (N,) and the number of candidates to keep of each."""
+    """Prototypes (N,) of the pool, and numbers of candidates to keep."""
     prototype = _indices(prototype, "prototype").cpu()
     quotas = _indices(numbers, "numbers").tolist()
     if not sum(quotas):
@@ -282,7 +282,7 @@ def _indices(value: Any, name: str) -> Tensor:
 
 
 def _of_pool(value: Any, name: str, n: int) -> Tensor:
-    """A finite number (n,) for every candidate of the pool, on the CPU."""
+    """Finite numbers (n,), one per candidate of the pool, on the CPU."""
     x = as_tensor(value, name).cpu()
     if x.shape != (n,) or not torch.isfinite(x).all():
         raise InputError(f"{name} must be ({n},) and finite, one for every candidate, not {tuple(x.shape)}")
@@ -290,7 +290,7 @@ def _of_pool(value: Any, name: str, n: int) -> Tensor:
 
 
 def _checked_features(real: Any, candidates: Any, n: int) -> tuple[Tensor, Tensor]:
-    """Features of real images (m, d) and of the n candidates of the pool (n, d)."""
+    """Features of real images (m, d) and of candidates (n, d)."""
     x, pool = as_points(real, "real", finite=True), as_points(candidates, "candidates", finite=True)
     if pool.shape != (n, x.shape[1]):
         raise InputError(
@@ -301,9 +301,9 @@ def _checked_features(real: Any, candidates: Any, n: int) -> tuple[Tensor, Tenso
 
 
 def _first_of_each(key: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Tensor:
-    """The `numbers[k]` rows of least key of each prototype k, (M,) int64 by prototype and row.
+    """The `numbers[k]` rows of least key of each prototype k, (M,) int64.
 
-    Ties go to the earlier row.
+    By prototype and row; ties go to the earlier row.
     """
     order = key.argsort(stable=True)
     order = order[prototype[order].argsort(stable=True)]

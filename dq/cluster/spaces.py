@@ -1,6 +1,6 @@
-"""The space of quantization: where the images of a class are compared, and the cache of a teacher's features.
+"""The space in which the images of a class are clustered.
 
-k-means in another space than that of the latents groups images by other likenesses; its prototypes stay latents, the
+k-means in another space than that of the latents groups images by other similarities; its prototypes stay latents, the
 means of the cells (`dq.cluster.prototypes`).
 """
 
@@ -23,11 +23,11 @@ RIDGE = 1e-6  # added to every variance before whitening, in units of the larges
 
 
 def embed(latents: Any, features: Any, config: ClusterConfig) -> Tensor:
-    """The images of one class as points (n, d) of the space in which k-means compares them: float32, but float64
-    where latents or features that are not rescaled are float64.
+    """Embed the images of one class as points (n, d) in the space of k-means.
 
-    With rows z_i of the latents and f_i of the features, s_z^2 and s_f^2 their total variances (the mean squared
-    distance to the mean), `config.space` is
+    float32, but float64 where latents or features that are not rescaled are float64. With rows z_i of the latents and
+    f_i of the features, s_z^2 and s_f^2 their total variances (the mean squared distance to the mean), `config.space`
+    is
         latents   z
         pca       <z - mean, v_j> for the `dims` leading principal directions v_j of the class
         whitened  the same over sqrt(var_j + RIDGE var_1)
@@ -37,6 +37,7 @@ def embed(latents: Any, features: Any, config: ClusterConfig) -> Tensor:
     Args:
         latents: (n, C, h, w) or (n, d), of any float type.
         features: (n, D) on the same device, rows as those of the latents; None where the space has no use for them.
+        config: names the space.
 
     Raises:
         InputError: if the space needs features and there are none, or not as many as latents.
@@ -59,12 +60,13 @@ def embed(latents: Any, features: Any, config: ClusterConfig) -> Tensor:
 
 
 def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = False) -> Tensor:
-    """Coordinates (n, r) float32 of x (n, d) along its principal directions, largest variance first.
+    """Coordinates (n, r) float32 of x (n, d) along its principal directions.
 
-    Exact: an eigendecomposition in float64 of the d x d or the n x n products, whichever is smaller. Every direction
-    points to where its entry of largest size is positive.
+    Largest variance first. Exact: an eigendecomposition in float64 of the d x d or the n x n products, whichever is
+    smaller. Every direction points to where its entry of largest size is positive.
 
     Args:
+        x: (n, d) finite points.
         dims: number of directions; None: 64. There are never more than the rank of the centered x, and one (of zeros)
             where all points are equal.
         whiten: divide each coordinate by its standard deviation. With as many directions as points less one that
@@ -99,7 +101,7 @@ def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = Fal
 
 
 def _unit_variance(x: Tensor) -> Tensor:
-    """x (n, d) centered and scaled to a total variance of 1; zeros where all points are equal."""
+    """Center and scale x (n, d) to a total variance of 1; zeros for equal points."""
     centered = x - x.mean(0)
     variance = centered.double().square().sum() / len(x)
     return (centered / variance.sqrt().clamp(min=1e-30)).float()

@@ -1,5 +1,4 @@
-"""Optimal transport between a class and its prototypes: the W2 distance of uniformly weighted points, and the
-free-support Wasserstein barycenter that such points should be."""
+"""Optimal transport between a class and its prototypes: W2 and Wasserstein barycenters."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from dq.core.sinkhorn import sinkhorn
 
 
 def squared_cost(x: Any, y: Any) -> Tensor:
-    """|x_i - y_j|^2 for x (..., n, d) and y (..., k, d): (..., n, k), never negative.
+    """Squared distances (..., n, k) of x (..., n, d) and y (..., k, d), never negative.
 
     In float32 unless one of the two is float64. Both are shifted by the mean of x first, as the product loses digits
     under large offsets.
@@ -31,7 +30,7 @@ def squared_cost(x: Any, y: Any) -> Tensor:
 
 
 def _pair(x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """Two clouds of points of one space in the more precise of their dtypes, on the device of x."""
+    """Convert points of one space to the more precise of their dtypes on one device."""
     x, y = as_tensor(x, "x"), as_tensor(y, "y")
     if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1] or not (x.shape[-2] and y.shape[-2]):
         raise InputError(
@@ -59,10 +58,9 @@ class ExactTransport(NamedTuple):
 
 
 def exact_transport(cost: Any, a: Any = None, b: Any = None) -> ExactTransport:
-    """Solve optimal transport for a cost (n, k), by POT's network simplex in float64.
+    """Solve optimal transport for a cost (n, k) by POT's network simplex.
 
-    Args:
-        a, b: (n,) and (k,) non-negative masses, scaled to sum to 1; None: uniform.
+    In float64, for non-negative masses a (n,) and b (k,), scaled to sum to 1; None: uniform.
     """
     import ot
 
@@ -77,7 +75,7 @@ def exact_transport(cost: Any, a: Any = None, b: Any = None) -> ExactTransport:
 
 
 def exact_plan(cost: Any, a: Any = None, b: Any = None) -> Tensor:
-    """Optimal transport plan (n, k) float64 for a cost (n, k); see `exact_transport`."""
+    """Optimal transport plan (n, k) float64; see `exact_transport`."""
     return exact_transport(cost, a, b).plan
 
 
@@ -86,10 +84,10 @@ def _shares(weights: Tensor) -> np.ndarray:
 
 
 def sinkhorn_plan(cost: Any, *, entropy: float, n_iter: int = 1000, tol: float = 1e-6) -> Tensor:
-    """Entropic transport plans between uniform weights, for a batch of costs (B, n, k); see `dq.core.sinkhorn`.
+    """Entropic transport plans for costs (B, n, k) and uniform weights.
 
-    `entropy` is in units of the mean cost of each problem. Every column sums to exactly 1/k; rows are off by `tol` at
-    most unless `n_iter` ran out.
+    See `dq.core.sinkhorn`. `entropy` is in units of the mean cost of each problem. Every column sums to exactly 1/k;
+    rows are off by `tol` at most unless `n_iter` ran out.
     """
     cost = _costs(cost, 3)
     n_iter = whole_number(n_iter, "n_iter")
@@ -100,20 +98,28 @@ def sinkhorn_plan(cost: Any, *, entropy: float, n_iter: int = 1000, tol: float =
 
 
 def balanced_labels(plan: Tensor) -> Tensor:
-    """The prototype to which each point sends most of its mass, (..., n)."""
+    """Prototype (..., n) to which each point sends most of its mass."""
     return plan.argmax(-1)
 
 
 def uniform_w2(x: Any, centroids: Any, weights: Any = None) -> float:
-    """W2 between the law of x (n, d) and the uniform law on centroids (k, d), exact.
+    """Exact W2 between x (n, d) with weights and uniform centroids (k, d).
 
-    Args:
-        weights: (n,) masses of x; None: uniform.
+    `weights` (n,) are masses of x; None: uniform.
     """
     x = as_points(x, "x", finite=True)
     cost = squared_cost(x.double(), as_points(centroids, "centroids", finite=True))
     plan = exact_plan(cost, weights)
     return math.sqrt(max(0.0, float((plan * cost.cpu()).sum())))
+
+
+class Barycenter(NamedTuple):
+    """Points of equal masses that are near to a measure in W2."""
+
+    points: Tensor  # (k, d)
+    labels: Tensor  # (n,) balanced cells
+    n_iter: int
+    converged: bool  # whether the relative change of the cost fell below `tol`
 
 
 def barycenter(
@@ -124,9 +130,11 @@ def barycenter(
     entropy: float = 0.01,
     n_iter: int = 100,
     tol: float = 1e-5,
-) -> tuple[Tensor, Tensor, int, bool]:
-    """Free-support Wasserstein barycenter of one measure: min over points of W2(uniform on x, uniform on k points)
-    (Cuturi & Doucet 2014, alg. 2 with one input measure and step 1). This is what D4M is said to compute.
+) -> Barycenter:
+    """Free-support Wasserstein barycenter of one measure.
+
+    The minimum over k points of W2(uniform on x, uniform on the points) (Cuturi & Doucet 2014, alg. 2 with one input
+    measure and step 1), which D4M is said to compute.
 
     Alternates the balanced transport plan P (n x k, columns sum to 1/k) and x_k = k * sum_i P_ik z_i; the cost falls
     with an exact plan. Works on centered points, in float64 where x or start are.
@@ -134,9 +142,10 @@ def barycenter(
     Args:
         x: (n, d) points.
         start: (k, d) first support points. With `entropic`, equal ones stay equal.
-
-    Returns:
-        points (k, d), balanced labels (n,), rounds, whether the relative change of the cost fell below `tol`.
+        transport: how the plan is found.
+        entropy: of an entropic plan, in units of the mean cost.
+        n_iter: most rounds.
+        tol: relative change of the cost at which rounds end.
 
     Raises:
         InputError: for points of two spaces, non-finite ones, another `transport`, or n_iter < 1.
@@ -167,4 +176,4 @@ def barycenter(
         # entropy pulls the points together; the means of the balanced cells undo that
         sums, mass = cell_sums(x[None], labels[None], x.new_ones(1, len(x)), k)
         points = torch.where(mass[0, :, None] > 0, sums[0] / mass[0, :, None].clamp(min=1), points)
-    return points + mean, labels, used, converged
+    return Barycenter(points + mean, labels, used, converged)

@@ -1,4 +1,4 @@
-"""Anchors of FADRM's residual merges: real patches, a set, or the nearest of a pool."""
+"""Anchors of FADRM's residual merges: real patches, a set or a pool."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def make_pool(images: list[Tensor], teacher: Teacher) -> AnchorPool:
 
 
 def nearest_anchors(x: Tensor, labels: Tensor, pool: AnchorPool, teacher: Teacher, complexity: float) -> Tensor:
-    """Retrieve for every image the candidate of its class with the least score.
+    """Retrieve for every image the best candidate of its class.
 
     The score is |f(x) - f(p)|^2 + complexity TV(p), with f unit features of a teacher and TV relative to the mean of
     all candidates. In the spirit of RETA's dynamic retrieval (arXiv 2602.24144), which also trades fit against

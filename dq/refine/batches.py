@@ -1,4 +1,4 @@
-"""Which images are optimized together."""
+"""Composition of the batches of images that are optimized together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Rows = list[tuple[int, int]]  # (class, rank in the class) of images
 def compose_batches(
     counts: Sequence[int], batch_size: int, *, compose: str = "index", min_classes: int = 5
 ) -> list[Rows]:
-    """Which images are optimized together: lists of (class, rank in the class).
+    """Compose batches, lists of (class, rank in the class).
 
     "index": the first image of every class, then the second, and so on, cut into nearly equal pieces of at most
     `batch_size`, so that none is a small rest (FADRM's released code cuts at `batch_size` and leaves one). "dealt":
@@ -23,6 +23,8 @@ def compose_batches(
 
     Args:
         counts: images of each class.
+        batch_size: most images of a batch; not read with "whole".
+        compose: one of these.
         min_classes: different classes that a batch must hold at least; all, if there are fewer.
 
     Raises:
@@ -43,17 +45,17 @@ def compose_batches(
     other = "or " if compose == "rank" else "set compose=dealt, or "  # ranks cannot be dealt out
     needed = min(min_classes, sum(n > 0 for n in counts))
     for j, batch in enumerate(batches):
-        held = len({c for c, _ in batch})
-        if held < needed:
+        present = len({c for c, _ in batch})
+        if present < needed:
             raise InputError(
-                f"batch {j} of {number} of the refinement would hold {held} classes, fewer than {needed}: raise its "
-                f"batch_size (now {batch_size}), {other}lower min_classes"
+                f"batch {j} of {number} of the refinement would hold {present} classes, fewer than {needed}: raise "
+                f"its batch_size (now {batch_size}), {other}lower min_classes"
             )
     return batches
 
 
 def largest_batch(compose: str, batch_size: int, classes: int | None) -> int:
-    """Images of a batch at most; those of one rank are at most as many as there are classes."""
+    """Most images of a batch; one of a rank has at most one of each class."""
     return min(batch_size, classes) if compose == "rank" and classes else batch_size
 
 

@@ -1,4 +1,4 @@
-"""Learning the images of a set by SGD so that each class matches real images of its class.
+"""Learning the images of a set by SGD to match real images of each class.
 
 `dq.refine.distribution_matching`, `dq.refine.gradient_matching` and `dq.refine.spectral_matching` define the distance.
 """
@@ -34,7 +34,7 @@ TERMS = ("matching_loss",)  # columns of the trace
 
 @dataclass(frozen=True)
 class ClassBatches:
-    """Batches of real images of a class, and the augmentation that learned ones share."""
+    """Batches of real images by class, and the augmentation of a step."""
 
     real: RealImages
     rows: dict[int, Tensor]  # of each class in `real`
@@ -50,7 +50,7 @@ class ClassBatches:
         return self.augment(self.whitening(images.to(device)), c, step)
 
     def augment(self, x: Tensor, c: int, step: int) -> Tensor:
-        """Augment images of class c; the draw of a step is the same for real and learned ones."""
+        """Augment images of class c, real and learned ones alike in a step."""
         return dsa(x, generator(self.seed, "augment", step, c), shared=True) if self.augmented else x
 
 
@@ -61,7 +61,7 @@ Gradient = Callable[[Tensor, int, dict[str, Tensor]], tuple[Tensor, Tensor]]
 def class_gradients(
     loss_of: Callable[[int, Tensor], Tensor], x: Tensor, rows: dict[int, Tensor], shared: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Sum a loss over classes, and its gradients, with one class's graph in memory.
+    """Sum a loss and its gradients over classes, one graph in memory.
 
     Args:
         loss_of: loss () of a class and its images (m, 3, S, S).
@@ -92,9 +92,10 @@ def learn_images(
     gradient_of: Callable[[ClassBatches], Gradient],
     session: Session,
 ) -> Refined:
-    """Learn the images of a set by SGD along a gradient; a pure function of its arguments.
+    """Learn the images of a set by SGD along a gradient.
 
-    With `mode=latent` the latents that they are decoded from move along the gradient pulled back through the decoder.
+    A pure function of its arguments. With `mode=latent` the latents that they are decoded from move along the gradient
+    pulled back through the decoder.
 
     Args:
         batch: the whole set, with weights for `config.weighted`.
@@ -178,7 +179,7 @@ def _problem(batch: Batch, config: Condensation, resources: Resources, session: 
 
 
 def _start(problem: _Problem, batch: Batch, steps: int) -> tuple[Learned, dict[str, Tensor], Record]:
-    """Images, or latents, at the start, the tensors carried along, and the record."""
+    """First images, or latents, the tensors carried along, and the record."""
     config, rendering, batches = problem.config, problem.rendering, problem.batches
     first = first_values(config.start, batch.images, batch.labels, batches.real, rendering, batches.seed)
     x = Learned.of(first.to(problem.device))
@@ -212,9 +213,9 @@ def _divided(real: RealImages, config: Condensation, experts: Experts | None) ->
 
 
 def image_shares(config: Condensation, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Weights of images (n,), 1 unless the settings ask for those in the set, and shares (n,).
+    """Weights (n,) of images in the loss, and shares (n,) in their classes.
 
-    The shares sum to 1 in every class.
+    Weights are 1 unless the settings ask for those in the set; shares sum to 1 in every class.
     """
     labels, weights = batch.labels, batch.weights if config.weighted else None
     counted = torch.ones(len(labels)) if weights is None else weights.float()
@@ -228,7 +229,7 @@ def class_rows(labels: Tensor, device: torch.device) -> dict[int, Tensor]:
 
 
 class ClassMatchingMethod(Method):
-    """A method that matches classes; a subclass names its settings and its function."""
+    """A method that matches classes, with settings and function of a subclass."""
 
     refine: Callable[[Batch, Any, Resources, Session], Refined]
 

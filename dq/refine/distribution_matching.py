@@ -1,4 +1,4 @@
-"""Distribution matching: images of a class have the mean features of real ones under random networks.
+"""Distribution matching: equal mean features of classes under random networks.
 
 Zhao and Bilen, "Dataset Condensation with Distribution Matching" (DM), WACV 2023, arXiv 2110.04181, with the settings
 of the released code; the choice of layers is PAD's (arXiv 2408.03360).

@@ -1,4 +1,4 @@
-"""FADRM and FADRM+: matching of batch norm statistics, with residual merges of the start.
+"""FADRM and FADRM+: batch norm statistics matching with residual merges.
 
 "FADRM: Fast and Accurate Data Residual Matching for Dataset Distillation", NeurIPS 2025, arXiv 2506.24125; settings of
 the released code. With one teacher it is FADRM; with several, one per step in turn, FADRM+.
@@ -101,7 +101,7 @@ def resolve(config: FADRM, *, side: int, teachers: int) -> FADRM:
 
 
 def _recipe(config: FADRM, side: int, teachers: int) -> dict[str, Any]:
-    """Sizes, steps, lr, batch size and jitter of the preset, or for images of this side."""
+    """Open settings from the preset, or for images of this side."""
     if config.preset is None:
         small = side <= SINGLE_SIZE
         reduced = round(side * REDUCED)
@@ -140,7 +140,7 @@ def refine(
     matched: Sequence[MatchedTeacher] | None = None,
     retrieve: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Refined:
-    """Refine one batch of images by FADRM; a pure function of its arguments.
+    """Refine one batch by FADRM; a pure function of its arguments.
 
         x <- alpha resample(x) + (1 - alpha) resample(anchor)      behind every block but the last
 
@@ -186,7 +186,7 @@ def refine(
 
 
 def _retrieval(batch: Batch, stage: FADRM, resources: Resources) -> Callable[[Tensor, int], Tensor] | None:
-    """The anchors of each merge, the nearest candidates of their classes; None without candidates."""
+    """Retrieval of the nearest candidates at each merge; None without candidates."""
     if resources.candidates is None:
         return None
     images, teacher = list(resources.candidates), resources.matched[0]

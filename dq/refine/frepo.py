@@ -1,4 +1,4 @@
-"""FRePo: images and labels learned through ridge regression on features of a pool.
+"""FRePo: images and labels learned through ridge regression on features.
 
 Zhou, Nezhadarya and Ba, "Dataset Distillation using Neural Feature Regression", NeurIPS 2022, arXiv 2206.00719; with
 the settings of the released code. Its loss is in `dq.refine.ridge`, its optimizer in `dq.refine.lamb`, its networks in
@@ -105,16 +105,16 @@ class RealBatches:
 
 
 def start_labels(config: FRePo, images: Tensor, labels: Tensor, classes: int, teachers: Sequence[Teacher]) -> Tensor:
-    """First labels (n, C): centered classes, or the teachers' probabilities, scaled as released."""
+    """First labels (n, C), scaled as released: classes, or teachers' probabilities."""
     if config.first_labels == "teachers":
         return probabilities_to_labels(pooled_logits(teachers, images).softmax(1))
     return first_labels(centered_targets(labels, classes))
 
 
 def refine(batch: Batch, config: FRePo, resources: Resources, session: Session | None = None) -> Refined:
-    """Learn the images and labels of a set by FRePo; a pure function of its arguments.
+    """Learn the images and labels of a set by FRePo.
 
-    In every step, with a network f of the pool:
+    A pure function of its arguments. In every step, with a network f of the pool:
 
         A = f(X) f(X)^T + ridge s I,  P = f(X_real) f(X)^T A^-1 Y,  L = mean 1/2 |P - Y_real|^2 - label margin
 
@@ -160,14 +160,7 @@ def refine(batch: Batch, config: FRePo, resources: Resources, session: Session |
         session.step(step)
         if record.save_due(step + 1):
             session.save(_state(x, y, record, pool, step + 1))
-    facts = record.facts
-    facts["networks_replaced"] = sum(m.generation for m in pool.members)
-    facts["end_std"] = round(float(rendering.images(x.value).std()), 4)
     last_x, last_y = record.best.get("best.x", x.value), record.best.get("best.y", y.value)
-    if problem.held_out is not None and config.fit_temperature:
-        options: dict[str, Any] = {"ridge": config.ridge, "weights": objective.weights}
-        temperature = label_temperature(pool, rendering.images(last_x), last_y, problem.held_out, **options)
-        facts["label_temperature"] = round(temperature, 6)
     return Refined(
         rendering.pixels(last_x).cpu() if learns else batch.images,
         record.trace.float().cpu(),
@@ -177,9 +170,21 @@ def refine(batch: Batch, config: FRePo, resources: Resources, session: Session |
         label_kind="regression",
         bounded=config.mode != "pixel",
         uniform_weights=not config.weighted,  # learned labels absorb importance
-        facts=facts,
+        facts=record.facts | _final_facts(problem, x.value, last_x, last_y),
         preprocessing=rendering.whitening.to("cpu").tensors(),
     )
+
+
+def _final_facts(problem: _Problem, end: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Facts of the last images, and the temperature of labels y if it is fitted."""
+    config, pool = problem.config, problem.pool
+    facts: dict[str, Any] = {"networks_replaced": sum(m.generation for m in pool.members)}
+    facts["end_std"] = round(float(problem.rendering.images(end).std()), 4)
+    if problem.held_out is not None and config.fit_temperature:
+        options: dict[str, Any] = {"ridge": config.ridge, "weights": problem.objective.weights}
+        temperature = label_temperature(pool, problem.rendering.images(x), y, problem.held_out, **options)
+        facts["label_temperature"] = round(temperature, 6)
+    return facts
 
 
 @dataclass(frozen=True)
@@ -289,7 +294,7 @@ def _start(problem: _Problem, batch: Batch, resources: Resources) -> tuple[Lamb,
 
 
 def _apart(values: Tensor, rendering: Rendering, pool: OnlinePool, seed: int) -> tuple[Tensor, int]:
-    """Add a little noise to images, or latents, that are nearly copies of others; and their number."""
+    """Add noise to images, or latents, that nearly copy others; and their number."""
     with pool.features(0) as features, torch.no_grad():
         copied = duplicates(torch.cat([features(part) for part in rendering.images(values).split(1000)]))
     size = JITTER if rendering.codec is None else JITTER * float(values.std())

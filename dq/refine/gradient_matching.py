@@ -1,4 +1,4 @@
-"""Gradient matching: images of a class give a network the gradients that real ones give it.
+"""Gradient matching: equal gradients of a network by classes.
 
 Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching" (DC), ICLR 2021, arXiv 2006.05929; with the same
 augmentation on both sides, Zhao and Bilen, DSA, ICML 2021, arXiv 2102.08259; with the settings of the released code.
@@ -33,7 +33,7 @@ TINY = 1e-6  # beside products of norms, as released
 
 
 def resolve(config: GradientMatching, context: Context) -> GradientMatching:
-    """Fill in passes and net_epochs, as the released code by images per class.
+    """Fill in passes and net_epochs by images per class, as the released code.
 
     Raises:
         InputError: for an unknown network, one that gathers statistics over batches, or an alpha that leaves nothing.

@@ -1,4 +1,4 @@
-"""Groups of the real images of a class, one for each of its images in the set, and what a network sees of them.
+"""Groups of the real images of a class, and their statistics under a network.
 
 PSM (arXiv 2609.34299): images that all follow one set of statistics are about equally difficult. There, the real
 images of a class are sorted by GPS and cut into groups from easy to hard; the batch of the images of rank g is matched
@@ -31,27 +31,25 @@ class ClassGroups:
 
 
 def image_moments(teacher: Teacher, layers: Sequence[Layer], images: Tensor) -> Moments:
-    """Moments of every image over its pixels, (N, sum C_l) float32 on the CPU: the channels of layer after layer.
+    """Moments (N, sum C_l) of every image over its pixels, layer after layer.
 
-    Args:
-        layers: of `trace_layers`.
-        images: (N, 3, S, S) uint8 or float in [0, 1].
+    float32 on the CPU, for layers of `trace_layers` and images (N, 3, S, S), uint8 or float in [0, 1].
     """
     channels = sum(a.channels for a in layers)
     with evaluation_mode(teacher.net), _input_moments(layers) as seen:
 
-        def look(x: Tensor) -> Tensor:
+        def moments(x: Tensor) -> Tensor:
             seen.clear()
             teacher(x)
             return torch.cat([torch.cat([m.mean for m in seen], 1), torch.cat([m.var for m in seen], 1)], 1).cpu()
 
-        both = teacher.in_batches(images, look)
+        both = teacher.in_batches(images, moments)
     return Moments(both[:, :channels], both[:, channels:])
 
 
 @contextlib.contextmanager
 def _input_moments(layers: Sequence[Layer]) -> Iterator[list[Moments]]:
-    """A list to which a forward pass within the block adds the moments (B, C_l) of every image in each layer."""
+    """Collect the moments (B, C_l) of every image in each layer in a forward pass."""
     seen: list[Moments] = []
 
     def read(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -68,16 +66,15 @@ def _input_moments(layers: Sequence[Layer]) -> Iterator[list[Moments]]:
 
 
 def mean_rank(scores: Sequence[Tensor]) -> Tensor:
-    """Mean over several scores (n,) of the rank of each image, (n,) float64; ties go by position."""
+    """Mean rank (n,) float64 of each image over scores (n,); ties go by position."""
     ranks = [x.argsort(stable=True).argsort(stable=True).double() for x in scores]
     return torch.stack(ranks).mean(0)
 
 
 def cut_by_score(rows: Tensor, scores: Tensor, number: int) -> list[Tensor]:
-    """Rows (n,) cut into groups from the least to the largest score, whose sizes differ by at most one.
+    """Cut rows (n,) into `number` groups by ascending score.
 
-    Args:
-        number: of groups, at most n.
+    Sizes differ by at most one; `number` is at most n.
     """
     ordered = rows[scores.argsort(stable=True)]
     edges = [len(rows) * j // number for j in range(number + 1)]
@@ -85,17 +82,19 @@ def cut_by_score(rows: Tensor, scores: Tensor, number: int) -> list[Tensor]:
 
 
 def groups_by_score(rows: Tensor, scores: Tensor, images: int) -> ClassGroups:
-    """Real images (n,) of a class in groups of nearly equal size, one for each of its images in the set; with fewer
-    real images than these, each is a group, and images that follow one another share it."""
+    """Group the real images (n,) of a class by score, one group for each image in the set.
+
+    Groups are of nearly equal size. With fewer real images than these, each is a group, and images that follow one
+    another share it.
+    """
     number = min(images, len(rows))
     return ClassGroups(cut_by_score(rows, scores, number), [rank * number // images for rank in range(images)])
 
 
 def groups_by_cell(rows: Tensor, cells: Tensor, copies: Sequence[int]) -> ClassGroups:
-    """Real images (n,) of a class in the cells (n,) of its prototypes; images of a prototype share its cell.
+    """Group the real images (n,) of a class by the cells (n,) of its prototypes.
 
-    Args:
-        copies: images of each prototype in the set.
+    Images of a prototype share its cell; `copies` are the images of each prototype in the set.
     """
     of_image = [k for k, n in enumerate(copies) for _ in range(n)]
     return ClassGroups([rows[cells == k].sort().values for k in range(len(copies))], of_image)

@@ -1,4 +1,4 @@
-"""Choosing among states of a set by networks trained on it and tested on held-out images."""
+"""Held-out accuracy of networks trained on a set, to choose among its states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HARD_LOGIT = 20.0  # of an image's class, where labels are not learned: softmax 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out train images, and the networks that are trained on a set and tested on them."""
+    """Held-out train images, and the networks that are tested on them."""
 
     real: RealImages
     whitening: Whitening
@@ -52,13 +52,13 @@ def split_off(real: RealImages, share: float) -> tuple[RealImages, RealImages]:
 
 
 def divide(real: RealImages, held_out: Tensor) -> tuple[RealImages, RealImages]:
-    """Divide train images into the others and those that `held_out` (N,) bool names."""
+    """Divide train images into others and those of `held_out` (N,) bool."""
     others = RealImages(real.images[~held_out], real.labels[~held_out])
     return others, RealImages(real.images[held_out], real.labels[held_out])
 
 
 def check_steps(steps: int, checks: int) -> set[int]:
-    """Numbers of steps after which a set is tested, evenly spread, the last included."""
+    """Numbers of steps after which a set is tested, evenly spread to the last."""
     return {-(-steps * i // checks) for i in range(1, checks + 1)}
 
 
@@ -92,7 +92,7 @@ def classic_accuracy(
 
 
 def _student(spec: dict[str, Any], x: Tensor, y: Tensor) -> StudentConfig:
-    """Settings of a student for a set of images x with label vectors y (n, C)."""
+    """Settings of a student for images x with label vectors y (n, C)."""
     classes = y.shape[1]
     ipc = max(1, round(len(x) / classes))
     return student_config(spec, ipc=str(ipc), classes=classes, image_size=x.shape[-1])

@@ -1,4 +1,4 @@
-"""What methods refuse to work on, and results that are no images."""
+"""Checks of the inputs and the results of methods."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ LARGEST_HALF = 65504.0  # in which label vectors are stored
 def check_set(
     images: Tensor, labels: Tensor, classes: int, real: RealImages | None = None, weights: Tensor | None = None
 ) -> None:
-    """Refuse a set, train images or weights that no method can work on.
+    """Refuse a set, train images or weights of wrong shapes or values.
 
     Args:
         images: (n, 3, S, S) float, finite.
         labels: (n,) whole numbers from 0 to classes - 1.
+        classes: number of classes.
         real: train images (N, 3, S, S).
         weights: (n,) positive, finite.
 
@@ -51,7 +52,7 @@ def check_set(
 
 
 def check_refined(refined: Refined, stage: str) -> None:
-    """Refuse a result that has diverged, before it is stored.
+    """Refuse a diverged result, before it is stored.
 
     Raises:
         RunError: that names the stage.

@@ -1,4 +1,4 @@
-"""LAMB on one tensor, with the cosine schedule of FRePo's outer loop (You et al. 2020, arXiv 1904.00962)."""
+"""LAMB on one tensor (You et al. 2020, arXiv 1904.00962), with a cosine schedule."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Lamb:
 
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
-        """Move by p <- p - lr |p| / |u| u, with norms over the tensor.
+        """Update by p <- p - lr |p| / |u| u.
 
-        u = m / (sqrt(v) + eps) with bias-corrected moments. A norm of 0 makes the ratio 1. No weight decay and no
-        clipping, as in FRePo's released code.
+        Norms are over the tensor, and u = m / (sqrt(v) + eps) with bias-corrected moments. A norm of 0 makes the ratio
+        1. No weight decay and no clipping, as in FRePo's released code.
         """
         self.steps += 1
         self.first.lerp_(gradient, 1 - BETAS[0])
@@ -60,5 +60,5 @@ class Lamb:
 
 
 def cosine_lr(step: int, steps: int, lr: float, floor: float) -> float:
-    """Learning rate of a step from 0: a cosine from `lr` to `floor` times it."""
+    """Cosine learning rate of a step, from `lr` to `floor` times it."""
     return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -137,9 +137,9 @@ def depth_ratio(
     number: int,
     image_weights: Tensor | None,
 ) -> float:
-    """Distance over all layers by that over the matched ones, at a view of the start.
+    """Ratio of the distance over all layers to that over the matched ones.
 
-    `number` is that of the step whose view it is.
+    At the start, in the view of step `number`.
     """
     sums = []
     images = apply_view(pixels, draw_view(config, pixels.shape[-1], schedule.jitter, seed=seed, step=number))
@@ -261,7 +261,7 @@ def _weighted_layers(t: MatchedTeacher) -> Iterator[tuple[Layer, float]]:
 
 @contextlib.contextmanager
 def evaluating(teachers: Sequence[Teacher]) -> Iterator[None]:
-    """Put the teachers' networks in evaluation mode, without gradients of weights, and back."""
+    """Put the teachers' networks in evaluation mode without gradients, and back."""
     learning = [p for t in teachers for p in t.net.parameters() if p.requires_grad]
     with contextlib.ExitStack() as stack:
         for t in teachers:

@@ -1,4 +1,4 @@
-"""Batch norm statistics of images as a differentiable distance to those of a teacher's training data.
+"""Differentiable distance of batch norm statistics to those of training data.
 
 For the inputs f_l of the teacher's batch norm layers, l in the order in which the network calls them:
 
@@ -52,7 +52,7 @@ class Layer:
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and biased variance of x (B, C, H, W) per channel, in float32 whatever the type of x.
+    """Mean and biased variance of x (B, C, H, W) per channel, in float32.
 
     The gradient of both is an affine function of x, so one pass gives it: d/dx = p (g_m + 2 g_v (x - m)) / HW with
     image weights p. Deviations are taken from `center` (a value near the mean), so that nothing cancels.
@@ -72,8 +72,10 @@ class _Moments(torch.autograd.Function):
 
 
 class _NormAndMoments(torch.autograd.Function):
-    """Batch norm in evaluation mode together with `_Moments` of its input: one saved tensor and two passes backwards,
-    where autograd would need six."""
+    """Batch norm in evaluation mode together with `_Moments` of its input.
+
+    One saved tensor and two passes backwards, where autograd would need six.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, p: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,19 +115,18 @@ def _moment_gradient(x: Tensor, mean: Tensor, g_mean: Tensor, g_var: Tensor, p: 
 
 
 def trace_layers(net: nn.Module, see: Callable[[], Any]) -> list[Layer]:
-    """The batch norm layers of a network in the order of its calls.
+    """Trace the batch norm layers of a network in the order of its calls.
 
-    Args:
-        see: shows the network an image.
+    `see` shows the network an image.
     """
-    found: list[Layer] = []
+    layers: list[Layer] = []
     pending = 0
     names = {m: name for name, m in net.named_modules()}
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal pending
         if isinstance(module, nn.BatchNorm2d):
-            found.append(Layer(names[module], module, pending))
+            layers.append(Layer(names[module], module, pending))
             pending = 0
         elif isinstance(module, nn.Conv2d):
             pending += module.weight.numel()
@@ -137,18 +138,20 @@ def trace_layers(net: nn.Module, see: Callable[[], Any]) -> list[Layer]:
     finally:
         for hook in hooks:
             hook.remove()
-    bare = next((a.name for a in found if a.norm.running_mean is None), None)
-    if bare is not None:
-        raise InputError(f"the norm {bare!r} of a teacher keeps no running statistics; choose another teacher")
-    twice = next((a.name for i, a in enumerate(found) if any(a.norm is b.norm for b in found[:i])), None)
+    stateless = next((a.name for a in layers if a.norm.running_mean is None), None)
+    if stateless is not None:
+        raise InputError(f"the norm {stateless!r} of a teacher keeps no running statistics; choose another teacher")
+    twice = next((a.name for i, a in enumerate(layers) if any(a.norm is b.norm for b in layers[:i])), None)
     if twice is not None:
         raise InputError(f"the teacher calls its norm {twice!r} twice for one image; choose another teacher")
-    return found
+    return layers
 
 
 def pad_drop(ipc: int, class_size: int) -> float:
-    """PAD's rule for `DepthConfig.drop` (arXiv 2408.03360, section 4): 0 at one image per class, .25 below a tenth of
-    the data, .5 from there, .75 from 1,000 images per class."""
+    """PAD's rule for `DepthConfig.drop` (arXiv 2408.03360, section 4).
+
+    0 at one image per class, .25 below a tenth of the data, .5 from there, .75 from 1,000 images per class.
+    """
     if ipc <= 1:
         return 0.0
     if ipc >= 1000:
@@ -157,7 +160,7 @@ def pad_drop(ipc: int, class_size: int) -> float:
 
 
 def resolve_depth(config: M, context: Context) -> M:
-    """Settings whose `depth.drop`, if it is None, follows PAD's rule for the images of `context`."""
+    """Fill in a `depth.drop` of None by PAD's rule for the images of `context`."""
     if config.depth.drop is not None or context.ipc is None or context.class_size is None:
         return config
     drop = pad_drop(context.ipc, context.class_size)
@@ -167,12 +170,10 @@ def resolve_depth(config: M, context: Context) -> M:
 def layer_weights(
     layers: Sequence[Layer], depth: DepthConfig, *, first_weight: float = 10.0, drop: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weights w_l of all layers and of the kept ones, both (L,); what is not kept has weight 0.
+    """Weights w_l (L,) of all layers, and those (L,) of the matched ones, 0 for others.
 
     A layer is dropped if the share of depth up to and with it is at most `drop`. In layers that is l < int(drop L).
-
-    Args:
-        drop: in place of `depth.drop`, if that is left to a rule.
+    `drop` takes the place of `depth.drop`, if that is left to a rule.
     """
     total = len(layers)
     weights = torch.ones(total)
@@ -182,20 +183,20 @@ def layer_weights(
     ramp = ((torch.arange(total) + 1) / total) ** depth.ramp
     amount = {"layer": [1] * total, "channel": [a.channels for a in layers], "param": [a.params for a in layers]}
     passed = torch.tensor(amount[depth.unit], dtype=torch.float64).cumsum(0)
-    wanted = (depth.drop if drop is None else drop) or 0.0
-    shallow = (passed <= wanted * passed[-1] * (1 + 1e-12)) & (wanted > 0)
+    drop = (depth.drop if drop is None else drop) or 0.0
+    shallow = (passed <= drop * passed[-1] * (1 + 1e-12)) & (drop > 0)
     keep = shallow if depth.keep == "shallow" else ~shallow
     if not keep.any():
         change = "raise it, or set keep=deep" if depth.keep == "shallow" else "lower it"
-        raise InputError(f"drop={wanted:g} of depth leaves none of {total} layers to match; {change}")
-    kept = weights * ramp * keep
+        raise InputError(f"drop={drop:g} of depth leaves none of {total} layers to match; {change}")
+    matched = weights * ramp * keep
     if depth.renorm == "count":
-        kept = kept * (total / int(keep.sum()))
-    return weights, kept
+        matched = matched * (total / int(keep.sum()))
+    return weights, matched
 
 
 class StatMatcher:
-    """Reads the statistics of the batch norm inputs of a network while it looks at images.
+    """Reads the statistics of a network's batch norm inputs in forward passes.
 
     A context manager: what it changes in the network is undone on exit. The network must be in evaluation mode.
 
@@ -213,7 +214,8 @@ class StatMatcher:
         image_weights: Tensor | None = None,
         targets: Sequence[Moments] | None = None,
     ) -> None:
-        """
+        """Choose the layers that are read.
+
         Args:
             layers: of `trace_layers`.
             weights: (L,), of `layer_weights`; layers of weight 0 are not read.
@@ -223,8 +225,8 @@ class StatMatcher:
         """
         self.weights = weights.tolist()
         running = [Moments(a.mean, a.var) for a in layers] if targets is None else targets
-        self.targets = [m for m, w in zip(running, self.weights) if w]
-        self.layers = [a for a, w in zip(layers, self.weights) if w]
+        self.targets = [m for m, w in zip(running, self.weights, strict=True) if w]
+        self.layers = [a for a, w in zip(layers, self.weights, strict=True) if w]
         self.weights = [w for w in self.weights if w]
         self.norm = norm
         self.image_weights = None if image_weights is None else image_weights / image_weights.sum()
@@ -233,7 +235,7 @@ class StatMatcher:
         self._fused = [self._fuse(a) if type(a.norm) is nn.BatchNorm2d else None for a in self.layers]
 
     def __enter__(self) -> StatMatcher:
-        for layer, fused in zip(self.layers, self._fused):
+        for layer, fused in zip(self.layers, self._fused, strict=True):
             if layer.norm.training:
                 raise InputError(f"the norm {layer.name!r} is in training mode; call eval() on the teacher")
             if fused is not None:
@@ -251,7 +253,7 @@ class StatMatcher:
         self._seen.clear()
 
     def _fuse(self, layer: Layer) -> Callable[[Tensor], Tensor]:
-        """What takes the place of the layer's forward function."""
+        """A forward function of the layer that also notes the moments of its input."""
         scale = torch.rsqrt(layer.var + layer.norm.eps)
         if layer.norm.weight is not None:
             scale = scale * layer.norm.weight.detach()
@@ -270,22 +272,22 @@ class StatMatcher:
         return read
 
     def terms(self) -> list[Tensor]:
-        """The distance of every read layer in the last forward pass, without its weight, shallow layers first."""
-        found = []
-        for layer, target in zip(self.layers, self.targets):
+        """Distance of every read layer in the last forward pass, without its weight."""
+        terms = []
+        for layer, target in zip(self.layers, self.targets, strict=True):
             mean, var = self._seen[layer.name]
             differences = (target.var - var, target.mean - mean)
             if self.norm == "l2":
-                found.append(sum(torch.linalg.vector_norm(d) for d in differences))
+                terms.append(sum(torch.linalg.vector_norm(d) for d in differences))
             else:
-                found.append(sum(d.square().sum() for d in differences))
-        return found
+                terms.append(sum(d.square().sum() for d in differences))
+        return terms
 
     def distance(self) -> Tensor:
-        """S of the last forward pass, a scalar; 0 for a network without batch norm. Lets go of what was read."""
+        """S () of the last forward pass, whose moments are freed; 0 without batch norm."""
         terms = self.terms()
         total = torch.zeros((), device=terms[0].device if terms else None)
-        for weight, term in zip(self.weights, terms):
+        for weight, term in zip(self.weights, terms, strict=True):
             total = total + weight * term
         self._seen.clear()
         return total

@@ -1,4 +1,4 @@
-"""What a refinement did to its images, measured before and after."""
+"""Measures of images before and after a refinement."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from dq.networks.teacher import Teacher
 def measure(
     images: Tensor, labels: Tensor, anchor: Tensor, teachers: Sequence[Teacher], validation_teachers: Sequence[Teacher]
 ) -> dict[str, Any]:
-    """Sums over a batch of float images (B, 3, S, S) in [0, 1]: hits and cross-entropy of every teacher and judge,
-    total variation, and root mean squared distance to the anchor, both in gray levels."""
+    """Sum hits, cross-entropy, total variation and distance over a batch.
+
+    Of float images (B, 3, S, S) in [0, 1]: hits and cross-entropy of every teacher and validation teacher, total
+    variation, and root mean squared distance to the anchor, both in gray levels.
+    """
 
     def judged(t: Teacher) -> dict[str, Any]:
         logits = t.logits(images)
@@ -35,12 +38,12 @@ def measure(
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means before and after of the measures of all batches."""
     total = sum(r["images"] for r in records)
-    found: dict[str, Any] = {"images": total, "batches": len(records)}
+    summary: dict[str, Any] = {"images": total, "batches": len(records)}
     for when in ("before", "after"):
         sums = [r[when] for r in records]
-        found[when] = {k: round(sum(s[k] for s in sums) / total, 4) for k in ("variation", "anchor_distance")}
+        summary[when] = {k: round(sum(s[k] for s in sums) / total, 4) for k in ("variation", "anchor_distance")}
         for group in ("teachers", "validation_teachers"):
-            found[when][group] = [
+            summary[when][group] = [
                 {
                     "name": sums[0][group][i]["name"],
                     "accuracy": round(sum(s[group][i]["hits"] for s in sums) / total, 5),
@@ -48,11 +51,11 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 }
                 for i in range(len(sums[0][group]))
             ]
-    return found
+    return summary
 
 
 def sentence(summary: dict[str, Any]) -> str:
-    """What a stage did, for a log."""
+    """One line on a stage, for a log."""
 
     def mean(when: str, group: str) -> str:
         values = [t["accuracy"] for t in summary[when][group]]
@@ -67,8 +70,10 @@ def sentence(summary: dict[str, Any]) -> str:
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighboring pixels of each image (N, 3, S, S), uint8 or float in [0, 1], in gray
-    levels: (N,)."""
+    """Mean absolute difference (N,) of neighboring pixels, in gray levels.
+
+    Of images (N, 3, S, S), uint8 or float in [0, 1].
+    """
     x = images.float() if images.dtype == torch.uint8 else images * 255
     down, right = (x[:, :, 1:] - x[:, :, :-1]).abs(), (x[..., 1:] - x[..., :-1]).abs()
     return (down.mean((1, 2, 3)) + right.mean((1, 2, 3))) / 2

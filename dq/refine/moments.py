@@ -1,4 +1,4 @@
-"""Means and variances of the inputs of batch norm layers: of an image, of many, and how far one is from the other."""
+"""Means and variances of the inputs of batch norm layers, and distances of them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Mean and biased variance by channel, of one thing (C,) or of several (n, C)."""
+    """Mean and biased variance by channel, (C,) or, of several, (n, C)."""
 
     mean: Tensor
     var: Tensor
 
     def split(self, channels: Sequence[int]) -> list[Moments]:
-        """Layers of so many channels that stand behind one another in the last dimension."""
+        """Split the last dimension into layers of so many channels."""
         sizes = list(channels)
-        return [Moments(m, v) for m, v in zip(self.mean.split(sizes, -1), self.var.split(sizes, -1))]
+        parts = zip(self.mean.split(sizes, -1), self.var.split(sizes, -1), strict=True)
+        return [Moments(m, v) for m, v in parts]
 
 
 def pool_moments(parts: Moments, counts: Tensor) -> Moments:
-    """Moments (C,) float64 of the union of parts of equal size by image, in closed form:
+    """Moments (C,) float64 of the union of parts, in closed form.
 
         mean = sum_i n_i mean_i / n,    var = sum_i n_i (var_i + (mean_i - mean)^2) / n    (law of total variance)
 
@@ -40,13 +41,15 @@ def pool_moments(parts: Moments, counts: Tensor) -> Moments:
 
 
 def gps(moments: Sequence[Moments], reference: Sequence[Moments], *, beta: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """Difficulty of images by their distance to the statistics of a network's training (PSM, arXiv 2609.34299), (n,):
+    """Difficulty (n,) of images by their distance to running statistics (PSM, arXiv 2609.34299).
 
         GPS(x) = mean_l [ |mu_l(x) - m_l|_2 + beta |log((s_l(x) + eps) / (v_l + eps))|_2 ] / sqrt(C_l)
 
     Args:
         moments: of each layer l: mean mu_l and variance s_l (n, C_l) over the pixels of each image.
         reference: of each layer: m_l and v_l (C_l,), the running statistics.
+        beta: weight of the variances.
+        eps: added to variances.
     """
     terms = []
     for image, running in zip(moments, reference, strict=True):

@@ -1,4 +1,4 @@
-"""From the tensor that is learned to images as networks see them: whitened pixels, or latents of a codec."""
+"""Rendering of learned whitened pixels, or latents of a codec, as images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dq.diffusion.image_codec import ImageCodec
 
 @dataclass(frozen=True)
 class Rendering:
-    """Whitened images of latents z, whiten(resize(decode(z))); without a codec, the whitened images themselves."""
+    """Whitened images whiten(resize(decode(z))) of latents z; without a codec, z itself."""
 
     whitening: Whitening
     codec: ImageCodec | None = None
@@ -22,7 +22,7 @@ class Rendering:
 
     @staticmethod
     def of(stage: str, mode: str, whitening: Whitening, codec: ImageCodec | None, chunk: int | None) -> Rendering:
-        """The rendering of a stage's mode: that of latents for "latent", else whitened images as they are.
+        """The rendering of a stage's mode: latents for "latent", else whitened images.
 
         Raises:
             InputError: if latents are learned and there is no codec.
@@ -54,10 +54,11 @@ class Rendering:
         return self.whitening(images) if self.codec is None else self.codec.encode(images)
 
     def pull_back(self, values: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient with respect to `values` from that with respect to `images(values)`: a vector-Jacobian product.
+        """Pull a gradient with respect to `images(values)` back to `values`.
 
-        Every chunk is decoded once more, with a graph, so that the activations of one chunk are in memory, whatever
-        the gradient of the images came through. That is exact, since each image is decoded by itself.
+        A vector-Jacobian product. Every chunk is decoded once more, with a graph, so that the activations of one chunk
+        are in memory, whatever the gradient of the images came through. That is exact, since each image is decoded by
+        itself.
 
         Args:
             values: (n, C, h, w) latents, or whitened images.

@@ -1,4 +1,4 @@
-"""Where images of a set begin that are learned rather than drawn, and in which directions they move."""
+"""First values of learned images, and gradients of gray ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOISE_LATENTS = 256  # real images whose latents' mean and deviation noise to st
 
 
 def real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
-    """A random train image of the class of each image of the set, (n,); none twice while there are others.
+    """A random train image (n,) of the class of each image; none twice while there are others.
 
     Raises:
         InputError: if a class has no train image.
@@ -32,8 +32,11 @@ def real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
 
 
 def noise_like(images: Tensor, real: RealImages, rendering: Rendering, seed: int) -> Tensor:
-    """Normal noise for each of `images` (n, 3, S, S): of their shape, as wide as whitened real images, and gray if
-    these are; or of the shape of their latents, with the channels' means and deviations in real images."""
+    """Normal noise for each of `images` (n, 3, S, S).
+
+    Of their shape, with the standard deviation of whitened real images, and gray if these are; or of the shape of
+    their latents, with the channels' means and deviations in real images.
+    """
     if rendering.codec is not None:
         # spread over the train images, which may be in the order of their classes
         z = rendering.encode(real.images[:: max(1, len(real.images) // NOISE_LATENTS)][:NOISE_LATENTS])
@@ -45,20 +48,25 @@ def noise_like(images: Tensor, real: RealImages, rendering: Rendering, seed: int
 
 
 def one_channel(gradient: Tensor) -> Tensor:
-    """The gradient (n, 3, S, S) of images whose three channels are one, as those of a gray data set: that of the one
-    channel, for all three. The released codes have one channel for such data."""
+    """Gradient (n, 3, S, S) of images whose three channels are one.
+
+    That of the one channel, for all three, as in the released codes, which have one channel for gray data.
+    """
     return gradient.sum(1, keepdim=True).expand_as(gradient)
 
 
 def first_values(
     start: str, images: Tensor, labels: Tensor, real: RealImages, rendering: Rendering, seed: int
 ) -> Tensor:
-    """Where whitened images (n, 3, S, S), or latents (n, C, h, w), begin that are learned.
+    """First whitened images (n, 3, S, S), or latents (n, C, h, w).
 
     Args:
-        start: "drawn" for the images that came in, "real" for random train images, or "noise".
-        images: (n, 3, S, S) float32 in [0, 1], those that came in.
+        start: "drawn" for `images`, "real" for random train images, or "noise".
+        images: (n, 3, S, S) float32 in [0, 1].
         labels: (n,) classes.
+        real: train images.
+        rendering: of what is learned.
+        seed: of draws.
 
     Raises:
         InputError: if real images of a class are asked for and there are none.
@@ -71,7 +79,7 @@ def first_values(
 
 
 def rows_by_class(labels: Tensor, real: RealImages) -> dict[int, Tensor]:
-    """Train images of every class of the set with `labels`.
+    """Rows of the train images of every class of the set with `labels`.
 
     Raises:
         InputError: if a class has none.

@@ -191,8 +191,7 @@ def refine(batch: Batch, config: Trajectory, resources: Resources, session: Sess
     for step in range(session.resume.steps // inner if session.resume else 0, config.steps):
         g, t = _gradient(problem, learning, step)
         record.trace[step] = torch.tensor([float(g.loss), t, float(learning.step_size.value)])
-        skipped = _skipped(g, config)
-        if skipped:
+        if skipped := _skipped(g, config):
             record.facts[skipped] += 1
         else:
             learning.move(g, problem)
