@@ -184,11 +184,11 @@ def _encode(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
 
 
 def _prune(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
-    from dq.run.stages.prune import kept_text, prune
+    from dq.run.stages.prune import prune, pruned_text
 
     orders = prune(run, always=verb == "prune")
     if run.main and verb == "prune":
-        print(kept_text(run.config, run.source), *orders, sep="\n")
+        print(pruned_text(run.config, run.source), *orders, sep="\n")
 
 
 def _cluster(run: Run, verb: str, pipe: LatentGenerator | None) -> None:

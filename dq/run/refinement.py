@@ -1,4 +1,4 @@
-"""The stages of refinement that a run asks for, and the folders in which their images are."""
+"""The stages of refinement of a run, and the folders of their images."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def batch_file(folder: Path, number: int) -> Path:
 
 
 def stages_of(config: RunConfig, method: str) -> tuple[RefineConfig, ...]:
-    """The stages behind the generator for a method, in order."""
-    own = config.methods[method].refine
-    return config.refine if own is None else own
+    """The stages of refinement of a method, in order."""
+    override = config.methods[method].refine
+    return config.refine if override is None else override
 
 
 def setting_of(config: RunConfig, method: str, level: int) -> str:
@@ -53,7 +53,7 @@ def setting_of(config: RunConfig, method: str, level: int) -> str:
 
 
 def stage_settings(stage: RefineConfig) -> dict[str, Any]:
-    """The settings of a stage that decide its images, as plain data."""
+    """The settings of a stage that determine its images, as plain data."""
     settings = to_dict(stage)
     for group in ("teachers", "validation_teachers"):
         settings[group] = [{k: v for k, v in t.items() if k not in SPEED} for t in settings[group]]
@@ -61,7 +61,7 @@ def stage_settings(stage: RefineConfig) -> dict[str, Any]:
 
 
 def refined_folder(run: Run, ipc: int, method: str, drawn: Path) -> Path:
-    """Where the images of a method are behind its stages; `drawn` if it has none.
+    """Folder of the refined images of a method; `drawn` without stages.
 
     Raises:
         InputError: if the stages have not been run on these images with these settings.
@@ -70,19 +70,19 @@ def refined_folder(run: Run, ipc: int, method: str, drawn: Path) -> Path:
     if not stages:
         return drawn
     index = run.folder / "images" / INDEX
-    known = read_json(index).get(f"{ipc}/{method}") if index.is_file() else None
-    if known is None or known["asked"] != asked(run.config, method, drawn):
+    record = read_json(index).get(f"{ipc}/{method}") if index.is_file() else None
+    if record is None or record["asked"] != requested_digest(run.config, method, drawn):
         raise InputError(
             f"{run.folder} has no refined images of method {method!r} at ipc {ipc} for the present settings; "
             "run `dq refine` first"
         )
     for path, content in files_of(run.config, method).items():
-        if content is not None and content not in known["files"]:
+        if content is not None and content not in record["files"]:
             raise InputError(
                 f"the images of method {method!r} at ipc {ipc} were refined with other files than {path}; "
                 "run `dq refine` first"
             )
-    return run.folder / "images" / known["folder"]
+    return run.folder / "images" / record["folder"]
 
 
 def needs_codec(config: RunConfig) -> bool:
@@ -91,7 +91,7 @@ def needs_codec(config: RunConfig) -> bool:
 
 
 def check_codec_path(config: RunConfig) -> None:
-    """Whether a codec is named, if a stage needs it.
+    """Check that a codec is named if a stage needs it.
 
     Raises:
         InputError: if none is.
@@ -103,7 +103,7 @@ def check_codec_path(config: RunConfig) -> None:
 
 
 class Planned(NamedTuple):
-    """What a stage will do, known before anything is loaded."""
+    """Steps and batches of a stage, known before anything is loaded."""
 
     name: str
     steps: int  # forward and backward passes over every image
@@ -111,15 +111,14 @@ class Planned(NamedTuple):
     checks: int = 0  # networks that are trained on the set in between, whose time no estimate has
 
     def batches(self, images: int) -> int:
-        """Batches of a set of so many images."""
+        """Number of batches of a set of so many images."""
         return 1 if self.batch_size is None else -(-images // self.batch_size)
 
 
 def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) -> list[Planned]:
-    """The stages of a method with their settings filled in.
+    """Plan the stages of a method with their settings filled in.
 
-    Args:
-        class_counts: train images of each class, if batches are to be checked.
+    With `class_counts`, the train images of each class, batches are checked.
 
     Raises:
         InputError: if settings do not fit the size or the number of the images, if there is no such stage, or one has
@@ -159,17 +158,17 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
 
 
 def real_images(run: Run) -> RealImages:
-    """All train images of a run that can be read, at its size."""
+    """Read all readable train images of a run at its size."""
     s, split = run.source, run.source.train
     rows = range(len(split))
-    images, kept, bad = read_images(split, rows, run.config.image_size, s.preprocess, on_bad=s.on_bad_image)
+    images, read, bad = read_images(split, rows, run.config.image_size, s.preprocess, on_bad=s.on_bad_image)
     if bad:
         log.warning("%d of %d train images are left out, first: %s", len(bad), len(split), bad[0])
-    return RealImages(images, torch.from_numpy(split.labels[kept]).long())
+    return RealImages(images, torch.from_numpy(split.labels[read]).long())
 
 
 def experts_of(source: ImageSource, image_size: int, needs: Needs) -> Experts | None:
-    """The trajectories that a stage matches.
+    """Open the expert trajectories of a stage.
 
     Raises:
         InputError: if they were trained on other images than those of the source at this size.
@@ -180,7 +179,7 @@ def experts_of(source: ImageSource, image_size: int, needs: Needs) -> Experts | 
     experts = open_experts(needs.experts)
     names = ("fingerprint", "classes", "preprocess", "image_size")
     present = (source.fingerprint, list(source.class_names), source.preprocess, image_size)
-    for name, value in zip(names, present):
+    for name, value in zip(names, present, strict=True):
         if experts.facts[name] != value:
             raise InputError(
                 f"the experts in {needs.experts} were trained on other images than those of {source.origin} at "
@@ -190,7 +189,7 @@ def experts_of(source: ImageSource, image_size: int, needs: Needs) -> Experts | 
 
 
 def _matched(teacher: TeacherConfig) -> int:
-    """Networks that a teacher of a configuration stands for."""
+    """Number of networks of a teacher: those of a pool, else one."""
     if teacher.net != POOL:
         return 1
     return sum(m["used"] for m in read_json(teacher_file(teacher) or Path())["members"])
@@ -203,8 +202,10 @@ def labelled(config: RunConfig, method: str) -> bool:
 
 
 def files_of(config: RunConfig, method: str) -> dict[str, str | None]:
-    """Digests of the files that the stages of a method read, by path: teachers and anchors. None for what is not here;
-    models that libraries find are not listed."""
+    """Digests of the files that the stages of a method read, by path.
+
+    Teachers and anchors; None for missing files. Models that libraries download are not listed.
+    """
     paths: list[Path] = []
     for stage in stages_of(config, method):
         for t in stage.teachers or config.teachers:
@@ -215,7 +216,7 @@ def files_of(config: RunConfig, method: str) -> dict[str, str | None]:
 
 
 def _digest_of_files(path: Path) -> str | None:
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] * path.is_file()
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else ([path] if path.is_file() else [])
     if not files:
         return None
     return digest_of([_digest_of_file(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files])
@@ -227,17 +228,19 @@ def _digest_of_file(path: Path, changed_ns: int, size: int) -> str:
         return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
 
 
-def asked_settings(config: RunConfig, method: str) -> list[dict[str, Any]]:
-    """`stage_settings` of a method's stages with the teachers that they fall back on."""
+def requested_settings(config: RunConfig, method: str) -> list[dict[str, Any]]:
+    """`stage_settings` of a method's stages, with the teachers of the run as default."""
     stages = stages_of(config, method)
     return [stage_settings(s if s.teachers else dataclasses.replace(s, teachers=config.teachers)) for s in stages]
 
 
 def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
-    """What was done to the images in `folder`, stage by stage: settings as asked and as filled in, teachers, measures
-    before and after."""
+    """Record of the refinement of the images in `folder`, stage by stage.
+
+    Settings as requested and as filled in, teachers, measures before and after.
+    """
     chain: list[dict[str, Any]] = []
-    for settings in reversed(asked_settings(run.config, method)):
+    for settings in reversed(requested_settings(run.config, method)):
         summary, manifest = read_json(folder / "summary.json"), read_json(folder / "manifest.json")
         chain.insert(0, {"settings": settings, "resolved": manifest["settings"], "summary": summary})
         chain[0]["folder"] = folder.name
@@ -247,9 +250,9 @@ def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
     return chain
 
 
-def asked(config: RunConfig, method: str, drawn: Path) -> str:
-    """Digest of what a user asked for, which needs no teacher to be loaded."""
-    parts: list[Any] = [drawn.name, asked_settings(config, method)]
+def requested_digest(config: RunConfig, method: str, drawn: Path) -> str:
+    """Digest of the requested settings, without loading a teacher."""
+    parts: list[Any] = [drawn.name, requested_settings(config, method)]
     if any(s.weighted for s in stages_of(config, method)):
         m = config.methods[method]
         parts.append([m.weights, m.normalize])
@@ -257,27 +260,29 @@ def asked(config: RunConfig, method: str, drawn: Path) -> str:
 
 
 def refined_folders(run: Run) -> dict[str, Path]:
-    """The finished folders of all stages of the run's methods, by what they are of; one that several methods share
-    comes once."""
+    """Finished folders of all stages of the run's methods, by title.
+
+    One that several methods share comes once.
+    """
     index = run.folder / "images" / INDEX
-    found: dict[Path, str] = {}
-    for key, known in read_json(index).items() if index.is_file() else ():
+    titles: dict[Path, str] = {}
+    for key, record in read_json(index).items() if index.is_file() else ():
         ipc, method = key.split("/", 1)
         if int(ipc) not in run.config.ipc or method not in run.config.methods:
             continue
         chain: list[Path] = []
-        folder = run.folder / "images" / known["folder"]
+        folder = run.folder / "images" / record["folder"]
         while (folder / "summary.json").is_file():
             chain.insert(0, folder)
             folder = folder.parent / read_json(folder / "summary.json")["from"]
         for level, folder in enumerate(chain):
             stage = read_json(folder / "summary.json")["method"]
-            found.setdefault(folder, f"{method}, IPC {ipc}: stage {level + 1}, {stage}")
-    return {title: folder for folder, title in found.items()}
+            titles.setdefault(folder, f"{method}, IPC {ipc}: stage {level + 1}, {stage}")
+    return {title: folder for folder, title in titles.items()}
 
 
 class Trace(NamedTuple):
-    """What is shown of a stage's work."""
+    """Losses and pictures of a stage, for a report."""
 
     terms: tuple[str, ...]  # names of the terms of the loss
     losses: Tensor  # (steps, terms), means over batches
@@ -285,7 +290,7 @@ class Trace(NamedTuple):
 
 
 def read_trace(folder: Path) -> Trace:
-    """The losses of a refined folder, and its first images through the steps."""
+    """Read the losses of a refined folder, and pictures of its first images."""
     manifest = read_json(folder / "manifest.json")
     traces = []
     for j in range(manifest["batches"]):

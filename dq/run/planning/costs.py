@@ -219,13 +219,13 @@ def select_operation(generate: GenerateConfig) -> str:
 
 
 def _refine(config: RunConfig, sets: Sequence[PlannedSet], counts: list[int], processes: int) -> StagePlan:
-    from dq.run.refinement import asked_settings, planned, stages_of
+    from dq.run.refinement import planned, requested_settings, stages_of
 
     plan = StagePlan("refine", "")
     costs: list[float] = []
     seen = set()
     for s in sets:
-        chain = asked_settings(config, s.method)
+        chain = requested_settings(config, s.method)
         for level, stage in enumerate(planned(config, s.method) if stages_of(config, s.method) else ()):
             key = digest_of([s.drawn, chain[: level + 1]])
             if key in seen:

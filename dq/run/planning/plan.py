@@ -101,13 +101,13 @@ def plan(config: RunConfig, source: ImageSource) -> str:
 def _plan_pruning(config: RunConfig, counts: Any) -> list[str]:
     """Runs of agents, and how many images each policy keeps."""
     from dq.config.methods import resolved_method
-    from dq.run.stages.prune import kept_counts, scored_settings
+    from dq.run.stages.prune import pruned_counts, scored_settings
 
     lines = [
         f"prune       {p.runs} runs of {p.net}, {p.trained_epochs} epochs each, unless the scores are in the cache"
         for p in scored_settings(config)
     ]
-    for ipc, name, sizes in kept_counts(config, counts):
+    for ipc, name, sizes in pruned_counts(config, counts):
         if name.startswith("method "):
             p = resolved_method(config, name.removeprefix("method ")).prune
             lines.append(
@@ -118,11 +118,11 @@ def _plan_pruning(config: RunConfig, counts: Any) -> list[str]:
 
 def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], counts: list[int]) -> list[str]:
     """Batches and steps of the stages of refinement; equal ones count once."""
-    from dq.run.refinement import asked_settings, planned
+    from dq.run.refinement import planned, requested_settings
 
     lines_of: dict[str, str] = {}
     for (method, ipc), images in sizes.items():
-        chain = asked_settings(config, method)
+        chain = requested_settings(config, method)
         for level, stage in enumerate(planned(config, method, counts)):
             key = repr((ipc, config.methods[method].representative, chain[: level + 1]))
             steps, batches = stage.steps, stage.batches(images)

@@ -271,7 +271,7 @@ def _teachers(
     from dq.networks.teacher_check import naming
     from dq.networks.teacher_loading import load_teachers
     from dq.refine.registry import method_of
-    from dq.run.refinement import asked_settings, stages_of
+    from dq.run.refinement import requested_settings, stages_of
     from dq.run.stages.select import select_setting
 
     checked = functools.partial(load_teachers, image_size=config.image_size, device=device)
@@ -296,7 +296,7 @@ def _teachers(
                 teachers = checked([settings], source)
             yield name, label_speed(teachers)
     for method in config.methods if real else ():
-        for stage, requested in zip(stages_of(config, method), asked_settings(config, method), strict=True):
+        for stage, requested in zip(stages_of(config, method), requested_settings(config, method), strict=True):
             name = refine_operation(requested)
             if name in done:
                 continue

@@ -27,17 +27,19 @@ from dq.run import refinement as chain
 from dq.run.folder import Run, class_file, deciding
 from dq.run.stages.cluster import load_prototypes, prototype_folder
 from dq.run.stages.encode import cache_of
-from dq.run.stages.features import known_features
+from dq.run.stages.features import features_record
 from dq.run.stages.generate import folder_selection
-from dq.run.stages.label import _find_labels, _image_folders
+from dq.run.stages.label import image_folders, label_folder
 from dq.run.stages.prune import prune_identity
 from dq.run.stages.refine import SOFT_LABELS
 
 
 def assemble(run: Run) -> None:
-    """Put images, labels and weights together in `dataset/`, one set per ipc and method. A set is a unit of work, and
-    one class of it at a time is in memory."""
-    folders = _image_folders(run)
+    """Write images, labels and weights as sets in `dataset/`, one per ipc and method.
+
+    A set is a unit of work, and one class of it at a time is in memory.
+    """
+    folders = image_folders(run)
     cache = cache_of(run)
     base = run.folder / "dataset"
     units = [(ipc, method) for ipc in run.config.ipc for method in run.config.methods]
@@ -54,7 +56,7 @@ def assemble(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a set is put together from, class by class."""
+    """The parts of a set, class by class."""
 
     run: Run
     cache: LatentCache
@@ -89,7 +91,7 @@ class Parts:
 
     @functools.cached_property
     def labels(self) -> Path | None:
-        return _find_labels(self.run, self.images)
+        return label_folder(self.run, self.images)
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class Parts:
 
     @functools.cached_property
     def recipe(self) -> str:
-        """Digest of all that decides the set."""
+        """Digest of everything that determines the set."""
         points = prototype_folder(self.run, self.cache, self.ipc, self.run.resolved(self.method))
         folders = [self.images, points, self.labels]
         classes = range(len(self.run.source.class_names))
@@ -126,10 +128,10 @@ class Parts:
 
 
 def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
-    """A set of the run as it was saved.
+    """Load a saved set of the run.
 
     Raises:
-        InputError: if it is not there, or was made under other settings of this method than the present ones.
+        InputError: if it does not exist, or was made under other settings of this method than the present ones.
     """
     name = f"ipc{ipc}-{method}"
     m, cluster_config, generate_config, prune_config = run.resolved(method)
@@ -153,8 +155,8 @@ def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
     if s.provenance.get("prune") != _prune_provenance(run, prune_config).get("prune"):
         raise InputError(f"the set {name} was made with other settings of prune; run `dq cluster` and what follows")
     stages = s.provenance.get("refine", [])
-    folder = _image_folders(run)[f"{ipc}/{method}"].name if stages or chain.stages_of(run.config, method) else None
-    if [r["settings"] for r in stages] != chain.asked_settings(run.config, method) or (
+    folder = image_folders(run)[f"{ipc}/{method}"].name if stages or chain.stages_of(run.config, method) else None
+    if [r["settings"] for r in stages] != chain.requested_settings(run.config, method) or (
         stages and stages[-1]["folder"] != folder
     ):
         raise InputError(f"the set {name} was refined otherwise; run `dq refine` and `dq label`, or `dq run`")
@@ -162,16 +164,16 @@ def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
 
 
 def _cluster_provenance(run: Run, cluster: ClusterConfig) -> dict[str, Any]:
-    """How the points of a set were found, with the digest of the teacher whose features they were found by."""
-    teacher = {"teacher": known_features(run)["digest"]} if cluster.uses_features else {}
+    """Settings of clustering, with the digest of the teacher whose features were used."""
+    teacher = {"teacher": features_record(run)["digest"]} if cluster.uses_features else {}
     return {**to_dict(cluster), "engine": choose_engine(cluster.engine), **teacher}
 
 
 def _prune_provenance(run: Run, prune: PruneConfig) -> dict[str, Any]:
-    """How train images were chosen by difficulty, with the digest of the scores; nothing where all were taken."""
+    """Settings of pruning with the digest of the scores; empty without pruning."""
     return {"prune": prune_identity(run, prune)} if prune.active else {}
 
 
 def _method_provenance(name: str, method: MethodConfig) -> dict[str, Any]:
-    """Name and settings of a method; its stages are recorded with their teachers, under `refine`."""
+    """Name and settings of a method, without its stages, which `refine` records."""
     return {"name": name, **{k: v for k, v in to_dict(method).items() if k != "refine"}}

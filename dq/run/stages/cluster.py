@@ -1,4 +1,4 @@
-"""The cluster stage: prototypes of every class for every ipc and clustering setting of a run.
+"""The cluster stage: prototypes of every class, by ipc and settings.
 
 A class is a unit of work; classes are dealt out largest first.
 """
@@ -46,7 +46,7 @@ log = logging.getLogger("dq")
 
 
 def prototype_folder(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod) -> Path:
-    """Where the prototypes of these settings are."""
+    """Folder of the prototypes of these settings."""
     cluster, prune = resolved.cluster, resolved.prune
     settings = cluster_settings(cluster)
     identity = [cache.key, settings, run.config.seed]
@@ -60,8 +60,11 @@ def prototype_folder(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedM
 
 
 def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
-    """The settings that decide prototypes: the engine by its name, and of the space what is read of it. The latents'
-    own leaves none, so that it has the digests of folders from before there was a choice."""
+    """The settings that determine prototypes, with the name of the engine.
+
+    Those that the space does not read are left out; that of the latents leaves none, so that it has the digests of
+    folders from before there was a choice.
+    """
     settings = dict(to_dict(cluster), engine=choose_engine(cluster.engine))
     if cluster.space not in ("pca", "whitened"):
         del settings["dims"]
@@ -75,18 +78,18 @@ def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def clusterings(run: Run) -> list[tuple[int, ResolvedMethod]]:
-    """The distinct (ipc, settings) of clustering and pruning that the methods ask for."""
-    found: dict[str, tuple[int, ResolvedMethod]] = {}
+    """Distinct (ipc, settings) of clustering and pruning of the methods."""
+    by_digest: dict[str, tuple[int, ResolvedMethod]] = {}
     for ipc in run.config.ipc:
         for method in run.config.methods:
             r = run.resolved(method)
             key = digest_of([ipc, cluster_settings(r.cluster), prune_identity(run, r.prune)])
-            found.setdefault(key, (ipc, r))
-    return list(found.values())
+            by_digest.setdefault(key, (ipc, r))
+    return list(by_digest.values())
 
 
 def cluster(run: Run, cache: LatentCache) -> None:
-    """Quantize every class for every ipc and setting of clustering and pruning."""
+    """Cluster every class for every ipc and setting of clustering and pruning."""
     if any(r.cluster.uses_features for _, r in clusterings(run)):
         prepare_features(run)
     began = time.perf_counter()
@@ -108,7 +111,7 @@ def cluster(run: Run, cache: LatentCache) -> None:
 def _batches(
     run: Run, cache: LatentCache, units: list[tuple[int, ResolvedMethod, int]]
 ) -> Iterator[tuple[int, ResolvedMethod, list[int]]]:
-    """Group units for one call each: many classes at once on an accelerator, as its memory allows, else one by one."""
+    """Group units for one call each: several classes on an accelerator, else one."""
     counts = [int(n) for n in run.source.class_counts()]
     budget = group_budget(run.device)
     for (ipc, resolved), members in itertools.groupby(units, key=lambda u: (u[0], u[1])):
@@ -119,13 +122,13 @@ def _batches(
 
 
 def _width(run: Run, cache: LatentCache, cfg: ClusterConfig) -> int:
-    """Numbers of an image that are on the device while its class is clustered."""
+    """Numbers per image on the device while its class is clustered."""
     latent = math.prod(cache.shape)
     return latent + (features_of(run).width() if cfg.uses_features else 0)
 
 
 def group_budget(device: torch.device) -> int:
-    """Bytes that k-means may take for the classes that it clusters at once; 0: one class at a time.
+    """Bytes of k-means for classes clustered at once; 0: one class at a time.
 
     Half of all memory of the device, not of what is free at the moment, so that the same classes go together every
     time: batched products round differently for other numbers of classes.
@@ -134,11 +137,9 @@ def group_budget(device: torch.device) -> int:
 
 
 def groups(classes: Iterable[tuple[int, int]], width: int, budget: int) -> Iterator[list[int]]:
-    """Labels of consecutive classes that k-means clusters at once within `budget` bytes, at least one.
+    """Group labels of consecutive classes within `budget` bytes, at least one each.
 
-    Args:
-        classes: (label, number of images) of each.
-        width: numbers of an image.
+    `classes` are (label, number of images), `width` the numbers of an image.
     """
     group: list[int] = []
     largest = 0
@@ -155,7 +156,7 @@ def groups(classes: Iterable[tuple[int, int]], width: int, budget: int) -> Itera
 def _cluster_classes(
     run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod, labels: list[int], pruning: Pruning
 ) -> None:
-    """Cluster classes and save their prototypes; where memory is short, in halves, which give the same."""
+    """Cluster classes and save their prototypes; in halves where memory is short."""
     folder, cfg = prototype_folder(run, cache, ipc, resolved), resolved.cluster
     began = time.perf_counter()
     largest = max(int(run.source.class_counts()[c]) for c in labels)
@@ -173,7 +174,7 @@ def _cluster_classes(
 
 @dataclass(frozen=True)
 class _ClassPoints:
-    """What is clustered of one class."""
+    """Points, latents and weights of one class."""
 
     z: Tensor  # (n, C, h, w) latents
     x: Tensor  # (n, d) the same images in the space of clustering
@@ -182,14 +183,14 @@ class _ClassPoints:
     weights: Tensor | None = None  # (n,)
 
     def of(self, members: Tensor) -> _ClassPoints:
-        """Those images alone that are in `members` (n,) bool."""
+        """Only the images of `members` (n,) bool."""
         at = members.to(self.z.device)
         weights = None if self.weights is None else self.weights[at]
         return dataclasses.replace(self, z=self.z[at], x=self.x[at], rows=self.rows[members.cpu()], weights=weights)
 
 
 class ClassImages(NamedTuple):
-    """The images of a class that are quantized: those that pruning keeps."""
+    """The clustered images of a class, after pruning."""
 
     z: Tensor  # (n, C, h, w) latents
     features: Tensor | None  # (n, D) of a teacher
@@ -201,8 +202,10 @@ class ClassImages(NamedTuple):
 def class_images(
     cache: LatentCache, label: int, ipc: int, pruning: Pruning, features: FeatureCache | None = None
 ) -> ClassImages:
-    """The images of a class that are quantized, with their features in a cache. Where whole clusters are pruned, these
-    are all: which clusters are kept is known behind the clustering alone."""
+    """The clustered images of a class, with their features in a cache.
+
+    All images where whole clusters are pruned, since these are known only after clustering.
+    """
     prune = pruning.settings
     z, rows = cache.load(label)
     f = None if features is None else features.load_rows(label, rows)
@@ -226,14 +229,14 @@ def _class_points(
 def _prototypes(
     run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int], pruning: Pruning
 ) -> list[Prototypes]:
-    """Prototypes of classes that are clustered at once."""
+    """Cluster classes at once."""
     prune, number = pruning.settings, cfg.prototypes(ipc)
     data = [_class_points(run, cache, ipc, cfg, c, pruning) for c in labels]
     names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
     seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
     results: list[Clustering] = []
     if prune.active and prune.where == "cluster":  # more clusters, of which ipc are left
-        for i, (d, seed, name) in enumerate(zip(data, seeds, names)):
+        for i, (d, seed, name) in enumerate(zip(data, seeds, names, strict=True)):
             k = min(math.ceil(number * d.pruned.cells), max(number, len(d.x))) if d.pruned is not None else number
             (result,) = kmeans_many([d.x], k, config=cfg, seeds=[seed], names=[name])
             if d.pruned is not None:
@@ -245,8 +248,8 @@ def _prototypes(
     else:
         weights = [d.weights for d in data]
         results = kmeans_many([d.x for d in data], number, config=cfg, weights=weights, seeds=seeds, names=names)
-    made = []
-    for c, d, result in zip(labels, data, results):
+    prototypes = []
+    for c, d, result in zip(labels, data, results, strict=True):
         numbers = quantization_stats(d.x, result, weights=d.weights, with_uniform=cfg.uniform_w2)
         stats: dict[str, Any] = {**numbers, "engine": result.engine}
         points = None if cfg.space == "latents" else d.x
@@ -255,8 +258,8 @@ def _prototypes(
         if d.pruned is not None:
             images = {"class_images": len(d.pruned.mask), "kept_images": len(d.pruned.band)}
             stats |= {"policy": prune.policy, "where": prune.where, **images}
-        made.append(dataclasses.replace(p, stats=stats))
-    return made
+        prototypes.append(dataclasses.replace(p, stats=stats))
+    return prototypes
 
 
 def _log_distortion(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod) -> None:
@@ -288,16 +291,15 @@ DISTORTION = ("distortion", "w2_mass", "w2_uniform", "explained")  # per class, 
 
 
 def report_distortion(accelerator: Accelerator, metrics: Path) -> None:
-    """Send a summary over classes of what the cluster stage wrote to metrics.jsonl."""
+    """Send a summary over classes of the cluster stage to trackers."""
     if accelerator.trackers:
         report(accelerator, distortion_numbers(read_jsonl(metrics)))
 
 
 def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean, least and largest over classes of what the cluster stage logged, by ipc and engine.
+    """Mean, minimum and maximum over classes in the records of metrics.jsonl.
 
-    Args:
-        records: lines of metrics.jsonl.
+    By ipc and engine.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for r in records:
@@ -305,11 +307,11 @@ def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]
             pruned = [r["policy"], r["where"]] if "policy" in r else []
             name = "-".join([f"ipc{r['ipc']}", r.get("engine", ""), r.get("space", "latents"), *pruned])
             groups.setdefault(name, []).append(r)
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for group, rows in groups.items():
         for key in DISTORTION:
             values = [float(r[key]) for r in rows if r.get(key) is not None and math.isfinite(float(r[key]))]
             if values:
-                said = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
-                found |= {f"cluster/{group}/{key}_{name}": v for name, v in said.items()}
-    return found
+                statistics = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+                numbers |= {f"cluster/{group}/{key}_{name}": v for name, v in statistics.items()}
+    return numbers

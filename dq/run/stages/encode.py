@@ -1,4 +1,4 @@
-"""The encode stage of a run: every train image into the latent cache."""
+"""The encode stage of a run: latents of every train image in a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("dq")
 
 
 def encode(run: Run, codec: Codec) -> LatentCache:
-    """Encode every image into the latent cache; files that are there are left alone."""
+    """Encode every image into the latent cache; existing files are kept."""
     began = time.perf_counter()
     c = run.config
     codec.to(run.device)
@@ -34,13 +34,13 @@ def encode(run: Run, codec: Codec) -> LatentCache:
 
 
 def cache_of(run: Run) -> LatentCache:
-    """The latent cache that the encode stage of this run used, without loading the codec."""
+    """Open the latent cache of this run without loading the codec."""
     pointer = run.folder / "latents.json"
     if not pointer.is_file():
         raise InputError(f"{run.folder} has no latents yet; run `dq encode` first")
-    known = read_json(pointer)
-    folder = Path(run.config.cache_dir) / f"latents-{known['key']}"
+    record = read_json(pointer)
+    folder = Path(run.config.cache_dir) / f"latents-{record['key']}"
     images = len(run.source.train)
-    cache = LatentCache(folder, run.source.class_names, known["key"], images, tuple(known["shape"]))
+    cache = LatentCache(folder, run.source.class_names, record["key"], images, tuple(record["shape"]))
     cache.check()
     return cache

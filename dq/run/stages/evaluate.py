@@ -37,10 +37,10 @@ log = logging.getLogger("dq")
 
 
 def check_evaluation(config: RunConfig, source: ImageSource) -> None:
-    """What can be known before the first image is encoded: split, teachers, networks, epochs.
+    """Check split, teachers, networks and epochs before the first image is encoded.
 
     Raises:
-        InputError: for whatever would stop the label or the evaluate stage.
+        InputError: for anything that would stop the label or the evaluate stage.
     """
     for t in config.teachers:
         teacher_file(t)
@@ -70,11 +70,11 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
 
 
 def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], RealData, Work]:
-    """The trainings of a run: all its sets and, with `baselines`, what they are compared with."""
+    """The trainings of a run: all its sets and, with `baselines`, baselines."""
     c = run.config
     ipcs = [str(i) for i in c.ipc] + ["full"] * ("full" in c.evaluate.baselines)
     students = students_of(c.evaluate, ipcs, len(run.source.class_names), c.image_size, c.teachers)
-    bench = load_real_data(
+    data = load_real_data(
         run.source,
         c.image_size,
         cache_dir=Path(c.cache_dir),
@@ -108,45 +108,48 @@ def prepare_run(run: Run, *, baselines: bool = True) -> tuple[list[Training], Re
                 )
             )
     if baselines:
-        entries += baseline_entries(bench, c.evaluate, work, {str(i): size for i, size in largest.items()})
-    return trainings_of(entries, students, bench, c.evaluate, work), bench, work
+        entries += baseline_entries(data, c.evaluate, work, {str(i): size for i, size in largest.items()})
+    return trainings_of(entries, students, data, c.evaluate, work), data, work
 
 
 def evaluate_run(run: Run) -> list[Row]:
-    """The evaluate stage: all methods and baselines of a run, all students, all seeds; one file per training."""
+    """Evaluate methods and baselines for all students and seeds; one file per training."""
     began = time.perf_counter()
-    trainings, bench, work = prepare_run(run)
-    rows = write_tables(train_with_redundancy(trainings, bench, work, run.config.evaluate), work)
+    trainings, data, work = prepare_run(run)
+    rows = write_tables(train_with_redundancy(trainings, data, work, run.config.evaluate), work)
     run.finish("evaluate", began, trainings=len(trainings))
     return rows
 
 
 def label_run(run: Run) -> None:
-    """Store the labels of every view that the students of a run learn from, for the sets of the run."""
+    """Store the teachers' labels of every view for the students of a run."""
     if run.config.evaluate.students and run.config.teachers:
         began = time.perf_counter()
-        trainings, bench, work = prepare_run(run, baselines=False)
-        write_labels(trainings, bench, work)
+        trainings, data, work = prepare_run(run, baselines=False)
+        write_labels(trainings, data, work)
         run.finish("label views", began)
 
 
 def outdated_rows(run_folder: str | Path) -> list[tuple[str, str]]:
-    """Name and ipc of the rows of a run's tables that were measured on other content than the sets in `dataset/` have
-    by now, as after a change of settings without a new evaluation."""
+    """Name and ipc of the rows of a run's tables measured on earlier content of the sets.
+
+    As after a change of settings without a new evaluation.
+    """
     run_folder = Path(run_folder)
     contents: dict[str, set[str]] = {}
     for path in sorted((run_folder / "dataset").glob(f"*/{PROVENANCE}")):
         record = read_json(path)
         contents.setdefault(str((record.get("method") or {}).get("name")), set()).add(record["content"])
     trainings = read_jsonl(run_folder / "eval" / "trainings.jsonl")
-    own = [t for t in trainings if t["set"] in contents]
-    outdated = [t for t in own if t["data"].get("set_digest") not in contents[t["set"]]]
+    of_sets = [t for t in trainings if t["set"] in contents]
+    outdated = [t for t in of_sets if t["data"].get("set_digest") not in contents[t["set"]]]
     return list(dict.fromkeys((t["set"], t["ipc"]) for t in outdated))
 
 
 def describe_evaluation(run_folder: str | Path) -> list[Path]:
-    """Write `evaluation.json` beside the provenance of every set of a run that students were trained on: its rows of
-    the table and those of the baselines at equal ipc. What was measured on other content is left aside.
+    """Write `evaluation.json` of every set of a run that students were trained on.
+
+    Its rows of the table and those of the baselines at equal ipc; rows of other content are left out.
 
     Returns:
         The files that were written; the README of the sets follows them.
@@ -161,11 +164,11 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
         record = read_json(path)
         # two methods may make the same set: at one image per class all weights are 1
         name = (record.get("method") or {}).get("name")
-        own = [t for t in trainings if t["data"].get("set_digest") == record["content"] and t["set"] == name]
-        ipcs = {t["ipc"] for t in own} | {"full"}
+        of_set = [t for t in trainings if t["data"].get("set_digest") == record["content"] and t["set"] == name]
+        ipcs = {t["ipc"] for t in of_set} | {"full"}
         beside = [t for t in trainings if t["set"] in get_args(Baseline) and t["ipc"] in ipcs]
-        if own:
-            rows = [{**row.record(), "seed_list": list(row.seeds)} for row in summarize([*own, *beside])]
+        if of_set:
+            rows = [{**row.record(), "seed_list": list(row.seeds)} for row in summarize([*of_set, *beside])]
             write_json(path.parent / EVALUATION, {"content": record["content"], "rows": public(rows)})
             written.append(path.parent / EVALUATION)
     if written:

@@ -1,8 +1,4 @@
-"""The space of quantization: where the images of a class are compared, and the cache of a teacher's features.
-
-k-means in another space than that of the latents groups images by other likenesses; its prototypes stay latents, the
-means of the cells (`dq.cluster.prototypes`).
-"""
+"""Features of the train images of a run under a teacher, for clustering and selection."""
 
 from __future__ import annotations
 
@@ -21,12 +17,11 @@ from dq.networks.teacher_check import check_teacher
 from dq.networks.teacher_loading import load_teacher
 from dq.run.folder import Run
 
-# --- features of a run --------------------------------------------------------------------------------------------
-
 
 def prepare_features(run: Run) -> FeatureCache:
-    """Put the first teacher's features of every train image into their cache, and note in the run folder which cache
-    that is, so that no later stage has to load the teacher to know.
+    """Put the first teacher's features of every train image into their cache.
+
+    Its key is noted in the run folder, so that no later stage has to load the teacher.
 
     Raises:
         InputError: if the teacher cannot be loaded or is near chance on real images.
@@ -35,17 +30,14 @@ def prepare_features(run: Run) -> FeatureCache:
     teacher = load_teacher(c.teachers[0], len(run.source.class_names), c.image_size, run.device)
     cache = features_by(run, teacher, c.teachers[0])
     if run.main:
-        known = {"key": cache.key, "digest": teacher.digest, "teacher": _first_teacher(c)}
-        write_json(run.folder / "features.json", known)
+        record = {"key": cache.key, "digest": teacher.digest, "teacher": _first_teacher(c)}
+        write_json(run.folder / "features.json", record)
     run.accelerator.wait_for_everyone()
     return cache
 
 
 def features_by(run: Run, teacher: Teacher, settings: TeacherConfig) -> FeatureCache:
-    """Put a teacher's features of every train image into their cache.
-
-    Args:
-        settings: those that it was loaded by.
+    """Put the features of a teacher with these settings into their cache.
 
     Raises:
         InputError: if it is near chance on real images.
@@ -61,28 +53,28 @@ def features_by(run: Run, teacher: Teacher, settings: TeacherConfig) -> FeatureC
 
 
 def features_of(run: Run) -> FeatureCache:
-    """The feature cache that the cluster stage of this run used, without loading the teacher."""
-    key = known_features(run)["key"]
+    """Open the feature cache of this run without loading the teacher."""
+    key = features_record(run)["key"]
     folder = Path(run.config.cache_dir) / f"features-{key}"
     return FeatureCache(folder, run.source.class_names, key, len(run.source.train))
 
 
-def known_features(run: Run) -> dict[str, Any]:
-    """What the cluster stage noted: `key` of the cache, `digest` and settings of the teacher.
+def features_record(run: Run) -> dict[str, Any]:
+    """Record of the features: `key` of the cache, `digest` and settings of the teacher.
 
     Raises:
-        InputError: if it noted nothing, or another teacher than the run now names.
+        InputError: if there is none, or one of another teacher than the run now names.
     """
     pointer = run.folder / "features.json"
     if not pointer.is_file():
         raise InputError(f"{run.folder} has no features of a teacher yet; run `dq cluster` first")
-    known = read_json(pointer)
-    if known["teacher"] != _first_teacher(run.config):
+    record = read_json(pointer)
+    if record["teacher"] != _first_teacher(run.config):
         raise InputError(f"{run.folder} was clustered by the features of another teacher; run `dq cluster` again")
-    return known
+    return record
 
 
 def _first_teacher(config: RunConfig) -> dict[str, Any]:
-    """The settings of the first teacher that decide its features."""
+    """The settings of the first teacher that determine its features."""
     settings = to_dict(config.teachers[0])
     return {k: v for k, v in settings.items() if k not in ("batch_size", "check_images", "weight")}

@@ -1,6 +1,6 @@
-"""The generate stage: prototypes of every method as images, one file per class.
+"""The generate stage: images of the prototypes of every method, by class.
 
-A unit of work is a stretch of the images of a class, so that few classes with many images are divided as evenly as
+A unit of work is a slice of the images of a class, so that few classes with many images are divided as evenly as
 many with few.
 """
 
@@ -51,10 +51,9 @@ ADDED = (
 def image_folder(
     run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None, teacher_digest: str | None = None
 ) -> Path:
-    """Where the images of a method are. Methods that differ in weights alone share them.
+    """Folder of the images of a method, which methods that differ in weights alone share.
 
-    Args:
-        teacher_digest: of the teacher that selects among candidates, if there are any.
+    `teacher_digest` is that of the teacher that selects among candidates, if there are any.
     """
     resolved = run.resolved(method)
     m, generate_config = resolved.method, resolved.generate
@@ -67,22 +66,24 @@ def image_folder(
 
 
 def image_identity(run: Run, cache: LatentCache, ipc: int, method: str) -> list[Any]:
-    """What decides the images of a method beside the generator."""
+    """What determines the images of a method beside the generator."""
     resolved = run.resolved(method)
     points = prototype_folder(run, cache, ipc, resolved).name
     return [points, resolved.method.representative, run.config.image_size]
 
 
 def _deciding(config: GenerateConfig) -> dict[str, Any]:
-    """The settings that decide images. Those of `ADDED` are left out at their defaults, so that folders from before
-    they were there keep their digests."""
+    """The settings that determine images.
+
+    Those of `ADDED` are left out at their defaults, so that folders from before they were added keep their digests.
+    """
     defaults = to_dict(GenerateConfig())
     settings = {k: v for k, v in deciding(to_dict(config)).items() if k != "revision"}
     return {k: v for k, v in settings.items() if k not in ADDED or v != defaults[k]}
 
 
-def _asked(run: Run, cache: LatentCache, ipc: int, method: str) -> str:
-    """Digest of what a user asked for, which needs no generator to be loaded."""
+def _requested_digest(run: Run, cache: LatentCache, ipc: int, method: str) -> str:
+    """Digest of the requested settings, without loading a generator."""
     return digest_of([image_identity(run, cache, ipc, method), _deciding(run.resolved(method).generate)])
 
 
@@ -95,22 +96,22 @@ def drawn_folders(run: Run, cache: LatentCache) -> dict[str, Path]:
     index = run.folder / "images" / "index.json"
     if not index.is_file():
         raise InputError(f"{run.folder} has no images yet; run `dq generate` first")
-    known = read_json(index)
-    found = {}
+    records = read_json(index)
+    folders = {}
     for ipc in run.config.ipc:
         for method in run.config.methods:
             key = f"{ipc}/{method}"
-            if known.get(key, {}).get("asked") != _asked(run, cache, ipc, method):
-                why = "for the present settings" if key in known else "yet"
+            if records.get(key, {}).get("asked") != _requested_digest(run, cache, ipc, method):
+                why = "for the present settings" if key in records else "yet"
                 raise InputError(
                     f"{run.folder} has no images of method {method!r} at ipc {ipc} {why}; run `dq generate` first"
                 )
-            found[key] = run.folder / "images" / known[key]["folder"]
-    return found
+            folders[key] = run.folder / "images" / records[key]["folder"]
+    return folders
 
 
 def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
-    """Draw every prototype of every method as images, one file per class; see `Draw`."""
+    """Generate the images of every method, one file per class; see `Draw`."""
     began = time.perf_counter()
     pipe.to(run.device)
     pipe.set_progress_bar_config(disable=True)
@@ -136,7 +137,7 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
                 points = prototype_folder(run, cache, ipc, resolved)
                 budget = None if resolved.cluster.prototypes_per_class is None else ipc * copies_of(m, cfg)
                 draws[folder] = Draw(run, folder, points, m, cfg, ids, selector, budget)
-            index[f"{ipc}/{method}"] = {"folder": folder.name, "asked": _asked(run, cache, ipc, method)}
+            index[f"{ipc}/{method}"] = {"folder": folder.name, "asked": _requested_digest(run, cache, ipc, method)}
     drawn = _draw_all(run, pipe, list(draws.values()))
     run.finish("generate", began, images=drawn)
     if run.main:
@@ -151,14 +152,14 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
 
 
 def folder_selection(folder: Path, classes: int) -> dict[str, Any]:
-    """What was recorded of the selection among candidates of the images in a folder; empty if there was none."""
+    """Summary of the selection among candidates of the images in a folder, or empty."""
     metas = (read_metadata(class_file(folder, label)) for label in range(classes))
     facts = [m["selection"] for m in metas if "selection" in m]
     return selection_summary(facts) if facts else {}
 
 
 def check_codec(codec: Codec, cache: LatentCache) -> None:
-    """Whether a codec is the one that made the latents of a run.
+    """Check that a codec is the one that made the latents of a run.
 
     Raises:
         InputError: if it is another.
@@ -176,7 +177,7 @@ Unit = tuple[int, range, bool]  # see `Draw.units`
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """The images of one method at one ipc. Its units of work are stretches of the draws of a class."""
+    """The images of one method at one ipc, drawn in slices of classes."""
 
     run: Run
     folder: Path
@@ -193,7 +194,7 @@ class Draw:
 
     @property
     def together(self) -> bool:
-        """Whether one draw of every image of a class is a unit, since they guide one another."""
+        """Whether the images of a class guide one another, so that a draw of all is a unit."""
         return self.config.together and not self.real
 
     @property
@@ -212,14 +213,16 @@ class Draw:
         return result
 
     def pool(self, label: int) -> list[tuple[int, int]]:
-        """Prototype and number of every draw of a class. Each stretch as long as the set has images holds one draw for
-        each of them: the first that of a set without candidates, and more candidates add stretches."""
+        """Prototype and number of every draw of a class.
+
+        As many draws as the set has images are those of a set without candidates; each further candidate adds as many.
+        """
         numbers = self.numbers[label]
         return [(k, j * n + i) for j in range(self.candidates) for k, n in enumerate(numbers) for i in range(n)]
 
     @functools.cached_property
     def units(self) -> list[Unit]:
-        """Class, which of its draws, and whether they are all images of the class."""
+        """Class, range of its draws, and whether these are all images of the class."""
         counts = [sum(numbers) * self.candidates for numbers in self.numbers]
         longest = max(map(len, cut(sum(counts), smallest=1, largest=LONGEST)))
         result = []
@@ -230,21 +233,21 @@ class Draw:
         return result
 
     def file(self, unit: Unit) -> Path:
-        """Where the images of a unit go: to the file of their class at once if they are all of it."""
-        label, piece, whole = unit
-        if whole:
+        """File of the images of a unit: that of the class if they are all of it."""
+        label, piece, complete = unit
+        if complete:
             return class_file(self.folder, label)
         return self.folder / f"part-{label:05d}-{piece.start:05d}.safetensors"
 
 
 def _draw_all(run: Run, pipe: LatentGenerator, draws: list[Draw]) -> int:
-    """Draw what is missing of this process's share; returns how many images that were."""
+    """Draw the missing units of this process; returns the number of images."""
     spools = list(_spools(run, draws))
     todo = [_missing(run, units) for units in spools]  # before any process puts the first class together
     run.accelerator.wait_for_everyone()
     total = sum(len(piece) for units in todo for _, (_, piece, _) in units)
     with progress([], desc="generate", total=total, unit="img", main=run.main and bool(total)) as bar:
-        for every, missing in zip(spools, todo):
+        for every, missing in zip(spools, todo, strict=True):
             _draw_units(run, pipe, missing, bar)
             run.accelerator.wait_for_everyone()
             _gather(run, every)
@@ -252,8 +255,11 @@ def _draw_all(run: Run, pipe: LatentGenerator, draws: list[Draw]) -> int:
 
 
 def _spools(run: Run, draws: list[Draw]) -> Iterator[list[tuple[Draw, Unit]]]:
-    """Units that are drawn before their classes are put together: all without candidates; of those with candidates as
-    many classes as `SPOOL` bytes of images allow, since most of these are not kept."""
+    """Units that are drawn before the files of their classes are written.
+
+    All without candidates; of those with candidates as many classes as `SPOOL` bytes of images allow, since most of
+    these are dropped.
+    """
     yield [(draw, unit) for draw in draws for unit in draw.units if draw.selector is None]
     spool: list[tuple[Draw, Unit]] = []
     free = SPOOL
@@ -271,7 +277,7 @@ def _spools(run: Run, draws: list[Draw]) -> Iterator[list[tuple[Draw, Unit]]]:
 
 
 def _missing(run: Run, units: list[tuple[Draw, Unit]]) -> list[tuple[Draw, Unit]]:
-    """What is not there yet of this process's share."""
+    """Units of this process without a file."""
     assigned = [units[i] for i in run.local_units([float(len(piece)) for _, (_, piece, _) in units])]
     classes = {class_file(draw.folder, label) for draw, (label, _, _) in assigned}
     complete = {path for path in classes if is_done(path)}
@@ -281,9 +287,9 @@ def _missing(run: Run, units: list[tuple[Draw, Unit]]) -> list[tuple[Draw, Unit]
 def _draw_units(run: Run, pipe: LatentGenerator, todo: list[tuple[Draw, Unit]], bar: Any) -> None:
     began = time.perf_counter()
     for draw in dict.fromkeys(draw for draw, _ in todo):
-        own = [unit for d, unit in todo if d is draw]
+        units = [unit for d, unit in todo if d is draw]
         start = _start(draw, pipe)
-        for unit, images in _copied(draw, own) if draw.real else _generated(draw, pipe, own):
+        for unit, images in _copied(draw, units) if draw.real else _generated(draw, pipe, units):
             meta = {"start": start, "copies": _copies(draw.numbers[unit[0]])}
             write_tensors(draw.file(unit), {"images": images}, meta)
             unit_done("generate", run.source.class_names[unit[0]], time.perf_counter() - began, images=len(images))
@@ -297,13 +303,15 @@ def _start(draw: Draw, pipe: LatentGenerator) -> dict[str, Any] | None:
 
 
 def _copies(numbers: list[int]) -> int | list[int]:
-    """Images of every prototype of a class as the record of its file has them: one number where all are equal."""
+    """Images of every prototype of a class; one number where all are equal."""
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def _batches(draw: Draw, todo: list[Unit]) -> Iterator[list[tuple[Unit, int, int]]]:
-    """Unit, prototype and number of draws that are denoised at once: across units and classes, or a unit alone where
-    the images of a class guide one another."""
+    """Unit, prototype and number of the draws of each batch.
+
+    Batches go across units and classes; a unit is a batch where the images of a class guide one another.
+    """
     units = [[(unit, k, i) for k, i in draw.pool(unit[0])[unit[1].start : unit[1].stop]] for unit in todo]
     if draw.together:
         yield from units
@@ -342,7 +350,7 @@ def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[
             images = run_with_batch_backoff("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
         if cfg.image_dtype == "uint8":
             images = (images * 255).round().to(torch.uint8)
-        for (unit, _, _), image in zip(batch, images):
+        for (unit, _, _), image in zip(batch, images, strict=True):
             done.append(image)
             if len(done) == len(unit[1]):
                 yield unit, torch.stack(done)
@@ -350,7 +358,7 @@ def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[
 
 
 def _points(draw: Draw, label: int) -> tuple[Tensor, Tensor]:
-    """Latents (K, C, h, w) that stand for the cells of a class, and the mass (K,) of an image of each."""
+    """Latents (K, C, h, w) of the cells of a class, and mass (K,) per image of each."""
     p = Prototypes.load(class_file(draw.prototypes, label))
     masses = (p.counts if p.masses is None else p.masses).float() / torch.tensor(draw.numbers[label])
     return p.points(draw.method.representative, rescale=draw.config.rescale), masses
@@ -363,8 +371,7 @@ def _copied(draw: Draw, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
 
 
 def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
-    """One file per class from those of its stretches, which go when it is there; candidates that are not kept go with
-    them."""
+    """Write one file per class from those of its units, which are then deleted."""
     classes: dict[tuple[Draw, int], list[Path]] = {}
     for draw, unit in units:
         if not unit[2]:
@@ -380,22 +387,24 @@ def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
 
 
 def _gather_class(draw: Draw, label: int, parts: list[Path]) -> None:
-    """The file of a class: all of its draws, or those that are selected, with a record of every candidate."""
+    """Write all draws of a class, or the selected ones with a record of every candidate."""
     path, meta = class_file(draw.folder, label), read_metadata(parts[0])
     if draw.selector is None:
         write_tensors(path, {"images": torch.cat([read_tensors(p)[0]["images"] for p in parts])}, meta)
         return
     began = time.perf_counter()
     p = Prototypes.load(class_file(draw.prototypes, label))
-    kept = draw.selector.keep(p, draw.numbers[label], draw.pool(label), parts)
-    meta |= {"copies": _copies(kept.numbers), "selection": kept.facts}
-    write_tensors(path, {"images": kept.images, **kept.record}, meta)
+    selected = draw.selector.select(p, draw.numbers[label], draw.pool(label), parts)
+    meta |= {"copies": _copies(selected.numbers), "selection": selected.facts}
+    write_tensors(path, {"images": selected.images, **selected.record}, meta)
     unit_done("select", p.name, time.perf_counter() - began, candidates=len(draw.pool(label)))
 
 
 def nearest_images(run: Run, p: Prototypes, which: range | None = None) -> Tensor:
-    """The real image nearest to each prototype, or to those named, (K, 3, H, W) uint8, at the size of the distilled
-    images."""
+    """The real images (K, 3, H, W) uint8 nearest to prototypes, at the size of the set.
+
+    Of all prototypes, or of the range `which`.
+    """
     rows = p.medoid_rows.tolist()
     rows = rows if which is None else rows[which.start : which.stop]
     return read_images(run.source.train, rows, run.config.image_size, run.source.preprocess)[0]

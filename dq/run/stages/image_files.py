@@ -30,7 +30,7 @@ def as_bytes(images: Tensor) -> Tensor:
 
 
 def read_images_at(folder: Path, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """Images of (class, rank) pairs as float32 in [0, 1]; only these are read."""
+    """Read the images of (class, rank) pairs as float32 in [0, 1]."""
     by_row: dict[tuple[int, int], Tensor] = {}
     for label in sorted({c for c, _ in rows}):
         with open_tensors(class_file(folder, label)) as f:

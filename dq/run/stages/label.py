@@ -16,15 +16,17 @@ from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import drawn_folders
 
 
-def _image_folders(run: Run) -> dict[str, Path]:
-    """Folders of the images of the sets by "ipc/method": behind the stages of refinement, where there are any."""
+def image_folders(run: Run) -> dict[str, Path]:
+    """Folders of the images of the sets by "ipc/method", refined where there are stages."""
     drawn = drawn_folders(run, cache_of(run))
     return {k: chain.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
 
 
 def label(run: Run) -> None:
-    """Label the stored images of every set with the teachers, after checking these on real images; a class of a set is
-    a unit of work. Without a teacher there is nothing to do."""
+    """Label the stored images of every set with the teachers, checked on real images.
+
+    A class of a set is a unit of work. Without a teacher there is nothing to do.
+    """
     c = run.config
     if not c.teachers:
         return
@@ -32,29 +34,29 @@ def label(run: Run) -> None:
     teachers = load_teachers(c.teachers, run.source, c.image_size, run.device)
     digest = digest_of([t.digest for t in teachers])
     meta = {"teachers": [t.name for t in teachers], "digest": digest, "digests": [t.digest for t in teachers]}
-    folders = sorted(set(_image_folders(run).values()))
+    folders = sorted(set(image_folders(run).values()))
     units = [(f, label) for f in folders for label in range(len(run.source.class_names))]
     assigned = [units[i] for i in run.local_units([1.0] * len(units))]
-    todo = [(f, label) for f, label in assigned if not is_done(class_file(_label_folder(run, f, digest), label))]
+    todo = [(f, label) for f, label in assigned if not is_done(class_file(_folder_of(run, f, digest), label))]
     for folder, label in progress(todo, desc="label", unit="class", main=run.main and bool(todo)):
         started = time.perf_counter()
         images = read_tensors(class_file(folder, label))[0]["images"]
         logits = pooled_logits(teachers, images).half()
-        write_tensors(class_file(_label_folder(run, folder, digest), label), {"logits": logits}, meta)
+        write_tensors(class_file(_folder_of(run, folder, digest), label), {"logits": logits}, meta)
         unit_done("label", run.source.class_names[label], time.perf_counter() - started, images=len(images))
     run.finish("label", began, sets=len(folders))
     if run.main:
         # which labels are these teachers'; those of earlier ones stay beside them
-        known = {f.name: _label_folder(run, f, digest).name for f in folders}
-        write_json(run.folder / "labels" / "index.json", known)
+        names = {f.name: _folder_of(run, f, digest).name for f in folders}
+        write_json(run.folder / "labels" / "index.json", names)
     run.accelerator.wait_for_everyone()
 
 
-def _label_folder(run: Run, images: Path, digest: str) -> Path:
+def _folder_of(run: Run, images: Path, digest: str) -> Path:
     return run.folder / "labels" / f"{images.name}-{digest}"
 
 
-def _find_labels(run: Run, images: Path) -> Path | None:
+def label_folder(run: Run, images: Path) -> Path | None:
     """The folder of the labels of stored images, if there are any."""
     index = run.folder / "labels" / "index.json"
     name = read_json(index).get(images.name) if run.config.teachers and index.is_file() else None

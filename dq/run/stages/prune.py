@@ -1,4 +1,4 @@
-"""The prune stage: difficulty scores of the train images, and which images of a class its clusters are made from.
+"""The prune stage: difficulty scores of train images, and which of them are clustered.
 
 Policies depend on the ipc, and latents are cached for all images, so images are pruned after they were encoded: the
 cluster stage takes the rows of the latents that are kept, with the result of a filter before encoding. Train and
@@ -50,7 +50,7 @@ SHOWN = 20  # classes of the table that `dq prune` prints
 
 
 def prune_settings(prune: PruneConfig) -> dict[str, Any]:
-    """The settings that decide which images of a class are kept, beside the scores; none where all are."""
+    """The settings of pruning beside the scores; empty without pruning."""
     if not prune.active:
         return {}
     names = ["policy", "share", "where", "keep_per_ipc", "keep_share"]
@@ -59,40 +59,38 @@ def prune_settings(prune: PruneConfig) -> dict[str, Any]:
 
 
 def prune_identity(run: Run, prune: PruneConfig) -> dict[str, Any]:
-    """The settings with the digest of the scores; empty where all images are kept."""
+    """The settings with the digest of the scores; empty without pruning."""
     scores = {"scores": difficulty_of(run.config, run.source, prune).key} if prune.uses_scores else {}
     return prune_settings(prune) | scores
 
 
 def difficulty_of(config: RunConfig, source: ImageSource, prune: PruneConfig) -> DifficultyCache:
-    """Where the scores of these settings are."""
+    """The cache of the scores of these settings."""
     return find_difficulty(config.cache_dir, source, config.image_size, prune)
 
 
 def scored_settings(config: RunConfig, *, always: bool = False) -> list[PruneConfig]:
-    """The settings of the distinct runs of agents that methods and baselines need, of equal ones those with the most
-    runs.
+    """Settings of the distinct runs of agents that methods and baselines need.
 
-    Args:
-        always: those of the run itself where nothing needs any.
+    Of equal ones those with the most runs; with `always` those of the run itself where nothing needs any.
     """
     return [max(settings, key=lambda p: p.runs) for settings in _by_agent(config, always)]
 
 
 def _by_agent(config: RunConfig, always: bool) -> list[list[PruneConfig]]:
-    """The settings that methods and baselines need, those of equal runs of agents together."""
-    wanted = [p for m in config.methods if (p := resolved_method(config, m).prune).uses_scores]
+    """Settings that methods and baselines need, grouped by equal runs of agents."""
+    needed = [p for m in config.methods if (p := resolved_method(config, m).prune).uses_scores]
     baselines = set(config.evaluate.baselines if config.evaluate.students else ())
-    if baselines & set(BY_DIFFICULTY) or (always and not wanted):
-        wanted.append(config.prune)
+    if baselines & set(BY_DIFFICULTY) or (always and not needed):
+        needed.append(config.prune)
     groups: dict[str, list[PruneConfig]] = {}
-    for p in wanted:
+    for p in needed:
         groups.setdefault(digest_of([p.path, to_dict(difficulty_recipe(p)), p.cad_window, p.seed]), []).append(p)
     return list(groups.values())
 
 
 def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = False) -> None:
-    """Whether images can be scored and pruned as the methods of a run ask.
+    """Check that images can be scored and pruned by the settings of the methods.
 
     Raises:
         InputError: for an agent that does not fit, scores of other images, an engine without weights, or a policy that
@@ -115,34 +113,32 @@ def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = Fals
 
 
 def _check_counts(method: str, p: PruneConfig, ipc: int, counts: Sequence[int], names: Sequence[str]) -> None:
-    """Refuse what leaves too few images, and say where a policy drops less than its shares ask for."""
+    """Refuse policies that leave too few images; warn where one drops less than its share."""
     free = dataclasses.replace(p, keep_per_ipc=0.0, keep_share=0.0) if p.policy != "window" else p
-    held = []
+    limited = []
     for label, n in enumerate(counts):
-        kept = len(rank_band(n, ipc, p))
-        if kept < min(n, ipc):
+        number = len(rank_band(n, ipc, p))
+        if number < min(n, ipc):
             raise InputError(
-                f"method {method!r} has prune.policy={p.policy}, which leaves {kept} of the {n} images of class "
+                f"method {method!r} has prune.policy={p.policy}, which leaves {number} of the {n} images of class "
                 f"{label} {names[label]!r} at ipc={ipc}; set prune.keep_per_ipc to 1 or more, or a smaller prune.share"
             )
-        if len(rank_band(n, ipc, free)) < kept:
-            held.append((label, n, kept))
-    if held:
-        label, n, kept = held[0]
+        if len(rank_band(n, ipc, free)) < number:
+            limited.append((label, n, number))
+    if limited:
+        label, n, number = limited[0]
         log.warning(
             "prune.policy=%s of method %r drops less than it would at ipc %d in %d classes, first %r, where %d of %d "
             "images stay (prune.keep_per_ipc, prune.keep_share)",
-            *(p.policy, method, ipc, len(held), names[label], kept, n),
+            *(p.policy, method, ipc, len(limited), names[label], number, n),
         )
 
 
 def prune(run: Run, *, always: bool = False) -> list[Path]:
-    """Score the train images where methods need it, and write how many images of a class each policy keeps.
+    """Score the train images where methods need it, and write counts by policy.
 
-    Scores lie in the cache folder and serve all runs; finished runs of the agent are not made again.
-
-    Args:
-        always: score them where no method needs it, too.
+    Scores are in the cache folder for all runs; finished runs of the agent are not repeated. With `always` images are
+    scored even where no method needs it.
 
     Returns:
         The files of the orders from easy to hard.
@@ -185,7 +181,7 @@ class Pruning:
     folder: str = ""  # of the scores, for messages
 
     def of_class(self, label: int, rows: Tensor, ipc: int) -> Pruned | None:
-        """What the policy makes of the images `rows` (n,) of a class; None where all are kept alike.
+        """Prune the images `rows` (n,) of a class; None without pruning.
 
         Raises:
             InputError: if one of them has no score.
@@ -205,10 +201,10 @@ class Pruning:
 
 
 def load_pruning(run: Run, settings: PruneConfig) -> Pruning:
-    """The settings with their scores.
+    """Load the scores of the settings.
 
     Raises:
-        InputError: if these were not made.
+        InputError: if there are none.
     """
     if not settings.uses_scores:
         return Pruning(settings, None, run.config.seed)
@@ -217,15 +213,15 @@ def load_pruning(run: Run, settings: PruneConfig) -> Pruning:
     return Pruning(settings, by_row, run.config.seed, str(cache.folder))
 
 
-# --- how many images are kept -------------------------------------------------------------------------------------
+# --- numbers of images after pruning ------------------------------------------------------------------------------
 
 
-def kept_counts(config: RunConfig, counts: np.ndarray) -> Iterator[tuple[int, str, list[int]]]:
-    """For every ipc: a policy, or "method NAME" where that prunes, and how many images of each class it keeps."""
+def pruned_counts(config: RunConfig, counts: np.ndarray) -> Iterator[tuple[int, str, list[int]]]:
+    """Ipc, policy or "method NAME", and number of images of each class after pruning."""
     for ipc in config.ipc:
         columns = {policy: _with_policy(config.prune, policy) for policy in get_args(Policy)}
-        own = {f"method {m}": resolved_method(config, m).prune for m in config.methods}
-        columns |= {name: p for name, p in own.items() if p.active}
+        methods = {f"method {m}": resolved_method(config, m).prune for m in config.methods}
+        columns |= {name: p for name, p in methods.items() if p.active}
         for name, p in columns.items():
             yield ipc, name, [len(rank_band(n, ipc, p)) for n in counts.tolist()]
 
@@ -240,21 +236,21 @@ def _csv_text(config: RunConfig, source: ImageSource) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["ipc", "policy", "class", "name", "images", "kept"])
-    for ipc, policy, kept in kept_counts(config, counts):
-        writer.writerows([ipc, policy, c, source.class_names[c], counts[c], k] for c, k in enumerate(kept))
+    for ipc, policy, numbers in pruned_counts(config, counts):
+        writer.writerows([ipc, policy, c, source.class_names[c], counts[c], k] for c, k in enumerate(numbers))
     return out.getvalue()
 
 
-def kept_text(config: RunConfig, source: ImageSource) -> str:
-    """A table of the classes, the first of them, by policy."""
+def pruned_text(config: RunConfig, source: ImageSource) -> str:
+    """A table of the numbers of the first classes by policy."""
     counts = source.class_counts()
     lines = []
     for ipc in config.ipc:
-        columns = [(name, kept) for at, name, kept in kept_counts(config, counts) if at == ipc]
+        columns = [(name, numbers) for at, name, numbers in pruned_counts(config, counts) if at == ipc]
         width = max(10, *(len(n) for n in source.class_names[:SHOWN]))
         lines.append(f"ipc {ipc}".ljust(width) + f"{'images':>8}" + "".join(f"  {name:>8}" for name, _ in columns))
         for c, name in enumerate(source.class_names[:SHOWN]):
-            values = "".join(f"  {kept[c]:>{max(8, len(column))}}" for column, kept in columns)
+            values = "".join(f"  {numbers[c]:>{max(8, len(column))}}" for column, numbers in columns)
             lines.append(name.ljust(width) + f"{counts[c]:>8}" + values)
         if len(counts) > SHOWN:
             lines.append(f"... and {len(counts) - SHOWN} classes in the file")

@@ -38,7 +38,7 @@ from dq.refine.inputs import check_refined
 from dq.refine.measure import measure, sentence, summarize
 from dq.refine.method import Batch, Refined, Resources, Session, State
 from dq.run.folder import Run, class_file
-from dq.run.refinement import INDEX, asked, files_of, needs_codec, planned, real_images, stages_of
+from dq.run.refinement import INDEX, files_of, needs_codec, planned, real_images, requested_digest, stages_of
 from dq.run.stages.encode import cache_of
 from dq.run.stages.generate import drawn_folders
 from dq.run.stages.image_files import as_bytes, holds_floats
@@ -52,7 +52,7 @@ SOFT_LABELS = ("soft_labels", "logits")  # tensor of label vectors; the second i
 
 
 def refine(run: Run, codec: Codec | None = None) -> None:
-    """Refine the drawn images of every method by its stages; finished batches are skipped.
+    """Refine the drawn images of every method; finished batches are skipped.
 
     `codec` is the run's autoencoder, if it is loaded; None: it is loaded where a stage needs it.
     """
@@ -82,8 +82,8 @@ def refine(run: Run, codec: Codec | None = None) -> None:
             method = key.split("/", 1)[1]
             if stages_of(run.config, method):
                 files = [d for d in files_of(run.config, method).values() if d is not None]
-                record = {"folder": folders[key].name, "asked": asked(run.config, method, drawn[key]), "files": files}
-                index[key] = record
+                digest = requested_digest(run.config, method, drawn[key])
+                index[key] = {"folder": folders[key].name, "asked": digest, "files": files}
         write_json(path, index)
     run.accelerator.wait_for_everyone()
 
@@ -165,7 +165,7 @@ class Worker:
     resources: Resources
 
     def refine_batch(self, number: int, on_step: Callable[[int], None]) -> None:
-        """Refine a batch and write its file; an interrupted one resumes from its last state."""
+        """Refine a batch, from its last state if it was interrupted, and write it."""
         job = self.job
         batch = read_batch(job, number)
         partial = job.batch_file(number).with_suffix(".partial.safetensors")
@@ -201,7 +201,7 @@ class Worker:
 
 
 def _measures(job: Job, refined: Refined, batch: Batch, after: Tensor) -> dict[str, Any]:
-    """The metadata of a batch, with measures of its images before and after."""
+    """Metadata of a batch, with measures before and after."""
     anchors = batch.images if batch.anchors is None else batch.anchors
     measures: dict[str, Any] = {
         "images": len(batch.labels),
@@ -219,7 +219,7 @@ def _measures(job: Job, refined: Refined, batch: Batch, after: Tensor) -> dict[s
 
 
 def _gather_class(run: Run, job: Job, label: int) -> None:
-    """Write the refined images of a class in one file, like that of the generator."""
+    """Write the refined images of a class in one file."""
     path = class_file(job.folder, label)
     if is_done(path):
         return

@@ -1,4 +1,4 @@
-"""Anchors and candidates of a job of the refine stage, in files of its folder."""
+"""Anchors and candidates of a job of the refine stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dq.run.stages.image_files import as_bytes
 
 
 def file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
-    """The first images (n_c, 3, S, S) uint8 of every class of a set from a file."""
+    """Read the first images (n_c, 3, S, S) uint8 of every class of a set."""
     side = run.config.image_size
     names, on_bad = run.source.class_names, run.source.on_bad_image
     s = load_set(path, names, image_size=side, label_kind="logits", on_bad_image=on_bad)  # its labels are not read
@@ -31,7 +31,7 @@ def file_anchors(run: Run, path: str, counts: Sequence[int]) -> list[Tensor]:
 def prepare_anchors(
     run: Run, needs: AnchorNeeds, folder: Path, counts: Sequence[int], teachers: Sequence[Teacher]
 ) -> None:
-    """Write anchors and candidates by class: real patches, and images of a file.
+    """Write anchors and candidates by class: real patches, and images of a set.
 
     Args:
         run: whose processes divide the classes.
@@ -53,7 +53,7 @@ def prepare_anchors(
 
 
 def read_candidates(needs: AnchorNeeds, source: Path, folder: Path, classes: int) -> tuple[Tensor, ...] | None:
-    """Candidate anchors (P_c, 3, S, S) uint8 by class, from the images of a job or from its folder."""
+    """Read candidate anchors (P_c, 3, S, S) uint8 by class."""
     if not needs.candidates:
         return None
     base = source if needs.candidates == "set" else folder / needs.candidates

@@ -1,7 +1,8 @@
-"""Groups of real images for a job of the refine stage: scores and statistics in files that all runs share.
+"""Groups of real images for a job of the refine stage.
 
-Scores are in parts of a cache like that of features, statistics in one file for each class; both are divided over
-processes, and existing files are not made again. What a job reads of them is copied into its folder.
+Scores and statistics are in files that all runs share: scores in parts of a cache like that of features, statistics in
+one file for each class; both are divided over processes, and existing files are not made again. What a job reads of
+them is copied into its folder.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ScoreCache(ImageCache):
 
 
 def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
-    """Write statistics by rank and anchors by class of the groups of a job.
+    """Write statistics and anchors of the groups of a job.
 
     Returns:
         Facts for its manifest.
@@ -190,9 +191,10 @@ def _statistics(run: Run, matched: MatchedTeacher, rows: Tensor, bar: Any) -> di
 
 
 def _rank_statistics(groups: Groups, folders: Sequence[Path | None]) -> dict[str, Tensor]:
-    """Statistics of the groups of each rank, over the classes that have an image of it.
+    """Statistics of the groups of each rank.
 
-    `mean-i` and `var-i` (R, sum C_l) of matched teacher i, with no channels for one without batch norm.
+    Over the classes that have an image of it; `mean-i` and `var-i` (R, sum C_l) of matched teacher i, with no channels
+    for one without batch norm.
     """
     ranks = range(max(len(of_class.of_image) for of_class in groups))
     tensors: dict[str, Tensor] = {}
@@ -215,7 +217,7 @@ def _rank_statistics(groups: Groups, folders: Sequence[Path | None]) -> dict[str
 
 
 def _group_anchors(run: Run, job: Job, label: int, groups: ClassGroups) -> Tensor:
-    """Patches (n_c, 3, S, S) uint8 of real images of the groups, one for each image.
+    """Patches (n_c, 3, S, S) uint8 of the groups, one for each image.
 
     Together the groups have as many candidates as a class with anchors=real_patch.
     """

@@ -115,7 +115,7 @@ def _load_teachers(
     group: str,
     loaded: dict[str, tuple[Teacher, ...]],
 ) -> tuple[Teacher, ...]:
-    """Load teachers, of the setting `group` of a stage or of the run, once."""
+    """Load the teachers of a group of a stage, or of the run, once."""
     if not configs:
         return ()
     key = digest_of([to_dict(t) for t in configs])
@@ -127,7 +127,7 @@ def _load_teachers(
 
 
 def _identity(run: Run, job: Job) -> list[Any]:
-    """What decides the images of a job."""
+    """What determines the images of a job."""
     identity: list[Any] = [
         job.inputs.source.name,
         stage_settings(job.stage),
@@ -157,7 +157,7 @@ def _weights_of(run: Run, inputs: Inputs) -> dict[int, Tensor]:
 
 
 def prepare(run: Run, job: Job, facts: Mapping[str, Any]) -> None:
-    """Write what all batches of a job share: anchors, candidates, class features, manifest.
+    """Write anchors, candidates, class features and manifest of a job.
 
     `facts` of its groups go into the manifest.
     """
@@ -183,7 +183,7 @@ def prepare(run: Run, job: Job, facts: Mapping[str, Any]) -> None:
 
 
 def resources_of(run: Run, job: Job) -> Resources:
-    """Models and data of a job, with the facts of its manifest once that is written."""
+    """Models and data of a job, with the facts of its manifest if it exists."""
     c, needs = run.config, job.needs
     means = None
     if needs.class_features:
@@ -203,7 +203,7 @@ def resources_of(run: Run, job: Job) -> Resources:
 
 
 def image_codec(run: Run, codec: Codec | None = None) -> ImageCodec:
-    """The codec of a run, whose latents are learned; `codec` if it is loaded already.
+    """The codec of a run for images; `codec` if it is loaded.
 
     Raises:
         InputError: if none is named, or it is not the one that made the latents of the run.
@@ -217,7 +217,7 @@ def image_codec(run: Run, codec: Codec | None = None) -> ImageCodec:
 
 
 def read_batch(job: Job, number: int) -> Batch:
-    """The images of a batch, with their weights in the set, anchors and statistics."""
+    """Read the images of a batch, with weights in the set, anchors and statistics."""
     rows, needs = job.batches[number], job.needs
     weights = None if job.weights is None else torch.stack([job.weights[c][r] for c, r in rows])
     source, statistics = needs.anchors.source, None
@@ -229,7 +229,7 @@ def read_batch(job: Job, number: int) -> Batch:
 
 
 def read_statistics(folder: Path, rank: int, teachers: int) -> tuple[Moments, ...]:
-    """Statistics (sum C_l,) of every matched teacher that the batch of a rank is matched to."""
+    """Read the statistics (sum C_l,) of a rank for every matched teacher."""
     with open_tensors(folder / STATISTICS) as f:
         rows = slice(rank, rank + 1)
         read = [(f.get_slice(f"mean-{i}")[rows][0], f.get_slice(f"var-{i}")[rows][0]) for i in range(teachers)]

@@ -1,8 +1,7 @@
-"""Candidates of a class in the generate stage: several draws of every prototype, of which a rule keeps as many as the
-set has images.
+"""Selection among candidates in the generate stage: several draws of every prototype.
 
-Draws wait in the files of their stretches until all of a class are there; images of one stretch are in memory at a
-time, and of all others what the selecting teacher says of them.
+A rule keeps as many as the set has images. Draws are in files until all of a class exist; images of one file are in
+memory at a time, and of all others the outputs of the selecting teacher.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ BY_FEATURES = ("facility", "transport")  # rules that compare candidates with th
 SUMMED = ("prototypes", "images", "lacking", "changes", "unrepresented")  # over classes; other facts are averaged
 
 
-class Kept(NamedTuple):
+class Selected(NamedTuple):
     """The images of a class after selection."""
 
     images: Tensor  # (M, 3, H, W), prototype by prototype
@@ -52,7 +51,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Selector:
-    """The rule of a method, its teacher, and the real images that candidates are compared with."""
+    """The rule of a method, its teacher and the real images of comparison."""
 
     config: GenerateConfig
     teacher: Teacher
@@ -61,12 +60,13 @@ class Selector:
     pruning: Pruning
     features: FeatureCache | None  # None: the rule compares with no real images
 
-    def keep(
+    def select(
         self, p: Prototypes, numbers: Sequence[int], pool: Sequence[tuple[int, int]], parts: Sequence[Path]
-    ) -> Kept:
-        """Choose among the candidates of a class.
+    ) -> Selected:
+        """Select among the candidates of a class.
 
         Args:
+            p: prototypes of the class.
             numbers: images of every prototype.
             pool: prototype and number of every draw, in the order of the files.
             parts: files of the draws.
@@ -86,14 +86,14 @@ class Selector:
             chosen = select_confident(probability, prototype, numbers)
         else:
             chosen = self._by_features(p, torch.cat(features), prototype, numbers)
-        keeps = torch.zeros(len(pool), dtype=torch.bool)
-        keeps[chosen.rows] = True
+        is_selected = torch.zeros(len(pool), dtype=torch.bool)
+        is_selected[chosen.rows] = True
         record = {
             "pool_prototype": prototype,
             "pool_draw": torch.tensor([d for _, d in pool]),
             "pool_probability": probability,
             "pool_correct": correct,
-            "pool_kept": keeps,
+            "pool_kept": is_selected,
         }
         facts = {
             "rule": self.config.select,
@@ -103,11 +103,11 @@ class Selector:
             "prototypes": len(numbers),
             "images": len(chosen.rows),
             "probability_drawn": float(probability.mean()),
-            "probability_kept": float(probability[keeps].mean()),
+            "probability_kept": float(probability[is_selected].mean()),
             **chosen.facts,
         }
         each = torch.bincount(prototype[chosen.rows], minlength=len(numbers)).tolist()
-        return Kept(_picked(parts, chosen.rows), each, record, facts)
+        return Selected(_picked(parts, chosen.rows), each, record, facts)
 
     def _by_features(self, p: Prototypes, features: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Selection:
         real = class_images(self.cache, p.label, self.ipc, self.pruning, self.features)
@@ -129,8 +129,11 @@ class Selector:
 
 
 def _cell_features(p: Prototypes, real: ClassImages) -> Tensor:
-    """Mean features (K, D) of the images whose latents are nearest to each centroid; where none is, those of the
-    image nearest to it. They are where a search begins, so that cells of another space are not needed."""
+    """Mean features (K, D) of the images whose latents are nearest to each centroid.
+
+    Where none is, those of the image nearest to it. A search begins there, so that cells of another space are not
+    needed.
+    """
     assert real.features is not None
     cost = squared_cost(real.z.flatten(1).float(), p.centroids.flatten(1))
     cells = cost.argmin(1)
@@ -141,18 +144,18 @@ def _cell_features(p: Prototypes, real: ClassImages) -> Tensor:
 
 
 def _picked(parts: Sequence[Path], rows: Tensor) -> Tensor:
-    """Images of the pool in the order of `rows`, read file by file."""
+    """Read images of the pool in the order of `rows`, file by file."""
     images: dict[int, Tensor] = {}
-    wanted, first = set(rows.tolist()), 0
+    requested, first = set(rows.tolist()), 0
     for part in parts:
         batch = read_tensors(part)[0]["images"]
-        images |= {first + i: batch[i].clone() for i in range(len(batch)) if first + i in wanted}
+        images |= {first + i: batch[i].clone() for i in range(len(batch)) if first + i in requested}
         first += len(batch)
     return torch.stack([images[row] for row in rows.tolist()])
 
 
 def make_selector(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod, teacher: Teacher) -> Selector:
-    """What chooses among the candidates of a method; computes the features of real images where they are needed."""
+    """Make the selector of a method; computes features of real images if needed."""
     config = resolved.generate
     assert config.select_teacher is not None
     compares = config.select in BY_FEATURES
@@ -161,7 +164,7 @@ def make_selector(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMeth
 
 
 def selecting_teachers(run: Run) -> dict[str, Teacher]:
-    """The selecting teacher of every method that has one, checked on real images.
+    """Load the selecting teachers of methods, checked on real images.
 
     Raises:
         InputError: if one cannot be loaded or is near chance.
@@ -183,19 +186,18 @@ def selecting_teachers(run: Run) -> dict[str, Teacher]:
 
 
 def selecting_teacher(method: MethodConfig, generate: GenerateConfig) -> TeacherConfig | None:
-    """The teacher that chooses among the candidates of a method; None if there are none to choose from."""
+    """Settings of the teacher that selects among candidates; None without candidates."""
     return None if method.representative == "real" or generate.select == "none" else generate.select_teacher
 
 
 def select_setting(config: RunConfig, method: str) -> str:
     """The setting that names the selecting teacher of a method, for messages."""
-    own = "select_teacher" in config.methods[method].override.get("generate", {})
-    return f"methods.{method}.override.generate.select_teacher" if own else "generate.select_teacher"
+    overrides = "select_teacher" in config.methods[method].override.get("generate", {})
+    return f"methods.{method}.override.generate.select_teacher" if overrides else "generate.select_teacher"
 
 
 def selection_summary(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the classes of a set recorded of their selection: settings of the first, sums of counts, means of the
-    rest."""
+    """Summary of the selections of classes: settings, sums of counts, means of the rest."""
     classes = list(facts)
     summary = dict(classes[0])
     for key, value in classes[0].items():
@@ -208,12 +210,12 @@ def selection_summary(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def selection_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader of a selection should be told."""
+    """Warnings about a selection."""
     sentences = []
     if summary.get("lacking"):
-        least = "no candidate" if summary["images"] == summary["prototypes"] else "fewer candidates than images"
+        lack = "no candidate" if summary["images"] == summary["prototypes"] else "fewer candidates than images"
         sentences.append(
-            f"{summary['lacking']} of {summary['prototypes']} prototypes have {least} that the teacher "
+            f"{summary['lacking']} of {summary['prototypes']} prototypes have {lack} that the teacher "
             f"{summary['teacher']} classifies rightly; the most confident others stand in"
         )
     if summary.get("unrepresented"):
