@@ -165,7 +165,7 @@ def _one_each(values: Sequence[Any] | None, default: list[Any], name: str) -> li
 
 
 def _finish(p: Problem, fit: Fit, engine: str) -> Clustering:
-    """Assign the points to the nearest centroids without empty cells, and measure the cells."""
+    """Assign points to centroids, fill empty cells and measure all."""
     fit, labels = _filled(p, fit, engine) if fit.labels is None else (fit, fit.labels)
     fit, labels = _without_empty(p, fit, labels)
     c, w = fit.centroids, p.weights
@@ -214,7 +214,7 @@ def _filled(p: Problem, fit: Fit, engine: str) -> tuple[Fit, Tensor]:
 
 
 def _without_empty(p: Problem, fit: Fit, labels: Tensor) -> tuple[Fit, Tensor]:
-    """Drop empty cells of data with too few distinct points: the fit, labels (n,)."""
+    """Drop the remaining empty cells: the fit, labels (n,)."""
     mass = cell_totals(p.weights, labels, len(fit.centroids))
     occupied = (mass > 0).nonzero()[:, 0]
     if len(occupied) == len(mass):

@@ -219,7 +219,7 @@ def pca_multistart(x: Tensor, weights: Tensor, k: int, generators: Sequence[torc
 
 
 def peak_bytes(n: int, d: int) -> int:
-    """Upper bound of the bytes of k-means per class padded to n points (n, d).
+    """Upper bound of the bytes of k-means per class, for points (n, d).
 
     Start points included: 3.5 to 6.6 times the points were measured for d >= 256, and up to 17.5 times for small d,
     where the several starts are not in a subspace of fewer dimensions.

@@ -101,7 +101,7 @@ def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = Fal
 
 
 def _unit_variance(x: Tensor) -> Tensor:
-    """Center and scale x (n, d) to a total variance of 1; zeros for equal points."""
+    """Standardize x (n, d) to total variance 1; zeros for equal points."""
     centered = x - x.mean(0)
     variance = centered.double().square().sum() / len(x)
     return (centered / variance.sqrt().clamp(min=1e-30)).float()

@@ -30,7 +30,7 @@ def squared_cost(x: Any, y: Any) -> Tensor:
 
 
 def _pair(x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """Convert points of one space to the more precise of their dtypes on one device."""
+    """Convert points to the more precise of their dtypes on one device."""
     x, y = as_tensor(x, "x"), as_tensor(y, "y")
     if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1] or not (x.shape[-2] and y.shape[-2]):
         raise InputError(

@@ -27,7 +27,7 @@ def patch_anchors(
     seed: int,
     candidates: np.ndarray | None = None,
 ) -> Tensor:
-    """Cut the best crops (number, 3, S, S) uint8 of real images of a class, as RDED does.
+    """Cut the best patches (number, 3, S, S) uint8 of a class.
 
     FADRM's own starting images come from an unpublished script; their names say that they were cut as RDED cuts them.
 

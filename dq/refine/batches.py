@@ -55,7 +55,7 @@ def compose_batches(
 
 
 def largest_batch(compose: str, batch_size: int, classes: int | None) -> int:
-    """Most images of a batch; one of a rank has at most one of each class."""
+    """Most images of a batch; at most one per class with "rank"."""
     return min(batch_size, classes) if compose == "rank" and classes else batch_size
 
 

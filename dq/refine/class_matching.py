@@ -1,4 +1,4 @@
-"""Learning the images of a set by SGD to match real images of each class.
+"""Learning images by SGD to match real images of each class.
 
 `dq.refine.distribution_matching`, `dq.refine.gradient_matching` and `dq.refine.spectral_matching` define the distance.
 """

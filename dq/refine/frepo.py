@@ -71,7 +71,7 @@ def resolve(config: FRePo, context: Context) -> FRePo:
 
 @dataclass(frozen=True)
 class RealBatches:
-    """Batches of real images as networks see them, in a new order every epoch."""
+    """Batches of whitened real images in a new order every epoch."""
 
     real: RealImages
     whitening: Whitening
@@ -118,9 +118,8 @@ def refine(batch: Batch, config: FRePo, resources: Resources, session: Session |
 
         A = f(X) f(X)^T + ridge s I,  P = f(X_real) f(X)^T A^-1 Y,  L = mean 1/2 |P - Y_real|^2 - label margin
 
-    (with `outer_loss=ce_temp`, cross-entropy of softmax(P / temperature) takes the place of the squared error).
-    LAMB moves X and Y along the gradient of L, each as one tensor; then f is trained by a step on them, or replaced.
-    With `mode=latent` X is whiten(resize(decode(z))), and LAMB moves z.
+    (or cross-entropy of softmax(P / temperature) with `outer_loss=ce_temp`). LAMB moves X, or z of X =
+    whiten(resize(decode(z))) with `mode=latent`, and Y along its gradient; then f is trained by a step, or replaced.
 
     Args:
         batch: the whole set, with weights in the regression and in the networks' training for `config.weighted`.
@@ -137,13 +136,12 @@ def refine(batch: Batch, config: FRePo, resources: Resources, session: Session |
     """
     session = session or Session()
     problem = _problem(batch, config, resources, session.seed)
-    config, pool, rendering, objective = problem.config, problem.pool, problem.rendering, problem.objective
-    steps, top_lr, learns = config.steps or 0, config.lr or 0.0, objective.learn_images
+    config, pool, rendering = problem.config, problem.pool, problem.rendering
+    steps, weights, learns = config.steps or 0, problem.objective.weights, problem.objective.learn_images
     x, y, record = _resumed(problem, session.resume) if session.resume else _start(problem, batch, resources)
     tested = check_steps(steps, config.checks)
     for step in range(session.resume.steps if session.resume else 0, steps):
-        lr = cosine_lr(step, steps, top_lr, config.lr_floor)
-        i = pool.pick(step)
+        lr, i = cosine_lr(step, steps, config.lr or 0.0, config.lr_floor), pool.pick(step)
         g = _gradient(problem, x.value, y.value, i, step)
         record.trace[step, :3] = torch.stack([g.krr, g.margin, g.condition])
         record.trace[step, 3].fill_(g.ridge)  # no copy from the host
@@ -151,11 +149,11 @@ def refine(batch: Batch, config: FRePo, resources: Resources, session: Session |
             x.step(one_channel(g.images) if problem.gray and config.mode == "pixel" else g.images, lr)
         if config.learn_labels:
             y.step(g.labels, lr)
-        pool.advance(i, rendering.images(x.value), y.value, step, objective.weights)  # on the updated set, as released
+        pool.advance(i, rendering.images(x.value), y.value, step, weights)  # on the updated set, as released
         record.add_picture(step, rendering, x.value)
         if problem.held_out is not None and step + 1 in tested:
-            check_seed = derive_seed(session.seed, "check", step)
-            score = held_out_accuracy(rendering.images(x.value), y.value, problem.held_out, seed=check_seed)
+            shown, check_seed = rendering.images(x.value), derive_seed(session.seed, "check", step)
+            score = held_out_accuracy(shown, y.value, problem.held_out, seed=check_seed)
             record.add_check(step + 1, score, {"best.x": x.value.clone(), "best.y": y.value.clone()})
         session.step(step)
         if record.save_due(step + 1):
@@ -176,7 +174,7 @@ def refine(batch: Batch, config: FRePo, resources: Resources, session: Session |
 
 
 def _final_facts(problem: _Problem, end: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Facts of the last images, and the temperature of labels y if it is fitted."""
+    """Facts of the last images, and the fitted temperature of labels y."""
     config, pool = problem.config, problem.pool
     facts: dict[str, Any] = {"networks_replaced": sum(m.generation for m in pool.members)}
     facts["end_std"] = round(float(problem.rendering.images(end).std()), 4)

@@ -1,4 +1,4 @@
-"""Groups of the real images of a class, and their statistics under a network.
+"""Groups of real images of a class and their statistics.
 
 PSM (arXiv 2609.34299): images that all follow one set of statistics are about equally difficult. There, the real
 images of a class are sorted by GPS and cut into groups from easy to hard; the batch of the images of rank g is matched
@@ -82,10 +82,10 @@ def cut_by_score(rows: Tensor, scores: Tensor, number: int) -> list[Tensor]:
 
 
 def groups_by_score(rows: Tensor, scores: Tensor, images: int) -> ClassGroups:
-    """Group the real images (n,) of a class by score, one group for each image in the set.
+    """Group the real images (n,) of a class by score.
 
-    Groups are of nearly equal size. With fewer real images than these, each is a group, and images that follow one
-    another share it.
+    One group for each image in the set. Groups are of nearly equal size. With fewer real images than these, each is a
+    group, and images that follow one another share it.
     """
     number = min(images, len(rows))
     return ClassGroups(cut_by_score(rows, scores, number), [rank * number // images for rank in range(images)])

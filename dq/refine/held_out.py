@@ -58,7 +58,7 @@ def divide(real: RealImages, held_out: Tensor) -> tuple[RealImages, RealImages]:
 
 
 def check_steps(steps: int, checks: int) -> set[int]:
-    """Numbers of steps after which a set is tested, evenly spread to the last."""
+    """Evenly spread numbers of steps after which a set is tested."""
     return {-(-steps * i // checks) for i in range(1, checks + 1)}
 
 

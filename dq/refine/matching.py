@@ -115,7 +115,7 @@ def _moment_gradient(x: Tensor, mean: Tensor, g_mean: Tensor, g_var: Tensor, p: 
 
 
 def trace_layers(net: nn.Module, see: Callable[[], Any]) -> list[Layer]:
-    """Trace the batch norm layers of a network in the order of its calls.
+    """Trace the batch norm layers of a network in order of calls.
 
     `see` shows the network an image.
     """
@@ -160,7 +160,7 @@ def pad_drop(ipc: int, class_size: int) -> float:
 
 
 def resolve_depth(config: M, context: Context) -> M:
-    """Fill in a `depth.drop` of None by PAD's rule for the images of `context`."""
+    """Fill in a `depth.drop` of None by PAD's rule."""
     if config.depth.drop is not None or context.ipc is None or context.class_size is None:
         return config
     drop = pad_drop(context.ipc, context.class_size)
@@ -170,7 +170,7 @@ def resolve_depth(config: M, context: Context) -> M:
 def layer_weights(
     layers: Sequence[Layer], depth: DepthConfig, *, first_weight: float = 10.0, drop: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weights w_l (L,) of all layers, and those (L,) of the matched ones, 0 for others.
+    """Weights (L,) of all layers and of the matched ones, 0 for others.
 
     A layer is dropped if the share of depth up to and with it is at most `drop`. In layers that is l < int(drop L).
     `drop` takes the place of `depth.drop`, if that is left to a rule.
@@ -253,7 +253,7 @@ class StatMatcher:
         self._seen.clear()
 
     def _fuse(self, layer: Layer) -> Callable[[Tensor], Tensor]:
-        """A forward function of the layer that also notes the moments of its input."""
+        """A forward function that also notes the moments of its input."""
         scale = torch.rsqrt(layer.var + layer.norm.eps)
         if layer.norm.weight is not None:
             scale = scale * layer.norm.weight.detach()
@@ -284,7 +284,7 @@ class StatMatcher:
         return terms
 
     def distance(self) -> Tensor:
-        """S () of the last forward pass, whose moments are freed; 0 without batch norm."""
+        """S () of the last forward pass, 0 without batch norm; frees its moments."""
         terms = self.terms()
         total = torch.zeros((), device=terms[0].device if terms else None)
         for weight, term in zip(self.weights, terms, strict=True):

@@ -53,7 +53,7 @@ class AnchorNeeds:
 
 @dataclass(frozen=True)
 class GroupNeeds:
-    """Groups of the real images of a class, one for each of its images."""
+    """Groups of the real images of a class, one per image."""
 
     by: str  # "gps" or "cells"
     statistics: bool = False  # batch norm statistics of the groups, in `Batch.statistics`
@@ -103,7 +103,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class State:
-    """State from which an interrupted batch resumes; the run keeps it in a file."""
+    """State from which an interrupted batch resumes, kept in a file."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]  # plain data
@@ -213,7 +213,7 @@ class Method(Protocol):
         ...
 
     def brief(self, stage: Any) -> Any:
-        """The settings with a few steps of every kind, to measure the time of a step."""
+        """The settings with a few steps of every kind, for timing."""
         return stage
 
     def cost(self, stage: Any, context: Context) -> Cost:

@@ -1,4 +1,4 @@
-"""Means and variances of the inputs of batch norm layers, and distances of them."""
+"""Moments of the inputs of batch norm layers, and their distances."""
 
 from __future__ import annotations
 

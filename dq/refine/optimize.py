@@ -1,4 +1,4 @@
-"""Optimization of pixels: Adam on a batch of images against frozen teachers, in blocks."""
+"""Optimization of pixels by Adam against frozen teachers, in blocks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _check_batch(images: Tensor, labels: Tensor, classes: int) -> None:
 
 @dataclass(frozen=True)
 class Matching:
-    """The loss on pixels: settings, blocks of steps, and the teacher of each step."""
+    """The loss on pixels: settings, blocks, and teachers by step."""
 
     config: MatchingConfig
     schedule: Schedule
@@ -95,7 +95,9 @@ def optimize(
     anchors: Tensor | Callable[[Tensor, int], Tensor] | None = None,
     image_weights: Tensor | None = None,
 ) -> Refined:
-    """Minimize CE(f(A(x)), y) + r_bn S_f(A(x)) + ... over the pixels of a batch.
+    """Minimize the matching loss over the pixels of a batch.
+
+        L = CE(f(A(x)), y) + r_bn S_f(A(x)) + ...
 
     x is kept in the normalization of the first teacher, in which the learning rate is meant, and within the range of
     pixels. The view A of step t is drawn from (seed, t). Every block has an Adam of its own, so that no moment
@@ -150,7 +152,7 @@ class PixelSpace:
 
     @staticmethod
     def of(teacher: Teacher, like: Tensor) -> PixelSpace:
-        """The normalization of a teacher, in the dtype and on the device of a tensor."""
+        """The normalization of a teacher, in dtype and device of a tensor."""
         mean, std = (like.new_tensor(v).view(1, -1, 1, 1) for v in (teacher.mean, teacher.std))
         return PixelSpace(mean, std)
 
@@ -236,7 +238,7 @@ class Block:
 
 
 def _run_block(x: Tensor, number: int, loss: BatchLoss, session: Session, progress: Progress) -> Block:
-    """One block at the precision of the batch, done again where float16 overflows too often.
+    """Run one block, again in float32 where float16 overflows too often.
 
     Raises:
         RunError: if the loss stops being a number.
@@ -266,7 +268,7 @@ def _run_block(x: Tensor, number: int, loss: BatchLoss, session: Session, progre
 def _attempt_block(
     x: Tensor, steps: range, loss: BatchLoss, on_step: Callable[[int], None], precision: str, scale: float
 ) -> Block:
-    """Steps of Adam on normalized images; with float16 the losses are scaled, first by `scale`."""
+    """Run Adam on normalized images; float16 losses are scaled, first by `scale`."""
     config, schedule, scaled = loss.matching.config, loss.matching.schedule, precision == "float16"
     bounds = loss.space.bounds
     x = x.detach().clone().contiguous().requires_grad_(True)
@@ -294,7 +296,7 @@ def _attempt_block(
 
 
 def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the classes of a batch of |mean feature of its images - target|_2.
+    """Mean distance of the mean features of classes to their targets.
 
     Args:
         features: (B, ...) last features.

@@ -1,4 +1,4 @@
-"""Losses, pictures, checks and saved states of the methods that learn a whole set."""
+"""Losses, pictures, checks and saved states of learning a set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STRIPS = 4  # pictures of the first images, spread over the steps
 
 @dataclass
 class Record:
-    """What a method keeps from step to step beside the tensors that it learns."""
+    """Losses, pictures and checks of a method, beside its learned tensors."""
 
     trace: Tensor  # (steps, terms) float32 terms of the loss
     strips: list[Tensor]  # (<= SHOWN, 3, S, S) each: the first images at the start and STRIPS times
@@ -34,19 +34,19 @@ class Record:
         return Record(tensors["trace"].clone(), list(tensors["strips"]), dict(facts), best)
 
     def add_picture(self, step: int, rendering: Rendering, values: Tensor) -> None:
-        """Keep a picture of the first images, if it is due after a step."""
+        """Keep a picture of the first images if it is due."""
         if (step + 1) % max(1, len(self.trace) // STRIPS) == 0:
             self.strips.append(rendering.pixels(values[:SHOWN]).cpu())
 
     def add_check(self, steps: int, score: float, learned: dict[str, Tensor]) -> None:
-        """Add the accuracy of a check, and keep the learned tensors if it is the best so far."""
+        """Add a check, and keep the learned tensors of the best."""
         earlier = self.facts.get("checks", [])
         self.facts["checks"] = [*earlier, [steps, round(score, 5)]]
         if score > max((s for _, s in earlier), default=-1.0):
             self.best = learned
 
     def save_due(self, steps: int) -> bool:
-        """Whether a state is to be saved after so many steps; the next is due after `SAVE_SECONDS`."""
+        """Whether a state is due after so many steps; restarts the clock."""
         now = time.perf_counter()
         due = now - self.saved_s >= SAVE_SECONDS and steps < len(self.trace)
         if due:
@@ -54,7 +54,7 @@ class Record:
         return due
 
     def tensors(self, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a state: copies on the CPU of the learned ones and of this record."""
+        """The tensors of a state, copied to the CPU."""
         tensors = {**learned, **self.best, "trace": self.trace, "strips": torch.stack(self.strips)}
         return {k: v.detach().cpu().clone() for k, v in tensors.items()}
 

@@ -50,7 +50,7 @@ class Rendering:
         return torch.cat([self.codec.decode(part) for part in self._parts(values)])
 
     def encode(self, images: Tensor) -> Tensor:
-        """Whitened pixels, or latents (n, C, h, w), of images (n, 3, S, S), uint8 or float in [0, 1]."""
+        """Encode images (n, 3, S, S), uint8 or float, as whitened pixels or latents."""
         return self.whitening(images) if self.codec is None else self.codec.encode(images)
 
     def pull_back(self, values: Tensor, gradient: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class MetaGradient:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss outer_loss - margin_weight label_margin, and how its regression and gradient are computed."""
+    """The loss outer_loss - margin_weight label_margin and its computation."""
 
     chunk: int | None = None  # images whose activations are held at once; None: all
     flip: bool = False  # regress on the images and their mirror images, with the same labels
@@ -233,7 +233,7 @@ def _support(features_of: Callable[[Tensor], Tensor], values: Tensor, o: Objecti
 def _regress(
     support: Tensor, y: Tensor, real_features: Tensor, real_targets: Tensor, o: Objective
 ) -> tuple[Solution, Tensor, Tensor]:
-    """Regression from the support (copies, n, d), its loss on the real batch () and the label margin ()."""
+    """Regression from the support (copies, n, d), its loss and label margin."""
     copies = len(support)
     support = support.flatten(0, 1)  # (copies n, d)
     weights = None if o.weights is None else o.weights.repeat(copies)

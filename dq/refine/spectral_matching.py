@@ -1,4 +1,4 @@
-"""Spectral matching: features of a class have the characteristic function of those of real images.
+"""Spectral matching: equal characteristic functions of features of classes.
 
 Wang et al., "Dataset Distillation with Neural Characteristic Function: A Minmax Perspective" (NCFM), CVPR 2025, arXiv
 2502.20653. Departures from the released code: images move by the SGD of the shared loop instead of AdamW and stay
@@ -102,10 +102,10 @@ def frequency_network(size: int, seed: int) -> nn.Sequential:
 
 
 class Frequencies:
-    """Frequencies of every step: normal, or of a network trained to enlarge the loss."""
+    """Frequencies of every step, normal or of an adversarial network."""
 
     def __init__(self, config: SpectralMatching, size: int, seed: int, device: torch.device) -> None:
-        """Draw the network, if there is one; `size` is that of a feature vector."""
+        """Draw the network, if any, for feature vectors of `size`."""
         self.config, self.size, self.seed, self.device = config, size, seed, device
         self.net: nn.Sequential | None = None
         if config.sampler == "network":
@@ -208,7 +208,7 @@ def refine(batch: Batch, config: SpectralMatching, resources: Resources, session
 
 
 def check_experts(config: SpectralMatching, experts: Experts | None, classes: int, side: int) -> None:
-    """Check that there are experts where the settings name some, of images as in the set.
+    """Check that experts are there if named, and fit the set.
 
     Raises:
         InputError: if not.

@@ -16,7 +16,7 @@ NOISE_LATENTS = 256  # real images whose latents' mean and deviation noise to st
 
 
 def real_rows(labels: Tensor, real: RealImages, seed: int) -> Tensor:
-    """A random train image (n,) of the class of each image; none twice while there are others.
+    """Random train images (n,) of the classes, without repetition if possible.
 
     Raises:
         InputError: if a class has no train image.

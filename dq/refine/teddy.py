@@ -1,4 +1,4 @@
-"""Teddy: a short refinement against a pool of weak teachers that also labels the images.
+"""Teddy: a short refinement against a pool of labeling teachers.
 
 Yu et al., "Teddy: Efficient Large-Scale Dataset Distillation via Taylor-Approximated Matching", ECCV 2024, arXiv
 2410.07579. The paper expands the loss along the training of a student to first order, so that statistics of features
@@ -51,7 +51,7 @@ def refine(
     matched: Sequence[MatchedTeacher] | None = None,
     labelers: Sequence[Teacher] = (),
 ) -> Refined:
-    """Refine one batch against a pool, one teacher per step, and label it by the ensemble.
+    """Refine one batch against a pool and label it by the ensemble.
 
         L = CE(f(A(x)), y) + r_bn S_f(A(x)) + class_weight D_f(A(x)) + proximity |x - x_0|^2 / numel
 
@@ -106,7 +106,7 @@ class TeddyMethod(Method):
 
 @torch.no_grad()
 def score(images: Tensor, teachers: Sequence[Teacher], config: Teddy | None = None) -> Tensor:
-    """Distance of a batch to the data of M teachers in each of their layers, (M, L).
+    """Distances (M, L) of a batch to running statistics of teachers by layer.
 
     Without weights of layers; NaN where a teacher has fewer layers. Images (B, 3, S, S) float32 in [0, 1] are seen as
     they are.

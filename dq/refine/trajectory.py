@@ -159,7 +159,7 @@ def correct_rows(experts: Experts, labels: Tensor, real: RealImages, device: tor
 
 
 def refine(batch: Batch, config: Trajectory, resources: Resources, session: Session | None = None) -> Refined:
-    """Learn images, soft labels and step size of a set by matching of trajectories.
+    """Learn images, soft labels and step size by trajectory matching.
 
     A pure function of its arguments. In every step an expert and a start epoch t are drawn, a student starts from
     theta*_t and makes N steps of SGD on the set, and the set moves along the gradient of
@@ -295,7 +295,7 @@ class _Learning:
 
 
 def _gradient(problem: _Problem, learning: _Learning, step: int) -> tuple[MetaGradient, int]:
-    """The gradient of a step, and the start epoch; experts take turns in a new order every time."""
+    """The gradient and the start epoch of a step; experts take turns."""
     config, experts, seed, device = problem.config, problem.experts, problem.seed, problem.device
     first, bound, end = config.start_epochs or (0, 1, 1)
     bound = last_start(step, first=bound, last=end, every=config.expand_every or 0)
@@ -319,7 +319,7 @@ def _gradient(problem: _Problem, learning: _Learning, step: int) -> tuple[MetaGr
 
 
 def _skipped(g: MetaGradient, config: Trajectory) -> str | None:
-    """The fact that counts skipped steps of this kind; None for a step that is made."""
+    """Name of the count for a skipped step; None if it is not."""
     if not all(bool(torch.isfinite(v).all()) for v in g):
         return "skipped_not_finite"
     return "skipped_by_threshold" if config.threshold is not None and float(g.loss) > config.threshold else None

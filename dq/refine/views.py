@@ -28,7 +28,7 @@ class View:
 
 
 def draw_view(config: MatchingConfig, side: int, jitter: int, *, seed: int, step: int) -> View:
-    """Draw crop, flip and shift of a step: a pure function of its arguments."""
+    """Draw crop, flip and shift of a step from its seed."""
     rng = np.random.default_rng(derive_seed(seed, "view", step))
     box = (0, 0, side, side)
     if config.crop_scale:
@@ -68,7 +68,7 @@ class Schedule:
     jitter: int = 0
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step from 0: one cosine from lr to 0 over all blocks."""
+        """Learning rate of a step: one cosine to 0 over all blocks."""
         return self.lr * 0.5 * (1 + math.cos(math.pi * step / sum(self.steps)))
 
 

@@ -35,7 +35,7 @@ from dq.run.stages.refine import SOFT_LABELS
 
 
 def assemble(run: Run) -> None:
-    """Write images, labels and weights as sets in `dataset/`, one per ipc and method.
+    """Write images, labels and weights as sets, by ipc and method.
 
     A set is a unit of work, and one class of it at a time is in memory.
     """

@@ -128,7 +128,7 @@ def _width(run: Run, cache: LatentCache, cfg: ClusterConfig) -> int:
 
 
 def group_budget(device: torch.device) -> int:
-    """Bytes of k-means for classes clustered at once; 0: one class at a time.
+    """Bytes for classes clustered at once; 0: one at a time.
 
     Half of all memory of the device, not of what is free at the moment, so that the same classes go together every
     time: batched products round differently for other numbers of classes.

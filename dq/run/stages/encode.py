@@ -1,4 +1,4 @@
-"""The encode stage of a run: latents of every train image in a cache."""
+"""The encode stage of a run: cached latents of train images."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def label_run(run: Run) -> None:
 
 
 def outdated_rows(run_folder: str | Path) -> list[tuple[str, str]]:
-    """Name and ipc of the rows of a run's tables measured on earlier content of the sets.
+    """Name and ipc of table rows measured on earlier content of sets.
 
     As after a change of settings without a new evaluation.
     """

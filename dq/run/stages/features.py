@@ -1,4 +1,4 @@
-"""Features of the train images of a run under a teacher, for clustering and selection."""
+"""A teacher's features of the train images of a run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def features_of(run: Run) -> FeatureCache:
 
 
 def features_record(run: Run) -> dict[str, Any]:
-    """Record of the features: `key` of the cache, `digest` and settings of the teacher.
+    """Key of the feature cache, digest and settings of its teacher.
 
     Raises:
         InputError: if there is none, or one of another teacher than the run now names.

@@ -51,9 +51,10 @@ ADDED = (
 def image_folder(
     run: Run, cache: LatentCache, ipc: int, method: str, pipe_digest: str | None, teacher_digest: str | None = None
 ) -> Path:
-    """Folder of the images of a method, which methods that differ in weights alone share.
+    """Folder of the images of a method.
 
-    `teacher_digest` is that of the teacher that selects among candidates, if there are any.
+    Methods that differ in weights alone share it. `teacher_digest` is that of the teacher that selects among
+    candidates, if there are any.
     """
     resolved = run.resolved(method)
     m, generate_config = resolved.method, resolved.generate
@@ -88,7 +89,7 @@ def _requested_digest(run: Run, cache: LatentCache, ipc: int, method: str) -> st
 
 
 def drawn_folders(run: Run, cache: LatentCache) -> dict[str, Path]:
-    """Folders of the images of every method at every ipc of the run, by "ipc/method".
+    """Folders of generated images by "ipc/method".
 
     Raises:
         InputError: if one has not been drawn with its present settings.
@@ -152,14 +153,14 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
 
 
 def folder_selection(folder: Path, classes: int) -> dict[str, Any]:
-    """Summary of the selection among candidates of the images in a folder, or empty."""
+    """Summary of the selection among candidates in a folder, or empty."""
     metas = (read_metadata(class_file(folder, label)) for label in range(classes))
     facts = [m["selection"] for m in metas if "selection" in m]
     return selection_summary(facts) if facts else {}
 
 
 def check_codec(codec: Codec, cache: LatentCache) -> None:
-    """Check that a codec is the one that made the latents of a run.
+    """Check that a codec made the latents of a run.
 
     Raises:
         InputError: if it is another.
@@ -194,7 +195,7 @@ class Draw:
 
     @property
     def together(self) -> bool:
-        """Whether the images of a class guide one another, so that a draw of all is a unit."""
+        """Whether images of a class guide one another and form a unit."""
         return self.config.together and not self.real
 
     @property
@@ -222,7 +223,7 @@ class Draw:
 
     @functools.cached_property
     def units(self) -> list[Unit]:
-        """Class, range of its draws, and whether these are all images of the class."""
+        """Class, range of draws, and whether these are the complete class."""
         counts = [sum(numbers) * self.candidates for numbers in self.numbers]
         longest = max(map(len, cut(sum(counts), smallest=1, largest=LONGEST)))
         result = []
@@ -233,7 +234,7 @@ class Draw:
         return result
 
     def file(self, unit: Unit) -> Path:
-        """File of the images of a unit: that of the class if they are all of it."""
+        """File of the images of a unit, or of its complete class."""
         label, piece, complete = unit
         if complete:
             return class_file(self.folder, label)
@@ -371,7 +372,7 @@ def _copied(draw: Draw, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
 
 
 def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
-    """Write one file per class from those of its units, which are then deleted."""
+    """Merge the files of units into one per class."""
     classes: dict[tuple[Draw, int], list[Path]] = {}
     for draw, unit in units:
         if not unit[2]:
@@ -387,7 +388,7 @@ def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
 
 
 def _gather_class(draw: Draw, label: int, parts: list[Path]) -> None:
-    """Write all draws of a class, or the selected ones with a record of every candidate."""
+    """Write all draws of a class, or selected ones with a record."""
     path, meta = class_file(draw.folder, label), read_metadata(parts[0])
     if draw.selector is None:
         write_tensors(path, {"images": torch.cat([read_tensors(p)[0]["images"] for p in parts])}, meta)

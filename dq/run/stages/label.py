@@ -17,13 +17,13 @@ from dq.run.stages.generate import drawn_folders
 
 
 def image_folders(run: Run) -> dict[str, Path]:
-    """Folders of the images of the sets by "ipc/method", refined where there are stages."""
+    """Folders of the final images by "ipc/method"."""
     drawn = drawn_folders(run, cache_of(run))
     return {k: chain.refined_folder(run, int(k.split("/")[0]), k.split("/", 1)[1], v) for k, v in drawn.items()}
 
 
 def label(run: Run) -> None:
-    """Label the stored images of every set with the teachers, checked on real images.
+    """Label the stored images of every set with checked teachers.
 
     A class of a set is a unit of work. Without a teacher there is nothing to do.
     """

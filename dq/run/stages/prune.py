@@ -1,4 +1,4 @@
-"""The prune stage: difficulty scores of train images, and which of them are clustered.
+"""The prune stage: difficulty scores and selection of train images.
 
 Policies depend on the ipc, and latents are cached for all images, so images are pruned after they were encoded: the
 cluster stage takes the rows of the latents that are kept, with the result of a filter before encoding. Train and
@@ -90,7 +90,7 @@ def _by_agent(config: RunConfig, always: bool) -> list[list[PruneConfig]]:
 
 
 def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = False) -> None:
-    """Check that images can be scored and pruned by the settings of the methods.
+    """Check that the settings of pruning fit the images.
 
     Raises:
         InputError: for an agent that does not fit, scores of other images, an engine without weights, or a policy that
@@ -113,7 +113,7 @@ def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = Fals
 
 
 def _check_counts(method: str, p: PruneConfig, ipc: int, counts: Sequence[int], names: Sequence[str]) -> None:
-    """Refuse policies that leave too few images; warn where one drops less than its share."""
+    """Refuse policies that leave too few images; warn of limited ones."""
     free = dataclasses.replace(p, keep_per_ipc=0.0, keep_share=0.0) if p.policy != "window" else p
     limited = []
     for label, n in enumerate(counts):
@@ -217,7 +217,7 @@ def load_pruning(run: Run, settings: PruneConfig) -> Pruning:
 
 
 def pruned_counts(config: RunConfig, counts: np.ndarray) -> Iterator[tuple[int, str, list[int]]]:
-    """Ipc, policy or "method NAME", and number of images of each class after pruning."""
+    """Ipc, policy or "method NAME", and class sizes after pruning."""
     for ipc in config.ipc:
         columns = {policy: _with_policy(config.prune, policy) for policy in get_args(Policy)}
         methods = {f"method {m}": resolved_method(config, m).prune for m in config.methods}

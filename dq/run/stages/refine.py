@@ -1,4 +1,4 @@
-"""The refine stage of a run: batches of images as units of work over processes.
+"""The refine stage of a run: batches as units of work.
 
 A method's stages follow one another; each reads the class files of a folder and writes those of another, beside one
 file per batch. Folders are named by a digest of all that decides their content.
@@ -165,7 +165,7 @@ class Worker:
     resources: Resources
 
     def refine_batch(self, number: int, on_step: Callable[[int], None]) -> None:
-        """Refine a batch, from its last state if it was interrupted, and write it."""
+        """Refine a batch, from its last state if interrupted."""
         job = self.job
         batch = read_batch(job, number)
         partial = job.batch_file(number).with_suffix(".partial.safetensors")

@@ -1,4 +1,4 @@
-"""Jobs of the refine stage: a method of refinement on the images of one folder."""
+"""Jobs of the refine stage: a method on the images of a folder."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _load_teachers(
     group: str,
     loaded: dict[str, tuple[Teacher, ...]],
 ) -> tuple[Teacher, ...]:
-    """Load the teachers of a group of a stage, or of the run, once."""
+    """Load a group of teachers of a stage or the run once."""
     if not configs:
         return ()
     key = digest_of([to_dict(t) for t in configs])
@@ -183,7 +183,7 @@ def prepare(run: Run, job: Job, facts: Mapping[str, Any]) -> None:
 
 
 def resources_of(run: Run, job: Job) -> Resources:
-    """Models and data of a job, with the facts of its manifest if it exists."""
+    """Models, data and manifest facts of a job."""
     c, needs = run.config, job.needs
     means = None
     if needs.class_features:
@@ -217,7 +217,7 @@ def image_codec(run: Run, codec: Codec | None = None) -> ImageCodec:
 
 
 def read_batch(job: Job, number: int) -> Batch:
-    """Read the images of a batch, with weights in the set, anchors and statistics."""
+    """Read the images, weights, anchors and statistics of a batch."""
     rows, needs = job.batches[number], job.needs
     weights = None if job.weights is None else torch.stack([job.weights[c][r] for c, r in rows])
     source, statistics = needs.anchors.source, None

@@ -197,7 +197,7 @@ def select_setting(config: RunConfig, method: str) -> str:
 
 
 def selection_summary(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summary of the selections of classes: settings, sums of counts, means of the rest."""
+    """Summarize selections of classes: settings, summed counts, means of the rest."""
     classes = list(facts)
     summary = dict(classes[0])
     for key, value in classes[0].items():
