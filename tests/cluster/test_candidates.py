@@ -153,7 +153,7 @@ def test_no_change_of_one_image_lowers_the_transport_cost(seed: int) -> None:
         for draws in itertools.product(range(m), repeat=k)
     }
     own = tuple((chosen.rows // k).tolist())
-    neighbors = [c for draws, c in every.items() if sum(a != b for a, b in zip(draws, own)) == 1]
+    neighbors = [c for draws, c in every.items() if sum(a != b for a, b in zip(draws, own, strict=True)) == 1]
     assert cost <= min(neighbors) * (1 + 1e-9)
     assert cost <= min(every.values()) * 1.05  # no guarantee, but near on all of these
     assert chosen.facts["w2_first"] ** 2 == pytest.approx(every[0, 0, 0], rel=1e-9)
@@ -197,7 +197,7 @@ def test_bounds_are_below_the_costs_and_tight_for_the_present_image() -> None:
     for i in range(4):
         options = (p["prototype"] == i).nonzero()[:, 0]
         bounds = lower_bounds(cost, rows, i, options, a, b, solved.potentials)
-        for option, bound in zip(options, bounds):
+        for option, bound in zip(options, bounds, strict=True):
             exact = exact_transport(cost[:, torch.where(torch.arange(4) == i, option, rows)], a, b).value
             assert bound <= exact * (1 + 1e-9)
         assert bounds[0] == pytest.approx(solved.value, rel=1e-9)

@@ -271,7 +271,7 @@ def test_batched_is_the_loop() -> None:
     xs = [blobs(n, 6, 5, seed, spread=0.4) for seed, n in enumerate((40, 90, 65))]
     config = exact("torch")
     together = kmeans_many(xs, 5, config=config, seeds=[7, 8, 9])
-    for x, seed, r in zip(xs, (7, 8, 9), together):
+    for x, seed, r in zip(xs, (7, 8, 9), together, strict=True):
         alone = kmeans(x, 5, config=config, seed=seed)
         assert torch.equal(alone.labels, r.labels)
         assert torch.allclose(alone.centroids, r.centroids, atol=1e-5)
@@ -282,7 +282,7 @@ def test_race_runs_in_a_subspace_and_pads() -> None:
     g = torch.Generator().manual_seed(0)
     xs = [torch.randn(n, 200, generator=g) * torch.linspace(3, 0.1, 200) for n in (2500, 700)]
     together = kmeans_many(xs, 6, config=ClusterConfig(engine="torch"), seeds=[1, 2])
-    for x, seed, r in zip(xs, (1, 2), together):
+    for x, seed, r in zip(xs, (1, 2), together, strict=True):
         alone = kmeans(x, 6, config=ClusterConfig(engine="torch"), seed=seed)
         assert r.counts.sum() == len(x)
         assert r.inertia == pytest.approx(alone.inertia, rel=5e-3)
@@ -296,7 +296,7 @@ def test_restarts_keep_the_best() -> None:
         kmeans(x, 12, config=ClusterConfig(engine="torch", init="random", tol=0.0, n_init=6), seed=s).inertia
         for s in range(4)
     ]
-    assert all(m <= o * (1 + 1e-6) for m, o in zip(many, one))
+    assert all(m <= o * (1 + 1e-6) for m, o in zip(many, one, strict=True))
     assert sum(many) < 0.9 * sum(one)
 
 
@@ -528,7 +528,7 @@ def test_cuda_equals_cpu() -> None:
     config = exact("torch", init="k-means++")
     cpu = kmeans_many(xs, 6, config=config)
     gpu = kmeans_many([x.to("cuda") for x in xs], 6, config=config)
-    for a, b in zip(cpu, gpu):
+    for a, b in zip(cpu, gpu, strict=True):
         assert a.inertia == pytest.approx(b.inertia, rel=1e-4)
     again = kmeans_many([x.to("cuda") for x in xs], 6, config=config)
-    assert all(torch.equal(a.centroids, b.centroids) for a, b in zip(gpu, again))
+    assert all(torch.equal(a.centroids, b.centroids) for a, b in zip(gpu, again, strict=True))

@@ -37,7 +37,10 @@ def test_loads_differ_by_the_largest_unit_at_most(costs: list[float], world_size
 def test_the_largest_load_is_within_a_third_of_the_least_possible(costs: list[int], world_size: int) -> None:
     """Graham's bound of largest first: 4/3 - 1/(3 m)."""
     divisions = itertools.product(range(world_size), repeat=len(costs))
-    best = min(max(sum(c for c, r in zip(costs, d) if r == rank) for rank in range(world_size)) for d in divisions)
+    best = min(
+        max(sum(c for c, r in zip(costs, d, strict=True) if r == rank) for rank in range(world_size))
+        for d in divisions
+    )
     assert max(loads([float(c) for c in costs], world_size)) <= best * (4 / 3 - 1 / (3 * world_size)) + 1e-9
 
 

@@ -445,7 +445,10 @@ def test_a_metadata_table_gives_the_labels(tmp_path: Path, where: str) -> None:
     source = load_source(tmp_path)
     assert source.class_names == ("swan", "wren")
     images, rows, _ = read_images(source.train, range(6), 8, "crop")
-    assert {(int(x[0, 0, 0]) % 2, int(source.train.labels[r])) for x, r in zip(images, rows)} == {(0, 1), (1, 0)}
+    assert {(int(x[0, 0, 0]) % 2, int(source.train.labels[r])) for x, r in zip(images, rows, strict=True)} == {
+        (0, 1),
+        (1, 0),
+    }
 
 
 def test_a_table_without_labels_leaves_the_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -477,7 +480,9 @@ def test_a_number_is_a_number_whatever_keeps_it(tmp_path: Path, kind: str) -> No
     columns = {"image": [cell(20 * i) for i in range(12)], "label": labels}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train.parquet"))
     s = load_set(tmp_path, WORDS)
-    assert {int(x[0, 0, 0]) // 20: int(y) for x, y in zip(s.images, s.labels)} == {i: i for i in range(12)}
+    assert {int(x[0, 0, 0]) // 20: int(y) for x, y in zip(s.images, s.labels, strict=True)} == {
+        i: i for i in range(12)
+    }
     if kind != "ClassLabel":
         source = load_source(tmp_path)
         assert source.train.labels.tolist() == list(range(12))
@@ -489,7 +494,7 @@ def test_numbers_of_one_value_and_splits_of_other_types(tmp_path: Path) -> None:
         load_source(tmp_path / "one")
     tree(tmp_path / "set", "000", "007", "012")
     s = load_set(tmp_path / "set", ("12", "0", "7"))  # numbers of numbered classes are these classes
-    assert {int(x[0, 0, 0]) // 10: int(y) for x, y in zip(s.images, s.labels)} == {0: 1, 1: 2, 2: 0}
+    assert {int(x[0, 0, 0]) // 10: int(y) for x, y in zip(s.images, s.labels, strict=True)} == {0: 1, 1: 2, 2: 0}
     with pytest.raises(InputError, match="must be the same"):
         load_set(tmp_path / "set", ("1", "2", "3"))
 

@@ -217,7 +217,7 @@ def test_a_stream_is_encoded_like_any_source(tmp_path: Path) -> None:
         encode_source(source, codec, cache, config, seed=0)
         cache.check()
         found.append([cache.load(c) for c in range(3)])
-    for (a, rows_a), (b, rows_b) in zip(*found):
+    for (a, rows_a), (b, rows_b) in zip(*found, strict=True):
         assert torch.equal(rows_a, rows_b)
         assert torch.allclose(a.float(), b.float(), atol=2e-3)
 

@@ -40,7 +40,7 @@ def test_sinkhorn_is_that_of_pot_with_exact_columns() -> None:
     logs = {"log_a": a.log()[None, :, None], "log_b": MASSES.double().log()[None, None]}
     kernel = -cost / 0.05
     plans = sinkhorn(kernel, n_iter=5000, tol=1e-14, **logs)
-    for plan, c in zip(plans, cost):
+    for plan, c in zip(plans, cost, strict=True):
         expected = ot.sinkhorn(
             a.numpy(), MASSES.double().numpy(), c.numpy(), 0.05,
             method="sinkhorn_log", numItermax=5000, stopThr=1e-9, warn=False,
@@ -241,7 +241,7 @@ def test_a_class_is_a_unit_whatever_the_batch_and_a_killed_run_goes_on(
     generate(one, pipe, cache_of(one))
     small = run_of("small", 4)
     generate(small, pipe, cache_of(small))
-    for a, b in zip(*(sorted((tmp_path / n).glob("run/images/*/class-*")) for n in ("one", "small"))):
+    for a, b in zip(*(sorted((tmp_path / n).glob("run/images/*/class-*")) for n in ("one", "small")), strict=True):
         x, y = (read_tensors(f)[0]["images"].int() for f in (a, b))
         assert len(x) == 6
         assert (x - y).abs().max() <= 1

@@ -157,7 +157,7 @@ def test_ssim_is_that_of_a_plain_loop(height, width, side):
     g = generator("test")
     x = torch.rand(2, 3, height, width, generator=g) * 2 - 1
     y = (x + 0.5 * torch.randn(x.shape, generator=g)).clamp(-1, 1)
-    expected = np.mean([slow_ssim(a.double().numpy(), b.double().numpy(), side) for a, b in zip(x, y)])
+    expected = np.mean([slow_ssim(a.double().numpy(), b.double().numpy(), side) for a, b in zip(x, y, strict=True)])
     assert ssim(x, y) == pytest.approx(expected, abs=1e-4)
     assert ssim(x, y) == pytest.approx(ssim(y, x), abs=1e-6)
     assert ssim(x, x) == pytest.approx(1, abs=1e-6)

@@ -333,7 +333,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, toy_images) -> Path:
     """Images by class, an untrained prior with the records of a training, and a teacher that knows the colors."""
     root = tmp_path_factory.mktemp("world")
     for split, (images, labels) in toy_images.items():
-        for i, (x, c) in enumerate(zip(images, labels.tolist())):
+        for i, (x, c) in enumerate(zip(images, labels.tolist(), strict=True)):
             folder = root / "images" / split / "rgb"[c]
             folder.mkdir(parents=True, exist_ok=True)
             array = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

@@ -342,7 +342,9 @@ def test_what_a_model_output_means(kind: str) -> None:
             "flow_prediction": noise - clean,
             "sample": clean,
         }
-        for got, wanted in zip(clean_and_noise(out[kind], a * clean + b * noise, level, kind), (clean, noise)):
+        for got, wanted in zip(
+            clean_and_noise(out[kind], a * clean + b * noise, level, kind), (clean, noise), strict=True
+        ):
             assert torch.allclose(got, wanted, atol=2e-4)
     with pytest.raises(InputError, match="prediction_type='score' is not one of"):
         clean_and_noise(noise, clean, level, "score")
@@ -452,7 +454,7 @@ def test_no_mode_guidance_is_the_same_functions() -> None:
     steps = [lambda x, t: x] * 50
     assert toward(steps, scheduler, start, torch.ones(1), share=0.0, stop=0.5) == steps
     moved = toward(steps, scheduler, start, torch.ones(1), share=0.1, stop=0.5)
-    changed = [i for i, (a, b) in enumerate(zip(steps, moved)) if a is not b]
+    changed = [i for i, (a, b) in enumerate(zip(steps, moved, strict=True)) if a is not b]
     assert changed == list(range(start.index, start.index + round(0.5 * start.calls)))
 
 

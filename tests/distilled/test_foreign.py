@@ -459,7 +459,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pairs += [(x, torch.full((n,), i))] * (split == "train")
     folder_set(root / "set")
     net = make_net("convnet3-bn", 3, 8, seed=0)
-    x, y = (torch.cat(t) for t in zip(*pairs))
+    x, y = (torch.cat(t) for t in zip(*pairs, strict=True))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(20):
         optimizer.zero_grad()
@@ -850,7 +850,7 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
     trained = records(tmp_path, "ddr-trainings")
     assert planned == f"evaluate    up to {len(trained)} trainings of ddr\n"
     assert {r["part"] for r in trained} == {"own", "augmented", "hard", "full", "plain"}
-    for r, fact in zip(rows, facts):
+    for r, fact in zip(rows, facts, strict=True):
         value = {k: float(v) for k, v in r.items()}
         assert -1 <= value["hlr"] <= 1
         assert -1 <= value["ior"] <= 1

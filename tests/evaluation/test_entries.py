@@ -117,7 +117,9 @@ def test_a_class_without_cad_is_selected_without_weights(toy_source, bench, capl
         select(name, toy_source, 3, image_size=8, features=features, scores=lambda _: cad)
         for name in ("facility_cad", "facility")
     )
-    of = [[r for r, y in zip(s.source_row.tolist(), s.labels.tolist()) if y == 1] for s in (weighted, plain)]
+    of = [
+        [r for r, y in zip(s.source_row.tolist(), s.labels.tolist(), strict=True) if y == 1] for s in (weighted, plain)
+    ]
     assert of[0] == of[1]
     assert [r.getMessage()[:31] for r in caplog.records] == ["CAD of class 1 is 0 everywhere,"]
     assert "prune.epochs" in caplog.text

@@ -266,7 +266,7 @@ def test_a_mixed_batch_by_hand(mix):
         k = drawn.kept.item()
         top, left, height, width = drawn.cut[0].tolist()
         expected = 0.0
-        for i, j in zip(own, other):
+        for i, j in zip(own, other, strict=True):
             x = images[i : i + 1].float() / 255
             y = images[j : j + 1].float() / 255
             if mix == "mixup":
@@ -605,7 +605,7 @@ def test_averaged_parameters_by_hand():
     torch.testing.assert_close(parameters(found), average, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(parameters(plain.net), average, rtol=1e-2)
     # statistics of batches are those of the network in training
-    for (name, a), (_, b) in zip(found.named_buffers(), plain.net.named_buffers()):
+    for (name, a), (_, b) in zip(found.named_buffers(), plain.net.named_buffers(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -640,7 +640,9 @@ def test_schedules():
     for epochs in (100, 300, 1300, 1500, 2000, 3000):  # Minimax: MultiStepLR at 2 E // 3 and 5 E // 6
         falls = [
             e
-            for e, (a, b) in enumerate(zip(rates("multistep", epochs)[:-1], rates("multistep", epochs)[1:]), 1)
+            for e, (a, b) in enumerate(
+                zip(rates("multistep", epochs)[:-1], rates("multistep", epochs)[1:], strict=True), 1
+            )
             if b < a
         ]
         assert falls == [2 * epochs // 3, 5 * epochs // 6]

@@ -73,7 +73,7 @@ def test_parts_hold_every_class_once_in_an_order_of_their_seed(pipeline: Callabl
     parts = class_parts(10, 4, 0)
     assert [len(p) for p in parts] == [3, 3, 2, 2]
     assert sorted(torch.cat(parts).tolist()) == list(range(10))
-    assert all(torch.equal(a, b) for a, b in zip(parts, class_parts(10, 4, 0)))
+    assert all(torch.equal(a, b) for a, b in zip(parts, class_parts(10, 4, 0), strict=True))
     assert not torch.equal(torch.cat(parts), torch.cat(class_parts(10, 4, 1)))
     with pytest.raises(InputError, match="10 classes make 1 to 10 parts, not 11; change --parts"):
         class_parts(10, 11, 0)

@@ -99,7 +99,10 @@ def test_one_operation_is_drawn_for_a_batch_and_digits_are_not_mirrored() -> Non
     for kind, expected in (("frepo", True), ("frepo_noflip", False)):
         results = [aug.augment(kind, x, torch.Generator().manual_seed(s)) for s in range(60)]
         # a batch whose images are all themselves or mirrored comes of a flip (an angle of zero has no probability)
-        whole = [all(bool((v == a).all() or (v == b).all()) for v, a, b in zip(y, x, mirrored)) for y in results]
+        whole = [
+            all(bool((v == a).all() or (v == b).all()) for v, a, b in zip(y, x, mirrored, strict=True))
+            for y in results
+        ]
         assert any(whole) == expected
     with pytest.raises(InputError, match="no operation 'blur'; it has color, zoom"):
         aug.frepo(x, torch.Generator(), operation="blur")

@@ -402,7 +402,7 @@ def test_recipes_of_one_network_are_drawn_apart() -> None:
     drawn = dict(results_figures(rows, lambda w, h: Figure(figsize=(w, h))))
     panels = drawn["accuracy"].axes
     assert [ax.get_title() for ax in panels] == ["convnet3, hard #1", "convnet3, hard #2"]
-    for ax, height in zip(panels, (10, 20)):
+    for ax, height in zip(panels, (10, 20), strict=True):
         assert ax.lines[0].get_ydata() == pytest.approx([height, height])
 
 

@@ -301,7 +301,7 @@ def test_selected_sets(toy_source, tmp_path: Path, name: str) -> None:
     assert toy_source.train.labels[s.source_row].tolist() == s.labels.tolist()
     assert torch.equal(s.weights, torch.ones(6))
     if name != "patches":
-        for row, image in zip(s.source_row.tolist(), s.images):
+        for row, image in zip(s.source_row.tolist(), s.images, strict=True):
             assert np.array_equal(toy_source.train.read(row), image.numpy())
     if name == "nearest":
         in_class = np.bincount(toy_source.train.labels[candidates])

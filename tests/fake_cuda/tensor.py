@@ -175,7 +175,9 @@ def _to_device(operation: OpOverload, args: tuple[Any, ...], kwargs: dict[str, A
     if not any(r.alias_info is not None and r.alias_info.is_write for r in returns):
         return tree_map(lambda x: FakeCudaTensor(x) if isinstance(x, Tensor) else x, result)
     values = []
-    for alias, value in zip((r.alias_info for r in returns), result if isinstance(result, tuple) else (result,)):
+    for alias, value in zip(
+        (r.alias_info for r in returns), result if isinstance(result, tuple) else (result,), strict=True
+    ):
         if alias is None or not alias.is_write:
             values.append(FakeCudaTensor(value) if isinstance(value, Tensor) else value)
             continue

@@ -196,7 +196,7 @@ def step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 3) -> li
 def test_training_equals_the_cpu_bit_for_bit() -> None:
     net, x, y = net_and_data()
     there = step(copy.deepcopy(net).to(DEVICE), x.to(DEVICE), y.to(DEVICE))
-    for a, b in zip(step(net, x, y), there):
+    for a, b in zip(step(net, x, y), there, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -295,7 +295,7 @@ def test_draws_of_the_device_leave_the_generator_of_the_cpu_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     torch.cuda.manual_seed(5)
     again = torch.randn(4, device=DEVICE).cpu(), nn.functional.dropout(torch.ones(9, device=DEVICE)).cpu()
-    for a, b in zip(first, again):
+    for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert len(torch.unique(first[0])) == 4
 

@@ -23,7 +23,7 @@ def make_world(root: Path) -> Path:
 
     splits = toy_splits()
     for split, (images, labels) in splits.items():
-        for i, (x, c) in enumerate(zip(images, labels.tolist())):
+        for i, (x, c) in enumerate(zip(images, labels.tolist(), strict=True)):
             folder = root / "images" / split / NAMES[c]
             folder.mkdir(parents=True, exist_ok=True)
             array = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

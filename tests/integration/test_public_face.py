@@ -75,7 +75,7 @@ def test_a_call_generates_images_of_classes(pipe: DistillPipeline) -> None:
     assert [i.size for i in images] == [(8, 8)] * 3
     tensors = pipe(["red", "blue", "blue"], generator=torch.manual_seed(0), output_type="pt", **options).images
     assert tensors.shape == (3, 3, 8, 8)
-    for image, tensor in zip(images, tensors):
+    for image, tensor in zip(images, tensors, strict=True):
         array = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
         assert (array.float() / 255 - tensor).abs().max() < 1 / 255
     assert not torch.equal(tensors[1], tensors[2])  # noise of their own

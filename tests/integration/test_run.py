@@ -51,7 +51,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     headings = ["Accuracy", "Images", "Quantization", "IPC 1", "IPC 3", "Settings", "Provenance"]
     assert [h for h in headings if not re.search(rf"<h[23]>[^<]*{h}[^<]*</h", page)] == []
-    for name, images in zip(("blue", "green", "red"), (7, 8, 9)):
+    for name, images in zip(("blue", "green", "red"), (7, 8, 9), strict=True):
         assert f"<td>{name}</td><td>{images}</td>" in page
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for stage in ("encode", "cluster", "generate", "label", "evaluate"):

@@ -284,7 +284,7 @@ def walked(expected: dict[str, float], took: list[float], caplog: pytest.LogCapt
     way = StageTimer(("encode", "cluster", "report"), expected, clock=clock)
     caplog.clear()
     with caplog.at_level(logging.INFO, "dq"):
-        for name, seconds in zip(way.stages, took):
+        for name, seconds in zip(way.stages, took, strict=True):
             with way.stage(name):
                 clock.now += seconds
     return [r.getMessage() for r in caplog.records]

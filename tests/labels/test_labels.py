@@ -204,7 +204,7 @@ def test_teacher_and_student_see_the_same_images_in_the_same_parts(n, expected, 
         hook.remove()
     assert [len(x) for x in by_teacher] == expected
     assert len(seen) == len(expected) + 1  # the last is the test
-    assert all(torch.equal(a, b) for a, b in zip(by_teacher, seen))
+    assert all(torch.equal(a, b) for a, b in zip(by_teacher, seen, strict=True))
 
 
 RECIPES = [
@@ -431,7 +431,7 @@ def test_plans_that_cannot_be_are_refused():
     ids=["cifar10", "cifar100", "tinyimagenet", "imagenette", "imagenet1k"],
 )
 def test_bytes_of_logits_are_those_of_the_literature(classes, epochs, expected):
-    for ipc, size in zip((1, 10, 50), expected):
+    for ipc, size in zip((1, 10, 50), expected, strict=True):
         assert label_bytes(ipc * classes, epochs, classes).logits == pytest.approx(size, rel=0.05)
 
 
@@ -699,7 +699,7 @@ def test_recipes_share_labels_only_if_their_batches_are_the_same(bench, tmp_path
     stage.write_labels(trainings, bench, work)
     folders = [stage.label_folder(work, t, bench) for t in trainings]
     assert folders[0] == folders[1] != folders[2] == folders[3]
-    for t, folder in zip(trainings, folders):
+    for t, folder in zip(trainings, folders, strict=True):
         source = read_labels(folder, s.images)
         plan = make_plan(s.images, bench.teachers, 3, t.config)
         assert_same_views(source(1).views, plan.draw(0))

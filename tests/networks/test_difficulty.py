@@ -76,7 +76,7 @@ def test_orders_are_permutations_of_classes_of_any_size_from_easy_to_hard() -> N
     assert [len(o) for o in orders] == [17, 1, 0, 5]
     for c, order in enumerate(orders):
         assert order.sort().values.tolist() == (labels == c).nonzero()[:, 0].tolist()
-        ranked = list(zip(scores[order].tolist(), order.tolist()))
+        ranked = list(zip(scores[order].tolist(), order.tolist(), strict=True))
         assert ranked == sorted(ranked)  # ties by position
 
 

@@ -108,12 +108,14 @@ def test_a_state_goes_on_bit_for_bit_and_a_rate_reaches_both() -> None:
     again = optimizer(resumed)
     again.load_state_dict(copy.deepcopy(own.state_dict()))
     trained(resumed, again, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
     for group in again.param_groups:
         group["lr"] = 0.0
     before: list[Tensor] = [p.detach().clone() for p in resumed.parameters()]
     trained(resumed, again, range(6, 7))
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), before))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), before, strict=True))
 
 
 def test_a_student_has_every_parameter_in_one_group() -> None:

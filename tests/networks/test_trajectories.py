@@ -60,7 +60,9 @@ def trained(config: TrainExpertsConfig = SMALL, seeds: tuple[int, ...] = (5,), *
 @pytest.mark.parametrize("sizes", [(500,), (5000,), (7, 500, 1, 5000)])
 def test_sizes_of_the_curriculum_follow_the_paper(sizes: tuple[int, ...]) -> None:
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    orders = [o + torch.randperm(n, generator=torch.Generator().manual_seed(o)) for o, n in zip(offsets, sizes)]
+    orders = [
+        o + torch.randperm(n, generator=torch.Generator().manual_seed(o)) for o, n in zip(offsets, sizes, strict=True)
+    ]
     expected = {
         0: [max(1, int(0.75 * n)) for n in sizes],
         10: [max(1, int(0.875 * n)) for n in sizes],
@@ -73,7 +75,7 @@ def test_sizes_of_the_curriculum_follow_the_paper(sizes: tuple[int, ...]) -> Non
     for epoch, counts in expected.items():
         rows = curriculum_rows(epoch, orders, PAD)
         assert torch.equal(rows, rows.unique())  # sorted, none twice
-        for first, n, order, count in zip(offsets, sizes, orders, counts):
+        for first, n, order, count in zip(offsets, sizes, orders, counts, strict=True):
             chosen = rows[(rows >= first) & (rows < first + n)]
             assert len(chosen) == count > 0
             easy = order[:count] if epoch <= 20 else order[n - count :]
@@ -221,7 +223,7 @@ def test_gsam_is_its_formula_and_without_a_step_uphill_plain_sgd() -> None:
 
     losses, g = gsam_gradient(theta, gradient, 0.1, 0.3)
     torch.testing.assert_close(losses, (a * theta**4).sum(1) / 4)
-    for row, result in zip(theta, g):
+    for row, result in zip(theta, g, strict=True):
         g1 = a * row**3
         up = row + 0.1 * row**2 * g1 / (row.abs() * g1).norm()
         g2 = a * up**3

@@ -175,7 +175,7 @@ def test_images_start_from_what_is_asked_for() -> None:
 
     torch.testing.assert_close(make("drawn"), whitening(images))
     whitened = whitening(real.images)
-    for x, c in zip(make("real"), labels.tolist()):
+    for x, c in zip(make("real"), labels.tolist(), strict=True):
         rows = (whitened - x).abs().amax((1, 2, 3)).lt(1e-6).nonzero()[:, 0]
         assert real.labels[rows].tolist() == [c]
     assert float(make("noise").std()) == pytest.approx(float(whitened.std()), rel=0.1)

@@ -51,7 +51,7 @@ def test_gps_is_the_formula_on_the_inputs_of_each_layer() -> None:
         seen.clear()
         teacher(image[None])
         terms = []
-        for norm, x in zip(norms, seen):
+        for norm, x in zip(norms, seen, strict=True):
             pixels = x[0].flatten(1)
             shift = sum((float(pixels[c].mean()) - float(norm.running_mean[c])) ** 2 for c in range(len(pixels)))
             ratio = [
@@ -90,7 +90,7 @@ def test_moments_in_closed_form_are_those_of_one_pass_over_the_whole_group(batch
     parts = [Moments(each.mean[i : i + 7], each.var[i : i + 7]) for i in range(0, 23, 7)]
     pooled = [pool_moments(p, torch.ones(len(p.mean))) for p in parts]
     counts = torch.tensor([len(p.mean) for p in parts])
-    total = pool_moments(Moments(*map(torch.stack, zip(*pooled))), counts)
+    total = pool_moments(Moments(*map(torch.stack, zip(*pooled, strict=True))), counts)
     seen: list[torch.Tensor] = []
     hooks = [a.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].double())) for a in matched.layers]
     teacher((images * 255).round() / 255)

@@ -82,7 +82,7 @@ def plain_loop(images, teachers, config, anchor, seed):
     """The released recipe written out: hooks, one Adam per block, `interpolate`, channel by channel."""
     x = (anchor - mean) / std
     trace, step, total = [], 0, sum(config.steps)
-    for block, (size, steps) in enumerate(zip(config.sizes, config.steps)):
+    for block, (size, steps) in enumerate(zip(config.sizes, config.steps, strict=True)):
         if block:
             x, back = (F.interpolate(v, (size, size), mode="bilinear") for v in (x, (anchor - mean) / std))
             x = config.alpha * x + (1 - config.alpha) * back

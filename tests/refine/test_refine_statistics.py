@@ -36,7 +36,7 @@ def plain_distance(net: nn.Module, x: torch.Tensor, weights, norm: str = "l2", c
     for h in handles:
         h.remove()
     total = 0.0
-    for weight, (m, f) in zip(weights, seen.values()):
+    for weight, (m, f) in zip(weights, seen.values(), strict=True):
         parts = [m.running_var - f.var((0, 2, 3), unbiased=False), m.running_mean - f.mean((0, 2, 3))]
         total = total + weight * sum(p.norm() if norm == "l2" else p.square().sum() for p in parts)
     return total

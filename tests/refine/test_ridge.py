@@ -216,7 +216,7 @@ def test_a_linear_feature_learns_one_image_per_class_as_good_as_all_data() -> No
     moments = [torch.zeros_like(images), torch.zeros_like(labels)]
     for _ in range(400):
         g = meta_gradient(lambda z: z, images, labels, x, y, Objective(margin_weight=0.0))
-        for v, p, d in zip(moments, (images, labels), (g.images, g.labels)):
+        for v, p, d in zip(moments, (images, labels), (g.images, g.labels), strict=True):
             v.mul_(0.9).add_(d)
             p.sub_(0.05 * v)
     assert float(g.krr) == pytest.approx(target, rel=1e-3)

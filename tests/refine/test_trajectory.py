@@ -181,7 +181,7 @@ def test_images_start_from_what_is_asked_for(small: Trajectory, experts: Experts
     pixels = real.images.float() / 255
     for start in ("real", "correct"):
         r = learn(dataclasses.replace(still, start=start), experts, real)
-        for image, label in zip(r.images, LABELS):
+        for image, label in zip(r.images, LABELS, strict=True):
             distances = (pixels - image).abs().amax((1, 2, 3))
             row = int(distances.argmin())
             assert distances[row] < 1e-3
@@ -426,7 +426,7 @@ def test_latents_start_from_what_is_asked_for(latent: Trajectory, experts: Exper
     encoded = c.decode(c.encode(real.images))
     for start in ("real", "correct"):
         r = learn(dataclasses.replace(still, start=start), experts, real, codec=c)
-        for image, label in zip(r.images, LABELS):
+        for image, label in zip(r.images, LABELS, strict=True):
             distances = (encoded - image).abs().amax((1, 2, 3))
             assert distances.min() < 1e-5
             assert label in real.labels[distances < 1e-5]

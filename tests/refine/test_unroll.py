@@ -79,7 +79,7 @@ def test_tesla_has_the_exact_loss_and_for_one_step_the_exact_gradient(share: flo
         exact, tesla = (f(*p) for f in (exact_gradient, tesla_gradient))
         torch.testing.assert_close(tesla.loss, exact.loss, rtol=1e-10, atol=0)
         if steps == 1:
-            for a, b in zip(tesla, exact):
+            for a, b in zip(tesla, exact, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-10)
         else:
             assert not torch.allclose(tesla.images, exact.images, rtol=1e-3)

@@ -218,7 +218,7 @@ def test_odd_numbers_are_refused(changes: dict, message: str | None, tmp_path: P
 
 
 LAUGH = "[&a [x, x, x, x], " + ", ".join(
-    f"&{b} [*{a}, *{a}, *{a}, *{a}]" for a, b in zip("abcdefghijklmn", "bcdefghijklmno")
+    f"&{b} [*{a}, *{a}, *{a}, *{a}]" for a, b in zip("abcdefghijklmn", "bcdefghijklmno", strict=True)
 )
 
 

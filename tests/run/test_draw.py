@@ -116,5 +116,5 @@ def test_a_damaged_class_is_drawn_again_and_no_other(
     paths[1].write_bytes(data)
     generate(run, pipe, cache_of(run))
     assert files(tmp_path) == before
-    assert [f.stat().st_mtime_ns == s for f, s in zip(paths, stamps)] == [True, False, True]
+    assert [f.stat().st_mtime_ns == s for f, s in zip(paths, stamps, strict=True)] == [True, False, True]
     assert f"{class_file(paths[1].parent, 1)} is damaged" in caplog.text

@@ -79,7 +79,7 @@ def orders(run: Run) -> list[torch.Tensor]:
 
 def test_hard_images_are_not_clustered(done) -> None:
     run, by_method = done
-    for p, order in zip(by_method["kept"], orders(run)):
+    for p, order in zip(by_method["kept"], orders(run), strict=True):
         kept = len(order) - int(0.3 * len(order))
         assert p.counts.sum() == p.stats["kept_images"] == kept
         assert p.stats["class_images"] == len(order)
@@ -88,13 +88,13 @@ def test_hard_images_are_not_clustered(done) -> None:
         mean = z[torch.isin(rows, order[:kept])].float().mean(0)
         shares = (p.counts / p.counts.sum()).view(-1, 1, 1, 1)
         assert torch.allclose((p.centroids * shares).sum(0), mean, atol=1e-4)
-    assert all(p.counts.sum() == n for p, n in zip(by_method["plain"], run.source.class_counts()))
+    assert all(p.counts.sum() == n for p, n in zip(by_method["plain"], run.source.class_counts(), strict=True))
     assert "policy" not in by_method["plain"][0].stats
 
 
 def test_weights_are_repeated_images(done) -> None:
     run, by_method = done
-    for p, order in zip(by_method["weighed"], orders(run)):
+    for p, order in zip(by_method["weighed"], orders(run), strict=True):
         kept = len(order) - int(0.3 * len(order))
         z, rows = cache_of(run).load(p.label)
         inside = torch.isin(rows, order[:kept])
@@ -112,7 +112,7 @@ def test_weights_are_repeated_images(done) -> None:
 
 def test_the_hardest_clusters_are_dropped_and_ipc_are_left(done) -> None:
     run, by_method = done
-    for p, order in zip(by_method["dropped"], orders(run)):
+    for p, order in zip(by_method["dropped"], orders(run), strict=True):
         n = len(order)
         k = math.ceil(2 * n / (n - int(0.3 * n)))
         assert k == 3
@@ -157,7 +157,7 @@ def test_the_same_call_again_does_nothing_and_another_policy_clusters_anew(done,
     with pytest.raises(InputError, match=r"no prototypes for ipc 2; .*`dq cluster`"):
         stage.load_prototypes(other, cache_of(other), 2, other.resolved("kept"))
     by_method = clustered(other)["kept"]
-    for p, order in zip(by_method, orders(other)):
+    for p, order in zip(by_method, orders(other), strict=True):
         assert set(p.medoid_rows.tolist()) <= set(order[int(0.3 * len(order)) :].tolist())
     assert [(f, f.stat().st_mtime_ns) for f in files] == before  # the others are still there
 

@@ -105,7 +105,7 @@ class Seen:
 
     def gps(self) -> Tensor:
         terms = []
-        for norm, x in zip(self.norms, self.inputs(list(range(len(self.labels))))):
+        for norm, x in zip(self.norms, self.inputs(list(range(len(self.labels)))), strict=True):
             shift = (x.mean((2, 3)) - norm.running_mean).norm(dim=1)
             ratio = (x.var((2, 3), correction=0) + 1e-6) / (norm.running_var + 1e-6)
             terms.append((shift + ratio.log().norm(dim=1)) / x.shape[1] ** 0.5)
@@ -170,7 +170,7 @@ def test_the_loss_of_a_batch_is_its_distance_to_its_own_groups(world, teachers, 
 
         def distance(r: int, m=means, v=variances, n=sizes) -> float:
             mean, var = seen.statistics(torch.cat([g[r] for g in groups]))
-            return sum(float((a - b).norm()) for a, b in zip([*mean.split(n), *var.split(n)], [*m, *v]))
+            return sum(float((a - b).norm()) for a, b in zip([*mean.split(n), *var.split(n)], [*m, *v], strict=True))
 
         assert batch["trace"][0, 1].item() == pytest.approx(distance(rank), rel=1e-3)
         assert batch["trace"][0, 1].item() != pytest.approx(distance((rank + 1) % 3), rel=1e-2)
@@ -189,7 +189,7 @@ def test_swapped_groups_give_other_images(world, teachers, encoded, grouped, tmp
     cut = refine_groups.groups_by_score
     monkeypatch.setattr(refine_groups, "groups_by_score", lambda rows, scores, n: cut(rows, -scores, n))
     other = refine(world, teachers, encoded, tmp_path / "other", STATISTICS)
-    for rank, (a, b) in enumerate(zip(batches(one), batches(other))):
+    for rank, (a, b) in enumerate(zip(batches(one), batches(other), strict=True)):
         same = torch.equal(a["images"], b["images"])
         assert not same, rank
     # another run takes the statistics that are there
@@ -250,7 +250,7 @@ def test_off_means_the_same_bits_and_folders_of_old(world, teachers, encoded, tm
     assert results(plain) == results(named)
     assert refined(plain).name == refined(named).name
     ranks = refine(world, teachers, encoded, tmp_path / "ranks", {**SHORT, **STILL, "compose": "rank"})
-    for a, b in zip(batches(plain), batches(ranks)):  # three classes in batches of three
+    for a, b in zip(batches(plain), batches(ranks), strict=True):  # three classes in batches of three
         assert torch.equal(a["images"], b["images"])
 
 

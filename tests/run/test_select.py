@@ -106,7 +106,9 @@ def test_more_candidates_extend_fewer_and_the_first_draw_is_that_without(
     drawn(tmp_path / "two", toy_source, accelerator, pipe, candidates=2, **settings)
     drawn(tmp_path / "four", toy_source, accelerator, pipe, candidates=4, **settings)
     several = set()
-    for (all_, _), (two, _), (four, meta) in zip(*(classes(tmp_path / n) for n in ("all", "two", "four"))):
+    for (all_, _), (two, _), (four, meta) in zip(
+        *(classes(tmp_path / n) for n in ("all", "two", "four")), strict=True
+    ):
         keep, prototype, number = four["pool_kept"], four["pool_prototype"], four["pool_draw"]
         assert prototype[keep].sort().values.tolist() == [0, 1, 2]
         order = prototype[keep].argsort()
@@ -125,7 +127,9 @@ def test_what_is_kept_is_what_the_rule_says(tmp_path: Path, toy_source, accelera
     drawn(tmp_path / "confident", toy_source, accelerator, pipe, select="confident", **settings)
     drawn(tmp_path / "correct", toy_source, accelerator, pipe, select="correct", **settings)
     lacking = 0
-    for (confident, _), (correct, meta) in zip(classes(tmp_path / "confident"), classes(tmp_path / "correct")):
+    for (confident, _), (correct, meta) in zip(
+        classes(tmp_path / "confident"), classes(tmp_path / "correct"), strict=True
+    ):
         p, prototype = confident["pool_probability"], confident["pool_prototype"]
         for k in range(3):
             own = prototype == k
