@@ -41,7 +41,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" if the interval leaves zero out, else "undecided"."""
+        """Say "better" or "worse" if the interval leaves zero out, else "undecided"."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 

@@ -140,7 +140,7 @@ def _stale_weights(repo: Repo, files: Changes, variant: str | None) -> list[str]
 
 
 def model_kind(folder: Path) -> str | None:
-    """ "teacher", "pipeline" or "codec", by what the folder holds."""
+    """Name the kind of a model by what its folder holds: "teacher", "pipeline" or "codec"."""
     if (folder / "teacher.json").is_file():
         return "teacher"
     if (folder / "model_index.json").is_file():
