@@ -32,7 +32,7 @@ class PlannedSet:
 
     @property
     def together(self) -> bool:
-        """Whether the images of a class are denoiser_steps together."""
+        """Whether the images of a class are denoised together."""
         return self.generate.together and self.how.representative != "real"
 
     @property
