@@ -67,7 +67,7 @@ def test_how_images_are_divided_does_not_change_them(
     one = clustered(tmp_path / "one", toy_source, accelerator, pipe)
     generate(one, pipe, cache_of(one))
     assert sorted(files(tmp_path / "one")) == [f"class-0000{c}.safetensors" for c in range(3)]  # no stretch is left
-    monkeypatch.setattr(draw, "cut", lambda n, least, most: [range(n)])
+    monkeypatch.setattr(draw, "cut", lambda n, smallest, largest: [range(n)])
     two = clustered(tmp_path / "two", toy_source, accelerator, pipe)
     assert all(whole for _, _, whole in drawing(two, tmp_path).units)
     generate(two, pipe, cache_of(two))
