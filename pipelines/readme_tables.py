@@ -265,6 +265,7 @@ TABLES = {
     "matching": lambda: matched("matching", "hard"),
     "matching_differences": lambda: matched_differences("matching", "hard", MATCHING_PAIRS),
     "pruning": lambda: accuracy("cifar10_prune"),
+    "pruning_refinement": lambda: accuracy("cifar10_prune_refine"),
     "frepo_digits": lambda: with_ridge("digits_frepo"),
     "frepo_fashion": lambda: with_ridge("fashion_frepo", "fashion_frepo_ipc10"),
     "frepo_fashion_checks": lambda: checks("fashion_frepo"),
