@@ -24,6 +24,8 @@ RENAMED = {  # settings of earlier versions
     "mode_guidance": "prototype_guidance",
     "mode_stop": "prototype_guidance_stop",
     "guidance_snr": "guidance_interval",
+    "licence": "license",
+    "neighbours": "neighbors",
 }
 TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
