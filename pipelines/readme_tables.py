@@ -298,6 +298,8 @@ TABLES = {
     "recommended_fashion_ipc50_differences": lambda: advantages("fashion_recommended_ipc50", "selected"),
     "cifar10_held_out": lambda: accuracy("cifar10_held_out"),
     "cifar10_held_out_guided": lambda: accuracy("cifar10_held_out_guided"),
+    "cifar10_low_snr": lambda: accuracy("cifar10_low_snr"),
+    "cifar10_low_snr_differences": lambda: advantages("cifar10_low_snr", "ddoq"),
     "recommended_cifar10": lambda: accuracy("cifar10_recommended"),
     "recommended_cifar10_differences": lambda: advantages("cifar10_recommended", "selected"),
     "digits_differences": lambda: advantages("digits_demo", "recommended-frepo"),
