@@ -138,8 +138,9 @@ def execute(args: argparse.Namespace) -> None:
     _warn_of_slow_dtypes(verb, call)
     checked = job.check(call) if job.checks_counts or not args.like else Checked()
     if args.dry_run:
+        text = job.plan(call, checked)  # in every process, as they agree on dtypes
         if call.accelerator.is_main_process:
-            print(job.plan(call, checked))
+            print(text)
         return
     with locked(folder, call.accelerator, call.config.cache_dir):
         try:

@@ -109,7 +109,7 @@ def plan(call: Call, checked: Checked, untrained: Sequence[TeacherConfig] = ()) 
     else:
         pipe, unknown = checked.pipe, checked.unknown
         speeds = measure_speeds(config, source, pipe, accelerator.device, unknown, untrained=untrained)
-    if args.save_speeds:
+    if args.save_speeds and accelerator.is_main_process:
         speeds.save(Path(args.save_speeds))
     return plan_with_speeds(config, source, speeds, processes=args.processes or accelerator.num_processes)
 

@@ -47,7 +47,7 @@ class Verb:
 VERBS = {
     "run": Verb(
         "all stages: encode, prune, cluster, generate, refine, label, evaluate, report",
-        "--config cifar10_ddoq --data DIR --ipc 1,10 --set codec.path=DIR",
+        "--config cifar10_ddoq --data DIR --ipc 1,10 --set codec.path=DIR teachers.0.path=FILE",
         f"{STAGE_OPTIONS} hub push_to_hub",
         f"{RUN_SETTINGS} hub report_to",
         needs_config=True,
@@ -124,7 +124,7 @@ VERBS = {
         preset="recommended",
     ),
     "demo": Verb(
-        "digits from scikit-learn: train a small prior, distil, evaluate; no download",
+        "digits from scikit-learn: train a small prior, distill, evaluate; no download",
         "--output_dir runs/demo",
         f"{STAGE_OPTIONS.removeprefix('config ')} hub push_to_hub",
         f"{RUN_SETTINGS} prior train_teachers hub report_to",

@@ -31,8 +31,11 @@ def resolved_method(config: RunConfig, method: str) -> ResolvedMethod:
         InputError: for an override of something else.
     """
     m = config.methods[method]
-    override = dict(_flat(m.override))
-    for key in override:
+    override: dict[str, Any] = {}
+    for key, value in _flat(m.override):
+        if key in override:
+            raise InputError(f"methods.{method}.override gives {key} twice, as {override[key]!r} and {value!r}")
+        override[key] = value
         if key.split(".")[0] not in OVERRIDABLE:
             sections = f"{', '.join(f'{s}.*' for s in OVERRIDABLE[:-1])} and {OVERRIDABLE[-1]}.*"
             raise InputError(f"methods.{method}.override may set {sections}, not {key!r}")

@@ -12,7 +12,7 @@ from dq.config.reader import in_words
 from dq.config.refinement import STAGES, RefineConfig
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
-from dq.config.validation import TYPE_NAMES, bounds, field_hint, is_settings, none_word, optional, unwrap
+from dq.config.validation import RENAMED, TYPE_NAMES, bounds, field_hint, is_settings, none_word, optional, unwrap
 from dq.core.bounded_yaml import write_yaml
 from dq.core.errors import InputError
 from dq.core.text import nearest_name
@@ -54,6 +54,9 @@ def explain(key: str) -> list[Setting]:
     chosen = [r for r in rows if _matches(r.key.split("."), parts)]
     chosen = chosen or [r for r in rows if len(parts) == 1 and r.key.rpartition(".")[2] == key]
     if not chosen:
+        section, _, name = key.rpartition(".")
+        if name in RENAMED:
+            raise InputError(f"{key!r} is now called {f'{section}.{RENAMED[name]}'.lstrip('.')!r}; change the name")
         names = {r.key: r.key for r in reversed(rows)} | {r.key.rpartition(".")[2]: r.key for r in reversed(rows)}
         close = nearest_name(key, names)
         hint = f"did you mean {names[close]!r}?" if close else "`dq config` lists all"

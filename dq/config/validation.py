@@ -27,6 +27,7 @@ RENAMED = {  # settings of earlier versions
     "licence": "license",
     "neighbours": "neighbors",
 }
+RENAMED_VALUES = {"race": "pca-multistart", "barycentre": "barycenter"}
 TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -108,7 +109,10 @@ def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> st
         expectation = expectation.replace("a number", "a finite number", 1)
     nearest = ""
     if get_origin(owner) is Literal and len(get_args(owner)) > 1 and isinstance(value, str):
-        close = nearest_name(value, [str(v) for v in get_args(owner)])
+        names = [str(v) for v in get_args(owner)]
+        if RENAMED_VALUES.get(value) in names:
+            return f"{name}={value} is now called {RENAMED_VALUES[value]!r}; change the value"
+        close = nearest_name(value, names)
         nearest = f"; did you mean {close!r}?" if close else ""
     return f"{name} must be {expectation}, not {short(value)}{nearest}"
 
@@ -166,7 +170,7 @@ def _locate(cls: Any, data: Any, loc: Sequence[Any], where: str) -> tuple[str, A
         elif get_origin(core) is tuple:
             is_list = isinstance(node, (list, tuple))
             hint, node = get_args(core)[0], node[part] if is_list else node
-            if not is_list:  # a scalar that stands for a list of one
+            if not is_list and not isinstance(node, dict):  # a scalar that stands for a list of one
                 continue
         elif get_origin(core) is dict and part != "[key]":
             hint, node = get_args(core)[1], node.get(part) if isinstance(node, dict) else None

@@ -214,7 +214,9 @@ def _problem(batch: Batch, config: FRePo, resources: Resources, seed: int) -> _P
         raise InputError("first_labels=teachers needs teachers; give some, or set first_labels=classes")
     if len(real.images) == 0:
         raise InputError("frepo predicts real train images, but there are none; check the train split")
-    whitening = resources.once("whitening", lambda: fit_whitening(real.images, zca=config.whiten)).to(device)
+    whitening = resources.once(f"whitening {config.whiten}", lambda: fit_whitening(real.images, zca=config.whiten)).to(
+        device
+    )
     rendering = Rendering.of("frepo", config.mode, whitening, resources.codec, config.chunk)
     holds_out = config.checks or config.fit_temperature
     predicted, held_out = split_off(real, config.held_out) if holds_out else (real, None)

@@ -21,15 +21,15 @@ def measure(
     variation, and root mean squared distance to the anchor, both in gray levels.
     """
 
-    def judged(t: Teacher) -> dict[str, Any]:
+    def measured(t: Teacher) -> dict[str, Any]:
         logits = t.logits(images)
         hits = int((logits.argmax(1) == labels).sum())
         return {"name": t.name, "hits": hits, "cross_entropy": float(F.cross_entropy(logits, labels, reduction="sum"))}
 
     distance = (images - anchor).square().mean((1, 2, 3)).sqrt() * 255
     return {
-        "teachers": [judged(t) for t in teachers],
-        "validation_teachers": [judged(t) for t in validation_teachers],
+        "teachers": [measured(t) for t in teachers],
+        "validation_teachers": [measured(t) for t in validation_teachers],
         "variation": float(total_variation(images).sum()),
         "anchor_distance": float(distance.sum()),
     }
@@ -62,7 +62,7 @@ def sentence(summary: dict[str, Any]) -> str:
         return f"{100 * sum(values) / len(values):.1f} %"
 
     parts = [
-        f"{group} {mean('before', group)} -> {mean('after', group)}"
+        f"{group.replace('_', ' ')} {mean('before', group)} -> {mean('after', group)}"
         for group in ("teachers", "validation_teachers")
         if summary["after"][group]
     ]

@@ -230,7 +230,13 @@ def _refinement(run: Run, heading: str, folder: Path) -> dict[str, Any]:
     for group in ("teachers", "validation_teachers"):
         for a, b in zip(summary["before"][group], summary["after"][group], strict=True):
             accuracies = [f"{100 * x['accuracy']:.1f} %" for x in (a, b)]
-            rows.append([f"{a['name']} ({group[:-1]})", *accuracies, *(f"{x['cross_entropy']:.3f}" for x in (a, b))])
+            rows.append(
+                [
+                    f"{a['name']} ({group[:-1].replace('_', ' ')})",
+                    *accuracies,
+                    *(f"{x['cross_entropy']:.3f}" for x in (a, b)),
+                ]
+            )
     for key, what in (("variation", "total variation"), ("anchor_distance", "distance to the anchor")):
         rows.append([f"{what}, gray levels", *(f"{summary[w][key]:.2f}" for w in ("before", "after")), "", ""])
     trace = read_trace(folder)

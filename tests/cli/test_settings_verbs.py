@@ -170,6 +170,10 @@ def test_config_explains_one_setting(capsys: pytest.CaptureFixture[str]) -> None
         code, _, err = called("config", wrong, capsys=capsys)
         assert code == 2
         assert f"did you mean '{near}'?" in err
+    for old, new in (("judges", "validation_teachers"), ("generate.guidance_snr", "generate.guidance_interval")):
+        code, _, err = called("config", old, capsys=capsys)
+        assert code == 2
+        assert f"is now called '{new}'" in err
     code, out, _ = called("config", capsys=capsys)
     assert len(out.splitlines()) > 300
 
@@ -178,6 +182,10 @@ def test_config_explains_one_setting(capsys: pytest.CaptureFixture[str]) -> None
     ("text", "message"),
     [
         ("cluster: {n_iter: 0}", "cluster.n_iter must be a whole number of at least 1, not 0"),
+        (
+            "methods: {a: {override: {cluster.n_iter: 1, cluster: {n_iter: 2}}}}",
+            "methods.a.override gives cluster.n_iter twice, as 1 and 2",
+        ),
         ("evaluate: {students: [{lrr: 1}]}", "unknown setting 'evaluate.students.0.lrr'; did you mean"),
         ("evaluate: {students: [{protocol: clasic}]}", "did you mean 'classic'?"),
         ("evaluate: {students: [{epochs: {1: 3}}]}", "has epochs for 1 but not for '10'"),

@@ -16,7 +16,7 @@ from dq.config.students import EvaluateConfig, StudentConfig
 from dq.config.validation import Checked
 from dq.core.errors import InputError
 from dq.evaluation.trainings import students_of
-from dq.run.refinement import labelled
+from dq.run.refinement import labeled
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def test_shipped_configs_load(path: Path) -> None:
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in config.evaluate.baselines)
     found = students_of(config.evaluate, ipcs, 10, config.image_size)
     assert len(found) == len(config.evaluate.students) * len(ipcs)
-    own = not config.evaluate.baselines and all(labelled(config, m) for m in config.methods)
+    own = not config.evaluate.baselines and all(labeled(config, m) for m in config.methods)
     assert config.teachers or own or not any(s.asks_teachers for s in found.values())
 
 
@@ -125,6 +125,7 @@ def test_a_section_and_another_of_its_settings_are_joined(order: int) -> None:
         ("cluster.enginee=torch", r"unknown setting 'cluster.enginee'; did you mean 'cluster.engine'\?"),
         ("generate.mode_stop=0.5", "'generate.mode_stop' is now called 'generate.prototype_guidance_stop'"),
         ("prior_report.licence=mit", "'prior_report.licence' is now called 'prior_report.license'"),
+        ("cluster.init=race", "cluster.init=race is now called 'pca-multistart'; change the value"),
         ("clutser.engine=torch", r"unknown setting 'clutser'; did you mean 'cluster'\?"),
         ("cluster.engine=gpu", "cluster.engine must be one of 'auto'"),
         ("cluster.n_iter=many", "cluster.n_iter must be a whole number of at least 1, not 'many'"),
@@ -170,6 +171,7 @@ def test_a_section_and_another_of_its_settings_are_joined(order: int) -> None:
         ("evaluate.students=[{labels: [soft], views: 3}]", "views of a student must be a mapping of settings, not 3"),
         ("evaluate.students=[{labels: [[hard]]}]", "labels lists kinds such as .*, each once, not"),
         ("evaluate.students=[{labels: [hard, 3]}]", "labels lists kinds such as .*, each once, not"),
+        ("refine={stage: spectral, sampler_lr: -1}", "refine.0.sampler_lr must be a number of at least 0, not -1"),
         ("refine=[{stage: spectral, sampler_lr: -1}]", "refine.0.sampler_lr must be a number of at least 0, not -1"),
         (
             "refine=[{stage: spectral, sampler_lr: .inf}]",

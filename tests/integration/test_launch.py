@@ -158,6 +158,18 @@ def test_what_the_note_tells_to_type_starts_two(launcher: str, world: Path, tmp_
     assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
 
 
+@pytest.mark.multi_process
+def test_a_dry_run_of_two_processes_prints_one_plan(world: Path, tmp_path: Path) -> None:
+    program = [*torchrun(2), "-m", "dq.cli", "run", "--config", str(small(world, tmp_path)), "--cpu", "--dry-run"]
+    done = subprocess.run(
+        program, env=environment(HF_HOME=str(tmp_path)), cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 2 processes" in done.stdout
+    assert done.stdout.count("writes to") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def lines_on_processes(said: str) -> list[str]:
     return [line for line in said.splitlines() if "process" in line and (" on cpu, " in line or "note:" in line)]
 
