@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     learned: list[frepo_sets.Set] = []
     for number, part in enumerate(parts, 1):
         new = of_classes(real, part)
-        learned.append(frepo_sets.distil(frepo_sets.random_images(new, args.ipc, 0), new, whitening, classes, args))
+        learned.append(frepo_sets.distill(frepo_sets.random_images(new, args.ipc, 0), new, whitening, classes, args))
         seen = torch.cat(parts[:number])
         so_far, tested = of_classes(real, seen), of_classes(test, seen)
         for seed in progress(range(args.seeds), desc=f"part {number} of {len(parts)}", unit="seed"):

@@ -1,4 +1,4 @@
-"""Agreement of difficulty scores between seeds, and examples of easy and hard images.
+r"""Agreement of difficulty scores between seeds, and examples of easy and hard images.
 
     python pipelines/difficulty.py --data cifar10 --per_class 1000 --set net=convnet3w32 runs=8 epochs=30 \
         batch_size=128 lr=0.02 --csv results/difficulty.csv --picture results/difficulty.jpg --classes cat ship

@@ -81,7 +81,7 @@ def with_targets(real: RealImages, classes: int) -> Set:
     return real.images, first_labels(centered_targets(real.labels, classes))
 
 
-def distil(start: RealImages, real: RealImages, whitening: Whitening, classes: int, args: argparse.Namespace) -> Set:
+def distill(start: RealImages, real: RealImages, whitening: Whitening, classes: int, args: argparse.Namespace) -> Set:
     """The set that FRePo learns from `start`, predicting `real`; kept in `args.output_dir` and not learned twice.
 
     A killed distillation goes on from its last saved step, bit for bit.
@@ -97,7 +97,7 @@ def distil(start: RealImages, real: RealImages, whitening: Whitening, classes: i
             state, meta = read_tensors(partial)
             resume = State(state, meta["facts"], meta["steps"])
         left = range(resume.steps if resume else 0, args.steps)
-        with progress(left, desc="distil", unit="step") as bar:
+        with progress(left, desc="distill", unit="step") as bar:
             session = Session(
                 resume=resume,
                 step=lambda _: bar.update(),

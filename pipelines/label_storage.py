@@ -23,7 +23,7 @@ from dq.distilled.external import load_set
 from dq.evaluation.evaluate import evaluate_sets
 
 SEED = {"views": "seed"}  # crops and mixes are drawn again at replay
-# how logits are kept, and which share of the epochs is labelled
+# how logits are kept, and which share of the epochs is labeled
 WAYS: dict[str, tuple[dict[str, Any], float]] = {
     "all logits, 16 bits, views stored": ({}, 1),
     "all logits, 8 bits, views by seed": ({"bits": 8, **SEED}, 1),

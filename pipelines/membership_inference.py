@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     members, others = (frepo_sets.take(real, r) for r in chunks(real.labels.numpy(), args.chunk))
     whitening = fit_whitening(members.images).to(args.device)
     start = frepo_sets.random_images(members, args.ipc, 0)
-    learned = frepo_sets.distil(start, members, whitening, classes, args)
+    learned = frepo_sets.distill(start, members, whitening, classes, args)
     work = list(itertools.product(range(args.seeds), args.student_steps))
     for seed, steps in progress(work, desc="networks", unit="step count"):
         sources = {"frepo": start, "random": frepo_sets.random_images(members, args.ipc, seed), "all members": members}

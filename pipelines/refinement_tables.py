@@ -57,7 +57,7 @@ def refined_images(folder: str) -> str:
         ]
         for r in read(f"{folder}/refinement.csv")
     ]
-    head = ["set", "stage", "teachers", "judge (ResNet-56)", "total variation", "distance to the anchor"]
+    head = ["set", "stage", "teachers", "validation teacher (ResNet-56)", "total variation", "distance to the anchor"]
     return markdown_table(head, body)
 
 

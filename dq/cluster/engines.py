@@ -29,7 +29,7 @@ class Problem:
     weights: Tensor  # (n,) float32
     start: Tensor | None  # (k, d)
     k: int
-    requested: int  # the k asked for
+    requested: int  # the requested k
     seed: int
     name: str  # in messages
 

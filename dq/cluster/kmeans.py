@@ -38,7 +38,7 @@ class Clustering:
     engine: str
     n_iter: int
     converged: bool  # False also where a cell was empty at the end and had to be moved
-    requested: int  # the k asked for; len(centroids) is smaller where the class has fewer distinct points
+    requested: int  # the requested k; len(centroids) is smaller where the class has fewer distinct points
     running_weights: Tensor | None = None  # (k,) float64, masses as the stream saw them (clvq, minibatch)
 
     @property

@@ -249,7 +249,7 @@ def select_clusters(result: Clustering, keep: Tensor, *, requested: int) -> tupl
     Args:
         result: a clustering of n points.
         keep: (K',) int64, ascending numbers of clusters.
-        requested: the k asked for.
+        requested: the requested k.
 
     Returns:
         The clustering of the points that these own, and which of the points (n,) bool they are.

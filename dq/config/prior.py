@@ -73,7 +73,7 @@ class TrainDenoiserConfig(Checked):
         Off[PathText], Field(description="folder or Hub id of a DiT pipeline to fine-tune, with its architecture")
     ] = None
     new_classes: Annotated[
-        bool, Field(description="with init: learn the classes anew, so that their number may differ")
+        bool, Field(description="with init: learn the classes again, so that their number may differ")
     ] = False
     objective: Annotated[Literal["noise", "flow"], Field(description="what is predicted: noise, or a flow")] = "noise"
     weighting: Annotated[

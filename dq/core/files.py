@@ -260,7 +260,7 @@ def is_done(path: Path) -> bool:
     except Damaged as e:
         with contextlib.suppress(FileNotFoundError):
             if _stamp(path) == stamp:
-                log.warning("%s is damaged (%s) and is made anew", path, e.__cause__)
+                log.warning("%s is damaged (%s) and is made again", path, e.__cause__)
                 path.unlink()
         return False
     return True

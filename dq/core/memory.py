@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks for later allocations.
 
     Activations of a training step are larger than the size from which glibc maps a block of its own, so that every
-    step asks for its memory anew and the kernel fills it with zeros: up to half of the time of a step on a CPU
+    step asks for its memory again and the kernel fills it with zeros: up to half of the time of a step on a CPU
     (results/allocator.csv). Results are the same. Nothing is done outside Linux with glibc, or where a variable of
     the environment sets one of the two thresholds.
 

@@ -1,1 +1,1 @@
-"""The product: a small labelled image set, its files, card and transport."""
+"""The product: a small labeled image set, its files, card and transport."""

@@ -1,7 +1,7 @@
 """Cards: the README of a folder or repository of distilled sets.
 
 What is generated stands between two marks. What a user writes outside them, and other keys of the YAML head, stay when
-the card is written anew. A card contains no path of this machine.
+the card is written again. A card contains no path of this machine.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ CAVEATS = [
     "Set no dist: with several processes, all but the first end in an error.",
 ]
 SOFT_CAVEATS = [
-    "Stored soft labels cannot be used: the teachers label every batch anew (mode M).",
+    "Stored soft labels cannot be used: the teachers label every batch again (mode M).",
     "AugmentationRobustScore prints four accuracies a repetition: the set and random images, both with augmentation "
     "(the second is called 'Without'), then both without.",
     "A teacher is TEACHER_DIR/{dataset}/MODEL/ckpt_best.pt, with its classes in the order of the folders.",

@@ -131,7 +131,7 @@ def has_set(folder: Path, config_name: str, recipe: str) -> bool:
         return False
     for file, facts in all_files(folder / config_name, record):
         if not file.is_file() or file_facts(file)["blake2b"] != facts["blake2b"]:
-            log.warning("%s is damaged or gone, and the set is made anew", file)
+            log.warning("%s is damaged or gone, and the set is made again", file)
             path.unlink()  # it is no set any more
             return False
     return True
@@ -190,7 +190,7 @@ def _log_assumed(what: str) -> None:
     """Log once per set that its label kind is assumed."""
     log.warning(
         "%s does not say what its label vectors are, as it was written before sets did; they are taken for logits. "
-        "`load_set` and `save` write it anew",
+        "`load_set` and `save` write it again",
         what,
     )
 

@@ -54,7 +54,7 @@ def push_folder(
     """Push the sets of a folder in one commit.
 
     Each becomes one configuration of a data set repository, which is created if it does not exist. The files of a set
-    that is pushed again are replaced; other sets of the repository stay, and the card is written anew from the records
+    that is pushed again are replaced; other sets of the repository stay, and the card is written from the records
     of all of them. Several processes may push to one repository at a time.
 
     Args:
@@ -91,7 +91,7 @@ def _checked_names(folder: Path, only: Sequence[str] | None) -> list[str]:
     for name in names:
         record = read_json(folder / name / PROVENANCE)
         if "files" not in record:
-            raise InputError(f"{folder / name} was written by an older version; write it anew with `dq label`")
+            raise InputError(f"{folder / name} was written by an older version; write it again with `dq label`")
         check_record(public(record), name, str(folder))
         _check_shards(folder / name, record)
     return names

@@ -202,7 +202,7 @@ def warn_of_lost_rows(folder: Path, records: list[dict[str, Any]]) -> None:
         if gone:
             seeds = f"seed{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
             fewer.append(f"{_row_name(row)} (without {seeds})")
-    for rows, what in ((changed, "are measured anew on something else"), (fewer, "lose seeds")):
+    for rows, what in ((changed, "are measured again on something else"), (fewer, "lose seeds")):
         if rows:
             log.warning(
                 "%d of %d rows of %s %s; the first is %s. The earlier trainings are kept: what was asked for before "

@@ -149,7 +149,7 @@ def write_labels(
 ) -> None:
     """Write the missing label files of entries with stored labels.
 
-    Of `finished` trainings, only damaged files are made anew: deleted ones are not needed any more. The files of all
+    Of `finished` trainings, only damaged files are made again: deleted ones are not needed any more. The files of all
     sets are divided over processes together. Before anything is written the space is compared with what the disk has
     left.
     """

@@ -49,7 +49,7 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
 
     Prior generation trains one network by the settings of `train_teachers` and saves it after some epochs. Post
     generation prunes channels of a trained network and trains each copy briefly. Batch norm statistics of every member
-    are estimated anew over train images. Members outside the window of accuracies stay in the folder and are not used.
+    are estimated over train images. Members outside the window of accuracies stay in the folder and are not used.
     A killed call resumes; copies are divided over processes.
 
     Raises:
@@ -275,7 +275,7 @@ def _save(
 ) -> dict[str, Any]:
     """Write a member of the pool and its record, which is returned.
 
-    Batch norm statistics are estimated anew over `images`, if there are any.
+    Batch norm statistics are estimated again over `images`, if there are any.
     """
     if images is not None:
         reestimate_bn(net, list(_sample(images, pixels, config.train_pool.statistics_images)))

@@ -272,7 +272,7 @@ def _backward(t: _Training, net: nn.Module, batch: _Batch, part: slice, seed: in
 
 def _set_learning_rate(state: _State, config: StudentConfig, epoch: int) -> None:
     if config.schedule == "step" and epoch - config.warmup == second_half(config.epochs - config.warmup):
-        state.optimizer = make_optimizer(state.net, config)  # the momentum starts anew, as in DC's code
+        state.optimizer = make_optimizer(state.net, config)  # the momentum restarts, as in DC's code
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch, config.epochs)
 

@@ -32,7 +32,7 @@ SHOWN = 10  # first images of a batch, of which pictures are kept
 class Progress:
     """State of a batch between two blocks.
 
-    Nothing else is needed to resume, since Adam starts anew and the draws of a step depend on its number.
+    Nothing else is needed to resume, since Adam restarts and the draws of a step depend on its number.
     """
 
     block: int  # finished blocks

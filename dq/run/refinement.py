@@ -195,7 +195,7 @@ def _matched(teacher: TeacherConfig) -> int:
     return sum(m["used"] for m in read_json(teacher_file(teacher) or Path())["members"])
 
 
-def labelled(config: RunConfig, method: str) -> bool:
+def labeled(config: RunConfig, method: str) -> bool:
     """Whether the last stage of a method labels its images."""
     stages = stages_of(config, method)
     return bool(stages) and stages[-1].labels_images

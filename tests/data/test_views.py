@@ -226,7 +226,7 @@ def test_rand_augment_comes_before_every_other_change():
     first = rand_augment(images[views.order.long()], views.operations, 9)
     assert not torch.equal(first, images[views.order.long()])
     assert torch.equal(apply_views(config, images, views, 0, slice(0, 21)), (first.float() / 255).flip(3))
-    # a view more draws nothing else anew
+    # a view more draws nothing else again
     assert same(
         dataclasses.replace(views, operations=draw(ViewConfig(flip=1.0)).operations), draw(ViewConfig(flip=1.0))
     )

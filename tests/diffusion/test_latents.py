@@ -198,7 +198,7 @@ def test_missing_files_are_named_and_damaged_ones_made_anew(
     encode_source(toy_source, codec, cache, CODEC, seed=0)
     assert [cache.path(i).read_bytes() for i in range(3)] == whole
     assert cache.path(1).stat().st_mtime_ns == stamp
-    assert [r.message for r in caplog.records if "part-000002" in r.message and "is made anew" in r.message]
+    assert [r.message for r in caplog.records if "part-000002" in r.message and "is made again" in r.message]
 
 
 def test_latents_that_do_not_fit_are_named(tmp_path: Path, toy_source) -> None:

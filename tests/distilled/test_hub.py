@@ -759,7 +759,7 @@ def test_an_evaluation_belongs_to_what_was_evaluated(tmp_path: Path) -> None:
     assert str(tmp_path) not in written.read_text()
     card = run / "dataset" / "README.md"
     assert "60.0 ± 14.1" in card.read_text()
-    # a set that is made anew is not what was evaluated
+    # a set that is made again is not what was evaluated
     s = make(soft=True)
     dataclasses.replace(s, counts=s.counts + 1, provenance={}).save(run / "dataset", "ipc2-ddoq")
     assert "60.0" not in card.read_text()

@@ -165,7 +165,7 @@ def test_a_killed_distillation_goes_on_bit_for_bit(
     start, whitening = frepo_sets.random_images(real, 1, 0), fit_whitening(real.images)
     args = argparse.Namespace(steps=4, lr=0.05, net="frepoconv3w32", real_batch=32, device="cpu")
     args.output_dir = tmp_path / "whole"
-    whole = frepo_sets.distil(start, real, whitening, 10, args)
+    whole = frepo_sets.distill(start, real, whitening, 10, args)
     args.output_dir = tmp_path / "killed"
     write, steps = frepo_sets.write_tensors, []
 
@@ -177,8 +177,8 @@ def test_a_killed_distillation_goes_on_bit_for_bit(
 
     monkeypatch.setattr(frepo_sets, "write_tensors", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        frepo_sets.distil(start, real, whitening, 10, args)
-    again = frepo_sets.distil(start, real, whitening, 10, args)
+        frepo_sets.distill(start, real, whitening, 10, args)
+    again = frepo_sets.distill(start, real, whitening, 10, args)
     assert steps == [1, 2, 3, None]  # two states, the third step's, and the set
     assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
     assert [p.name for p in (tmp_path / "killed").iterdir()] == [p.name for p in (tmp_path / "whole").iterdir()]

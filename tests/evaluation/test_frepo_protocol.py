@@ -108,7 +108,7 @@ def test_one_operation_is_drawn_for_a_batch_and_digits_are_not_mirrored() -> Non
         aug.frepo(x, torch.Generator(), operation="blur")
 
 
-def labelled(kind: str | None) -> Any:
+def labeled(kind: str | None) -> Any:
     x, y = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3)
     s = set_from_tensors(x, y, ("a", "b", "c"), origin="here")
     if kind is None:
@@ -120,11 +120,11 @@ def labelled(kind: str | None) -> Any:
 
 def test_every_kind_of_labels_becomes_regression_labels() -> None:
     scale = (3 / 10) ** 0.5
-    torch.testing.assert_close(regression_labels(labelled(None)), (torch.eye(3) - 1 / 3) / scale)
-    expected = (labelled("probabilities").soft_labels - 1 / 3) / scale
-    torch.testing.assert_close(regression_labels(labelled("probabilities")), expected)
-    torch.testing.assert_close(regression_labels(labelled("logits")), expected)
-    torch.testing.assert_close(regression_labels(labelled("regression")), labelled("regression").soft_labels)
+    torch.testing.assert_close(regression_labels(labeled(None)), (torch.eye(3) - 1 / 3) / scale)
+    expected = (labeled("probabilities").soft_labels - 1 / 3) / scale
+    torch.testing.assert_close(regression_labels(labeled("probabilities")), expected)
+    torch.testing.assert_close(regression_labels(labeled("logits")), expected)
+    torch.testing.assert_close(regression_labels(labeled("regression")), labeled("regression").soft_labels)
 
 
 def test_regression_labels_are_refused_by_a_cross_entropy_student() -> None:
@@ -132,16 +132,16 @@ def test_regression_labels_are_refused_by_a_cross_entropy_student() -> None:
     with pytest.raises(
         InputError, match=r"label_kind=regression, which .* cannot learn from with loss=kl; set loss=mse"
     ):
-        check_label_kind(labelled("regression"), "set", [kl])
+        check_label_kind(labeled("regression"), "set", [kl])
     for kind in ("regression", "probabilities", "logits"):
-        check_label_kind(labelled(kind), "set", [protocol(1)])
+        check_label_kind(labeled(kind), "set", [protocol(1)])
     broken = torch.full((3, 3), float("nan"))
     with pytest.raises(InputError, match="soft_labels of a distilled set must be finite"):
-        dataclasses.replace(labelled("regression"), soft_labels=broken)
+        dataclasses.replace(labeled("regression"), soft_labels=broken)
 
 
 def test_a_recorded_temperature_lets_a_cross_entropy_student_learn_from_regression_labels() -> None:
-    kl, s = StudentConfig(labels="fixed", temperature=1.0), labelled("regression")
+    kl, s = StudentConfig(labels="fixed", temperature=1.0), labeled("regression")
     recorded = dataclasses.replace(s, provenance={"refine": [{"summary": {"label_temperature": 0.2}}]})
     check_label_kind(recorded, "set", [kl, protocol(1)])
     logits = fixed_labels(recorded, training_data(recorded, 8), kl)

@@ -341,7 +341,7 @@ TAUGHT = [{**r, "teachers": [{"digest": "t"}]} for r in measured("x", 1, labels=
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (measured("x", 2), measured("y", 2), r"1 of 1 rows .* anew on .* all of them \(other images of the set\)"),
+        (measured("x", 2), measured("y", 2), r"1 of 1 rows .* again on .* all of them \(other images of the set\)"),
         (measured("x", 1), measured("x", 1, fingerprint="g"), r"\(other real images\)"),
         (TAUGHT, [{**TAUGHT[0], "teachers": [{"digest": "u"}]}], r"first is a, IPC 10, .*\(other teachers\)"),
         (measured("x", 3), measured("x", 1), r"1 of 1 rows .* lose seeds; .* \(without seeds 1, 2\)"),

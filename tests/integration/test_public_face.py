@@ -233,7 +233,7 @@ def test_what_label_vectors_are_is_stated(tmp_path: Path, caplog: pytest.LogCapt
     write_json(path, record)
     assert load_set(tmp_path / "logits").label_kind == "logits"
     assert "does not say what its label vectors are" in caplog.text
-    assert "`load_set` and `save` write it anew" in caplog.text
+    assert "`load_set` and `save` write it again" in caplog.text
     write_json(path, {**record, "label_kind": "odds"})
     with pytest.raises(dq.RunError, match=r"label_kind='odds'.*logits, probabilities, regression"):
         load_set(tmp_path / "logits")

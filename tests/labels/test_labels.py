@@ -1,4 +1,4 @@
-"""Labels of views: replay is what was labelled, students cannot tell, and files say what they are."""
+"""Labels of views: replay is what was labeled, students cannot tell, and files say what they are."""
 
 from __future__ import annotations
 

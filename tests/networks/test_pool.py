@@ -1,4 +1,4 @@
-"""Pools of weak teachers: early checkpoints, pruned copies, statistics estimated anew, windows, and what labels."""
+"""Pools of weak teachers: early checkpoints, pruned copies, statistics estimated again, windows, and what labels."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def test_experts_of_other_settings_and_broken_files_are_refused(source: Any, acc
         RunError, match=r"expert-0001.safetensors is damaged or missing .*give `dq train-experts` again"
     ):
         open_experts(folder)
-    # the same command makes it anew, the same bits
+    # the same command makes it again, the same bits
     train_experts(settings(tmp_path), source, accelerator=accelerator)
     assert open_experts(folder).parameters(1, 3).shape == (FlatNet(NET, 3, 8).size,)
     other = train_experts(settings(tmp_path / "other", seed=1), source, accelerator=accelerator)

@@ -4,7 +4,7 @@
 
 A life is one run folder. Its command is started again and again, each time with another fault drawn at random, until
 it comes through; then every file is compared with that of the unhurt run. No file that was whole before a start may
-have been written anew by it or have gone. The command runs in forked processes that have everything imported, so that
+have been written again by it or have gone. The command runs in forked processes that have everything imported, so that
 a hundred faults take minutes.
 """
 

@@ -80,7 +80,7 @@ def test_stages_follow_one_another_and_are_recorded(finished, teachers):
         assert all(not torch.equal(images[0], x) for x in images[1:])
     own = [read_tensors(folders["teddy"] / f"class-{c:05d}.safetensors")[0] for c in range(3)]
     assert torch.equal(s.images, torch.cat([t["images"] for t in own]))
-    # Teddy labelled them
+    # Teddy labeled them
     assert torch.equal(s.soft_labels, torch.cat([t["soft_labels"] for t in own]))
     assert s.provenance["labels"]["by"].startswith("the teachers of the last stage")
 

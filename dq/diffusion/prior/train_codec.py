@@ -73,13 +73,13 @@ def train_codec(
     auto = training_dtypes(Path(prior.output_dir), "codec", Path(prior.output_dir) / "vae", accelerator)
     prior = dataclasses.replace(prior, codec=resolve_dtypes(prior.codec, auto))
     settings, size, folder = prior.codec, codec_config.resolution, Path(prior.output_dir)
-    recipe, model, judge = prepare_codec(source, codec_config, prior, accelerator.device)
+    recipe, model, classifier = prepare_codec(source, codec_config, prior, accelerator.device)
     recipe = dataclasses.replace(recipe, auto=auto)
     if finished(recipe):
         return recipe.product
     began = time.perf_counter()
     images, held_out = _images(source, size, prior.seed, at_most=None if settings.steps else STATISTICS)
-    objective = CodecLoss(model, settings.kl_weight, judge, settings.perceptual_weight)
+    objective = CodecLoss(model, settings.kl_weight, classifier, settings.perceptual_weight)
     side = size // downscale(model)
     latent = (settings.batch_size, int(model.config.latent_channels), side, side)
 
@@ -121,11 +121,11 @@ def prepare_codec(
     """
     folder, size = Path(prior.output_dir), codec_config.resolution
     settings = resolve_dtypes(prior.codec, training_dtypes(folder, "codec", folder / "vae", device))
-    judge = None
+    classifier = None
     if settings.perceptual is not None:
         # the data's own size, which is what the classifier was trained on
         with naming("prior.codec.perceptual"):
-            judge = load_teacher(settings.perceptual, len(source.class_names), size, device)
+            classifier = load_teacher(settings.perceptual, len(source.class_names), size, device)
     model = new_codec(prior, size)
     if size % downscale(model):
         raise InputError(
@@ -148,7 +148,7 @@ def prepare_codec(
             "on_bad_image": "raise",  # decides whether there is a result, never which
             "seed": prior.seed,
             **{k: v for k, v in to_dict(settings).items() if k not in ("save_every", "perceptual")},
-            "perceptual": judge.digest if judge else None,
+            "perceptual": classifier.digest if classifier else None,
             "init": codec_digest(model) if settings.init else None,
         },
         steps=settings.steps,
@@ -161,7 +161,7 @@ def prepare_codec(
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
     )
-    return recipe, model, judge
+    return recipe, model, classifier
 
 
 def _recorded(recipe: Recipe, model: Codec, fine_tuned: bool) -> dict[str, Any]:
@@ -177,12 +177,14 @@ def _recorded(recipe: Recipe, model: Codec, fine_tuned: bool) -> dict[str, Any]:
 class CodecLoss(nn.Module):
     """Reconstruction error, perceptual distance and KL divergence, each per image."""
 
-    def __init__(self, model: Codec, kl_weight: float, judge: Teacher | None = None, perceptual_weight: float = 1.0):
+    def __init__(
+        self, model: Codec, kl_weight: float, classifier: Teacher | None = None, perceptual_weight: float = 1.0
+    ):
         super().__init__()
         self.model = model
         self.kl_weight = kl_weight
         self.perceptual_weight = perceptual_weight
-        self.judge = judge
+        self.classifier = classifier
 
     def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Loss terms (b,) of a batch.
@@ -202,13 +204,13 @@ class CodecLoss(nn.Module):
         # What PSNR measures; absolute error came out the same on digits (37.5 and 37.6 dB, 300 steps, one seed).
         terms["reconstruction"] = (out - x).square().mean((1, 2, 3))
         loss = terms["reconstruction"] + self.kl_weight * terms.get("kl", 0.0)
-        if self.judge is not None:
-            terms["perceptual"] = perceptual_distance(self.judge, out * 0.5 + 0.5, x * 0.5 + 0.5)
+        if self.classifier is not None:
+            terms["perceptual"] = perceptual_distance(self.classifier, out * 0.5 + 0.5, x * 0.5 + 0.5)
             loss = loss + self.perceptual_weight * terms["perceptual"]
         return {"loss": loss, **terms}
 
 
-def perceptual_distance(judge: Teacher, x: Tensor, y: Tensor) -> Tensor:
+def perceptual_distance(classifier: Teacher, x: Tensor, y: Tensor) -> Tensor:
     """Perceptual distance (b,) in the features of a classifier.
 
     Of images x and y (b, 3, H, W) in [0, 1]; gradients flow into x. As LPIPS without its learned weights (Zhang et al.
@@ -216,19 +218,19 @@ def perceptual_distance(judge: Teacher, x: Tensor, y: Tensor) -> Tensor:
     with vectors of channels; the stages are the network's direct parts that give maps.
     """
     with torch.no_grad():
-        targets = stage_features(judge, y)
+        targets = stage_features(classifier, y)
     total = x.new_zeros(len(x))
-    for a, b in zip(stage_features(judge, x), targets, strict=True):
+    for a, b in zip(stage_features(classifier, x), targets, strict=True):
         total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean((1, 2))
     return total / len(targets)
 
 
-def stage_features(judge: Teacher, x: Tensor) -> list[Tensor]:
+def stage_features(classifier: Teacher, x: Tensor) -> list[Tensor]:
     """Feature maps (b, C, h, w) of a classifier's direct parts.
 
     For images (b, 3, H, W) in [0, 1].
     """
-    net: nn.Module = judge.net
+    net: nn.Module = classifier.net
     while len(parts := list(net.children())) == 1:  # a wrapper around the network proper
         net = parts[0]
     features: list[Tensor] = []
@@ -239,13 +241,13 @@ def stage_features(judge: Teacher, x: Tensor) -> list[Tensor]:
 
     hooks = [part.register_forward_hook(store) for part in parts]
     try:
-        judge.differentiable(x)
+        classifier.differentiable(x)
     finally:
         for hook in hooks:
             hook.remove()
     if not features:
         raise InputError(
-            f"the classifier {judge.name} has no part that gives maps (b, C, h, w); "
+            f"the classifier {classifier.name} has no part that gives maps (b, C, h, w); "
             "choose a convolutional network for prior.codec.perceptual"
         )
     return features

@@ -295,7 +295,7 @@ def _load_denoiser(
     elif c.num_embeds_ada_norm != classes:
         raise InputError(
             f"{path} knows {c.num_embeds_ada_norm} classes but the data has {classes}; "
-            "set prior.denoiser.new_classes=true to learn them anew"
+            "set prior.denoiser.new_classes=true to learn them again"
         )
     return model.train()
 

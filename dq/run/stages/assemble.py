@@ -97,8 +97,8 @@ class Parts:
     def provenance(self) -> dict[str, Any]:
         m, cluster_config, generate_config, prune_config = self.run.resolved(self.method)
         with open_tensors(class_file(self.images, 0)) as f:
-            labelled = bool(set(SOFT_LABELS) & set(f.keys()))
-        by = {"by": "the teachers of the last stage of refinement"} if labelled else None
+            labeled = bool(set(SOFT_LABELS) & set(f.keys()))
+        by = {"by": "the teachers of the last stage of refinement"} if labeled else None
         labels = by or (read_metadata(class_file(self.labels, 0)) if self.labels else None)
         start = read_metadata(class_file(self.images, 0))["start"]
         selection = folder_selection(self.images, len(self.run.source.class_names))

@@ -30,7 +30,7 @@ from dq.evaluation.trainings import (
 from dq.networks.real_data import RealData, check_taught, load_real_data, rows_set_aside
 from dq.networks.teacher_loading import teacher_file
 from dq.run.folder import Run
-from dq.run.refinement import labelled, planned, stages_of
+from dq.run.refinement import labeled, planned, stages_of
 from dq.run.stages.assemble import load_set_of_run
 
 log = logging.getLogger("dq")
@@ -53,7 +53,7 @@ def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     check_taught(e, students.values(), config.teachers)
     if e.students:
         check_difficulty(e.baselines, config.prune, len(source.class_names), size)
-    alone = not config.teachers and (e.baselines or not all(labelled(config, m) for m in config.methods))
+    alone = not config.teachers and (e.baselines or not all(labeled(config, m) for m in config.methods))
     if any(s.labels == "fixed" and s.asks_teachers for s in students.values()) and alone:
         raise InputError("students with labels=fixed need a teacher; set teachers, or use labels=hard")
     for method in config.methods:
