@@ -225,7 +225,7 @@ def _label(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
 
 
 def _evaluate(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
-    from dq.evaluation.results import tables_text
+    from dq.evaluation.tables import tables_text
     from dq.run.stages.evaluate import evaluate_run
 
     rows = evaluate_run(run)

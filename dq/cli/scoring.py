@@ -100,7 +100,7 @@ def work(call: Call, checked: Checked) -> None:
     from dq.core.trackers import start_trackers
     from dq.evaluation.dd_ranking import evaluate_ddr
     from dq.evaluation.evaluate import evaluate_sets
-    from dq.evaluation.results import tables_text
+    from dq.evaluation.tables import tables_text
 
     config, accelerator = call.config, call.accelerator
     start_trackers(accelerator, config.report_to, to_dict(config), Path(config.output_dir))

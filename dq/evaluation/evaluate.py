@@ -29,8 +29,9 @@ from dq.distilled.external import check_classes, load_set
 from dq.distilled.set import DistilledSet
 from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty
 from dq.evaluation.redundancy import train_with_redundancy
-from dq.evaluation.results import Results, Row
+from dq.evaluation.results import Row
 from dq.evaluation.student import check_bounded, check_label_kind
+from dq.evaluation.tables import Results
 from dq.evaluation.trainings import students_of, trainings_of, write_tables
 from dq.networks.real_data import check_taught, load_real_data, rows_set_aside
 

@@ -20,7 +20,7 @@ from dq.core.errors import InputError
 from dq.data import augment as aug
 from dq.distilled.external import set_from_tensors
 from dq.evaluation.evaluate import evaluate
-from dq.evaluation.results import tables_text, to_csv
+from dq.evaluation.results import to_csv
 from dq.evaluation.student import (
     check_label_kind,
     fixed_labels,
@@ -29,6 +29,7 @@ from dq.evaluation.student import (
     regression_labels,
     training_data,
 )
+from dq.evaluation.tables import tables_text
 from dq.networks.losses import image_losses
 from dq.networks.real_data import check_whitened
 from dq.networks.schedule import learning_rate

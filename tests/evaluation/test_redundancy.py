@@ -16,7 +16,8 @@ from dq.distilled.external import set_from_tensors
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate_sets
 from dq.evaluation.redundancy import slice_of, slice_size
-from dq.evaluation.results import read_records, tables_text
+from dq.evaluation.results import read_records
+from dq.evaluation.tables import tables_text
 from dq.run.planning.plan import like_source, trainings
 from dq.run.report import write_results_report
 

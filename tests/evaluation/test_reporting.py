@@ -19,18 +19,11 @@ from dq.data.grid import GAP, image_grid
 from dq.distilled.set import DistilledSet
 from dq.evaluation.evaluate import evaluate
 from dq.evaluation.figures import results_figures
-from dq.evaluation.results import (
-    accuracy_table,
-    compare,
-    recipe_names,
-    settings_line,
-    statements,
-    summarize,
-    tables_text,
-    to_csv,
-)
+from dq.evaluation.results import compare, recipe_names, settings_line, summarize, to_csv
 from dq.evaluation.statistics import holm, paired_difference
+from dq.evaluation.tables import accuracy_table, tables_text
 from dq.evaluation.trainings import Work, write_tables
+from dq.evaluation.verdicts import verdict_text
 from dq.run.pages import write_page
 from dq.run.report import accuracy_content
 from dq.run.stages.evaluate import outdated_rows
@@ -114,17 +107,20 @@ def test_sets_are_compared_with_one_another_once_and_baselines_with_random_alone
         ("nearest", "random"),
     ]
     assert found["theirs", "ours"].difference.mean == pytest.approx(-0.2)
-    last = statements(rows).splitlines()[-1]
     decided = [c for c in compare(rows) if c.difference.verdict != "undecided"]
     hold = sum(c.p_holm < 0.05 for c in decided)
-    assert last.startswith("5 comparisons at 95 % each, not corrected for their number")
-    assert f"{hold} of {len(decided)} differences hold after Holm's correction" in last
+    assert verdict_text(rows).splitlines()[-1] == (
+        f"{len(decided)} of 5 comparisons of pairs are decided at 95 % each; {hold} of them after Holm's correction "
+        "for their number."
+    )
     # two sets need no random images between them, and one comparison no warning of many
     rows = summarize([record(name, s, level[name]) for name in ("theirs", "ours") for s in range(3)])
-    assert statements(rows).startswith("convnet3, hard, IPC 10: ours beats theirs (-20.0 points")
-    assert "corrected" not in statements(rows)
+    assert verdict_text(rows).splitlines() == [
+        "convnet3, hard, IPC 10: ours 70.0 %, not compared with random images, 3 seeds",
+        "  ours beside other sets better: theirs (+20.0)",
+    ]
     rows = summarize([record("full", s, 0.9, ipc="full") for s in range(2)])
-    assert (compare(rows), statements(rows)) == ([], "")
+    assert (compare(rows), verdict_text(rows)) == ([], "")
 
 
 def test_unequal_numbers_are_not_compared_and_that_is_said() -> None:
@@ -133,14 +129,13 @@ def test_unequal_numbers_are_not_compared_and_that_is_said() -> None:
     records += [{**record("a", s, 0.5), "images": 101} for s in range(2)]
     rows = summarize(records)
     assert compare(rows) == []
-    assert statements(rows).splitlines() == [
-        f"{name}, IPC 10: not compared with random images, which are not of equal number" for name in "ab"
-    ]
-    assert statements(rows) in tables_text(rows)
+    said = "  not compared with random images, which are not of equal number: "
+    assert verdict_text(rows).splitlines()[-1] == f"{said}b, a"
+    assert verdict_text(rows) in tables_text(rows)
     # the equal ones among them are
     rows = summarize([*records, *(record("c", s, 0.9) for s in range(2))])
     assert [(c.a.set, c.b.set) for c in compare(rows)] == [("c", "random")]
-    assert [line.split(":")[0] for line in statements(rows).splitlines()[1:]] == ["a, IPC 10", "b, IPC 10"]
+    assert verdict_text(rows).splitlines()[-1] == f"{said}b, a"
     # of one number of images are two sets of the wrong one
     rows = summarize([*records, *({**record("d", s, 0.9), "images": 99} for s in range(2))])
     assert [(c.a.set, c.b.set) for c in compare(rows)] == [("b", "d")]
@@ -277,9 +272,8 @@ def test_a_verdict_may_be_lost_by_the_correction_for_the_number_of_comparisons()
         assert str(c).endswith("; undecided after Holm's correction)")
     assert found["z", "random"].verdict_holm == "better"
     assert "Holm" not in str(found["z", "random"])
-    assert statements(rows).splitlines()[-1] == (
-        "10 comparisons at 95 % each, not corrected for their number; 4 of 7 differences hold after Holm's correction "
-        "for it."
+    assert verdict_text(rows).splitlines()[-1] == (
+        "7 of 10 comparisons of pairs are decided at 95 % each; 4 of them after Holm's correction for their number."
     )
     alone = summarize([r for r in records if r["set"] in ("a", "random")])
     assert [c.verdict_holm for c in compare(alone)] == ["better"]
@@ -570,7 +564,7 @@ def test_evaluate_trains_on_the_set_and_on_its_baselines(toy_source, toy_images)
     assert all("40 epochs" in r.settings and "best" not in r.settings for r in results.rows)
     assert [(c.a.set, c.b.set) for c in results.comparisons] == [("set", "random"), ("nearest", "random")]
     assert "| set |" in str(results)
-    assert all(str(c) in str(results) for c in results.comparisons)
+    assert "convnet3, hard, IPC 2: set " in str(results)
 
 
 def test_validation_images_are_not_trained_on(toy_source, toy_images) -> None:
