@@ -7,6 +7,7 @@ Prints the medians and their ratio, which should stay below 0.2.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,8 @@ def seconds(module: str, repeats: int) -> list[float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     seconds("torch", 1)  # fill the disk cache
     torch_times, dq_times = [], []
     for _ in range(7):  # taken in turn, so that a busy moment hits both

@@ -8,6 +8,7 @@ Exits with 1 if a module lies flat in `dq/`, imports form a cycle, or a package 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -54,6 +55,8 @@ def strongly_connected(edges: dict[str, set[str]]) -> list[set[str]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     graph = grimp.build_graph("dq", cache_dir=None)
     modules = {m for m in graph.modules if m != "dq"}
     edges = {m: graph.find_modules_directly_imported_by(m) & modules for m in modules}

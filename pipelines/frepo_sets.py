@@ -154,3 +154,7 @@ def write_rows(path: Path, command: str, rows: Sequence[dict[str, Any]]) -> None
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())
+
+
+if __name__ == "__main__":
+    raise SystemExit("frepo_sets is a module of continual_learning.py and membership_inference.py; run one of these")

@@ -65,3 +65,7 @@ def attack(members: np.ndarray, others: np.ndarray, seed: int) -> dict[str, tupl
         model = make_pipeline(StandardScaler(), make(seed)).fit(x, y)
         scores[name] = (model.predict_proba(x_test)[:, 1], 0.5)
     return {k: (float(roc_auc_score(y_test, s)), float(((s >= t) == y_test).mean())) for k, (s, t) in scores.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit("membership_attacks is a module of membership_inference.py; run that")

@@ -208,3 +208,7 @@ def matched_differences(kind: str, labels: str, pairs: Iterable[tuple[str, str]]
                 cells[r["against"], r["set"], name] = interval(-d, -high, -low, bold=bold)
     body = [[f"{a} - {b}", *[cells.get((a, b, name), "") for name in folders]] for a, b in pairs]
     return markdown_table(["difference, points", *folders], body)
+
+
+if __name__ == "__main__":
+    raise SystemExit("refinement_tables is a module of readme_tables.py; run that")

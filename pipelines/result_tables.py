@@ -118,3 +118,7 @@ def advantages(folder: str, name: str) -> str:
 
     body = [[f"{name} - {o}", *[cell((o, *c)) for c in columns]] for o in others]
     return markdown_table(["difference, points", *[f"{names[r]}, IPC {ipc}" for r, ipc in columns]], body)
+
+
+if __name__ == "__main__":
+    raise SystemExit("result_tables is a module of readme_tables.py; run that")

@@ -63,7 +63,7 @@ def examine(config: RunConfig, *, named: bool = False, cpu: bool = False, min_fr
     Nothing is left behind.
 
     Args:
-        config: the settings.
+        config: the run that is examined for.
         named: the configuration is a user's, so that the paths in it must be there.
         cpu: as the flag `--cpu` of a run.
         min_free: bytes that a disk should have left.

@@ -33,7 +33,19 @@ def resolve(args: argparse.Namespace) -> RunConfig:
         flags |= _evaluate_flags(args, config)
     for key in ("repo_id", "private", "revision", "license", "create_pr", "commit_message"):
         flags[f"hub.{key}"] = getattr(args, key, None)
-    return apply_settings(config, {k: v for k, v in flags.items() if v is not None})
+    flags = {k: v for k, v in flags.items() if v is not None}
+    _refuse_set_too(args, flags)
+    return apply_settings(config, flags)
+
+
+def _refuse_set_too(args: argparse.Namespace, flags: dict[str, Any]) -> None:
+    """Refuse a setting that an option gives and `--set` too; students are joined from both."""
+    pairs = [s.partition("=") for group in args.set for s in group]
+    for key, _, text in pairs:
+        if key.strip() in flags and key.strip() != "evaluate.students":
+            raise InputError(
+                f"{key.strip()} is given twice, by --set {key.strip()}={text} and by its option; leave one out"
+            )
 
 
 def _early_flags(args: argparse.Namespace) -> dict[str, Any]:

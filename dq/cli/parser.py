@@ -11,8 +11,25 @@ from dq.cli.verbs import VERBS
 from dq.core.text import nearest_name
 
 
+class _Once(argparse._StoreAction):
+    """Stores the value of an option that may be given once."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        if option and before is not None and before != self.default:
+            parser.error(f"{option} is given twice, as {before} and {values}; leave one out")
+        super().__call__(parser, namespace, values, option)
+
+
 class Parser(argparse.ArgumentParser):
-    """Names the nearest verb or option for a typing error."""
+    """Names the nearest verb or option for a typing error, and refuses an option that is given twice."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for kind in (None, "store"):
+            self.register("action", kind, _Once)
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         args, unknown = self.parse_known_args(argv, namespace)

@@ -49,12 +49,13 @@ def check_config(config: RunConfig) -> None:
     Raises:
         InputError: with the path of the setting.
     """
-    from dq.config.methods import check_guidance, check_methods
+    from dq.config.methods import check_guidance, check_methods, check_model
     from dq.config.protocols import student_config
     from dq.config.teachers import only_teacher
 
     check_methods(config, selector=False)
     check_guidance(config)
+    check_model(config)
     _check_networks(config)
     ipcs = [*map(str, config.ipc), *["full"] * ("full" in config.evaluate.baselines)]
     for i, spec in enumerate(config.evaluate.students):

@@ -135,7 +135,7 @@ def slow_dtypes(config: Any, device: torch.device | str, *, without: Collection[
     """One sentence on named dtypes that the device is slow in, None without any.
 
     Args:
-        config: the settings.
+        config: settings that may name dtypes, at any depth.
         device: where to compute.
         without: sections that are not read.
     """

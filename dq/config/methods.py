@@ -67,7 +67,7 @@ def check_methods(config: RunConfig, *, selector: bool = True) -> None:
     """Check the methods and the numbers of images of a run.
 
     Args:
-        config: the settings.
+        config: methods, their overrides, and `ipc` are checked.
         selector: whether rules of selection must have a teacher already, which `dq distill` trains where it lacks.
 
     Raises:
@@ -80,7 +80,7 @@ def check_methods(config: RunConfig, *, selector: bool = True) -> None:
     for name in config.methods:
         check_name(name, "the method name")
         if name in (*get_args(Baseline), "set"):
-            raise InputError(f"the method name {name!r} is that of a baseline; choose another")
+            raise InputError(f"the method name {name!r} is that of a baseline; call it methods.my-{name}, for example")
     for method in config.methods:
         space = resolved_method(config, method).cluster
         if space.uses_features and not config.teachers:
@@ -124,7 +124,7 @@ def check_selection(config: RunConfig, method: str, *, selector: bool = True) ->
     """Check candidates of a method, their rule of selection and its teacher.
 
     Args:
-        config: the settings.
+        config: of the run, to which the override of the method is applied.
         method: name of the method.
         selector: whether the teacher must be named already.
 
@@ -154,6 +154,23 @@ def check_selection(config: RunConfig, method: str, *, selector: bool = True) ->
         raise InputError(
             f"method {method!r} has a pool as generate.select_teacher, which is one network; name one of its members"
         )
+
+
+def check_model(config: RunConfig) -> None:
+    """Whether a model is named if a method draws with one.
+
+    `dq distill` and `dq prior-report` name it otherwise, and `DistillPipeline.distill` has it already.
+
+    Raises:
+        InputError: for a method that draws with a DiT or Stable Diffusion while `generate.model` is off.
+    """
+    for method in config.methods:
+        m, _, g, _ = resolved_method(config, method)
+        if m.representative != "real" and g.mode != "decode" and config.generate.model is None:
+            raise InputError(
+                f"generate.model is missing, but method {method!r} has generate.mode={g.mode}; set generate.model to "
+                "a pipeline (as `dq distill` does by --prior), or generate.mode=decode"
+            )
 
 
 def check_guidance(config: RunConfig) -> None:

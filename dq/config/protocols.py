@@ -65,7 +65,7 @@ def student_config(
         name = chosen["protocol"] = ALIASES[name]
     settings: dict[str, Any] = {}
     if name != "custom":
-        preset = _preset(name)
+        preset = _preset(name, f"{where}.protocol")
         number = math.inf if ipc == "full" else int(ipc)
         facts = {
             "dataset": dataset,
@@ -76,16 +76,24 @@ def student_config(
             "images": number * classes,
             "image_size": image_size,
         }
-        settings = _preset_settings(name, facts)
+        settings = _preset_settings(name, facts, f"{where}.dataset")
     elif dataset is not None:
-        raise InputError("dataset chooses the settings of a protocol; name a protocol, or leave dataset out")
+        raise InputError(
+            f"{where}.dataset chooses the settings of a protocol, but there is none; set {where}.protocol, or leave "
+            "dataset out"
+        )
     settings = _merged(_without_implied(settings, chosen), chosen)
-    settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, settings.get("net", "convnet3"))
+    settings["epochs"] = _epochs(settings.get("epochs", StudentConfig.epochs), ipc, f"{where}.epochs")
     return from_dict(StudentConfig, settings, where)
 
 
-def _preset_settings(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+def _preset_settings(name: str, facts: dict[str, Any], setting: str) -> dict[str, Any]:
     """Settings of a preset for these facts.
+
+    Args:
+        name: name of the preset.
+        facts: values of `FACTS`.
+        setting: path of the data set's name, for messages.
 
     Raises:
         InputError: for a data set for which it has none.
@@ -93,10 +101,11 @@ def _preset_settings(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     preset, dataset = _preset(name), facts["dataset"]
     general = "leave dataset out to take the general ones"
     if dataset in preset.get("without", {}):
-        raise InputError(f"protocol {name!r} has no settings for {dataset!r}: {preset['without'][dataset]}; {general}")
+        reason = preset["without"][dataset]
+        raise InputError(f"{setting}: protocol {name!r} has no settings for {dataset!r}: {reason}; {general}")
     if dataset is not None and dataset not in preset["datasets"]:
         datasets = ", ".join(preset["datasets"]) or "no data set in particular"
-        raise InputError(f"protocol {name!r} has settings for {datasets}, not for {dataset!r}; {general}")
+        raise InputError(f"{setting}: protocol {name!r} has settings for {datasets}, not for {dataset!r}; {general}")
     settings = _merged({}, preset["settings"])
     for rule in preset["rules"]:
         if all(_holds(key, wanted, facts) for key, wanted in rule["when"].items()):
@@ -124,28 +133,40 @@ def _plain_name(net: str) -> str:
     return net.rpartition(":")[2].partition("-")[0]
 
 
-def _epochs(epochs: Any, ipc: str, net: str) -> Any:
+def _epochs(epochs: Any, ipc: str, setting: str) -> Any:
+    """Epochs at `ipc`, where there is a mapping by ipc."""
     if not isinstance(epochs, dict):
         return epochs
     by_ipc = {str(k): v for k, v in epochs.items()}
     number = by_ipc.get(ipc, by_ipc.get("default"))
     if number is None:
         raise InputError(
-            f"student {net!r} has epochs for {', '.join(by_ipc) or 'nothing'} but not for {ipc!r}; add 'default'"
+            f"{setting} has entries for {', '.join(by_ipc) or 'nothing'} but not for {ipc!r}; set {setting}.{ipc}, or "
+            f"{setting}.default"
         )
     return number
 
 
-@functools.cache
-def _preset(name: str) -> dict[str, Any]:
+def _preset(name: str, setting: str = "protocol") -> dict[str, Any]:
+    """A preset by name.
+
+    Args:
+        name: of `list_protocols`.
+        setting: path of the name, for messages.
+    """
     if name == "ddr":
         raise InputError(
-            "ddr is scored by `dq evaluate --protocol ddr --distilled PATH` and is no protocol of evaluate.students"
+            f"{setting}=ddr is scored by `dq evaluate --protocol ddr --distilled PATH` and is no protocol of students"
         )
+    names = [*(p.stem for p in sorted(FOLDER.glob("*.yaml"))), "custom"]
+    if name not in names:
+        raise InputError(f"{setting}: {unknown_key(name, name, names, kind='protocol')}")
+    return _read_preset(name)
+
+
+@functools.cache
+def _read_preset(name: str) -> dict[str, Any]:
     path = FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        names = [*(p.stem for p in sorted(FOLDER.glob("*.yaml"))), "custom"]
-        raise InputError(unknown_key(name, name, names, kind="protocol"))
     preset = yaml.safe_load(path.read_text())
     for rule in preset["rules"]:
         for key in rule["when"]:

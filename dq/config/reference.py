@@ -12,7 +12,17 @@ from dq.config.reader import in_words
 from dq.config.refinement import STAGES, RefineConfig
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
-from dq.config.validation import RENAMED, TYPE_NAMES, bounds, field_hint, is_settings, none_word, optional, unwrap
+from dq.config.validation import (
+    RENAMED,
+    TYPE_NAMES,
+    bounds,
+    field_hint,
+    is_settings,
+    none_word,
+    optional,
+    renamed_key,
+    unwrap,
+)
 from dq.core.bounded_yaml import write_yaml
 from dq.core.errors import InputError
 from dq.core.text import nearest_name
@@ -54,10 +64,10 @@ def explain(key: str) -> list[Setting]:
     chosen = [r for r in rows if _matches(r.key.split("."), parts)]
     chosen = chosen or [r for r in rows if len(parts) == 1 and r.key.rpartition(".")[2] == key]
     if not chosen:
-        section, _, name = key.rpartition(".")
-        if name in RENAMED:
-            raise InputError(f"{key!r} is now called {f'{section}.{RENAMED[name]}'.lstrip('.')!r}; change the name")
-        names = {r.key: r.key for r in reversed(rows)} | {r.key.rpartition(".")[2]: r.key for r in reversed(rows)}
+        if key.rpartition(".")[2] in RENAMED:
+            raise InputError(f"{renamed_key(key)}; change the name")
+        names = {r.key.rpartition(".")[2]: r.key for r in reversed(rows)} | {r.key: r.key for r in rows}
+        names |= {section: section for r in rows for section in _sections(r.key)}
         close = nearest_name(key, names)
         hint = f"did you mean {names[close]!r}?" if close else "`dq config` lists all"
         raise InputError(f"unknown setting {key!r}; {hint}")
@@ -68,6 +78,12 @@ def _matches(row: Sequence[str], parts: Sequence[str]) -> bool:
     """Whether a row's key begins with parts, where N is any number, NAME any name."""
     pairs = zip(row, parts, strict=False)  # a section has fewer parts than its rows
     return len(parts) <= len(row) and all(a in (b, NAME) or (a == NUMBER and b.isdigit()) for a, b in pairs)
+
+
+def _sections(key: str) -> list[str]:
+    """Sections in which a setting stands, such as `prior` and `prior.codec`."""
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def setting_names(cls: Any = RunConfig) -> list[str]:

@@ -400,8 +400,10 @@ def load_config(path: str | Path) -> RunConfig:
             hint = f"did you mean {close!r}?" if close else "`dq ls` lists those that come with the package"
             raise InputError(f"there is no configuration file {path}; {hint}")
         path = PRESETS_FOLDER / f"{path.name}.yaml"
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the YAML file of a configuration, or a name of `dq ls`")
     if not path.is_file():
-        raise InputError(f"there is no configuration file {path}; give the path of a YAML file with --config")
+        raise InputError(f"there is no configuration file {path}; give the path of a YAML file, or a name of `dq ls`")
     try:
         data = read_yaml(path.read_text())
     except (yaml.YAMLError, RecursionError, ValueError) as e:  # impossible dates are ValueErrors

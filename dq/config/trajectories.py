@@ -253,7 +253,7 @@ class Trajectory(RefineConfig):
     @model_validator(mode="after")
     def _check_trajectory(self) -> Self:
         if not self.experts:
-            raise InputError("experts must name a folder of `dq train-experts`")
+            raise InputError("experts must be a folder of experts; make one by `dq train-experts`")
         e = self.start_epochs
         if e is not None and not (len(e) == 3 and e[0] < e[1] <= e[2]):
             raise InputError(f"start_epochs must be [first, bound, last bound], such as [0, 10, 20], not {list(e)}")

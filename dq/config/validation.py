@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_
 import pydantic.dataclasses
 from pydantic import ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, ErrorDetails
 
 from dq.config.kinds import NoneAs
 from dq.core.errors import InputError
@@ -20,6 +20,7 @@ from dq.core.text import nearest_name, short
 C = TypeVar("C")
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 RENAMED = {  # settings of earlier versions
+    "teacher": "teachers",
     "judges": "validation_teachers",
     "mode_guidance": "prototype_guidance",
     "mode_stop": "prototype_guidance_stop",
@@ -78,7 +79,7 @@ def settings(cls: type[C]) -> type[C]:
 
 
 def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> str:
-    """The first of the errors: path, what is expected, value.
+    """The first of the errors: path, what is expected, value; or all settings of earlier versions.
 
     Args:
         error: what validation raised.
@@ -86,7 +87,11 @@ def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> st
         data: plain data.
         where: path of the data themselves.
     """
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    renamed = list(dict.fromkeys(filter(None, (_new_name(e, cls, data, where) for e in errors))))
+    if renamed:
+        return f"{', '.join(renamed)}; change the {'name' if len(renamed) == 1 else 'names'}"
+    first = errors[0]
     kind, value = first["type"], first["input"]
     path, hint = _locate(cls, data, first["loc"], where)
     owner = _core_type(hint)
@@ -109,12 +114,30 @@ def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> st
         expectation = expectation.replace("a number", "a finite number", 1)
     nearest = ""
     if get_origin(owner) is Literal and len(get_args(owner)) > 1 and isinstance(value, str):
-        names = [str(v) for v in get_args(owner)]
-        if RENAMED_VALUES.get(value) in names:
-            return f"{name}={value} is now called {RENAMED_VALUES[value]!r}; change the value"
-        close = nearest_name(value, names)
+        close = nearest_name(value, map(str, get_args(owner)))
         nearest = f"; did you mean {close!r}?" if close else ""
     return f"{name} must be {expectation}, not {short(value)}{nearest}"
+
+
+def _new_name(error: ErrorDetails, cls: Any, data: Any, where: str) -> str | None:
+    """New name of a setting or a value of an earlier version, such as "'judges' is now called 'teachers'"."""
+    key, value = error["loc"][-1] if error["loc"] else "", error["input"]
+    if error["type"] == "unexpected_keyword_argument" and key in RENAMED:
+        path, _ = _locate(cls, data, error["loc"], where)
+        owner = _core_type(_locate(cls, data, error["loc"][:-1], where)[1])
+        if RENAMED[str(key)] in owner.__pydantic_fields__:
+            return renamed_key(path)
+    if error["type"] == "literal_error" and isinstance(value, str):
+        path, hint = _locate(cls, data, error["loc"], where)
+        if RENAMED_VALUES.get(value) in get_args(_core_type(hint)):
+            return f"{path}={value} is now called {RENAMED_VALUES[value]!r}"
+    return None
+
+
+def renamed_key(path: str) -> str:
+    """What a setting of an earlier version is called now."""
+    section, _, key = path.rpartition(".")
+    return f"{path!r} is now called {f'{section}.{RENAMED[key]}'.lstrip('.')!r}"
 
 
 def _first_name(text: str) -> str:
@@ -235,9 +258,7 @@ def _type_name(core: Any) -> str:
 
 
 def unknown_key(where: str, key: str, names: Sequence[str], parent: str = "", kind: str = "setting") -> str:
-    """The sentence on an unknown name, with its new name or a similar one."""
-    if RENAMED.get(key) in names:
-        return f"{where!r} is now called {f'{parent}.{RENAMED[key]}'.lstrip('.')!r}; change the name"
+    """The sentence on an unknown name, with a similar one."""
     close = nearest_name(key, names, cutoff=0.4)
     hint = f"did you mean {f'{parent}.{close}'.lstrip('.')!r}?" if close else f"known: {', '.join(sorted(names))}"
     return f"unknown {kind} {where!r}; {hint}"

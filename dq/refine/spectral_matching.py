@@ -214,7 +214,7 @@ def check_experts(config: SpectralMatching, experts: Experts | None, classes: in
         InputError: if not.
     """
     if (config.experts is None) != (experts is None):
-        raise InputError("spectral takes experts where its settings name their folder, and only there")
+        raise InputError("spectral needs `Resources.experts` if `experts` names their folder, and else none")
     if experts is not None:
         net = experts.net
         if (net.classes, net.side) != (classes, side):

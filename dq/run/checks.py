@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.config.dtypes import device_dtypes, resolve_dtypes
-from dq.config.methods import check_guidance, check_methods, resolved_method
+from dq.config.methods import check_guidance, check_methods, check_model, resolved_method
 from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.model_files import open_model
@@ -51,7 +51,7 @@ def check_run(
     """Check a run, or one of its stages, before its first image is encoded.
 
     Args:
-        config: the settings.
+        config: of the run, as resolved from file and options.
         source: the images.
         verb: the stage, or "run" for all.
         accelerator: processes and device.
@@ -75,6 +75,7 @@ def check_run(
         check_codec_path(config)
     if verb not in ENCODES:
         return None, []
+    check_model(config)
     pipe, reasons = open_generator(config, fetch=fetch)
     if pipe is not None:
         check_generation(config, source, pipe)

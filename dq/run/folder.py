@@ -118,7 +118,7 @@ def settle_dtypes(
     A run that was begun keeps its dtypes, and latents in the cache keep theirs.
 
     Args:
-        config: the settings.
+        config: of the run, as resolved from file and options.
         source: the images.
         accelerator: processes and device.
         loaded: dtypes of models that are loaded already, by section: "codec", "generate".
@@ -195,7 +195,7 @@ def open_run(
     """Open or continue the run in `config.output_dir`; what `dtype: auto` stands for is settled here.
 
     Args:
-        config: the settings.
+        config: of the run, as resolved from file and options.
         source: the images.
         accelerator: processes and device.
         loaded: dtypes of models that are loaded already, by section: "codec", "generate".

@@ -27,7 +27,7 @@ def fill_recipe(
     """Fill in what depends on the prior and the data.
 
     Args:
-        config: the settings.
+        config: the recipe with what the user set; `generate.model` names the prior.
         source: the images.
         resolution: whether `codec.resolution` becomes the side in px that the prior was made for.
         image_size: whether `source.image_size`, if it is not set, becomes the side of the first train image, or

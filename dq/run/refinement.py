@@ -138,9 +138,8 @@ def planned(config: RunConfig, method: str, class_counts: Sequence[int] = ()) ->
                     teacher_file(t)
         for name, path in stage.paths().items():
             if not Path(path).exists():
-                raise InputError(
-                    f"{name} of the stage {stage.stage!r} names {path}, which does not exist; correct {setting}.{name}"
-                )
+                otherwise = ", or make experts by `dq train-experts`" if name == "experts" else ""
+                raise InputError(f"{setting}.{name}: {path} does not exist; correct the path{otherwise}")
         ipc = config.ipc[0] if len(config.ipc) == 1 else None
         context = Context(config.image_size, sum(map(_matched, teachers)), ipc, classes=len(class_counts) or None)
         resolved = refinement.resolve(stage, context)

@@ -70,9 +70,9 @@ SOFT = ("evaluate.students=[{net: convnet3, labels: soft, epochs: 1, augment: no
 
 CASES = {
     # generator
-    "no model": ("run", ("generate.mode=dit",), "generate.mode=dit needs a transformer"),
-    "no model, encode": ("encode", ("generate.mode=dit",), "generate.mode=dit needs a transformer"),
-    "no model, generate": ("generate", ("generate.mode=dit",), "generate.mode=dit needs a transformer"),
+    "no model": ("run", ("generate.mode=dit",), "generate.model is missing"),
+    "no model, encode": ("encode", ("generate.mode=dit",), "generate.model is missing"),
+    "no model, generate": ("generate", ("generate.mode=dit",), "generate.model is missing"),
     "other mode": ("run", (*DIT, "generate.mode=img2img"), "generate.mode=img2img needs a unet"),
     "no codec": ("run", ("codec.path=''",), "no codec is named"),
     "absent codec": ("run", ("codec.path=runs/nothing",), "there is no model folder runs/nothing"),

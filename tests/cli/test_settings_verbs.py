@@ -6,10 +6,12 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from dq.cli.flags import resolve
 from dq.cli.main import main
@@ -17,6 +19,7 @@ from dq.cli.options import GROUPS, LABEL_KINDS
 from dq.cli.parser import build_parser
 from dq.cli.verbs import VERBS
 from dq.config.networks import NETWORKS, NORM_ENDINGS
+from dq.config.protocols import list_protocols
 from dq.config.reference import explain, reference, setting_names
 from dq.config.refinement import FADRM_PRESETS
 from dq.config.schema import PRESETS_FOLDER, RunConfig, load_config
@@ -26,6 +29,7 @@ from dq.networks.zoo import RECIPES, SUFFIXES
 from dq.refine.fadrm import PRESETS
 from dq.refine.registry import METHODS
 
+ROOT = Path(__file__).parents[2]
 LIMIT_S = 0.5  # of CPU time, of help and of what prints settings
 
 
@@ -102,6 +106,14 @@ def test_settings_that_help_names_exist(verb: str) -> None:
         (["train-pool", "--speeds", "x"], "--speeds is not read, but by "),
         (["run"], "dq run: the following arguments are required: --config"),
         (["ls", "x"], "dq ls: there is no place for the argument 'x'"),
+        (
+            ["run", "--ipc", "1", "--config", "x", "--ipc", "10"],
+            "dq run: --ipc is given twice, as 1 and 10",
+        ),
+        (["run", "--config", "x", "--seed=3", "--seed=4"], "dq run: --seed is given twice, as 3 and 4"),
+        (["push", "a", "--repo_id", "b", "--hub-model-id", "c"], "--hub-model-id is given twice, as b and c"),
+        (["validate", "."], "dq validate: . is a folder; give the YAML file"),
+        (["validate", "no/such.yaml"], "dq validate: there is no configuration file no/such.yaml; give the path"),
     ],
 )
 def test_wrong_verbs_and_options_are_named(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +121,15 @@ def test_wrong_verbs_and_options_are_named(args: list[str], message: str, capsys
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"), [(["--ipc", "1"], "ipc=2"), (["--data", "a"], "source.path=b"), (["--seed", "1"], "seed=1")]
+)
+def test_a_setting_given_by_an_option_and_by_set_is_refused(option: list[str], setting: str, capsys) -> None:
+    code, _, err = called("run", "--config", "demo", *option, "--set", setting, capsys=capsys)
+    assert code == 2
+    assert f"is given twice, by --set {setting} and by its option" in err
 
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if not VERBS[v].prints])
@@ -166,11 +187,12 @@ def test_config_explains_one_setting(capsys: pytest.CaptureFixture[str]) -> None
     assert "evaluate.students.N.views.flip" in called("config", "evaluate.students.0.views", capsys=capsys)[1]
     assert "methods.NAME.weights" in called("config", "methods.fadrm.weights", capsys=capsys)[1]
     assert "cluster.n_init" in called("config", "n_init", capsys=capsys)[1]  # the last part is enough
-    for wrong, near in (("cluster.n_itr", "cluster.n_iter"), ("n_itr", "cluster.n_iter")):
+    near_names = {"cluster.n_itr": "cluster.n_iter", "n_itr": "cluster.n_iter", "clustr": "cluster"}
+    for wrong, near in {**near_names, "prior.codek": "prior.codec", "refin.0.ridge": "refine.N.ridge"}.items():
         code, _, err = called("config", wrong, capsys=capsys)
         assert code == 2
         assert f"did you mean '{near}'?" in err
-    for old, new in (("judges", "validation_teachers"), ("generate.guidance_snr", "generate.guidance_interval")):
+    for old, new in (("teacher", "teachers"), ("generate.guidance_snr", "generate.guidance_interval")):
         code, _, err = called("config", old, capsys=capsys)
         assert code == 2
         assert f"is now called '{new}'" in err
@@ -187,8 +209,23 @@ def test_config_explains_one_setting(capsys: pytest.CaptureFixture[str]) -> None
             "methods.a.override gives cluster.n_iter twice, as 1 and 2",
         ),
         ("evaluate: {students: [{lrr: 1}]}", "unknown setting 'evaluate.students.0.lrr'; did you mean"),
-        ("evaluate: {students: [{protocol: clasic}]}", "did you mean 'classic'?"),
-        ("evaluate: {students: [{epochs: {1: 3}}]}", "has epochs for 1 but not for '10'"),
+        (
+            "evaluate: {students: [{}, {protocol: clasic}]}",
+            "evaluate.students.1.protocol: unknown protocol 'clasic'",
+        ),
+        ("evaluate: {students: [{protocol: ddr}]}", "evaluate.students.0.protocol=ddr is scored by"),
+        (
+            "evaluate: {students: [{dataset: cifar10}]}",
+            "evaluate.students.0.dataset chooses the settings",
+        ),
+        (
+            "evaluate: {students: [{protocol: rd3, dataset: x}]}",
+            "evaluate.students.0.dataset: protocol 'rd3' has",
+        ),
+        ("evaluate: {students: [{epochs: {1: 3}}]}", "evaluate.students.0.epochs has entries for 1 but not for '10'"),
+        ("generate: {mode: dit}", "generate.model is missing, but method 'ddoq' has generate.mode=dit"),
+        ("methods: {a: {}, b: {override: {generate.mode: img2img}}}", "generate.model is missing, but method 'b'"),
+        ("methods: {window: {}}", "the method name 'window' is that of a baseline; call it methods.my-window"),
         (
             "methods: {a: {override: {cluster.enginee: torch}}}",
             "methods.a.override: unknown setting 'cluster.engin",
@@ -225,6 +262,51 @@ def test_validate_names_what_is_wrong(text: str, message: str, tmp_path: Path, c
     assert message in err
 
 
+OLD_NAMES = {"teacher", "judges", "mode_guidance", "mode_stop", "guidance_snr", "licence", "neighbours"}
+
+
+def old_names(data: object, path: str = "") -> Iterator[str]:
+    """Paths of settings that have other names now."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        if key in OLD_NAMES:
+            yield f"{path}{key}"
+        yield from old_names(value, f"{path}{key}.")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("config.yaml")), ids=lambda p: p.parent.name)
+def test_a_configuration_beside_results_is_read_or_answered_with_all_new_names(path: Path, capsys) -> None:
+    data = yaml.safe_load(path.read_text())
+    names = list(old_names(data))
+    code, out, err = called("validate", str(path), capsys=capsys)
+    assert (code, out) == (2, "") if names or data["cluster"]["init"] == "race" else (0, f"{path}: no errors\n")
+    assert err.count("\n") == 1
+    assert err.count("is now called") == len(names) + (data["cluster"]["init"] == "race")
+    for name in names:
+        assert f"{name!r} is now called" in err
+
+
+def test_every_old_name_and_value_has_its_new_one_in_the_message(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "teacher: {net: resnet56, path: x}\ngenerate: {mode_stop: 1, guidance_snr: [1, 2]}\ncluster: {init: race}\n"
+        "methods: {a: {refine: [{stage: fadrm, judges: []}]}}\nseed: x\n"
+    )
+    err = called("validate", str(path), capsys=capsys)[2]
+    new = ("teachers", "generate.prototype_guidance_stop", "generate.guidance_interval", "pca-multistart")
+    for name in (*new, "methods.a.refine.0.validation_teachers"):
+        assert f"is now called {name!r}" in err
+    assert err.endswith("change the names\n")
+
+
+def test_ls_says_what_a_protocol_is_without_its_name(capsys) -> None:
+    lines = [line.split() for line in called("ls", capsys=capsys)[1].splitlines() if line.startswith("  ")]
+    protocols = {words[0]: " ".join(words[1:]).lower() for words in lines if words[0] in list_protocols()}
+    assert set(protocols) == set(list_protocols())
+    for name, about in protocols.items():
+        assert not about.startswith(f"{name}:")
+
+
 def test_validate_says_what_a_protocol_is(capsys) -> None:
     code, _, err = called("validate", "classic", capsys=capsys)
     assert code == 2
@@ -233,6 +315,11 @@ def test_validate_says_what_a_protocol_is(capsys) -> None:
 
 def test_validate_accepts_all_that_comes_with_the_package(capsys) -> None:
     for path in sorted(PRESETS_FOLDER.glob("*.yaml")):
+        if path.stem == "recommended":  # its prior is the user's
+            assert "generate.model is missing" in called("validate", path.stem, capsys=capsys)[2]
+            prior = ["--set", "generate.model=DIR"]
+            assert called("validate", path.stem, *prior, capsys=capsys)[:2] == (0, "recommended: no errors\n")
+            continue
         assert called("validate", path.stem, capsys=capsys)[:2] == (0, f"{path.stem}: no errors\n")
     code, _, err = called("validate", "demo", "--set", "ipc=0", capsys=capsys)
     assert code == 2
@@ -256,7 +343,6 @@ def test_what_ls_lists_can_be_copied_and_read(tmp_path: Path, capsys) -> None:
 
 def test_configurations_are_in_the_package() -> None:
     """An installed wheel has what a checkout has in `configs/`, which is a link to it."""
-    root = Path(__file__).parents[2]
-    assert (root / "configs").resolve() == PRESETS_FOLDER.resolve()
-    assert os.readlink(root / "configs") == "dq/config/presets"
+    assert (ROOT / "configs").resolve() == PRESETS_FOLDER.resolve()
+    assert os.readlink(ROOT / "configs") == "dq/config/presets"
     assert RunConfig() != load_config("imagenet1k_ddoq")

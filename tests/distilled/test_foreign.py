@@ -930,7 +930,7 @@ def test_ddr_says_what_it_cannot_do(world, tmp_path, capsys):
         assert main(call) == 2
         assert "ddr scores sets named with --distilled PATH" in capsys.readouterr().err
     assert main(arguments(world, tmp_path, "--protocol", "ddr", "--set", "evaluate.students=[{epochs: {2: 1}}]")) == 2
-    assert "has epochs for 2 but not for 'full'" in capsys.readouterr().err
+    assert "epochs has entries for 2 but not for 'full'" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.json"))
 
 

@@ -611,8 +611,10 @@ def test_faults_of_the_label_and_evaluate_stages_are_found_before_the_first(
     said = fails([*file, "--set", "evaluate.students.1.epoch=3"], capsys)
     assert "unknown setting 'evaluate.students.1.epoch'; did you mean 'evaluate.students.1.epochs'?" in said
     said = fails([*file, "--set", "evaluate.students.1.epochs={1: 5}"], capsys)
-    assert "has epochs for 1 but not for '3'; add 'default'" in said
-    assert "unknown protocol 'clasic'" in fails([*file, "--set", "evaluate.students.0.protocol=clasic"], capsys)
+    assert "evaluate.students.1.epochs has entries for 1 but not for '3'" in said
+    assert "evaluate.students.0.protocol: unknown protocol 'clasic'" in fails(
+        [*file, "--set", "evaluate.students.0.protocol=clasic"], capsys
+    )
     assert "need a teacher" in fails([*file, "--set", "teachers=[]"], capsys)
     hard = ["--set", "teachers=[]", "--set", "evaluate.students=[{epochs: 1}]"]
     said = fails([*file, *hard, "--set", "evaluate.baselines=[patches]"], capsys)

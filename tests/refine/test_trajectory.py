@@ -272,7 +272,7 @@ def test_general_settings_fit_the_experts_and_follow_pad_s_rule(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"experts": ""}, "experts must name a folder of `dq train-experts`"),
+        ({"experts": ""}, "experts must be a folder of experts; make one by `dq train-experts`"),
         ({"compose": "index"}, "compose must be 'whole', not 'index'"),
         ({"dtype": "bfloat16"}, "dtype must be 'float32', not 'bfloat16'"),
         ({"chunk": 0}, "chunk must be a whole number of at least 1 or 'off', not 0"),
@@ -580,7 +580,7 @@ def test_experts_of_other_images_and_cut_off_files_are_refused(
     config = settings_of(tmp_path, small, experts=str(folder), start_epochs=[0, 1, 2], start="drawn")
     with pytest.raises(RunError, match=r"expert-0001\.safetensors is damaged"):
         check_settings(config, toy_source, "refine")
-    with pytest.raises(InputError, match=r"experts of the stage 'trajectory' names .*, which does not exist"):
+    with pytest.raises(InputError, match=r"^refine\.0\.experts: .* does not exist; .* `dq train-experts`$"):
         check_settings(settings_of(tmp_path, small, experts=str(tmp_path / "none")), toy_source, "refine")
 
 

@@ -91,7 +91,7 @@ def stage_plans(
     """What the stages of `dq run` ask for.
 
     Args:
-        config: the settings.
+        config: what to distill, and how.
         source: the images.
         latent: (C, h, w) of a latent, if known.
         denoiser_steps: denoiser steps of an image; None: all of `num_inference_steps`.

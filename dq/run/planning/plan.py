@@ -177,7 +177,7 @@ def trainings(
     Those on slices, for redundancy, have negative numbers; those on the full data come last.
 
     Args:
-        config: the settings.
+        config: of the run; its students, seeds and baselines are counted.
         counts: train images of every class.
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.
@@ -215,7 +215,7 @@ def plan_evaluation(
     """Trainings of sets and baselines, and bytes of the labels that they store.
 
     Args:
-        config: the settings.
+        config: of the run; its students, seeds and baselines are counted.
         counts: train images of every class.
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.

@@ -201,7 +201,7 @@ class Pruning:
 
 
 def load_pruning(run: Run, settings: PruneConfig) -> Pruning:
-    """Load the scores of the settings.
+    """Load the difficulty scores that `settings.score` names from the cache.
 
     Raises:
         InputError: if there are none.
