@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from result_tables import ROOT, interval, read, read_numbered
 
-from dq.core.text import markdown_table
+from dq.core.text import markdown_table, plural
 from dq.evaluation.statistics import format_mean_std
 
 LABELLERS = {"one": "soft, one teacher", "plus": "soft, three architectures", "pool": "soft, pool", "hard": "hard"}
@@ -66,7 +66,7 @@ def refinement_speed() -> str:
     body = [
         [
             f"{r['net']}, {r['side']} px, batch {r['batch_size']}, {r['dtype']}",
-            f"{r['device']}, {r['threads']} thread(s)",
+            f"{r['device']}, {plural(int(r['threads']), 'thread')}",
             f"{float(r['plain_s_per_step']):.3f} s",
             f"{float(r['dq_s_per_step']):.3f} s",
             r["times_faster"],

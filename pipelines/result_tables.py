@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from dq.core.text import markdown_table
+from dq.core.text import markdown_table, plural
 from dq.evaluation.results import recipe_names
 from dq.evaluation.statistics import holm, paired_difference
 
@@ -52,7 +52,9 @@ def accuracy(folder: str) -> str:
         protocols = {r["ipc"]: r for r in rows if int(r["recipe"]) == n}
         for ipc, r in protocols.items():
             where = "full data" if ipc == "full" else f"IPC {ipc}"
-            lines.append(f"- {name} labels, {where}: {r['seeds']} seed(s), {r['protocol']}: {r['settings']}.")
+            lines.append(
+                f"- {name} labels, {where}: {plural(int(r['seeds']), 'seed')}, {r['protocol']}: {r['settings']}."
+            )
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from dq.config.dtypes import slow_dtypes
 from dq.config.schema import RunConfig
 from dq.core.devices import available_cores, has_native_bfloat16, read_text, resolve_dtype, set_threads
 from dq.core.files import existing
-from dq.core.text import format_bytes
+from dq.core.text import format_bytes, plural
 from dq.core.trackers import TRACKERS, is_installed
 from dq.networks.teacher_loading import POOL, PRETRAINED
 from dq.run.refinement import stages_of
@@ -50,7 +50,7 @@ class Report:
         for section, facts in self.facts.items():
             width = max(map(len, facts))
             lines += [section, *(f"  {name:<{width}}  {value}" for name, value in facts.items()), ""]
-        lines += [f"{len(self.problems)} problem(s)" if self.problems else "no problems found"]
+        lines += [plural(len(self.problems), "problem") if self.problems else "no problems found"]
         return "\n".join([*lines, *(f"  - {p}" for p in self.problems)])
 
     def json(self) -> str:
@@ -126,7 +126,7 @@ def _faiss(say: Any) -> str:
     gpu = hasattr(faiss, "StandardGpuResources")
     build = "GPU with cuVS" if gpu and "CUVS" in options else "GPU" if gpu else "CPU"
     seen = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    return f"{getattr(faiss, '__version__', '?')} ({build} build, sees {seen} GPUs)"
+    return f"{getattr(faiss, '__version__', '?')} ({build} build, sees {plural(seen, 'GPU')})"
 
 
 def _importable(name: str, say: Any) -> str:
@@ -213,7 +213,7 @@ def _launch(say: Any) -> dict[str, str]:
         )
     local, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
     if gpus and local.isdigit() and int(local) > gpus:
-        say(f"{local} processes on this machine would share {gpus} GPUs; start at most {gpus}")
+        say(f"{local} processes on this machine would share {plural(gpus, 'GPU')}; start at most {gpus}")
     return facts
 
 

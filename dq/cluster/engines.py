@@ -18,6 +18,7 @@ from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.numbers import whole_number
 from dq.core.seeds import derive_seed, generator
+from dq.core.text import plural
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def check_problem(x: Any, weights: Any, start: Any, seed: Any, name: str, k: int
     w = w.to(x.device)
     allowed = min(k, int((w > 0).sum()))
     if allowed < k and config.on_small == "raise":
-        raise too_small(f"{name} has {allowed} images but ipc={k}")
+        raise too_small(f"{name} has {plural(allowed, 'image')} but ipc={k}")
     centers = None if start is None else as_points(start, f"start centroids of {name}", finite=True)
     if centers is not None and centers.shape != (k, x.shape[1]):
         raise InputError(f"start centroids of {name} must be ({k}, {x.shape[1]}), not {tuple(centers.shape)}")

@@ -19,6 +19,7 @@ from dq.cluster.transport import uniform_w2
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.numbers import whole_number
+from dq.core.text import plural
 
 RELOCATIONS = 3  # Lloyd iterations after the last one, while cells are empty
 
@@ -235,7 +236,7 @@ def _report(p: Problem, result: Clustering, config: ClusterConfig) -> Clustering
         sentence = f"{p.name} has only {k} distinct points to offer for ipc={p.requested}"
         if config.on_small == "raise":
             raise too_small(sentence)
-        warnings.warn(f"{sentence}; it gets {k} prototypes", stacklevel=3)
+        warnings.warn(f"{sentence}; it gets {plural(k, 'prototype')}", stacklevel=3)
     order = result.masses.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(k, device=order.device)

@@ -12,6 +12,7 @@ import torch
 from dq.core.devices import launcher_arguments, set_threads
 from dq.core.errors import RunError
 from dq.core.memory import keep_freed_memory
+from dq.core.text import plural
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +39,7 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
     if not cpu and gpus and local.isdigit() and int(local) > gpus:
         # NCCL refuses two processes on a card, and accelerate's barrier names a device for each of them
         raise RunError(
-            f"{local} processes on this machine would share {gpus} GPU(s); start at most {gpus}, or give --cpu"
+            f"{local} processes on this machine would share {plural(gpus, 'GPU')}; start at most {gpus}, or give --cpu"
         )
     # Stages are embarrassingly parallel, so a fast rank may wait for hours at the end of one.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
@@ -59,7 +60,7 @@ def hardware_line(accelerator: Accelerator) -> str:
     device, number = accelerator.device, accelerator.num_processes
     name = f"{torch.cuda.get_device_name(device)} ({device.type})" if device.type == "cuda" else device.type
     threads = torch.get_num_threads()
-    processes = "1 process" if number == 1 else f"{number} processes"
+    processes = plural(number, "process")
     return f"{processes} on {name}, {threads} thread{'s' * (threads > 1)}{' each' * (number > 1)}"
 
 

@@ -54,6 +54,13 @@ def nearest_name(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str
     return next(iter(similar_names(name, names, cutoff=cutoff)), None)
 
 
+def plural(n: int, noun: str) -> str:
+    """A number with its noun, such as "1 epoch" or "2 batches"."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n} {noun}{'es' if noun.endswith(('s', 'sh', 'ch', 'x')) else 's'}"
+
+
 def format_bytes(n: float) -> str:
     """Text such as "13.9 kB"."""
     for unit in ("B", "kB", "MB", "GB"):

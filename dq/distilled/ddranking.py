@@ -11,6 +11,7 @@ from PIL import Image
 
 from dq.core.errors import InputError
 from dq.core.files import write_text
+from dq.core.text import plural
 from dq.distilled.set import DistilledSet
 
 VERSION = "0.2.0"  # of ddranking, whose source the names and the caveats below were read from
@@ -157,12 +158,14 @@ def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe:
         )
     counts = torch.bincount(small.labels, minlength=len(small.class_names))
     if len(counts) != classes:
-        raise InputError(f"{dataset} has {classes} classes but the set has {len(counts)}; name the right data set")
+        raise InputError(
+            f"{dataset} has {plural(classes, 'class')} but the set has {len(counts)}; name the right data set"
+        )
     if int(counts.min()) != small.ipc:
         c = int(counts.argmin())
         raise InputError(
-            f"class {c} {small.class_names[c]!r} has {int(counts[c])} images but ipc is {small.ipc}; lower ipc or "
-            "drop the class, since ddranking takes equally many random images of every class"
+            f"class {c} {small.class_names[c]!r} has {plural(int(counts[c]), 'image')} but ipc is {small.ipc}; lower "
+            "ipc or drop the class, since ddranking takes equally many random images of every class"
         )
     soft = small.soft_labels is not None
     fixed: dict[str, Any] = {

@@ -20,7 +20,7 @@ from dq.config.schema import SourceConfig
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import as_path
-from dq.core.text import printable
+from dq.core.text import plural, printable
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.left_out import warn_of_keys
 from dq.data.load import load_source
@@ -230,7 +230,7 @@ def _check_rows(images: Tensor, labels: Tensor, origin: str) -> None:
         raise InputError(f"images of {origin} have no pixels: they are {tuple(images.shape)}; give (N, 3, H, W)")
     if images.ndim == 0 or len(images) != len(labels):
         count = len(images) if images.ndim else "no"
-        raise InputError(f"{origin} has {count} images but {len(labels)} labels")
+        raise InputError(f"{origin} has {count} images but {plural(len(labels), 'label')}")
 
 
 def _check_label_range(labels: Tensor, class_names: tuple[str, ...], origin: str) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import as_path, read_json
-from dq.core.text import check_name
+from dq.core.text import check_name, plural
 from dq.distilled.card import write_dataset_card
 from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
 from dq.distilled.hub import download_set, push_folder
@@ -85,7 +85,7 @@ class DistilledSet:
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.images.shape[2:]))
-        return f"DistilledSet({len(self)} images of {size} px, {len(self.class_names)} classes)"
+        return f"DistilledSet({plural(len(self), 'image')} of {size} px, {plural(len(self.class_names), 'class')})"
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from dq.config.reader import to_dict
 from dq.config.students import Baseline, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.files import read_jsonl
+from dq.core.text import plural
 from dq.evaluation.statistics import Difference, holm, mean_std, paired_difference
 
 log = logging.getLogger("dq")
@@ -75,7 +76,7 @@ class Row:
 def settings_line(c: StudentConfig) -> str:
     """All settings of a training in one line."""
     parts = [
-        f"{c.epochs} epochs",
+        plural(c.epochs, "epoch"),
         f"batch {c.batch_size}" + (f" in {c.accumulate} parts" if c.accumulate > 1 else ""),
         f"{c.optimizer} lr {c.lr:g}{' or learned' if c.learned_lr else ''} wd {c.weight_decay:g}"
         + (f" momentum {c.momentum:g}" if c.optimizer == "sgd" else ""),
@@ -109,7 +110,7 @@ def _changed_schedule(c: StudentConfig) -> list[str]:
     changed = c.milestones != StudentConfig.milestones or c.step_factor != StudentConfig.step_factor
     steps = "-".join(f"{m:.4g}" for m in c.milestones)
     parts = [f"times {c.step_factor:g} at {steps}"] if changed else []
-    return [*parts, f"{c.warmup} epochs of warm-up"] if c.warmup > 0 else parts
+    return [*parts, f"{plural(c.warmup, 'epoch')} of warm-up"] if c.warmup > 0 else parts
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.core.seeds import generator
+from dq.core.text import plural
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.networks.teacher import Teacher
@@ -102,8 +103,8 @@ def patch_images(
         number = min(ipc, len(scored.rows) // tiles)
         if not number:
             raise InputError(
-                f"class {label} {source.class_names[label]!r} has {len(scored.rows)} images but a mosaic needs "
-                f"{tiles}; lower factor, add candidates, or drop the class"
+                f"class {label} {source.class_names[label]!r} has {plural(len(scored.rows), 'image')} but a mosaic "
+                f"needs {tiles}; lower factor, add candidates, or drop the class"
             )
         chosen = rank_order(torch.cat(scored.losses), recipe.rank)[: number * tiles]
         images.append(mosaics(torch.cat(scored.patches)[chosen], recipe.factor))

@@ -21,6 +21,7 @@ from dq.core.errors import InputError
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
+from dq.core.text import plural
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
 from dq.data.splits import validation_rows
@@ -93,7 +94,7 @@ class RealData:
         absent = (torch.bincount(labels, minlength=self.classes) == 0).nonzero()[:, 0].tolist()
         if absent:
             names = ", ".join(self.source.class_names[c] for c in absent[:5])
-            log.warning("%d classes have no test image and count for nothing: %s", len(absent), names)
+            log.warning("%s without a test image, not counted: %s", plural(len(absent), "class"), names)
         return images, labels
 
     def validation(self, scale: float) -> tuple[Tensor, Tensor] | None:

@@ -98,7 +98,7 @@ def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, 
     )
     epochs = None if config.classes else _epochs_on(source, config.path)
     if epochs is not None:
-        raise InputError(f"{message}{epochs} epochs on these images are too few; raise train_teachers.epochs")
+        raise InputError(f"{message}raise train_teachers.epochs (now {epochs}) on these images")
     message += f"its class order or input normalization is probably not that of {source.origin}"
     reordered = reordered_accuracy(predicted, labels, num_classes)
     if reordered >= max(0.5, 3 * accuracy):

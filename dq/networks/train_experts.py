@@ -30,7 +30,7 @@ from dq.core.files import (
 from dq.core.processes import assign_units
 from dq.core.progress import duration, progress
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
-from dq.core.text import format_bytes
+from dq.core.text import format_bytes, plural
 from dq.data.source import ImageSource
 from dq.data.zca import Whitening
 from dq.networks.flat_parameters import FlatNet
@@ -132,7 +132,7 @@ def experts_text(config: RunConfig, source: ImageSource) -> str:
     size = format_bytes(4 * net.size * (t.epochs + 1) * t.number)
     passes = 2 if t.optimizer == "gsam" else 1
     return (
-        f"{t.number} x {t.net} at {config.image_size} px, {t.epochs} epochs each by {t.optimizer}, "
+        f"{t.number} x {t.net} at {config.image_size} px, {plural(t.epochs, 'epoch')} each by {t.optimizer}, "
         f"{t.number * t.epochs * passes * len(source.train)} images forward and backward, {size} of parameters"
     )
 

@@ -26,6 +26,7 @@ from dq.core.files import check_place, is_done, read_json, write_json, write_ten
 from dq.core.processes import assign_units
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, generator
+from dq.core.text import plural
 from dq.data.source import ImageSource
 from dq.networks.pool import MANIFEST, reestimate_bn
 from dq.networks.prune_channels import prune
@@ -176,7 +177,7 @@ def pool_text(config: RunConfig) -> str:
             f"its state after {epochs} are the members, "
             "and its last is the base that they are measured by"
         )
-    return f"{p.size} copies of the base are pruned and trained for {p.recovery_epochs} epochs each"
+    return f"{p.size} copies of the base are pruned and trained for {plural(p.recovery_epochs, 'epoch')} each"
 
 
 def _checkpoints(

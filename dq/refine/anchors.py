@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dq.core.errors import InputError
+from dq.core.text import plural
 from dq.data.source import ImageSource
 from dq.networks.patches import PatchRecipe, patch_images
 from dq.networks.teacher import Teacher
@@ -55,8 +56,8 @@ def patch_anchors(
     if len(patches) < number:
         group = "" if candidates is None else "a group of "
         raise InputError(
-            f"{group}class {label} {source.class_names[label]!r} has {len(patches)} images for {number} anchors; use "
-            "anchors=init, fewer images per class, or a smaller retrieve_pool"
+            f"{group}class {label} {source.class_names[label]!r} has {plural(len(patches), 'image')} for {number} "
+            "anchors; use anchors=init, fewer images per class, or a smaller retrieve_pool"
         )
     return patches
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from dq.core.errors import InputError
+from dq.core.text import plural
 
 Rows = list[tuple[int, int]]  # (class, rank in the class) of images
 
@@ -48,8 +49,8 @@ def compose_batches(
         present = len({c for c, _ in batch})
         if present < needed:
             raise InputError(
-                f"batch {j} of {number} of the refinement would hold {present} classes, fewer than {needed}: raise "
-                f"its batch_size (now {batch_size}), {other}lower min_classes"
+                f"batch {j} of {number} of the refinement would hold {plural(present, 'class')}, fewer than {needed}: "
+                f"raise its batch_size (now {batch_size}), {other}lower min_classes"
             )
     return batches
 

@@ -15,6 +15,7 @@ from dq.config.methods import check_guidance, check_methods, check_model, resolv
 from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.model_files import open_model
+from dq.core.text import plural
 from dq.data.source import ImageSource
 from dq.networks.teacher_check import TEACHERS, naming
 from dq.networks.teacher_loading import POOL, PRETRAINED, check_fetched, load_teacher, teacher_file
@@ -150,7 +151,7 @@ def check_counts(config: RunConfig, source: ImageSource) -> None:
             name, images = source.class_names[small[0]], int(source.class_counts()[small[0]])
             is_overridden = cluster.on_small != config.cluster.on_small
             setting = f"methods.{method}.override.cluster.on_small" if is_overridden else "cluster.on_small"
-            raise too_small(f"class {small[0]} {name!r} has {images} images but ipc={ipc}", setting)
+            raise too_small(f"class {small[0]} {name!r} has {plural(images, 'image')} but ipc={ipc}", setting)
 
 
 def check_generation(config: RunConfig, source: ImageSource, pipe: LatentGenerator) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dq.core.text import markdown_table, nearest_name, similar_names
+from dq.core.text import markdown_table, nearest_name, plural, similar_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +19,14 @@ def test_a_table_has_its_cells_and_alignments(left: int) -> None:
     lines = markdown_table(head, rows, left=left).splitlines()
     assert [cells(line) for line in (lines[0], *lines[2:])] == [[str(c) for c in row] for row in (head, *rows)]
     assert lines[1].split() == ["|", *[x for i in range(3) for x in ("---" if i < left else "---:", "|")]]
+
+
+@pytest.mark.parametrize(
+    ("n", "noun", "text"),
+    [(1, "epoch", "1 epoch"), (0, "set", "0 sets"), (2, "batch", "2 batches"), (3, "class", "3 classes")],
+)
+def test_a_noun_agrees_with_its_number(n: int, noun: str, text: str) -> None:
+    assert plural(n, noun) == text
 
 
 def test_a_cell_with_a_bar_is_one_cell() -> None:

@@ -151,7 +151,7 @@ def test_uneven_sets_and_used_folders(tmp_path: Path) -> None:
     s = small()
     rows = ("images", "labels", "weights", "prototype", "counts", "source_row")
     fields = {name: getattr(s, name)[1:] for name in rows}
-    with pytest.raises(InputError, match="class 0 'c0' has 1 images but ipc is 2"):
+    with pytest.raises(InputError, match="class 0 'c0' has 1 image but ipc is 2"):
         export_ddranking(dataclasses.replace(s, **fields), tmp_path, **options)
     export_ddranking(s, tmp_path, **options)
     with pytest.raises(InputError, match="images is there already"):

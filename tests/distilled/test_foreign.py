@@ -822,7 +822,7 @@ def test_a_class_without_test_images_is_said(world, tmp_path, caplog):
     for f in (tmp_path / "images" / "test" / "green").iterdir():
         f.unlink()
     assert main(call) == 0
-    assert "1 classes have no test image and count for nothing: green" in caplog.text
+    assert "1 class without a test image, not counted: green" in caplog.text
 
 
 # --- ddr ----------------------------------------------------------------------------------------------------------
@@ -837,7 +837,7 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
     assert main(call) == 0
     said = capsys.readouterr().out
     assert said.startswith("| set | student | HLR (low is good) | IOR | LRS | ARS |")
-    assert "Recipes: convnet3: custom, 1 epochs, batch 8" in said
+    assert "Recipes: convnet3: custom, 1 epoch, batch 8" in said
     assert said.splitlines()[-1] == str(tmp_path / "run" / "eval" / "ddr.csv")
     with open(tmp_path / "run" / "eval" / "ddr.csv", newline="") as f:
         rows = list(csv.DictReader(f))

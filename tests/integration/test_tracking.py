@@ -359,7 +359,7 @@ def test_quiet_leaves_results_and_warnings(start: Start, world: Path, tmp_path: 
         done = start(MAIN, "encode", "--config", str(again), "--cpu", "--quiet")
     finally:
         bad.unlink()
-    assert "1 images were set aside" in done.stderr
+    assert "1 unreadable image set aside" in done.stderr
     assert "begins" not in done.stderr
 
 

@@ -295,7 +295,7 @@ def test_it_is_a_stage_of_a_run(
     from dq.run.planning.refining import refining_speed
 
     config = settings_of(tmp_path, weighted=False)
-    assert "frepo, 6 images in 1 batches, 4 steps, 24 image steps" in plan(config, toy_source)
+    assert "frepo, 6 images in 1 batch, 4 steps, 24 image steps" in plan(config, toy_source)
     assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
     # killed behind its second step, it goes on there to the same set
     monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)

@@ -152,7 +152,7 @@ def test_a_batch_of_a_rank_has_no_image_of_another() -> None:
     assert [{r for _, r in b} for b in batches] == [{0}, {0}, {1}, {2}]
     assert [len(b) for b in batches] == [2, 3, 4, 3]
     assert compose_batches([2] * 3, 3, compose="rank") == compose_batches([2] * 3, 3)
-    with pytest.raises(InputError, match=r"1 classes, fewer than 3: .*batch_size \(now 2\)"):
+    with pytest.raises(InputError, match=r"1 class, fewer than 3: .*batch_size \(now 2\)"):
         compose_batches(counts, 2, compose="rank", min_classes=3)
     assert [largest_batch("rank", 100, 10), largest_batch("index", 100, 10), largest_batch("rank", 100, None)] == [
         10,

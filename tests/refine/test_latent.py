@@ -227,7 +227,7 @@ def test_it_is_a_stage_of_a_run(
     from dq.run.stages.refine import refine as refine_images
 
     config = settings_of(tmp_path, mode="latent")
-    assert "frepo, 6 images in 1 batches, 4 steps, 24 image steps" in plan(config, toy_source)
+    assert "frepo, 6 images in 1 batch, 4 steps, 24 image steps" in plan(config, toy_source)
     c = ImageCodec.of(tiny_kl(), 8, 8)
     assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6, codec=c).seconds > 0
     s = distill(config, toy_source, accelerator)

@@ -509,7 +509,7 @@ def test_every_image_is_in_one_batch_and_no_batch_is_a_small_rest(compose, count
 
 
 def test_a_batch_of_too_few_classes_is_refused():
-    with pytest.raises(InputError, match=r"batch 6 of 7 .* 1 classes, fewer than 5: .*batch_size"):
+    with pytest.raises(InputError, match=r"batch 6 of 7 .* 1 class, fewer than 5: .*batch_size"):
         compose_batches([20] + [5] * 9, 10)
     batches = compose_batches([20] + [5] * 9, 10, compose="dealt")
     assert min(len({c for c, _ in b}) for b in batches) >= 5

@@ -526,7 +526,7 @@ def test_it_is_a_stage_of_a_run(
     from dq.run.stages.evaluate import check_evaluation, evaluate_run
 
     config = settings_of(tmp_path, small)
-    assert "trajectory, 6 images in 1 batches, 18 steps, 108 image steps" in plan(config, toy_source)
+    assert "trajectory, 6 images in 1 batch, 18 steps, 108 image steps" in plan(config, toy_source)
     assert refining_speed(config.refine[0], (), 3, 8, torch.device("cpu"), images=6).seconds > 0
     check_evaluation(config, toy_source)
     monkeypatch.setattr(record, "SAVE_SECONDS", 0.0)

@@ -94,7 +94,7 @@ def test_a_weak_teacher_of_its_own_needs_more_epochs(world, tmp_path, capsys):
     arguments = swap(call(world, tmp_path), "train_teachers.epochs=1")
     assert main([*arguments, "train_teachers.lr=0.0"]) == 2
     message = capsys.readouterr().err
-    assert "near the chance of 33.3%: 1 epochs on these images are too few; raise train_teachers.epochs" in message
+    assert "near the chance of 33.3%: raise train_teachers.epochs (now 1)" in message
     assert "class order" not in message
 
 

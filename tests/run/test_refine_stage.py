@@ -234,7 +234,7 @@ def test_settings_reach_the_stage(world, teachers, tmp_path, capsys):
     """Composition, complexity, rank of anchors, and each image's own weight."""
     still = {**SHORT, "lr": 0.0, "batch_size": 2}
     assert run(refining(world, tmp_path / "few", teachers, [still])) == 2
-    assert "would hold 1 classes, fewer than 3" in capsys.readouterr().err
+    assert "would hold 1 class, fewer than 3" in capsys.readouterr().err
     assert run(refining(world, tmp_path / "few", teachers, [{**still, "min_classes": 1}])) == 0
     assert read_json(refined(tmp_path / "few")["fadrm"] / "manifest.json")["batches"] == 5
     for compose, first in (("index", 4), ("dealt", 5)):
@@ -397,7 +397,7 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
         ({"stage": "fadrn"}, "must be a mapping whose stage is one of 'fadrm', 'teddy'"),
         ({**SHORT, "alfa": 1}, "unknown setting 'refine.0.alfa'; did you mean 'refine.0.alpha'"),
         ({**SHORT, "alpha": 2}, r"refine.0.alpha must be a number in \[0, 1\], not 2"),
-        ({**SHORT, "batch_size": 1}, r"would hold 1 classes, fewer than 3"),
+        ({**SHORT, "batch_size": 1}, r"would hold 1 class, fewer than 3"),
         (
             {**SHORT, "anchors": "file", "anchor_path": "nowhere"},
             r"names nowhere, which does not exist; correct refine.0.anchor_path",
@@ -419,7 +419,7 @@ def test_bad_settings_stop_before_anything_is_encoded(world, teachers, tmp_path,
 def test_a_batch_of_too_few_classes_and_a_teacher_without_norm_are_said(world, teachers, tmp_path, capsys):
     few = {**SHORT, "batch_size": 1}
     assert run(refining(world, tmp_path / "few", teachers, [few])) == 2
-    assert "would hold 1 classes, fewer than 3" in capsys.readouterr().err
+    assert "would hold 1 class, fewer than 3" in capsys.readouterr().err
     plain = {"net": "convnet3", "path": str(world / "teacher.safetensors"), "mean": [0.5] * 3, "std": [0.5] * 3}
     assert run(refining(world, tmp_path / "norm", [plain], [SHORT])) == 2
     assert "no teacher has batch norm (convnet3)" in capsys.readouterr().err
@@ -432,7 +432,7 @@ def test_a_dry_run_counts_batches_and_steps(world, teachers, tmp_path, capsys):
     assert run(refining(world, tmp_path, teachers, [SHORT, TEDDY]), "run", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "ddoq ipc 3: fadrm, 9 images in 3 batches, 9 steps, 81 image steps" in said
-    assert "ddoq ipc 3: teddy, 9 images in 1 batches, 4 steps, 36 image steps" in said
+    assert "ddoq ipc 3: teddy, 9 images in 1 batch, 4 steps, 36 image steps" in said
 
 
 def test_a_run_without_stages_is_as_before(world, tmp_path):

@@ -162,5 +162,5 @@ def test_what_cannot_have_several_images_is_refused() -> None:
 def test_a_plan_counts_the_images_of_small_classes_too() -> None:
     settings = {"ipc": [10], "generate.mode": "dit", "cluster.prototypes_per_class": 5, "evaluate.students": []}
     text = plan(apply_settings(RunConfig(), settings), like_source("3x4"))
-    assert "ipc 10      12 prototypes, 1 methods (ddoq), 30 images" in text
+    assert "ipc 10      12 prototypes, 1 method (ddoq), 30 images" in text
     assert "fewer than" not in text

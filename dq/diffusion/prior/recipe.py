@@ -16,6 +16,7 @@ from dq.config.dtypes import USES, Dtypes, folder_dtypes
 from dq.core.errors import RunError
 from dq.core.files import is_done, read_json, read_metadata, write_json
 from dq.core.seeds import digest_of
+from dq.core.text import plural
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,7 +113,8 @@ def hardware(accelerator: Accelerator) -> str:
     device = accelerator.device
     if device.type == "cuda":
         return f"{accelerator.num_processes} x {torch.cuda.get_device_name(device)}"
-    return f"{accelerator.num_processes} process(es) of {torch.get_num_threads()} CPU thread(s), {platform.machine()}"
+    processes, threads = plural(accelerator.num_processes, "process"), plural(torch.get_num_threads(), "CPU thread")
+    return f"{processes} of {threads}, {platform.machine()}"
 
 
 def publish(

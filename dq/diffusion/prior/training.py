@@ -24,6 +24,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.files import append_jsonl, is_done, read_metadata, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed
+from dq.core.text import plural
 from dq.core.trackers import report
 from dq.diffusion.codec import DTYPES
 from dq.diffusion.prior.curves import draw_curves
@@ -71,8 +72,8 @@ def fit(
     world, main = accelerator.num_processes, accelerator.is_main_process
     if recipe.batch_size < world * recipe.accumulate:
         raise InputError(
-            f"prior.{recipe.name}.batch_size={recipe.batch_size} is less than its {recipe.accumulate} part(s) on "
-            f"{world} process(es); raise it"
+            f"prior.{recipe.name}.batch_size={recipe.batch_size} is less than "
+            f"its {plural(recipe.accumulate, 'part')} on {plural(world, 'process')}; raise it"
         )
     objective.to(accelerator.device).train()
     state = _new_state(recipe, objective)

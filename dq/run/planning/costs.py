@@ -14,6 +14,7 @@ from dq.config.pruning import PruneConfig
 from dq.config.schema import ClusterConfig, GenerateConfig, RunConfig
 from dq.core.processes import cut
 from dq.core.seeds import digest_of
+from dq.core.text import plural
 from dq.data.image_cache import MAX_IMAGES, MIN_IMAGES
 from dq.evaluation.baselines import BY_FEATURES, BY_PREDICTION
 from dq.run.planning.sets import PlannedSet, planned_sets
@@ -117,7 +118,13 @@ def _encode(counts: Sequence[int], cells: int | None, processes: int) -> StagePl
     parts = [float(len(p)) for p in cut(n, smallest=MIN_IMAGES, largest=MAX_IMAGES)]
     size = None if cells is None else float(n * (cells * CELL + ROW))
     share = busiest(parts, processes)
-    return StagePlan("encode", f"{n} images in {len(parts)} parts", {"read": n, "encode": n}, share=share, bytes=size)
+    return StagePlan(
+        "encode",
+        f"{plural(n, 'image')} in {plural(len(parts), 'part')}",
+        {"read": n, "encode": n},
+        share=share,
+        bytes=size,
+    )
 
 
 def _prune(config: RunConfig, counts: Sequence[int], processes: int) -> StagePlan:
@@ -133,7 +140,7 @@ def _prune(config: RunConfig, counts: Sequence[int], processes: int) -> StagePla
         plan.each["read"] = plan.each.get("read", 0.0) + n
         costs += [float(n * p.trained_epochs)] * p.runs
         plan.bytes = (plan.bytes or 0) + p.runs * n * SCORED
-    plan.units = f"{len(costs)} runs of {n} images"
+    plan.units = f"{plural(len(costs), 'run')} of {plural(n, 'image')}"
     plan.share = busiest(costs, processes)
     return plan
 
@@ -183,7 +190,7 @@ def _generate(
     total = sum(s.draws for s in distinct.values())
     images_kept = sum(s.images for s in distinct.values())
     plan = StagePlan(
-        "generate", f"{total} images" + (f", of which {images_kept} are kept" if images_kept < total else "")
+        "generate", plural(total, "image") + (f", of which {images_kept} are kept" if images_kept < total else "")
     )
     compared: set[str] = set()
     for s in distinct.values():
@@ -236,7 +243,7 @@ def _refine(config: RunConfig, sets: Sequence[PlannedSet], counts: list[int], pr
             costs += [float(s.images * steps) / batches] * batches
             # every image lies in the file of its batch and in that of its class
             plan.bytes = (plan.bytes or 0) + 2 * s.images * pixel_bytes(config, s.generate.image_dtype)
-    plan.units = f"{len(costs)} batches"
+    plan.units = plural(len(costs), "batch")
     plan.share = busiest(costs, processes)
     return plan
 
@@ -251,7 +258,7 @@ def _label(config: RunConfig, sets: Sequence[PlannedSet], processes: int) -> Sta
 
     Parquet stores images as PNG, so that the bytes of pixels are a bound.
     """
-    plan = StagePlan("label", f"{len(sets)} sets")
+    plan = StagePlan("label", plural(len(sets), "set"))
     plan.bytes = float(sum(s.images * pixel_bytes(config, s.generate.image_dtype) for s in sets))
     if config.teachers:
         plan.call("teacher", sum(s.images for s in sets))
@@ -299,7 +306,7 @@ def _evaluate(config: RunConfig, source: ImageSource, sets: Sequence[PlannedSet]
         plan.call("teacher", n)
     if config.teachers:
         plan.each["read"] += sum(t.check_images for t in config.teachers)
-    plan.units = f"{number} trainings"
+    plan.units = plural(number, "training")
     plan.share = busiest(costs, processes)
     return plan
 
@@ -314,7 +321,7 @@ def estimate_lines(
     from dq.core.progress import duration
     from dq.core.text import format_bytes
 
-    on = "1 process" if processes == 1 else f"{processes} processes, each on a device like the measured one"
+    on = plural(processes, "process") + (", each on a device like the measured one" if processes > 1 else "")
     yield f"estimate    on {on}"
     times = [seconds_of(p, speeds, overlap=overlap) for p in plans]
     for p, seconds in zip(plans, times, strict=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
+from dq.core.text import plural
 
 if TYPE_CHECKING:
     from dq.data.source import ImageSource
@@ -66,9 +67,9 @@ def plan(config: RunConfig, source: ImageSource) -> str:
     n_units = len(cut(n, smallest=MIN_IMAGES, largest=MAX_IMAGES))
     sets = planned_sets(config, source)
     lines = [
-        f"source      {source.origin}: {n} train images, {classes} classes of {counts.min()} to {counts.max()}, "
-        f"test split {source.test_name or 'missing'}",
-        f"encode      {n} images at {config.codec.resolution} px, in {n_units} units",
+        f"source      {source.origin}: {plural(n, 'train image')}, {plural(classes, 'class')} of {counts.min()} to "
+        f"{counts.max()}, test split {source.test_name or 'missing'}",
+        f"encode      {plural(n, 'image')} at {config.codec.resolution} px, in {plural(n_units, 'unit')}",
     ]
     lines += _plan_pruning(config, counts)
     denoiser_steps = 0
@@ -85,8 +86,8 @@ def plan(config: RunConfig, source: ImageSource) -> str:
         images = sum(s.images for s in sets if s.ipc == ipc)
         draws = sum(s.draws for s in sets if s.ipc == ipc)
         lines.append(
-            f"ipc {ipc:<7d} {prototypes} prototypes, {len(config.methods)} methods "
-            f"({', '.join(config.methods)}), {images} images, "
+            f"ipc {ipc:<7d} {plural(prototypes, 'prototype')}, {plural(len(config.methods), 'method')} "
+            f"({', '.join(config.methods)}), {plural(images, 'image')}, "
             + (f"chosen from {draws} draws, " if draws > images else "")
             + f"{images * pixels / 1e6:.1f} MB of pixels, up to {draws * denoiser_steps} denoiser calls"
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
@@ -104,7 +105,8 @@ def _plan_pruning(config: RunConfig, counts: Any) -> list[str]:
     from dq.run.stages.prune import pruned_counts, scored_settings
 
     lines = [
-        f"prune       {p.runs} runs of {p.net}, {p.trained_epochs} epochs each, unless the scores are in the cache"
+        f"prune       {plural(p.runs, 'run')} of {p.net}, {plural(p.trained_epochs, 'epoch')} each, unless the "
+        "scores are in the cache"
         for p in scored_settings(config)
     ]
     for ipc, name, sizes in pruned_counts(config, counts):
@@ -128,9 +130,10 @@ def _plan_refinement(config: RunConfig, sizes: dict[tuple[str, str], int], count
             steps, batches = stage.steps, stage.batches(images)
             lines_of.setdefault(
                 key,
-                f"refine      {method} ipc {ipc}: {stage.name}, {images} images in {batches} batches, {steps} steps, "
-                f"{images * steps} image steps forward and backward"
-                + (f"; {stage.checks} trainings for checks, which are not in the time" * (stage.checks > 0)),
+                f"refine      {method} ipc {ipc}: {stage.name}, {plural(images, 'image')} in "
+                f"{plural(batches, 'batch')}, {plural(steps, 'step')}, {images * steps} image steps forward and "
+                "backward"
+                + (f"; {plural(stage.checks, 'training')} for checks, not in the time" * (stage.checks > 0)),
             )
     return list(lines_of.values())
 
@@ -230,7 +233,7 @@ def plan_evaluation(
             continue
         number += t.seeds
         stored.add(t.stored_labels(len(counts)))
-    lines = [f"evaluate    {number} trainings, and {full} on the full data"]
+    lines = [f"evaluate    {plural(number, 'training')}, and {full} on the full data"]
     total = sum(entry.bytes for entry in stored if entry is not None)
     return lines + [f"labels      {format_bytes(total)} of soft labels of views"] * (total > 0)
 
@@ -251,7 +254,7 @@ def plan_prior_report(config: RunConfig, source: ImageSource) -> str:
 def plan_training(verb: str, config: RunConfig, source: ImageSource) -> str:
     """What a verb that trains a prior, teachers, a pool or experts would do."""
     n, classes, prior = len(source.train), len(source.class_names), config.prior
-    lines = [f"source      {source.origin}: {n} train images, {classes} classes"]
+    lines = [f"source      {source.origin}: {plural(n, 'train image')}, {plural(classes, 'class')}"]
     if verb in ("train-codec", "train-denoiser"):
         c, d = prior.codec, prior.denoiser
         side, folder = config.codec.resolution, prior.output_dir
@@ -275,5 +278,5 @@ def plan_training(verb: str, config: RunConfig, source: ImageSource) -> str:
 
         folder = config.train_experts.output_dir
         return "\n".join([*lines, f"train       {experts_text(config, source)}", f"writes to   {folder}"])
-    lines.append(f"train       {', '.join(t.nets)}, {t.epochs} epochs each, at {config.image_size} px")
+    lines.append(f"train       {', '.join(t.nets)}, {plural(t.epochs, 'epoch')} each, at {config.image_size} px")
     return "\n".join([*lines, f"writes to   {t.output_dir}"])

@@ -380,7 +380,7 @@ def plan_with_speeds(config: RunConfig, source: ImageSource, speeds: Speeds, *, 
     plans = planned_stages(config, source, speeds, processes)
     lines = [plan(config, source)]
     lines += estimate_lines(plans, speeds.seconds, overlap=bool(speeds.facts.get("overlap")), processes=processes)
-    lines.append(f"  measured on {speeds.facts.get('device')}, {speeds.facts.get('threads')} threads")
+    lines.append(f"  measured on {speeds.facts.get('device')}, {speeds.facts.get('threads')} CPU threads")
     lines += [f"  not timed: {reason}" for reason in speeds.unknown]
     for folder, need in _needs(config, plans).items():
         free = shutil.disk_usage(folder).free

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json, write_text
+from dq.core.text import plural
 from dq.diffusion.codec import Codec
 from dq.diffusion.latents import LatentCache, encode_source, open_cache
 from dq.run.folder import Run
@@ -29,7 +30,7 @@ def encode(run: Run, codec: Codec) -> LatentCache:
     run.accelerator.wait_for_everyone()
     if run.main and (bad := cache.bad_images()):
         write_text(run.folder / "bad_images.txt", "\n".join(bad) + "\n")
-        log.warning("%d images were set aside, listed in %s", len(bad), run.folder / "bad_images.txt")
+        log.warning("%s set aside, listed in %s", plural(len(bad), "unreadable image"), run.folder / "bad_images.txt")
     return cache
 
 
