@@ -1,18 +1,24 @@
 """Training augmentations on batches of normalized images: DSA's, FRePo's, and crop with flip.
 
 The operations are functions of images (B, 3, S, S) and of one parameter per image, (B,). Parameters are drawn on the
-CPU from the generator that is passed in, so that they do not depend on the device.
+CPU from the generator that is passed in, so that they do not depend on the device: of one batch when it is augmented
+(`augment`), or of all batches of an epoch before it, which then copies them to the device once (`draw_steps`,
+`steps_on_device`, `apply_steps`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dq.core.errors import InputError
+from dq.core.transfer import to_device_together
 
 # Settings of DSA (Zhao & Bilen 2021) as released: strategy color_crop_cutout_flip_scale_rotate
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -28,17 +34,48 @@ FREPO_ZOOM = 1.25
 FREPO_CUTOUT = 0.25  # of the side
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operation on a batch with its drawn numbers."""
+
+    operation: str  # one of `APPLY`
+    values: Tensor  # a number, several numbers (P, B) or a matrix (B, 2, 2) of each image
+    size: int = 0  # px, of padding or of a square
+
+
 def augment(kind: str, images: Tensor, generator: torch.Generator) -> Tensor:
     """Augment a batch (B, 3, S, S) by the name in `StudentConfig.augment`."""
+    return _drawn_and_applied(draw_steps(kind, len(images), images.shape[-1], generator), images)
+
+
+def draw_steps(kind: str, n: int, side: int, generator: torch.Generator) -> list[Step]:
+    """Draw what `augment` does to a batch of `n` images of `side` px, on the CPU."""
     if kind == "dsa":
-        return dsa(images, generator)
+        return _draw_dsa(n, side, generator)
     if kind == "crop_flip":
-        return crop_flip(images, generator)
+        return [_draw_crop(n, side, generator), _draw_flip(n, generator)]
     if kind in ("frepo", "frepo_noflip"):
-        return frepo(images, generator, mirror=kind == "frepo")
+        return _draw_frepo(n, side, generator, mirror=kind == "frepo")
     if kind == "none":
-        return images
+        return []
     raise InputError(f"augment must be 'dsa', 'crop_flip', 'frepo', 'frepo_noflip' or 'none', not {kind!r}")
+
+
+def steps_on_device(batches: Sequence[Sequence[Step]], device: torch.device) -> list[list[Step]]:
+    """Copy the draws of several batches to a device, in one copy for each dtype."""
+    values = iter(to_device_together([step.values for steps in batches for step in steps], device))
+    return [[dataclasses.replace(step, values=next(values)) for step in steps] for steps in batches]
+
+
+def apply_steps(images: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Apply operations, whose draws are on the device of the images (B, 3, S, S), one after another."""
+    for step in steps:
+        images = APPLY[step.operation](images, step)
+    return images
+
+
+def _drawn_and_applied(steps: Sequence[Step], images: Tensor) -> Tensor:
+    return apply_steps(images, steps_on_device([steps], images.device)[0])
 
 
 def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = None, shared: bool = False) -> Tensor:
@@ -51,34 +88,38 @@ def dsa(images: Tensor, generator: torch.Generator, *, operation: str | None = N
         shared: one draw of the parameters for all images, which another batch has too with an equal generator, as
             methods that compare real and learned images use it.
     """
-    x, n, side = images, len(images), images.shape[-1]
+    steps = _draw_dsa(len(images), images.shape[-1], generator, operation=operation, shared=shared)
+    return _drawn_and_applied(steps, images)
+
+
+def _draw_dsa(
+    n: int, side: int, generator: torch.Generator, *, operation: str | None = None, shared: bool = False
+) -> list[Step]:
     draws = 1 if shared else n
 
     def uniform(*ranges: tuple[float, float]) -> Tensor:
-        """Draw (ranges, B) and copy them to the device at once."""
         values = [low + (high - low) * torch.rand(draws, generator=generator) for low, high in ranges]
-        return torch.stack(values).expand(-1, n).to(x.device)
+        return torch.stack(values).expand(-1, n)  # (ranges, B)
 
     if operation is None:
         operation = OPERATIONS[int(torch.randint(len(OPERATIONS), (), generator=generator))]
     if operation == "color":
-        amounts = uniform((-BRIGHTNESS / 2, BRIGHTNESS / 2), (0, SATURATION), (CONTRAST, 1 + CONTRAST))
-        return contrast(saturation(brightness(x, amounts[0]), amounts[1]), amounts[2])
+        return [Step("color", uniform((-BRIGHTNESS / 2, BRIGHTNESS / 2), (0, SATURATION), (CONTRAST, 1 + CONTRAST)))]
     if operation == "crop":
-        return _random_crop(x, generator, draws)
+        return [_draw_crop(n, side, generator, draws)]
     if operation == "cutout":
         size = int(side * CUTOUT + 0.5)
         # the center lies anywhere in the image, so a part of the square may fall outside
-        centers = torch.randint(0, side + 1 - size % 2, (2, draws), generator=generator).expand(-1, n).to(x.device)
-        return cutout(x, centers[0], centers[1], size)
+        centers = torch.randint(0, side + 1 - size % 2, (2, draws), generator=generator)
+        return [Step("cutout", centers.expand(-1, n), size)]
     if operation == "flip":
-        return _random_flip(x, generator, draws)
+        return [_draw_flip(n, generator, draws)]
     if operation == "scale":
         sx, sy = uniform((1 / SCALE, SCALE), (1 / SCALE, SCALE))
         zero = torch.zeros_like(sx)
-        return affine(x, torch.stack([sx, zero, zero, sy], 1).view(n, 2, 2))
+        return [Step("affine", torch.stack([sx, zero, zero, sy], 1).view(n, 2, 2))]
     if operation == "rotate":
-        return affine(x, _rotations(uniform((-ROTATE_DEGREES, ROTATE_DEGREES))[0]))
+        return [Step("affine", _rotations(uniform((-ROTATE_DEGREES, ROTATE_DEGREES))[0]))]
     raise InputError(f"DSA has no operation {operation!r}; it has {', '.join(OPERATIONS)}")
 
 
@@ -91,29 +132,34 @@ def frepo(images: Tensor, generator: torch.Generator, *, mirror: bool = True, op
         mirror: whether mirror images are among the operations; not for digits and clothes.
         operation: one of `FREPO_OPERATIONS`; None draws it.
     """
-    x, n, side = images, len(images), images.shape[-1]
+    steps = _draw_frepo(len(images), images.shape[-1], generator, mirror=mirror, operation=operation)
+    return _drawn_and_applied(steps, images)
+
+
+def _draw_frepo(
+    n: int, side: int, generator: torch.Generator, *, mirror: bool, operation: str | None = None
+) -> list[Step]:
     names = FREPO_OPERATIONS if mirror else FREPO_OPERATIONS[:-1]
 
     def uniform(limit: float) -> Tensor:
-        return (limit * (2 * torch.rand(n, generator=generator) - 1)).to(x.device)
+        return limit * (2 * torch.rand(n, generator=generator) - 1)
 
     if operation is None:
         operation = names[int(torch.randint(len(names), (), generator=generator))]
     if operation == "color":
-        x = saturation(brightness(x, uniform(FREPO_COLOR)), uniform(FREPO_COLOR).exp())
-        return contrast(x, uniform(FREPO_COLOR).exp())
+        amount, saturated, contrasted = (uniform(FREPO_COLOR) for _ in range(3))
+        return [Step("color", torch.stack([amount, saturated.exp(), contrasted.exp()]))]
     if operation == "zoom":
-        factor = uniform(math.log(FREPO_ZOOM)).exp()
-        return affine(x, factor[:, None, None] * torch.eye(2, device=x.device))
+        return [Step("affine", uniform(math.log(FREPO_ZOOM)).exp()[:, None, None] * torch.eye(2))]
     if operation == "translate":
-        return _random_crop(x, generator)
+        return [_draw_crop(n, side, generator)]
     if operation == "cutout":
-        centers = torch.randint(0, side, (2, n), generator=generator).to(x.device)
-        return cutout(x, centers[0], centers[1], max(1, int(side * FREPO_CUTOUT + 0.5)))
+        centers = torch.randint(0, side, (2, n), generator=generator)
+        return [Step("cutout", centers, max(1, int(side * FREPO_CUTOUT + 0.5)))]
     if operation == "rotate":
-        return affine(x, _rotations(uniform(ROTATE_DEGREES)))
+        return [Step("affine", _rotations(uniform(ROTATE_DEGREES)))]
     if operation == "flip":
-        return _random_flip(x, generator)
+        return [_draw_flip(n, generator)]
     raise InputError(f"FRePo's augmentation has no operation {operation!r}; it has {', '.join(names)}")
 
 
@@ -126,17 +172,17 @@ def _rotations(degrees: Tensor) -> Tensor:
 
 def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Crop zero-padded images (4 px of padding for 32 px images) and mirror half of them."""
-    return _random_flip(_random_crop(images, generator), generator)
+    return augment("crop_flip", images, generator)
 
 
-def _random_crop(x: Tensor, generator: torch.Generator, draws: int | None = None) -> Tensor:
-    pad = int(x.shape[-1] * CROP_PAD + 0.5)
-    moves = torch.randint(-pad, pad + 1, (2, draws or len(x)), generator=generator).expand(-1, len(x)).to(x.device)
-    return shift(x, moves[0], moves[1], pad)
+def _draw_crop(n: int, side: int, generator: torch.Generator, draws: int | None = None) -> Step:
+    pad = int(side * CROP_PAD + 0.5)
+    moves = torch.randint(-pad, pad + 1, (2, draws or n), generator=generator)
+    return Step("shift", moves.expand(-1, n), pad)
 
 
-def _random_flip(x: Tensor, generator: torch.Generator, draws: int | None = None) -> Tensor:
-    return flip(x, (torch.rand(draws or len(x), generator=generator) < FLIP).expand(len(x)).to(x.device))
+def _draw_flip(n: int, generator: torch.Generator, draws: int | None = None) -> Step:
+    return Step("flip", (torch.rand(draws or n, generator=generator) < FLIP).expand(n))
 
 
 # --- the operations -----------------------------------------------------------------------------------------------
@@ -203,3 +249,17 @@ def affine(x: Tensor, matrix: Tensor) -> Tensor:
     theta = F.pad(matrix.to(x.dtype), (0, 1))  # (B, 2, 3), no translation
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
+
+
+def _color(x: Tensor, step: Step) -> Tensor:
+    amount, saturated, contrasted = step.values
+    return contrast(saturation(brightness(x, amount), saturated), contrasted)
+
+
+APPLY: dict[str, Callable[[Tensor, Step], Tensor]] = {
+    "color": _color,
+    "shift": lambda x, step: shift(x, step.values[0], step.values[1], step.size),
+    "cutout": lambda x, step: cutout(x, step.values[0], step.values[1], step.size),
+    "flip": lambda x, step: flip(x, step.values),
+    "affine": lambda x, step: affine(x, step.values),
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from dq.config.students import ViewConfig
 from dq.core.constants import constant
 from dq.core.seeds import derive_seed, generator
+from dq.core.transfer import to_device_together
 from dq.data.augment import flip as mirrored
 from dq.data.augment import shift
 from dq.data.rand_augment import draw_operations, rand_augment
@@ -54,6 +55,16 @@ class Views:
         for f in fields(self):
             h.update(getattr(self, f.name).numpy().tobytes())
         return int.from_bytes(h.digest(), "big") >> 1
+
+    def on_device(self, device: torch.device) -> Views:
+        """Return draws for `apply_views` on a device, copied once.
+
+        What the host reads stays on it: the mixes, and the codes of RandAugment. Other dtypes make another digest.
+        """
+        names = ("order", "shuffle", "box", "flip", "partner", "color", "color_order", "light")
+        dtypes = {"order": torch.int64, "box": torch.int64, "partner": torch.int64, "flip": torch.bool}
+        tensors = [getattr(self, name).to(dtypes.get(name)) for name in names]
+        return replace(self, **dict(zip(names, to_device_together(tensors, device), strict=True)))
 
 
 def batches(n: int, batch_size: int, accumulate: int = 1) -> list[slice]:
@@ -185,16 +196,16 @@ def apply_views(config: ViewConfig, images: Tensor, views: Views, batch: int, at
 
 
 def crop_and_flip(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
-    """Crop the boxes (B, 4) of images (B, C, H, W), resize and mirror them.
+    """Crop the boxes (B, 4) of square images (B, C, S, S), resize and mirror them.
 
     Bilinear with half-pixel centers, pixels outside the box repeated from its border: what `interpolate` gives for the
     cut-out crop. A crop is never larger than the image, so nothing is shrunk and antialiasing would change nothing.
     Written as two products with one matrix per image and axis.
     """
-    top, left, height, width = box.long().unbind(1)
-    rows = resize_matrix(top, height, x.shape[2], torch.zeros_like(flip))  # (B, H, H)
-    columns = resize_matrix(left, width, x.shape[3], flip)  # (B, W, W)
-    return rows[:, None] @ x @ columns[:, None].mT
+    n, side = len(x), x.shape[-1]
+    start, length = box.long().T.reshape(2, 2 * n)  # of rows, then of columns
+    matrices = resize_matrix(start, length, side, torch.cat([torch.zeros_like(flip), flip]))  # (2 B, S, S)
+    return matrices[:n, None] @ x @ matrices[n:, None].mT
 
 
 def resize_matrix(start: Tensor, length: Tensor, side: int, mirror: Tensor) -> Tensor:

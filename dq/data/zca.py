@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +25,16 @@ class Zca:
 
     mean: Tensor  # (D,) float32, D = 3 S S
     matrix: Tensor  # (D, D) float32, symmetric
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return whitened images (B, 3, S, S) float32 of images that are uint8 or float in [0, 1]."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        mean, matrix = self.mean.to(x.device), self.matrix.to(x.device)
+        if x.device not in self._copies:  # not in every batch: 38 MB for images of 32 px
+            self._copies[x.device] = self.mean.to(x.device), self.matrix.to(x.device)
+        mean, matrix = self._copies[x.device]
         return ((x.flatten(1) - mean) @ matrix).view_as(x)
 
     def whitening(self) -> Whitening:
@@ -74,10 +79,14 @@ class Whitening:
     center: Tensor | None = None  # (D,) float32, D = 3 S S; None: only channels are standardized
     matrix: Tensor | None = None  # (D / k^2, D / k^2) W
     inverse: Tensor | None = None  # (D / k^2, D / k^2) W^-1
+    _copies: dict[torch.device, Whitening] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def to(self, device: torch.device | str) -> Whitening:
-        """Return a copy on a device."""
-        return Whitening(**{k: v.to(device) for k, v in self.tensors().items()})
+        """Return a copy on a device, the same one in every call."""
+        device = torch.device(device)
+        if device not in self._copies:
+            self._copies[device] = Whitening(**{k: v.to(device) for k, v in self.tensors().items()})
+        return self._copies[device]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the fields by name, without those that are None."""

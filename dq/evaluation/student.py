@@ -91,7 +91,7 @@ def train_student(
         )
 
     def score(net: nn.Module, images: tuple[Tensor, Tensor]) -> float:
-        return accuracy(net, images[0].to(device), images[1].to(device), pixels=data.pixels, dtype=config.dtype)
+        return accuracy(net, *images, pixels=data.pixels, dtype=config.dtype)
 
     fitted = fit(
         dataclasses.replace(data, labels=data.labels.to(device, torch.int64)),

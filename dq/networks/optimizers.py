@@ -130,7 +130,30 @@ def make_optimizer(net: nn.Module, config: StudentConfig) -> torch.optim.Optimiz
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
     groups.append({"params": vectors, "weight_decay": config.weight_decay if decay_vectors else 0.0})
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused_on(net))
     if config.optimizer == "muon":
         return MuonAdamW(hidden, groups, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused_on(net))
+
+
+def fused_on(net: nn.Module) -> bool | None:
+    """Return whether the optimizer of a network is one kernel: on CUDA.
+
+    On a CPU it rounds otherwise than torch's default, with which results were made.
+    """
+    return all(p.is_cuda and p.is_floating_point() for p in net.parameters()) or None
+
+
+def take_gradients(net: nn.Module, before: dict[nn.Parameter, Tensor] | None) -> dict[nn.Parameter, Tensor]:
+    """Take the gradients from the parameters of a network and add those of the parts of a batch before.
+
+    They are added to those of all parameters at once, where autograd would launch a kernel for each parameter.
+    """
+    now = {p: p.grad for p in net.parameters() if p.grad is not None}
+    for p in now:
+        p.grad = None
+    if not before:
+        return now
+    both = [p for p in now if p in before]
+    torch._foreach_add_([before[p] for p in both], [now[p] for p in both])
+    return now | before

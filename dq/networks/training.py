@@ -21,11 +21,14 @@ from dq.core.constants import constant
 from dq.core.devices import resolve_dtype
 from dq.core.errors import RunError
 from dq.core.files import is_done, read_tensors, write_tensors
+from dq.core.memory import list_in_pieces
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors, generator, seeded
-from dq.data.augment import augment
+from dq.core.transfer import to_device
+from dq.data.augment import Step, apply_steps, draw_steps, steps_on_device
 from dq.data.views import Views, apply_views, batches, draw_views, parts
+from dq.networks.layers import count_on_host, counters_to, draws_randomly
 from dq.networks.losses import image_losses
-from dq.networks.optimizers import make_optimizer
+from dq.networks.optimizers import make_optimizer, take_gradients
 from dq.networks.schedule import evaluation_epochs, learning_rate, second_half
 from dq.networks.zoo import make_net, move_net
 
@@ -136,6 +139,7 @@ def fit(
             saved = time.perf_counter()
     if state.average is not None:
         state.net.load_state_dict(state.average, strict=False)
+    counters_to(data.images.device, state.net)
     return Fitted(state.net, tuple(state.scores), state.best, state.seconds)
 
 
@@ -172,12 +176,17 @@ class _Training:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Views and replayed logits of one epoch."""
+    """Draws and replayed logits of one epoch on the device, by position.
+
+    They are copied there before the first batch, since a copy in a step would hold the host up.
+    """
 
     views: Views
-    order: Tensor  # (N,) int64 on the device, the image at each position
-    partner: Tensor  # (N,) int64 there, position inside the batch
-    logits: Tensor | None  # (N, C) of a teacher for these views, by position; None: labels do not belong to views
+    augmentation: list[list[Step]]  # of each batch
+    labels: Tensor  # (N,)
+    partner_labels: Tensor  # (N,) of the images that are mixed in
+    weights: Tensor  # (N,) float32, those of an image and its partner mixed as the images are
+    logits: Tensor | None  # (N, C) of a teacher for these views; None: labels do not belong to views
 
 
 @dataclass(frozen=True)
@@ -203,13 +212,13 @@ def _train_epoch(t: _Training, state: _State, epoch: int) -> float:
     n, config = len(t.data.labels), t.config
     state.net.train()
     total = torch.zeros((), device=t.data.images.device)
-    augmentation = generator(t.seed, "student augmentation", epoch)
-    epoch_draws = _draw_epoch(t, epoch)
-    for i, span in enumerate(batches(n, config.batch_size, config.accumulate)):
-        batch = _batch(t, epoch_draws, i, span, augmentation)
+    spans = batches(n, config.batch_size, config.accumulate)
+    draws = _draw_epoch(t, epoch, spans)
+    for i, span in enumerate(spans):
+        batch = _batch(t, draws, i, span)
         state.optimizer.zero_grad()
-        for part in parts(len(batch.labels), config.accumulate):
-            total += _backward(t, state.net, batch, part, derive_seed(t.seed, "student dropout", epoch, i, part.start))
+        for loss in _backward(t, state, batch, ("student dropout", epoch, i)):
+            total += loss
         state.optimizer.step()
         if state.average is not None:
             parameters = [p.detach() for p in state.net.parameters()]
@@ -217,57 +226,79 @@ def _train_epoch(t: _Training, state: _State, epoch: int) -> float:
     return float(total) / n
 
 
-def _draw_epoch(t: _Training, epoch: int) -> _Epoch:
+def _draw_epoch(t: _Training, epoch: int, spans: Sequence[slice]) -> _Epoch:
     config, x, labels = t.config, t.data.images, t.data.soft_labels
+    side, device = x.shape[-1], x.device
     logits = None
     if config.labels == "soft" and labels is not None and not isinstance(labels, Tensor):
         targets = labels(epoch)
         targets.check(len(x), config)
-        views, logits = targets.views, targets.logits.to(x.device)
+        views, logits = targets.views, targets.logits.to(device)
     else:
         sizes = {"batch_size": config.batch_size, "accumulate": config.accumulate}
-        views = draw_views(config.views, len(x), x.shape[-1], **sizes, seed=t.seed, epoch=epoch)
-    return _Epoch(views, views.order.long().to(x.device), views.partner.long().to(x.device), logits)
-
-
-def _batch(t: _Training, epoch: _Epoch, i: int, span: slice, augmentation: torch.Generator) -> _Batch:
-    data, rows = t.data, epoch.order[span]
-    if t.inputs is not None:
-        images = t.inputs[rows]
-    else:
-        images = data.pixels(apply_views(t.config.views, data.images, epoch.views, i, span))
-    partners = rows[epoch.partner[span]]
-    share = float(epoch.views.kept[i])
-    weights = t.weights[rows] if share == 1 else share * t.weights[rows] + (1 - share) * t.weights[partners]
-    return _Batch(
-        images=augment(t.config.augment, images, augmentation),
-        labels=data.labels[rows],
-        partner_labels=data.labels[partners],
-        share=share,
-        weights=weights,
-        teacher=_teacher_logits(t, epoch, rows, span),
+        views = draw_views(config.views, len(x), side, **sizes, seed=t.seed, epoch=epoch)
+    augmentation = generator(t.seed, "student augmentation", epoch)
+    steps = [draw_steps(config.augment, s.stop - s.start, side, augmentation) for s in spans]
+    # shares and first positions of the batches, for each position
+    counts = torch.tensor([s.stop - s.start for s in spans])
+    share = views.kept.repeat_interleave(counts)
+    start = torch.tensor([s.start for s in spans]).repeat_interleave(counts)
+    order, partners = views.order.long(), views.order.long()[start + views.partner.long()]
+    rows, partner_rows = to_device(torch.stack([order, partners]), device)
+    shares, others = to_device(torch.stack([share, (1 - share.double()).float()]), device)
+    return _Epoch(
+        views=views.on_device(device),
+        augmentation=steps_on_device(steps, device),
+        labels=t.data.labels[rows],
+        partner_labels=t.data.labels[partner_rows],
+        weights=shares * t.weights[rows] + others * t.weights[partner_rows],
+        logits=logits,
     )
 
 
-def _teacher_logits(t: _Training, epoch: _Epoch, rows: Tensor, span: slice) -> Tensor | None:
-    if epoch.logits is not None:
-        return epoch.logits[span]
-    return None if t.fixed_labels is None else t.fixed_labels[rows]
+def _batch(t: _Training, epoch: _Epoch, i: int, span: slice) -> _Batch:
+    rows = epoch.views.order[span]
+    if t.inputs is not None:
+        images = t.inputs[rows]
+    else:
+        images = t.data.pixels(apply_views(t.config.views, t.data.images, epoch.views, i, span))
+    teacher = None if epoch.logits is None else epoch.logits[span]
+    if t.fixed_labels is not None:
+        teacher = t.fixed_labels[rows]
+    return _Batch(
+        images=apply_steps(images, epoch.augmentation[i]),
+        labels=epoch.labels[span],
+        partner_labels=epoch.partner_labels[span],
+        share=float(epoch.views.kept[i]),
+        weights=epoch.weights[span],
+        teacher=teacher,
+    )
 
 
-def _backward(t: _Training, net: nn.Module, batch: _Batch, part: slice, seed: int) -> Tensor:
-    """Add the gradients of a part of a batch and return its loss.
+def _backward(t: _Training, state: _State, batch: _Batch, seed: tuple[object, ...]) -> list[Tensor]:
+    """Set the gradients of a batch, the sum of those of its parts; return the sums () of the losses of its parts."""
+    device, size, half = t.data.images.device, len(batch.labels), t.config.dtype == "bfloat16"
+    totals, gradients = [], None
+    # one context for all parts, which casts weights once
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        for part in parts(size, t.config.accumulate):
+            with _seeded_dropout(t, state, (*seed, part.start)):
+                logits = state.net(batch.images[part])
+            with torch.autocast(device.type, enabled=False) if half else contextlib.nullcontext():
+                loss = batch.losses(part, logits, t.config).mean() * ((part.stop - part.start) / size)
+                loss.backward()
+            totals.append(loss.detach() * size)
+            gradients = take_gradients(state.net, gradients)
+    for p, gradient in (gradients or {}).items():
+        p.grad = gradient
+    return totals
 
-    The loss, (), is the part's share of the sum of the batch's losses.
-    """
-    device, size = t.data.images.device, len(batch.labels)
-    half = t.config.dtype == "bfloat16"
-    # dropout knows only the global generators
-    with seeded(seed, device), torch.autocast(device.type, torch.bfloat16, enabled=half):
-        logits = net(batch.images[part])
-    loss = batch.losses(part, logits, t.config).mean() * ((part.stop - part.start) / size)
-    loss.backward()
-    return loss.detach() * size
+
+def _seeded_dropout(t: _Training, state: _State, seed: tuple[object, ...]) -> contextlib.AbstractContextManager[None]:
+    """Seed the global generators, the only ones that dropout knows, where a network may draw from them."""
+    if not state.draws:
+        return contextlib.nullcontext()
+    return seeded(derive_seed(t.seed, *seed), t.data.images.device)
 
 
 def _set_learning_rate(state: _State, config: StudentConfig, epoch: int) -> None:
@@ -295,6 +326,7 @@ class _State:
     net: nn.Module
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] | None  # of the parameters, by name
+    draws: bool  # whether the network may draw random numbers in training
     epoch: int = 0
     seconds: float = 0.0
     scores: list[tuple[int, float]] = field(default_factory=list)
@@ -307,8 +339,9 @@ def _initial_state(t: _Training, net: nn.Module | None) -> _State:
         seed = derive_seed(t.seed, "student init")
         net = make_net(config.net, t.data.num_classes, x.shape[-1], norm=config.norm, init=config.init, seed=seed)
     move_net(net, x.device)
+    count_on_host(net)
     average = {k: p.detach().clone() for k, p in net.named_parameters()} if config.ema else None
-    return _State(net, make_optimizer(net, config), average)
+    return _State(net, make_optimizer(net, config), average, draws_randomly(net))
 
 
 def _save(path: Path, state: _State, identity: str) -> None:
@@ -367,19 +400,36 @@ def accuracy(
     labels: Tensor,
     *,
     pixels: Pixels,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     dtype: Dtype = "float32",
 ) -> float:
-    """Return the top-1 accuracy on images (N, 3, S, S); leaves `net` in evaluation mode."""
+    """Return the top-1 accuracy on images (N, 3, S, S); leaves `net` in evaluation mode.
+
+    Images may lie on the CPU: each batch is copied to the network's device. `batch_size` is halved where memory is
+    short; None: 100 on a CPU, 1,000 elsewhere.
+    """
     net.eval()
     device = next(net.parameters()).device
     half = resolve_dtype(dtype, device, "training") == "bfloat16"
-    hits = torch.zeros((), dtype=torch.int64, device=device)
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+    batch_size = batch_size or (100 if device.type == "cpu" else 1000)
+    labels = to_device(labels, device)
+    like = (sum(p.numel() for p in net.parameters()), *images.shape[1:])
+
+    def hits(rows: slice) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            logits = net(pixels(x.to(device)))
-        hits += (logits.argmax(1) == y.to(device)).sum()
-    return int(hits) / len(labels)
+            logits = net(pixels(to_device(images[rows], device)))
+        return (logits.argmax(1) == labels[rows]).sum()
+
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for start in range(0, len(labels), batch_size):
+        size = min(batch_size, len(labels) - start)
+
+        def batch_hits(s: slice, start: int = start) -> Tensor:
+            return hits(slice(start + s.start, start + s.stop))
+
+        for n in list_in_pieces("test", size, batch_hits, like=like):
+            total += n
+    return int(total) / len(labels)
 
 
 def normalizer(mean: Sequence[float], std: Sequence[float]) -> Pixels:

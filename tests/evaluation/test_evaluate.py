@@ -16,7 +16,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.seeds import derive_seed
 from dq.data import augment as aug
 from dq.data.coresets import random_rows
-from dq.data.views import draw_views
+from dq.data.views import draw_views, parts
 from dq.evaluation.statistics import format_mean_std, mean_std, paired_difference
 from dq.evaluation.student import RealImages, train_student
 from dq.labels.plan import EpochLabels, LabelPlan
@@ -24,7 +24,7 @@ from dq.networks.losses import image_losses
 from dq.networks.optimizers import make_optimizer
 from dq.networks.schedule import evaluation_epochs, learning_rate
 from dq.networks.training import Checkpoint, Fitted, TrainingSet, accuracy, fit, normalizer
-from dq.networks.zoo import make_net
+from dq.networks.zoo import make_net, move_net
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 PIXELS = normalizer(MEAN, STD)
@@ -186,6 +186,37 @@ def test_looking_does_not_change_training(select, ema):
     once, losses_once = train(dataclasses.replace(config, tests=1))
     assert losses == losses_once
     assert often.last == once.last
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_gradients_of_parts_are_those_of_autograd_bit_for_bit(accumulate):
+    """Weights are rounded to bfloat16 once for all parts, and gradients are added for all parameters at once."""
+    config = dataclasses.replace(PLAIN, epochs=1, batch_size=24, accumulate=accumulate, dtype="bfloat16", momentum=0.0)
+    config = dataclasses.replace(config, net="resnet20", weight_decay=0.0, lr=0.5, optimizer="sgd")
+    images, labels = stripes(24, 0)
+    data = TrainingSet(images, labels, 4, PIXELS)
+    trained = parameters(fit(data, config, seed=0).net)
+    net = make_net("resnet20", 4, 8, seed=derive_seed(0, "student init"))
+    move_net(net, "cpu")
+    order = draw_views(config.views, 24, 8, batch_size=24, accumulate=accumulate, seed=0, epoch=1).order.long()
+    x, y = PIXELS(images)[order], labels[order]
+    for part in parts(24, accumulate):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x[part])
+        loss = F.cross_entropy(logits.float(), y[part], reduction="none").mean() * (len(y[part]) / 24)
+        loss.backward()
+    assert torch.equal(trained, parameters(net) - 0.5 * torch.cat([p.grad.flatten() for p in net.parameters()]))
+
+
+@pytest.mark.parametrize("kind", ["dsa", "crop_flip", "frepo", "frepo_noflip", "none"])
+def test_draws_of_an_epoch_are_those_of_its_batches(kind):
+    images = torch.rand(60, 3, 16, 16, generator=seeded(0))
+    batches = images.split(7)
+    one_by_one, before = seeded(1), seeded(1)
+    steps = [aug.draw_steps(kind, len(x), 16, before) for x in batches]
+    for x, drawn in zip(batches, aug.steps_on_device(steps, torch.device("cpu")), strict=True):
+        assert torch.equal(aug.apply_steps(x, drawn), aug.augment(kind, x, one_by_one))
+    assert torch.equal(before.get_state(), one_by_one.get_state())
 
 
 def test_augmentation_is_the_one_asked_for():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq.core.errors import InputError
+from dq.networks.layers import counters_to, draws_randomly
 from dq.networks.zoo import fast_layout, make_net, net_of_weights
 
 
@@ -499,3 +500,40 @@ def test_what_a_library_cannot_build_is_named(name, said):
         make_net(name, 10, 17, seed=0)
     with pytest.raises(InputError, match="comes with its own norm"):
         make_net(name, 10, 17, norm="batch", seed=0)
+
+
+# --- what a training loop asks of layers -----------------------------------------------------------------------------
+
+
+class FunctionalDropout(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    "name", ["convnet3", "resnet18", "resnetap10", "alexnet", "vgg11", "frepoconv3w32", "densenet121", "mobilenetv2"]
+)
+def test_networks_draw_in_training_only_if_they_have_dropout(name: str) -> None:
+    for side in (32, 128):
+        net = make_net(name, 4, side, seed=0).train()
+        assert draws_randomly(net) == any(isinstance(m, nn.Dropout) for m in net.modules())
+        if not draws_randomly(net):
+            state = torch.get_rng_state()
+            net(images(2, side))
+            assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.Dropout2d(0.1), nn.RReLU(), nn.MultiheadAttention(4, 2), FunctionalDropout()]
+)
+def test_layers_that_may_draw_are_known(layer: nn.Module) -> None:
+    assert draws_randomly(nn.Sequential(nn.Linear(4, 4), layer))
+
+
+def test_batch_counters_move_alone() -> None:
+    net = make_net("convnet3-bn", 4, 32, seed=0).train()
+    net(images(2, 32))
+    counters_to(torch.device("meta"), net)
+    devices = {name: x.device.type for name, x in net.state_dict().items()}
+    assert {d for name, d in devices.items() if name.endswith("num_batches_tracked")} == {"meta"}
+    assert {d for name, d in devices.items() if not name.endswith("num_batches_tracked")} == {"cpu"}
