@@ -42,14 +42,14 @@ def mixture(n: int, d: int, modes: int = 30, seed: int = 0) -> torch.Tensor:
 
 
 def problems(latents: Path | None) -> list[tuple[str, torch.Tensor, int]]:
-    found = [(f"mixture {n}x{d}", mixture(n, d), k) for n, d, k in SIZES]
+    cases = [(f"mixture {n}x{d}", mixture(n, d), k) for n, d, k in SIZES]
     if latents is not None:
         for file in sorted(latents.glob("class-*.safetensors"))[:2]:
             z = load_file(file)["latents"].flatten(1).float()
             # the mixtures' dimensions: 256 numbers are the first channels of a latent
             for d, k in ((256, 50), (1024, 10), (1024, 50)):
-                found.append((f"{file.stem} {len(z)}x{d}", z[:, :d].contiguous(), k))
-    return found
+                cases.append((f"{file.stem} {len(z)}x{d}", z[:, :d].contiguous(), k))
+    return cases
 
 
 def d4m_recipe(x: np.ndarray, k: int, expand: int, seed: int) -> float:

@@ -344,8 +344,8 @@ def main() -> int:
             if not args.check:
                 path.write_text(new)
     if args.check and differ:
-        said = f"{' and '.join(differ)} differ from results/; run python pipelines/readme_tables.py"
-        print(said, file=sys.stderr)
+        message = f"{' and '.join(differ)} differ from results/; run python pipelines/readme_tables.py"
+        print(message, file=sys.stderr)
         return 1
     return 0
 

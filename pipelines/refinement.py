@@ -160,9 +160,9 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
             values.setdefault((r["set"], labeller, r["student"], str(r["ipc"])), {})[r["seed"]] = r["last"]
             trainings.append({"labelled_by": labeller, **without_places(r)})
     rows = []
-    for (method, name, student, ipc), found in values.items():
-        mean, std = mean_std(list(found.values()))
-        row = {"set": method, "labels": name, "student": student, "ipc": ipc, "seeds": len(found)}
+    for (method, name, student, ipc), numbers in values.items():
+        mean, std = mean_std(list(numbers.values()))
+        row = {"set": method, "labels": name, "student": student, "ipc": ipc, "seeds": len(numbers)}
         rows.append({**row, "mean": round(mean, 5), "std": None if std is None else round(std, 5)})
     write_csv(out / "accuracy.csv", rows)
     differences = []
@@ -187,9 +187,9 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
                 before, after = stage["summary"]["before"], stage["summary"]["after"]
                 row = {"set": method, "ipc": ipc, "stage": stage["summary"]["method"]}
                 for group in ("teachers", "validation_teachers"):
-                    for when, found in (("before", before), ("after", after)):
-                        n = max(1, len(found[group]))
-                        row[f"{group}_{when}"] = round(sum(t["accuracy"] for t in found[group]) / n, 4)
+                    for when, numbers in (("before", before), ("after", after)):
+                        n = max(1, len(numbers[group]))
+                        row[f"{group}_{when}"] = round(sum(t["accuracy"] for t in numbers[group]) / n, 4)
                 for key in ("variation", "anchor_distance"):
                     row[f"{key}_before"], row[f"{key}_after"] = before[key], after[key]
                 steps.append(row)

@@ -192,11 +192,11 @@ def warn_of_lost_rows(folder: Path, records: list[dict[str, Any]]) -> None:
         was, now = before[row], after[row]
         both = [seed for seed in was if seed in now]
         others = [k for k in GROUNDS if any(None not in (x := (was[s][k], now[s][k])) and x[0] != x[1] for s in both)]
-        gone = sorted(set(was) - set(now))
+        removed = sorted(set(was) - set(now))
         if others:
             changed.append(f"{_row_name(row)} (other {' and '.join(others)})")
-        if gone:
-            seeds = f"seed{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+        if removed:
+            seeds = f"seed{'s' if len(removed) > 1 else ''} {', '.join(map(str, removed))}"
             fewer.append(f"{_row_name(row)} (without {seeds})")
     for rows, what in ((changed, "are measured again on something else"), (fewer, "lose seeds")):
         if rows:

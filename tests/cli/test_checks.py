@@ -232,10 +232,10 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     verb, changes, message = CASES[name]
     teacher = yaml.safe_dump(TEACHER, default_flow_style=True).strip()
     changes = tuple(c.replace("TEACHER", teacher) for c in changes)
-    (code, said), (dry_code, dry_said) = both(call(other, tmp_path, verb, *changes), capsys)
+    (code, messages), (dry_code, dry_said) = both(call(other, tmp_path, verb, *changes), capsys)
     assert (code, dry_code) == (2, 2)
-    assert message in said
-    assert said == dry_said
+    assert message in messages
+    assert messages == dry_said
     assert made(tmp_path) == []
 
 
@@ -248,10 +248,10 @@ def test_sets_made_elsewhere_are_checked_alike(
         flags = (*flags, "--distilled", "WORLD/foreign")
     command = ["evaluate", "--data", str(other / "images"), "--output_dir", str(tmp_path / "out"), "--cpu", "--quiet"]
     command += [f.replace("WORLD", str(other)) for f in flags]
-    (code, said), (dry_code, dry_said) = both(command, capsys)
+    (code, messages), (dry_code, dry_said) = both(command, capsys)
     assert (code, dry_code) == (2, 2)
-    assert message in said
-    assert said == dry_said
+    assert message in messages
+    assert messages == dry_said
     assert made(tmp_path) == []
 
 
@@ -292,10 +292,10 @@ def test_a_folder_of_another_run_is_refused_in_a_dry_run(
     assert main(call(other, tmp_path, "cluster")) == 0
     capsys.readouterr()
     changed = call(other, tmp_path, "encode", "seed=3")
-    (code, said), (dry_code, dry_said) = both(changed, capsys)
+    (code, message), (dry_code, dry_said) = both(changed, capsys)
     assert (code, dry_code) == (2, 2)
-    assert said == dry_said
-    assert "belongs to a run with other settings (seed: 0 -> 3)" in said
+    assert message == dry_said
+    assert "belongs to a run with other settings (seed: 0 -> 3)" in message
 
 
 def test_the_way_out_of_a_small_class_works_in_the_same_folder(
@@ -306,12 +306,12 @@ def test_the_way_out_of_a_small_class_works_in_the_same_folder(
         folder.mkdir(parents=True)
         for i in range(3):  # b has one image three times, which the cluster stage finds out
             Image.new("RGB", (8, 8), (90 * i if name == "a" else 0, 60, 9)).save(folder / f"{i}.png")
-    asked = ("ipc=[3]", f"source.path={tmp_path / 'twice'}", "source.test_split=none", "evaluate.students=[]")
-    strict = (*asked, "cluster.on_small=raise")
+    settings = ("ipc=[3]", f"source.path={tmp_path / 'twice'}", "source.test_split=none", "evaluate.students=[]")
+    strict = (*settings, "cluster.on_small=raise")
     assert main(call(other, tmp_path, "encode", *strict)) == 0
     assert main(call(other, tmp_path, "cluster", *strict)) == 2
     assert "set cluster.on_small=clamp" in capsys.readouterr().err
-    assert main(call(other, tmp_path, "cluster", *asked)) == 0
+    assert main(call(other, tmp_path, "cluster", *settings)) == 0
 
 
 @pytest.mark.parametrize(
@@ -342,10 +342,10 @@ def test_a_folder_of_other_networks_is_refused_in_a_dry_run(
     assert main(call(other, tmp_path, verb, *nets, "train_teachers.epochs=2")) == 0
     capsys.readouterr()
     assert main([*call(other, tmp_path, verb, *nets, "train_teachers.epochs=2"), "--dry-run"]) == 0
-    (code, said), (dry_code, dry_said) = both(call(other, tmp_path, verb, *nets, "train_teachers.epochs=3"), capsys)
+    (code, message), (dry_code, dry_said) = both(call(other, tmp_path, verb, *nets, "train_teachers.epochs=3"), capsys)
     assert (code, dry_code) == (1, 1)
-    assert said == dry_said
-    assert "of other settings or data; choose another train_" in said
+    assert message == dry_said
+    assert "of other settings or data; choose another train_" in message
 
 
 def test_a_folder_of_another_denoiser_is_refused_before_images_are_encoded(
@@ -358,10 +358,10 @@ def test_a_folder_of_another_denoiser_is_refused_before_images_are_encoded(
     assert main([*call(other, tmp_path, "train-denoiser", *small, steps(1)), "--dry-run"]) == 0
     capsys.readouterr()
     changed = call(other, tmp_path, "train-denoiser", *small, steps(2), f"cache_dir={tmp_path / 'new'}")
-    (code, said), (dry_code, dry_said) = both(changed, capsys)
+    (code, message), (dry_code, dry_said) = both(changed, capsys)
     assert (code, dry_code) == (1, 1)
-    assert said == dry_said
-    assert "holds a denoiser of other settings, data or classes; choose another prior.output_dir" in said
+    assert message == dry_said
+    assert "holds a denoiser of other settings, data or classes; choose another prior.output_dir" in message
     assert not (tmp_path / "new").exists()
 
 
@@ -392,10 +392,10 @@ def test_a_published_teacher_needs_its_library_before_anything_is_made(
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     teacher = f"teachers=[{{net: '{net}', path: pretrained}}]"
-    (code, said), (dry_code, dry_said) = both(call(other, tmp_path, "run", teacher), capsys)
+    (code, message), (dry_code, dry_said) = both(call(other, tmp_path, "run", teacher), capsys)
     assert (code, dry_code) == (2, 2)
-    assert "which is not installed; pip install" in said
-    assert said == dry_said
+    assert "which is not installed; pip install" in message
+    assert message == dry_said
     assert made(tmp_path) == []
 
 

@@ -42,7 +42,7 @@ sys.exit(main())
 
 
 @pytest.fixture(scope="module")
-def asked() -> Iterator[Ask]:
+def run_doctor() -> Iterator[Ask]:
     """Gives exit code and report of the command in a process of its own, whose environment no library has read."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "SLURM", "WORLD", "RANK"))}
     clean["PYTHONPATH"] = str(ROOT)
@@ -60,8 +60,8 @@ def asked() -> Iterator[Ask]:
     server.close()
 
 
-def test_a_machine_in_order(asked: Ask, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    code, report = asked(tmp_path)
+def test_a_machine_in_order(run_doctor: Ask, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, report = run_doctor(tmp_path)
     assert (code, report["problems"]) == (0, [])
     facts = report["facts"]
     assert facts["packages"]["torch"].startswith(torch.__version__)
@@ -73,18 +73,18 @@ def test_a_machine_in_order(asked: Ask, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "run").exists()
     # and as text, where every value begins in one column of its section
     assert main(["doctor", "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]) == 0
-    said = capsys.readouterr().out
-    assert said.rstrip().endswith("no problems found")
-    rows = said.split("\n\n")[0].splitlines()[1:]
+    output = capsys.readouterr().out
+    assert output.rstrip().endswith("no problems found")
+    rows = output.split("\n\n")[0].splitlines()[1:]
     assert len({len(r) - len(r[2:].split("  ", 1)[1].lstrip()) for r in rows}) == 1
 
 
-def test_fewer_cores_are_seen(asked: Ask, tmp_path: Path) -> None:
+def test_fewer_cores_are_seen(run_doctor: Ask, tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core cannot become fewer")
     cores = sorted(os.sched_getaffinity(0))
-    assert asked(tmp_path, cores=cores[:1])[1]["facts"]["devices"]["cpu"].startswith("1 of ")
-    assert asked(tmp_path)[1]["facts"]["devices"]["cpu"].startswith(f"{len(cores)} of ")
+    assert run_doctor(tmp_path, cores=cores[:1])[1]["facts"]["devices"]["cpu"].startswith("1 of ")
+    assert run_doctor(tmp_path)[1]["facts"]["devices"]["cpu"].startswith(f"{len(cores)} of ")
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_fewer_cores_are_seen(asked: Ask, tmp_path: Path) -> None:
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
     ],
 )
-def test_a_launch_that_is_none(asked: Ask, tmp_path: Path, env: dict[str, str], problem: str) -> None:
-    code, report = asked(tmp_path, **env)
+def test_a_launch_that_is_none(run_doctor: Ask, tmp_path: Path, env: dict[str, str], problem: str) -> None:
+    code, report = run_doctor(tmp_path, **env)
     assert code == 1
     assert len(report["problems"]) == 1
     assert problem in report["problems"][0]
@@ -114,12 +114,12 @@ def test_a_true_launch_has_no_problem(tmp_path: Path) -> None:
     assert report["facts"]["launch"]["processes"] == "2"
 
 
-def test_folders_that_cannot_be_written(asked: Ask, tmp_path: Path) -> None:
-    code, report = asked(tmp_path, "--output_dir", "/proc/dq/run")
+def test_folders_that_cannot_be_written(run_doctor: Ask, tmp_path: Path) -> None:
+    code, report = run_doctor(tmp_path, "--output_dir", "/proc/dq/run")
     assert code == 1
     assert report["problems"][0].startswith("output_dir /proc/dq/run cannot be written")
     (tmp_path / "file").write_text("")
-    code, report = asked(tmp_path, "--cache_dir", str(tmp_path / "file" / "cache"))
+    code, report = run_doctor(tmp_path, "--cache_dir", str(tmp_path / "file" / "cache"))
     assert code == 1
     assert "is no folder" in " ".join(report["problems"])
 
@@ -127,16 +127,16 @@ def test_folders_that_cannot_be_written(asked: Ask, tmp_path: Path) -> None:
 def test_little_disk_is_a_problem(tmp_path: Path) -> None:
     config = apply_settings(RunConfig(), {"output_dir": str(tmp_path / "a"), "cache_dir": str(tmp_path / "b")})
     assert examine(config).problems == []
-    found = examine(config, min_free=1 << 60).problems
-    assert len(found) == 2
-    assert all("free some, or choose another" in p for p in found)
+    problems = examine(config, min_free=1 << 60).problems
+    assert len(problems) == 2
+    assert all("free some, or choose another" in p for p in problems)
     assert MIN_FREE == 2**30
 
 
-def test_the_token_is_told_of_and_never_told(asked: Ask, tmp_path: Path) -> None:
+def test_the_token_is_told_of_and_never_told(run_doctor: Ask, tmp_path: Path) -> None:
     home = {"HF_HOME": str(tmp_path / "hf")}
-    assert asked(tmp_path, **home)[1]["facts"]["hub"]["token"] == "no"
-    code, report = asked(tmp_path, HF_TOKEN="hf_thisisnotatoken", HF_ENDPOINT="http://localhost:1", **home)
+    assert run_doctor(tmp_path, **home)[1]["facts"]["hub"]["token"] == "no"
+    code, report = run_doctor(tmp_path, HF_TOKEN="hf_thisisnotatoken", HF_ENDPOINT="http://localhost:1", **home)
     assert code == 0
     assert report["facts"]["hub"]["token"] == "yes, from HF_TOKEN"
     assert "notatoken" not in json.dumps(report)
@@ -144,7 +144,7 @@ def test_the_token_is_told_of_and_never_told(asked: Ask, tmp_path: Path) -> None
     assert report["facts"]["hub"]["cache"].startswith(str(tmp_path / "hf"))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text("hf_thisisnotatoken")
-    report = asked(tmp_path, **home)[1]
+    report = run_doctor(tmp_path, **home)[1]
     assert report["facts"]["hub"]["token"] == f"yes, from {tmp_path / 'hf' / 'token'}"
     assert "notatoken" not in json.dumps(report)
 
@@ -168,7 +168,7 @@ def without_site(folder: Path, tmp_path: Path) -> subprocess.CompletedProcess:
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:
-    gone = (
+    absent = (
         "diffusers",
         "transformers",
         "accelerate",
@@ -178,7 +178,7 @@ def test_missing_packages_are_named(tmp_path: Path) -> None:
         "sklearn",
         "scikit_learn",
     )
-    done = without_site(packages_without(tmp_path, *gone), tmp_path)
+    done = without_site(packages_without(tmp_path, *absent), tmp_path)
     assert done.returncode == 1, done.stderr
     for name in ("diffusers", "accelerate", "datasets", "huggingface_hub", "scikit-learn"):
         assert f"- {name} is not installed; pip install {name}" in done.stdout
@@ -195,29 +195,29 @@ def fake(folder: Path, name: str, code: str, version: str = "1.0") -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_a_torchvision_of_another_torch(asked: Ask, tmp_path: Path) -> None:
+def test_a_torchvision_of_another_torch(run_doctor: Ask, tmp_path: Path) -> None:
     folder = tmp_path / "fake"
     fake(folder, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist')")
     done = without_site(packages_without(tmp_path, "torchvision"), tmp_path)
     assert done.returncode == 0, done.stdout
-    code, report = asked(tmp_path, folder=folder)
+    code, report = run_doctor(tmp_path, folder=folder)
     assert code == 1
     assert report["facts"]["packages"]["torchvision"] == "1.0: broken"
     assert "does not import beside torch" in report["problems"][0]
     assert "nms does not exist" in report["problems"][0]
 
 
-def test_two_wheels_of_faiss(asked: Ask, tmp_path: Path) -> None:
+def test_two_wheels_of_faiss(run_doctor: Ask, tmp_path: Path) -> None:
     folder = tmp_path / "fake"
     info = folder / "faiss_gpu-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faiss-gpu\nVersion: 1.0\n")
-    code, report = asked(tmp_path, folder=folder)
+    code, report = run_doctor(tmp_path, folder=folder)
     assert code == 1
     assert "faiss-cpu and faiss-gpu are both installed" in report["problems"][0]
 
 
-def test_paths_of_a_configuration(asked: Ask, tmp_path: Path) -> None:
+def test_paths_of_a_configuration(run_doctor: Ask, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "vae").mkdir()
     data = {
@@ -231,31 +231,31 @@ def test_paths_of_a_configuration(asked: Ask, tmp_path: Path) -> None:
     }
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(data))
-    code, report = asked(tmp_path, "--config", str(file))
+    code, report = run_doctor(tmp_path, "--config", str(file))
     assert code == 1
-    said = " ".join(report["problems"])
+    message = " ".join(report["problems"])
     assert len(report["problems"]) == 2
-    assert f"teachers.0.path={tmp_path / 'teacher'} does not exist" in said
-    assert f"methods.a.refine.0.anchor_path={tmp_path / 'anchors'} does not exist" in said
+    assert f"teachers.0.path={tmp_path / 'teacher'} does not exist" in message
+    assert f"methods.a.refine.0.anchor_path={tmp_path / 'anchors'} does not exist" in message
     assert report["facts"]["paths"]["generate.model"] == "some/model, taken for a Hub id"
     (tmp_path / "teacher").mkdir()
     (tmp_path / "anchors").mkdir()
-    assert asked(tmp_path, "--config", str(file))[0] == 0
+    assert run_doctor(tmp_path, "--config", str(file))[0] == 0
     # without the Hub an id must be a folder or in its cache
     home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    code, report = asked(tmp_path, "--config", str(file), **home)
+    code, report = run_doctor(tmp_path, "--config", str(file), **home)
     assert code == 1
     assert "generate.model=some/model is not a local folder, and the Hub is switched off" in report["problems"][0]
     (tmp_path / "hf" / "hub" / "models--some--model").mkdir(parents=True)
-    assert asked(tmp_path, "--config", str(file), **home)[0] == 0
+    assert run_doctor(tmp_path, "--config", str(file), **home)[0] == 0
 
 
-def test_the_demo_makes_what_it_names(asked: Ask, tmp_path: Path) -> None:
-    assert asked(tmp_path, "--config", "demo")[0] == 0
+def test_the_demo_makes_what_it_names(run_doctor: Ask, tmp_path: Path) -> None:
+    assert run_doctor(tmp_path, "--config", "demo")[0] == 0
 
 
-def test_what_a_configuration_asks_of_this_machine(asked: Ask, tmp_path: Path) -> None:
-    code, report = asked(tmp_path, "--set", "generate.dtype=float16", "report_to=[wandb]")
+def test_what_a_configuration_asks_of_this_machine(run_doctor: Ask, tmp_path: Path) -> None:
+    code, report = run_doctor(tmp_path, "--set", "generate.dtype=float16", "report_to=[wandb]")
     assert code == 1
     assert report["problems"][0].startswith("generate.dtype=float16 is much slower than float32 on this CPU")
     assert report["problems"][1] == "report_to names wandb, which is not installed; pip install wandb"
@@ -321,6 +321,6 @@ def test_every_setting_has_a_name() -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_the_command_prints_a_script(shell: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["completion", shell]) == 0
-    said = capsys.readouterr().out
-    assert "train-denoiser" in said
-    assert "AUTOMATICALLY GENERATED" in said
+    output = capsys.readouterr().out
+    assert "train-denoiser" in output
+    assert "AUTOMATICALLY GENERATED" in output

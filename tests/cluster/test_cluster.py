@@ -253,8 +253,8 @@ def test_equals_scikit_learn_from_the_same_start(engine: str) -> None:
     r = kmeans(x, 9, config=exact(engine), start=start)
     assert r.inertia == pytest.approx(reference.inertia_, rel=1e-5)
     order = torch.from_numpy(reference.cluster_centers_)[:, 0].argsort()
-    mine = r.centroids[:, 0].argsort()
-    assert torch.allclose(r.centroids[mine], torch.from_numpy(reference.cluster_centers_)[order], atol=1e-4)
+    own_order = r.centroids[:, 0].argsort()
+    assert torch.allclose(r.centroids[own_order], torch.from_numpy(reference.cluster_centers_)[order], atol=1e-4)
 
 
 def test_default_start_is_no_worse_than_scikit_learn() -> None:
@@ -263,8 +263,8 @@ def test_default_start_is_no_worse_than_scikit_learn() -> None:
     g = np.random.default_rng(0)
     x = (g.normal(size=(30, 160))[g.integers(0, 30, 1500)] + g.normal(size=(1500, 160))).astype(np.float32)
     theirs = np.mean([KMeans(50, n_init=1, random_state=s).fit(x).inertia_ for s in range(3)])
-    mine = np.mean([kmeans(torch.from_numpy(x), 50, seed=s).inertia for s in range(3)])
-    assert mine <= 1.001 * theirs
+    inertia = np.mean([kmeans(torch.from_numpy(x), 50, seed=s).inertia for s in range(3)])
+    assert inertia <= 1.001 * theirs
 
 
 def test_batched_is_the_loop() -> None:

@@ -238,8 +238,8 @@ def test_a_run_in_every_space(tmp_path: Path, toy_source, accelerator, teacher: 
     folders = {f.name.rsplit("-", 1)[0] for f in (tmp_path / "run" / "prototypes").iterdir()}
     assert folders == {"ipc00002-torch", *(f"ipc00002-torch-{s}" for s in SPACES[1:])}
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    found = {(e["space"], e["class"]): e for e in events if e["stage"] == "quantization"}
-    assert set(found) == {(s, c) for s in SPACES for c in range(3)}
+    records = {(e["space"], e["class"]): e for e in events if e["stage"] == "quantization"}
+    assert set(records) == {(s, c) for s in SPACES for c in range(3)}
     for space in SPACES:
         for p in points(run, space):
             z, rows = cache.load(p.label)
@@ -247,7 +247,7 @@ def test_a_run_in_every_space(tmp_path: Path, toy_source, accelerator, teacher: 
             assert set(p.medoid_rows.tolist()) <= set(rows.tolist())
             assert p.stats["space"] == space
             assert 0 < p.stats["explained_latents"] < 1
-            assert p.stats["median_norm"] == found["latents", p.label]["median_norm"]
+            assert p.stats["median_norm"] == records["latents", p.label]["median_norm"]
             if space == "latents":
                 assert p.stats["explained_latents"] == pytest.approx(p.stats["explained"], abs=1e-5)
                 assert p.stats["w2_latents"] == pytest.approx(p.stats["w2_mass"], rel=1e-5)
@@ -357,13 +357,13 @@ def test_another_teacher_has_another_folder_and_other_prototypes(
 def test_later_stages_do_not_need_the_teacher(
     tmp_path: Path, toy_source, toy_images, accelerator, teacher: Path
 ) -> None:
-    mine = tmp_path / "t.safetensors"
-    mine.write_bytes(teacher.read_bytes())
-    run = make_run(tmp_path, toy_source, accelerator, mine, overrides("joint"))
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(teacher.read_bytes())
+    run = make_run(tmp_path, toy_source, accelerator, path, overrides("joint"))
     with pytest.raises(InputError, match=r"no features .*`dq cluster`"):
         features_of(run)
     clustered(run)
-    mine.unlink()
+    path.unlink()
     pipe = DistillPipeline(vae=tiny_kl())
     generate(run, pipe, cache_of(run))
     assemble(run)

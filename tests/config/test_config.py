@@ -43,10 +43,10 @@ def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
     assert from_dict(RunConfig, yaml.safe_load(dump_config(config))) == config
     ipcs = [str(i) for i in config.ipc] + ["full"] * ("full" in config.evaluate.baselines)
-    found = students_of(config.evaluate, ipcs, 10, config.image_size)
-    assert len(found) == len(config.evaluate.students) * len(ipcs)
+    students = students_of(config.evaluate, ipcs, 10, config.image_size)
+    assert len(students) == len(config.evaluate.students) * len(ipcs)
     own = not config.evaluate.baselines and all(labeled(config, m) for m in config.methods)
-    assert config.teachers or own or not any(s.asks_teachers for s in found.values())
+    assert config.teachers or own or not any(s.asks_teachers for s in students.values())
 
 
 @pytest.mark.parametrize("name", list_protocols())

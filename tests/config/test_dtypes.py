@@ -104,17 +104,17 @@ MIXED = {
 
 
 def test_every_auto_of_a_configuration_is_resolved_and_nothing_else() -> None:
-    asked = from_dict(RunConfig, MIXED)
-    found = resolve_dtypes(asked, {"inference": "float16", "training": "bfloat16"})
-    assert found.codec.dtype == "float32"
-    assert found.generate.dtype == "float16"
-    assert [s.dtype for s in found.refine] == ["bfloat16", "float32"]
-    assert found.methods["b"].refine[0].dtype == "bfloat16"
-    assert [s["dtype"] for s in found.evaluate.students] == ["bfloat16", "float32"]
-    assert found.prior.codec.dtype == found.prior.denoiser.dtype == found.train_teachers.dtype == "bfloat16"
-    assert '"auto"' not in json.dumps({k: v for k, v in to_dict(found).items() if k != "cluster"})
-    assert resolve_dtypes(found, BF16) is found
-    assert dict(named_dtypes(asked)) == {
+    settings = from_dict(RunConfig, MIXED)
+    resolved = resolve_dtypes(settings, {"inference": "float16", "training": "bfloat16"})
+    assert resolved.codec.dtype == "float32"
+    assert resolved.generate.dtype == "float16"
+    assert [s.dtype for s in resolved.refine] == ["bfloat16", "float32"]
+    assert resolved.methods["b"].refine[0].dtype == "bfloat16"
+    assert [s["dtype"] for s in resolved.evaluate.students] == ["bfloat16", "float32"]
+    assert resolved.prior.codec.dtype == resolved.prior.denoiser.dtype == resolved.train_teachers.dtype == "bfloat16"
+    assert '"auto"' not in json.dumps({k: v for k, v in to_dict(resolved).items() if k != "cluster"})
+    assert resolve_dtypes(resolved, BF16) is resolved
+    assert dict(named_dtypes(settings)) == {
         "codec.dtype": "float32",
         "refine.1.dtype": "float32",
         "evaluate.students.1.dtype": "float32",
@@ -130,8 +130,8 @@ def test_a_default_that_resolves_to_float32_has_the_digest_of_float32() -> None:
         "refine": [{"stage": "fadrm", "dtype": "float32"}],
     }
     default = {"evaluate": {"students": [{"net": "convnet3"}]}, "refine": [{"stage": "fadrm"}]}
-    found = resolve_dtypes(from_dict(RunConfig, default), device_dtypes("cpu"))
-    assert to_dict(found) == to_dict(from_dict(RunConfig, explicit))
+    resolved = resolve_dtypes(from_dict(RunConfig, default), device_dtypes("cpu"))
+    assert to_dict(resolved) == to_dict(from_dict(RunConfig, explicit))
     assert to_dict(resolve_dtypes(StudentConfig(), device_dtypes("cpu"))) == to_dict(StudentConfig(dtype="float32"))
 
 
@@ -142,10 +142,10 @@ def test_a_folder_keeps_what_it_was_begun_with(tmp_path: Path, accelerator, monk
     caplog.set_level("INFO", "dq")
     with monkeypatch.context() as elsewhere:
         native(elsewhere)
-        found = folder_dtypes(tmp_path / "new", accelerator)
-        assert found == BF16
+        resolved = folder_dtypes(tmp_path / "new", accelerator)
+        assert resolved == BF16
         assert not (tmp_path / "new").exists()  # nothing is written before the folder is known to be right
-        record_dtypes(tmp_path / "new", found)
+        record_dtypes(tmp_path / "new", resolved)
     assert not caplog.messages
     assert folder_dtypes(tmp_path / "new", accelerator) == BF16
     assert caplog.messages == [
@@ -157,12 +157,12 @@ def test_a_folder_keeps_what_it_was_begun_with(tmp_path: Path, accelerator, monk
 
 def units(out: Path) -> dict[str, int]:
     """The files of the units of a run and when they were written."""
-    found = [
+    resolved = [
         *out.glob("run/eval/units/*.json"),
         *out.glob("cache/latents-*/part-*"),
         *out.glob("run/images/*/class-*"),
     ]
-    return {str(f.relative_to(out)): f.stat().st_mtime_ns for f in found}
+    return {str(f.relative_to(out)): f.stat().st_mtime_ns for f in resolved}
 
 
 def auto_config(world: Path, out: Path) -> Path:
@@ -192,8 +192,8 @@ def test_a_run_begun_in_bfloat16_goes_on_where_that_is_slow(world: Path, tmp_pat
     caplog.clear()
     assert main(["run", "--config", str(file), "--cpu"]) == 0
     assert units(tmp_path) == before
-    said = [m for m in caplog.messages if "although that is slow here" in m]
-    assert len(said) == 1
+    notes = [m for m in caplog.messages if "although that is slow here" in m]
+    assert len(notes) == 1
 
 
 def test_a_run_of_before_is_found_again_where_bfloat16_is_fast(world: Path, tmp_path: Path, monkeypatch) -> None:
@@ -205,8 +205,8 @@ def test_a_run_of_before_is_found_again_where_bfloat16_is_fast(world: Path, tmp_
     native(monkeypatch)
     assert main(["run", "--config", str(file), "--cpu"]) == 0
     assert units(tmp_path) == before
-    said = [json.loads(f.read_text())["config"]["dtype"] for f in (tmp_path / "run").glob("eval/units/*.json")]
-    assert set(said) == {"float32"}
+    dtypes = [json.loads(f.read_text())["config"]["dtype"] for f in (tmp_path / "run").glob("eval/units/*.json")]
+    assert set(dtypes) == {"float32"}
 
 
 def test_a_run_of_before_with_a_dtype_of_its_own_is_found_again(world: Path, tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_another_run_uses_the_latents_that_are_in_the_cache(world: Path, tmp_pat
     before = units(tmp_path)
     assert main(["encode", "--config", str(file), "--cpu", "--output_dir", str(tmp_path / "other")]) == 0
     assert units(tmp_path) == before
-    said = f"codec.dtype=auto stays bfloat16 in {tmp_path / 'other'}, as before, although that is slow here"
-    assert caplog.messages.count(said) == 1
+    note = f"codec.dtype=auto stays bfloat16 in {tmp_path / 'other'}, as before, although that is slow here"
+    assert caplog.messages.count(note) == 1
     made = json.loads((tmp_path / "other" / "provenance.json").read_text())["settings"]
     assert made["codec"]["dtype"] == "bfloat16"
     assert made["generate"]["dtype"] == "float32"  # nothing is drawn yet
@@ -282,11 +282,11 @@ def test_a_named_dtype_that_is_slow_here_is_noted_once(world: Path, tmp_path: Pa
 
 
 def test_what_is_fast_here_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = from_dict(RunConfig, {"codec": {"dtype": "bfloat16"}})
-    assert slow_dtypes(asked, "cpu")
-    assert slow_dtypes(asked, "mps") is None
+    settings = from_dict(RunConfig, {"codec": {"dtype": "bfloat16"}})
+    assert slow_dtypes(settings, "cpu")
+    assert slow_dtypes(settings, "mps") is None
     native(monkeypatch)
-    assert slow_dtypes(asked, "cpu") is None
+    assert slow_dtypes(settings, "cpu") is None
 
 
 def test_a_student_alone_resolves_its_dtype() -> None:

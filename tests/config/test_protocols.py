@@ -44,13 +44,13 @@ def test_every_preset_is_complete_for_every_data_set(name):
 
 
 def test_every_published_data_set_of_a_protocol_may_be_named():
-    known = {
+    published = {
         "sre2l": ("cifar100", "tinyimagenet", "imagenet1k"),
         "rded": ("cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k"),
         "edc": ("cifar10", "cifar100", "tinyimagenet", "imagenet10", "imagenet1k"),
         "fadrm": tuple(COMMON),
     }
-    for name, datasets in known.items():
+    for name, datasets in published.items():
         for dataset in datasets:
             for ipc in (1, 10, 50, "full"):
                 assert preset(name, dataset, ipc).labels == "soft"
@@ -380,8 +380,10 @@ def test_custom_has_no_preset():
 
 def test_epochs_may_depend_on_ipc():
     epochs = {1: 30, "10": 20, "default": 5}
-    found = {i: preset("classic", "cifar10", i, named=False, epochs=epochs).epochs for i in (1, 10, 50, "full")}
-    assert found == {1: 30, 10: 20, 50: 5, "full": 5}
+    epochs_by_ipc = {
+        i: preset("classic", "cifar10", i, named=False, epochs=epochs).epochs for i in (1, 10, 50, "full")
+    }
+    assert epochs_by_ipc == {1: 30, 10: 20, 50: 5, "full": 5}
     assert preset("classic", "cifar10", "full", named=False, epochs={"full": 2, "default": 9}).epochs == 2
     with pytest.raises(InputError, match=r"student\.epochs has entries for 1, 10 but not for '50'"):
         preset("classic", "cifar10", 50, named=False, epochs={1: 30, 10: 20})

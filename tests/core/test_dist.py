@@ -207,14 +207,20 @@ def test_a_file_is_compared_once_and_again_when_it_changed(tmp_path: Path, monke
 def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine = temporary_beside(tmp_path / "a" / "x.bin")
-    mine.parent.mkdir()
-    host = mine.name.removeprefix(".x.bin.").rpartition("-")[0]
-    for name in (mine.name, f".y.bin.{host}-{dead.pid}.tmp", f".z.bin.elsewhere-{dead.pid}.tmp", "y.bin", ".odd.tmp"):
-        (mine.parent / name).write_text("")
+    temporary = temporary_beside(tmp_path / "a" / "x.bin")
+    temporary.parent.mkdir()
+    host = temporary.name.removeprefix(".x.bin.").rpartition("-")[0]
+    for name in (
+        temporary.name,
+        f".y.bin.{host}-{dead.pid}.tmp",
+        f".z.bin.elsewhere-{dead.pid}.tmp",
+        "y.bin",
+        ".odd.tmp",
+    ):
+        (temporary.parent / name).write_text("")
     sweep(tmp_path)
-    assert {f.name for f in mine.parent.iterdir()} == {
-        mine.name,
+    assert {f.name for f in temporary.parent.iterdir()} == {
+        temporary.name,
         f".z.bin.elsewhere-{dead.pid}.tmp",
         "y.bin",
         ".odd.tmp",

@@ -44,11 +44,11 @@ def holder(folder: Path) -> subprocess.Popen:
 def test_a_second_command_is_refused_until_the_first_is_dead(tmp_path: Path, accelerator) -> None:
     process = holder(tmp_path / "run")
     try:
-        said = (
+        message = (
             rf"run is in use by process {process.pid} on \S+ \(-c {re.escape(str(tmp_path / 'run'))}\) since .*; "
             "wait for it, or choose another --output_dir"
         )
-        with pytest.raises(RunError, match=said), locked(tmp_path / "run", accelerator):
+        with pytest.raises(RunError, match=message), locked(tmp_path / "run", accelerator):
             pass
         with locked(tmp_path / "other", accelerator):  # its own folder is nobody else's business
             pass
@@ -112,8 +112,8 @@ def test_every_process_of_a_second_command_is_refused(tmp_path: Path) -> None:
             except RunError as e:
                 print(f"refused: {e}")
 
-        said, errors = Forked(hold, processes=2).communicate(timeout=120)
-        assert said.count(f"is in use by process {first.pid}") == 2, said + errors[-2000:]
+        output, errors = Forked(hold, processes=2).communicate(timeout=120)
+        assert output.count(f"is in use by process {first.pid}") == 2, output + errors[-2000:]
     finally:
         first.kill()
         first.wait()

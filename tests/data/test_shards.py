@@ -43,12 +43,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def rows(split: str) -> list[tuple[bytes, int]]:
     """PNG files with their labels, in mixed order."""
     rng = np.random.default_rng(len(split))
-    found = []
+    results = []
     for i in range(SIZES[split]):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
-        found.append((buffer.getvalue(), i if i < 3 else int(rng.integers(3))))
-    return found
+        results.append((buffer.getvalue(), i if i < 3 else int(rng.integers(3))))
+    return results
 
 
 def parquet(folder: Path, *, files: int = 3, group: int = 7, named: bool = True) -> Path:
@@ -144,8 +144,8 @@ def test_threads_share_blocks(tmp_path: Path) -> None:
     usual, stream = load_source(folder), streamed(folder)
     order = torch.randint(0, 50, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(stream.train.read, order))
-    assert found == [usual.train.read(i) for i in order]
+        result = list(pool.map(stream.train.read, order))
+    assert result == [usual.train.read(i) for i in order]
 
 
 def test_neighbors_come_in_one_reading_and_old_blocks_go() -> None:
@@ -173,9 +173,9 @@ def test_threads_that_want_a_block_wait_for_one_reading() -> None:
 
     read = shards.Blocks(np.array([0, 4]), load)
     with ThreadPoolExecutor(4) as pool:
-        found = [pool.submit(read, i) for i in range(4)]
+        results = [pool.submit(read, i) for i in range(4)]
         ready.set()
-        assert [f.result() for f in found] == [b"x"] * 4
+        assert [f.result() for f in results] == [b"x"] * 4
     assert calls == [0]
 
 
@@ -211,13 +211,13 @@ def test_a_stream_is_encoded_like_any_source(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "set")
     codec = tiny_kl()
     config = CodecConfig(path="x", resolution=8, batch_size=4)
-    found = []
+    results = []
     for name, source in (("usual", load_source(folder)), ("stream", streamed(folder))):
         cache = open_cache(tmp_path / name, source, codec, config, seed=0)
         encode_source(source, codec, cache, config, seed=0)
         cache.check()
-        found.append([cache.load(c) for c in range(3)])
-    for (a, rows_a), (b, rows_b) in zip(*found, strict=True):
+        results.append([cache.load(c) for c in range(3)])
+    for (a, rows_a), (b, rows_b) in zip(*results, strict=True):
         assert torch.equal(rows_a, rows_b)
         assert torch.allclose(a.float(), b.float(), atol=2e-3)
 
@@ -232,7 +232,7 @@ def test_bad_images_of_a_stream_are_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("member", "said"),
+    ("member", "message"),
     [
         ("../../evil.png", "points out of it"),
         ("/etc/evil.png", "points out of it"),
@@ -240,7 +240,7 @@ def test_bad_images_of_a_stream_are_set_aside(tmp_path: Path) -> None:
         ("huge.png", "is absurdly large"),
     ],
 )
-def test_tars_with_strange_members_are_refused(tmp_path: Path, member: str, said: str) -> None:
+def test_tars_with_strange_members_are_refused(tmp_path: Path, member: str, message: str) -> None:
     folder = tars(tmp_path / "set")
     info = tarfile.TarInfo(member)
     if member == "link.png":
@@ -248,7 +248,7 @@ def test_tars_with_strange_members_are_refused(tmp_path: Path, member: str, said
     if member == "huge.png":
         info.size = 10**12
     (folder / "train-0000.tar").write_bytes(info.tobuf() + bytes(10240))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         streamed(folder)
     assert not list(tmp_path.rglob("evil.png"))
 
@@ -358,7 +358,7 @@ def test_a_column_that_is_there_twice_is_one_sentence(tmp_path: Path) -> None:
 
 def test_keys_and_labels_of_tars_are_clear(tmp_path: Path) -> None:
     png = rows("train")[0][0]
-    for name, members, said in (
+    for name, members, message in (
         ("a", ["0.png", "0.cls=0", "0.png", "0.cls=1"], "has two images '0.png' of one key"),
         ("b", ["0.png", "0.jpg", "0.cls=0"], "has two images '0.jpg' of one key"),
         ("c", ["0.png", "0.cls=0", "1.png", "1.cls=cat"], "numbers in some rows and text in others"),
@@ -370,7 +370,7 @@ def test_keys_and_labels_of_tars_are_clear(tmp_path: Path) -> None:
             for member in members:
                 file, _, label = member.partition("=")
                 _add(tar, file, label.encode() if label else png)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             streamed(folder)
     (tmp_path / "e").mkdir()
     with tarfile.open(tmp_path / "e" / "train-0000.tar", "w") as tar:
@@ -410,8 +410,8 @@ def test_class_names_that_are_no_text_are_refused(tmp_path: Path, streaming: boo
     folder = parquet(tmp_path / "set", files=1)
     for file in folder.glob("*.parquet"):
         table = pq.read_table(file)
-        told = table.schema.metadata[b"huggingface"].replace(b'"ant"', name)
-        pq.write_table(table.replace_schema_metadata({"huggingface": told}), file)
+        metadata = table.schema.metadata[b"huggingface"].replace(b'"ant"', name)
+        pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), file)
     with pytest.raises(InputError, match=r"class names of .* are not all text"):
         load_source(folder, streaming=streaming)
 

@@ -266,12 +266,12 @@ def test_batches_cover_all_and_the_last_is_never_too_small(accumulate):
 def test_parts_cover_in_order_and_are_nearly_equal():
     for n in range(1, 40):
         for accumulate in (1, 2, 3, 5):
-            found = parts(n, accumulate)
-            assert [i for p in found for i in range(p.start, p.stop)] == list(range(n))
-            sizes = [p.stop - p.start for p in found]
+            result = parts(n, accumulate)
+            assert [i for p in result for i in range(p.start, p.stop)] == list(range(n))
+            sizes = [p.stop - p.start for p in result]
             assert min(sizes) >= 1
             assert max(sizes) - min(sizes) <= 1
-            assert len(found) == min(n, accumulate)
+            assert len(result) == min(n, accumulate)
     assert parts(16, 2) == [slice(0, 8), slice(8, 16)]
     assert parts(7, 2) == [slice(0, 3), slice(3, 7)]
 
@@ -285,35 +285,35 @@ def test_crop_is_interpolation_of_the_cut_out_box_and_its_mirror(side):
     box[0], box[1] = torch.tensor([0, 0, side, side]), torch.tensor([side - 1, 2, 1, 1])
     flip = torch.arange(60) % 2 == 1
     x = pictures(60, side)
-    found = crop_and_flip(x, box, flip)
+    result = crop_and_flip(x, box, flip)
     for i, (top, left, height, width) in enumerate(box.tolist()):
         cut = x[i : i + 1, :, top : top + height, left : left + width]
         expected = F.interpolate(cut, size=(side, side), mode="bilinear", align_corners=False)
         expected = expected.flip(3) if flip[i] else expected
-        assert (found[i] - expected[0]).abs().max() < 1e-5, i
-    assert torch.equal(found[0], x[0])
+        assert (result[i] - expected[0]).abs().max() < 1e-5, i
+    assert torch.equal(result[0], x[0])
 
 
 def test_patches_are_put_where_the_order_says():
     x = pictures(5, 8)
     orders = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i)) for i in range(5)])
     orders[0] = torch.arange(4)
-    found = shuffle_patches(x, orders, 2)
-    assert torch.equal(found[0], x[0])
+    result = shuffle_patches(x, orders, 2)
+    assert torch.equal(result[0], x[0])
     place = [(slice(4 * (j // 2), 4 * (j // 2) + 4), slice(4 * (j % 2), 4 * (j % 2) + 4)) for j in range(4)]
     for b, order in enumerate(orders.tolist()):
         for j, p in enumerate(order):
-            assert torch.equal(found[b][(..., *place[j])], x[b][(..., *place[p])])
+            assert torch.equal(result[b][(..., *place[j])], x[b][(..., *place[p])])
     # nothing is lost or doubled
-    assert torch.equal(found.flatten(2).sort().values, x.flatten(2).sort().values)
+    assert torch.equal(result.flatten(2).sort().values, x.flatten(2).sort().values)
 
 
 def test_pixels_that_no_patch_holds_stay():
     x = pictures(3, 7)
-    found = shuffle_patches(x, torch.tensor([[1, 0, 3, 2]]).expand(3, -1), 2)
-    assert torch.equal(found[:, :, 6], x[:, :, 6])
-    assert torch.equal(found[..., 6], x[..., 6])
-    assert torch.equal(found[:, :, :3, :3], x[:, :, :3, 3:6])
+    result = shuffle_patches(x, torch.tensor([[1, 0, 3, 2]]).expand(3, -1), 2)
+    assert torch.equal(result[:, :, 6], x[:, :, 6])
+    assert torch.equal(result[..., 6], x[..., 6])
+    assert torch.equal(result[:, :, :3, :3], x[:, :, :3, 3:6])
 
 
 def test_jitter_of_one_changes_nothing_and_brightness_zero_is_black():
@@ -339,9 +339,9 @@ def test_jitter_follows_each_image_s_own_order():
     x = pictures(1, 8).expand(2, -1, -1, -1)
     # contrast about the mean gray, then twice as bright; and the other way round
     mean = sum(w * x[0, c] for c, w in enumerate(GRAY)).mean()
-    found = jitter(x, torch.tensor([[2.0, 1.0, 0.5]] * 2), torch.tensor([[2, 0, 1], [0, 2, 1]]))
-    assert torch.allclose(found[0], 2 * (mean + 0.5 * (x[0] - mean)), atol=1e-5)
-    assert torch.allclose(found[1], 2 * mean + 0.5 * (2 * x[0] - 2 * mean), atol=1e-5)
+    result = jitter(x, torch.tensor([[2.0, 1.0, 0.5]] * 2), torch.tensor([[2, 0, 1], [0, 2, 1]]))
+    assert torch.allclose(result[0], 2 * (mean + 0.5 * (x[0] - mean)), atol=1e-5)
+    assert torch.allclose(result[1], 2 * mean + 0.5 * (2 * x[0] - 2 * mean), atol=1e-5)
     tinted = jitter(x, torch.tensor([[0.5, 0.0, 1.0], [0.5, 1.0, 1.0]]), torch.tensor([[0, 1, 2]] * 2))
     assert torch.allclose(tinted[1], 0.5 * x[1], atol=1e-6)
     assert torch.allclose(tinted[0, 0], tinted[0, 1], atol=1e-6)
@@ -376,15 +376,15 @@ def test_a_mix_takes_the_partners_unmixed_and_changes_no_alias(kind):
         kept=torch.tensor([0.75]),
         cut=torch.tensor([[0, 0, 4, 4]], dtype=torch.int16),
     )
-    found = apply_views(config, images, views, 0, slice(0, 6))
+    result = apply_views(config, images, views, 0, slice(0, 6))
     assert torch.equal(images, before)
     partners = before.roll(-1, 0)
     if kind == "mixup":
-        assert torch.equal(found, 0.75 * before + 0.25 * partners)
+        assert torch.equal(result, 0.75 * before + 0.25 * partners)
     else:
-        assert torch.equal(found[..., :4, :4], partners[..., :4, :4])
-        assert torch.equal(found[..., 4:], before[..., 4:])
-        assert torch.equal(found[..., 4:, :4], before[..., 4:, :4])
+        assert torch.equal(result[..., :4, :4], partners[..., :4, :4])
+        assert torch.equal(result[..., 4:], before[..., 4:])
+        assert torch.equal(result[..., 4:, :4], before[..., 4:, :4])
     batch = images[:3]
     kept = batch.clone()
     mix(batch, batch[[1, 2, 0]], 0.75, [0, 0, 4, 4], kind)

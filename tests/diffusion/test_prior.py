@@ -406,9 +406,9 @@ def test_resumed_denoiser_is_the_uninterrupted_one(made, accelerator, tmp_path, 
 
 
 def assert_same_model_weights(a: Path, b: Path) -> None:
-    mine, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    first, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
+    assert first.keys() == theirs.keys()
+    assert all(torch.equal(first[k], theirs[k]) for k in first)
 
 
 def test_finished_training_is_not_repeated(made, toy_source, accelerator, monkeypatch):

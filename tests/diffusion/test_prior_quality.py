@@ -81,8 +81,8 @@ def test_frechet_distance_of_equal_sets_is_zero_and_survives_rotation(n: int) ->
 
 
 def test_frechet_distance_falls_with_the_number_of_rows_as_documented() -> None:
-    found = [frechet_distance(normal(n, 20, "a", n), normal(n, 20, "b", n)) for n in (10, 100, 1000)]
-    assert found[0] > 3 * found[1] > 9 * found[2] > 0
+    distances = [frechet_distance(normal(n, 20, "a", n), normal(n, 20, "b", n)) for n in (10, 100, 1000)]
+    assert distances[0] > 3 * distances[1] > 9 * distances[2] > 0
 
 
 @pytest.mark.parametrize(
@@ -458,9 +458,9 @@ def test_a_killed_report_goes_on_with_the_scale_it_was_at(world: Path, reported:
     monkeypatch.setattr(module, "sample_images", counted)
     assert main([*args, "generate.batch_size=7"]) == 0
     assert scales == [3.0]
-    mine, whole = contents(tmp_path / "report"), contents(reported / "report")
-    assert mine.keys() == whole.keys()
-    assert mine["prior_quality.csv"] == whole["prior_quality.csv"]
+    resumed, whole = contents(tmp_path / "report"), contents(reported / "report")
+    assert resumed.keys() == whole.keys()
+    assert resumed["prior_quality.csv"] == whole["prior_quality.csv"]
     # another scale is drawn beside those that are there
     assert main([*args, "prior_report.guidance=[1, 2, 3]"]) == 0
     assert scales == [3.0, 2.0]
@@ -520,9 +520,9 @@ def test_a_card_of_anothers_is_kept_and_text_is_quoted(world: Path, tmp_path: Pa
 )
 def test_what_is_missing_is_one_sentence(world: Path, tmp_path: Path, capsys, settings, code, message) -> None:
     assert main([*config(world, tmp_path), "--set", settings]) == code
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dq prior-report: ")]
-    assert len(said) == 1
-    assert message in said[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dq prior-report: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
     assert not list(tmp_path.glob("report/prior_*"))
 
 

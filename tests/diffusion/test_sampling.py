@@ -290,26 +290,26 @@ def test_a_flow_is_noised_on_the_straight_line_and_told_1000_sigma(given, name: 
     assert start.snr == pytest.approx(((1 - sigma) / sigma) ** 2, rel=1e-5)
     x, noise = torch.randn(2, 3, 1, 2, 2, generator=generator(1))
     assert torch.allclose(add_noise(scheduler, x, noise, start), (1 - sigma) * x + sigma * noise, atol=1e-6)
-    told = []
+    times = []
     scheduler = walker(given, name, 7)
-    denoise(lambda x, t: told.append(float(t)) or x, scheduler, x, start, [], noise=noise)
-    assert told == pytest.approx([1000 * float(s) for s in scheduler.sigmas[start.index : -1]], rel=1e-6)
+    denoise(lambda x, t: times.append(float(t)) or x, scheduler, x, start, [], noise=noise)
+    assert times == pytest.approx([1000 * float(s) for s in scheduler.sigmas[start.index : -1]], rel=1e-6)
     assert model_times(scheduler).tolist() == pytest.approx((1000 * scheduler.sigmas[:-1]).tolist(), rel=1e-6)
 
 
 def test_a_scheduler_by_name_keeps_what_the_model_predicts() -> None:
     shifted = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     for name in TO_FLOW[1:]:
-        there = choose_scheduler(shifted, name)
-        assert (there.config.prediction_type, there.config.flow_shift) == ("flow_prediction", 3.0)
-        assert there.config.use_flow_sigmas
-        back = choose_scheduler(there, "FlowMatchEulerDiscreteScheduler")
+        chosen = choose_scheduler(shifted, name)
+        assert (chosen.config.prediction_type, chosen.config.flow_shift) == ("flow_prediction", 3.0)
+        assert chosen.config.use_flow_sigmas
+        back = choose_scheduler(chosen, "FlowMatchEulerDiscreteScheduler")
         assert (back.config.shift, back.config.num_train_timesteps) == (3.0, 1000)
     scaled = diffusers.DPMSolverMultistepScheduler(**SD, prediction_type="v_prediction", variance_type="learned_range")
     for name in TO_NOISE:
-        there = choose_scheduler(scaled, name)
-        assert (there.config.prediction_type, there.config.beta_end) == ("v_prediction", 0.012)
-        assert not there.config.get("clip_sample")  # DDIM clips unless told not to
+        chosen = choose_scheduler(scaled, name)
+        assert (chosen.config.prediction_type, chosen.config.beta_end) == ("v_prediction", 0.012)
+        assert not chosen.config.get("clip_sample")  # DDIM clips unless told not to
     assert choose_scheduler(scaled, "UniPCMultistepScheduler").config.get("use_flow_sigmas") is False
     assert choose_scheduler(scaled, "DDPMScheduler").config.variance_type == "fixed_small"
     assert choose_scheduler(scaled, None) is scaled
@@ -408,11 +408,11 @@ def test_an_inverted_point_comes_back_and_no_random_number_is_used(given, name: 
 def test_inversion_calls_the_model_once_per_level(name: str) -> None:
     scheduler = walker(NOISE_GIVEN, name, 20)
     start = choose_start(scheduler, 20, snr=0.1)
-    told: list[float] = []
-    invert(lambda x, t: told.append(float(t)) or 0.1 * x, scheduler, torch.ones(1, 1, 2, 2), start)
+    times: list[float] = []
+    invert(lambda x, t: times.append(float(t)) or 0.1 * x, scheduler, torch.ones(1, 1, 2, 2), start)
     levels = sorted({float(t) for t in scheduler.timesteps[start.index :]})
     # the least noisy level sees the clean point, then its own; the start is where the walk back begins
-    assert told == [levels[0], *levels[:-1]]
+    assert times == [levels[0], *levels[:-1]]
 
 
 @pytest.mark.parametrize(

@@ -194,17 +194,17 @@ def test_parts_give_the_bytes_of_the_whole(tmp_path: Path, floats: bool) -> None
 
 @pytest.mark.parametrize("floats", [False, True])
 def test_one_part_is_in_memory_at_a_time(tmp_path: Path, floats: bool) -> None:
-    known: list[weakref.ref] = []
+    references: list[weakref.ref] = []
 
     def parts() -> Iterator[DistilledSet]:
         for s in classes_of(make(floats=floats, soft=True)):
-            known.append(weakref.ref(s.images))
+            references.append(weakref.ref(s.images))
             yield s
             del s
-            assert known[-1]() is None, "the part before is still held when the next is asked for"
+            assert references[-1]() is None, "the part before is still held when the next is asked for"
 
     write_set(tmp_path, "x", parts(), {})
-    assert len(known) == 3
+    assert len(references) == 3
 
 
 def test_files_and_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,9 +273,9 @@ def own_set(names: tuple[str, ...] = NAMES) -> DistilledSet:
 def test_a_set_that_we_wrote_is_read_whole(tmp_path, where):
     s = own_set()
     s.save(tmp_path, "mine")
-    found = load_set(tmp_path if where == "folder" else tmp_path / "mine", NAMES)
+    result = load_set(tmp_path if where == "folder" else tmp_path / "mine", NAMES)
     for name in ("images", "labels", "weights", "prototype", "counts", "source_row", "soft_labels"):
-        assert torch.equal(getattr(found, name), getattr(s, name)), name
+        assert torch.equal(getattr(result, name), getattr(s, name)), name
 
 
 def test_a_folder_of_several_sets_needs_the_name_of_one(tmp_path):
@@ -290,29 +290,29 @@ def test_reordered_classes_take_labels_and_soft_labels_with_them(tmp_path):
     s = own_set()
     s.save(tmp_path, "mine")
     names = ("red", "blue", "green")
-    found = load_set(tmp_path, names)
-    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    result = load_set(tmp_path, names)
+    assert result.labels.tolist() == [0, 0, 1, 1, 2, 2]
     rows = torch.tensor([4, 5, 0, 1, 2, 3])  # red was last
     for name in ("images", "weights", "prototype", "counts", "source_row"):
-        assert torch.equal(getattr(found, name), getattr(s, name)[rows]), name
+        assert torch.equal(getattr(result, name), getattr(s, name)[rows]), name
     # the logit of a class is that of its name
     for name in names:
-        old, new = s.soft_labels[rows][:, NAMES.index(name)], found.soft_labels[:, names.index(name)]
+        old, new = s.soft_labels[rows][:, NAMES.index(name)], result.soft_labels[:, names.index(name)]
         assert torch.equal(old, new)
 
 
 def losses(images: torch.Tensor, labels: torch.Tensor, bounded: bool = True) -> list[float]:
     """Of a student after every epoch."""
-    found: list[float] = []
+    results: list[float] = []
     train_student(
         TrainingSet(images, labels, 3, normalizer((0.5,) * 3, (0.25,) * 3)),
         StudentConfig(epochs=8, batch_size=3, tests=1, views=ViewConfig(crop_scale=(0.5, 1.0))),
         RealImages((images, labels) if bounded else small()),
         bounded=bounded,
         seed=0,
-        on_epoch=lambda epoch, loss: found.append(loss),
+        on_epoch=lambda epoch, loss: results.append(loss),
     )
-    return found
+    return results
 
 
 def test_normalized_tensors_train_as_the_pixels_they_came_from(tmp_path):
@@ -510,9 +510,9 @@ def evaluated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_evaluating_a_folder_leaves_its_tables(world, tmp_path, capsys):
     assert main(arguments(world, tmp_path, *HARD)) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[0] == "| set | convnet3, hard, IPC 2 |"
-    assert said.splitlines()[-1] == str(tmp_path / "run" / "eval" / "summary.csv")
+    output = capsys.readouterr().out
+    assert output.splitlines()[0] == "| set | convnet3, hard, IPC 2 |"
+    assert output.splitlines()[-1] == str(tmp_path / "run" / "eval" / "summary.csv")
     with open(tmp_path / "run" / "eval" / "summary.csv", newline="") as f:
         rows = {r["set"]: r for r in csv.DictReader(f)}
     assert set(rows) == {"mine", "random"}
@@ -522,9 +522,9 @@ def test_evaluating_a_folder_leaves_its_tables(world, tmp_path, capsys):
     assert (row["set"], row["against"], row["pairs"]) == ("mine", "random", "2")
     difference = float(rows["mine"]["last_mean"]) - float(rows["random"]["last_mean"])
     assert float(row["difference"]) == pytest.approx(difference, abs=2e-5)
-    found = records(tmp_path)
-    assert [(r["set"], r["seed"]) for r in found] == [("mine", 0), ("mine", 1), ("random", 0), ("random", 1)]
-    assert all(r["images"] == 6 and r["config"]["epochs"] == 1 for r in found)
+    result = records(tmp_path)
+    assert [(r["set"], r["seed"]) for r in result] == [("mine", 0), ("mine", 1), ("random", 0), ("random", 1)]
+    assert all(r["images"] == 6 and r["config"]["epochs"] == 1 for r in result)
 
 
 def test_a_second_call_trains_and_labels_nothing(evaluated, world, capsys):
@@ -561,9 +561,9 @@ def test_an_online_teacher_gives_the_same_students(evaluated, world, tmp_path):
 @pytest.mark.multi_process
 def test_two_processes_find_what_one_finds(evaluated, world, tmp_path):
     done = Forked(lambda: main(arguments(world, tmp_path, *soft(world))), processes=2)
-    said, errors = done.communicate(timeout=240)
+    output, errors = done.communicate(timeout=240)
     assert done.returncode == 0, errors
-    assert said.count("| set |") == 1  # the main process alone prints
+    assert output.count("| set |") == 1  # the main process alone prints
     assert records(tmp_path) == records(evaluated)
     assert label_files(tmp_path) == label_files(evaluated)
 
@@ -650,9 +650,9 @@ TWO = "evaluate.students=[{net: convnet3, epochs: 5}, {net: resnet20, lr: 0.3}]"
 
 
 def test_protocol_and_dataset_apply_to_all_configured_students():
-    found = resolved("--set", TWO, "--protocol", "rded", "--dataset", "cifar100").evaluate.students
+    result = resolved("--set", TWO, "--protocol", "rded", "--dataset", "cifar100").evaluate.students
     common = {"protocol": "rded", "dataset": "cifar100"}
-    assert list(found) == [{"net": "convnet3", "epochs": 5, **common}, {"net": "resnet20", "lr": 0.3, **common}]
+    assert list(result) == [{"net": "convnet3", "epochs": 5, **common}, {"net": "resnet20", "lr": 0.3, **common}]
     assert list(resolved("--set", TWO, "--protocol", "ddr").evaluate.students) == [
         {"net": "convnet3", "epochs": 5},
         {"net": "resnet20", "lr": 0.3},
@@ -695,9 +695,11 @@ def planned(call: list[str], capsys: pytest.CaptureFixture) -> tuple[int, float]
     """Trainings and bytes of labels that a dry run announces."""
     capsys.readouterr()
     assert main([*call, "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    number, unit = re.search(r"labels +([\d.]+) (B|kB|MB) of soft labels", said).groups()
-    return int(re.search(r"evaluate +(\d+) trainings", said)[1]), float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+    output = capsys.readouterr().out
+    number, unit = re.search(r"labels +([\d.]+) (B|kB|MB) of soft labels", output).groups()
+    return int(re.search(r"evaluate +(\d+) trainings", output)[1]), float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[
+        unit
+    ]
 
 
 def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
@@ -835,10 +837,10 @@ def test_ddr_scores_a_set(world, tmp_path, capsys):
     planned = capsys.readouterr().out
     assert not list(tmp_path.rglob("*.json"))
     assert main(call) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("| set | student | HLR (low is good) | IOR | LRS | ARS |")
-    assert "Recipes: convnet3: custom, 1 epoch, batch 8" in said
-    assert said.splitlines()[-1] == str(tmp_path / "run" / "eval" / "ddr.csv")
+    output = capsys.readouterr().out
+    assert output.startswith("| set | student | HLR (low is good) | IOR | LRS | ARS |")
+    assert "Recipes: convnet3: custom, 1 epoch, batch 8" in output
+    assert output.splitlines()[-1] == str(tmp_path / "run" / "eval" / "ddr.csv")
     with open(tmp_path / "run" / "eval" / "ddr.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     facts = [{k: r.pop(k) for k in ("set", "student", "protocol", "settings", "seed")} for r in rows]

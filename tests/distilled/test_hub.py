@@ -284,9 +284,9 @@ def test_an_upload_that_breaks_off_leaves_the_repository_and_goes_on(hub: Hub, h
     before = hub.files("me/broken")
     hub.puts.clear()
     hub.on_put = lambda number: 507 if number >= 3 else None
-    said = hub.run(PUSH, home, "me/broken", "2")
+    output = hub.run(PUSH, home, "me/broken", "2")
     assert re.search(
-        r"^cannot push to me/broken: .*507.*the repository is as it was: give the same command again", said
+        r"^cannot push to me/broken: .*507.*the repository is as it was: give the same command again", output
     )
     assert hub.files("me/broken") == before
     arrived = {oid for oid in hub.puts if oid in hub.blobs}
@@ -323,8 +323,8 @@ def test_two_who_push_at_a_time_both_arrive(hub: Hub, home: Path) -> None:
         return 409
 
     hub.on_commit = refuse
-    said = hub.run(PUSH, home, "me/both", "5")
-    assert said.startswith("cannot push to me/both: ")
+    output = hub.run(PUSH, home, "me/both", "5")
+    assert output.startswith("cannot push to me/both: ")
     assert len(calls) == ATTEMPTS
 
 
@@ -344,9 +344,9 @@ def test_waits_between_commits_grow_to_a_bound_and_differ() -> None:
 def test_the_snippet_of_the_card_trains(hub: Hub, home: Path) -> None:
     snippets = re.findall(r"```python\n(.*?)```", card_of(hub, "me/x")[1], re.DOTALL)
     assert len(snippets) == 2
-    said = hub.run("\n".join([*snippets, "print(float(losses.mean()), net[1].weight.shape, len(rows))"]), home)
-    assert float(said.split()[0]) > 0
-    assert "[3, 75]) 6" in said
+    output = hub.run("\n".join([*snippets, "print(float(losses.mean()), net[1].weight.shape, len(rows))"]), home)
+    assert float(output.split()[0]) > 0
+    assert "[3, 75]) 6" in output
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -423,8 +423,8 @@ def test_teachers_go_there_and_come_back(hub: Hub, home: Path, teacher: Path) ->
     from dq.config.teachers import TeacherConfig
     from dq.networks.teacher_loading import load_teacher
 
-    told = load_teacher(TeacherConfig(net="convnet3", path=str(home / "teachers" / "net")), 3, 8)
-    assert told.digest == load_teacher(TeacherConfig(net="convnet3", path=str(teacher)), 3, 8).digest
+    config = load_teacher(TeacherConfig(net="convnet3", path=str(home / "teachers" / "net")), 3, 8)
+    assert config.digest == load_teacher(TeacherConfig(net="convnet3", path=str(teacher)), 3, 8).digest
     snippet = re.search(r"```python\n(.*?)```", body, re.DOTALL)
     assert snippet
     hub.run(snippet[1] + "assert teacher.net == 'convnet3'", home)
@@ -451,15 +451,15 @@ def finished_run(folder: Path) -> Path:
         fixed |= {"ipc": ipc, "images": 6, "train_seconds": 1.0, "best": last, "data": {"set_digest": digest}}
         return {"set": name, "seed": seed, "last": last, **fixed}
 
-    found = [training("ddoq", content, s, a) for s, a in ((0, 0.5), (1, 0.7))]
-    found += [
+    records = [training("ddoq", content, s, a) for s, a in ((0, 0.5), (1, 0.7))]
+    records += [
         training("random", "r", 0, 0.25),
         training("random", "r", 0, 0.1, "50"),
         training("full", "f", 0, 0.9, "full"),
     ]
-    found += [training("d4m", "of another content", 0, 0.99)]
+    records += [training("d4m", "of another content", 0, 0.99)]
     (folder / "eval").mkdir()
-    (folder / "eval" / "trainings.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    (folder / "eval" / "trainings.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
 
 
@@ -526,20 +526,20 @@ def test_faults_are_one_sentence(hub: Hub, tmp_path: Path) -> None:
         ("run --config demo --push_to_hub", "--push_to_hub needs to know where to: give --repo_id"),
     ]
     answers = hub.verbs(tmp_path, *(line for line, _ in cases))
-    for (line, expected), (code, out, said) in zip(cases, answers, strict=True):
+    for (line, expected), (code, out, message) in zip(cases, answers, strict=True):
         assert (code, out) == (2, ""), line
-        assert expected in said
-        assert said.startswith(f"dq {line.split()[0]}: ")
-        assert said.count("\n") == 1, said
+        assert expected in message
+        assert message.startswith(f"dq {line.split()[0]}: ")
+        assert message.count("\n") == 1, message
     assert not (tmp_path / "p").exists()
 
 
 def test_no_network_and_no_token(hub: Hub, unreachable: Hub, tmp_path: Path) -> None:
     make().save(tmp_path / "sets", "a")
     lines = ("push sets --repo_id x", "run --config demo --push_to_hub --repo_id x")
-    (first, _, said), (second, out, early) = hub.verbs(tmp_path, *lines, token=None)
+    (first, _, message), (second, out, early) = hub.verbs(tmp_path, *lines, token=None)
     assert (first, second, out) == (2, 2, "")
-    assert "hf auth login" in said
+    assert "hf auth login" in message
     assert "pushing needs a token; log in with `hf auth login`, or give --token" in early
     done = unreachable.cli(tmp_path, "push", "sets", "--repo_id", "x")
     assert done.returncode == 1
@@ -589,17 +589,17 @@ def test_a_token_is_nowhere_though_the_hub_says_it_back(hub: Hub, tmp_path: Path
     hub.tokens[secret] = ("me", (), False)
     make().save(tmp_path / "sets", "a")
     lines = [f"push sets --token {secret} --repo_id me/{rest}" for rest in ("new", "x --revision b")]
-    for code, out, said in hub.verbs(tmp_path, *lines, token=None):
-        assert code == 2, said
-        assert secret not in out + said
+    for code, out, message in hub.verbs(tmp_path, *lines, token=None):
+        assert code == 2, message
+        assert secret not in out + message
     hub.tokens[secret] = ("me", (), True)
     hub.on_commit = lambda repo: 507
     for given, token in ((f"--token {secret}", None), ("", secret)):
-        ((code, out, said),) = hub.verbs(tmp_path, f"push sets --repo_id new {given}", token=token)
+        ((code, out, message),) = hub.verbs(tmp_path, f"push sets --repo_id new {given}", token=token)
         assert (code, out) == (1, "")
-        assert "cannot push to new: Server error '507" in said
-        assert "refused for Bearer ***; the repository is as it was" in said
-        assert secret not in said
+        assert "cannot push to new: Server error '507" in message
+        assert "refused for Bearer ***; the repository is as it was" in message
+        assert secret not in message
     files = [p for folder in (tmp_path, hub.home) for p in folder.rglob("*") if p.is_file()]
     assert not [p for p in files if secret.encode() in p.read_bytes()]
 
@@ -650,9 +650,9 @@ def test_names_and_records_from_the_hub_are_checked(hub: Hub, home: Path, tmp_pa
         (lambda f, r: r.update(source=["x"]), "is damaged or not of dq"),
         (lambda f, r: f.pop(shard), f"lacks {shard}"),
     ]
-    for i, (change, said) in enumerate(cases):
+    for i, (change, message) in enumerate(cases):
         hostile(hub, "guest/evil", change)
-        assert said in hub.run(PULL, home, "guest/evil", str(tmp_path / "out")), i
+        assert message in hub.run(PULL, home, "guest/evil", str(tmp_path / "out")), i
         assert not (tmp_path / "out").exists()
 
 
@@ -753,9 +753,9 @@ def test_an_evaluation_belongs_to_what_was_evaluated(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     (written,) = describe_evaluation(run)
     assert written == run / "dataset" / "ipc2-ddoq" / "evaluation.json"
-    found = read_json(written)
-    assert [r["set"] for r in found["rows"]] == ["ddoq", "random", "full"]
-    assert found["rows"][0]["seed_list"] == [0, 1]
+    metadata = read_json(written)
+    assert [r["set"] for r in metadata["rows"]] == ["ddoq", "random", "full"]
+    assert metadata["rows"][0]["seed_list"] == [0, 1]
     assert str(tmp_path) not in written.read_text()
     card = run / "dataset" / "README.md"
     assert "60.0 ± 14.1" in card.read_text()
@@ -765,7 +765,7 @@ def test_an_evaluation_belongs_to_what_was_evaluated(tmp_path: Path) -> None:
     assert "60.0" not in card.read_text()
     # what others wrote in its place breaks no card
     content = read_json(written.parent / "provenance.json")["content"]
-    for rows in (None, [1], [{"set": "x"}], [{**found["rows"][0], "last_mean": "<b>"}]):
+    for rows in (None, [1], [{"set": "x"}], [{**metadata["rows"][0], "last_mean": "<b>"}]):
         write_json(written, {"content": content, "rows": rows})
         record = read_json(written.parent / "provenance.json")
         assert "Not measured" in dataset_card([record], {"ipc2-ddoq": read_json(written)})

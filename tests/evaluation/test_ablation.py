@@ -33,10 +33,10 @@ def config() -> RunConfig:
 
 
 def flat(data: dict, prefix: str = "") -> dict:
-    found = {}
+    settings = {}
     for k, v in data.items():
-        found |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
-    return found
+        settings |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return settings
 
 
 def test_an_arm_changes_what_it_names(ablation, config):

@@ -53,11 +53,11 @@ def entries(bench: RealData, folder: Path, *names: str, **settings) -> dict[str,
 
 
 def test_every_baseline_is_selected_once_and_read_again(bench, tmp_path: Path, toy_source) -> None:
-    found = entries(bench, tmp_path, *BASELINES)
-    assert list(found) == list(BASELINES)
+    made = entries(bench, tmp_path, *BASELINES)
+    assert list(made) == list(BASELINES)
     work = Work(tmp_path, alone())
-    prepare_selections(found, bench, work)
-    for name, entry in found.items():
+    prepare_selections(made, bench, work)
+    for name, entry in made.items():
         s = entry.load()
         assert len(s) == entry.images == 6
         assert s.provenance["selection"]["name"] == name
@@ -65,13 +65,13 @@ def test_every_baseline_is_selected_once_and_read_again(bench, tmp_path: Path, t
     assert len([f for f in files if f.suffix == ".parquet"]) == len(BASELINES)
     again = entries(bench, tmp_path, *BASELINES)
     prepare_selections(again, bench, work)
-    assert all(torch.equal(again[n].load().images, found[n].load().images) for n in BASELINES)
+    assert all(torch.equal(again[n].load().images, made[n].load().images) for n in BASELINES)
     assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()} == files
 
     # by the scores of the difficulty stage, by the features that runs cluster by, and by what the teacher says
     labels, n = toy_source.train.labels, len(toy_source.train)
     cache = find_difficulty(bench.cache_dir, toy_source, 8, AGENT)
-    rows = {name: entry.load().source_row.tolist() for name, entry in found.items()}
+    rows = {name: entry.load().source_row.tolist() for name, entry in made.items()}
     assert rows["window"] == window_rows(cache.by_row("el2n", 2, n), labels, 2, 0.5).tolist()
     assert rows["forgetting"] == window_rows(cache.by_row("forgetting", 2, n), labels, 2, 1.0).tolist()
     assert rows["facility"] == facility_rows(bench.features(), labels, 2).tolist()
@@ -183,9 +183,9 @@ def test_baselines_are_as_many_as_the_images_of_the_sets(bench, tmp_path):
     work = Work(tmp_path, alone())
     evaluate = EvaluateConfig(seeds=2, baselines=("random", "nearest", "full"))
     held_out = dataclasses.replace(bench, validation_rows=np.array([23]))  # of the class of 7
-    found = baseline_entries(held_out, evaluate, work, {"2": 4, "5": 7})
+    made = baseline_entries(held_out, evaluate, work, {"2": 4, "5": 7})
     # under the ipc of the table, one random subset per seed; the last class has 6 images left
-    assert [(e.name, e.ipc, e.images, e.seeds) for e in found] == [
+    assert [(e.name, e.ipc, e.images, e.seeds) for e in made] == [
         ("random", "2", 12, (0,)),
         ("random", "2", 12, (1,)),
         ("nearest", "2", 12, (0, 1)),
@@ -194,7 +194,7 @@ def test_baselines_are_as_many_as_the_images_of_the_sets(bench, tmp_path):
         ("nearest", "5", 20, (0, 1)),
         ("full", "full", 23, (0,)),
     ]
-    assert all(len(e.load()) == e.images for e in found)
+    assert all(len(e.load()) == e.images for e in made)
 
 
 @pytest.mark.parametrize(("side", "ipc", "factor"), [(128, 2, 2), (128, 1, 1), (64, 2, 1)])

@@ -330,13 +330,13 @@ def test_kl_by_hand():
     teacher = torch.tensor([[0.0, 2 * math.log(3)], [0.0, 2 * math.log(3)]])
     # at T = 2 the teacher says (1/4, 3/4), the first student (1/2, 1/2), the second agrees with the teacher
     kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    found = losses_of(logits, [0, 0], teacher=teacher, labels="fixed", temperature=2.0, optimizer="adamw")
-    assert found == pytest.approx([kl, 0], rel=1e-5, abs=1e-7)
+    losses = losses_of(logits, [0, 0], teacher=teacher, labels="fixed", temperature=2.0, optimizer="adamw")
+    assert losses == pytest.approx([kl, 0], rel=1e-5, abs=1e-7)
     # the labels of a view are the teacher's: the mix is in them already
     mixed = losses_of(
         logits, [0, 0], other=[1, 1], kept=0.3, teacher=teacher, labels="fixed", temperature=2.0, optimizer="adamw"
     )
-    assert mixed == found
+    assert mixed == losses
 
 
 def test_cross_entropy_by_hand():
@@ -344,8 +344,8 @@ def test_cross_entropy_by_hand():
 
 
 def test_cross_entropy_of_a_mix_by_hand():
-    found = losses_of(HALF_AND_SURE, [1, 1], other=[0, 0], kept=0.7)
-    assert found == pytest.approx([math.log(2), 0.7 * math.log(4 / 3) + 0.3 * math.log(4)], rel=1e-5)
+    result = losses_of(HALF_AND_SURE, [1, 1], other=[0, 0], kept=0.7)
+    assert result == pytest.approx([math.log(2), 0.7 * math.log(4 / 3) + 0.3 * math.log(4)], rel=1e-5)
     assert losses_of(HALF_AND_SURE, [1, 1], other=[0, 0], kept=1.0) == losses_of(HALF_AND_SURE, [1, 1])
 
 
@@ -363,8 +363,8 @@ def test_mse_gt_by_hand():
 def test_losses_of_bfloat16_logits_are_taken_in_float32():
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = torch.arange(6) % 4
-    found = image_losses(logits, y, y, 1.0, None, PLAIN)
-    torch.testing.assert_close(found, F.cross_entropy(logits.float(), y, reduction="none"))
+    result = image_losses(logits, y, y, 1.0, None, PLAIN)
+    torch.testing.assert_close(result, F.cross_entropy(logits.float(), y, reduction="none"))
 
 
 def test_certain_fixed_labels_are_hard_labels():
@@ -410,16 +410,16 @@ def test_labels_of_other_batches_are_refused(changes, message):
 def test_soft_labels_belong_to_positions_and_fixed_ones_to_images():
     """A source that gives every view the label of its image teaches what fixed labels teach."""
     logits = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
-    asked = []
+    epochs_read = []
 
     def source(epoch: int) -> EpochLabels:
-        asked.append(epoch)
+        epochs_read.append(epoch)
         views = draw_views(ViewConfig(), 24, 8, batch_size=16, accumulate=1, seed=0, epoch=epoch)
         return EpochLabels(PLAN, views, logits[views.order.long()])
 
     soft = train(dataclasses.replace(PLAIN, labels="soft"), soft_labels=source)[1]
     assert soft == train(dataclasses.replace(PLAIN, labels="fixed"), soft_labels=logits)[1]
-    assert asked == [1, 2, 3, 4, 5, 6]
+    assert epochs_read == [1, 2, 3, 4, 5, 6]
 
 
 def test_only_sgd_makes_up_for_the_temperature():
@@ -632,11 +632,11 @@ def test_averaged_parameters_by_hand():
     for epochs in range(1, 5):
         plain = fit(data, dataclasses.replace(config, epochs=epochs), seed=2)
         average = 0.8 * average + 0.2 * parameters(plain.net)
-    found = fit(data, dataclasses.replace(config, ema=0.8), seed=2).net
-    torch.testing.assert_close(parameters(found), average, rtol=1e-5, atol=1e-6)
+    averaged = fit(data, dataclasses.replace(config, ema=0.8), seed=2).net
+    torch.testing.assert_close(parameters(averaged), average, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(parameters(plain.net), average, rtol=1e-2)
     # statistics of batches are those of the network in training
-    for (name, a), (_, b) in zip(found.named_buffers(), plain.net.named_buffers(), strict=True):
+    for (name, a), (_, b) in zip(averaged.named_buffers(), plain.net.named_buffers(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -813,8 +813,8 @@ def test_accuracy_counts_hits_in_any_batch_size():
     images[range(5), [0, 1, 2, 0, 1]] = 200
     labels = torch.tensor([0, 1, 2, 1, 1])
     for batch_size in (1, 2, 5, 100):
-        found = accuracy(net, images, labels, pixels=normalizer((0.5,) * 3, (0.5,) * 3), batch_size=batch_size)
-        assert found == 0.8
+        result = accuracy(net, images, labels, pixels=normalizer((0.5,) * 3, (0.5,) * 3), batch_size=batch_size)
+        assert result == 0.8
     # a mean that darkens channel 2 turns its image over to another class
     assert accuracy(net, images, labels, pixels=normalizer((0, 0, 2.0), (1.0,) * 3)) == 0.6
 
@@ -823,8 +823,8 @@ def test_accuracy_does_not_depend_on_who_shares_a_batch():
     net = make_net("resnet20", 4, 8, seed=0).train()
     images, labels = stripes(40, 1)
     before = net.bn1.running_mean.clone()
-    found = {accuracy(net, images, labels, pixels=PIXELS, batch_size=b) for b in (1, 7, 40)}
-    assert len(found) == 1
+    results = {accuracy(net, images, labels, pixels=PIXELS, batch_size=b) for b in (1, 7, 40)}
+    assert len(results) == 1
     assert torch.equal(net.bn1.running_mean, before)
 
 

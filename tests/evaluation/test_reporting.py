@@ -79,17 +79,19 @@ def test_every_set_is_compared_with_random_over_common_seeds() -> None:
     records += [record("b", s, 0.1 * s, ipc="50") for s in range(3)]  # no random set of this size
     records += [{**record("b", s, 0.1 * s), "recipe": 1} for s in range(3)]  # nor under this recipe
     records += [record("c", 4, 0.9), record("d", 9, 0.9)]
-    found = compare(summarize(records))
-    assert [(c.a.set, c.b.set, c.difference.pairs) for c in found] == [("a", "random", 3), ("c", "random", 1)]
+    comparisons = compare(summarize(records))
+    assert [(c.a.set, c.b.set, c.difference.pairs) for c in comparisons] == [("a", "random", 3), ("c", "random", 1)]
     # differences 0.20, 0.21 and 0.22: std 0.01, and Student's t for 2 degrees of freedom at 97.5 % is 4.302653; one
     # draw of 450 test images has a variance of (0.21 - 0.21^2) / 450 at least
-    d, half = found[0].difference, 4.302653 * (0.01**2 / 3 + (0.21 - 0.21**2) / 450) ** 0.5
+    d, half = comparisons[0].difference, 4.302653 * (0.01**2 / 3 + (0.21 - 0.21**2) / 450) ** 0.5
     assert (d.mean, d.low, d.high) == pytest.approx((0.21, 0.21 - half, 0.21 + half))
-    assert found[0].record()["verdict"] == "better"
-    assert str(found[0]) == "convnet3, hard #1, IPC 10: a beats random (+21.0 points, 95% interval +12.4 to +29.6)"
-    assert found[1].record()["verdict"] == "undecided"
-    assert (found[1].record()["low"], found[1].record()["high"]) == (None, None)
-    assert str(found[1]).endswith("c and random cannot be compared with one seed")
+    assert comparisons[0].record()["verdict"] == "better"
+    assert (
+        str(comparisons[0]) == "convnet3, hard #1, IPC 10: a beats random (+21.0 points, 95% interval +12.4 to +29.6)"
+    )
+    assert comparisons[1].record()["verdict"] == "undecided"
+    assert (comparisons[1].record()["low"], comparisons[1].record()["high"]) == (None, None)
+    assert str(comparisons[1]).endswith("c and random cannot be compared with one seed")
     (turned,) = compare(summarize([{**r, "last": 1 - r["last"]} for r in records[:8]]))
     assert (turned.difference.mean, turned.difference.verdict) == (pytest.approx(-0.21), "worse")
     assert "random beats a (-21.0 points" in str(turned)
@@ -98,15 +100,15 @@ def test_every_set_is_compared_with_random_over_common_seeds() -> None:
 def test_sets_are_compared_with_one_another_once_and_baselines_with_random_alone() -> None:
     level = {"theirs": 0.5, "random": 0.2, "ours": 0.7, "herding": 0.4, "nearest": 0.1}
     rows = summarize([record(name, s, v) for name, v in level.items() for s in range(2)])
-    found = {(c.a.set, c.b.set): c for c in compare(rows)}
-    assert list(found) == [
+    comparisons = {(c.a.set, c.b.set): c for c in compare(rows)}
+    assert list(comparisons) == [
         ("theirs", "random"),
         ("theirs", "ours"),
         ("ours", "random"),
         ("herding", "random"),
         ("nearest", "random"),
     ]
-    assert found["theirs", "ours"].difference.mean == pytest.approx(-0.2)
+    assert comparisons["theirs", "ours"].difference.mean == pytest.approx(-0.2)
     decided = [c for c in compare(rows) if c.difference.verdict != "undecided"]
     hold = sum(c.p_holm < 0.05 for c in decided)
     assert verdict_text(rows).splitlines()[-1] == (
@@ -129,13 +131,13 @@ def test_unequal_numbers_are_not_compared_and_that_is_said() -> None:
     records += [{**record("a", s, 0.5), "images": 101} for s in range(2)]
     rows = summarize(records)
     assert compare(rows) == []
-    said = "  not compared with random images, which are not of equal number: "
-    assert verdict_text(rows).splitlines()[-1] == f"{said}b, a"
+    sentence = "  not compared with random images, which are not of equal number: "
+    assert verdict_text(rows).splitlines()[-1] == f"{sentence}b, a"
     assert verdict_text(rows) in tables_text(rows)
     # the equal ones among them are
     rows = summarize([*records, *(record("c", s, 0.9) for s in range(2))])
     assert [(c.a.set, c.b.set) for c in compare(rows)] == [("c", "random")]
-    assert verdict_text(rows).splitlines()[-1] == f"{said}b, a"
+    assert verdict_text(rows).splitlines()[-1] == f"{sentence}b, a"
     # of one number of images are two sets of the wrong one
     rows = summarize([*records, *({**record("d", s, 0.9), "images": 99} for s in range(2))])
     assert [(c.a.set, c.b.set) for c in compare(rows)] == [("b", "d")]
@@ -169,8 +171,8 @@ def test_comparisons_tell_two_students_of_one_network_apart() -> None:
         for j in range(2)
         for s in range(2)
     ]
-    found = [c.record() for c in compare(summarize(records))]
-    assert [(r["student"], r["recipe"], r["protocol"], r["settings"]) for r in found] == [
+    comparisons = [c.record() for c in compare(summarize(records))]
+    assert [(r["student"], r["recipe"], r["protocol"], r["settings"]) for r in comparisons] == [
         ("convnet3", 0, "p", "lr 0"),
         ("convnet3", 1, "q", "lr 1"),
     ]
@@ -261,17 +263,17 @@ def test_a_verdict_may_be_lost_by_the_correction_for_the_number_of_comparisons()
     lasts = {"random": [0.2] * 3, "z": [0.9, 0.9001, 0.9]} | {n: [0.2324 + x for x in noise] for n in "abc"}
     records = [{**record(n, s, v[s]), "test_images": 10**9} for n, v in lasts.items() for s in range(3)]
     rows = summarize(records)
-    found = {(c.a.set, c.b.set): c for c in compare(rows)}
-    assert len(found) == 10
+    comparisons = {(c.a.set, c.b.set): c for c in compare(rows)}
+    assert len(comparisons) == 10
     for name in "abc":
-        c = found[name, "random"]
+        c = comparisons[name, "random"]
         assert c.difference.p_value == pytest.approx(0.03, abs=0.001)
         # the four against z are smaller
         assert c.p_holm == pytest.approx(6 * c.difference.p_value)
         assert (c.record()["verdict"], c.record()["verdict_holm"]) == ("better", "undecided")
         assert str(c).endswith("; undecided after Holm's correction)")
-    assert found["z", "random"].verdict_holm == "better"
-    assert "Holm" not in str(found["z", "random"])
+    assert comparisons["z", "random"].verdict_holm == "better"
+    assert "Holm" not in str(comparisons["z", "random"])
     assert verdict_text(rows).splitlines()[-1] == (
         "7 of 10 comparisons of pairs are decided at 95 % each; 4 of them after Holm's correction for their number."
     )

@@ -76,10 +76,10 @@ def test_a_draw_depends_on_seed_class_and_size_alone() -> None:
         places = {c: np.flatnonzero(labels == c).tolist() for c in range(3)}
         moved_places = {c: np.flatnonzero(mirrored == c).tolist() for c in range(3)}
         for c in range(3):
-            mine = [places[c].index(r) for r in rows[2 * c : 2 * c + 2]]
-            assert mine == [moved_places[c].index(r) for r in moved[2 * c : 2 * c + 2]]
+            chosen = [places[c].index(r) for r in rows[2 * c : 2 * c + 2]]
+            assert chosen == [moved_places[c].index(r) for r in moved[2 * c : 2 * c + 2]]
             order = torch.randperm(len(places[c]), generator=generator(seed, "random rows", c))
-            assert mine == sorted(order[:2].tolist())
+            assert chosen == sorted(order[:2].tolist())
         assert rows[:2] + rows[4:] == grown[:2] + grown[4:]  # class 1 alone has grown
 
 
@@ -123,8 +123,8 @@ def test_k_center_covers_within_twice_the_optimum() -> None:
         x = torch.randn(9, 2, generator=torch.Generator().manual_seed(seed)).double()
         distance = torch.cdist(x, x)
         best = min(float(distance[:, list(c)].min(1).values.max()) for c in itertools.combinations(range(9), 3))
-        found = k_center_rows(x, np.zeros(9, np.int64), 3)
-        assert float(distance[:, found].min(1).values.max()) <= 2 * best + 1e-9
+        result = k_center_rows(x, np.zeros(9, np.int64), 3)
+        assert float(distance[:, result].min(1).values.max()) <= 2 * best + 1e-9
 
 
 def test_nearest_rows_are_real_points_in_the_middle_of_their_cells() -> None:
@@ -226,14 +226,14 @@ def test_best_crop_is_the_brightest_and_its_score_is_that_of_the_stored_patch() 
 def test_patches_come_easiest_first(factor: int) -> None:
     source = flat_source([40, 200, 90, 250, 10, 120, 160, 70, 220, 30])
     tiles = factor**2
-    found = patch_images(source, 2, PatchRecipe(8, factor=factor, pool=20), teacher=bright_teacher())
-    assert found.images.shape == (2, 3, 8, 8)
-    assert found.images.dtype == torch.uint8
-    assert found.rows.tolist() == [3, 8]  # 250 and 220
+    result = patch_images(source, 2, PatchRecipe(8, factor=factor, pool=20), teacher=bright_teacher())
+    assert result.images.shape == (2, 3, 8, 8)
+    assert result.images.dtype == torch.uint8
+    assert result.rows.tolist() == [3, 8]  # 250 and 220
     ranked = [250, 220, 200, 160, 120, 90, 70, 40][: 2 * tiles]
     side = 8 // factor
     for j in range(2):
-        corners = found.images[j, 0, ::side, ::side].flatten().tolist()
+        corners = result.images[j, 0, ::side, ::side].flatten().tolist()
         assert corners == ranked[j::2]
     medium = patch_images(source, 2, PatchRecipe(8, pool=20, rank="medium"), teacher=bright_teacher())
     assert medium.rows.tolist() == [5, 2]  # of 250 220 200 160 [120 90] 70 40 30 10
@@ -254,8 +254,8 @@ def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, mo
 def test_patches_of_small_classes(toy_source) -> None:
     teacher = conv_teacher(64)
     # 9, 8 and 7 images give two, two and one mosaics of 4
-    found = patch_images(toy_source, 3, PatchRecipe(8, factor=2), teacher=teacher)
-    assert toy_source.train.labels[found.rows].tolist() == [0, 0, 1, 1, 2]
+    result = patch_images(toy_source, 3, PatchRecipe(8, factor=2), teacher=teacher)
+    assert toy_source.train.labels[result.rows].tolist() == [0, 0, 1, 1, 2]
     with pytest.raises(InputError, match="class 0 'red' has 9 images but a mosaic needs 16"):
         patch_images(toy_source, 3, PatchRecipe(8, factor=4), teacher=teacher)
     with pytest.raises(InputError, match=r"pool=11 .* 3 mosaics of 4"):

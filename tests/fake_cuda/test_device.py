@@ -195,8 +195,8 @@ def step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 3) -> li
 
 def test_training_equals_the_cpu_bit_for_bit() -> None:
     net, x, y = net_and_data()
-    there = step(copy.deepcopy(net).to(DEVICE), x.to(DEVICE), y.to(DEVICE))
-    for a, b in zip(step(net, x, y), there, strict=True):
+    on_device = step(copy.deepcopy(net).to(DEVICE), x.to(DEVICE), y.to(DEVICE))
+    for a, b in zip(step(net, x, y), on_device, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

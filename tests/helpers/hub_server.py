@@ -168,10 +168,10 @@ def git_oid(data: bytes) -> str:
 
 
 def entry(path: str, data: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
+    fields: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
     if path.endswith(LFS):
-        found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-    return found
+        fields["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return fields
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -211,8 +211,8 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         method = "GET" if self.command == "HEAD" else self.command
         for verb, pattern, name in self.ROUTES:
-            if verb == method and (found := re.fullmatch(pattern, url.path)):
-                groups = {k: unquote(v) for k, v in found.groupdict().items() if v is not None}
+            if verb == method and (matched := re.fullmatch(pattern, url.path)):
+                groups = {k: unquote(v) for k, v in matched.groupdict().items() if v is not None}
                 getattr(self, name)(**groups)
                 return
         self.server.unexpected.append(f"{self.command} {self.path}")
@@ -243,9 +243,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str | None = None) -> None:
         """An error that says who asked, as a careless server would."""
-        said = f"refused for {self.headers.get('Authorization')}"
-        headers = {"X-Error-Message": said} | ({"X-Error-Code": code} if code else {})
-        self.answer(status, {"error": said}, headers)
+        message = f"refused for {self.headers.get('Authorization')}"
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.answer(status, {"error": message}, headers)
 
     # --- who asks for what ----------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
     def may_write(self, owner: str) -> bool:
         return bool(self.user and self.user[2] and owner in (self.user[0], *self.user[1]))
 
-    def found(self, kind: str | None, name: str, rev: str | None = None) -> tuple[Repository, str] | None:
+    def repository_at(self, kind: str | None, name: str, rev: str | None = None) -> tuple[Repository, str] | None:
         """The repository and commit, or an answer that it is not there."""
         repo = self.server.repos.get(("dataset" if kind and kind.startswith("dataset") else "model", name))
         owner = name.split("/")[0]
@@ -281,23 +281,23 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"errors": [], "warnings": []})
 
     def create(self) -> None:
-        asked = json.loads(self.body)
+        requested = json.loads(self.body)
         if self.user is None:
             return self.refuse(401)
-        owner = asked.get("organization") or self.user[0]
-        kind, name = asked.get("type") or "model", f"{owner}/{asked['name']}"
+        owner = requested.get("organization") or self.user[0]
+        kind, name = requested.get("type") or "model", f"{owner}/{requested['name']}"
         url = f"{self.server.url}/{'datasets/' if kind == 'dataset' else ''}{name}"
         if not self.may_write(owner):
             return self.refuse(403)
         if (kind, name) in self.server.repos:
             return self.answer(409, {"url": url, "error": "You already created this repo"})
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        private = requested.get("visibility") == "private" or bool(requested.get("private"))
         repo = self.server.repos[kind, name] = Repository(kind, name, private)
         repo.commit("main", {".gitattributes": b"*.parquet filter=lfs\n"})
         return self.answer(200, {"url": url, "name": name})
 
     def branch(self, kind: str, id: str, rev: str) -> None:
-        if (at := self.found(kind, id)) is None:
+        if (at := self.repository_at(kind, id)) is None:
             return None
         if not self.may_write(id.split("/")[0]):
             return self.refuse(403)
@@ -307,13 +307,13 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {})
 
     def refs(self, kind: str, id: str) -> None:
-        if (at := self.found(kind, id)) is None:
+        if (at := self.repository_at(kind, id)) is None:
             return
-        found = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": sha} for b, sha in at[0].branches.items()]
-        self.answer(200, {"branches": found, "converts": [], "tags": []})
+        results = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": sha} for b, sha in at[0].branches.items()]
+        self.answer(200, {"branches": results, "converts": [], "tags": []})
 
     def info(self, kind: str, id: str, rev: str | None = None) -> None:
-        if (at := self.found(kind, id, rev)) is None:
+        if (at := self.repository_at(kind, id, rev)) is None:
             return
         repo, sha = at
         siblings = [{"rfilename": path} for path in repo.trees[sha]]
@@ -321,7 +321,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, facts)
 
     def preupload(self, kind: str, id: str, rev: str) -> None:
-        if (at := self.found(kind, id, rev)) is None:
+        if (at := self.repository_at(kind, id, rev)) is None:
             return None
         if not self.may_write(id.split("/")[0]) and "create_pr" not in self.query:
             return self.refuse(403)
@@ -332,19 +332,19 @@ class Handler(BaseHTTPRequestHandler):
             mode = "lfs" if path.endswith(LFS) else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
             if path in tree:
-                known = entry(path, tree[path])
-                answers[-1]["oid"] = known["lfs"]["oid"] if mode == "lfs" else known["oid"]
+                fields = entry(path, tree[path])
+                answers[-1]["oid"] = fields["lfs"]["oid"] if mode == "lfs" else fields["oid"]
         return self.answer(200, {"files": answers})
 
     def batch(self, id: str, kind: str | None = None) -> None:
-        if self.found(kind, id) is None:
+        if self.repository_at(kind, id) is None:
             return
         objects = []
         for o in json.loads(self.body)["objects"]:
-            known = {"oid": o["oid"], "size": o["size"]}
+            fields = {"oid": o["oid"], "size": o["size"]}
             if o["oid"] not in self.server.blobs:
-                known["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}
-            objects.append(known)
+                fields["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}
+            objects.append(fields)
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def upload(self, oid: str) -> None:
@@ -361,7 +361,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {})
 
     def commit(self, kind: str, id: str, rev: str) -> None:
-        if (at := self.found(kind, id, rev)) is None:
+        if (at := self.repository_at(kind, id, rev)) is None:
             return None
         repo = at[0]
         request = "create_pr" in self.query
@@ -397,43 +397,43 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, answer)
 
     def tree(self, kind: str, id: str, rev: str, path: str = "") -> None:
-        if (at := self.found(kind, id, rev)) is None:
+        if (at := self.repository_at(kind, id, rev)) is None:
             return None
         inside = {p: d for p, d in at[0].trees[at[1]].items() if not path or p.startswith(f"{path}/")}
         if not inside and path:
             return self.refuse(404, "EntryNotFound")
         deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         rest = {p: p[len(path) + 1 if path else 0 :] for p in inside}
-        found = [entry(p, d) for p, d in inside.items() if deep or "/" not in rest[p]]
+        results = [entry(p, d) for p, d in inside.items() if deep or "/" not in rest[p]]
         folders = {f"{path}/{r.split('/')[0]}".lstrip("/") for r in rest.values() if "/" in r}
-        found += [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in sorted(folders)]
-        return self.answer(200, found)
+        results += [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in sorted(folders)]
+        return self.answer(200, results)
 
     def paths_info(self, kind: str, id: str, rev: str) -> None:
-        if (at := self.found(kind, id, rev)) is None:
+        if (at := self.repository_at(kind, id, rev)) is None:
             return
-        asked = parse_qs(self.body.decode()).get("paths") or []
+        requested = parse_qs(self.body.decode()).get("paths") or []
         if self.body[:1] == b"{":
-            asked = json.loads(self.body)["paths"]
+            requested = json.loads(self.body)["paths"]
         tree = at[0].trees[at[1]]
-        found = [entry(p, tree[p]) for p in asked if p in tree]
-        folders = [p for p in asked if any(q.startswith(f"{p}/") for q in tree)]
-        found += [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders]
-        self.answer(200, found)
+        results = [entry(p, tree[p]) for p in requested if p in tree]
+        folders = [p for p in requested if any(q.startswith(f"{p}/") for q in tree)]
+        results += [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders]
+        self.answer(200, results)
 
     def resolve(self, id: str, rev: str, path: str, kind: str | None = None) -> None:
-        if (at := self.found(kind, id, rev)) is None:
+        if (at := self.repository_at(kind, id, rev)) is None:
             return None
         data = at[0].trees[at[1]].get(path)
         if data is None:
             return self.refuse(404, "EntryNotFound")
-        known = entry(path, data)
-        etag = known["lfs"]["oid"] if "lfs" in known else known["oid"]
+        fields = entry(path, data)
+        etag = fields["lfs"]["oid"] if "lfs" in fields else fields["oid"]
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": at[1], "Accept-Ranges": "bytes"}
         headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked:
-            first, last = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if byte_range:
+            first, last = int(byte_range[1]), min(int(byte_range[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             return self.answer(206, headers=headers, raw=data[first : last + 1])
         return self.answer(200, headers=headers, raw=data)

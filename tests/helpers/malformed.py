@@ -160,22 +160,22 @@ def odd_array(like: np.ndarray, rng: random.Random) -> np.ndarray:
 def odd_arrays(rng: random.Random) -> dict[str, np.ndarray]:
     """The arrays of a set of six images of three classes, some of them odd or missing."""
     g = np.random.default_rng(0)
-    found: dict[str, np.ndarray] = {
+    arrays: dict[str, np.ndarray] = {
         "images": g.integers(0, 256, (6, 3, 4, 4), dtype=np.uint8),
         "labels": np.array([0, 0, 1, 1, 2, 2]),
     }
     if rng.random() < 0.3:
-        found["images"] = (found["images"] / 255).astype(np.float32)
+        arrays["images"] = (arrays["images"] / 255).astype(np.float32)
     if rng.random() < 0.4:
-        found |= {"weights": np.ones(6, np.float32), "soft_labels": g.random((6, 3)).astype(np.float32)}
+        arrays |= {"weights": np.ones(6, np.float32), "soft_labels": g.random((6, 3)).astype(np.float32)}
     if rng.random() < 0.3:
-        found |= {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.2, np.float32)}
+        arrays |= {"mean": np.full(3, 0.5, np.float32), "std": np.full(3, 0.2, np.float32)}
     for _ in range(rng.randrange(3)):
-        name = rng.choice(list(found))
-        found[name] = odd_array(found[name], rng)
+        name = rng.choice(list(arrays))
+        arrays[name] = odd_array(arrays[name], rng)
     if rng.random() < 0.1:
-        found.pop(rng.choice(list(found)))
-    return found
+        arrays.pop(rng.choice(list(arrays)))
+    return arrays
 
 
 def safetensors(rng: random.Random) -> bytes:

@@ -110,18 +110,18 @@ def interrupted_at_save(monkeypatch, number: int):
 def assert_nearly_same_model(a: Path, b: Path, lr: float) -> None:
     """Within 1 % of the longest way that Adam can go, except for biases of keys: softmax takes away what they add to
     all scores alike, so that their gradient is nothing but rounding, which Adam scales up."""
-    mine, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
+    first, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
+    assert first.keys() == theirs.keys()
+    for name in first:
         if not name.endswith("to_k.bias"):
             torch.testing.assert_close(
-                mine[name], theirs[name], rtol=0, atol=0.01 * lr, msg=lambda m, n=name: f"{n}: {m}"
+                first[name], theirs[name], rtol=0, atol=0.01 * lr, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
 def assert_same_model(a: Path, b: Path) -> None:
-    mine, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
+    first, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
+    assert first.keys() == theirs.keys()
+    for name in first:
+        assert torch.equal(first[name], theirs[name]), name
     assert read_json(a / "config.json") == read_json(b / "config.json")

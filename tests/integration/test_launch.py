@@ -55,9 +55,9 @@ def launch(file: str, *flags: str) -> list[str]:
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
     """What each wrote to standard error, after all of them have ended well."""
-    said = [p.communicate(timeout=240)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), said
-    return said
+    output = [p.communicate(timeout=240)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0] * len(processes), output
+    return output
 
 
 def start(command: list[str], **env: str) -> subprocess.Popen:
@@ -73,10 +73,10 @@ def start(command: list[str], **env: str) -> subprocess.Popen:
 def test_accelerate_reads_every_file(file: str, machines: int, processes: int) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    found = load_config_from_file(str(CONFIGS / file))
-    assert (found.num_machines, found.num_processes) == (machines, processes)
-    assert found.mixed_precision == "no"
-    assert not found.use_cpu
+    result = load_config_from_file(str(CONFIGS / file))
+    assert (result.num_machines, result.num_processes) == (machines, processes)
+    assert result.mixed_precision == "no"
+    assert not result.use_cpu
     assert {f.name for f in CONFIGS.glob("*.yaml")} == {"cpu.yaml", "gpu1.yaml", "gpu8.yaml", "nodes2x8.yaml"}
 
 
@@ -129,8 +129,8 @@ NOTE = "note: accelerate launch was asked for 2 processes but started 1"
 def test_a_launch_that_starts_one_process_for_two_says_so(world: Path, tmp_path: Path) -> None:
     """What a user types, and what the note tells to type instead."""
     command = [str(ACCELERATE), "launch", "--num_processes", "2", "-m", "dq.cli", "encode"]
-    (said,) = finish([start([*command, "--config", str(small(world, tmp_path))], HF_HOME=str(tmp_path))])
-    ours = lines_on_processes(said)
+    (output,) = finish([start([*command, "--config", str(small(world, tmp_path))], HF_HOME=str(tmp_path))])
+    ours = lines_on_processes(output)
     assert ours[0] == "1 process on cpu, 1 thread"
     assert ours[1].startswith(NOTE)
     assert "`accelerate launch --multi_gpu --num_processes 2 -m dq.cli ...`" in ours[1]
@@ -153,8 +153,8 @@ def test_what_the_note_tells_to_type_starts_two(launcher: str, world: Path, tmp_
     flags = ["launch", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", "-m"]
     program = [*torchrun(2), "-m"] if launcher == "torchrun" else [str(ACCELERATE), *flags]
     command = [*program, "dq.cli", "encode", "--config", str(small(world, tmp_path))]
-    (said,) = finish([start(command, HF_HOME=str(tmp_path))])
-    assert lines_on_processes(said) == ["2 processes on cpu, 1 thread each"]
+    (output,) = finish([start(command, HF_HOME=str(tmp_path))])
+    assert lines_on_processes(output) == ["2 processes on cpu, 1 thread each"]
     assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
 
 
@@ -170,8 +170,8 @@ def test_a_dry_run_of_two_processes_prints_one_plan(world: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-def lines_on_processes(said: str) -> list[str]:
-    return [line for line in said.splitlines() if "process" in line and (" on cpu, " in line or "note:" in line)]
+def lines_on_processes(output: str) -> list[str]:
+    return [line for line in output.splitlines() if "process" in line and (" on cpu, " in line or "note:" in line)]
 
 
 # --- SLURM --------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_the_batch_script_asks_to_be_queued_again(tmp_path: Path) -> None:
             break
         time.sleep(0.1)
     p.send_signal(signal.SIGUSR1)
-    said, _ = p.communicate(timeout=60)
+    output, _ = p.communicate(timeout=60)
     assert (tmp_path / "asked").read_text() == "requeue 9655\n"
-    assert "back into the queue" in said
+    assert "back into the queue" in output
     assert p.returncode == 143

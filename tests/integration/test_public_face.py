@@ -91,7 +91,7 @@ def test_a_call_generates_images_of_classes(pipe: DistillPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"class_labels": [9]}, "this model has no class 9; its classes are 0 to 2"),
         ({"class_labels": ["cat"]}, "lacks class 'cat'"),
@@ -106,8 +106,8 @@ def test_a_call_generates_images_of_classes(pipe: DistillPipeline) -> None:
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "there are 1 generators for 2 images"),
     ],
 )
-def test_a_call_that_is_none_ends_in_a_sentence(pipe: DistillPipeline, arguments: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_call_that_is_none_ends_in_a_sentence(pipe: DistillPipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         pipe(**{"num_inference_steps": 2, **arguments})
 
 
@@ -117,7 +117,7 @@ def test_a_codec_alone_generates_no_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (
             {"generate": {"snr": 0.1}},
@@ -130,8 +130,8 @@ def test_a_codec_alone_generates_no_classes() -> None:
         ({"ipc": 1.5}, "ipc is a whole number of at least 1, not 1.5"),
     ],
 )
-def test_settings_of_another_type_are_refused(tmp_path: Path, toy_source, settings: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_settings_of_another_type_are_refused(tmp_path: Path, toy_source, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         DistillPipeline(vae=tiny_kl()).distill(toy_source, output_dir=tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
@@ -168,15 +168,15 @@ def test_sources_that_are_nearly_right(toy_images) -> None:
 
     x, y = toy_images["train"]
     assert load_source([x, y]).class_counts().tolist() == [9, 8, 7]
-    told = load_source((x, y), preprocess="pad", on_bad_image="skip")
-    assert (told.preprocess, told.on_bad_image) == ("pad", "skip")
-    assert load_source(told, preprocess="squash").preprocess == "squash"
-    for given, said in (
+    padded = load_source((x, y), preprocess="pad", on_bad_image="skip")
+    assert (padded.preprocess, padded.on_bad_image) == ("pad", "skip")
+    assert load_source(padded, preprocess="squash").preprocess == "squash"
+    for given, message in (
         (DatasetDict({"train": Dataset.from_dict({"a": [1]})}), "a DatasetDict of `datasets` in memory is not read"),
         ({"train": x}, "split 'train' of tensors is a pair"),
         (3, r"a source is a path, a Hub id, a pair \(images, labels\) or a SourceConfig, not int"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             load_source(given)
     with pytest.raises(InputError, match="preprocess must be one of 'squash', 'crop', 'pad', not 'stretch'"):
         load_source((x, y), preprocess="stretch")
@@ -269,9 +269,9 @@ def test_label_vectors_that_teach_nothing_are_refused(tmp_path: Path) -> None:
 
 def test_paths_that_hold_no_set(tmp_path: Path) -> None:
     (tmp_path / "set.pt").write_bytes(b"x")
-    for path, said in (
+    for path, message in (
         (tmp_path / "set.pt", "files of torch.save can run code"),
         (tmp_path / "nothing" / "there" / "x", "give a folder of images by class, .* or a Hub id"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             load_set(path)

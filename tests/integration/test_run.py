@@ -65,8 +65,8 @@ def test_real_images_are_the_sources_own(finished: Path, toy_images) -> None:
     from dq.distilled.set import DistilledSet
 
     s = DistilledSet.load(finished / "run" / "dataset", "ipc3-real")
-    known = {x.numpy().tobytes() for x in (toy_images["train"][0] * 255).round().to(torch.uint8)}
-    assert all(x.numpy().tobytes() in known for x in s.images)
+    real_images = {x.numpy().tobytes() for x in (toy_images["train"][0] * 255).round().to(torch.uint8)}
+    assert all(x.numpy().tobytes() in real_images for x in s.images)
     assert s.counts.sum() == 24
 
 
@@ -92,12 +92,12 @@ def test_summary_has_every_set_student_and_baseline(finished: Path) -> None:
     }
     with open(finished / "run" / "eval" / "comparisons.csv", newline="") as f:
         compared = list(csv.DictReader(f))
-    found = [(r["set"], r["against"], r["ipc"], r["student"]) for r in compared]
+    result = [(r["set"], r["against"], r["ipc"], r["student"]) for r in compared]
     expected = {(s, "random", i, net) for s, i, net in sets if s not in ("random", "full")}
     methods = (("d4m", "ddoq"), ("d4m", "real"), ("ddoq", "real"))  # in the order of the file
     expected |= {(*pair, i, net) for pair in methods for i in "13" for net in ("convnet3", "resnet20")}
-    assert len(found) == len(expected)
-    assert set(found) == expected
+    assert len(result) == len(expected)
+    assert set(result) == expected
     assert all(r["pairs"] == "2" for r in compared)
 
 
@@ -259,16 +259,16 @@ def fails(args: list[str], capsys: pytest.CaptureFixture, *, code: int = 2) -> s
 
 def test_misspelt_key(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = config(world, tmp_path)
-    said = fails(["run", "--config", str(file), "--set", "cluster.engin=torch"], capsys)
-    assert "unknown setting 'cluster.engin'; did you mean 'cluster.engine'?" in said
+    message = fails(["run", "--config", str(file), "--set", "cluster.engin=torch"], capsys)
+    assert "unknown setting 'cluster.engin'; did you mean 'cluster.engine'?" in message
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_data_and_missing_split(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = config(world, tmp_path)
     assert "/nowhere is not a folder" in fails(["run", "--config", str(file), "--data", "/nowhere"], capsys)
-    said = fails(["run", "--config", str(file), "--data", str(world / "images" / "train")], capsys)
-    assert "has no test split" in said
+    message = fails(["run", "--config", str(file), "--data", str(world / "images" / "train")], capsys)
+    assert "has no test split" in message
 
 
 def test_class_that_the_generator_lacks(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -280,16 +280,16 @@ def test_class_that_the_generator_lacks(world: Path, tmp_path: Path, capsys: pyt
     file = full(world, tmp_path)
     for verb in ("encode", "generate"):
         command = [verb, "--config", str(file), "--data", str(tmp_path / "set"), "--ipc", "1"]
-        said = fails([*command, "--set", "teachers=[]"], capsys)
-        assert "the generator (3 classes) lacks class 'a'; map it with generate.class_map" in said
+        message = fails([*command, "--set", "teachers=[]"], capsys)
+        assert "the generator (3 classes) lacks class 'a'; map it with generate.class_map" in message
     assert not (tmp_path / "cache").exists()
 
 
 def test_codec_that_does_not_fit_the_denoiser(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tiny_kl(latent_channels=3).save_pretrained(tmp_path / "three")
     file = full(world, tmp_path)
-    said = fails(["run", "--config", str(file), "--set", f"codec.path={tmp_path / 'three'}"], capsys)
-    assert "the codec has 3 latent channels but the denoiser takes 4" in said
+    message = fails(["run", "--config", str(file), "--set", f"codec.path={tmp_path / 'three'}"], capsys)
+    assert "the codec has 3 latent channels but the denoiser takes 4" in message
 
 
 def test_one_image_in_a_class_and_fewer_than_ipc(
@@ -310,8 +310,8 @@ def test_one_image_in_a_class_and_fewer_than_ipc(
     strict = ["--config", str(config(world, tmp_path / "x")), "--data", str(tmp_path / "set")]
     strict += ["--set", "cluster.on_small=raise"]
     for verb in ("encode", "cluster"):
-        said = fails([verb, *strict], capsys)
-        assert "class 0 'a' has 1 image but ipc=3" in said
+        message = fails([verb, *strict], capsys)
+        assert "class 0 'a' has 1 image but ipc=3" in message
 
 
 def test_unreadable_image(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -320,9 +320,9 @@ def test_unreadable_image(world: Path, tmp_path: Path, capsys: pytest.CaptureFix
         Image.new("RGB", (8, 8), (50 * j, 90, 1)).save(tmp_path / "set" / "a" / f"{j}.png")
     (tmp_path / "set" / "a" / "1.png").write_bytes(b"\x89PNG broken")
     file = config(world, tmp_path)
-    said = fails(["encode", "--config", str(file), "--data", str(tmp_path / "set")], capsys)
-    assert "a/1.png cannot be read" in said
-    assert "source.on_bad_image=skip" in said
+    message = fails(["encode", "--config", str(file), "--data", str(tmp_path / "set")], capsys)
+    assert "a/1.png cannot be read" in message
+    assert "source.on_bad_image=skip" in message
     # as advised, in the same folder, with the same cache
     skip = ["--data", str(tmp_path / "set"), "--set", "source.on_bad_image=skip"]
     assert main(["encode", "--config", str(file), "--cpu", *skip]) == 0
@@ -359,22 +359,22 @@ def test_nan_latents(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     codec.encoder.conv_out.weight.data.fill_(float("nan"))
     codec.save_pretrained(tmp_path / "broken")
     file = config(world, tmp_path, codec__path=str(tmp_path / "broken"))
-    said = fails(["run", "--config", str(file)], capsys, code=1)
-    assert "the codec gave NaN or infinite latents in float32; use --set codec.dtype=bfloat16" in said
+    message = fails(["run", "--config", str(file)], capsys, code=1)
+    assert "the codec gave NaN or infinite latents in float32; use --set codec.dtype=bfloat16" in message
     assert not list(tmp_path.glob("cache/*/part-*"))
 
 
 def test_folder_of_another_run(world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    said = fails(["run", "--config", str(finished / "config.yaml"), "--seed", "9"], capsys)
-    assert "belongs to a run with other settings (seed: 0 -> 9); choose another --output_dir" in said
-    said = fails(["run", "--config", str(finished / "config.yaml"), "--set", "cluster.n_init=2"], capsys)
-    assert "cluster.n_init: 1 -> 2" in said
-    said = fails(["run", "--config", str(finished / "config.yaml"), "--data", "sklearn:digits"], capsys)
-    assert "was made from other data" in said
+    message = fails(["run", "--config", str(finished / "config.yaml"), "--seed", "9"], capsys)
+    assert "belongs to a run with other settings (seed: 0 -> 9); choose another --output_dir" in message
+    message = fails(["run", "--config", str(finished / "config.yaml"), "--set", "cluster.n_init=2"], capsys)
+    assert "cluster.n_init: 1 -> 2" in message
+    message = fails(["run", "--config", str(finished / "config.yaml"), "--data", "sklearn:digits"], capsys)
+    assert "was made from other data" in message
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    said = fails(["run", "--config", str(config(world, tmp_path)), "--output_dir", str(tmp_path / "mine")], capsys)
-    assert "is not empty and not a run of dq" in said
+    message = fails(["run", "--config", str(config(world, tmp_path)), "--output_dir", str(tmp_path / "mine")], capsys)
+    assert "is not empty and not a run of dq" in message
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
@@ -386,18 +386,18 @@ def test_whose_folder_it_is_does_not_hang_on_one_file(
     file = config(world, tmp_path, evaluate__students=[], ipc=[1])
     base = ["run", "--config", str(file)]
     assert main([*base, "--cpu"]) == 0
-    known, record = tmp_path / "run" / "config.yaml", tmp_path / "run" / "provenance.json"
-    text = known.read_text()
-    known.write_text(text.replace("seed: 0", "seed: 7"))
-    said = fails(["run", "--config", str(known)], capsys)
-    assert "belongs to a run with other settings (seed: 0 -> 7)" in said
+    config_file, record = tmp_path / "run" / "config.yaml", tmp_path / "run" / "provenance.json"
+    text = config_file.read_text()
+    config_file.write_text(text.replace("seed: 0", "seed: 7"))
+    message = fails(["run", "--config", str(config_file)], capsys)
+    assert "belongs to a run with other settings (seed: 0 -> 7)" in message
     for damaged in ("", "{[", None):
-        known.unlink()
+        config_file.unlink()
         if damaged is not None:
-            known.write_text(damaged)
+            config_file.write_text(damaged)
         assert "seed: 0 -> 7" in fails([*base, "--seed", "7"], capsys)
         assert main([*base, "--cpu"]) == 0  # and config.yaml is there again
-        assert known.read_text() == text
+        assert config_file.read_text() == text
     shutil.copytree(world / "images", tmp_path / "set")
     next((tmp_path / "set" / "train" / "red").iterdir()).unlink()
     other = ["--set", f"source.path={tmp_path / 'set'}"]
@@ -435,17 +435,17 @@ def test_images_of_other_settings_are_not_refined_or_labelled(
     file = ["--config", str(config(world, tmp_path, evaluate__students=[], ipc=[1, 2]))]
     for verb in ("encode", "cluster"):
         assert main([verb, *file, "--cpu"]) == 0
-    said = fails(["label", *file], capsys)
-    assert "has no images yet; run `dq generate` first" in said
+    message = fails(["label", *file], capsys)
+    assert "has no images yet; run `dq generate` first" in message
     assert main(["generate", *file, "--ipc", "1", "--cpu"]) == 0
-    said = fails(["label", *file], capsys)
-    assert "has no images of method 'd4m' at ipc 2 yet; run `dq generate` first" in said
+    message = fails(["label", *file], capsys)
+    assert "has no images of method 'd4m' at ipc 2 yet; run `dq generate` first" in message
     assert main(["generate", *file, "--ipc", "2", "--cpu"]) == 0
     assert main(["label", *file, "--cpu"]) == 0  # those of the first call are still known
     medoids = ["--set", "methods.ddoq.representative=medoid"]
     for verb in ("refine", "label"):
-        said = fails([verb, *file, *medoids], capsys)
-        assert "has no images of method 'ddoq' at ipc 1 for the present settings; run `dq generate` first" in said
+        message = fails([verb, *file, *medoids], capsys)
+        assert "has no images of method 'ddoq' at ipc 1 for the present settings; run `dq generate` first" in message
     assert main(["generate", *file, *medoids, "--cpu"]) == 0
     assert main(["label", *file, *medoids, "--cpu"]) == 0
 
@@ -458,16 +458,18 @@ def test_teacher_of_another_class_order_is_stopped(world: Path, tmp_path: Path, 
         state[key] = state[key].roll(1, 0).contiguous()
     save_file(state, tmp_path / "rolled.safetensors")
     file = full(world, tmp_path, tmp_path / "rolled.safetensors")
-    said = fails(["run", "--config", str(file)], capsys)
-    assert "near the chance of 33.3%: its class order or input normalization is probably not that of" in said
+    message = fails(["run", "--config", str(file)], capsys)
+    assert "near the chance of 33.3%: its class order or input normalization is probably not that of" in message
     # output of the rolled teacher for blue, green and red
-    assert said.endswith("with class order [1, 2, 0] it would get 100.0%; set teachers.N.classes=[1, 2, 0]")
-    told = ["--set", "teachers.0.classes=[1, 2, 0]", "--output_dir", str(tmp_path / "told")]
-    assert main(["run", "--config", str(file), "--cpu", "--ipc", "1", "--set", "evaluate.students=[]", *told]) == 0
-    said = fails(
+    assert message.endswith("with class order [1, 2, 0] it would get 100.0%; set teachers.N.classes=[1, 2, 0]")
+    classes_set = ["--set", "teachers.0.classes=[1, 2, 0]", "--output_dir", str(tmp_path / "told")]
+    assert (
+        main(["run", "--config", str(file), "--cpu", "--ipc", "1", "--set", "evaluate.students=[]", *classes_set]) == 0
+    )
+    message = fails(
         ["run", "--config", str(file), "--set", "teachers.0.net=resnet20", "--output_dir", str(tmp_path / "b")], capsys
     )
-    assert "are not a resnet20 for 3 classes" in said
+    assert "are not a resnet20 for 3 classes" in message
 
 
 def test_another_teacher_labels_anew(world: Path, tmp_path: Path) -> None:
@@ -496,16 +498,16 @@ def test_latents_of_another_codec_are_not_decoded(world: Path, tmp_path: Path, c
     file = config(world, tmp_path)
     for verb in ("encode", "cluster"):
         assert main([verb, "--config", str(file), "--cpu"]) == 0
-    said = fails(["generate", "--config", str(file), "--set", f"codec.path={tmp_path / 'other'}"], capsys)
-    assert "were made by another codec" in said
+    message = fails(["generate", "--config", str(file), "--set", f"codec.path={tmp_path / 'other'}"], capsys)
+    assert "were made by another codec" in message
 
 
 def test_a_set_of_other_settings_is_not_evaluated(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = config(world, tmp_path, evaluate__seeds=1)
     assert main(["run", "--config", str(file), "--cpu", "--ipc", "1"]) == 0
     mass = ["--config", str(file), "--ipc", "1", "--set", "methods.ddoq.weights=mass"]
-    said = fails(["evaluate", *mass], capsys)
-    assert "the set ipc1-ddoq was made with method.weights=sqrt, not mass; run `dq label`" in said
+    message = fails(["evaluate", *mass], capsys)
+    assert "the set ipc1-ddoq was made with method.weights=sqrt, not mass; run `dq label`" in message
     assert main(["label", *mass, "--cpu"]) == 0
     assert main(["evaluate", *mass, "--cpu"]) == 0
 
@@ -514,11 +516,11 @@ def test_names_and_numbers_that_cannot_be(world: Path, tmp_path: Path, capsys: p
     file = ["run", "--config", str(config(world, tmp_path))]
     assert "ipc=[2, 2] names a number twice" in fails([*file, "--ipc", "2,2"], capsys)
     assert "'random' is that of a baseline" in fails([*file, "--set", "methods.random.weights=mass"], capsys)
-    said = fails([*file, "--set", "methods={../../out: {weights: mass}}"], capsys)
-    assert "'../../out' must be letters, digits" in said
+    message = fails([*file, "--set", "methods={../../out: {weights: mass}}"], capsys)
+    assert "'../../out' must be letters, digits" in message
     assert not (tmp_path / "run").exists()
-    said = fails([*file, "--set", "methods.x.override={generate.model: other}"], capsys)
-    assert "cannot change generate.model: one model draws all methods of a run" in said
+    message = fails([*file, "--set", "methods.x.override={generate.model: other}"], capsys)
+    assert "cannot change generate.model: one model draws all methods of a run" in message
 
 
 def test_a_nested_override_changes_one_value() -> None:
@@ -608,17 +610,17 @@ def test_faults_of_the_label_and_evaluate_stages_are_found_before_the_first(
     file = ["run", "--config", str(full(world, tmp_path))]
     assert "there is no teacher at /nope" in fails([*file, "--set", "teachers.0.path=/nope"], capsys)
     assert "no network is called 'resnt20'" in fails([*file, "--set", "evaluate.students.1.net=resnt20"], capsys)
-    said = fails([*file, "--set", "evaluate.students.1.epoch=3"], capsys)
-    assert "unknown setting 'evaluate.students.1.epoch'; did you mean 'evaluate.students.1.epochs'?" in said
-    said = fails([*file, "--set", "evaluate.students.1.epochs={1: 5}"], capsys)
-    assert "evaluate.students.1.epochs has entries for 1 but not for '3'" in said
+    message = fails([*file, "--set", "evaluate.students.1.epoch=3"], capsys)
+    assert "unknown setting 'evaluate.students.1.epoch'; did you mean 'evaluate.students.1.epochs'?" in message
+    message = fails([*file, "--set", "evaluate.students.1.epochs={1: 5}"], capsys)
+    assert "evaluate.students.1.epochs has entries for 1 but not for '3'" in message
     assert "evaluate.students.0.protocol: unknown protocol 'clasic'" in fails(
         [*file, "--set", "evaluate.students.0.protocol=clasic"], capsys
     )
     assert "need a teacher" in fails([*file, "--set", "teachers=[]"], capsys)
     hard = ["--set", "teachers=[]", "--set", "evaluate.students=[{epochs: 1}]"]
-    said = fails([*file, *hard, "--set", "evaluate.baselines=[patches]"], capsys)
-    assert "'patches' needs a teacher" in said
+    message = fails([*file, *hard, "--set", "evaluate.baselines=[patches]"], capsys)
+    assert "'patches' needs a teacher" in message
     assert not (tmp_path / "cache").exists()
 
 
@@ -627,8 +629,8 @@ def test_the_folder_of_a_run_is_not_that_of_an_evaluation(
 ) -> None:
     before = {f: f.read_bytes() for f in (finished / "run" / "eval").glob("*.*")}
     more = ["--data", str(world / "images"), "--cache_dir", str(tmp_path), "--output_dir", str(finished / "run")]
-    said = fails(["evaluate", "--distilled", str(finished / "run" / "dataset" / "ipc1-real"), *more], capsys)
-    assert "is a run, whose results would be replaced; choose another --output_dir" in said
+    message = fails(["evaluate", "--distilled", str(finished / "run" / "dataset" / "ipc1-real"), *more], capsys)
+    assert "is a run, whose results would be replaced; choose another --output_dir" in message
     assert {f: f.read_bytes() for f in (finished / "run" / "eval").glob("*.*")} == before
 
 
@@ -640,9 +642,9 @@ def test_damaged_files_are_named(world: Path, tmp_path: Path, capsys: pytest.Cap
     assert "latents.json cannot be read" in fails(["cluster", "--config", str(file), "--ipc", "1"], capsys, code=1)
     taken = tmp_path / "file"
     taken.write_text("")
-    said = fails(["run", "--config", str(file), "--output_dir", str(taken / "below")], capsys)
-    assert "below lies under " in said
-    assert "which is not a folder; choose another" in said
+    message = fails(["run", "--config", str(file), "--output_dir", str(taken / "below")], capsys)
+    assert "below lies under " in message
+    assert "which is not a folder; choose another" in message
 
 
 def test_full_disk(
@@ -660,9 +662,9 @@ def test_full_disk(
         return write(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    said = fails(["run", "--config", str(file)], capsys, code=1)
-    assert "the disk is full while writing" in said
-    assert "give the same command again, finished work is kept" in said
+    message = fails(["run", "--config", str(file)], capsys, code=1)
+    assert "the disk is full while writing" in message
+    assert "give the same command again, finished work is kept" in message
     assert [f.name for f in tmp_path.glob("cache/*/*part*")] == ["part-000000.safetensors"]
     monkeypatch.undo()
     assert main(["run", "--config", str(file), "--cpu"]) == 0
@@ -672,9 +674,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["run", "--config", str(full(world, tmp_path)), "--cpu", "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("24 train images, 3 classes of 7 to 9", "in 3 units", "9 prototypes", "denoiser calls", "trainings"):
-        assert part in said
+        assert part in output
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
 

@@ -161,9 +161,9 @@ def test_it_runs_through_plan_resume_provenance_report_and_evaluation(
 
 
 def test_an_unknown_stage_is_an_error_everywhere(method: DarkenMethod, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "must be a mapping whose stage is one of 'fadrm', 'teddy', 'frepo'"
+    message = "must be a mapping whose stage is one of 'fadrm', 'teddy', 'frepo'"
     for data in ({"stage": "frepos"}, {}, {"stage": ["fadrm"]}, "fadrm"):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             from_dict(RunConfig, {"refine": [data]})
     assert STAGES["darken"] is Darken
     monkeypatch.delitem(METHODS, "darken")
@@ -194,12 +194,12 @@ def test_labels_that_a_student_cannot_use_are_refused_before_training(
     s = distill(config, toy_source, accelerator)
     from dq.evaluation.evaluate import evaluate
 
-    told = dataclasses.replace(s, label_kind="regression")
+    marked = dataclasses.replace(s, label_kind="regression")
     with pytest.raises(
         InputError,
         match=r"'set' has label_kind=regression, which the student 'convnet3' cannot learn from with loss=kl; "
         r"set loss=mse or mse_gt, or labels=hard",
     ):
         evaluate(
-            told, toy_source, protocol="custom", labels="fixed", augment="none", epochs=1, n_seeds=1, baselines=()
+            marked, toy_source, protocol="custom", labels="fixed", augment="none", epochs=1, n_seeds=1, baselines=()
         )

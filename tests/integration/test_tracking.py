@@ -47,12 +47,12 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of all scalars in the event files below a folder, hyper-parameters aside."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, list[tuple[int, float]]] = {}
+    logged: dict[str, list[tuple[int, float]]] = {}
     for directory in sorted({f.parent for f in folder.rglob("events.*")}):
         events = EventAccumulator(str(directory)).Reload()
         for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
-    return found
+            logged.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
+    return logged
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +66,26 @@ def tracked(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensorboard_has_the_numbers_of_a_run(tracked: Path) -> None:
     import csv
 
-    found = scalars(tracked / "run" / "logs")
+    logged = scalars(tracked / "run" / "logs")
     lines = [json.loads(line) for line in (tracked / "run" / "metrics.jsonl").read_text().splitlines()]
     stages = {r["stage"]: r for r in lines if "seconds" in r}
     for stage in ("encode", "cluster", "generate", "evaluate"):
-        assert found[f"{stage}/seconds"][0][1] == pytest.approx(stages[stage]["seconds"])
-    assert found["encode/images"] == [(0, 24.0)]
-    assert found["encode/images_per_s"][0][1] == pytest.approx(24 / stages["encode"]["seconds"], rel=1e-5)
+        assert logged[f"{stage}/seconds"][0][1] == pytest.approx(stages[stage]["seconds"])
+    assert logged["encode/images"] == [(0, 24.0)]
+    assert logged["encode/images_per_s"][0][1] == pytest.approx(24 / stages["encode"]["seconds"], rel=1e-5)
     # distortion over classes
     rows = [r for r in lines if r["stage"] == "quantization" and r["ipc"] == 3 and r["engine"] == "torch"]
     assert len(rows) == 3
     mean = sum(r["distortion"] for r in rows) / 3
-    assert found["cluster/ipc3-torch-latents/distortion_mean"][0][1] == pytest.approx(mean, rel=1e-5)
-    least = found["cluster/ipc3-torch-latents/w2_mass_min"][0][1]
+    assert logged["cluster/ipc3-torch-latents/distortion_mean"][0][1] == pytest.approx(mean, rel=1e-5)
+    least = logged["cluster/ipc3-torch-latents/w2_mass_min"][0][1]
     assert least == pytest.approx(min(r["w2_mass"] for r in rows), rel=1e-5)
     # every training
     trainings = [json.loads(t) for t in (tracked / "run" / "eval" / "trainings.jsonl").read_text().splitlines()]
     for t in trainings:
         name = f"evaluate/{t['set']}-ipc{t['ipc']}-{t['student']}-{t['labels']}-recipe{t['recipe']}"
-        assert found[f"{name}-seed{t['seed']}/last"] == [(0, pytest.approx(t["last"]))]
-    assert sum(len(v) for k, v in found.items() if k.endswith("/last")) == len(trainings)
+        assert logged[f"{name}-seed{t['seed']}/last"] == [(0, pytest.approx(t["last"]))]
+    assert sum(len(v) for k, v in logged.items() if k.endswith("/last")) == len(trainings)
     with open(tracked / "run" / "eval" / "summary.csv", newline="") as f:
         assert len(list(csv.DictReader(f))) > 0
 
@@ -136,10 +136,10 @@ def test_one_process_tells(world: Path, tmp_path: Path) -> None:
     done = launch(file, "run", "--report_to", "tensorboard", processes=2)
     _, errors = done.communicate(timeout=240)
     assert done.returncode == 0, errors
-    found = scalars(tmp_path / "run" / "logs")
-    assert len(found["encode/seconds"]) == 1
+    logged = scalars(tmp_path / "run" / "logs")
+    assert len(logged["encode/seconds"]) == 1
     # trainings of both processes are told
-    assert sum(len(v) for k, v in found.items() if k.endswith("/last")) == 2 * 5 * 2 + 1
+    assert sum(len(v) for k, v in logged.items() if k.endswith("/last")) == 2 * 5 * 2 + 1
 
 
 def test_losses_of_a_prior_are_told(toy_source, accelerator, tmp_path: Path) -> None:
@@ -154,10 +154,10 @@ def test_losses_of_a_prior_are_told(toy_source, accelerator, tmp_path: Path) -> 
         train_codec(toy_source, CODEC, prior, accelerator=accelerator)
     finally:
         end_trackers(accelerator)
-    found = scalars(tmp_path / "prior" / "logs")
+    logged = scalars(tmp_path / "prior" / "logs")
     lines = [json.loads(line) for line in (tmp_path / "prior" / "metrics.jsonl").read_text().splitlines()]
     wanted = [(r["step"], pytest.approx(r["loss"], rel=1e-5)) for r in lines if r["stage"] == "codec"]
-    assert found["codec/loss"] == wanted
+    assert logged["codec/loss"] == wanted
     assert wanted
 
 
@@ -194,14 +194,14 @@ class Diary:
     name = "near"
 
     def __init__(self) -> None:
-        self.said: list = []
+        self.logged_values: list = []
 
     def log(self, values, step=None) -> None:
-        self.said.append((values, step))
+        self.logged_values.append((values, step))
 
     def finish(self) -> None:
         print("thank you for tracking")
-        self.said.append("end")
+        self.logged_values.append("end")
 
 
 def test_a_tracker_that_fails_is_left_out_with_one_warning(
@@ -218,7 +218,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(
         "metrics.jsonl has all numbers"
     ]
     end_trackers(accelerator)
-    assert near.said == [({"loss": 0.5}, 0), ({"loss": 0.5}, 1), ({"loss": 0.5}, 2), "end"]
+    assert near.logged_values == [({"loss": 0.5}, 0), ({"loss": 0.5}, 1), ({"loss": 0.5}, 2), "end"]
     assert accelerator.trackers == []
     assert capsys.readouterr() == ("", "thank you for tracking\n")  # standard output is for results
 
@@ -258,8 +258,8 @@ def test_distortion_is_summarised_over_classes() -> None:
             "w2_uniform": float("nan"),
         }
 
-    found = distortion_numbers([row(1, 2.0), row(1, 4.0), row(10, 1.0), {"stage": "encode", "seconds": 3}])
-    assert found == {
+    logged = distortion_numbers([row(1, 2.0), row(1, 4.0), row(10, 1.0), {"stage": "encode", "seconds": 3}])
+    assert logged == {
         "cluster/ipc1-torch-latents/distortion_mean": 3.0,
         "cluster/ipc1-torch-latents/distortion_min": 2.0,
         "cluster/ipc1-torch-latents/distortion_max": 4.0,
@@ -291,8 +291,8 @@ def walked(expected: dict[str, float], took: list[float], caplog: pytest.LogCapt
 
 
 def test_what_is_left_is_scaled_by_what_was_taken(caplog: pytest.LogCaptureFixture) -> None:
-    said = walked({"encode": 100, "cluster": 60, "report": 0}, [200, 60, 1], caplog)
-    assert said == [
+    lines = walked({"encode": 100, "cluster": 60, "report": 0}, [200, 60, 1], caplog)
+    assert lines == [
         "encode begins (1 of 3, about 100 s)",
         "encode done in 3 min (1 of 3); about 2 min left in all",  # twice as slow as planned: 2 x 60 s
         "cluster begins (2 of 3, about 2 min)",
@@ -304,19 +304,19 @@ def test_what_is_left_is_scaled_by_what_was_taken(caplog: pytest.LogCaptureFixtu
 
 def test_nothing_is_said_that_nobody_knows(caplog: pytest.LogCaptureFixture) -> None:
     assert "left" not in " ".join(walked({}, [2, 2, 2], caplog))
-    said = walked({"encode": 2, "report": 5}, [2, 2, 2], caplog)
-    assert "left" not in said[1]  # cluster is not known
-    assert said[3].endswith("; about 5.0 s left in all")
+    lines = walked({"encode": 2, "report": 5}, [2, 2, 2], caplog)
+    assert "left" not in lines[1]  # cluster is not known
+    assert lines[3].endswith("; about 5.0 s left in all")
 
 
 def test_a_resumed_stage_tells_no_speed(caplog: pytest.LogCaptureFixture) -> None:
-    said = walked({"encode": 1000, "cluster": 60, "report": 0}, [0.5, 60, 1], caplog)
-    assert said[1] == "encode done in 0.5 s (1 of 3); about 60 s left in all"
+    lines = walked({"encode": 1000, "cluster": 60, "report": 0}, [0.5, 60, 1], caplog)
+    assert lines[1] == "encode done in 0.5 s (1 of 3); about 60 s left in all"
 
 
 def test_durations_read_well() -> None:
-    said = [duration(s) for s in (0.04, 12.4, 119, 240, 12_000, 4 * 3600 + 59.9 * 60, 190_000)]
-    assert said == ["0.0 s", "12 s", "119 s", "4 min", "3 h 20 min", "5 h 0 min", "2 d 5 h"]
+    lines = [duration(s) for s in (0.04, 12.4, 119, 240, 12_000, 4 * 3600 + 59.9 * 60, 190_000)]
+    assert lines == ["0.0 s", "12 s", "119 s", "4 min", "3 h 20 min", "5 h 0 min", "2 d 5 h"]
 
 
 @pytest.mark.slow
@@ -370,9 +370,9 @@ def test_verbose_names_every_training(start: Start, world: Path, tmp_path: Path)
     done = start(MAIN, *arguments)
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr.replace("Loading pipeline", "")  # lines take the place of bars
-    said = [line for line in done.stderr.splitlines() if line.startswith("evaluate: ")]
-    assert len([line for line in said if " seed " in line]) == 5 * 2 + 1
-    assert any(line.startswith("evaluate: ddoq ipc 1 convnet3 hard seed 0: last 0.") for line in said)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("evaluate: ")]
+    assert len([line for line in lines if " seed " in line]) == 5 * 2 + 1
+    assert any(line.startswith("evaluate: ddoq ipc 1 convnet3 hard seed 0: last 0.") for line in lines)
     with pytest.raises(SystemExit):
         main([*arguments, "--quiet"])
 

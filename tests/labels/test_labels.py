@@ -387,19 +387,19 @@ def test_top_k_keeps_the_largest_up_to_a_constant_and_the_mean_of_the_tail(class
     packed = pack(logits, RelabelConfig(top_k=k, bits=bits))
     assert packed["index"].dtype == (torch.uint8 if classes == 50 else torch.int16)
     assert packed["above"].shape == (200, k)
-    found = unpack(packed, classes)
+    result = unpack(packed, classes)
     top, index = logits.topk(k, 1)
     rest = (logits.sum(1) - top.sum(1)) / (classes - k)
     error = float((top - rest[:, None]).max()) * (2**-11 if bits == 16 else 1 / 510) * (1 + 1e-3)
-    assert (found.gather(1, index) - (top - rest[:, None])).abs().max() <= error
+    assert (result.gather(1, index) - (top - rest[:, None])).abs().max() <= error
     tail = torch.ones_like(logits).scatter_(1, index, 0).bool()
-    assert (found[tail] == 0).all()
+    assert (result[tail] == 0).all()
     # softmax sees only the tail: it is the softmax of the logits with the tail at its mean
     flattened = torch.where(tail, rest[:, None].expand_as(logits), logits)
-    assert torch.allclose(found.softmax(1), flattened.softmax(1), atol=2 * error)
+    assert torch.allclose(result.softmax(1), flattened.softmax(1), atol=2 * error)
     clear = top[:, 0] - top[:, 1] > 2 * error
     assert clear.sum() > 100
-    assert torch.equal(found.argmax(1)[clear], logits.argmax(1)[clear])
+    assert torch.equal(result.argmax(1)[clear], logits.argmax(1)[clear])
 
 
 def test_top_k_without_a_tail_to_average_is_refused():
@@ -487,10 +487,10 @@ def test_files_do_not_depend_on_who_writes_them_and_in_which_order(tmp_path):
     plan = plan_for(images, [make_teacher()], student(epochs=9))
     assert [list(s) for s in plan.shards()] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     write(tmp_path / "one", images, [make_teacher()], plan)
-    for mine in (plan.shards()[::-2], plan.shards()[1::2]):  # two processes, each with its own teacher
+    for shards in (plan.shards()[::-2], plan.shards()[1::2]):  # two processes, each with its own teacher
         teachers = [make_teacher()]
         write_manifest(tmp_path / "two", images, plan, teachers)
-        for epochs in mine:
+        for epochs in shards:
             write_shard(tmp_path / "two", images, teachers, plan, epochs)
     one, two = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two

@@ -487,16 +487,16 @@ def test_small_resnet18_is_that_of_torchvision_with_another_stem():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("timm:resnet19", "timm has no classifier called 'resnet19'; nearest: resnet18"),
         ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no classifier"),
         ("torchvision:vit_b_16", "'torchvision:vit_b_16' cannot be built for 17 px images"),
     ],
 )
-def test_what_a_library_cannot_build_is_named(name, said):
+def test_what_a_library_cannot_build_is_named(name, message):
     pytest.importorskip(name.partition(":")[0])
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         make_net(name, 10, 17, seed=0)
     with pytest.raises(InputError, match="comes with its own norm"):
         make_net(name, 10, 17, norm="batch", seed=0)

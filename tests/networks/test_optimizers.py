@@ -54,16 +54,16 @@ def test_hidden_matrices_are_kernels_and_linear_weights_but_the_last() -> None:
 def test_a_matrix_takes_the_steps_of_torchs_muon() -> None:
     g = torch.Generator().manual_seed(0)
     start, gradient = torch.randn(6, 9, generator=g), torch.randn(3, 6, 9, generator=g)
-    mine, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     bias = nn.Parameter(torch.zeros(6))
-    both = MuonAdamW([mine], [{"params": [bias]}], **SETTINGS)
+    both = MuonAdamW([ours], [{"params": [bias]}], **SETTINGS)
     alone = torch.optim.Muon([other], adjust_lr_fn="match_rms_adamw", **SETTINGS)
     for step in range(3):
-        mine.grad, other.grad = gradient[step].clone(), gradient[step].clone()
+        ours.grad, other.grad = gradient[step].clone(), gradient[step].clone()
         both.step()
         alone.step()
-        assert torch.equal(mine, other)
-    assert not torch.equal(mine, start)
+        assert torch.equal(ours, other)
+    assert not torch.equal(ours, start)
     assert bias.equal(torch.zeros(6))  # no gradient, no step
 
 

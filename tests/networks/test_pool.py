@@ -100,8 +100,8 @@ def test_a_prior_pool_holds_early_checkpoints_with_their_accuracies(prior, sourc
     assert facts["base"]["accuracy"] > 0.6
     # what a member is said to reach on validation images it reaches
     images = images_of(torch.arange(240) % 4, 8, 1)
-    found = (pool.base.logits(images).argmax(1) == torch.arange(240) % 4).float().mean()
-    assert found > 0.5
+    accuracy = (pool.base.logits(images).argmax(1) == torch.arange(240) % 4).float().mean()
+    assert accuracy > 0.5
     assert len({t.digest for t in pool.teachers}) == 4
 
 
@@ -263,20 +263,20 @@ def test_means_of_teachers_are_weighted():
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
     assert average_logits([a, b], [3.0, 1.0]).tolist() == [[1.5, 1.0]]
     assert average_logits([a, b], [1.0, 1.0]).tolist() == [[1.0, 2.0]]
-    found = average_logits([a, b], [3.0, 1.0], probabilities=True)
-    torch.testing.assert_close(found.exp(), 0.75 * a.softmax(1) + 0.25 * b.softmax(1))
+    result = average_logits([a, b], [3.0, 1.0], probabilities=True)
+    torch.testing.assert_close(result.exp(), 0.75 * a.softmax(1) + 0.25 * b.softmax(1))
 
 
 def test_a_pool_stands_for_its_teachers_wherever_teachers_are_named(prior, source):
     c = TeacherConfig("pool", str(prior), weight=0.5)
-    found = load_teachers([c], source, 8, torch.device("cpu"))
+    teachers = load_teachers([c], source, 8, torch.device("cpu"))
     pool = TeacherPool.load(prior)
-    assert [t.name for t in found] == [t.name for t in pool.teachers]
-    assert [t.weight for t in found] == pytest.approx([t.weight / 2 for t in pool.teachers])
+    assert [t.name for t in teachers] == [t.name for t in pool.teachers]
+    assert [t.weight for t in teachers] == pytest.approx([t.weight / 2 for t in pool.teachers])
     whole = load_teachers([dataclasses.replace(c, weight=1.0)], source, 8, torch.device("cpu"))
-    assert {t.digest for t in found}.isdisjoint(t.digest for t in whole)
+    assert {t.digest for t in teachers}.isdisjoint(t.digest for t in whole)
     x = images_of(torch.arange(6) % 4, 8)
-    torch.testing.assert_close(pooled_logits(found, x), pool.ensemble_logits(x))
+    torch.testing.assert_close(pooled_logits(teachers, x), pool.ensemble_logits(x))
     with pytest.raises(InputError, match="a pool stands for several networks"):
         load_teacher(c, 4, 8)
     with pytest.raises(InputError, match="made for 4 classes and images of 8 px"):

@@ -126,7 +126,7 @@ def test_files_in_half_precision_and_without_batch_norm_counters_load(tmp_path):
 
 def test_a_teacher_of_more_classes_needs_to_be_told_which(convnet):
     _, config = convnet
-    for changes, num_classes, said in (
+    for changes, num_classes, message in (
         ({}, 3, "has 4 outputs but the data has 3 classes; set teachers.N.classes"),
         ({}, 5, "has 4 outputs but the data has 5 classes; take a teacher that was trained on all of them"),
         ({"classes": (0, 1)}, 3, "lists 2 different outputs in 2 entries but the data has 3 classes"),
@@ -138,7 +138,7 @@ def test_a_teacher_of_more_classes_needs_to_be_told_which(convnet):
         ({"image_size": 16}, 4, "not a convnet3 for 4 classes and 16 px.*teachers.N.image_size"),
         ({"net": "resnet20"}, 4, "not a resnet20 for 4 classes"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             load_teacher(dataclasses.replace(config, **changes), num_classes, 8)
 
 
@@ -242,8 +242,8 @@ def test_normalization_of_a_folder_that_timm_saved(tmp_path, net):
     for path in (tmp_path, tmp_path / "model.safetensors"):
         teacher = load_teacher(TeacherConfig(net=net, path=str(path)), 4, 32)
         assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    told = load_teacher(TeacherConfig(net=net, path=str(tmp_path), mean=(0.7,)), 4, 32)
-    assert (tuple(told.mean), told.std) == ((0.7,), (0.4, 0.5, 0.6))
+    config = load_teacher(TeacherConfig(net=net, path=str(tmp_path), mean=(0.7,)), 4, 32)
+    assert (tuple(config.mean), config.std) == ((0.7,), (0.4, 0.5, 0.6))
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**cfg, "mean": "x"}}))
     with pytest.raises(InputError, match=r"config.json does not say how .*set teachers.N.mean"):
         load_teacher(TeacherConfig(net=net, path=str(tmp_path)), 4, 32)
@@ -272,7 +272,7 @@ def test_weights_of_networks_that_changed_load_or_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("net", "path", "said"),
+    ("net", "path", "message"),
     [
         ("convnet3", "pretrained", "'convnet3' has no published weights; set teachers.N.path"),
         ("transformers", "", "set teachers.N.path to a model folder or a Hub id"),
@@ -280,9 +280,9 @@ def test_weights_of_networks_that_changed_load_or_are_refused(tmp_path):
         ("transformers", "nobody/nothing", "transformers cannot open the teacher nobody/nothing"),
     ],
 )
-def test_a_teacher_that_nobody_has_is_named(net, path, said):
+def test_a_teacher_that_nobody_has_is_named(net, path, message):
     pytest.importorskip("transformers")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load_teacher(TeacherConfig(net=net, path=path), 4, 8)
 
 
@@ -356,9 +356,9 @@ def test_transformers_normalization_is_that_of_the_folder(resnet_folder, file, p
     teacher = load_teacher(TeacherConfig(net="transformers", path=str(folder)), 4, 32)
     assert teacher.mean == pytest.approx(mean)
     assert teacher.std == pytest.approx(std)
-    told = load_teacher(TeacherConfig(net="transformers", path=str(folder), mean=[0.7]), 4, 32)
-    assert tuple(told.mean) == (0.7,)
-    assert told.std == pytest.approx(std)
+    config = load_teacher(TeacherConfig(net="transformers", path=str(folder), mean=[0.7]), 4, 32)
+    assert tuple(config.mean) == (0.7,)
+    assert config.std == pytest.approx(std)
 
 
 def test_transformers_folder_that_is_not_whole_is_named(resnet_folder):
@@ -401,10 +401,10 @@ def test_transformers_vit_wants_its_own_side(tmp_path):
     )
     torch.manual_seed(0)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
-    told = TeacherConfig(net="transformers", path=str(tmp_path))
+    teacher_config = TeacherConfig(net="transformers", path=str(tmp_path))
     with pytest.raises(InputError, match=r"cannot see images of 32 px .*; set teachers.N.image_size"):
-        load_teacher(told, 2, 32)
-    teacher = load_teacher(dataclasses.replace(told, image_size=16), 2, 32)
+        load_teacher(teacher_config, 2, 32)
+    teacher = load_teacher(dataclasses.replace(teacher_config, image_size=16), 2, 32)
     assert teacher.logits(images(side=32)).shape == (5, 2)
     assert teacher.features(images(side=32)).shape == (5, 8)
 
@@ -515,10 +515,10 @@ def test_permuted_teacher_is_stopped_and_the_order_it_is_told_repairs_it(convnet
     ) as e:
         check_teacher(permuted, quarters, config, 8)
     assert "near the chance of 25.0%: its class order or input normalization" in str(e.value)
-    told = apply_settings(config, [str(e.value).rpartition("set teachers.N.")[2]])
-    assert told.classes == ORDER
-    repaired = dataclasses.replace(permuted, classes=told.classes)
-    assert check_teacher(repaired, quarters, told, 8) == 1
+    changed = apply_settings(config, [str(e.value).rpartition("set teachers.N.")[2]])
+    assert changed.classes == ORDER
+    repaired = dataclasses.replace(permuted, classes=changed.classes)
+    assert check_teacher(repaired, quarters, changed, 8) == 1
     # an order on top of an order
     twice = dataclasses.replace(permuted, classes=(0, 1, 3, 2))
     with pytest.raises(InputError, match=r"set teachers.N.classes=\[2, 0, 3, 1\]$"):

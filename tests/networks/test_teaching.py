@@ -53,13 +53,13 @@ def test_it_loads_with_its_own_normalization(taught, toy_source, toy_images) -> 
     folder = taught / "teachers" / "convnet3"
     facts = read_json(folder / "teacher.json")
     for path in (folder, folder / "model.safetensors"):
-        told = TeacherConfig(net="convnet3", path=str(path))
-        teacher = load_teacher(told, 3, 8)
+        teacher_config = TeacherConfig(net="convnet3", path=str(path))
+        teacher = load_teacher(teacher_config, 3, 8)
         assert (list(teacher.mean), list(teacher.std)) == (facts["mean"], facts["std"])
-        assert check_teacher(teacher, toy_source, told, 8) == 1
+        assert check_teacher(teacher, toy_source, teacher_config, 8) == 1
         images, labels = toy_images["test"]
         assert (teacher.logits(images).argmax(1) == labels).all()
-    other = load_teacher(dataclasses.replace(told, mean=(0.1,) * 3), 3, 8)
+    other = load_teacher(dataclasses.replace(teacher_config, mean=(0.1,) * 3), 3, 8)
     assert (other.mean, list(other.std)) == ((0.1,) * 3, facts["std"])
     with pytest.raises(InputError, match=r"convnet3; set teachers\.N\.net"):
         load_teacher(TeacherConfig(net="resnet20", path=str(folder)), 3, 8)

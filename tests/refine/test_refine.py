@@ -70,11 +70,11 @@ def watching(number: int):
 
 def test_loss_is_lower_after_than_before(teacher, images):
     other = (LABELS + 1) % 4
-    found = run(images, [teacher], short(steps=(60, 60, 60)), labels=other)
-    loss = found.trace.sum(1)
+    refined = run(images, [teacher], short(steps=(60, 60, 60)), labels=other)
+    loss = refined.trace.sum(1)
     assert loss[-10:].mean() < 0.5 * loss[:10].mean()
     with torch.no_grad():
-        before, after = (F.cross_entropy(teacher(x), other) for x in (images, found.images))
+        before, after = (F.cross_entropy(teacher(x), other) for x in (images, refined.images))
     assert after < 0.5 * before
 
 
@@ -92,9 +92,9 @@ def plain_loop(images, teachers, config, anchor, seed):
         optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas, eps=1e-8)
         for _ in range(steps):
             optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / total)) * config.lr
-            net, found = teachers[step % len(teachers)].net, []
+            net, losses = teachers[step % len(teachers)].net, []
             norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-            hooks = [m.register_forward_hook(lambda m, args, out, to=found: to.append((m, args[0]))) for m in norms]
+            hooks = [m.register_forward_hook(lambda m, args, out, to=losses: to.append((m, args[0]))) for m in norms]
             view = draw_view(config, size, config.jitter, seed=seed, step=step)
             top, left, height, width = view.box
             crop = x[:, :, top : top + height, left : left + width]
@@ -102,7 +102,7 @@ def plain_loop(images, teachers, config, anchor, seed):
             seen = torch.roll(seen.flip(3) if view.flip else seen, view.shift, (2, 3))
             entropy = F.cross_entropy(net(seen), LABELS)
             statistics = torch.zeros(())
-            for i, (m, f) in enumerate(found):
+            for i, (m, f) in enumerate(losses):
                 parts = m.running_var - f.var((0, 2, 3), unbiased=False), m.running_mean - f.mean((0, 2, 3))
                 distance = sum(p.norm() if config.norm == "l2" else p.square().sum() for p in parts)
                 statistics = statistics + (1 if i else config.first_bn_weight) * distance
@@ -128,11 +128,11 @@ def test_the_walk_is_that_of_a_plain_loop(images, settings):
     anchor = images.clone()
     anchor[0] = (anchor[0] > 0.5).float()  # at the bounds of pixels, where steps end
     expected, losses = plain_loop(images, teachers, config, anchor, seed=3)
-    found = run(images, teachers, config, anchors=anchor, seed=3)
-    torch.testing.assert_close(found.trace[:, :2], losses, rtol=1e-4, atol=1e-4)
+    refined = run(images, teachers, config, anchors=anchor, seed=3)
+    torch.testing.assert_close(refined.trace[:, :2], losses, rtol=1e-4, atol=1e-4)
     # half of the rate, for the few pixels whose gradient vanishes and whose step is a sign of rounding
-    assert (found.images - expected).abs().max() < 0.005 * max(STD)
-    assert (found.images - expected).abs().mean() < 1e-5
+    assert (refined.images - expected).abs().max() < 0.005 * max(STD)
+    assert (refined.images - expected).abs().mean() < 1e-5
 
 
 def test_alpha_1_is_a_run_without_residual(teacher, images):
@@ -146,10 +146,12 @@ def test_alpha_0_leaves_the_resampled_anchor_after_an_injection(teacher, images)
     anchor = images_of(LABELS, seed=9)
     sizes = (16, 12, 16)
     config = short(alpha=0.0, sizes=sizes, steps=(3, 1, 1), lr=0.0)  # no step moves a pixel
-    found = run(images, [teacher], config, anchors=anchor)
+    refined = run(images, [teacher], config, anchors=anchor)
     expected = resample(resample(anchor, 12), 16)
-    torch.testing.assert_close(found.blocks[2], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.blocks[3], anchor, rtol=0, atol=1e-5)  # from the anchor, not from its small copy
+    torch.testing.assert_close(refined.blocks[2], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        refined.blocks[3], anchor, rtol=0, atol=1e-5
+    )  # from the anchor, not from its small copy
 
 
 def test_nothing_is_merged_behind_the_last_block(teacher, images):
@@ -162,12 +164,12 @@ def test_nothing_is_merged_behind_the_last_block(teacher, images):
 def test_the_learning_rate_is_one_cosine_and_every_block_has_a_fresh_adam(teacher, images):
     config = fadrm.resolve(short(steps=(1, 1, 1), alpha=1.0, lr=0.04, crop_scale=(), flip=0.0), side=16, teachers=1)
     inner = images * 0.4 + 0.3  # far from the bounds of pixels
-    found = run(inner, [teacher], config)
+    refined = run(inner, [teacher], config)
     for step in range(3):
         rate = 0.5 * (1 + math.cos(math.pi * step / 3)) * 0.04
         assert fadrm.schedule_of(config).rate(step) == pytest.approx(rate)
         # a first step of Adam is the rate times the sign of the gradient; with old moments it would be another
-        moved = ((found.blocks[step + 1] - found.blocks[step]) / std).abs()
+        moved = ((refined.blocks[step + 1] - refined.blocks[step]) / std).abs()
         assert moved.max().item() == pytest.approx(rate, rel=1e-3)
         assert moved.median().item() == pytest.approx(rate, rel=1e-3)
 
@@ -175,17 +177,17 @@ def test_the_learning_rate_is_one_cosine_and_every_block_has_a_fresh_adam(teache
 def test_teachers_take_turns_across_blocks_and_see_the_sizes_of_the_blocks(images):
     teachers, log = watching(3)
     config = short(sizes=(12, 16, 12, 16), steps=(2, 3, 1, 4))
-    found = run(images, teachers, config)
+    refined = run(images, teachers, config)
     assert [int(name) for name, _ in log] == [t % 3 for t in range(10)]
     assert [side for _, side in log] == [12] * 2 + [16] * 3 + [12] + [16] * 4
-    assert found.images.shape == images.shape
+    assert refined.images.shape == images.shape
 
 
 def test_pixels_stay_in_range(teacher, images):
-    found = run(images, [teacher], short(lr=2.0))
-    assert found.images.min() >= 0
-    assert found.images.max() <= 1
-    assert (found.images == 0).any()  # the bound was met
+    refined = run(images, [teacher], short(lr=2.0))
+    assert refined.images.min() >= 0
+    assert refined.images.max() <= 1
+    assert (refined.images == 0).any()  # the bound was met
 
 
 def test_the_statistics_term_is_linear_in_its_weight(teacher, images):
@@ -223,11 +225,11 @@ def test_an_interrupted_batch_ends_bit_equal(teacher, images, stop):
 def test_bfloat16_and_float16_come_near(teacher, images):
     one = run(images, [teacher], short(lr=0.01))
     for dtype in ("bfloat16", "float16"):
-        found = run(images, [teacher], short(lr=0.01, dtype=dtype))
-        assert found.precision == dtype
-        assert found.images.dtype == torch.float32
-        torch.testing.assert_close(found.trace.sum(1), one.trace.sum(1), rtol=0.05, atol=0.05)
-        assert not torch.equal(found.trace, one.trace)
+        refined = run(images, [teacher], short(lr=0.01, dtype=dtype))
+        assert refined.precision == dtype
+        assert refined.images.dtype == torch.float32
+        torch.testing.assert_close(refined.trace.sum(1), one.trace.sum(1), rtol=0.05, atol=0.05)
+        assert not torch.equal(refined.trace, one.trace)
 
 
 def test_overflow_in_float16_falls_back_to_float32(images, caplog):
@@ -237,13 +239,13 @@ def test_overflow_in_float16_falls_back_to_float32(images, caplog):
         net.bn1.running_mean.mul_(3e5)
         net.bn1.running_var.mul_(9e10)
     kept = []
-    found = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), save=kept.append)
-    assert found.precision == "float32"
+    refined = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), save=kept.append)
+    assert refined.precision == "float32"
     again = run(images, [teacher_of(net)], short(dtype="float16", r_bn=1e-6), resume=kept[0])
-    assert torch.equal(found.images, again.images)  # it does not go back to float16
+    assert torch.equal(refined.images, again.images)  # it does not go back to float16
     assert again.precision == "float32"
     assert "done again in float32" in caplog.text
-    assert torch.equal(found.images, run(images, [teacher_of(net)], short(r_bn=1e-6)).images)
+    assert torch.equal(refined.images, run(images, [teacher_of(net)], short(r_bn=1e-6)).images)
 
 
 def test_a_scale_that_is_far_too_large_costs_no_step(images):
@@ -254,16 +256,16 @@ def test_a_scale_that_is_far_too_large_costs_no_step(images):
     teacher = teacher_of(net)
     config = short(alpha=1.0, lr=0.02)
     kept = []
-    found = run(images, [teacher], dataclasses.replace(config, dtype="float16"), save=kept.append)
+    refined = run(images, [teacher], dataclasses.replace(config, dtype="float16"), save=kept.append)
     exact = run(images, [teacher], config)
-    moved = [(x.blocks[1] - x.blocks[0]).abs().mean() for x in (found, exact)]
+    moved = [(x.blocks[1] - x.blocks[0]).abs().mean() for x in (refined, exact)]
     assert float(moved[0]) == pytest.approx(float(moved[1]), rel=0.02)
-    assert found.precision == "float16"
+    assert refined.precision == "float16"
     assert kept[0].facts["scale"] < 65536
     steps: list[bool] = []
     net.register_forward_pre_hook(lambda *_: steps.append(torch.is_grad_enabled()))
     again = run(images, [teacher], dataclasses.replace(config, dtype="float16"), resume=kept[0])
-    assert torch.equal(found.images, again.images)
+    assert torch.equal(refined.images, again.images)
     assert sum(steps) == sum(config.steps[1:])  # with the scale that was reached no step is lost
 
 
@@ -296,24 +298,24 @@ def test_start_and_anchor_are_told_apart(teacher, images):
 
 
 def test_a_merge_may_ask_for_its_anchors(teacher, images):
-    asked = []
+    merges = []
 
     def retrieve(x, merge):
-        asked.append((x, merge))
+        merges.append((x, merge))
         return torch.full_like(x, 0.25)
 
-    found = run(images, [teacher], short(alpha=0.0, lr=0.0), retrieve=retrieve)
-    assert [merge for _, merge in asked] == [0, 1]
-    torch.testing.assert_close(asked[0][0], images, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.images, torch.full_like(images, 0.25), rtol=0, atol=1e-5)
+    refined = run(images, [teacher], short(alpha=0.0, lr=0.0), retrieve=retrieve)
+    assert [merge for _, merge in merges] == [0, 1]
+    torch.testing.assert_close(merges[0][0], images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(refined.images, torch.full_like(images, 0.25), rtol=0, atol=1e-5)
 
 
 def test_the_nearest_candidate_of_the_class_is_retrieved(teacher, images):
     by_class = [(images_of(torch.full((5,), c), seed=c) * 255).round().to(torch.uint8) for c in range(4)]
     pool = make_pool(by_class, teacher)
     wanted = torch.stack([by_class[c][i] for c, i in ((2, 3), (0, 1), (2, 0))]).float() / 255
-    found = nearest_anchors(wanted, torch.tensor([2, 0, 2]), pool, teacher, 0.0)
-    assert torch.equal(found, wanted)  # the image itself is in the pool
+    anchors = nearest_anchors(wanted, torch.tensor([2, 0, 2]), pool, teacher, 0.0)
+    assert torch.equal(anchors, wanted)  # the image itself is in the pool
     calm = nearest_anchors(wanted, torch.tensor([2, 0, 2]), pool, teacher, 1e6)
     least = [by_class[c][int(total_variation(by_class[c]).argmin())] for c in (2, 0, 2)]
     assert torch.equal(calm, torch.stack(least).float() / 255)
@@ -376,7 +378,7 @@ def test_what_is_set_wins_over_the_preset():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"sizes": (32, 32), "steps": (1, 1, 1)}, r"sizes=\[32, 32\] has 2 blocks but steps=\[1, 1, 1\] has 3"),
         ({"sizes": (32, 24)}, r"the last of sizes=\[32, 24\] must be the side of the images, 32 px"),
@@ -391,8 +393,8 @@ def test_what_is_set_wins_over_the_preset():
         ({"bn_share": 0.0}, r"bn_share must be a number of more than 0 or 'off', not 0"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, said):
-    with pytest.raises(InputError, match=said):
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
         fadrm.resolve(FADRM(**settings), side=32, teachers=1)
 
 
@@ -407,7 +409,7 @@ def test_teachers_that_do_not_fit_are_refused(images):
 
 
 @pytest.mark.parametrize(
-    ("batch", "labels", "said"),
+    ("batch", "labels", "message"),
     [
         (lambda x: (x * 255).to(torch.uint8), LABELS, "float images"),
         (lambda x: x * 2 - 1, LABELS, r"must lie in \[0, 1\]; a decoder's \[-1, 1\] has to be shifted"),
@@ -415,8 +417,8 @@ def test_teachers_that_do_not_fit_are_refused(images):
         (lambda x: x, LABELS[:3], r"labels \(B,\)"),
     ],
 )
-def test_batches_that_are_none_are_refused(teacher, images, batch, labels, said):
-    with pytest.raises(InputError, match=said):
+def test_batches_that_are_none_are_refused(teacher, images, batch, labels, message):
+    with pytest.raises(InputError, match=message):
         run(batch(images), [teacher], short(), labels=labels)
 
 
@@ -453,8 +455,8 @@ def test_a_teacher_without_batch_norm_adds_its_cross_entropy(teacher, images):
 
 def test_a_teacher_with_a_side_of_its_own_sees_every_block(images):
     bare = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16 * 16, 4)).eval()
-    found = run(images, [teacher_of(bare, "bare", image_size=16)], short(sizes=(12, 16, 16)))
-    assert found.images.shape == images.shape
+    refined = run(images, [teacher_of(bare, "bare", image_size=16)], short(sizes=(12, 16, 16)))
+    assert refined.images.shape == images.shape
 
 
 # --- views --------------------------------------------------------------------------------------------------------
@@ -464,14 +466,14 @@ def test_a_teacher_with_a_side_of_its_own_sees_every_block(images):
 @pytest.mark.parametrize("shift", [(0, 0), (3, 1)])
 def test_a_look_is_crop_resize_mirror_roll(images, flip, shift):
     box = (2, 3, 9, 11)
-    found = apply_view(images, View(box, flip, shift))
+    viewed = apply_view(images, View(box, flip, shift))
     crop = images[:, :, 2:11, 3:14]
     expected = F.interpolate(crop, (16, 16), mode="bilinear", antialias=True)
     expected = torch.roll(expected.flip(3) if flip else expected, shift, (2, 3))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(viewed, expected, rtol=0, atol=1e-5)
     boxes = torch.tensor([box]).expand(8, -1)
     each = crop_and_flip(images, boxes, torch.full((8,), flip))
-    torch.testing.assert_close(found, torch.roll(each, shift, (2, 3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(viewed, torch.roll(each, shift, (2, 3)), rtol=0, atol=1e-6)
     whole = apply_view(images, View((0, 0, 16, 16), flip, shift))
     assert torch.equal(whole, torch.roll(images.flip(3) if flip else images, shift, (2, 3)))
 
@@ -525,20 +527,20 @@ def tender(**settings) -> Teddy:
 
 def test_teddy_lowers_the_loss_and_labels_by_the_ensemble(images):
     pool = [dataclasses.replace(trained(i), weight=w) for i, w in ((0, 0.9), (1, 0.3))]
-    found = teddy.refine(Batch(images, LABELS), tender(proximity=0.0, r_bn=0.05), pool)
-    loss = found.trace.sum(1)
+    refined = teddy.refine(Batch(images, LABELS), tender(proximity=0.0, r_bn=0.05), pool)
+    loss = refined.trace.sum(1)
     assert loss[-20:].mean() < loss[:20].mean()
     with torch.no_grad():
-        logits = [t(found.images) for t in pool]
-    torch.testing.assert_close(found.soft_labels, 0.75 * logits[0] + 0.25 * logits[1])
+        logits = [t(refined.images) for t in pool]
+    torch.testing.assert_close(refined.soft_labels, 0.75 * logits[0] + 0.25 * logits[1])
     assert teddy.refine(Batch(images, LABELS), tender(steps=1, ensemble_labels=False), pool).soft_labels is None
 
 
 def test_teddy_without_steps_only_labels(images, teacher):
-    found = teddy.refine(Batch(images, LABELS), tender(steps=0), [teacher], labelers=[trained(1)])
-    assert torch.equal(found.images, images)
-    assert found.trace.shape == (0, 4)
-    torch.testing.assert_close(found.soft_labels, trained(1)(images))
+    refined = teddy.refine(Batch(images, LABELS), tender(steps=0), [teacher], labelers=[trained(1)])
+    assert torch.equal(refined.images, images)
+    assert refined.trace.shape == (0, 4)
+    torch.testing.assert_close(refined.soft_labels, trained(1)(images))
 
 
 def test_proximity_holds_images_near_their_start(images, teacher):
@@ -602,10 +604,10 @@ def test_measures_of_known_images(teacher):
     assert torch.equal(total_variation((stripes * 255).to(torch.uint8)), total_variation(stripes))
     labels = LABELS[:4]
     x = images_of(labels)
-    found = measure(x, labels, (x - 0.1).clamp(min=-1), [teacher], [])
-    assert found["anchor_distance"] == pytest.approx(4 * 25.5, rel=1e-4)
-    assert found["teachers"][0]["hits"] == int((teacher.logits(x).argmax(1) == labels).sum())
-    assert found["validation_teachers"] == []
+    measures = measure(x, labels, (x - 0.1).clamp(min=-1), [teacher], [])
+    assert measures["anchor_distance"] == pytest.approx(4 * 25.5, rel=1e-4)
+    assert measures["teachers"][0]["hits"] == int((teacher.logits(x).argmax(1) == labels).sum())
+    assert measures["validation_teachers"] == []
 
 
 def test_a_schedule_is_one_cosine_to_zero():
@@ -625,9 +627,9 @@ def test_a_gpu_walks_as_the_cpu_does(images, dtype):
     teacher = trained()
     config = short(lr=1e-4)  # so small that rounding does not change the way
     here = run(images, [teacher], config)
-    there = teacher_of(trained().net.cuda())
-    found = run(images, [there], dataclasses.replace(config, dtype=dtype))
-    assert found.images.device.type == "cpu"
-    assert found.precision == dtype
+    on_device = teacher_of(trained().net.cuda())
+    refined = run(images, [on_device], dataclasses.replace(config, dtype=dtype))
+    assert refined.images.device.type == "cpu"
+    assert refined.precision == dtype
     tolerance = 1e-3 if dtype == "float32" else 0.05
-    torch.testing.assert_close(found.trace, here.trace, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(refined.trace, here.trace, rtol=tolerance, atol=tolerance)

@@ -80,16 +80,16 @@ def test_distance_vanishes_where_the_statistics_are_those_of_the_batch():
     net = TinyNet()
     drawn(net)
     x = images_of(torch.arange(8) % 4)
-    found = []
+    results = []
     handles = [
-        m.register_forward_pre_hook(lambda m, args: found.append((m, args[0])))
+        m.register_forward_pre_hook(lambda m, args: results.append((m, args[0])))
         for m in net.modules()
         if isinstance(m, nn.BatchNorm2d)
     ]
     for i in range(3):  # a layer's statistics change the inputs of the next
-        found.clear()
+        results.clear()
         net(x)
-        m, f = found[i]
+        m, f = results[i]
         m.running_mean.copy_(f.mean((0, 2, 3)).detach())
         m.running_var.copy_(f.var((0, 2, 3), unbiased=False).detach())
     for h in handles:
@@ -225,13 +225,13 @@ def test_score_has_a_row_per_teacher_and_a_column_per_layer():
     ]
     nets[2](torch.zeros(1, 3, 16, 16))
     x = images_of(torch.arange(8) % 4)
-    found = score(x, [teacher_of(n.eval()) for n in nets])
-    assert found.shape == (3, 3)
-    assert torch.isfinite(found[:2]).all()
-    assert torch.isnan(found[2]).all()
+    result = score(x, [teacher_of(n.eval()) for n in nets])
+    assert result.shape == (3, 3)
+    assert torch.isfinite(result[:2]).all()
+    assert torch.isnan(result[2]).all()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.25, 0.2, 0.3)))
     expected = plain_distance(nets[0], (x - mean) / std, [0, 1, 0])
-    torch.testing.assert_close(found[0, 1], expected)
+    torch.testing.assert_close(result[0, 1], expected)
 
 
 def test_norms_of_timm_that_also_activate_are_read_at_their_inputs():

@@ -168,23 +168,23 @@ def wait(children: list[int]) -> list[int]:
 
 def units(out: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of every finished unit of work."""
-    found = sorted({f for pattern in UNITS for f in out.glob(pattern) if f.name[0] != "."})
-    found = [f for f in found if not f.name.endswith((".partial.safetensors", ".checkpoint.safetensors"))]
+    files = sorted({f for pattern in UNITS for f in out.glob(pattern) if f.name[0] != "."})
+    files = [f for f in files if not f.name.endswith((".partial.safetensors", ".checkpoint.safetensors"))]
     # a set is finished once its record is there
-    found = [f for f in found if f.suffix != ".parquet" or (f.parent / "provenance.json").is_file()]
-    return {str(f.relative_to(out)): (f.stat().st_ino, f.stat().st_mtime_ns) for f in found}
+    files = [f for f in files if f.suffix != ".parquet" or (f.parent / "provenance.json").is_file()]
+    return {str(f.relative_to(out)): (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
 
 
 def contents(out: Path) -> dict[str, bytes]:
     """What every unit holds; of a training, all but how long it took and the digests that hold this."""
-    found = {}
+    digests = {}
     for name in units(out):
         data = (out / name).read_bytes()
         if name.endswith(".json"):
             record = json.loads(data)
             data = json.dumps({k: v for k, v in record.items() if k not in ("train_seconds", "checksum")}).encode()
-        found[name] = data
-    return found
+        digests[name] = data
+    return digests
 
 
 def stage_of(path: str) -> str:
@@ -227,19 +227,19 @@ def live(world: Path, out: Path, rng: random.Random, faults: list[str], most: in
         processes = 2 if kind == "exception in one rank" or rng.random() < 0.25 else 1
         rank = rng.randrange(processes)
 
-        def ready(mine: int, kind=kind, blow=blow, at=at, phase=phase, delay=delay, rank=rank) -> None:
+        def ready(own_rank: int, kind=kind, blow=blow, at=at, phase=phase, delay=delay, rank=rank) -> None:
             if kind == "clock back":
                 set_clock_back()
-            if kind and mine == rank:
+            if kind and own_rank == rank:
                 strike(blow, at, phase, delay)
 
         log = out / f"log-{len(records):03d}.txt"
         codes = wait(start(file, log, ready, processes))
-        said = log.read_text()
+        output = log.read_text()
         now = units(out)
-        hidden = {n for n in hidden if n not in said}
-        gone = [n for n in before if n not in now]
-        struck = target or said.partition(STRUCK)[2].partition("\n")[0]
+        hidden = {n for n in hidden if n not in output}
+        removed = [n for n in before if n not in now]
+        struck = target or output.partition(STRUCK)[2].partition("\n")[0]
         record = {
             "fault": kind,
             "stage": stage_of(struck),
@@ -248,11 +248,11 @@ def live(world: Path, out: Path, rng: random.Random, faults: list[str], most: in
             "finished": len(before),
             "recomputed": [n for n in before if n in now and now[n] != before[n]],
             # stretches of the images of a class go when the file of the class is there
-            "lost": [n for n in gone if not (n.startswith("run/images") and "/part-" in n)],
+            "lost": [n for n in removed if not (n.startswith("run/images") and "/part-" in n)],
         }
         expected = kind is not None and codes[rank] == EXIT[blow]
-        if (not record["through"] and not expected) or "cannot be read" in said:
-            raise AssertionError(f"{record} ended with {codes}:\n{said[-3000:]}")
+        if (not record["through"] and not expected) or "cannot be read" in output:
+            raise AssertionError(f"{record} ended with {codes}:\n{output[-3000:]}")
         records.append(record)
     records[-1]["silent"] = sorted(hidden)  # damage that nobody reported
     return records
@@ -263,7 +263,7 @@ def campaign(number: int, seed: int) -> dict:
 
     rng = random.Random(seed)
     began = time.perf_counter()
-    found: dict = {"faults": [], "lives": 0, "differing": [], "leftovers": [], "silent": []}
+    summary: dict = {"faults": [], "lives": 0, "differing": [], "leftovers": [], "silent": []}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         world = make_world(root / "world")
@@ -271,28 +271,28 @@ def campaign(number: int, seed: int) -> dict:
         if wait(start(every_stage(world, root / "reference"), log, lambda rank: None)) != [0]:
             raise AssertionError(log.read_text()[-3000:])
         expected = contents(root / "reference")
-        while (missing := number - len(found["faults"])) > 0:
+        while (missing := number - len(summary["faults"])) > 0:
             order = [KINDS[i % len(KINDS)] for i in range(missing)]
             rng.shuffle(order)
-            out = root / f"life-{found['lives']:03d}"
+            out = root / f"life-{summary['lives']:03d}"
             records = live(world, out, rng, order, most=len(expected) // 3)
-            found["lives"] += 1
+            summary["lives"] += 1
             # a fault that was due behind the last file of a start has hurt nobody
-            found["faults"] += [{"life": found["lives"], **r} for r in records if not r["through"]]
-            found["silent"] += records[-1]["silent"]
+            summary["faults"] += [{"life": summary["lives"], **r} for r in records if not r["through"]]
+            summary["silent"] += records[-1]["silent"]
             now = contents(out)
-            found["differing"] += [n for n in expected.keys() | now.keys() if expected.get(n) != now.get(n)]
-            found["leftovers"] += [str(f) for pattern in ("*.tmp", ".lock*") for f in out.rglob(pattern)]
+            summary["differing"] += [n for n in expected.keys() | now.keys() if expected.get(n) != now.get(n)]
+            summary["leftovers"] += [str(f) for pattern in ("*.tmp", ".lock*") for f in out.rglob(pattern)]
             shutil.rmtree(out)
-            done = f"{len(found['faults'])} of {number} faults in {found['lives']} lives"
+            done = f"{len(summary['faults'])} of {number} faults in {summary['lives']} lives"
             print(f"{done}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    return {**found, "units": len(expected), "seconds": round(time.perf_counter() - began, 1)}
+    return {**summary, "units": len(expected), "seconds": round(time.perf_counter() - began, 1)}
 
 
-def bad(found: dict) -> list[str]:
+def bad(summary: dict) -> list[str]:
     """What should not have happened, empty if all is well."""
-    per_start = [f"{key}: {n}" for r in found["faults"] for key in ("recomputed", "lost") for n in r[key]]
-    return per_start + [f"{key}: {n}" for key in ("differing", "leftovers", "silent") for n in found[key]]
+    per_start = [f"{key}: {n}" for r in summary["faults"] for key in ("recomputed", "lost") for n in r[key]]
+    return per_start + [f"{key}: {n}" for key in ("differing", "leftovers", "silent") for n in summary[key]]
 
 
 def main() -> None:
@@ -301,24 +301,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a CSV file of faults by kind and stage")
     args = parser.parse_args()
-    found = campaign(args.faults, args.seed)
+    summary = campaign(args.faults, args.seed)
     stages = [*dict.fromkeys(["opening", *STAGES.values()])]
     rows = []
     for kind in (*KINDS, "all"):
-        mine = [r for r in found["faults"] if kind in (r["fault"], "all")]
-        row = {"fault": kind, "faults": len(mine), **{s: sum(r["stage"] == s for r in mine) for s in stages}}
-        row |= {"units_finished_before": sum(r["finished"] for r in mine)}
-        rows.append(row | {key: sum(len(r[key]) for r in mine) for key in ("recomputed", "lost")})
+        of_kind = [r for r in summary["faults"] if kind in (r["fault"], "all")]
+        row = {"fault": kind, "faults": len(of_kind), **{s: sum(r["stage"] == s for r in of_kind) for s in stages}}
+        row |= {"units_finished_before": sum(r["finished"] for r in of_kind)}
+        rows.append(row | {key: sum(len(r[key]) for r in of_kind) for key in ("recomputed", "lost")})
     for key in ("differing", "leftovers", "silent"):
-        rows[-1][key] = len(found[key])
-    rows[-1] |= {"lives": found["lives"], "units_of_a_run": found["units"], "seed": args.seed}
+        rows[-1][key] = len(summary[key])
+    rows[-1] |= {"lives": summary["lives"], "units_of_a_run": summary["units"], "seed": args.seed}
     if args.out:
         with open(args.out, "w", newline="") as f:
             writer = csv.DictWriter(f, list(rows[-1]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     print(json.dumps(rows[-1]))
-    if wrong := bad(found):
+    if wrong := bad(summary):
         sys.exit("\n".join(wrong[:20]))
 
 

@@ -163,12 +163,12 @@ def targets(root: Path) -> list[Target]:
     formats = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
     def encoded(kind: str) -> list[bytes]:
-        found = []
+        actual = []
         for picture in (*pictures, pictures[1].convert("L"), pictures[0].convert("P")):
             buffer = io.BytesIO()
             (picture.convert("RGB") if kind in ("JPEG", "WEBP", "PPM") else picture).save(buffer, kind)
-            found.append(buffer.getvalue())
-        return found
+            actual.append(buffer.getvalue())
+        return actual
 
     def look(data: bytes, folder: Path) -> Any:
         return read_image(Split(np.zeros(1, np.int64), lambda row: data, "train"), 0, 8, "crop")
@@ -222,8 +222,8 @@ def targets(root: Path) -> list[Target]:
     def source(name: str, streaming: bool) -> Callable[[bytes, Path], Any]:
         def run(data: bytes, folder: Path) -> Any:
             (folder / name).write_bytes(data)
-            found = load_source(folder, streaming=streaming)
-            return read_images(found.train, range(min(4, len(found.train))), 8, "crop")
+            actual = load_source(folder, streaming=streaming)
+            return read_images(actual.train, range(min(4, len(actual.train))), 8, "crop")
 
         return run
 
@@ -349,17 +349,17 @@ def batch(target: Target, seed: int, numbers: range) -> list[str]:
         finally:
             os._exit(0)
     os.close(writing)
-    said = b""
+    output = b""
     while select.select([reading], [], [], LIMIT_S)[0]:
         more = os.read(reading, 1 << 16)
         if not more:
             break
-        said += more
+        output += more
     else:
         os.kill(pid, signal.SIGKILL)
     os.close(reading)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    outcomes = said.decode(errors="replace").splitlines()
+    outcomes = output.decode(errors="replace").splitlines()
     if len(outcomes) < len(numbers):
         outcomes.append("hang" if status == -signal.SIGKILL else f"crash ({status})")
     return outcomes
@@ -396,18 +396,18 @@ def main() -> None:
     versions = {"python": platform.python_version(), "pillow": PIL.__version__, "pyarrow": pyarrow.__version__}
     versions["safetensors"] = safetensors.__version__
     with tempfile.TemporaryDirectory() as root:
-        asked = [t for t in targets(Path(root)) if args.only in (None, t.name)]
+        chosen = [t for t in targets(Path(root)) if args.only in (None, t.name)]
         if args.number is not None:
             with tempfile.TemporaryDirectory() as folder:
-                asked[0].run(make_input(asked[0], args.seed, args.number), Path(folder))
+                chosen[0].run(make_input(chosen[0], args.seed, args.number), Path(folder))
             return
-        total = sum(t.share for t in asked)
+        total = sum(t.share for t in chosen)
         rows, findings = [], []
-        for t in asked:
+        for t in chosen:
             began = time.perf_counter()
             inputs = max(1, -(-args.inputs * t.share // total))
-            count, found = fuzz(t, args.seed, inputs)
-            findings += found
+            count, failures = fuzz(t, args.seed, inputs)
+            findings += failures
             row = {"target": t.name, "inputs": inputs}
             row |= {k: count[k] for k in ("accepted", "refused", "undocumented", "crashes", "hangs")}
             rows.append(row | {"seconds": round(time.perf_counter() - began, 1), "seed": args.seed, **versions})

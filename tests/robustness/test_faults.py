@@ -34,9 +34,9 @@ def test_hurt_runs_end_like_one_that_nobody_hurt(tmp_path: Path) -> None:
         command, capture_output=True, text=True, timeout=280, env={**os.environ, "TMPDIR": str(tmp_path)}
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert found["faults"] == 2 * len(KINDS)
-    assert found["units_finished_before"] > 0
+    summary = json.loads(done.stdout)
+    assert summary["faults"] == 2 * len(KINDS)
+    assert summary["units_finished_before"] > 0
 
 
 @pytest.mark.multi_process
@@ -80,18 +80,18 @@ def test_a_really_full_disk_stops_a_run_and_a_larger_one_lets_it_go_on(
         monkeypatch.chdir(disk)
         file = every_stage(world, disk)
         assert main(["run", "--config", str(file), "--cpu"]) == 1
-        said = capsys.readouterr().err
-        assert re.search(r"the disk is full while writing (cache|run)/\S+; free some space", said), said
+        message = capsys.readouterr().err
+        assert re.search(r"the disk is full while writing (cache|run)/\S+; free some space", message), message
         before = units(disk)
         assert before
         assert not list(disk.rglob("*.tmp"))
         subprocess.run([*mount, "remount,size=64m", "tmpfs", str(disk)], check=True)
         assert main(["run", "--config", str(file), "--cpu"]) == 0
         now = units(disk)
-        gone = {n for n in before if n not in now}
+        removed = {n for n in before if n not in now}
         # parts of a class go once the file of the class is complete, as in `live`
-        assert all("/part-" in n and n.startswith("run/images/") for n in gone), gone
-        assert {n: now[n] for n in before.keys() - gone} == {n: before[n] for n in before.keys() - gone}
+        assert all("/part-" in n and n.startswith("run/images/") for n in removed), removed
+        assert {n: now[n] for n in before.keys() - removed} == {n: before[n] for n in before.keys() - removed}
     finally:
         monkeypatch.undo()
         subprocess.run(["umount", "-l", str(disk)], check=False)

@@ -335,8 +335,8 @@ def test_cards_and_cells_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 def test_a_head_of_a_card_that_says_absurd_things_counts_as_little(head: str, tmp_path: Path) -> None:
     make().save(tmp_path, "default")
     record = read_json(tmp_path / "default" / "provenance.json")
-    found, body = split_card(dataset_card([record], {}, old=f"---\n{head}\n---\nmine\n"))
-    assert [c["config_name"] for c in found["configs"]] == ["default"]
+    metadata, body = split_card(dataset_card([record], {}, old=f"---\n{head}\n---\nmine\n"))
+    assert [c["config_name"] for c in metadata["configs"]] == ["default"]
     assert "mine" in body
 
 

@@ -163,13 +163,13 @@ def test_labels_of_views_are_counted_as_the_label_stage_counts_them() -> None:
 def test_batches_grow_while_the_budget_lasts() -> None:
     cpu = torch.device("cpu")
     assert timed(lambda n: 0.001 * n, 64, device=cpu).batch == 64
-    found = timed(lambda n: 0.1 * n, 64, device=cpu, budget_s=1.0)
-    assert found.batch == 2  # three of 0.2 s fit, three of 0.4 s do not
-    assert found.seconds == pytest.approx(0.1)
+    seconds = timed(lambda n: 0.1 * n, 64, device=cpu, budget_s=1.0)
+    assert seconds.batch == 2  # three of 0.2 s fit, three of 0.4 s do not
+    assert seconds.seconds == pytest.approx(0.1)
     assert timed(lambda n: 100.0, 64, device=cpu, smallest=2).batch == 2
     took = iter([9.0, 3, 2, 1, 6])
-    found = timed(lambda n: next(took), 1, device=cpu)
-    assert (found.seconds, found.least, found.most) == (2, 1, 6)
+    seconds = timed(lambda n: next(took), 1, device=cpu)
+    assert (seconds.seconds, seconds.least, seconds.most) == (2, 1, 6)
 
 
 def dry(file: Path, *flags: str) -> list[str]:
@@ -180,28 +180,28 @@ def test_a_dry_run_measures_saves_and_plans(world: Path, tmp_path: Path, capsys:
     file = full(world, tmp_path)
     speeds = tmp_path / "speeds.json"
     assert main(dry(file, "--save_speeds", str(speeds))) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for stage in ("encode", "cluster", "generate", "label", "evaluate", "all"):
-        assert any(line.startswith(f"  {stage} ") for line in said.splitlines()), stage
-    assert "not known" not in said
-    found = Speeds.load(speeds)
+        assert any(line.startswith(f"  {stage} ") for line in output.splitlines()), stage
+    assert "not known" not in output
+    speeds_read = Speeds.load(speeds)
     wanted = {"read", "encode", "decode", "denoise", "teacher", "student 0", "test 0", "student 1", "test 1"}
-    assert wanted <= set(found.speeds)
-    assert {"cluster torch latents ipc 1", "cluster minibatch latents ipc 3"} <= set(found.speeds)
-    for speed in found.speeds.values():
+    assert wanted <= set(speeds_read.speeds)
+    assert {"cluster torch latents ipc 1", "cluster minibatch latents ipc 3"} <= set(speeds_read.speeds)
+    for speed in speeds_read.speeds.values():
         assert 0 <= speed.least <= speed.seconds <= speed.most < 1
-    assert found.facts["latent"] == [4, 4, 4]
-    assert found.facts["versions"]["torch"] == torch.__version__
+    assert speeds_read.facts["latent"] == [4, 4, 4]
+    assert speeds_read.facts["versions"]["torch"] == torch.__version__
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
     # the same from the file, for another number of processes and another set
     assert main(dry(file, "--speeds", str(speeds), "--processes", "16", "--like", "imagenet-21k")) == 0
-    said = capsys.readouterr().out
-    assert "14197122 train images, 21841 classes" in said
-    assert "on 16 processes" in said
-    encode = next(line for line in said.splitlines() if line.startswith("  encode"))
+    output = capsys.readouterr().out
+    assert "14197122 train images, 21841 classes" in output
+    assert "on 16 processes" in output
+    encode = next(line for line in output.splitlines() if line.startswith("  encode"))
     assert "1.99 GB on disk" in encode  # 14,197,122 x (64 x 2 + 12)
-    assert "not timed" not in said
+    assert "not timed" not in output
 
 
 def test_the_file_decides_the_seconds(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -222,9 +222,9 @@ def test_the_file_decides_the_seconds(world: Path, tmp_path: Path, capsys: pytes
     del data["speeds"]["encode"]
     speeds.write_text(json.dumps(data))
     assert main(dry(file, "--speeds", str(speeds))) == 0
-    said = capsys.readouterr().out
-    assert "parts: time not known" in said
-    assert "  all       at least" in said
+    output = capsys.readouterr().out
+    assert "parts: time not known" in output
+    assert "  all       at least" in output
 
 
 def test_inputs_are_made_outside_of_the_clock() -> None:
@@ -235,9 +235,9 @@ def test_inputs_are_made_outside_of_the_clock() -> None:
         made.append(size)
         return size
 
-    found = timed(lambda n: None, 2, device=torch.device("cpu"), budget_s=0.01, prepare=prepare)
+    seconds = timed(lambda n: None, 2, device=torch.device("cpu"), budget_s=0.01, prepare=prepare)
     assert len(made) > 3
-    assert found.most < 0.02
+    assert seconds.most < 0.02
 
 
 def test_a_step_of_refinement_is_timed(
@@ -251,34 +251,34 @@ def test_a_step_of_refinement_is_timed(
     assert main(dry(file, "--save_speeds", str(speeds))) == 0
     names = [n.split()[1] for n in Speeds.load(speeds).speeds if n.startswith("refine ")]
     assert names == ["fadrm", "teddy"]
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     # 9 images: 9 steps in batches of 3, and 4 steps in one of 9
-    assert "  refine    4 batches: about" in said
-    assert "81 refine fadrm" in said
-    assert "36 refine teddy" in said
+    assert "  refine    4 batches: about" in output
+    assert "81 refine fadrm" in output
+    assert "36 refine teddy" in output
 
 
 def test_what_is_not_at_hand_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("codec: {path: some/where}\nevaluate: {students: []}\n")
     assert main(dry(file, "--like", "cifar10")) == 0
-    said = capsys.readouterr().out
-    assert "time not known, disk not known" in said
-    assert "not timed: some/where is not a folder here" in said
-    assert "not timed: images are not at hand, so neither reading nor teachers" in said
+    output = capsys.readouterr().out
+    assert "time not known, disk not known" in output
+    assert "not timed: some/where is not a folder here" in output
+    assert "not timed: images are not at hand, so neither reading nor teachers" in output
 
 
 def test_a_shortage_of_disk_is_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = config(world, tmp_path, evaluate__students=[])
     (tmp_path / "speeds.json").write_text('{"speeds": {}, "latent": [4, 4, 4], "resolution": 8}')
-    known = ["--speeds", str(tmp_path / "speeds.json")]
-    assert main(dry(file, *known)) == 0
+    options = ["--speeds", str(tmp_path / "speeds.json")]
+    assert main(dry(file, *options)) == 0
     assert "\nshortage " not in capsys.readouterr().out
     # images of 30 TB each
-    assert main(dry(file, *known, "--set", "source.image_size=3000000")) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("shortage    ")
-    assert said.endswith(" TB are needed")
+    assert main(dry(file, *options, "--set", "source.image_size=3000000")) == 0
+    output = capsys.readouterr().out.splitlines()[-1]
+    assert output.startswith("shortage    ")
+    assert output.endswith(" TB are needed")
 
 
 @pytest.mark.parametrize(

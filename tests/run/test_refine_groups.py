@@ -114,12 +114,12 @@ class Seen:
     def gps_groups(self, number: int) -> list[list[Tensor]]:
         """Rows by class and group."""
         scores = self.gps()
-        found = []
+        members = []
         for c in range(3):
             rows = (self.labels == c).nonzero()[:, 0]
             rows = rows[scores[rows].argsort()]
-            found.append([rows[len(rows) * j // number : len(rows) * (j + 1) // number] for j in range(number)])
-        return found
+            members.append([rows[len(rows) * j // number : len(rows) * (j + 1) // number] for j in range(number)])
+        return members
 
 
 @pytest.fixture(scope="module")

@@ -133,8 +133,8 @@ def test_the_order_of_stages_is_the_users(finished, world, teachers, tmp_path):
 def test_two_processes_give_the_same_bytes(finished, world, teachers, tmp_path):
     judged = {**SHORT, "validation_teachers": teachers[1:], "teachers": teachers}
     process = launch(refining(world, tmp_path, teachers, [judged, TEDDY]), "run", processes=2)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    _, output = process.communicate(timeout=240)
+    assert process.returncode == 0, output
     assert read_json(tmp_path / "run" / "provenance.json")["processes"] == 2
     assert results(tmp_path) == results(finished)
 
@@ -185,9 +185,9 @@ def test_what_was_refined_otherwise_is_not_taken(finished, world, teachers, tmp_
 
 def test_other_files_and_weights_are_noticed(world, teachers, tmp_path, capsys):
     """What the images were refined by: teachers' weights, anchors, weights of the set where they count."""
-    mine = tmp_path / "mine.safetensors"
-    shutil.copyfile(teachers[0]["path"], mine)
-    own = [{**teachers[0], "path": str(mine)}]
+    anchor_file = tmp_path / "mine.safetensors"
+    shutil.copyfile(teachers[0]["path"], anchor_file)
+    own = [{**teachers[0], "path": str(anchor_file)}]
     anchors = tmp_path / "anchors.npz"
     labels = np.repeat(np.arange(3), 3)
     images = np.random.default_rng(0).integers(0, 255, (9, 3, 8, 8)).astype(np.uint8)
@@ -197,18 +197,18 @@ def test_other_files_and_weights_are_noticed(world, teachers, tmp_path, capsys):
     assert run(file) == 0
     folders = {p.name for p in tmp_path.glob("run/images/*fadrm*")}
 
-    def refused(said: str, given: Path = file) -> None:
+    def refused(message: str, given: Path = file) -> None:
         for verb in ("label", "report"):
             capsys.readouterr()
             assert run(given, verb) == 2
-            assert said in capsys.readouterr().err
+            assert message in capsys.readouterr().err
         assert run(given, "refine") == 0
         now = {p.name for p in tmp_path.glob("run/images/*fadrm*")}
         assert len(now) == len(folders) + 1
         folders.update(now)
         assert run(given, "report") == 0
 
-    shutil.copyfile(teachers[1]["path"], mine)
+    shutil.copyfile(teachers[1]["path"], anchor_file)
     refused("refined with other files than")
     np.savez(anchors, images=255 - images, labels=labels)
     refused("refined with other files than")
@@ -351,10 +351,10 @@ def test_anchors_are_retrieved_at_every_merge(world, teachers, tmp_path, retriev
     if retrieve == "prototypes":
         assert torch.equal(strip[3], strip[0])  # the nearest image to an image of the set is itself
     else:
-        found = [read_tensors(p)[0]["images"] for p in sorted(tmp_path.glob("run/images/*fadrm*/candidates/*"))]
-        assert [len(x) for x in found] == [4, 4, 4]
+        candidates = [read_tensors(p)[0]["images"] for p in sorted(tmp_path.glob("run/images/*fadrm*/candidates/*"))]
+        assert [len(x) for x in candidates] == [4, 4, 4]
         for i, image in enumerate(strip[3]):
-            assert any(torch.equal(image, x) for x in found[i % 3])
+            assert any(torch.equal(image, x) for x in candidates[i % 3])
 
 
 def test_calibration_class_means_weights_and_pads_rule_run_through(world, teachers, tmp_path):
@@ -389,7 +389,7 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
 
 
 @pytest.mark.parametrize(
-    ("stage", "said"),
+    ("stage", "message"),
     [
         ({"stage": "fadrm", "steps": [1]}, r"the stage 'fadrm' needs a teacher; set teachers, or refine.0.teachers"),
         ({**TEDDY, "teachers": [{"net": "pool", "path": "nowhere"}]}, "there is no pool in nowhere"),
@@ -406,13 +406,13 @@ def test_the_python_face(toy_source, teachers, tmp_path, accelerator):
         ({**SHORT, "sizes": [8, 8, 12]}, r"the last of sizes=\[8, 8, 12\] must be the side of the images, 8 px"),
     ],
 )
-def test_bad_settings_stop_before_anything_is_encoded(world, teachers, tmp_path, stage, said, capsys):
-    file = refining(world, tmp_path, [] if "needs a teacher" in said else teachers, [])
+def test_bad_settings_stop_before_anything_is_encoded(world, teachers, tmp_path, stage, message, capsys):
+    file = refining(world, tmp_path, [] if "needs a teacher" in message else teachers, [])
     data = yaml.safe_load(file.read_text())
     data["refine"] = [stage]
     file.write_text(yaml.safe_dump(data))
     assert run(file) == 2
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "cache").exists()
 
 
@@ -430,9 +430,9 @@ def test_a_batch_of_too_few_classes_and_a_teacher_without_norm_are_said(world, t
 
 def test_a_dry_run_counts_batches_and_steps(world, teachers, tmp_path, capsys):
     assert run(refining(world, tmp_path, teachers, [SHORT, TEDDY]), "run", "--dry-run") == 0
-    said = capsys.readouterr().out
-    assert "ddoq ipc 3: fadrm, 9 images in 3 batches, 9 steps, 81 image steps" in said
-    assert "ddoq ipc 3: teddy, 9 images in 1 batch, 4 steps, 36 image steps" in said
+    output = capsys.readouterr().out
+    assert "ddoq ipc 3: fadrm, 9 images in 3 batches, 9 steps, 81 image steps" in output
+    assert "ddoq ipc 3: teddy, 9 images in 1 batch, 4 steps, 36 image steps" in output
 
 
 def test_a_run_without_stages_is_as_before(world, tmp_path):
