@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from dq.config.schema import RunConfig
 
 
+NO_PRIOR = "none"  # value of --prior
+
+
 def resolve(args: argparse.Namespace) -> RunConfig:
     """Defaults < file < flags."""
     from dq.config.overrides import apply_settings
@@ -20,7 +23,12 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     if args.verb == "evaluate":
         config = apply_settings(config, _early_flags(args))  # so that --set can say more of them
     config = apply_settings(config, [s for group in args.set for s in group])
-    flags: dict[str, Any] = {"source.path": args.data, "cache_dir": args.cache_dir, "generate.model": args.prior}
+    flags: dict[str, Any] = {
+        "source.path": args.data,
+        "cache_dir": args.cache_dir,
+        "source.image_size": args.image_size,
+    }
+    flags["generate.model"] = None if args.prior == NO_PRIOR else args.prior
     flags |= {args.folder_setting: args.output_dir, args.seed_setting: args.seed}
     if args.report_to:
         flags["report_to"] = [name for text in args.report_to for name in text.split(",") if name]
@@ -65,7 +73,7 @@ def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, An
     """Settings that the options of `evaluate` stand for."""
     from dq.config.students import default_baselines
 
-    flags: dict[str, Any] = {"evaluate.seeds": args.seeds, "source.image_size": args.image_size}
+    flags: dict[str, Any] = {"evaluate.seeds": args.seeds}
     settings = {s.partition("=")[0].strip() for group in args.set for s in group}
     if args.baselines is not None:
         flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]

@@ -58,6 +58,20 @@ def _push(args: argparse.Namespace, config: RunConfig) -> None:
     print(commit.pr_url or commit)
 
 
+def export_verb(args: argparse.Namespace) -> None:
+    """Write the images of a set as PNG files."""
+    from dq.distilled.external import load_set
+
+    if is_first_process():
+        if not args.output_dir:
+            raise InputError("say where to put the images: --output_dir DIR")
+        print(
+            load_set(args.set_path, name=args.name, token=args.token, revision=args.revision).save_images(
+                args.output_dir
+            )
+        )
+
+
 def pull_verb(args: argparse.Namespace) -> None:
     """Copy sets or a model from the Hub to a folder."""
     from dq.run.share import pull

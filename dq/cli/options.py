@@ -11,7 +11,7 @@ LABEL_KINDS = ("logits", "probabilities", "regression")
 ABSENT: dict[str, Any] = dict.fromkeys(
     (
         *("config", "data", "output_dir", "cache_dir", "seed", "ipc", "report_to", "speeds", "save_speeds"),
-        *("processes", "like", "token", "protocol", "prior"),
+        *("processes", "like", "token", "protocol", "prior", "epochs", "image_size"),
     )
 )
 ABSENT |= {"set": [], "cpu": False, "dry_run": False, "quiet": False, "verbose": False}
@@ -45,9 +45,24 @@ def _folder(p: argparse.ArgumentParser) -> None:
     p.add_argument("data", metavar="DATA", help="the image set: folder, Hub id or sklearn:digits (source.path)")
 
 
+def _settings_file(p: argparse.ArgumentParser) -> None:
+    p.add_argument("file", metavar="FILE", help="where to write the settings; must not exist")
+
+
 def _prior(p: argparse.ArgumentParser) -> None:
-    text = "pipeline folder or Hub id of a class-conditional DiT, e.g. of `dq train-denoiser` (generate.model)"
+    text = (
+        "pipeline folder or Hub id of a class-conditional DiT, e.g. of `dq train-denoiser` (generate.model); none: "
+        "real images; default: a prior of these classes that comes with dq, else none"
+    )
     p.add_argument("--prior", metavar="FOLDER", help=text)
+
+
+def _epochs(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--epochs", type=int, metavar="N", help="passes of every student over its set (evaluate.students)")
+
+
+def _image_size(p: argparse.ArgumentParser) -> None:
+    _option(p, "--image_size", type=int, metavar="N", help="side in px of distilled images, at which students train")
 
 
 def _output_dir(p: argparse.ArgumentParser) -> None:
@@ -109,7 +124,7 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
         "--baselines", metavar="NAME[,NAME]", help="random, herding, ...; see `dq config evaluate.baselines`"
     )
     p.add_argument("--seeds", type=int, help="students per set")
-    _option(p, "--image_size", type=int, help="side in px at which students train")
+    _image_size(p)
     text = "what the label vectors of the sets are, where they do not say it themselves"
     _option(p, "--label_kind", choices=LABEL_KINDS, help=text)
 
@@ -136,6 +151,12 @@ def _push_to_hub(p: argparse.ArgumentParser) -> None:
 def _push(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", nargs="?", metavar="FOLDER", help="what to push, in place of the run of --config")
     p.add_argument("--only", metavar="NAME[,NAME]", help="sets by name, e.g. ipc10-ddoq; default: all")
+
+
+def _export(p: argparse.ArgumentParser) -> None:
+    p.add_argument("set_path", metavar="SET", help="a set's or run's folder, or a repository of sets")
+    p.add_argument("--name", metavar="SET", help="one set of several")
+    _token(p)
 
 
 def _pull(p: argparse.ArgumentParser) -> None:
@@ -169,6 +190,13 @@ GROUPS = {
     **{"config": _config, "data": _data, "output_dir": _output_dir, "cache_dir": _cache_dir, "seed": _seed},
     **{"ipc": _ipc, "set": _set, "cpu": _cpu, "report_to": _report_to, "plan": _plan, "timings": _timings},
     **{"evaluate": _evaluate, "hub": _hub, "push_to_hub": _push_to_hub, "push": _push, "pull": _pull},
-    **{"folder": _folder, "prior": _prior},
+    **{"export": _export},
+    **{
+        "folder": _folder,
+        "settings_file": _settings_file,
+        "prior": _prior,
+        "epochs": _epochs,
+        "image_size": _image_size,
+    },
     **{"doctor": _doctor, "key": _key, "file": _file, "copy": _copy, "shell": _shell},
 }

@@ -86,6 +86,8 @@ def build_parser() -> Parser:
         )
         add_options(p, verb.options, loudness=not verb.prints)
         p.set_defaults(parser=parser, folder_setting=verb.folder, seed_setting=verb.seed)
+        if verb.plans:
+            p.set_defaults(dry_run=True)
         if verb.preset:
             p.set_defaults(config=verb.preset)
     return parser

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dq.cli.hub import push_run
 from dq.cli.jobs import Call, Checked, Job
 from dq.cli.training import check_codec, train_codec, train_denoiser
+from dq.core.errors import InputError
 
 if TYPE_CHECKING:
     from dq.config.schema import RunConfig
@@ -283,12 +284,47 @@ def _follow_recipe(call: Call, began: float) -> None:
 
 
 def fill_distill(call: Call) -> RunConfig:
-    """Settings of the recipe by images and prior, with sizes unless set."""
-    from dq.cli.flags import sets_key
-    from dq.run.recipe import fill_recipe
+    """Settings of the recipe by images and prior, with sizes unless set; without a prior, by real images."""
+    from functools import partial
 
-    resolution = not sets_key(call.args, "codec.resolution")
-    return fill_recipe(call.config, call.source, resolution=resolution, image_size=not call.args.like)
+    from dq.cli.flags import sets_key
+    from dq.config.overrides import apply_settings
+    from dq.run.recipe import fill_recipe, fill_representatives, fit_students, prior_of_classes
+
+    args, config, source = call.args, call.config, call.source
+    given = partial(sets_key, args)
+    if not config.generate.model and args.prior is None and (prior := prior_of_classes(source.class_names)):
+        log.info("the prior of these classes in %s draws the images (--prior none for real images)", prior)
+        config = apply_settings(config, {"generate.model": str(prior)})
+    if config.generate.model:
+        config = fill_recipe(config, source, resolution=not given("codec.resolution"), image_size=not args.like)
+    else:
+        log.info(
+            "no prior is named and none of these classes comes with dq: the set is made of the real images nearest to "
+            "the points of k-means (dq train-denoiser trains a prior, --prior FOLDER uses it)"
+        )
+        if args.like and config.source.image_size is None:
+            config = apply_settings(config, {"source.image_size": config.codec.resolution})
+        config = fill_representatives(config, source, call.accelerator.device.type, given)
+    if not given("evaluate.students"):
+        config = fit_students(config, call.accelerator.device.type)
+    return config if args.epochs is None else with_epochs(config, args.epochs)
+
+
+def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
+    """Settings whose students all train for this number of epochs."""
+    from dq.config.overrides import apply_settings
+
+    return apply_settings(
+        config, {f"evaluate.students.{i}.epochs": epochs for i in range(len(config.evaluate.students))}
+    )
+
+
+def fill_stage(call: Call) -> RunConfig:
+    """Settings of a run whose codec follows from its prior where none is named."""
+    from dq.run.recipe import fill_codec
+
+    return fill_codec(call.config)
 
 
 def fill_demo(call: Call) -> RunConfig:
@@ -305,6 +341,24 @@ def report_results(config: RunConfig) -> None:
     print(write_results_report(Path(config.output_dir)))
 
 
-STAGE = Job(check, plan, work, checks_counts=True)
+def write_settings(call: Call, checked: Checked) -> str:
+    """Write the settings that are not the defaults, as `dq run` reads them; returns the path of the file."""
+    from dq.config.reader import dump_changes
+    from dq.core.files import write_text
+
+    path, config = Path(call.args.file), call.config
+    if path.exists():
+        raise InputError(f"{path} exists; choose a name that does not")
+    lines = ["# Written by dq init. `dq config KEY` explains a setting."]
+    if untrained := _untrained(call):
+        net = untrained[0].net
+        lines.append(f"# {net} selects among the draws and is trained first: dq train-teachers --config {path}")
+    if call.accelerator.is_main_process:
+        write_text(path, "\n".join([*lines, f"#   dq run --config {path}", dump_changes(config)]))
+    return str(path)
+
+
+STAGE = Job(check, plan, work, fill=fill_stage, checks_counts=True)
 DISTILL = Job(check_recipe, plan_recipe, work_recipe, fill=fill_distill, checks_counts=True)
+INIT = Job(check_recipe, write_settings, work_recipe, fill=fill_distill)
 DEMO = Job(check_demo, plan_recipe, work_demo, fill=fill_demo, checks_counts=True)

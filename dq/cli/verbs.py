@@ -32,6 +32,7 @@ class Verb:
     needs_config: bool = False
     action: Job | Callable[[argparse.Namespace], int | None] = runs.STAGE  # on images, or a function that opens none
     prints: bool = False  # whether it prints a result at once, and logs nothing
+    plans: bool = False  # whether it ends with its plan, as --dry-run does
     preset: str | None = None  # configuration of the package that it begins with
     folder: str = "output_dir"  # setting of the folder that it writes to
     seed: str = "seed"  # setting of its seed
@@ -115,12 +116,28 @@ VERBS = {
         "",
         action=hub.pull_verb,
     ),
+    "export": Verb(
+        "write the images of a set as PNG files by class, and their weights as CSV",
+        "runs/mine/dataset/ipc10-recommended --output_dir images",
+        "export output_dir",
+        "",
+        action=hub.export_verb,
+    ),
     "distill": Verb(
-        "the recommended recipe: a small set of the images in DATA, drawn by a diffusion prior, selected and scored",
-        "cifar10 --prior checkpoints/cifar10 --ipc 10 --output_dir runs/mine",
-        "folder prior output_dir cache_dir seed ipc set cpu report_to plan timings hub push_to_hub",
+        "the recommended recipe: a small set of the images in DATA, drawn by a prior of them if there is one, scored",
+        "photos --ipc 10 --output_dir runs/mine",
+        "folder prior image_size epochs output_dir cache_dir seed ipc set cpu report_to plan timings hub push_to_hub",
         f"{RUN_SETTINGS} train_teachers hub report_to",
         action=runs.DISTILL,
+        preset="recommended",
+    ),
+    "init": Verb(
+        "write the settings with which `dq distill DATA` runs, as a YAML file to change and run",
+        "photos mine.yaml --ipc 10 --output_dir runs/mine",
+        "folder settings_file prior image_size epochs output_dir cache_dir seed ipc set cpu",
+        f"{RUN_SETTINGS} train_teachers",
+        action=runs.INIT,
+        plans=True,
         preset="recommended",
     ),
     "demo": Verb(

@@ -66,6 +66,25 @@ def _word(field: FieldInfo) -> str | None:
     return None if word == "null" else word
 
 
+def changed_settings(config: Any, default: Any) -> dict[str, Any]:
+    """Plain data of the settings of a section that differ from those of another of its class."""
+    changed: dict[str, Any] = {}
+    for name, field in type(config).__pydantic_fields__.items():
+        value, other = getattr(config, name), getattr(default, name)
+        if value == other:
+            continue
+        if is_settings(type(value)) and type(other) is type(value):
+            changed[name] = changed_settings(value, other)
+        else:
+            changed[name] = _word(field) if value is None else in_words(value)
+    return changed
+
+
+def dump_changes(config: Any) -> str:
+    """YAML text of the settings that are not the defaults, from which `load_config` reads equal ones."""
+    return write_yaml(changed_settings(config, type(config)()))
+
+
 def dump_config(config: Any) -> str:
     """YAML text of settings, from which `load_config` reads equal ones."""
     return write_yaml(in_words(config))

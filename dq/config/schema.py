@@ -25,6 +25,7 @@ from dq.config.kinds import (
     PathText,
     Positive,
     Share,
+    ShareBelowOne,
 )
 from dq.config.prior import PriorConfig, PriorReportConfig
 from dq.config.pruning import PruneConfig
@@ -55,6 +56,9 @@ class SourceConfig(Checked):
         Auto[str],
         Field(description="name of the test split, or none; auto: the first of test, testing, validation, val, eval"),
     ] = None
+    test_share: Annotated[
+        ShareBelowOne, Field(description="share of every class of train that is the test split where there is none")
+    ] = 0.0
     image_column: Annotated[Auto[str], Field(description="column of the images; auto: the only one")] = None
     label_column: Annotated[Auto[str], Field(description="column of the labels; auto: the only one")] = None
     # for Parquet files and WebDataset tars

@@ -52,19 +52,28 @@ def read_image(split: Split, row: int, size: int, preprocess: Preprocess) -> np.
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def image_side(split: Split) -> int:
-    """Return the shorter side in px of the first readable image of a split.
+def image_side(split: Split, sample: int = 32) -> int:
+    """Return the median of the shorter sides in px of readable images of a split.
+
+    Args:
+        split: the images, of which only headers are read where the format has one.
+        sample: how many are looked at, evenly over the rows.
 
     Raises:
-        InputError: if none of the first hundred can be.
+        InputError: if none of them, nor of the first hundred, can be read.
     """
+    spread = np.unique(np.linspace(0, len(split) - 1, sample).astype(int)).tolist() if len(split) else []
     problem: InputError | None = None
-    for row in range(min(100, len(split))):
-        try:
-            with _opened(split, row) as image:
-                return min(image.size)
-        except InputError as e:
-            problem = problem or e
+    for rows in (spread, range(min(100, len(split)))):
+        sides: list[int] = []
+        for row in rows:
+            try:
+                with _opened(split, row) as image:
+                    sides.append(min(image.size))
+            except InputError as e:
+                problem = problem or e
+        if sides:
+            return int(np.median(sides))
     raise problem or InputError("there are no images to take the size of")
 
 

@@ -15,6 +15,7 @@ from dq.core.files import as_path
 from dq.data.hf_datasets import open_with_datasets
 from dq.data.image_folder import has_label_table, has_tables, open_image_folder
 from dq.data.source import ImageSource, Preprocess
+from dq.data.splits import with_test_split
 from dq.data.streaming import open_shards
 from dq.data.tensors import Arrays, from_tensors, load_digits_source
 
@@ -67,7 +68,8 @@ def load_source(
         raise InputError("class_names is for tensors; a data set on disk or on the Hub has names of its own")
     base = to_dict(source) if isinstance(source, SourceConfig) else {"path": os.fspath(source)}
     config = from_dict(SourceConfig, {**base, **reading, **options})
-    return dataclasses.replace(_open(config), preprocess=config.preprocess, on_bad_image=config.on_bad_image)
+    opened = dataclasses.replace(_open(config), preprocess=config.preprocess, on_bad_image=config.on_bad_image)
+    return with_test_split(opened, config.test_share)
 
 
 def _open(config: SourceConfig) -> ImageSource:

@@ -34,13 +34,26 @@ class Split:
     name: str
     column: Callable[[str], list[Any] | None] = lambda name: None  # values of another column; None if there is none
     columns: tuple[str, ...] = ()  # names of the other columns
+    stored: tuple[str, np.ndarray] | None = None  # split and rows that this one is a part of; None: it is whole
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def where(self, row: int) -> str:
         """Return the name of a row in error messages."""
-        return f"row {row} of split {self.name!r}"
+        name, row = (self.stored[0], int(self.stored[1][row])) if self.stored else (self.name, row)
+        return f"row {row} of split {name!r}"
+
+    def part(self, rows: np.ndarray, name: str) -> Split:
+        """Return a split of some rows, in their order."""
+
+        def column(wanted: str) -> list[Any] | None:
+            values = self.column(wanted)
+            return None if values is None else [values[row] for row in rows]
+
+        return Split(
+            self.labels[rows], lambda row: self.read(int(rows[row])), name, column, self.columns, (self.name, rows)
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,18 @@ class ImageSource:
     sequential: bool = False  # neighboring rows are fast to read together, single ones slow
     preprocess: Preprocess = "crop"  # how an image becomes a square
     on_bad_image: Literal["raise", "skip"] = "raise"  # what happens to images that cannot be read
+
+    def __str__(self) -> str:
+        """Three lines: images by split, images of the classes of train, names of the classes."""
+        parts = ", ".join(f"{len(split):,} of {name}" for name, split in self.splits.items())
+        counts = self.class_counts()
+        each = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
+        names = ", ".join(map(printable, self.class_names[:10]))
+        more = f", and {len(self.class_names) - 10:,} more" if len(self.class_names) > 10 else ""
+        return (
+            f"{printable(self.origin)}: images {parts}{'' if self.test_name else ', no test split'}\n"
+            f"{len(self.class_names):,} classes of {each} train images\n{names}{more}"
+        )
 
     @property
     def train(self) -> Split:

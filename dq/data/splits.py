@@ -1,13 +1,22 @@
-"""Validation rows, and images at another side."""
+"""Held-out parts of train, and images at another side."""
 
 from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dq.core.errors import InputError
 from dq.core.seeds import generator
+from dq.data.source import ImageSource
+
+log = logging.getLogger("dq")
+HELD_OUT = "held-out"  # name of a test split made of train images
 
 
 def resized(images: Tensor, side: int, *, bounded: bool = True) -> Tensor:
@@ -37,3 +46,41 @@ def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:
         order = torch.randperm(len(rows), generator=generator("validation", int(label)))
         chosen.append(rows[order[:count].numpy()])
     return np.sort(np.concatenate(chosen))
+
+
+def with_test_split(source: ImageSource, share: float) -> ImageSource:
+    """Set a part of every class of train aside as the test split of a source that has none.
+
+    Args:
+        source: the images; returned as they are if there is a test split, or `share` is 0.
+        share: of every class, rounded down, in [0, 1); a class of one image or more keeps at least one for train, and
+            classes of two or more give at least one. Which images go depends on their order alone.
+
+    Raises:
+        InputError: if no class has two images.
+    """
+    if not share or source.test_name is not None:
+        return source
+    labels = source.train.labels
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(max(1, int(share * len(rows))), len(rows) - 1)
+        order = torch.randperm(len(rows), generator=generator("test", int(label)))
+        mask[rows[order[:count].numpy()]] = True
+    if not mask.any():
+        raise InputError(
+            f"{source.origin} has no test split, and one image a class, of which none can be held out; add images or "
+            "set source.test_share=0"
+        )
+    log.info(
+        "%s has no test split: %d of its %d images, about %.0f %% of every class, are held out (source.test_share)",
+        *(source.origin, mask.sum(), len(labels), 100 * share),
+    )
+    train, test = np.flatnonzero(~mask), np.flatnonzero(mask)
+    parts = {
+        source.train_name: source.train.part(train, source.train_name),
+        HELD_OUT: source.train.part(test, HELD_OUT),
+    }
+    identity = hashlib.blake2b(f"{source.fingerprint}|{share}".encode(), digest_size=8).hexdigest()
+    return dataclasses.replace(source, splits={**source.splits, **parts}, test_name=HELD_OUT, fingerprint=identity)

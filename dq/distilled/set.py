@@ -24,6 +24,7 @@ from dq.distilled.card import write_dataset_card
 from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
 from dq.distilled.hub import download_set, push_folder
 from dq.distilled.parquet import _in_range, _intact, _read_shard, rows_as_dataset, write_set
+from dq.distilled.png import save_images
 
 log = logging.getLogger("dq")
 
@@ -239,6 +240,19 @@ class DistilledSet:
         return DistilledSet.load(
             *download_set(repo_id, config_name, revision=revision, token=token, cache_dir=cache_dir)
         )
+
+    def save_images(self, folder: str | Path) -> Path:
+        """Write `folder`/CLASS/0000.png, heaviest image of a class first, and `folder`/weights.csv.
+
+        Float images are rounded to bytes, and label vectors stay with the set. See `dq.distilled.png.save_images`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: if the folder holds something already.
+        """
+        return save_images(folder, self.images_uint8(), self.labels, self.weights, self.class_names)
 
     def images_uint8(self) -> Tensor:
         """Images as (N, 3, H, W) uint8, rounded where they are float."""

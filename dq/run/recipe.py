@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dq.config.methods import resolved_method
 from dq.config.overrides import apply_settings
-from dq.config.schema import RunConfig
+from dq.config.reader import to_dict
+from dq.config.schema import GenerateConfig, RunConfig
 from dq.config.teachers import TeacherConfig, TrainTeachersConfig
 from dq.core.errors import InputError
 from dq.core.model_files import open_model
@@ -19,6 +24,103 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dq.data.source import ImageSource
+
+log = logging.getLogger("dq")
+CHECKPOINTS = "checkpoints"  # folder of the repository with priors, beside the package or in the working folder
+CODEC = "cifar10/vae"  # in it: TAESD, which encodes any images
+SIDES = {"cpu": 64, "cuda": 128}  # px up to which images are distilled unless asked otherwise: students take minutes
+
+
+def shipped(name: str) -> Path | None:
+    """Folder of a checkpoint of the repository, in the working folder or beside the package; None if not here."""
+    for root in (Path(CHECKPOINTS), Path(__file__).parents[2] / CHECKPOINTS):
+        if (root / name).is_dir():
+            return root / name
+    return None
+
+
+def prior_of_classes(names: Sequence[str]) -> Path | None:
+    """The checkpoint of the repository that was trained on classes of these names, in this order; None without one."""
+    wanted = [name.casefold() for name in names]
+    root = shipped("")
+    for folder in sorted(root.iterdir()) if root else ():
+        index = open_model(str(folder)).json("model_index.json") if (folder / "model_index.json").is_file() else None
+        labels = (index or {}).get("id2label")
+        if isinstance(labels, dict) and [str(v).casefold() for v in labels.values()] == wanted:
+            return folder
+    return None
+
+
+def fill_representatives(
+    config: RunConfig, source: ImageSource, device: str, given: Callable[[str], bool]
+) -> RunConfig:
+    """Settings for data without a prior: real images nearest to the points of k-means, at a size that fits the images.
+
+    Args:
+        config: the settings.
+        source: the images.
+        device: "cpu" or "cuda", which bounds the side of the images unless it is set.
+        given: whether the user set a setting, which then stays as it is.
+
+    Raises:
+        InputError: if no codec is named and that of the repository is not here.
+    """
+    plain = {f"generate.{k}": v for k, v in to_dict(GenerateConfig(mode="decode")).items()}  # nothing is drawn
+    plain |= {"train_teachers": to_dict(TrainTeachersConfig()), "methods.recommended.representative": "real"}
+    changes = {key: value for key, value in plain.items() if not (given(key) or given(key.split(".")[0]))}
+    if not config.codec.path:
+        codec = shipped(CODEC)
+        if codec is None:
+            raise InputError(
+                "images are compared in the latents of an autoencoder, and that of the repository, "
+                f"{CHECKPOINTS}/{CODEC}, is not here; name one with --set codec.path=FOLDER_OR_HUB_ID, such as "
+                "madebyollin/taesd3, or a prior with --prior FOLDER"
+            )
+        changes["codec.path"] = str(codec)
+    side = config.source.image_size
+    if side is None:
+        shorter = image_side(source.train, sample=1 if source.sequential else 32)
+        side = min(shorter, SIDES.get(device, SIDES["cuda"]))
+        if side < shorter:
+            log.info(
+                "images have a shorter side of %d px (median) and are distilled at %d px, at which students of this "
+                "machine take minutes; --image_size N changes that",
+                *(shorter, side),
+            )
+        changes["source.image_size"] = side
+    if not given("codec.resolution"):
+        changes["codec.resolution"] = max(32, -(-side // 8) * 8)
+    return apply_settings(config, changes)
+
+
+def fit_students(config: RunConfig, device: str) -> RunConfig:
+    """Settings whose ConvNet students fit the side of the images and the device.
+
+    Three blocks up to 32 px, four up to 64 px, five up to 128 px, six beyond (as in MTT, arXiv 2203.11932, section 4).
+    On a CPU, above 32 px, a width of 32 and half of the epochs, so that students take minutes.
+    """
+    depth = min(max(3, math.ceil(math.log2(config.image_size)) - 2), 6)
+    students = [dict(s) for s in config.evaluate.students]
+    for student in students:
+        net = re.fullmatch(r"convnet\dw(\d+)(.*)", str(student.get("net", "")))
+        small = device == "cpu" and depth > 3
+        if net:
+            student["net"] = f"convnet{depth}w{32 if small else net[1]}{net[2]}"
+            if small and isinstance(student.get("epochs"), int):
+                student["epochs"] //= 2
+    return apply_settings(config, {"evaluate.students": students})
+
+
+def fill_codec(config: RunConfig) -> RunConfig:
+    """Settings whose codec, if none is named, is that of the DiT pipeline in `generate.model`, at its side in px.
+
+    Raises:
+        InputError: if that is no pipeline of a DiT with an autoencoder.
+    """
+    prior = config.generate.model
+    if config.codec.path or not prior or config.generate.mode != "dit":
+        return config
+    return apply_settings(config, {"codec.path": prior, "codec.resolution": native_resolution(prior)})
 
 
 def fill_recipe(

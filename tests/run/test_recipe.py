@@ -59,12 +59,6 @@ def test_what_is_no_prior_is_named(world, folder):
         settled(world, **{"generate.model": str(world / folder)})
 
 
-def test_without_prior_the_option_is_named(world, tmp_path, capsys):
-    assert main(call(world, tmp_path, prior=None)) == 2
-    assert "--prior" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_plan_for_a_set_that_is_not_here_reads_no_image(world, tmp_path, capsys):
     assert main([*call(world, tmp_path), "--dry-run", "--like", "3x500"]) == 0
     assert "1500" in capsys.readouterr().out
