@@ -31,7 +31,7 @@ from dq.evaluation.results import to_csv
 from dq.networks.real_data import RealData, load_real_data
 from dq.run.folder import open_run
 from dq.run.pages import write_page
-from dq.run.report import MAX_CLASSES
+from dq.run.sections.gallery import MAX_CLASSES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

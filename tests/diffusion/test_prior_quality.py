@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from models import tiny_dit, tiny_kl
+from page_check import checked_page
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -414,6 +415,7 @@ def test_the_table_says_what_was_measured(world: Path, reported: Path, capsys) -
 
 def test_the_page_holds_everything(reported: Path) -> None:
     page = (reported / "report" / "prior_report.html").read_text()
+    assert checked_page(page).headings[0] == (1, "Quality of a prior")
     assert page.count('src="data:image/png;base64,') == 5  # two grids at two scales, and the losses
     assert "src=" not in page.replace('src="data:', "")
     figures = reported / "report" / "figures"

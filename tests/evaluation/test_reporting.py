@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from page_check import checked_page
 from sets import make
 
 from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
@@ -25,7 +26,7 @@ from dq.evaluation.tables import accuracy_table, tables_text
 from dq.evaluation.trainings import Work, write_tables
 from dq.evaluation.verdicts import verdict_text
 from dq.run.pages import write_page
-from dq.run.report import accuracy_content
+from dq.run.sections.accuracy import accuracy_content
 from dq.run.stages.evaluate import outdated_rows
 
 ROOT = Path(__file__).parents[2]
@@ -229,7 +230,8 @@ def test_recipes_are_named_by_what_differs() -> None:
 
 def accuracy_page(folder: Path) -> str:
     accuracy = accuracy_content(folder, outdated_rows(folder))
-    return write_page(folder / "page.html", "results.html", title="", accuracy=accuracy, dd_ranking=None).read_text()
+    content = {"title": "", "verdict": "", "accuracy": accuracy, "dd_ranking": None}
+    return write_page(folder / "page.html", "results.html", **content).read_text()
 
 
 def test_holm_adjusts_as_by_hand_and_in_any_order() -> None:
@@ -310,6 +312,7 @@ def test_report_tells_students_of_other_labels_apart(tmp_path: Path) -> None:
     page = write_results_report(tmp_path).read_text()
     differences = page[page.index("Differences of pairs") :]
     assert [differences.count(f"<td>convnet3, {kind}</td>") for kind in ("hard", "soft")] == [1, 1]
+    assert checked_page(page).headings == [(1, f"Results of {tmp_path.name}"), (2, "Accuracy")]
 
 
 def test_rows_that_leave_the_table_are_named(tmp_path: Path, accelerator, caplog: pytest.LogCaptureFixture) -> None:
@@ -381,8 +384,8 @@ def test_the_report_leaves_out_rows_of_a_set_that_was_made_anew(tmp_path, accele
     assert outdated_rows(tmp_path) == [(name, "2")]
     text = accuracy_page(tmp_path)
     assert f"made again after it was evaluated: {name} at IPC 2" in text
-    assert f"<td>{name}</td>" not in text
-    assert "<td>random</td>" in text
+    assert f">{name}</th>" not in text
+    assert '<th scope="row">random</th>' in text
     assert "summary.csv has rows of sets that were made again since" in caplog.text
 
 
@@ -405,7 +408,7 @@ def test_recipes_of_one_network_are_drawn_apart() -> None:
 def test_class_names_that_look_like_formulas_are_drawn(tmp_path: Path, toy_source) -> None:
     from dq.cluster.kmeans import kmeans, quantization_stats
     from dq.cluster.prototypes import make_prototypes
-    from dq.run.report import _plot_sizes
+    from dq.run.sections.quantization import _plot_sizes
 
     z = torch.rand(9, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     r = kmeans(z.flatten(1), 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_kl
+from page_check import checked_page
 from PIL import Image
 from runs import config, full, launch, results
 
@@ -46,13 +46,13 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert len(rows) == 9
     assert rows.features["label"].names == ["blue", "green", "red"]
     assert "soft_label" in rows.features
-    page = (run / "report.html").read_text()
-    assert "data:image/png;base64," in page
-    assert "http://" not in page.replace("http://www.w3.org", "")
-    headings = ["Accuracy", "Images", "Quantization", "IPC 1", "IPC 3", "Settings", "Provenance"]
-    assert [h for h in headings if not re.search(rf"<h[23]>[^<]*{h}[^<]*</h", page)] == []
+    page = checked_page((run / "report.html").read_text())
+    headings = ["Accuracy", "Images", "Use", "Quantization", "Time by stage", "Settings", "Provenance"]
+    assert [text for level, text in page.headings if level == 2] == headings
     for name, images in zip(("blue", "green", "red"), (7, 8, 9), strict=True):
-        assert f"<td>{name}</td><td>{images}</td>" in page
+        assert [page.cells[i + 1] for i, cell in enumerate(page.cells) if cell == ("th", name)].count(
+            ("td", str(images))
+        ) == len({1, 3}) * 2  # ipc x engines
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for stage in ("encode", "cluster", "generate", "label", "evaluate"):
         assert any(e["stage"] == stage for e in events), stage

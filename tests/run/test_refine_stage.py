@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from forking import Forked
+from page_check import checked_page
 from refining import SHORT, TEDDY, refining
 from runs import config, launch
 
@@ -104,7 +105,10 @@ def test_measures_and_metrics_stand_before_and_after(finished):
 
 def test_the_report_shows_losses_and_blocks(finished):
     page = (finished / "run" / "report.html").read_text()
-    assert "<h2>Refinement</h2>" in page
+    assert (2, "Refinement") in checked_page(page).headings
+    for name in ("blue", "green", "red"):
+        assert f'alt="class {name}, image 1 before refinement"' in page
+        assert f'alt="class {name}, image 3 after refinement"' in page
     for name, folder in refined(finished).items():
         assert f"ddoq, IPC 3: stage {1 if name == 'fadrm' else 2}, {name}" in page
         assert (finished / "run" / "figures" / f"{folder.name}-losses.png").is_file()
@@ -439,7 +443,7 @@ def test_a_run_without_stages_is_as_before(world, tmp_path):
     assert run(refining(world, tmp_path, [], [])) == 0
     assert not (tmp_path / "run" / "images" / "refined.json").exists()
     assert planned(RunConfig(), "ddoq") == []
-    assert "Refinement" not in (tmp_path / "run" / "report.html").read_text()
+    assert (2, "Refinement") not in checked_page((tmp_path / "run" / "report.html").read_text()).headings
 
 
 def test_float_images_stay_float(world, teachers, tmp_path):

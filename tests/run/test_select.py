@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from models import tiny_dit, tiny_kl
+from page_check import checked_page
 from refining import bn_teacher
 from runs import full, launch
 
@@ -365,7 +366,12 @@ def test_a_run_selects_labels_and_says_by_whom(world: Path, tmp_path: Path, teac
     assert sets["prior"]["generate"]["start"]["strength"] == 1.0
     assert "selection" not in sets["real"]["generate"]
     page = (tmp_path / "run/report.html").read_text()
-    assert page.count("<td>correct</td>") == 3
+    assert "The same in all rows: IPC 2, rule correct, candidates 2" in page
+    read = checked_page(page)
+    pools = [i for i, text in enumerate(read.text) if text.startswith("Candidates of ")]
+    assert len(pools) == 3
+    kept = [s["generate"]["selection"]["images"] for s in sets.values() if "selection" in s["generate"]]
+    assert page.count('class="kept"') == sum(kept) == page.count('class="dropped"')  # one of two candidates
     assert "same at IPC 2: the teacher convnet3 that selects among candidates labels the set too" in page
     files = sorted((tmp_path / "run/images").glob("*/class-00000.safetensors"))
     assert sum("selection" in read_metadata(f) for f in files) == 3
