@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from dq.config.students import Baseline
+from dq.core.text import plural
 from dq.evaluation.results import Row, compare, recipe_names
 
 VERDICTS = ("better", "undecided", "worse")
@@ -95,8 +96,8 @@ class Ranking:
         if best is None:
             return "no set was evaluated"
         if best.gap is None:
-            return f"{best.set} {best.mean:.1f} %, not compared with random images, {_number(best.seeds, 'seed')}"
-        words, seeds = best.gap.words, _number(best.gap.pairs, "seed")
+            return f"{best.set} {best.mean:.1f} %, not compared with random images, {plural(best.seeds, 'seed')}"
+        words, seeds = best.gap.words, plural(best.gap.pairs, "seed")
         return f"{best.set} {best.gap.points:+.1f} over random, {words}, {seeds}"
 
 
@@ -193,7 +194,3 @@ def _by_verdict(gaps: Mapping[str, Gap]) -> str:
     """Names by verdict, such as "better: a, b; undecided: c"."""
     names = {v: [f"{name} ({g.points:+.1f})" for name, g in gaps.items() if g.verdict == v] for v in VERDICTS}
     return "; ".join(f"{v}: {', '.join(group)}" for v, group in names.items() if group)
-
-
-def _number(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
