@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -18,6 +17,7 @@ from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_metadata, sweep, write_json, write_tensors
 from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
+from dq.core.threads import Writer, reading_ahead
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 
@@ -135,6 +135,7 @@ class Reading:
     side: int  # px
     batch_size: int
     threads: int | None = None  # that read and decode; None: one for each core of this process
+    pin: bool = False  # give images in pinned memory, from which copies to a CUDA device do not block
 
 
 class _Batch(NamedTuple):
@@ -156,8 +157,9 @@ def fill(
 ) -> float:
     """Write the files that the cache lacks; returns seconds spent.
 
-    Reading runs one batch ahead of `compute`, which gives values (n, ...) of images (n, 3, side, side) uint8 that are
-    the given rows. `local_units` picks from the costs of all files those that this process works on; None: all.
+    Reading runs two batches ahead of `compute`, which gives values (n, ...) of images (n, 3, side, side) uint8 that
+    are the given rows, and a file is written while the next is computed. `local_units` picks from the costs of all
+    files those that this process works on; None: all.
 
     Raises:
         InputError: if an image cannot be read and `source.on_bad_image` is not `skip`, even if it was skipped when the
@@ -169,17 +171,19 @@ def fill(
     todo = [i for i in local if not is_done(cache.path(i))]
     total = sum(len(cache.parts[i]) for i in todo)
     part, started = _Part(), began
-    with progress([], desc=cache.verb, total=total, unit="img", main=main and bool(todo)) as bar:
-        for batch, (images, rows, problems) in _read_ahead(source, reading, _batches(cache, source, reading, todo)):
+    with (
+        progress([], desc=cache.verb, total=total, unit="img", main=main and bool(todo)) as bar,
+        Writer() as writer,
+        reading_ahead(_batches(cache, source, reading, todo), lambda b: _read(source, reading, b.rows)) as batches,
+    ):
+        for batch, (images, rows, problems) in batches:
             part.bad += problems
             part.rows += rows
             if len(images):
                 part.values.append(compute(images, rows))
             bar.update(len(batch.rows))
             if batch.is_last:
-                part.write(cache, batch.part, source)
-                numbers = {"images": len(part.rows), "set_aside": len(part.bad)}
-                unit_done(cache.verb, cache.path(batch.part).name, time.perf_counter() - started, **numbers)
+                writer.submit(functools.partial(_write, cache, batch.part, part, part.tensors(cache, source), started))
                 part, started = _Part(), time.perf_counter()
     if source.on_bad_image == "raise" and (skipped := cache.bad_images(local)):
         raise InputError(f"{skipped[0]} (and {len(skipped) - 1} others)" if len(skipped) > 1 else skipped[0])
@@ -196,23 +200,10 @@ def _batches(cache: ImageCache, source: ImageSource, reading: Reading, parts: Se
     ]
 
 
-def _read_ahead(
-    source: ImageSource, reading: Reading, batches: Sequence[_Batch]
-) -> Iterator[tuple[_Batch, tuple[Tensor, list[int], list[str]]]]:
-    """Batches with what `read_images` returns for them, while the next one is being read."""
-
-    def read(rows: np.ndarray) -> tuple[Tensor, list[int], list[str]]:
-        options: dict[str, Any] = {"on_bad": source.on_bad_image, "threads": reading.threads}
-        return read_images(source.train, rows, reading.side, source.preprocess, **options)
-
-    with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(read, batches[0].rows) if batches else None
-        for i, batch in enumerate(batches):
-            assert pending is not None
-            result = pending.result()
-            if i + 1 < len(batches):
-                pending = reader.submit(read, batches[i + 1].rows)
-            yield batch, result
+def _read(source: ImageSource, reading: Reading, rows: np.ndarray) -> tuple[Tensor, list[int], list[str]]:
+    options: dict[str, Any] = {"on_bad": source.on_bad_image, "threads": reading.threads}
+    images, read, problems = read_images(source.train, rows, reading.side, source.preprocess, **options)
+    return images.pin_memory() if reading.pin and len(images) else images, read, problems
 
 
 @dataclass
@@ -223,10 +214,16 @@ class _Part:
     rows: list[int] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # sentences on images set aside
 
-    def write(self, cache: ImageCache, part: int, source: ImageSource) -> None:
+    def tensors(self, cache: ImageCache, source: ImageSource) -> dict[str, Tensor]:
+        """Content of the file, class by class."""
         labels = torch.from_numpy(source.train.labels[self.rows].astype(np.int32))
         order = labels.argsort(stable=True)
         values = torch.cat(self.values)[order] if self.values else torch.zeros(0)
         rows = torch.tensor(self.rows, dtype=torch.int64)[order]
-        tensors = {cache.name: values, "rows": rows, "labels": labels[order]}
-        write_tensors(cache.path(part), tensors, {"bad_images": self.bad})
+        return {cache.name: values, "rows": rows, "labels": labels[order]}
+
+
+def _write(cache: ImageCache, number: int, part: _Part, tensors: dict[str, Tensor], began: float) -> None:
+    write_tensors(cache.path(number), tensors, {"bad_images": part.bad})
+    numbers = {"images": len(part.rows), "set_aside": len(part.bad)}
+    unit_done(cache.verb, cache.path(number).name, time.perf_counter() - began, **numbers)

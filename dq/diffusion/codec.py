@@ -228,7 +228,7 @@ def normalized(codec: Codec, mean: Tensor, std: Tensor) -> Codec:
 
 def to_signed(images: Tensor) -> Tensor:
     """8-bit images to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1.0
+    return images.div(127.5).sub_(1.0)
 
 
 def to_unit(images: Tensor, size: int | None = None) -> Tensor:

@@ -121,11 +121,13 @@ def encode_source(
         InputError: if latents do not fit into float16, in which they are stored.
     """
     sampled = config.posterior == "sample"
+    device = next(codec.parameters()).device
 
     def compute(images: Tensor, rows: list[int]) -> Tensor:
         def encode(s: slice) -> Tensor:
             generators = [generator(seed, "posterior", row) for row in rows[s]] if sampled else None
-            x = images[s].flip(-1) if cache.flip else images[s]
+            x = images[s].to(device, non_blocking=True)  # as bytes, a quarter of the floats
+            x = x.flip(-1) if cache.flip else x
             z = encode_latents(codec, to_signed(x), posterior=config.posterior, generators=generators)
             return z.half().cpu()
 
@@ -139,5 +141,5 @@ def encode_source(
             )
         return z
 
-    reading = Reading(config.resolution, config.batch_size, reader_threads(next(codec.parameters()).device))
+    reading = Reading(config.resolution, config.batch_size, reader_threads(device), pin=device.type == "cuda")
     return fill(cache, source, compute, reading, local_units=local_units, main=main)

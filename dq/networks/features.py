@@ -102,6 +102,6 @@ def extract_features(
             )
         return features
 
-    threads = reader_threads(next(teacher.net.parameters()).device)
-    reading = Reading(image_size, teacher.batch_size, threads)
+    device = next(teacher.net.parameters()).device
+    reading = Reading(image_size, teacher.batch_size, reader_threads(device), pin=device.type == "cuda")
     fill(cache, source, compute, reading, local_units=local_units, main=main)

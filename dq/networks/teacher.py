@@ -90,7 +90,7 @@ class Teacher:
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         device = next(self.net.parameters()).device
         for batch in images.split(self.batch_size):
-            yield batch.to(device).float() / (255 if batch.dtype == torch.uint8 else 1)
+            yield batch.to(device, non_blocking=True).float() / (255 if batch.dtype == torch.uint8 else 1)
 
 
 def pooled_logits(teachers: Sequence[Teacher], images: Tensor) -> Tensor:

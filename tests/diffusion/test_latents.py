@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from models import tiny_kl
 
+import dq.data.image_cache
 from dq.config.schema import CodecConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
 from dq.core.processes import assign_units
+from dq.data.image_cache import Reading, fill
 from dq.data.images import read_images
 from dq.data.load import load_source
 from dq.diffusion.codec import encode_latents, to_signed
@@ -76,6 +79,57 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, toy_source) -> None:
     for c in range(3):
         assert parts.path(c).read_bytes() == whole.path(c).read_bytes()
     assert not [f for f in parts.folder.iterdir() if f.name.endswith(".tmp")]
+
+
+def test_an_error_of_writing_stops_the_stage_and_loses_no_file(
+    tmp_path: Path, toy_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = tiny_kl()
+    whole, parts = (cache_in(tmp_path / n, toy_source, codec) for n in ("whole", "parts"))
+    encode_source(toy_source, codec, whole, CODEC, seed=0)
+    write = dq.data.image_cache.write_tensors
+
+    def full(path: Path, *args) -> None:
+        if path.name == "part-000001.safetensors":
+            raise RunError(f"the disk is full while writing {path}")
+        write(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dq.data.image_cache.write_tensors", full)
+        with pytest.raises(RunError, match=r"disk is full.*part-000001"):
+            encode_source(toy_source, codec, parts, CODEC, seed=0)
+    assert 1 in parts.missing()
+    assert 0 not in parts.missing()
+    encode_source(toy_source, codec, parts, CODEC, seed=0)
+    assert [parts.path(c).read_bytes() for c in range(3)] == [whole.path(c).read_bytes() for c in range(3)]
+
+
+def test_a_file_is_written_while_the_next_is_computed(
+    tmp_path: Path, toy_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_in(tmp_path, toy_source, tiny_kl())
+    first_batch_of_second = threading.Event()
+    write = dq.data.image_cache.write_tensors
+
+    def slow(path: Path, *args) -> None:
+        if path.name == "part-000000.safetensors":
+            assert first_batch_of_second.wait(10), "computation waits for the disk"
+        write(path, *args)
+
+    monkeypatch.setattr("dq.data.image_cache.write_tensors", slow)
+
+    def compute(images: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if rows[0] >= 8:
+            first_batch_of_second.set()
+        return images[:, 0, 0, :1].float()
+
+    fill(cache, toy_source, compute, Reading(8, 4))
+    assert cache.missing() == []
+
+
+def test_bytes_become_the_same_floats() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_signed(levels), levels.float() / 127.5 - 1.0)
 
 
 def test_rows_in_the_order_of_a_stream_give_the_same_classes(tmp_path: Path, toy_images) -> None:

@@ -41,6 +41,8 @@ class FakeCudaTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._can_decompose():  # in inference mode an operation comes before it is taken apart, `to` for instance
+            return func.decompose(*args, **(kwargs or {}))
         return run(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -23,14 +23,20 @@ from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 
 from dq.config.protocols import student_config
 from dq.config.refinement import FADRM, FRePo
-from dq.config.students import StudentConfig, ViewConfig
+from dq.config.schema import CodecConfig
+from dq.config.students import RelabelConfig, StudentConfig, ViewConfig
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
+from dq.data.source import ImageSource
 from dq.data.views import Views, draw_views
 from dq.data.zca import fit_whitening, fit_zca
 from dq.diffusion.class_sampling import ClassModel, sample_latents
+from dq.diffusion.latents import encode_source, open_cache
 from dq.diffusion.prior.train_codec import train_codec
 from dq.diffusion.prior.train_denoiser import train_denoiser
+from dq.labels.compute import label_epoch
+from dq.labels.plan import make_plan
+from dq.networks.features import extract_features, open_features
 from dq.networks.training import TrainingSet, accuracy, fit, normalizer
 from dq.networks.zoo import make_net
 from dq.refine import fadrm, frepo
@@ -53,6 +59,46 @@ def assert_within(log: DeviceLog, work: Callable[[int], Any], few: int, many: in
     kinds = {"launches": LAUNCH, "waits": WAIT, "to_device": TO_DEVICE, "to_host": TO_HOST}
     lines = [f"  {n:5d} {text}" for name in over for text, n in log.operations(kinds[name]).most_common(12)]
     assert not over, "\n".join([f"a step costs {step}, over {budget} in {', '.join(over)}; {many} steps do:", *lines])
+
+
+# --- encode and features ------------------------------------------------------------------------------------------
+
+
+def first_images(n: int) -> ImageSource:
+    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return load_source((images, torch.arange(n) % 2))
+
+
+def assert_bytes_from_pinned_memory(log: DeviceLog) -> None:
+    copies = [text for text in log.operations(TO_DEVICE) if "(8, 3, 8, 8)" in text]
+    assert copies
+    assert all("uint8 from pinned memory" in text for text in copies)
+
+
+def test_a_batch_of_encoding(device_log: DeviceLog, tmp_path: Path) -> None:
+    """Images come as bytes from pinned memory; the host waits for the test for NaN and for the latents."""
+    codec, config = tiny_kl().requires_grad_(False).to(DEVICE), CodecConfig(path="x", resolution=8, batch_size=8)
+
+    def work(steps: int) -> None:
+        source = first_images(8 * steps)
+        cache = open_cache(tmp_path / str(steps), source, codec, config, 0)
+        device_log.clear()  # the digest of the codec reads its weights
+        encode_source(source, codec, cache, config, seed=0)
+
+    assert_within(device_log, work, 2, 6, Counts(launches=81, waits=2, to_device=1, to_host=1))
+    assert_bytes_from_pinned_memory(device_log)
+
+
+def test_a_batch_of_features(device_log: DeviceLog, tmp_path: Path) -> None:
+    teacher = teacher_of(drawn(TinyNet()).to(DEVICE))
+
+    def work(steps: int) -> None:
+        source = first_images(8 * steps)
+        cache = open_features(tmp_path / str(steps), source, 8, teacher.digest)
+        extract_features(source, dataclasses.replace(teacher, batch_size=8), cache, 8)
+
+    assert_within(device_log, work, 2, 6, Counts(launches=16, waits=1, to_device=1, to_host=1))
+    assert_bytes_from_pinned_memory(device_log)
 
 
 # --- students -----------------------------------------------------------------------------------------------------
@@ -169,6 +215,34 @@ def test_a_whitening_is_copied_once(device_log: DeviceLog) -> None:
         device_log.clear()
         torch.testing.assert_close(whiten(x).cpu(), expected.cpu(), rtol=0, atol=0)
         assert device_log.counts().to_device == 0
+
+
+# --- labels of views -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("relabel", "budget"),
+    [
+        ({"statistics": "running"}, Counts(launches=61, waits=0, to_device=0, to_host=0)),
+        ({"statistics": "batch"}, Counts(launches=61, waits=0, to_device=0, to_host=0)),
+    ],
+    ids=["running", "batch"],
+)
+def test_a_batch_of_labels(device_log: DeviceLog, relabel: dict[str, Any], budget: Counts) -> None:
+    """Draws go to the device and logits come back once an epoch; parts go through the teacher together."""
+    views = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5, mix="cutmix")
+    student = {"net": "convnet3w32", "labels": "soft", "epochs": 1, "batch_size": 4, "accumulate": 2, "views": views}
+    config = StudentConfig(**student, relabel=RelabelConfig(**relabel), augment="none")
+    teacher = teacher_of(drawn(TinyNet()).to(DEVICE))
+    images = torch.randint(0, 256, (96, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def work(steps: int) -> None:
+        x = images[: 4 * steps]
+        plan = make_plan(x, [teacher], 4, config)
+        device_log.clear()
+        label_epoch(x.to(DEVICE), [teacher], plan, 0)
+
+    assert_within(device_log, work, 4, 24, budget)
 
 
 # --- refinement ---------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from dq.labels.compute import label_epoch, mean_logits, online_labels
 from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, write_shard
 from dq.labels.packing import pack, unpack
 from dq.labels.plan import LabelPlan, LabelSource, label_bytes, make_plan, plan_bytes
+from dq.networks.group_statistics import GroupStatistics
 from dq.networks.real_data import RealData
 from dq.networks.teacher import Teacher
 from dq.networks.training import TrainingSet, normalizer
@@ -274,6 +275,79 @@ def test_batch_statistics_are_those_of_each_part():
     evaluated = label_epoch(images, [teacher], plan_for(images, [teacher], student(RelabelConfig())), 1)
     assert_same_views(views, evaluated[0])
     assert (logits - evaluated[1]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 9, "accumulate": 2}, {"batch_size": 22, "accumulate": 4}])
+@pytest.mark.parametrize("at_once", [8, 1000])
+def test_parts_together_have_the_labels_of_one_after_another(settings, at_once):
+    images, teachers = pictures(), [make_teacher(seed=i) for i in range(2)]
+    plan = plan_for(images, teachers, student(**settings))
+    views, alone = label_epoch(images, teachers, plan, 1, at_once=1)
+    sizes: list[int] = []
+    hook = teachers[0].net[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    other_views, together = label_epoch(images, teachers, plan, 1, at_once=at_once)
+    hook.remove()
+    assert_same_views(views, other_views)
+    assert (together - alone).abs().max() < 3e-6 * alone.abs().max()  # rounding of float32
+    assert max(sizes) > max(len(x) for x in batches_of(plan)), "parts went through one after another"
+    assert torch.equal(label_epoch(images, teachers, plan, 1)[1], alone), "on a CPU the bits are those of a part alone"
+
+
+def batches_of(plan: LabelPlan) -> list[range]:
+    """The parts of an epoch."""
+    spans = batches(plan.images, plan.batch_size, plan.accumulate)
+    return [range(p.start, p.stop) for s in spans for p in parts(s.stop - s.start, plan.accumulate)]
+
+
+def test_parts_together_leave_dropout_to_its_batch():
+    images, dropping = pictures(), RelabelConfig(statistics="batch", dropout=True)
+    with_dropout, without = make_teacher(dropout=0.5), make_teacher()
+    without.net[7] = nn.Identity()
+    for teacher, equal in ((with_dropout, True), (without, False)):
+        plan = plan_for(images, [teacher], student(dropping))
+        alone = label_epoch(images, [teacher], plan, 0, at_once=1)[1]
+        sizes: list[int] = []
+        hook = teacher.net[0].register_forward_pre_hook(lambda module, args, sizes=sizes: sizes.append(len(args[0])))
+        together = label_epoch(images, [teacher], plan, 0, at_once=1000)[1]
+        hook.remove()
+        assert torch.equal(together, alone) or not equal
+        assert torch.allclose(together, alone, atol=1e-4)
+        assert (max(sizes) <= 8) == equal
+
+
+def test_statistics_of_groups_are_bit_for_bit_those_of_each():
+    x = torch.randn(12, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    norm = nn.BatchNorm2d(5).train()
+    norm.weight.data, norm.bias.data = torch.randn(5), torch.randn(5)
+    expected = torch.cat([norm(part) for part in x.split(3)])
+    mean = norm.running_mean.clone()
+    with GroupStatistics(4):
+        together = norm(x)
+        evaluated = norm.eval()(x)
+    assert torch.equal(together, expected)
+    assert torch.equal(norm.running_mean, mean)
+    assert torch.equal(evaluated, norm(x))
+
+
+def test_parts_together_go_in_halves_where_memory_is_short():
+    images, teacher = pictures(), make_teacher()
+    plan = plan_for(images, [teacher], student())
+    alone = label_epoch(images, [teacher], plan, 0)[1]
+
+    def fail(module, args):
+        if len(args[0]) > 8:
+            raise torch.OutOfMemoryError("injected")
+
+    hook = teacher.net[0].register_forward_pre_hook(fail)
+    assert torch.allclose(label_epoch(images, [teacher], plan, 0, at_once=1000)[1], alone, atol=1e-4)
+    hook.remove()
+
+    def always(module, args):
+        raise torch.OutOfMemoryError("injected")
+
+    teacher.net[0].register_forward_pre_hook(always)
+    with pytest.raises(torch.OutOfMemoryError):  # a part is never divided
+        label_epoch(images, [teacher], plan, 0, at_once=1000)
 
 
 def test_batch_statistics_equal_running_ones_that_were_set_to_them():
