@@ -95,6 +95,10 @@ class CodecConfig(Checked):
     )
     dtype: Annotated[Dtype, Field(description="dtype of the codec; auto: what the device is fast in")] = "auto"
     batch_size: Annotated[Count, Field(description="images encoded at once")] = 64
+    compile: Annotated[
+        Off[Literal["auto"]],
+        Field(description="auto: torch.compile on CUDA where a trial gives an equal result in less time"),
+    ] = None
 
 
 @settings
@@ -258,6 +262,10 @@ class GenerateConfig(Checked):
     image_dtype: Annotated[Literal["uint8", "float32"], Field(description="dtype of stored images")] = "uint8"
     dtype: Annotated[Dtype, Field(description="dtype of the generator; auto: what the device is fast in")] = "auto"
     batch_size: Annotated[Count, Field(description="images drawn at once")] = 32
+    compile: Annotated[
+        Off[Literal["auto"]],
+        Field(description="auto: torch.compile of the DiT on CUDA where a trial gives an equal result in less time"),
+    ] = None
 
     @model_validator(mode="after")
     def _check_generate(self) -> Self:

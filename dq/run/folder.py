@@ -34,7 +34,7 @@ log = logging.getLogger("dq")
 # between calls: their units are named by digests of their own.
 IDENTITY = ("seed", "source", "codec", "cluster", "generate", "teachers")
 # ... of which these change speed, or whether there is a result, and never which
-SPEED = ("batch_size", "path", "model", "on_bad_image", "on_small")
+SPEED = ("batch_size", "compile", "path", "model", "on_bad_image", "on_small")
 # ... and of which these decide nothing before there is a folder of their results
 LATER = {"cluster": "prototypes", "generate": "images"}
 

@@ -399,3 +399,19 @@ def test_samples_are_kept_apart_by_their_guidance(weakened):
     assert guided.weaker_guidance == {"internal_guidance": 2.0}
     assert guided.identity(1.0) == [*plain.identity(1.0), {"internal_guidance": 2.0}]
     assert not torch.equal(sample_images(plain, 1.0), sample_images(guided, 1.0))
+
+
+# --- compilation --------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_training_is_eager_in_one_line(made, accelerator, tmp_path, monkeypatch, caplog):
+    models = {}
+    for compiled in (False, True):
+        prior = prior_in(tmp_path / str(compiled), denoiser={**SHORT, "compile": compiled})
+        if compiled:
+            monkeypatch.delenv("CXX", raising=False)
+            monkeypatch.setenv("PATH", "")
+        models[compiled] = train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
+    lines = [r.getMessage() for r in caplog.records if r.name == "dq" and "compile" in r.getMessage()]
+    assert lines == ["prior.denoiser.compile: the model is not compiled, as there is no compiler (c++, g++, clang++)"]
+    assert_same_model(models[False] / "transformer", models[True] / "transformer")

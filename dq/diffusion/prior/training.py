@@ -7,6 +7,7 @@ averages, the optimizer's moments and the step, and a resumed training equals an
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 import time
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dq.config.dtypes import record_dtypes
+from dq.core.compilation import missing_compiler
 from dq.core.errors import InputError, RunError
 from dq.core.files import append_jsonl, is_done, read_metadata, read_tensors, write_tensors
 from dq.core.progress import progress
@@ -33,6 +35,8 @@ from dq.networks.optimizers import MuonAdamW, muon_groups
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+log = logging.getLogger("dq")
 
 MAX_BYTES = 8 << 30  # of training data held in memory
 LOG_EVERY = 20  # steps; reading the loss makes the host wait for the device
@@ -152,7 +156,10 @@ def _backward(
     size.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    forward: Any = torch.compile(objective, dynamic=False) if recipe.compile else objective
+    missing = missing_compiler(device) if recipe.compile else None
+    if missing and accelerator.is_main_process:
+        log.warning("prior.%s.compile: the model is not compiled, as %s", recipe.name, missing)
+    forward: Any = torch.compile(objective, dynamic=False) if recipe.compile and not missing else objective
     forward = accelerator.prepare(forward) if world > 1 else forward
     autocast = torch.autocast(device.type, DTYPES[recipe.dtype], enabled=recipe.dtype != "float32")
     # gradients are averaged over processes; parts that differ in size still add up to the mean of the batch

@@ -10,6 +10,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json, write_json, write_text
 from dq.core.text import plural
 from dq.diffusion.codec import Codec
+from dq.diffusion.compiled import compile_codec
 from dq.diffusion.latents import LatentCache, encode_source, open_cache
 from dq.run.folder import Run
 
@@ -21,6 +22,8 @@ def encode(run: Run, codec: Codec) -> LatentCache:
     began = time.perf_counter()
     c = run.config
     codec.to(run.device)
+    if c.codec.compile == "auto":
+        compile_codec(codec, "encoder", (c.codec.batch_size, 3, c.codec.resolution, c.codec.resolution))
     cache = open_cache(c.cache_dir, run.source, codec, c.codec, c.seed)
     encode_source(run.source, codec, cache, c.codec, seed=c.seed, local_units=run.local_units, main=run.main)
     run.finish("encode", began, images=cache.images, cache=cache.key)

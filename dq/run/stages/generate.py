@@ -30,6 +30,7 @@ from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.diffusion.codec import Codec, codec_digest
+from dq.diffusion.compiled import compile_generator
 from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.latents import LatentCache
 from dq.run.folder import Run, class_file, copies_of, deciding
@@ -139,6 +140,7 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
                 budget = None if resolved.cluster.prototypes_per_class is None else ipc * copies_of(m, cfg)
                 draws[folder] = Draw(run, folder, points, m, cfg, ids, selector, budget)
             index[f"{ipc}/{method}"] = {"folder": folder.name, "asked": _requested_digest(run, cache, ipc, method)}
+    compile_generator(pipe, [d.config for d in draws.values() if not d.real], run.config.codec)
     drawn = _draw_all(run, pipe, list(draws.values()))
     run.finish("generate", began, images=drawn)
     if run.main:
