@@ -232,10 +232,13 @@ def _clustering(
 ) -> Iterator[tuple[str, Speed]]:
     """Time the clustering of Gaussian points for every ipc and engine.
 
-    They are as many as images in the largest class, or as memory allows.
+    They are as many as images in the largest class, or as memory allows, and on an accelerator of as many classes at
+    once as a run clusters.
     """
+    from dq.cluster.engines import choose_engine
     from dq.cluster.kmeans import kmeans_many, quantization_stats
     from dq.cluster.prototypes import latent_stats, make_prototypes
+    from dq.run.stages.cluster import group_budget, groups
 
     width = shape[0] * shape[1] * shape[2]
     n = int(min(source.class_counts().max(), max(256, CLUSTER_NUMBERS // width)))
@@ -247,15 +250,19 @@ def _clustering(
             continue
         done.add(name)
         k = min(s.prototypes, n)
+        budget = group_budget(device) if choose_engine(cfg.engine) == "torch" else 0
+        together = len(next(groups([(c, n) for c in range(len(source.class_names))], width, budget)))
 
-        def work(size: int, cfg: Any = cfg, k: int = k) -> None:
-            x = z[:size].flatten(1)
-            result = kmeans_many([x], k, config=cfg, seeds=[derive_seed("speeds", size)], names=["class"])[0]
-            quantization_stats(x, result, with_uniform=cfg.uniform_w2)
-            p = make_prototypes(0, "class", z[:size], torch.arange(size), result)
-            latent_stats(z[:size], result.labels, p.centroids)
+        def work(classes: int, cfg: Any = cfg, k: int = k) -> None:
+            seeds, names = [derive_seed("speeds", n, c) for c in range(classes)], ["class"] * classes
+            x = z.flatten(1)
+            for result in kmeans_many([x] * classes, k, config=cfg, seeds=seeds, names=names):
+                quantization_stats(x, result, with_uniform=cfg.uniform_w2)
+                p = make_prototypes(0, "class", z, torch.arange(n), result)
+                latent_stats(z, result.labels, p.centroids)
 
-        yield name, timed(work, n, smallest=n, device=device)
+        t = timed(work, together, smallest=min(2, together), device=device)
+        yield name, Speed(t.seconds / n, t.least / n, t.most / n, n * t.batch)
 
 
 def _teachers(
