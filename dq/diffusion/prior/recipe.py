@@ -93,7 +93,10 @@ def finished(recipe: Recipe) -> bool:
         if not record.is_file():
             raise RunError(f"{recipe.product} holds a model that was not trained here; {advice}")
         if read_json(record)["digest"] != recipe.digest:
-            raise RunError(f"{recipe.product} holds a {recipe.name} of other settings, data or classes; {advice}")
+            raise RunError(
+                f"{recipe.product} holds a {recipe.name} of other settings, data or classes; {advice}, or train it "
+                f"further in another prior.output_dir with prior.{recipe.name}.init={recipe.folder}"
+            )
         missing = next((p for p in recipe.parts if not (recipe.folder / p).is_file()), None)
         if missing is not None:
             raise RunError(
