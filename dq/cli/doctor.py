@@ -213,7 +213,10 @@ def _launch(say: Any) -> dict[str, str]:
         )
     local, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
     if gpus and local.isdigit() and int(local) > gpus:
-        say(f"{local} processes on this machine would share {plural(gpus, 'GPU')}; start at most {gpus}")
+        say(
+            f"{local} processes on this machine would share {plural(gpus, 'GPU')}; start at most {gpus}, or give "
+            "--share_gpus"
+        )
     return facts
 
 

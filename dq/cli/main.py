@@ -159,7 +159,7 @@ def _open_call(args: argparse.Namespace, job: Job, config: RunConfig) -> Call:
     check_trackers(config.report_to)
     if job.check_settings:
         job.check_settings(config)
-    accelerator = make_accelerator(cpu=args.cpu)
+    accelerator = make_accelerator(cpu=args.cpu, share_gpus=args.share_gpus)
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
     log.info("%s", hardware_line(accelerator))

@@ -14,7 +14,7 @@ ABSENT: dict[str, Any] = dict.fromkeys(
         *("processes", "like", "token", "protocol", "prior", "epochs", "image_size"),
     )
 )
-ABSENT |= {"set": [], "cpu": False, "dry_run": False, "quiet": False, "verbose": False}
+ABSENT |= {"set": [], "cpu": False, "share_gpus": False, "dry_run": False, "quiet": False, "verbose": False}
 
 
 def add_options(p: argparse.ArgumentParser, groups: str, *, loudness: bool = True) -> None:
@@ -88,6 +88,11 @@ def _set(p: argparse.ArgumentParser) -> None:
 
 def _cpu(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cpu", action="store_true", help="stay on the CPU even if an accelerator is there")
+
+
+def _share(p: argparse.ArgumentParser) -> None:
+    text = "let more processes than GPUs share them, for stages of small networks"
+    _option(p, "--share_gpus", action="store_true", help=text)
 
 
 def _report_to(p: argparse.ArgumentParser) -> None:
@@ -188,7 +193,8 @@ def _shell(p: argparse.ArgumentParser) -> None:
 
 GROUPS = {
     **{"config": _config, "data": _data, "output_dir": _output_dir, "cache_dir": _cache_dir, "seed": _seed},
-    **{"ipc": _ipc, "set": _set, "cpu": _cpu, "report_to": _report_to, "plan": _plan, "timings": _timings},
+    **{"ipc": _ipc, "set": _set, "cpu": _cpu, "share": _share, "report_to": _report_to},
+    **{"plan": _plan, "timings": _timings},
     **{"evaluate": _evaluate, "hub": _hub, "push_to_hub": _push_to_hub, "push": _push, "pull": _pull},
     **{"export": _export},
     **{

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dq.config.schema import RunConfig
 
 RUN_SETTINGS = "seed ipc source codec prune cluster generate refine methods teachers evaluate"
-STAGE_OPTIONS = "config data output_dir cache_dir seed ipc set cpu report_to plan timings"
+STAGE_OPTIONS = "config data output_dir cache_dir seed ipc set cpu share report_to plan timings"
 TRAIN_OPTIONS = "config data output_dir cache_dir seed set cpu plan"
 
 
@@ -126,7 +126,7 @@ VERBS = {
     "distill": Verb(
         "the recommended recipe: a small set of the images in DATA, drawn by a prior of them if there is one, scored",
         "photos --ipc 10 --output_dir runs/mine",
-        "folder prior image_size epochs output_dir cache_dir seed ipc set cpu report_to plan timings hub push_to_hub",
+        f"folder prior image_size epochs {STAGE_OPTIONS.removeprefix('config data ')} hub push_to_hub",
         f"{RUN_SETTINGS} train_teachers hub report_to",
         action=runs.DISTILL,
         preset="recommended",
@@ -179,7 +179,7 @@ VERBS = {
     "train-teachers": Verb(
         "train classifiers on the source, which label or score images later",
         "--data DIR --set train_teachers.nets=resnet18 source.image_size=32",
-        TRAIN_OPTIONS,
+        f"{TRAIN_OPTIONS} share",
         "source train_teachers evaluate.validation_images",
         action=training.TRAIN_TEACHERS,
         folder="train_teachers.output_dir",
@@ -188,7 +188,7 @@ VERBS = {
     "train-pool": Verb(
         "make a pool of weak teachers for Teddy: early checkpoints, or pruned copies of a trained network",
         "--data DIR --set train_pool.net=resnet18 source.image_size=32",
-        TRAIN_OPTIONS,
+        f"{TRAIN_OPTIONS} share",
         "source train_teachers train_pool evaluate.validation_images",
         action=training.TRAIN_POOL,
         folder="train_pool.output_dir",
@@ -197,7 +197,7 @@ VERBS = {
     "train-experts": Verb(
         "train networks on the source and keep their parameters after every epoch, to be matched",
         "--config configs/cifar10_trajectory.yaml --data DIR --dry-run",
-        TRAIN_OPTIONS,
+        f"{TRAIN_OPTIONS} share",
         "source train_experts evaluate.validation_images",
         action=training.TRAIN_EXPERTS,
         folder="train_experts.output_dir",

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -> Accelerator:
+def make_accelerator(
+    *, cpu: bool = False, share_gpus: bool = False, mixed_precision: str | None = None
+) -> Accelerator:
     """Build the one `Accelerator` of this process and check that it sees every launched process.
 
     Without a GPU, each launched process believes it is alone unless the accelerator is told to use the CPU; the
@@ -26,24 +28,33 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
     device, and the world size is compared with the launcher's. Other devices are taken only if the variable
     ACCELERATE_TORCH_DEVICE names one: Apple's `mps` has no float64, which k-means and the denoiser's schedule use.
 
+    With `share_gpus` there may be more processes than GPUs on a machine: they meet by gloo on the CPU, since NCCL
+    refuses two processes on a card, and the device of each is that of `shared_gpu`. Small students and refinements
+    leave most of a GPU idle when one process waits for its own launches.
+
     Torch's threads are bounded by the share of the cores that this process has, and freed memory is kept.
 
     Raises:
-        RunError: if the processes on this machine are more than its GPUs, or do not see one another.
+        RunError: if the processes on this machine are more than its GPUs without `share_gpus`, or do not see one
+            another.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = cpu or not (torch.cuda.is_available() or os.environ.get("ACCELERATE_TORCH_DEVICE"))
     local, gpus = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
-    if not cpu and gpus and local.isdigit() and int(local) > gpus:
-        # NCCL refuses two processes on a card, and accelerate's barrier names a device for each of them
+    crowded = not cpu and bool(gpus) and local.isdigit() and int(local) > gpus
+    if crowded and not share_gpus:
         raise RunError(
-            f"{local} processes on this machine would share {plural(gpus, 'GPU')}; start at most {gpus}, or give --cpu"
+            f"{local} processes on this machine would share {plural(gpus, 'GPU')}; start at most {gpus}, or give "
+            "--share_gpus where many small networks are trained or images refined, or --cpu"
         )
     # Stages are embarrassingly parallel, so a fast rank may wait for hours at the end of one.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=cpu or crowded, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+    if crowded:
+        accelerator.state.device = shared_gpu(accelerator.local_process_index, gpus)
+        torch.cuda.set_device(accelerator.device)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise RunError(
@@ -53,6 +64,11 @@ def make_accelerator(*, cpu: bool = False, mixed_precision: str | None = None) -
     set_threads()
     keep_freed_memory()
     return accelerator
+
+
+def shared_gpu(local_rank: int, gpus: int) -> torch.device:
+    """Return the GPU of a process, by its rank on this machine: they are dealt out in turn."""
+    return torch.device("cuda", local_rank % gpus)
 
 
 def hardware_line(accelerator: Accelerator) -> str:

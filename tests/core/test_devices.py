@@ -12,7 +12,7 @@ import torch
 from dq.core import devices, processes
 from dq.core.devices import available_cores, cores_per_process, reader_threads, set_threads, tf32_products
 from dq.core.errors import RunError
-from dq.core.processes import check_launch, hardware_line, make_accelerator
+from dq.core.processes import check_launch, hardware_line, make_accelerator, shared_gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,8 +180,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(RunError, match=r"2 processes .* 1 GPU.*at most 1, or give"):
+    with pytest.raises(RunError, match=r"2 processes .* 1 GPU.*at most 1, or give --share_gpus"):
         make_accelerator()
+
+
+def test_gpus_are_dealt_out_in_turn() -> None:
+    assert [str(shared_gpu(rank, 2)) for rank in range(5)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert str(shared_gpu(3, 1)) == "cuda:0"
 
 
 def accelerator_flags(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
