@@ -58,7 +58,8 @@ def plural(n: int, noun: str) -> str:
     """A number with its noun, such as "1 epoch" or "2 batches"."""
     if n == 1:
         return f"1 {noun}"
-    return f"{n} {noun}{'es' if noun.endswith(('s', 'sh', 'ch', 'x')) else 's'}"
+    sibilant = noun.endswith(("s", "sh", "ch", "x")) and not noun.endswith("epoch")
+    return f"{n} {noun}{'es' if sibilant else 's'}"
 
 
 def format_bytes(n: float) -> str:

@@ -23,7 +23,13 @@ def test_a_table_has_its_cells_and_alignments(left: int) -> None:
 
 @pytest.mark.parametrize(
     ("n", "noun", "text"),
-    [(1, "epoch", "1 epoch"), (0, "set", "0 sets"), (2, "batch", "2 batches"), (3, "class", "3 classes")],
+    [
+        (1, "epoch", "1 epoch"),
+        (2, "epoch", "2 epochs"),
+        (0, "set", "0 sets"),
+        (2, "batch", "2 batches"),
+        (3, "class", "3 classes"),
+    ],
 )
 def test_a_noun_agrees_with_its_number(n: int, noun: str, text: str) -> None:
     assert plural(n, noun) == text
