@@ -250,7 +250,7 @@ def _room(path: Path, name: str, say: Any) -> tuple[int | None, str]:
     return free, f"{format_bytes(free)} free, writable"
 
 
-def _hub(say: Any) -> dict[str, str]:
+def _hub(say: object) -> dict[str, str]:
     try:
         from huggingface_hub import constants, get_token
     except ImportError:

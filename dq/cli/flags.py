@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 
 if TYPE_CHECKING:
     from dq.config.schema import RunConfig
@@ -23,7 +24,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     if args.verb == "evaluate":
         config = apply_settings(config, _early_flags(args))  # so that --set can say more of them
     config = apply_settings(config, [s for group in args.set for s in group])
-    flags: dict[str, Any] = {
+    flags: PlainDict = {
         "source.path": args.data,
         "cache_dir": args.cache_dir,
         "source.image_size": args.image_size,
@@ -46,7 +47,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     return apply_settings(config, flags)
 
 
-def _refuse_set_too(args: argparse.Namespace, flags: dict[str, Any]) -> None:
+def _refuse_set_too(args: argparse.Namespace, flags: PlainDict) -> None:
     """Refuse a setting that an option gives and `--set` too; students are joined from both."""
     pairs = [s.partition("=") for group in args.set for s in group]
     for key, _, text in pairs:
@@ -56,8 +57,8 @@ def _refuse_set_too(args: argparse.Namespace, flags: dict[str, Any]) -> None:
             )
 
 
-def _early_flags(args: argparse.Namespace) -> dict[str, Any]:
-    flags: dict[str, Any] = {}
+def _early_flags(args: argparse.Namespace) -> PlainDict:
+    flags: PlainDict = {}
     if not args.config:
         # the full data costs more than all the rest; who wants it says so
         flags["evaluate.baselines"] = ["random"]
@@ -69,11 +70,11 @@ def _early_flags(args: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
-def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+def _evaluate_flags(args: argparse.Namespace, config: RunConfig) -> PlainDict:
     """Settings that the options of `evaluate` stand for."""
     from dq.config.students import default_baselines
 
-    flags: dict[str, Any] = {"evaluate.seeds": args.seeds}
+    flags: PlainDict = {"evaluate.seeds": args.seeds}
     settings = {s.partition("=")[0].strip() for group in args.set for s in group}
     if args.baselines is not None:
         flags["evaluate.baselines"] = [b for b in args.baselines.split(",") if b]

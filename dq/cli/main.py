@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dq.cli.flags import check_flags, resolve
 from dq.cli.jobs import Call, Checked, Job
@@ -108,7 +108,7 @@ def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     log.setLevel(logging.WARNING if quiet or rank else logging.DEBUG if verbose else logging.INFO)
 
-    def show(message: Warning | str, *_: Any) -> None:
+    def show(message: Warning | str, *_: object) -> None:
         log.warning("note: %s", message)
 
     warnings.showwarning = show  # type: ignore[assignment]  # one line, without the source line that raised it

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dq.core.plain import PlainDict
+
 SHELLS = ("bash", "zsh", "tcsh")
 LABEL_KINDS = ("logits", "probabilities", "regression")
 # values of options that a verb does not offer
-ABSENT: dict[str, Any] = dict.fromkeys(
+ABSENT: PlainDict = dict.fromkeys(
     (
         *("config", "data", "output_dir", "cache_dir", "seed", "ipc", "report_to", "speeds", "save_speeds"),
         *("processes", "like", "token", "protocol", "prior", "epochs", "image_size"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dq.cli.jobs import Call, Checked, Job
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 
 if TYPE_CHECKING:
     from dq.distilled.set import DistilledSet
@@ -48,7 +49,7 @@ def check(call: Call) -> Checked:
     return Checked(sets=sets)
 
 
-def _options(call: Call) -> dict[str, Any]:
+def _options(call: Call) -> PlainDict:
     config = call.config
     return {"config": config.evaluate, "teachers": config.teachers, "image_size": config.source.image_size}
 

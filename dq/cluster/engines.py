@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from dq.cluster.transport import barycenter
 from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.numbers import whole_number
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, generator
 from dq.core.text import plural
 
@@ -46,7 +46,9 @@ class Fit:
     running_weights: Tensor | None = None  # (k,) float64, masses as a stream saw them
 
 
-def check_problem(x: Any, weights: Any, start: Any, seed: Any, name: str, k: int, config: ClusterConfig) -> Problem:
+def check_problem(
+    x: object, weights: object, start: object, seed: object, name: str, k: int, config: ClusterConfig
+) -> Problem:
     """Check and center the points of a class.
 
     Raises:
@@ -140,7 +142,7 @@ def fit_torch(problems: list[Problem], restart: int, config: ClusterConfig) -> l
 def fit_faiss(p: Problem, restart: int, config: ClusterConfig) -> Fit:
     """Lloyd with nearest centroids by FAISS."""
     start = _start_of(p, restart, config)[None]
-    options: dict[str, Any] = {"n_iter": config.n_iter, "tol": config.tol, "nearest": faiss_assigner(p.x)}
+    options: PlainDict = {"n_iter": config.n_iter, "tol": config.tol, "nearest": faiss_assigner(p.x)}
     centroids, iterations, converged = lloyd(p.x[None], start, p.weights[None], **options)
     return Fit(centroids[0], int(iterations[0]), bool(converged[0]))
 

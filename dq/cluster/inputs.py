@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from dq.core.errors import InputError
 
 
-def as_tensor(value: Any, name: str) -> Tensor:
+def as_tensor(value: object, name: str) -> Tensor:
     """Convert a tensor, an array or nested lists to a dense real tensor.
 
     Without gradients, on the same device; `name` is for messages. float16 and bfloat16 become float32; other types
@@ -41,7 +39,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def as_points(value: Any, name: str, *, finite: bool = False) -> Tensor:
+def as_points(value: object, name: str, *, finite: bool = False) -> Tensor:
     """Convert points (n, d) to float32, or float64 where they are; n, d >= 1.
 
     Args:
@@ -61,7 +59,7 @@ def as_points(value: Any, name: str, *, finite: bool = False) -> Tensor:
     return x
 
 
-def as_rows(value: Any, name: str) -> Tensor:
+def as_rows(value: object, name: str) -> Tensor:
     """Flatten rows (n, ...), one per image, to points (n, d); see `as_points`.
 
     Raises:
@@ -73,7 +71,7 @@ def as_rows(value: Any, name: str) -> Tensor:
     return as_points(x.flatten(1), name)
 
 
-def as_weights(value: Any, n: int, name: str) -> Tensor:
+def as_weights(value: object, n: int, name: str) -> Tensor:
     """Convert weights (n,) to a float tensor: finite, none negative, not all zero.
 
     `name` says what the weights are, in the plural, e.g. "weights of class 3 'cat'".
@@ -96,7 +94,7 @@ def too_small(sentence: str, setting: str = "cluster.on_small") -> InputError:
     return InputError(f"{sentence}; lower ipc, drop the class, or set {setting}=clamp")
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"{kind} of {value.dtype}, {value.layout}, {value.device}"

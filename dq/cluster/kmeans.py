@@ -52,14 +52,14 @@ class Clustering:
         return float(self.sse.sum())
 
 
-def nearest(x: Any, centroids: Any) -> Tensor:
+def nearest(x: object, centroids: object) -> Tensor:
     """Index (n,) int64 of the centroid (k, d) nearest to x (n, d)."""
     x, centroids = _same_space(as_points(x, "x"), centroids)
     shift = x.mean(0)
     return assign((x - shift).float()[None], (centroids - shift).float()[None])[0]
 
 
-def _same_space(x: Tensor, centroids: Any) -> tuple[Tensor, Tensor]:
+def _same_space(x: Tensor, centroids: object) -> tuple[Tensor, Tensor]:
     """Convert both to the more precise of their dtypes on one device."""
     c = as_points(centroids, "centroids")
     if c.shape[1] != x.shape[1]:
@@ -71,13 +71,13 @@ def _same_space(x: Tensor, centroids: Any) -> tuple[Tensor, Tensor]:
 
 
 def kmeans(
-    x: Any,
+    x: object,
     k: int,
     *,
     config: ClusterConfig | None = None,
-    weights: Any = None,
+    weights: object = None,
     seed: int = 0,
-    start: Any = None,
+    start: object = None,
     name: str = "the data",
 ) -> Clustering:
     """Cluster points x (n, d) by weighted k-means.
@@ -109,7 +109,7 @@ def kmeans(
 
 
 def kmeans_many(
-    xs: Sequence[Any],
+    xs: Sequence[object],
     k: int,
     *,
     config: ClusterConfig | None = None,
@@ -252,7 +252,7 @@ def _report(p: Problem, result: Clustering, config: ClusterConfig) -> Clustering
 
 
 def quantization_stats(
-    x: Any, result: Clustering, *, weights: Any = None, with_uniform: bool = True
+    x: object, result: Clustering, *, weights: object = None, with_uniform: bool = True
 ) -> dict[str, float]:
     """Compute the statistics that are logged per class.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ def clvq(
     *,
     generator: torch.Generator,
     passes: int = 1,
-    init: Any = None,
+    init: object = None,
     step: tuple[float, float] | None = None,
     init_size: int | None = None,
 ) -> StreamResult:
@@ -159,7 +158,7 @@ def _start_points(stream: Callable[[int], Iterable[Tensor]], k: int, generator: 
     return x[0, chosen].double()
 
 
-def minibatch(x: Any, k: int, *, order: Any, expand: int, drop_tail: bool, seed: int) -> StreamResult:
+def minibatch(x: object, k: int, *, order: object, expand: int, drop_tail: bool, seed: int) -> StreamResult:
     """D4M's quantizer: one pass of scikit-learn's `MiniBatchKMeans.partial_fit`.
 
     On batches of expand * k points in `order` (Su et al., CVPR 2024; the released code).

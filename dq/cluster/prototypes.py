@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from dq.cluster.kmeans import Clustering
 from dq.cluster.lloyd import cell_sums, squared_distances
 from dq.core.errors import InputError
 from dq.core.files import read_tensors, write_tensors
+from dq.core.plain import PlainDict
 from dq.data.coresets import largest_remainder
 
 WeightKind = Literal["uniform", "mass", "sqrt"]
 Normalization = Literal["none", "class", "sqrt_k"]
 
 
-def image_weights(counts: Any, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
+def image_weights(counts: object, kind: WeightKind = "sqrt", normalize: Normalization = "none") -> Tensor:
     """Training weights (K,) float32 of the prototypes of a class from counts n_k.
 
     With masses m_k = n_k / sum n:  `uniform` 1;  `mass` K m_k (Algorithm 1 of DDOQ);  `sqrt` sqrt(K m_k), the reading
@@ -61,7 +62,7 @@ def image_weights(counts: Any, kind: WeightKind = "sqrt", normalize: Normalizati
     return w.float()
 
 
-def images_by_mass(masses: Any, total: int) -> list[int]:
+def images_by_mass(masses: object, total: int) -> list[int]:
     """Divide `total` images by masses, by largest remainders, each at least 1.
 
     Images for the minimum of 1 come from the prototypes furthest above their share; of equal ones the later.
@@ -101,7 +102,7 @@ class Prototypes:
     sse: Tensor  # (K,) float64, sum of squared distances in the cell
     medoids: Tensor  # (K, C, h, w) float32, the member of the cell nearest to its centroid
     medoid_rows: Tensor  # (K,) int64, the rows of the source that the medoids are
-    stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `quantization_stats` and `latent_stats`
+    stats: PlainDict = dataclasses.field(default_factory=dict)  # see `quantization_stats` and `latent_stats`
     masses: Tensor | None = None  # (K,) float64, weights of the images of each cell; None: every image weighs 1
     rows: Tensor | None = None  # (n,) int64, the rows of the source that are quantized; None: of a version before
     cells: Tensor | None = None  # (n,) int32, the cell of each of them
@@ -191,12 +192,12 @@ class Prototypes:
 def make_prototypes(
     label: int,
     name: str,
-    latents: Any,
-    rows: Any,
+    latents: object,
+    rows: object,
     result: Clustering,
     *,
-    points: Any = None,
-    weights: Any = None,
+    points: object = None,
+    weights: object = None,
 ) -> Prototypes:
     """Make prototypes, without stats, from a clustering of a class's latents.
 
@@ -265,7 +266,7 @@ def select_clusters(result: Clustering, keep: Tensor, *, requested: int) -> tupl
     return dataclasses.replace(chosen, requested=requested), members
 
 
-def cell_means(x: Any, labels: Any, k: int, weights: Any = None) -> Tensor:
+def cell_means(x: object, labels: object, k: int, weights: object = None) -> Tensor:
     """Weighted mean (k, d) of the points x (n, d) of each of k cells.
 
     `labels` (n,) number the cells, none of which is empty; `weights` (n,) are not negative, None: 1 each.
@@ -292,7 +293,7 @@ def _checked_labels(labels: Tensor, n: int, k: int) -> Tensor:
     return labels.long()
 
 
-def latent_stats(latents: Any, labels: Any, centroids: Any) -> dict[str, float]:
+def latent_stats(latents: object, labels: object, centroids: object) -> dict[str, float]:
     """Compute statistics of cells of any space as cells of latents.
 
     `explained_latents` is the share of the variance of the latents that lies between the means of the cells;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from dq.cluster.inputs import as_points, as_tensor, as_weights
 from dq.cluster.transport import ExactTransport, exact_transport, squared_cost
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.data.coresets import facility_location
 
 IMPROVEMENT = 1e-10  # relative; a smaller fall of the transport cost is rounding
@@ -27,10 +28,10 @@ class Selection:
     """The selected candidates, and measurements of the rule."""
 
     rows: Tensor  # (M,) int64 into the pool, prototype by prototype, within one in the order of the pool
-    facts: dict[str, Any]
+    facts: PlainDict
 
 
-def select_correct(correct: Any, probability: Any, prototype: Any, numbers: Sequence[int]) -> Selection:
+def select_correct(correct: object, probability: object, prototype: object, numbers: Sequence[int]) -> Selection:
     """Select the first correctly classified candidates (after CaO2, Wang et al. 2025).
 
     A prototype with too few of them is filled up with its most confident others.
@@ -57,7 +58,7 @@ def select_correct(correct: Any, probability: Any, prototype: Any, numbers: Sequ
     return Selection(rows, {"lacking": int((right < torch.tensor(numbers)).sum())})
 
 
-def select_confident(probability: Any, prototype: Any, numbers: Sequence[int]) -> Selection:
+def select_confident(probability: object, prototype: object, numbers: Sequence[int]) -> Selection:
     """Select the candidates with the highest probability of the class.
 
     Ties go to the earlier one. Arguments, result and errors as for `select_correct`.
@@ -68,12 +69,12 @@ def select_confident(probability: Any, prototype: Any, numbers: Sequence[int]) -
 
 
 def select_facility(
-    real: Any,
-    candidates: Any,
-    prototype: Any,
+    real: object,
+    candidates: object,
+    prototype: object,
     numbers: Sequence[int],
     *,
-    weights: Any = None,
+    weights: object = None,
     one_per_prototype: bool = True,
 ) -> Selection:
     """Select by facility location over cosines of features, greedily.
@@ -114,14 +115,14 @@ def select_facility(
 
 
 def select_transport(
-    real: Any,
-    candidates: Any,
-    prototype: Any,
+    real: object,
+    candidates: object,
+    prototype: object,
     numbers: Sequence[int],
-    masses: Any,
+    masses: object,
     *,
-    centers: Any,
-    weights: Any = None,
+    centers: object,
+    weights: object = None,
 ) -> Selection:
     """Select candidates of least transport cost to the class in feature space.
 
@@ -170,7 +171,7 @@ def select_transport(
     return Selection(end.rows[order], facts)
 
 
-def _distance_to_center(pool: Tensor, centers: Any, prototype: Tensor, prototypes: int) -> Tensor:
+def _distance_to_center(pool: Tensor, centers: object, prototype: Tensor, prototypes: int) -> Tensor:
     """Squared distance (N,) of candidates (N, d) to their centers, on the CPU."""
     c = as_points(centers, "centers", finite=True).double().to(pool)
     if c.shape != (prototypes, pool.shape[1]):
@@ -258,7 +259,7 @@ def lower_bounds(
     return a @ torch.minimum(f[:, None], columns - t) + b[i] * t + b[others] @ v
 
 
-def _checked_pool(prototype: Any, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
+def _checked_pool(prototype: object, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Prototypes (N,) of the pool, and numbers of candidates to keep."""
     prototype = _indices(prototype, "prototype").cpu()
     quotas = _indices(numbers, "numbers").tolist()
@@ -273,7 +274,7 @@ def _checked_pool(prototype: Any, numbers: Sequence[int]) -> tuple[Tensor, list[
     return prototype, quotas
 
 
-def _indices(value: Any, name: str) -> Tensor:
+def _indices(value: object, name: str) -> Tensor:
     """Whole numbers (n,) of at least 0 as int64."""
     x = as_tensor(value, name)
     if x.ndim != 1 or not len(x) or x.is_floating_point() or x.dtype == torch.bool or x.min() < 0:
@@ -281,7 +282,7 @@ def _indices(value: Any, name: str) -> Tensor:
     return x.long()
 
 
-def _of_pool(value: Any, name: str, n: int) -> Tensor:
+def _of_pool(value: object, name: str, n: int) -> Tensor:
     """Finite numbers (n,), one per candidate of the pool, on the CPU."""
     x = as_tensor(value, name).cpu()
     if x.shape != (n,) or not torch.isfinite(x).all():
@@ -289,7 +290,7 @@ def _of_pool(value: Any, name: str, n: int) -> Tensor:
     return x
 
 
-def _checked_features(real: Any, candidates: Any, n: int) -> tuple[Tensor, Tensor]:
+def _checked_features(real: object, candidates: object, n: int) -> tuple[Tensor, Tensor]:
     """Features of real images (m, d) and of candidates (n, d)."""
     x, pool = as_points(real, "real", finite=True), as_points(candidates, "candidates", finite=True)
     if pool.shape != (n, x.shape[1]):

@@ -22,7 +22,7 @@ DIMS = 64  # principal directions where `dims` is None
 RIDGE = 1e-6  # added to every variance before whitening, in units of the largest
 
 
-def embed(latents: Any, features: Any, config: ClusterConfig) -> Tensor:
+def embed(latents: object, features: Any, config: ClusterConfig) -> Tensor:
     """Embed the images of one class as points (n, d) in the space of k-means.
 
     float32, but float64 where latents or features that are not rescaled are float64. With rows z_i of the latents and
@@ -59,7 +59,7 @@ def embed(latents: Any, features: Any, config: ClusterConfig) -> Tensor:
     return torch.cat([_unit_variance(z), math.sqrt(config.feature_weight) * _unit_variance(f)], 1)
 
 
-def principal_coordinates(x: Any, dims: int | None = None, *, whiten: bool = False) -> Tensor:
+def principal_coordinates(x: object, dims: int | None = None, *, whiten: bool = False) -> Tensor:
     """Coordinates (n, r) float32 of x (n, d) along its principal directions.
 
     Largest variance first. Exact: an eigendecomposition in float64 of the d x d or the n x n products, whichever is

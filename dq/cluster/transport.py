@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from dq.core.numbers import whole_number
 from dq.core.sinkhorn import sinkhorn
 
 
-def squared_cost(x: Any, y: Any) -> Tensor:
+def squared_cost(x: object, y: object) -> Tensor:
     """Squared distances (..., n, k) of x (..., n, d) and y (..., k, d), never negative.
 
     In float32 unless one of the two is float64. Both are shifted by the mean of x first, as the product loses digits
@@ -29,7 +29,7 @@ def squared_cost(x: Any, y: Any) -> Tensor:
     return (xx + yy - 2 * x @ y.transpose(-1, -2)).clamp_(min=0)
 
 
-def _pair(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+def _pair(x: object, y: object) -> tuple[Tensor, Tensor]:
     """Convert points to the more precise of their dtypes on one device."""
     x, y = as_tensor(x, "x"), as_tensor(y, "y")
     if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1] or not (x.shape[-2] and y.shape[-2]):
@@ -40,7 +40,7 @@ def _pair(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(x.device, dtype)
 
 
-def _costs(cost: Any, axes: int) -> Tensor:
+def _costs(cost: object, axes: int) -> Tensor:
     """A cost matrix, or a batch of them, of finite floats."""
     cost = as_tensor(cost, "cost")
     if cost.ndim != axes or not cost.numel() or not torch.isfinite(cost).all():
@@ -57,7 +57,7 @@ class ExactTransport(NamedTuple):
     potentials: Tensor  # (k,) float64, an optimal dual solution on the side of b
 
 
-def exact_transport(cost: Any, a: Any = None, b: Any = None) -> ExactTransport:
+def exact_transport(cost: object, a: object = None, b: object = None) -> ExactTransport:
     """Solve optimal transport for a cost (n, k) by POT's network simplex.
 
     In float64, for non-negative masses a (n,) and b (k,), scaled to sum to 1; None: uniform.
@@ -74,7 +74,7 @@ def exact_transport(cost: Any, a: Any = None, b: Any = None) -> ExactTransport:
     return ExactTransport(torch.from_numpy(plan), float(log["cost"]), torch.from_numpy(np.asarray(log["v"])))
 
 
-def exact_plan(cost: Any, a: Any = None, b: Any = None) -> Tensor:
+def exact_plan(cost: object, a: object = None, b: object = None) -> Tensor:
     """Optimal transport plan (n, k) float64; see `exact_transport`."""
     return exact_transport(cost, a, b).plan
 
@@ -83,7 +83,7 @@ def _shares(weights: Tensor) -> np.ndarray:
     return (weights.double() / weights.double().sum()).cpu().numpy()
 
 
-def sinkhorn_plan(cost: Any, *, entropy: float, n_iter: int = 1000, tol: float = 1e-6) -> Tensor:
+def sinkhorn_plan(cost: object, *, entropy: float, n_iter: int = 1000, tol: float = 1e-6) -> Tensor:
     """Entropic transport plans for costs (B, n, k) and uniform weights.
 
     See `dq.core.sinkhorn`. `entropy` is in units of the mean cost of each problem. Every column sums to exactly 1/k;
@@ -102,7 +102,7 @@ def balanced_labels(plan: Tensor) -> Tensor:
     return plan.argmax(-1)
 
 
-def uniform_w2(x: Any, centroids: Any, weights: Any = None) -> float:
+def uniform_w2(x: object, centroids: object, weights: object = None) -> float:
     """Exact W2 between x (n, d) with weights and uniform centroids (k, d).
 
     `weights` (n,) are masses of x; None: uniform.
@@ -123,8 +123,8 @@ class Barycenter(NamedTuple):
 
 
 def barycenter(
-    x: Any,
-    start: Any,
+    x: object,
+    start: object,
     *,
     transport: Literal["exact", "entropic"] = "exact",
     entropy: float = 0.01,

@@ -96,7 +96,7 @@ def resolve_dtypes(config: C, dtypes: Mapping[Use, str]) -> C:
     return dataclasses.replace(config, **changes) if changes else config  # type: ignore[type-var]
 
 
-def _resolved(name: str, value: Any, owner: Any, dtypes: Mapping[Use, str]) -> Any:
+def _resolved(name: str, value: Any, owner: object, dtypes: Mapping[Use, str]) -> Any:
     if name == "dtype" and value == "auto":
         return dtypes["inference" if isinstance(owner, (CodecConfig, GenerateConfig)) else "training"]
     if name == "students":
@@ -131,7 +131,7 @@ def named_dtypes(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from named
 
 
-def slow_dtypes(config: Any, device: torch.device | str, *, without: Collection[str] = ()) -> str | None:
+def slow_dtypes(config: object, device: torch.device | str, *, without: Collection[str] = ()) -> str | None:
     """One sentence on named dtypes that the device is slow in, None without any.
 
     Args:

@@ -29,15 +29,15 @@ class NoneAs:
 
     word: str
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._read, handler(source))
 
-    def _read(self, value: Any) -> Any:
+    def _read(self, value: object) -> Any:
         is_word = isinstance(value, str) and value == self.word
         return None if is_word or (value is False and self.word == "off") else value
 
 
-def _as_tuple(value: Any) -> Any:
+def _as_tuple(value: object) -> Any:
     """Turn a list into a tuple, and a scalar into a tuple of one.
 
     None and mappings are left for the check to refuse.
@@ -47,21 +47,21 @@ def _as_tuple(value: Any) -> Any:
     return value if value is None or isinstance(value, dict) else (value,)
 
 
-def _settings_as_tuple(value: Any) -> Any:
+def _settings_as_tuple(value: object) -> Any:
     """As `_as_tuple`, with a mapping of settings as a tuple of one."""
     return (value,) if isinstance(value, dict) else _as_tuple(value)
 
 
-def _text_keys(value: Any) -> Any:
+def _text_keys(value: object) -> Any:
     """YAML reads names such as 10 as numbers."""
     return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _path_text(value: Any) -> Any:
+def _path_text(value: object) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _index_text(value: Any) -> Any:
+def _index_text(value: object) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

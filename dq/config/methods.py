@@ -10,6 +10,7 @@ from dq.config.pruning import PruneConfig
 from dq.config.schema import GUIDANCE, ClusterConfig, GenerateConfig, MethodConfig, RunConfig
 from dq.config.students import Baseline
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.text import check_name
 
 OVERRIDABLE = ("prune", "cluster", "generate")  # sections of which a method may have settings of its own
@@ -31,7 +32,7 @@ def resolved_method(config: RunConfig, method: str) -> ResolvedMethod:
         InputError: for an override of something else.
     """
     m = config.methods[method]
-    override: dict[str, Any] = {}
+    override: PlainDict = {}
     for key, value in _flat(m.override):
         if key in override:
             raise InputError(f"methods.{method}.override gives {key} twice, as {override[key]!r} and {value!r}")
@@ -48,7 +49,7 @@ def resolved_method(config: RunConfig, method: str) -> ResolvedMethod:
     return ResolvedMethod(m, changed.cluster, changed.generate, changed.prune)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: PlainDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys of nested settings.
 
     {cluster: {engine: torch}} changes one setting and not the section.

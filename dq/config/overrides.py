@@ -9,10 +9,11 @@ import yaml
 from dq.config.reader import C, from_dict, to_dict
 from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.text import short
 
 
-def set_value(data: dict[str, Any], key: str, value: Any) -> None:
+def set_value(data: PlainDict, key: str, value: object) -> None:
     """Set a dotted key (`cluster.n_iter`, `evaluate.students.0.lr`) in plain data, in place."""
     *path, last = key.split(".")
     node: Any = data
@@ -25,7 +26,7 @@ def set_value(data: dict[str, Any], key: str, value: Any) -> None:
     _assign(node, last, value, key)
 
 
-def _child(node: Any, part: str, where: str) -> Any:
+def _child(node: object, part: str, where: str) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
             raise InputError(f"{where!r} does not exist: the list has {len(node)} entries, counted from 0")
@@ -35,7 +36,7 @@ def _child(node: Any, part: str, where: str) -> Any:
     return node.get(part)
 
 
-def _assign(node: Any, part: str, value: Any, where: str) -> None:
+def _assign(node: object, part: str, value: object, where: str) -> None:
     if isinstance(node, list):
         _child(node, part, where)
         node[int(part)] = value
@@ -45,7 +46,7 @@ def _assign(node: Any, part: str, value: Any, where: str) -> None:
         raise InputError(f"{where!r} cannot be set: its parent is the value {short(node)}")
 
 
-def _check_sections(pairs: dict[str, Any]) -> None:
+def _check_sections(pairs: PlainDict) -> None:
     """Refuse a setting that its section, given too, sets to another value."""
     for key, value in pairs.items():
         parts = key.split(".")
@@ -57,7 +58,7 @@ def _check_sections(pairs: dict[str, Any]) -> None:
                 )
 
 
-def _agrees(section: Any, path: list[str], value: Any) -> bool:
+def _agrees(section: object, path: list[str], value: object) -> bool:
     """Whether a section leaves a setting open, or sets it to the same value."""
     if not path:
         return bool(section == value)
@@ -70,13 +71,13 @@ def _agrees(section: Any, path: list[str], value: Any) -> bool:
     return False
 
 
-def apply_settings(config: C, settings: list[str] | dict[str, Any]) -> C:
+def apply_settings(config: C, settings: list[str] | PlainDict) -> C:
     """Copy `config` with `key=value` strings or a dict of dotted keys applied.
 
     Values of strings are read as YAML.
     """
     if isinstance(settings, list):
-        pairs: dict[str, Any] = {}
+        pairs: PlainDict = {}
         for s in settings:
             key, sep, text = s.partition("=")
             if not sep:

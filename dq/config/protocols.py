@@ -19,6 +19,7 @@ from dq.config.reader import from_dict
 from dq.config.students import StudentConfig, is_library_net
 from dq.config.validation import unknown_key
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.text import short
 
 FOLDER = Path(__file__).parent / "presets" / "protocols"
@@ -32,7 +33,7 @@ def list_protocols() -> dict[str, str]:
 
 
 def student_config(
-    spec: dict[str, Any],
+    spec: PlainDict,
     *,
     ipc: str,
     classes: int,
@@ -63,7 +64,7 @@ def student_config(
             raise InputError(f"{where}.{key} must be a name, not {short(value)}")
     if name in ALIASES:
         name = chosen["protocol"] = ALIASES[name]
-    settings: dict[str, Any] = {}
+    settings: PlainDict = {}
     if name != "custom":
         preset = _preset(name, f"{where}.protocol")
         number = math.inf if ipc == "full" else int(ipc)
@@ -87,7 +88,7 @@ def student_config(
     return from_dict(StudentConfig, settings, where)
 
 
-def _preset_settings(name: str, facts: dict[str, Any], setting: str) -> dict[str, Any]:
+def _preset_settings(name: str, facts: PlainDict, setting: str) -> PlainDict:
     """Settings of a preset for these facts.
 
     Args:
@@ -116,7 +117,7 @@ def _preset_settings(name: str, facts: dict[str, Any], setting: str) -> dict[str
     return settings
 
 
-def _without_implied(settings: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+def _without_implied(settings: PlainDict, chosen: PlainDict) -> PlainDict:
     """Settings of a preset without those that the chosen network or learning rate decides."""
     net, implied = str(chosen.get("net", "")), set()
     if is_library_net(net):
@@ -133,7 +134,7 @@ def _plain_name(net: str) -> str:
     return net.rpartition(":")[2].partition("-")[0]
 
 
-def _epochs(epochs: Any, ipc: str, setting: str) -> Any:
+def _epochs(epochs: object, ipc: str, setting: str) -> Any:
     """Epochs at `ipc`, where there is a mapping by ipc."""
     if not isinstance(epochs, dict):
         return epochs
@@ -147,7 +148,7 @@ def _epochs(epochs: Any, ipc: str, setting: str) -> Any:
     return number
 
 
-def _preset(name: str, setting: str = "protocol") -> dict[str, Any]:
+def _preset(name: str, setting: str = "protocol") -> PlainDict:
     """A preset by name.
 
     Args:
@@ -165,7 +166,7 @@ def _preset(name: str, setting: str = "protocol") -> dict[str, Any]:
 
 
 @functools.cache
-def _read_preset(name: str) -> dict[str, Any]:
+def _read_preset(name: str) -> PlainDict:
     path = FOLDER / f"{name}.yaml"
     preset = yaml.safe_load(path.read_text())
     for rule in preset["rules"]:
@@ -175,11 +176,11 @@ def _read_preset(name: str) -> dict[str, Any]:
     return preset
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _holds(key: str, wanted: Any, facts: dict[str, Any]) -> bool:
+def _holds(key: str, wanted: object, facts: PlainDict) -> bool:
     if key.endswith("_from"):
         return facts[key.removesuffix("_from")] >= wanted
     if key.endswith("_to"):
@@ -187,7 +188,7 @@ def _holds(key: str, wanted: Any, facts: dict[str, Any]) -> bool:
     return facts[key] in _listed(wanted)
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merged(base: PlainDict, changes: PlainDict) -> PlainDict:
     """A copy of `base` with `changes`, nested mappings joined key by key; `epochs` is replaced whole."""
     merged = dict(base)
     for key, value in changes.items():

@@ -11,12 +11,13 @@ from pydantic.fields import FieldInfo
 from dq.config.validation import field_hint, is_settings, none_word, sentence
 from dq.core.bounded_yaml import write_yaml
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.text import short
 
 C = TypeVar("C")
 
 
-def from_dict(cls: type[C], data: Any, where: str = "") -> C:
+def from_dict(cls: type[C], data: object, where: str = "") -> C:
     """Build a settings class from plain data, with every key, type and bound checked.
 
     Args:
@@ -35,7 +36,7 @@ def from_dict(cls: type[C], data: Any, where: str = "") -> C:
         raise InputError(sentence(e, cls, data, where)) from None
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> PlainDict:
     """Plain data of a settings class, from which `from_dict` builds an equal one.
 
     Tuples become lists.
@@ -45,7 +46,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -66,9 +67,9 @@ def _word(field: FieldInfo) -> str | None:
     return None if word == "null" else word
 
 
-def changed_settings(config: Any, default: Any) -> dict[str, Any]:
+def changed_settings(config: Any, default: Any) -> PlainDict:
     """Plain data of the settings of a section that differ from those of another of its class."""
-    changed: dict[str, Any] = {}
+    changed: PlainDict = {}
     for name, field in type(config).__pydantic_fields__.items():
         value, other = getattr(config, name), getattr(default, name)
         if value == other:

@@ -128,7 +128,7 @@ def _default(field: FieldInfo) -> str:
     return write_yaml([in_words(value)], one_line=True).strip()[1:-1]
 
 
-def type_text(hint: Any) -> str:
+def type_text(hint: object) -> str:
     """A type in words such as "list of whole numbers or auto"."""
     inner, _ = unwrap(hint)
     core = unwrap(optional(inner)[0])[0]
@@ -136,7 +136,7 @@ def type_text(hint: Any) -> str:
     return f"{_plain_type(core)} or {word}" if word else _plain_type(core)
 
 
-def _plain_type(core: Any) -> str:
+def _plain_type(core: object) -> str:
     args = get_args(core)
     if get_origin(core) is tuple:
         plural = {int: "whole numbers", float: "numbers", str: "texts"}
@@ -150,7 +150,7 @@ def _plain_type(core: Any) -> str:
     return "settings" if is_settings(core) else TYPE_NAMES.get(core, "any value").removeprefix("a ")
 
 
-def bound_text(hint: Any) -> str:
+def bound_text(hint: object) -> str:
     """Bound of a number, or of a list's numbers, such as "at least 1"."""
     inner, notes = unwrap(hint)
     core, more = unwrap(optional(inner)[0])

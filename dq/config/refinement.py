@@ -93,24 +93,24 @@ class RefineConfig(Checked):
         Count, Field(description="different classes that a batch must hold (all, if there are fewer)")
     ] = 5
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if cls.stage:
             STAGES[cls.stage] = cls
 
     @classmethod
-    def variant(cls, data: Any) -> type[Checked]:
+    def variant(cls, data: object) -> type[Checked]:
         """The settings class of the stage that plain data name."""
         stage = data.get("stage") if isinstance(data, dict) else None
         return cls if cls.stage or not isinstance(stage, str) else STAGES.get(stage, cls)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = super().__get_pydantic_core_schema__(source, handler)
         return schema if cls.stage else core_schema.no_info_before_validator_function(cls._read_stage, schema)
 
     @classmethod
-    def _read_stage(cls, data: Any) -> Any:
+    def _read_stage(cls, data: object) -> Any:
         """Settings of the stage that a mapping names; anything else is left to the check."""
         if isinstance(data, (RefineConfig, ArgsKwargs)):
             return data

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from dq.config.kinds import Auto, Count, Many, NonNegative, Off, Positive, PositiveShare, Share, Whole
 from dq.config.validation import Checked, settings
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.text import short
 
 log = logging.getLogger("dq")
@@ -262,7 +263,7 @@ class StudentConfig(Checked):
         return self.labels == "soft" or (self.labels == "fixed" and self.loss != "mse")
 
 
-def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
+def label_columns(student: PlainMapping) -> list[PlainDict]:
     """A student for each kind of labels, where `labels` lists several; else the student itself.
 
     What a kind of labels excludes is switched off in its own column alone: mixes for fixed labels, which describe one
@@ -280,7 +281,7 @@ def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
     views = student.get("views", {})
     if not isinstance(views, Mapping):
         raise InputError(f"views of a student must be a mapping of settings, not {short(views)}")
-    off: dict[Any, dict[str, Any]] = {"fixed": {"mix": "none"}, "soft": {"jitter": 0.0, "lighting": 0.0}}
+    off: dict[Any, PlainDict] = {"fixed": {"mix": "none"}, "soft": {"jitter": 0.0, "lighting": 0.0}}
     students = []
     for kind in kinds:
         settings = {**student, "labels": kind}
@@ -292,7 +293,7 @@ def label_columns(student: Mapping[str, Any]) -> list[dict[str, Any]]:
     return students
 
 
-def _student_columns(students: Any) -> Any:
+def _student_columns(students: object) -> Any:
     """Turn students into a tuple, with one for each kind of labels.
 
     One student may stand alone, and a name for a network.
@@ -338,7 +339,7 @@ class EvaluateConfig(Checked):
     ] = 1000
     # `labels` of a student may be a list, which stands for a student of each kind (see `label_columns`)
     students: Annotated[
-        tuple[dict[str, Any], ...],
+        tuple[PlainDict, ...],
         BeforeValidator(_student_columns),
         Field(description="students as settings of StudentConfig, protocol and dataset; empty: no evaluation"),
     ] = ({"protocol": "classic"},)
@@ -350,7 +351,7 @@ class EvaluateConfig(Checked):
         return self
 
 
-def default_baselines(teachers: Sequence[Any]) -> tuple[Baseline, ...]:
+def default_baselines(teachers: Sequence[object]) -> tuple[Baseline, ...]:
     """Baselines of an evaluation that names none: random images and, with a teacher, the strongest selection."""
     if teachers:
         return ("random", "facility")

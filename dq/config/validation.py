@@ -43,7 +43,7 @@ class Checked:
     __pydantic_validator__: ClassVar[Any]
 
     @classmethod
-    def variant(cls, data: Any) -> type[Checked]:
+    def variant(cls, data: object) -> type[Checked]:
         """The class to read plain data as.
 
         It is this one, unless a subclass chooses by the data.
@@ -51,7 +51,7 @@ class Checked:
         return cls
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = handler(source)
         inner: Any = schema
         while inner["type"] != "dataclass" and "schema" in inner:
@@ -68,7 +68,7 @@ def settings(cls: type[C]) -> type[C]:
     validate = checked_class.__init__
 
     @functools.wraps(validate)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: object, *args: object, **kwargs: object) -> None:
         try:
             validate(self, *args, **kwargs)
         except ValidationError as e:
@@ -78,7 +78,7 @@ def settings(cls: type[C]) -> type[C]:
     return checked_class
 
 
-def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> str:
+def sentence(error: ValidationError, cls: object, data: object, where: str = "") -> str:
     """The first of the errors: path, what is expected, value; or all settings of earlier versions.
 
     Args:
@@ -119,7 +119,7 @@ def sentence(error: ValidationError, cls: Any, data: Any, where: str = "") -> st
     return f"{name} must be {expectation}, not {short(value)}{nearest}"
 
 
-def _new_name(error: ErrorDetails, cls: Any, data: Any, where: str) -> str | None:
+def _new_name(error: ErrorDetails, cls: object, data: object, where: str) -> str | None:
     """New name of a setting or a value of an earlier version, such as "'judges' is now called 'teachers'"."""
     key, value = error["loc"][-1] if error["loc"] else "", error["input"]
     if error["type"] == "unexpected_keyword_argument" and key in RENAMED:
@@ -145,11 +145,11 @@ def _first_name(text: str) -> str:
     return text.split(" ")[0].partition("=")[0].partition(".")[0].rstrip(":,")
 
 
-def is_settings(hint: Any) -> bool:
+def is_settings(hint: object) -> bool:
     return isinstance(hint, type) and issubclass(hint, Checked)
 
 
-def unwrap(hint: Any) -> tuple[Any, list[Any]]:
+def unwrap(hint: object) -> tuple[Any, list[Any]]:
     """A type without `Annotated`, and the annotations from the outside in."""
     notes: list[Any] = []
     while get_origin(hint) is Annotated:
@@ -159,7 +159,7 @@ def unwrap(hint: Any) -> tuple[Any, list[Any]]:
     return hint, notes
 
 
-def optional(hint: Any) -> tuple[Any, bool]:
+def optional(hint: object) -> tuple[Any, bool]:
     """A type without `None`, and whether that was allowed."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint, False
@@ -167,7 +167,7 @@ def optional(hint: Any) -> tuple[Any, bool]:
     return (some[0] if len(some) == 1 else Union[tuple(some)]), len(some) < len(get_args(hint))  # noqa: UP007
 
 
-def _core_type(hint: Any) -> Any:
+def _core_type(hint: object) -> Any:
     """A type without annotations and `None`."""
     while True:
         plain = optional(unwrap(hint)[0])[0]
@@ -204,7 +204,7 @@ def _locate(cls: Any, data: Any, loc: Sequence[Any], where: str) -> tuple[str, A
     return path, core.variant(node) if is_settings(core) else hint
 
 
-def bounds(notes: Iterable[Any]) -> str:
+def bounds(notes: Iterable[object]) -> str:
     """Bounds of a number such as "of at least 1" or "in [0, 1)"; "" without any."""
     low = high = left = right = None
     for note in notes:
@@ -223,7 +223,7 @@ def bounds(notes: Iterable[Any]) -> str:
     return ""
 
 
-def none_word(hint: Any) -> str | None:
+def none_word(hint: object) -> str | None:
     """The word for None in a type; "null" if it has none.
 
     None if the type does not allow None.
@@ -234,7 +234,7 @@ def none_word(hint: Any) -> str | None:
     return next((n.word for n in notes if isinstance(n, NoneAs)), "null")
 
 
-def expected(hint: Any) -> str:
+def expected(hint: object) -> str:
     """What a setting must be: its type, its bound, and the word for None."""
     inner, notes = unwrap(hint)
     inner, _ = optional(inner)

@@ -38,7 +38,7 @@ def _text(dumper: Dumper, value: str) -> yaml.ScalarNode:
 Dumper.add_representer(str, _text)
 
 
-def write_yaml(data: Any, *, one_line: bool = False) -> str:
+def write_yaml(data: object, *, one_line: bool = False) -> str:
     """YAML text of plain data, keys in their order."""
     width = 10**6 if one_line else 100
     return yaml.dump(

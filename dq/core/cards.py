@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 
 from dq.core.bounded_yaml import read_yaml
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.text import first_line
 from dq.core.version import __version__
 
@@ -40,7 +41,7 @@ PATHS = (
 ABSOLUTE = re.compile(r"(?<![\w:/.<])(?:~|[A-Za-z]:)?[/\\][^\s\"'`,;:()|<>]*[/\\][^\s\"'`,;:()|<>]*")
 
 
-def public(value: Any, key: str = "") -> Any:
+def public(value: object, key: str = "") -> Any:
     """Copy plain data with every path on this machine reduced to its last part.
 
     Hub ids stay.
@@ -67,14 +68,14 @@ def is_hub_id(text: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text))
 
 
-def md(text: Any) -> str:
+def md(text: object) -> str:
     """Text as it is, in Markdown, tables and HTML."""
     one_line = " ".join(str(text).split())
     escaped = re.sub(r"[\\`*\[\]<>|&~$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda c: f"&#{ord(c[0])};", one_line)
     return re.sub(r"://|www\.", lambda m: m[0].replace(":", "&#58;").replace(".", "&#46;"), escaped)
 
 
-def plain_json(value: Any) -> str:
+def plain_json(value: object) -> str:
     """Indented JSON that holds no HTML."""
     return json.dumps(value, indent=1, default=str, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -87,7 +88,7 @@ def own_text(card: Path) -> str:
         raise InputError(f"{card} is no text in UTF-8; save it as such, or move it away") from e
 
 
-def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
+def split_card(text: str, must: str = "") -> tuple[PlainDict, str]:
     """Split a card into its YAML head and its body.
 
     A head that cannot be read counts as none.
@@ -108,7 +109,7 @@ def split_card(text: str, must: str = "") -> tuple[dict[str, Any], str]:
     return (head if isinstance(head, dict) else {}), match[2]
 
 
-def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
+def merge_card(old: str, head: PlainMapping, body: str) -> str:
     """Join a head and a generated body with what an old card has besides.
 
     A license in the head replaces all license keys of the old one.
@@ -127,7 +128,7 @@ def merge_card(old: str, head: Mapping[str, Any], body: str) -> str:
     return f"---\n{merged.to_yaml()}\n---\n\n{before.lstrip()}{BEGIN}\n\n{body.strip()}\n\n{END}{after.rstrip()}\n"
 
 
-def license_head(license: str | None, old: Mapping[str, Any]) -> dict[str, Any]:
+def license_head(license: str | None, old: PlainMapping) -> PlainDict:
     """The keys of a license: the one given, else that of the old head, else unknown."""
     if license is None:
         return {k: old[k] for k in LICENSE if k in old} or {"license": UNKNOWN}
@@ -150,5 +151,5 @@ def template(package: str, name: str) -> Any:
 ANY_REPO = "THIS_FOLDER_OR_REPO"
 
 
-def joined_lists(old: Any, new: Iterable[str]) -> list[str]:
+def joined_lists(old: object, new: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*(x for x in old if isinstance(x, str)), *new] if isinstance(old, list) else new))

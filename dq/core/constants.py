@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def constant(values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+def constant(values: object, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return numbers as a tensor on a device, the same in every call.
 
     Numbers nest as for `torch.tensor`; the tensor must not be changed in place.
@@ -20,11 +20,11 @@ def constant(values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _constant(values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _constant(values: object, device: torch.device, dtype: torch.dtype) -> Tensor:
     # the first caller may be in inference mode, whose tensors no later caller could use under autograd
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _hashable(values: Any) -> Any:
+def _hashable(values: object) -> Any:
     return tuple(_hashable(v) for v in values) if isinstance(values, (list, tuple)) else values

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dq.core.errors import InputError, RunError
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of, digest_of_tensors
 
 log = logging.getLogger("dq")
@@ -26,7 +27,7 @@ class Damaged(RunError):
     """A file that is there but does not hold what was written to it."""
 
 
-def as_path(value: Any, name: str) -> Path:
+def as_path(value: object, name: str) -> Path:
     """A path that a caller gives, with its ~ expanded.
 
     Raises:
@@ -125,7 +126,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, obj: Any, *, checksum: bool = True) -> None:
+def write_json(path: Path, obj: object, *, checksum: bool = True) -> None:
     """Write an object as indented JSON, atomically.
 
     With `checksum` a mapping gets a `checksum` of its other entries; files that other programs read go without.
@@ -157,7 +158,7 @@ def read_json(path: Path) -> Any:
     return data
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: PlainDict | None = None) -> None:
     """Write tensors as safetensors, atomically, with JSON-encoded metadata and a checksum of all of it.
 
     All metadata goes under one key: safetensors writes several keys in random order, and the same result must give
@@ -169,7 +170,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     write_bytes(path, save(contiguous, {"dq": json.dumps(record, sort_keys=True)}))
 
 
-def _checksum(tensors: dict[str, torch.Tensor], meta: Any) -> str:
+def _checksum(tensors: dict[str, torch.Tensor], meta: object) -> str:
     return digest_of([digest_of_tensors(tensors), meta])
 
 
@@ -181,7 +182,7 @@ def readable(path: Path) -> Iterator[None]:
         raise Damaged(f"{path} cannot be read ({e}); delete it and give the same command again") from e
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], PlainDict]:
     """Read tensors and metadata written by `write_tensors`.
 
     Raises:
@@ -193,7 +194,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, meta
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> PlainDict:
     """Read only the metadata of a file written by `write_tensors`."""
     with open_tensors(path) as f:
         return _record(f)["meta"]
@@ -226,14 +227,14 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return s.st_ino, s.st_size, s.st_mtime_ns
 
 
-def _record(f: Any) -> dict[str, Any]:
+def _record(f: Any) -> PlainDict:
     record = json.loads((f.metadata() or {}).get("dq", "{}"))
     if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
         raise ValueError("it has no checksum")
     return record
 
 
-def _compared(f: Any) -> dict[str, Any]:
+def _compared(f: Any) -> PlainDict:
     """Metadata of an open file whose checksum is right."""
     record = _record(f)
     if record.get("checksum") != _checksum({k: f.get_tensor(k) for k in f.keys()}, record["meta"]):  # noqa: SIM118
@@ -266,7 +267,7 @@ def is_done(path: Path) -> bool:
     return True
 
 
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+def append_jsonl(path: Path, record: PlainDict) -> None:
     """Append one event to a JSONL log.
 
     It begins a line of its own even if a killed process left half a line.
@@ -280,7 +281,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         f.write(line)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[PlainDict]:
     """Read the events of a JSONL log; [] without a file.
 
     Incomplete lines of killed processes are left out.

@@ -10,10 +10,11 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dq.core.errors import InputError, RunError
 from dq.core.files import parse_json
+from dq.core.plain import PlainDict
 from dq.core.redaction import Redaction, redact
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Repo:
     def text(self, file: str) -> str:
         return self.fetch(file).read_text(errors="replace") if file in self.files else ""
 
-    def json(self, file: str) -> dict[str, Any]:
+    def json(self, file: str) -> PlainDict:
         try:
             record = parse_json(self.text(file))
         except (RecursionError, ValueError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from dq.core.errors import InputError
 from dq.core.files import read_json
+from dq.core.plain import PlainDict
 
 log = logging.getLogger("dq")
 
@@ -40,7 +41,7 @@ class ModelFiles:
         except EntryNotFoundError:  # LocalEntryNotFoundError too
             return None
 
-    def json(self, name: str) -> dict[str, Any] | None:
+    def json(self, name: str) -> PlainDict | None:
         """The record in the file `name`; None if the model lacks it.
 
         Raises:
@@ -55,7 +56,7 @@ class ModelFiles:
         return record
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> PlainDict:
         """Keyword arguments of `from_pretrained` that read these files and no others."""
         where = {"token": self.token, "cache_dir": self.cache_dir}
         return {"revision": self.revision, "local_files_only": self.local or self.cached, **where}

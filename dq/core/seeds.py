@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ def generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
-def digest_of(obj: Any, *, size: int = 8) -> str:
+def digest_of(obj: object, *, size: int = 8) -> str:
     """Hex digest of a JSON-serialisable object, independent of key order."""
     text = json.dumps(obj, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()

@@ -32,7 +32,7 @@ SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring = 3, 6, 12, 120
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """A value in an error message: a few lines of YAML can stand for millions."""
     return SHORT.repr(value)
 
@@ -71,7 +71,7 @@ def format_bytes(n: float) -> str:
     return f"{n:.3g} TB"
 
 
-def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:
+def markdown_table(head: Sequence[object], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:
     """Format a Markdown table with the first `left` columns aligned left."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dq.core.errors import InputError
+from dq.core.plain import PlainMapping
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +47,7 @@ def check_trackers(names: Sequence[str]) -> None:
         raise InputError(f"report_to names {missing}, which is not installed; pip install {missing}")
 
 
-def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: Mapping[str, Any], folder: Path) -> None:
+def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: PlainMapping, folder: Path) -> None:
     """Start trackers on the accelerator with a run's settings; their files go below `folder`/logs.
 
     Raises:
@@ -77,7 +78,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: Map
         ) from e
 
 
-def report(accelerator: Accelerator, values: Mapping[str, Any], step: int | None = None) -> None:
+def report(accelerator: Accelerator, values: PlainMapping, step: int | None = None) -> None:
     """Send the finite ones of some numbers to the trackers of this process."""
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
     for tracker in list(accelerator.trackers) if numbers else ():
@@ -114,12 +115,12 @@ def _first_line(e: Exception) -> str:
 # --- what is sent -------------------------------------------------------------------------------------------------
 
 
-def flat_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+def flat_settings(settings: PlainMapping) -> dict[str, str | int | float | bool]:
     """All settings by dotted name, as values that every tracker takes, without secrets."""
     return dict(_flat(settings))
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
+def _flat(node: object, prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
     items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         name = f"{prefix}{key}"
@@ -133,7 +134,7 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str | int | float 
             yield name, value if isinstance(value, int | float) else json.dumps(value)
 
 
-def stage_numbers(stage: str, seconds: float, numbers: Mapping[str, Any]) -> dict[str, float]:
+def stage_numbers(stage: str, seconds: float, numbers: PlainMapping) -> dict[str, float]:
     """What is sent at the end of a stage: seconds, counts, and counts per second."""
     counts = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
     rates = {f"{k}_per_s": v / seconds for k, v in counts.items() if seconds > 0}

@@ -17,6 +17,7 @@ import yaml
 
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.text import first_line
 from dq.data.image_folder import walk_files
 from dq.data.images import IMAGE_SUFFIXES
@@ -46,7 +47,7 @@ class _Tables:
     """What `datasets` opened, and the columns to read."""
 
     builder: Any
-    splits: dict[str, Any]  # tables by name, none without rows
+    splits: PlainDict  # tables by name, none without rows
     train: str
     image_column: str
     label_column: str
@@ -85,7 +86,7 @@ def open_with_datasets(config: SourceConfig) -> ImageSource:
     return checked_source(splits, names, content, config.path, train, test)
 
 
-def _hash_folder(content: Any, config: SourceConfig, left_out: LeftOut) -> list[Path]:
+def _hash_folder(content: object, config: SourceConfig, left_out: LeftOut) -> list[Path]:
     """Hash all files of a folder, images beside tables too, and return their paths."""
     root = Path(os.path.abspath(config.path))
     paths = sorted(f for f in walk_files(root, left_out) if f.is_file())
@@ -168,7 +169,7 @@ def _image_split(tables: _Tables, name: str, labels: np.ndarray, folder: Path | 
     return Split(labels, _row_reader(rows, column, folder), name, _column_reader(table), others)
 
 
-def _unmatched_images(loaded: dict[str, Any], column: str, config: SourceConfig, paths: list[Path]) -> LeftOut:
+def _unmatched_images(loaded: PlainDict, column: str, config: SourceConfig, paths: list[Path]) -> LeftOut:
     """Count images without a row in the table, and under `skip` rows without image.
 
     Raises:
@@ -211,7 +212,7 @@ def _check_declared_names(builder: Any, column: str, names: list[str], path: str
                     )
 
 
-def declared_names(schema: Any, column: str) -> list[str] | None:
+def declared_names(schema: object, column: str) -> list[str] | None:
     """Return the class names that a Parquet schema declares for a column."""
     import datasets
 

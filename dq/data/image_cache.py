@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_metadata, sweep, write_json, write_tensors
+from dq.core.plain import PlainDict
 from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
 from dq.core.threads import Writer, reading_ahead
@@ -116,7 +117,7 @@ def cache_order(source: ImageSource) -> np.ndarray:
     return np.argsort(source.train.labels, kind="stable")
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+def write_manifest(folder: Path, facts: PlainDict) -> None:
     """Write the manifest of a cache folder, or check it against `facts`."""
     sweep(folder)
     manifest = folder / "manifest.json"
@@ -201,7 +202,7 @@ def _batches(cache: ImageCache, source: ImageSource, reading: Reading, parts: Se
 
 
 def _read(source: ImageSource, reading: Reading, rows: np.ndarray) -> tuple[Tensor, list[int], list[str]]:
-    options: dict[str, Any] = {"on_bad": source.on_bad_image, "threads": reading.threads}
+    options: PlainDict = {"on_bad": source.on_bad_image, "threads": reading.threads}
     images, read, problems = read_images(source.train, rows, reading.side, source.preprocess, **options)
     return images.pin_memory() if reading.pin and len(images) else images, read, problems
 

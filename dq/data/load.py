@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dq.config.reader import from_dict, to_dict
 from dq.config.schema import SourceConfig
@@ -29,7 +29,7 @@ def load_source(
     class_names: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
     on_bad_image: Literal["raise", "skip"] | None = None,
-    **options: Any,
+    **options: object,
 ) -> ImageSource:
     """Open a labeled image set.
 

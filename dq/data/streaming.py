@@ -203,7 +203,7 @@ def _nbytes(block: Sequence[Any]) -> int:
 # --- Parquet ------------------------------------------------------------------------------------------------------
 
 
-def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declared: Any) -> Opened:
+def _open_parquet(shards: list[Shard], split: str, config: SourceConfig, declared: object) -> Opened:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -286,7 +286,7 @@ class _Cells:
 # --- WebDataset ---------------------------------------------------------------------------------------------------
 
 
-def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: Any) -> Opened:
+def _open_tars(shards: list[Shard], split: str, config: SourceConfig, declared: object) -> Opened:
     """Open tars of `KEY.jpg` beside `KEY.cls`, or `KEY.json` with a `label`.
 
     The offsets of the images of a tar are cached in the cache folder of `datasets`.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict, PlainMapping
 
 CHUNK = 1000  # images at once
 WHOLE_SIDE = 64  # px; FRePo whitens larger images as interleaved ones of at most this side
@@ -109,11 +108,11 @@ class Whitening:
             x = (_blockwise(x, w.inverse).flatten(1) + w.center).view_as(x)
         return x * w.std.view(-1, 1, 1) + w.mean.view(-1, 1, 1)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> PlainDict:
         """Return numbers that identify a whitening, as plain data."""
         # MTT's whitening leaves channels as they are
         mtt = bool((self.mean == 0).all() and (self.std == 1).all())
-        facts: dict[str, Any] = {"recipe": "standardize" if self.matrix is None else "mtt" if mtt else "frepo"}
+        facts: PlainDict = {"recipe": "standardize" if self.matrix is None else "mtt" if mtt else "frepo"}
         facts |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
         if self.matrix is not None and self.center is not None:
             diagonal = self.matrix.diagonal()
@@ -155,7 +154,7 @@ def _blockwise(images: Tensor, matrix: Tensor) -> Tensor:
     return F.pixel_shuffle(parts.transpose(1, 2).reshape(b, c * k * k, side // k, side // k), k)
 
 
-def same_whitening(a: Mapping[str, Any], b: Mapping[str, Any], *, tolerance: float = 0.02) -> bool:
+def same_whitening(a: PlainMapping, b: PlainMapping, *, tolerance: float = 0.02) -> bool:
     """Return whether two summaries are of the same preprocessing.
 
     Up to rounding and a few left-out images.

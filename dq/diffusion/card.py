@@ -12,6 +12,7 @@ from safetensors import safe_open
 from dq.core.cards import ANY_REPO, LICENSE, joined_lists, license_head, merge_card, own_text, split_card, template
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, readable, write_text
+from dq.core.plain import PlainDict
 from dq.core.text import markdown_table
 from dq.diffusion.codec import downscale_of
 
@@ -45,7 +46,7 @@ QUALITY = "quality.json"  # beside the card: the records of the table
 SHOWN_CLASSES = 20
 
 
-def quality_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def quality_table(records: list[PlainDict]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of text of the records of `measure_prior`."""
     columns = (
         ("accuracy %", "accuracy", lambda v: f"{100 * v:.1f}"),
@@ -66,7 +67,7 @@ def quality_table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[s
     return head, rows
 
 
-def protocol_text(records: list[dict[str, Any]]) -> str:
+def protocol_text(records: list[PlainDict]) -> str:
     """How the numbers of the table were measured, in a few sentences."""
     r = records[0]
     names = {"internal_guidance": "internal guidance", "autoguidance": "autoguidance"}
@@ -111,7 +112,7 @@ def write_card(
     data_name: str = "",
     license: str = "",
     command: str = "",
-    records: list[dict[str, Any]] | None = None,
+    records: list[PlainDict] | None = None,
 ) -> Path:
     """Write `README.md` of a prior's folder from its files.
 
@@ -135,7 +136,7 @@ def card_text(
     data_name: str = "",
     license: str = "",
     command: str = "",
-    records: list[dict[str, Any]] | None = None,
+    records: list[PlainDict] | None = None,
 ) -> str:
     """The text of `write_card`."""
     from huggingface_hub import ModelCardData
@@ -168,14 +169,14 @@ def card_text(
     )
 
 
-def model_parts(folder: Path) -> list[dict[str, Any]]:
+def model_parts(folder: Path) -> list[PlainDict]:
     """Facts of the parts of a pipeline's folder that have weights."""
     root = [folder] if (folder / "config.json").is_file() else []
     folders = [*root, *sorted(p for p in folder.iterdir() if p.is_dir())]
     return [model_part(p) for p in folders if (p / "config.json").is_file() and any(p.glob("*.safetensors"))]
 
 
-def model_part(folder: Path) -> dict[str, Any]:
+def model_part(folder: Path) -> PlainDict:
     """Facts of a model folder: name, sizes, parameters and training."""
     config = read_json(folder / "config.json")
     record = folder / "training.json"
@@ -203,7 +204,7 @@ def _class_names(folder: Path) -> list[str]:
     return [names[i] for i in sorted(names, key=int)] if names else []
 
 
-def _training(records: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+def _training(records: list[PlainDict]) -> list[tuple[str, list[str]]]:
     """Lines of the table of trainings: a name and its values."""
 
     def line(name: str, values: list[Any]) -> tuple[str, list[str]]:
@@ -216,7 +217,7 @@ def _training(records: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     return [*lines, line("versions", [_plain(r.get("versions")) for r in records])]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value or "")
 
 

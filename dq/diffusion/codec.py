@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from dq.core.devices import default_device, resolve_dtype
 from dq.core.errors import InputError, RunError
 from dq.core.model_files import ModelFiles, open_model
+from dq.core.plain import PlainMapping
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.core.text import short
 from dq.diffusion.loading import DTYPES as DTYPES
@@ -33,10 +34,10 @@ def load_codec(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
-    dtype: Any = "float32",
+    dtype: object = "float32",
     device: torch.device | str | None = "cpu",
     files: ModelFiles | None = None,
-    **weights: Any,
+    **weights: object,
 ) -> Codec:
     """Load the autoencoder of a model folder or Hub repository.
 
@@ -93,7 +94,7 @@ def downscale(codec: Codec) -> int:
     return downscale_of(codec.config)
 
 
-def downscale_of(config: Mapping[str, Any]) -> int:
+def downscale_of(config: PlainMapping) -> int:
     """Pixels per latent cell along one side, by an autoencoder's configuration."""
     return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dq.config.schema import CodecConfig, GenerateConfig
 from dq.core.compilation import compile_if_faster, fix_rows, fixed_rows
+from dq.core.plain import PlainDict
 from dq.core.seeds import generator
 from dq.diffusion.codec import Codec, latent_shape
 from dq.diffusion.sampling import dit_prediction
@@ -81,7 +82,7 @@ def compile_denoiser(
     def call() -> Tensor:
         return torch.cat([predict(x[:n], t, classes[:n]) for n in sizes])
 
-    options: dict[str, Any] = {} if min_gain is None else {"min_gain": min_gain}
+    options: PlainDict = {} if min_gain is None else {"min_gain": min_gain}
     with fixed_rows(model, sizes):
         active = compile_if_faster("the denoiser", blocks, call, device, dtype=model.dtype, backend=backend, **options)
     if active:
@@ -127,7 +128,7 @@ def compile_codec(
     def call() -> Tensor:
         return module(x)
 
-    options: dict[str, Any] = {} if min_gain is None else {"min_gain": min_gain}
+    options: PlainDict = {} if min_gain is None else {"min_gain": min_gain}
     name = f"the {part} of the codec"
     active = compile_if_faster(name, blocks, call, parameter.device, dtype=parameter.dtype, backend=backend, **options)
     if active:

@@ -351,7 +351,7 @@ class LatentGenerator(DiffusionPipeline):
         plain = class_labels.tolist() if isinstance(class_labels, (np.ndarray, np.generic, Tensor)) else class_labels
         return [self._class_index(c) for c in (plain if isinstance(plain, (list, tuple, range)) else [plain])]
 
-    def _class_index(self, label: Any) -> int:
+    def _class_index(self, label: object) -> int:
         """The DiT's index of a class by its index or name."""
         total = int(self.transformer.config.num_embeds_ada_norm)
         if isinstance(label, str):

@@ -8,7 +8,6 @@ each depends on the others, so that neither batch size nor the number of process
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from dq.diffusion.weaker_models import ClassPredict
 
 def by_prototypes(
     predicts: Sequence[Predict],
-    scheduler: Any,
+    scheduler: object,
     start: Start,
     points: Tensor,
     config: GenerateConfig,
@@ -69,7 +68,7 @@ def by_prototypes(
 
 
 def toward(
-    predicts: Sequence[Predict], scheduler: Any, start: Start, target: Tensor, *, share: float, stop: float
+    predicts: Sequence[Predict], scheduler: object, start: Start, target: Tensor, *, share: float, stop: float
 ) -> list[Predict]:
     """Prototype guidance: x_0' = x_0 + share * (target - x_0).
 
@@ -105,7 +104,7 @@ def toward(
 def moved_by(
     move: Callable[[Tensor], Tensor],
     predicts: Sequence[Predict],
-    scheduler: Any,
+    scheduler: object,
     start: Start,
     interval: Sequence[float],
 ) -> list[Predict]:

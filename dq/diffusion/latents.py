@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_json
 from dq.core.memory import run_with_batch_backoff
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of, generator
 from dq.data.image_cache import ImageCache, Reading, fill, write_manifest
 from dq.data.source import ImageSource
@@ -63,13 +64,13 @@ def latents_key(source: ImageSource, codec: Codec, config: CodecConfig, seed: in
     return digest_of(_full_identity(source, codec, config, seed))
 
 
-def _full_identity(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> dict[str, Any]:
+def _full_identity(source: ImageSource, codec: Codec, config: CodecConfig, seed: int) -> PlainDict:
     codec_dtype = str(next(codec.parameters()).dtype).removeprefix("torch.")
     dtype = codec_dtype if config.dtype == "auto" else config.dtype
     return {**_identity(source, config, seed), "codec": codec_digest(codec), "dtype": dtype}
 
 
-def _identity(source: ImageSource, config: CodecConfig, seed: int) -> dict[str, Any]:
+def _identity(source: ImageSource, config: CodecConfig, seed: int) -> PlainDict:
     """What decides latents beside the codec.
 
     The seed matters only where latents are drawn; batch size and process count never do.

@@ -7,12 +7,12 @@ import contextlib
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import torch
 
 from dq.core.errors import InputError
 from dq.core.model_files import ModelFiles
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.progress import library_bars
 from dq.core.text import nearest_name
 
@@ -37,7 +37,7 @@ OF_TINY = {"block_out_channels"}
 IGNORED = re.compile(r"The config attributes (\{.*?\}) were passed to (Autoencoder\w+), but are not expected")
 
 
-def dtype_of(value: Any) -> torch.dtype:
+def dtype_of(value: object) -> torch.dtype:
     """A floating dtype of torch, given by name or itself.
 
     None is float32, as in diffusers.
@@ -56,7 +56,7 @@ def dtype_of(value: Any) -> torch.dtype:
     return dtype
 
 
-def take_dtype(options: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype]:
+def take_dtype(options: PlainDict) -> torch.dtype | dict[str, torch.dtype]:
     """Remove `dtype` (or the older `torch_dtype`) from arguments of from_pretrained.
 
     Returns:
@@ -74,7 +74,7 @@ def take_dtype(options: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype]:
     return dtype_of(value)
 
 
-def check_options(options: Mapping[str, Any], components: Collection[str]) -> None:
+def check_options(options: PlainMapping, components: Collection[str]) -> None:
     """Refuse arguments of from_pretrained that are unknown or unsafe.
 
     Raises:
@@ -92,7 +92,7 @@ def check_options(options: Mapping[str, Any], components: Collection[str]) -> No
             raise InputError(f"from_pretrained has no argument {name!r}; {hint}")
 
 
-def check_components(index: Any, path: str, components: Mapping[str, Any]) -> None:
+def check_components(index: object, path: str, components: PlainMapping) -> None:
     """Refuse a pipeline without a part, or with its own modules.
 
     This happens before anything is imported: diffusers imports any library that a component names. `index` is the

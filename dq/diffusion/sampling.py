@@ -171,7 +171,7 @@ def grid_snr(scheduler: Any) -> Tensor:
     return alpha_bar / (1 - alpha_bar)
 
 
-def grid_levels(scheduler: Any) -> list[Level]:
+def grid_levels(scheduler: object) -> list[Level]:
     """Signal and noise at every entry of `scheduler.timesteps`.
 
     signal + noise = 1 for flow matching, else signal^2 + noise^2 = 1: Euler and Heun keep their state in units of the
@@ -257,7 +257,7 @@ def choose_start(
     )
 
 
-def check_start(scheduler: Any, start: Start) -> None:
+def check_start(scheduler: object, start: Start) -> None:
     """Check that the model's prediction at `start` depends on the image.
 
     Raises:
@@ -285,7 +285,7 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, start: Start) -> T
 @torch.no_grad()
 def denoise(
     predict: Predict | Sequence[Predict],
-    scheduler: Any,
+    scheduler: object,
     latents: Tensor,
     start: Start,
     generators: Sequence[torch.Generator],
@@ -353,7 +353,7 @@ def denoise_noisy(
 
 
 @torch.no_grad()
-def invert(predict: Predict, scheduler: Any, latents: Tensor, start: Start) -> tuple[Tensor, Tensor]:
+def invert(predict: Predict, scheduler: object, latents: Tensor, start: Start) -> tuple[Tensor, Tensor]:
     """DDIM inversion (Song et al. 2021) of clean latents up to `start`.
 
     From one level to the next noisier one, x' = signal' x_0 + noise' eps with the x_0 and the noise that the model

@@ -86,7 +86,7 @@ class HiddenStates:
         self.value: Tensor | None = None
         self.handle = model.transformer_blocks[depth - 1].register_forward_hook(self._keep)
 
-    def _keep(self, block: nn.Module, args: Any, output: Tensor) -> None:
+    def _keep(self, block: nn.Module, args: object, output: Tensor) -> None:
         self.value = output
 
     def take(self) -> Tensor:
@@ -113,7 +113,7 @@ def extrapolate(weak: Tensor, strong: Tensor, scale: float) -> Tensor:
     return strong if scale == 1 else weak + scale * (strong - weak)
 
 
-def internal_guidance(model: Any, head: IntermediateHead, scale: float) -> ClassPredict:
+def internal_guidance(model: object, head: IntermediateHead, scale: float) -> ClassPredict:
     """Internal guidance (arXiv 2512.24176): D_i + scale * (D_f - D_i).
 
     A DiT is guided away from its own intermediate head, in one call of the model.
@@ -149,7 +149,7 @@ class WeakerModels:
         self._head: IntermediateHead | None = None
         self._early: Any = None
 
-    def prediction(self, model: Any, internal: float, auto: float) -> ClassPredict:
+    def prediction(self, model: object, internal: float, auto: float) -> ClassPredict:
         """Prediction of a DiT with internal guidance and autoguidance; 1 is none.
 
         Both are affine in predictions, as classifier-free guidance is: each acts on the conditional and on the

@@ -24,6 +24,7 @@ from dq.core.cards import (
     template,
 )
 from dq.core.files import is_done, read_json, write_text
+from dq.core.plain import PlainDict, PlainMapping
 from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, checked_provenance, set_features, set_names
 
 EVALUATION = "evaluation.json"  # beside the provenance of a set: accuracies of students
@@ -44,8 +45,8 @@ def write_dataset_card(folder: Path, *, old: str | None = None) -> None:
 
 
 def dataset_card(
-    records: list[dict[str, Any]],
-    evaluations: Mapping[str, dict[str, Any]],
+    records: list[PlainDict],
+    evaluations: Mapping[str, PlainDict],
     *,
     repo_id: str = ANY_REPO,
     old: str = "",
@@ -106,7 +107,7 @@ def dataset_card(
     return merge_card(old, head.to_dict(), body)
 
 
-def default_config(head: Mapping[str, Any], names: list[str]) -> str:
+def default_config(head: PlainMapping, names: list[str]) -> str:
     """The configuration that `load_dataset` takes by default.
 
     The one marked in an old head, else "default", else the first.
@@ -117,7 +118,7 @@ def default_config(head: Mapping[str, Any], names: list[str]) -> str:
     return "default" if "default" in names else sorted(names, key=_natural)[0]
 
 
-def _configs(old_head: Mapping[str, Any], records: list[dict[str, Any]], default: str) -> dict[str, Any]:
+def _configs(old_head: PlainMapping, records: list[PlainDict], default: str) -> PlainDict:
     """`configs` and `dataset_info` of the head, with others of the old one."""
     from datasets import DatasetInfo
     from datasets.info import DatasetInfosDict
@@ -155,22 +156,22 @@ def _configs(old_head: Mapping[str, Any], records: list[dict[str, Any]], default
     return {"configs": [*others, *configs], "dataset_info": [*other_infos, *described]}
 
 
-def _dicts(value: Any) -> list[dict[str, Any]]:
+def _dicts(value: object) -> list[PlainDict]:
     return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
 
 
-def _named(value: Any) -> list[dict[str, Any]]:
+def _named(value: object) -> list[PlainDict]:
     """Configurations with a name, without which none can be loaded."""
     return [x for x in _dicts(value) if isinstance(x.get("config_name"), str)]
 
 
-def _is_ours(config: dict[str, Any]) -> bool:
+def _is_ours(config: PlainDict) -> bool:
     files = config.get("data_files")
     name = config.get("config_name")
     return isinstance(files, list) and files == [{"split": "train", "path": f"{name}/train-*.parquet"}]
 
 
-def _grid_fit(r: dict[str, Any]) -> tuple[bool, int]:
+def _grid_fit(r: PlainDict) -> tuple[bool, int]:
     """Sort key by how much of a set its grid shows."""
     return r["ipc"] > GRID_COLUMNS, abs(GRID_COLUMNS - r["ipc"])
 
@@ -184,7 +185,7 @@ def _size(rows: int) -> str:
     return next((name for limit, name in SIZES if rows < limit), "n>1M")
 
 
-def _class_lists(records: list[dict[str, Any]]) -> list[tuple[list[str], list[str], bool]]:
+def _class_lists(records: list[PlainDict]) -> list[tuple[list[str], list[str], bool]]:
     """Distinct lists of classes, their sets, and whether all are WordNet ids."""
     sets_by_classes: dict[tuple[str, ...], list[str]] = {}
     for r in records:
@@ -192,7 +193,7 @@ def _class_lists(records: list[dict[str, Any]]) -> list[tuple[list[str], list[st
     return [(list(k), v, all(re.fullmatch(r"n\d{8}", n) for n in k)) for k, v in sets_by_classes.items()]
 
 
-def _statement(r: dict[str, Any]) -> dict[str, str]:
+def _statement(r: PlainDict) -> dict[str, str]:
     """Weights, labels and origin of a set in words."""
     method, labels, generate = (r.get(k) or {} for k in ("method", "labels", "generate"))
     kind = {
@@ -212,7 +213,7 @@ def _statement(r: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _is_row(row: dict[str, Any]) -> bool:
+def _is_row(row: PlainDict) -> bool:
     """Whether a row, which may come from the Hub, is valid."""
     texts, numbers = ("set", "ipc", "student", "labels", "protocol", "settings", "selected_on"), ("images", "seeds")
     shares = [row.get(f"{which}_{what}") for which in ("last", "best") for what in ("mean", "std")]
@@ -223,7 +224,7 @@ def _is_row(row: dict[str, Any]) -> bool:
     )
 
 
-def _evaluated(row: dict[str, Any]) -> dict[str, str]:
+def _evaluated(row: PlainDict) -> dict[str, str]:
     """A row of results as text."""
 
     def percent(which: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -11,6 +10,7 @@ from PIL import Image
 
 from dq.core.errors import InputError
 from dq.core.files import write_text
+from dq.core.plain import PlainDict
 from dq.core.text import plural
 from dq.distilled.set import DistilledSet
 
@@ -38,7 +38,7 @@ TRAINABLE = {
 
 # What a recipe must say, and what it may.
 REQUIRED = ("num_epochs", "optimizer", "lr_scheduler", "weight_decay", "momentum", "syn_batch_size", "data_aug_func")
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: PlainDict = {
     "aug_params": None,
     "step_size": None,
     "real_batch_size": 256,
@@ -95,7 +95,7 @@ HARD_CAVEATS = [
 
 
 def export_ddranking(
-    small: DistilledSet, folder: str | Path, *, student: str, dataset: str, recipe: dict[str, Any]
+    small: DistilledSet, folder: str | Path, *, student: str, dataset: str, recipe: PlainDict
 ) -> Path:
     """Write images by class and `ddranking.yaml`, the settings of an evaluation.
 
@@ -143,7 +143,7 @@ def export_ddranking(
     return path
 
 
-def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe: PlainDict) -> PlainDict:
     """The settings that `export_ddranking` writes, with every key the package reads.
 
     They serve `LabelRobustScoreSoft` or `LabelRobustScoreHard`, and `AugmentationRobustScore`.
@@ -168,7 +168,7 @@ def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe:
             "ipc or drop the class, since ddranking takes equally many random images of every class"
         )
     soft = small.soft_labels is not None
-    fixed: dict[str, Any] = {
+    fixed: PlainDict = {
         "dataset": dataset,
         "ipc": small.ipc,
         "model_name": student,
@@ -195,7 +195,7 @@ def ddranking_config(small: DistilledSet, *, student: str, dataset: str, recipe:
 
 
 def _check_recipe(
-    recipe: dict[str, Any], required: tuple[str, ...], defaults: dict[str, Any], fixed: dict[str, Any], soft: bool
+    recipe: PlainDict, required: tuple[str, ...], defaults: PlainDict, fixed: PlainDict, soft: bool
 ) -> None:
     missing = [k for k in required if k not in recipe]
     if missing:
@@ -221,6 +221,6 @@ def _check_recipe(
         raise InputError(f"data_aug_func must be one of {kinds}, not {kind!r}")
     if AUGMENTATIONS[kind] - params:
         raise InputError(f"aug_params of {kind} lack {', '.join(sorted(AUGMENTATIONS[kind] - params))}; add them")
-    names = {t["name"] for t in recipe.get("custom_train_trans", defaults["custom_train_trans"])}
+    names = {t["name"] for t in {**defaults, **recipe}["custom_train_trans"]}
     if not {"ToTensor", "Normalize"} <= names:
         raise InputError(f"custom_train_trans needs ToTensor and Normalize, not only {', '.join(sorted(names))}")

@@ -14,6 +14,7 @@ from dq.config.students import LabelKind
 from dq.core.bounded_yaml import MAX_DEPTH
 from dq.core.errors import InputError
 from dq.core.files import Damaged, is_done, read_json
+from dq.core.plain import PlainDict
 from dq.core.text import short
 
 log = logging.getLogger("dq")
@@ -29,7 +30,7 @@ SECTIONS = ("source", "method", "prune", "cluster", "generate", "codec", "labels
 NAMED = {"source": "origin", "method": "name", "generate": "mode", "codec": "path", "labels": "by", "licenses": None}
 
 
-def checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
+def checked_provenance(provenance: PlainDict) -> PlainDict:
     """Return a provenance with text expanded to sections, if it is valid.
 
     `source: "CIFAR-10"` becomes `source: {origin: "CIFAR-10"}`.
@@ -64,7 +65,7 @@ def checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def depth(value: Any) -> int:
+def depth(value: object) -> int:
     """Nesting depth of lists and mappings of plain data."""
     levels, level = 0, [value]
     while level := [x for x in level if isinstance(x, dict | list)]:
@@ -137,7 +138,7 @@ def has_set(folder: Path, config_name: str, recipe: str) -> bool:
     return True
 
 
-def shard_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+def shard_files(folder: Path, record: PlainDict) -> list[tuple[Path, PlainDict]]:
     """The files of a set in row order, each with its facts.
 
     Facts are those of `file_facts` as recorded; empty in sets of older versions.
@@ -150,12 +151,12 @@ def shard_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[s
     return [(folder / name, facts) for name, facts in files.items()]
 
 
-def all_files(folder: Path, record: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+def all_files(folder: Path, record: PlainDict) -> list[tuple[Path, PlainDict]]:
     """`shard_files` and the image grid of the set."""
     return shard_files(folder, record) + ([(folder / GRID, record["grid"])] if record.get("grid") else [])
 
 
-def set_features(record: dict[str, Any]) -> Any:
+def set_features(record: PlainDict) -> Any:
     """The columns of a set by its record.
 
     They follow from `classes`, `soft_labels`, and `pixels`, the shape of float images.
@@ -163,7 +164,7 @@ def set_features(record: dict[str, Any]) -> Any:
     from datasets import Array3D, ClassLabel, Features, List, Value
     from datasets import Image as ImageFeature
 
-    features: dict[str, Any] = {
+    features: PlainDict = {
         "image": ImageFeature(),
         "label": ClassLabel(names=list(record["classes"])),
         "weight": Value("float32"),
@@ -178,7 +179,7 @@ def set_features(record: dict[str, Any]) -> Any:
     return Features(features)
 
 
-def file_facts(path: Path) -> dict[str, Any]:
+def file_facts(path: Path) -> PlainDict:
     """Digest and size of a file."""
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
@@ -195,7 +196,7 @@ def _log_assumed(what: str) -> None:
     )
 
 
-def recorded_kind(record: dict[str, Any], what: str) -> LabelKind:
+def recorded_kind(record: PlainDict, what: str) -> LabelKind:
     """The kind of a set's label vectors by its record.
 
     A record with label vectors but no kind was written before there was a choice, when all were logits; that is

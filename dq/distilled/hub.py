@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from dq.config.reader import from_dict
 from dq.config.schema import HubConfig
@@ -22,6 +22,7 @@ from dq.core.cards import UNKNOWN, own_text, public, split_card
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, read_json
 from dq.core.hub_client import Changes, Repo, Target, client, commit_to, open_repo, sentences
+from dq.core.plain import PlainDict
 from dq.core.text import check_name
 from dq.distilled.card import EVALUATION, dataset_card, default_config, write_dataset_card
 from dq.distilled.format import (
@@ -49,7 +50,7 @@ def push_folder(
     *,
     only: list[str] | tuple[str, ...] | None = None,
     token: str | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> CommitInfo:
     """Push the sets of a folder in one commit.
 
@@ -130,13 +131,13 @@ def _changes(folder: Path, names: list[str], options: HubConfig, repo: Repo) -> 
     return {**files, "README.md": card.encode()}
 
 
-def _remote_records(repo: Repo, replaced: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def _remote_records(repo: Repo, replaced: list[str]) -> tuple[dict[str, PlainDict], dict[str, PlainDict]]:
     """Records and evaluations of a repository's sets.
 
     A set that is replaced may be broken there.
     """
-    records: dict[str, dict[str, Any]] = {}
-    evaluations: dict[str, dict[str, Any]] = {}
+    records: dict[str, PlainDict] = {}
+    evaluations: dict[str, PlainDict] = {}
     for name in repo.sets():
         with contextlib.suppress(*([InputError] if name in replaced else [])):
             records[name] = check_record(repo.json(f"{name}/{PROVENANCE}"), name, repo.name)
@@ -151,7 +152,7 @@ def _remote_shards(repo: Repo, name: str) -> list[str]:
     return [str(p) for p in paths if p.parts[0] == name and len(p.parts) == 2 and SHARD.fullmatch(p.name)]
 
 
-def _json_bytes(value: Any) -> bytes:
+def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
 
 
@@ -233,7 +234,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+def check_record(record: PlainDict, name: str, where: str) -> PlainDict:
     """Return the record of a set if it is valid.
 
     Raises:
@@ -268,19 +269,19 @@ def check_record(record: dict[str, Any], name: str, where: str) -> dict[str, Any
     return record
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_digest(value: Any) -> bool:
+def _is_digest(value: object) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{32}", value))
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_count(v) and v for v in value)
 
 
-def _check_shards(folder: Path, record: dict[str, Any]) -> None:
+def _check_shards(folder: Path, record: PlainDict) -> None:
     """Check that the files of a set are intact.
 
     Raises:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import Damaged, atomic_path, write_json
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of
 from dq.core.text import check_name, first_line
 from dq.data.grid import image_grid
@@ -94,7 +95,7 @@ def _intact(path: Path) -> Iterator[None]:
         ) from e
 
 
-def _read_shard(data: bytes) -> dict[str, Any]:
+def _read_shard(data: bytes) -> PlainDict:
     """The columns of a Parquet file as tensors, and the class names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -106,7 +107,7 @@ def _read_shard(data: bytes) -> dict[str, Any]:
     table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
     rows = Dataset(table).cast_column("image", ImageFeature(decode=False))
     arrays = rows.with_format("numpy")
-    columns: dict[str, Any] = {"names": tuple(rows.features["label"].names)}
+    columns: PlainDict = {"names": tuple(rows.features["label"].names)}
     images = [np.asarray(open_image(cell["bytes"]).convert("RGB")).transpose(2, 0, 1) for cell in rows["image"]]
     columns["image"] = torch.from_numpy(np.stack(images))
     for name in ("label", "prototype", "count", "source_row"):
@@ -123,7 +124,7 @@ def write_set(
     folder: str | Path,
     config_name: str,
     parts: Iterable[SetRows],
-    provenance: dict[str, Any],
+    provenance: PlainDict,
 ) -> Path:
     """Write a set to `folder`/`config_name` as Parquet files.
 
@@ -150,7 +151,7 @@ def write_set(
         raise InputError(f"the set {config_name!r} has no parts; a distilled set needs at least one image")
     kind, totals = _kind(queue[0]), _Totals(torch.zeros(len(queue[0].class_names), dtype=torch.int64))
     shards = _write_shards(target, _row_groups(_tallied(queue, rest, kind, totals), kind), kind)
-    record: dict[str, Any] = {
+    record: PlainDict = {
         **provenance,
         **kind,
         "config_name": config_name,
@@ -205,12 +206,10 @@ class _Shard:
     path: Path
     rows: int
     num_bytes: int  # of the rows in memory, see `loaded_bytes`
-    facts: dict[str, Any]  # digest and size of the file
+    facts: PlainDict  # digest and size of the file
 
 
-def _tallied(
-    queue: list[SetRows], rest: Iterator[SetRows], kind: dict[str, Any], totals: _Totals
-) -> Iterator[SetRows]:
+def _tallied(queue: list[SetRows], rest: Iterator[SetRows], kind: PlainDict, totals: _Totals) -> Iterator[SetRows]:
     """Check the parts, add them to the totals, and yield them.
 
     No reference to a part is kept while the next is made.
@@ -226,7 +225,7 @@ def _tallied(
         queue.extend(itertools.islice(rest, 1))
 
 
-def _write_shards(target: Path, groups: Iterator[Any], kind: dict[str, Any]) -> list[_Shard]:
+def _write_shards(target: Path, groups: Iterator[Any], kind: PlainDict) -> list[_Shard]:
     """Write row groups to files of about SHARD_BYTES bytes each."""
     columns = set_features(kind)
     shards: list[_Shard] = []
@@ -270,7 +269,7 @@ def rows_as_dataset(s: SetRows) -> Any:
     return Dataset(pa.concat_tables(list(_row_groups([s], _kind(s)))))
 
 
-def _kind(s: SetRows) -> dict[str, Any]:
+def _kind(s: SetRows) -> PlainDict:
     """Properties that all parts of a set share."""
     return {
         "classes": list(s.class_names),
@@ -282,13 +281,13 @@ def _kind(s: SetRows) -> dict[str, Any]:
     }
 
 
-def _row_groups(parts: Iterable[SetRows], kind: dict[str, Any]) -> Iterator[Any]:
+def _row_groups(parts: Iterable[SetRows], kind: PlainDict) -> Iterator[Any]:
     """Yield row groups of at most GROUP_ROWS rows and GROUP_BYTES bytes."""
-    rows: list[dict[str, Any]] = []
+    rows: list[PlainDict] = []
     size = 0
     for part in parts:
         for i, image in enumerate(part.images_uint8()):
-            row: dict[str, Any] = {"image": {"bytes": _png(image), "path": None}}
+            row: PlainDict = {"image": {"bytes": _png(image), "path": None}}
             for name, column in _COLUMNS.items():
                 row[name] = getattr(part, column)[i].item()
             if part.soft_labels is not None:
@@ -314,10 +313,10 @@ _COLUMNS = {
 }
 
 
-def _table(rows: list[dict[str, Any]], kind: dict[str, Any]) -> Any:
+def _table(rows: list[PlainDict], kind: PlainDict) -> Any:
     from datasets import Dataset
 
-    columns: dict[str, Any] = {name: [r[name] for r in rows] for name in rows[0]}
+    columns: PlainDict = {name: [r[name] for r in rows] for name in rows[0]}
     for name, values in columns.items():
         if isinstance(values[0], np.ndarray):
             columns[name] = np.stack(values)
@@ -325,7 +324,7 @@ def _table(rows: list[dict[str, Any]], kind: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _parquet_writer(path: Path, features: Any, kind: dict[str, Any]) -> Iterator[Any]:
+def _parquet_writer(path: Path, features: Any, kind: PlainDict) -> Iterator[Any]:
     """Open a Parquet writer with the settings of `Dataset.to_parquet`.
 
     Pages are cut by content, so that the Hub stores equal parts of two versions once; there is an index of pages;

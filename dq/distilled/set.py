@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
 from dq.core.files import as_path, read_json
+from dq.core.plain import PlainDict
 from dq.core.text import check_name, plural
 from dq.distilled.card import write_dataset_card
 from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
@@ -44,7 +45,7 @@ class DistilledSet:
     bounded: bool = True  # False: float pixels may leave [0, 1], as those of matching methods do
     label_kind: LabelKind = "logits"  # what the label vectors are
     step_size: float | None = None  # learning rate of a student that was learned with the images
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: PlainDict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -89,12 +90,12 @@ class DistilledSet:
         return f"DistilledSet({plural(len(self), 'image')} of {size} px, {plural(len(self.class_names), 'class')})"
 
     @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> PlainDict: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: slice) -> list[PlainDict]: ...
 
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+    def __getitem__(self, index: int | slice) -> PlainDict | list[PlainDict]:
         """One row, or a list of rows for a slice.
 
         A row has `image` (3, H, W), `label`, `weight`, and `soft_label` (C,) if the set has label vectors.
@@ -105,7 +106,7 @@ class DistilledSet:
         row = {"image": self.images[i], "label": int(self.labels[i]), "weight": float(self.weights[i])}
         return row if self.soft_labels is None else {**row, "soft_label": self.soft_labels[i]}
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[PlainDict]:
         return (self[i] for i in range(len(self)))
 
     def to_dataset(self) -> Any:

@@ -10,7 +10,7 @@ import logging
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dq.cluster.inputs import as_tensor
 from dq.cluster.kmeans import Clustering, kmeans
 from dq.config.students import Baseline
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.version import __version__
 from dq.data.coresets import (
@@ -164,7 +165,7 @@ def select(
     if name not in BASELINES:
         raise InputError(f"no selection is called {name!r}; choose {', '.join(BASELINES)}")
     labels = _candidate_labels(source, candidates)
-    record: dict[str, Any] = {
+    record: PlainDict = {
         "name": name,
         "seed": seed,
         "image_size": image_size,
@@ -337,7 +338,7 @@ def _features(
 
 
 def _assemble(
-    source: ImageSource, images: Tensor, rows: np.ndarray, counts: np.ndarray | None, ipc: int, record: dict[str, Any]
+    source: ImageSource, images: Tensor, rows: np.ndarray, counts: np.ndarray | None, ipc: int, record: PlainDict
 ) -> DistilledSet:
     labels = source.train.labels[rows]
     _check_no_empty(source, np.bincount(labels, minlength=len(source.class_names)), "readable images")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dq.config.students import Baseline
 from dq.core.errors import InputError
 from dq.core.files import write_text
+from dq.core.plain import PlainDict
 from dq.core.text import markdown_table
 from dq.data.source import ImageSource
 from dq.distilled.set import DistilledSet
@@ -153,7 +154,7 @@ PLAIN_VIEWS = {
 class DDRScores:
     """Scores of every set under every recipe; prints as a table."""
 
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[PlainDict, ...]
 
     def __str__(self) -> str:
         names = ("hlr", "ior", "lrs", "ars")
@@ -177,8 +178,8 @@ def count_trainings(sets: int, students: int, seeds: int) -> int:
 
 
 def ddr_groups(
-    recipes: list[dict[str, Any]], *, hard_augmented: bool = False
-) -> dict[str, tuple[list[dict[str, Any]], tuple[Baseline, ...]]]:
+    recipes: list[PlainDict], *, hard_augmented: bool = False
+) -> dict[str, tuple[list[PlainDict], tuple[Baseline, ...]]]:
     """Students and baselines of every part of `evaluate_ddr`, by name."""
     # evaluated at half time and at the end, so that the last score can choose an lr
     base = [{**s, "tests": 2, "select": "validation"} for s in recipes]
@@ -195,7 +196,7 @@ def ddr_groups(
     }
 
 
-def _tuned(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _tuned(specs: list[PlainDict]) -> list[PlainDict]:
     return [{**s, "lr": lr} for s in specs for lr in LEARNING_RATES]
 
 
@@ -267,8 +268,8 @@ def evaluate_ddr(
     config = dataclasses.replace(options.config, full_seeds=1, redundancy=False)
     ipc = next(iter(sets.values())).ipc
     options = dataclasses.replace(options, config=config, image_size=side, ipcs=[ipc])
-    places: dict[str, Any] = {"folder": folder, "cache_dir": cache_dir, "accelerator": accelerator}
-    records: dict[str, list[dict[str, Any]]] = {}
+    places: PlainDict = {"folder": folder, "cache_dir": cache_dir, "accelerator": accelerator}
+    records: dict[str, list[PlainDict]] = {}
     for name, part in _parts(options, hard_augmented).items():
         log.info("ddr: %s", name)
         records[name] = evaluate_records({} if name == "full" else sets, source, part, **places)
@@ -282,7 +283,7 @@ def evaluate_ddr(
     return DDRScores(tuple(rows))
 
 
-def _scores(records: dict[str, list[dict[str, Any]]], name: str, recipe: int) -> dict[str, Any]:
+def _scores(records: dict[str, list[PlainDict]], name: str, recipe: int) -> PlainDict:
     """Scores of a set under a recipe: a row of `DDRScores`."""
     rates = {
         "hard": _best_rates(records["hard"], name, recipe),
@@ -304,7 +305,7 @@ def _scores(records: dict[str, list[dict[str, Any]]], name: str, recipe: int) ->
     return {"set": name, **facts, "raw": accuracies, "rates": rates, **accuracies.per_seed()}
 
 
-def _seed_record(row: dict[str, Any], seed: int) -> dict[str, Any]:
+def _seed_record(row: PlainDict, seed: int) -> PlainDict:
     """Scores, accuracies and learning rates of one seed."""
     raw = {k: v for k, v in dataclasses.asdict(row["raw"]).items() if isinstance(v, tuple) and v}
     return {
@@ -316,17 +317,17 @@ def _seed_record(row: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-def _accuracies(records: list[dict[str, Any]], name: str, recipe: int) -> tuple[float, ...]:
+def _accuracies(records: list[PlainDict], name: str, recipe: int) -> tuple[float, ...]:
     """Last-epoch accuracies by seed."""
     matching = sorted((r for r in records if r["set"] == name and r["recipe"] == recipe), key=lambda r: r["seed"])
     return tuple(r["last"] for r in matching)
 
 
-def _last(records: list[dict[str, Any]]) -> tuple[float, ...]:
+def _last(records: list[PlainDict]) -> tuple[float, ...]:
     return tuple(r["last"] for r in records)
 
 
-def _best_rates(records: list[dict[str, Any]], name: str, recipe: int) -> list[dict[str, Any]]:
+def _best_rates(records: list[PlainDict], name: str, recipe: int) -> list[PlainDict]:
     """By seed, the training under the best lr.
 
     Best is the last score on the validation images.

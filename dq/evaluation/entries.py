@@ -16,6 +16,7 @@ from dq.config.pruning import DifficultyConfig
 from dq.config.students import Baseline, EvaluateConfig
 from dq.core.errors import InputError
 from dq.core.files import Damaged
+from dq.core.plain import PlainDict
 from dq.core.processes import assign_units
 from dq.core.seeds import digest_of
 from dq.distilled.external import set_from_tensors
@@ -86,7 +87,7 @@ def baseline_entries(real_data: RealData, evaluate: EvaluateConfig, work: Work, 
                 if name == "window":
                     settings.append(evaluate.window_start)
                 folder = work.folder / "baselines" / f"ipc{ipc}-{name}-seed{group[0]}-{digest_of(settings)}"
-                options: dict[str, Any] = {"seed": group[0], "factor": factor, "window_start": evaluate.window_start}
+                options: PlainDict = {"seed": group[0], "factor": factor, "window_start": evaluate.window_start}
                 load = functools.partial(_selected, real_data, folder, name, ipc, options)
                 identity = digest_of(settings)
                 entries.append(Entry(name, key, images, identity, load, group))
@@ -97,7 +98,7 @@ def baseline_entries(real_data: RealData, evaluate: EvaluateConfig, work: Work, 
     return entries
 
 
-def _selected(real_data: RealData, folder: Path, name: str, ipc: int, options: dict[str, Any]) -> DistilledSet:
+def _selected(real_data: RealData, folder: Path, name: str, ipc: int, options: PlainDict) -> DistilledSet:
     try:
         return DistilledSet.load(folder, "set")
     except (InputError, Damaged) as e:  # not there, or not any more

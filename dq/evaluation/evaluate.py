@@ -20,6 +20,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import as_path, is_same_folder
 from dq.core.numbers import whole_number
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.processes import make_accelerator
 from dq.core.seeds import digest_of_tensors
 from dq.core.text import check_name
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-Student = str | StudentConfig | Mapping[str, Any]
+Student = str | StudentConfig | PlainMapping
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def evaluate_records(
     folder: Path,
     cache_dir: Path,
     accelerator: Accelerator,
-) -> list[dict[str, Any]]:
+) -> list[PlainDict]:
     """Train on sets and on baselines of equal size; return records.
 
     Files and resume are as in a run.
@@ -165,7 +166,7 @@ def evaluate_sets(
 
     `settings` are those of `EvaluationSettings`.
     """
-    places: dict[str, Any] = {"folder": folder, "cache_dir": cache_dir, "accelerator": accelerator}
+    places: PlainDict = {"folder": folder, "cache_dir": cache_dir, "accelerator": accelerator}
     records = evaluate_records(sets, source, EvaluationSettings(**settings), **places)
     return write_tables(records, Work(folder, accelerator))
 
@@ -199,7 +200,7 @@ def evaluate(
     output_dir: str | Path | None = None,
     cache_dir: str | Path = "runs/cache",
     accelerator: Accelerator | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> Results:
     """Train students on a set and on baselines, and test them.
 
@@ -263,14 +264,14 @@ def evaluate(
     return Results(tuple(rows))
 
 
-def _teacher_configs(teachers: Any) -> tuple[TeacherConfig, ...]:
+def _teacher_configs(teachers: object) -> tuple[TeacherConfig, ...]:
     several = tuple(teachers) if isinstance(teachers, (list, tuple)) else (teachers,)
     if not all(isinstance(t, TeacherConfig) for t in several):
         raise InputError(f"teachers are TeacherConfig(...), one or several, not {teachers!r}")
     return several
 
 
-def _baseline_names(baselines: Any, teachers: tuple[TeacherConfig, ...]) -> list[str]:
+def _baseline_names(baselines: object, teachers: tuple[TeacherConfig, ...]) -> list[str]:
     """The baselines as a list; None: those that the teachers allow."""
     if baselines is None:
         return list(default_baselines(teachers))
@@ -279,7 +280,7 @@ def _baseline_names(baselines: Any, teachers: tuple[TeacherConfig, ...]) -> list
     return [baselines] if isinstance(baselines, str) else list(baselines)
 
 
-def _student_settings(student: Any) -> dict[str, Any]:
+def _student_settings(student: object) -> PlainDict:
     if student is None:
         return {}
     if isinstance(student, str):

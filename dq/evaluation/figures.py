@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from dq.core.plain import PlainDict
 from dq.evaluation.results import recipe_names
 
 COLORS = ("#3b6ea5", "#c8553d", "#588157", "#8d6a9f", "#b8860b", "#444444", "#2a9d8f", "#a23b72")
 MARKERS = "osD^vPX*"
 
 
-def results_figures(records: list[dict[str, str]], figure: Any) -> Iterable[tuple[str, Any]]:
+def results_figures(records: list[dict[str, str]], figure: object) -> Iterable[tuple[str, Any]]:
     """Yield (name, figure) for everything that `summary.csv` allows.
 
     `records` are rows as read from the file; accuracies are fractions. `figure` makes an empty figure from its width
@@ -95,5 +96,5 @@ def _accuracies(rows: list[dict[str, str]]) -> tuple[list[float], list[float]]:
     return [100 * float(r["last_mean"]) for r in rows], [100 * float(r["last_std"] or 0) for r in rows]
 
 
-def _style(i: int) -> dict[str, Any]:
+def _style(i: int) -> PlainDict:
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.2}

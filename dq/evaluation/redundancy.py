@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq.config.students import EvaluateConfig
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of
 from dq.distilled.set import DistilledSet
 from dq.evaluation.entries import Entry, Work
@@ -47,7 +47,7 @@ def slice_of(s: DistilledSet, size: int, number: int) -> DistilledSet:
 
 def train_with_redundancy(
     trainings: Sequence[Training], real_data: RealData, work: Work, evaluate: EvaluateConfig
-) -> list[dict[str, Any]]:
+) -> list[PlainDict]:
     """`train_all`; with `evaluate.redundancy`, records also have `redundancy`.
 
     A second student with the same settings and seed learns from the first slice of the set's images of every class and

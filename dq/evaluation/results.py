@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from typing import Any, get_args
 from dq.config.reader import to_dict
 from dq.config.students import Baseline, RelabelConfig, StudentConfig, ViewConfig
 from dq.core.files import read_jsonl
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.text import plural
 from dq.evaluation.statistics import Difference, holm, mean_std, paired_difference
 
@@ -45,7 +46,7 @@ class Row:
     krr: tuple[float, ...] = ()  # by kernel ridge regression on the students' features, per seed, with loss=mse
     redundancy: tuple[float, ...] = ()  # accuracy of students of one slice on the next, per seed, where measured
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> PlainDict:
         last, best = mean_std(self.last), mean_std(self.best)
         optional: dict[str, float | None] = {}
         for name, values in (("krr", self.krr), ("redundancy", self.redundancy)):
@@ -113,18 +114,18 @@ def _changed_schedule(c: StudentConfig) -> list[str]:
     return [*parts, f"{plural(c.warmup, 'epoch')} of warm-up"] if c.warmup > 0 else parts
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, list):
         return "-".join(_short(v) for v in value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def summarize(records: list[dict[str, Any]]) -> list[Row]:
+def summarize(records: list[PlainDict]) -> list[Row]:
     """Group trainings that differ only in their seed.
 
     Rows are in the order of first appearance.
     """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[PlainDict]] = {}
     for r in records:
         key = tuple(r[k] for k in ("set", "ipc", "student", "labels", "settings", "recipe"))
         groups.setdefault(key, []).append(r)
@@ -150,7 +151,7 @@ def summarize(records: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def to_csv(records: list[dict[str, Any]]) -> str:
+def to_csv(records: list[PlainDict]) -> str:
     """Plain records as CSV text with a header."""
     out = io.StringIO()
     writer = csv.DictWriter(
@@ -170,7 +171,7 @@ def read_records(summary: Path) -> list[dict[str, str]]:
 ROW = ("set", "ipc", "student", "labels", "protocol", "settings")  # what names a row to a reader
 
 
-def warn_of_lost_rows(folder: Path, records: list[dict[str, Any]]) -> None:
+def warn_of_lost_rows(folder: Path, records: list[PlainDict]) -> None:
     """Warn of results in existing tables that new tables will lack.
 
     These are rows that leave because settings have changed, rows measured on something else, and rows of which seeds
@@ -215,12 +216,12 @@ def _row_name(row: Sequence[str]) -> str:
 GROUNDS = ("images of the set", "real images", "teachers", "version of dq")
 
 
-def _grounds_by_row(records: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, dict[str, Any]]]:
+def _grounds_by_row(records: list[PlainDict]) -> dict[tuple[str, ...], dict[int, PlainDict]]:
     """What a result depends on beside its row, by row and seed.
 
     None where a record lacks it.
     """
-    rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    rows: dict[tuple[str, ...], dict[int, PlainDict]] = {}
     for r in records:
         data, software = (x if isinstance(x := r.get(k), dict) else {} for k in ("data", "software"))
         real = [data.get(k) for k in ("fingerprint", "image_size", "validation_images")]
@@ -237,7 +238,7 @@ def _grounds_by_row(records: list[dict[str, Any]]) -> dict[tuple[str, ...], dict
     return rows
 
 
-def recipe_names(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+def recipe_names(records: Sequence[PlainMapping]) -> dict[int, str]:
     """A distinct name for every recipe (student of the configuration).
 
     It has network and labels, and what else tells it from others of the same: the protocol, settings, else its number.
@@ -280,7 +281,7 @@ class Comparison:
         decided = self.p_holm is not None and self.p_holm < 1 - self.difference.confidence
         return self.difference.verdict if decided else "undecided"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> PlainDict:
         d = self.difference
         single = d.pairs == 1
         return {

@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dq.config.students import EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig, only_teacher
 from dq.core.errors import RunError
 from dq.core.files import is_done, read_json, write_json, write_text
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.text import format_bytes
@@ -240,7 +241,7 @@ def _check_space(work: Work, total: int, sets: int) -> None:
 
 def train_one(
     t: Training, real_data: RealData, work: Work, on_epoch: Callable[[int, float], None] | None = None
-) -> dict[str, Any]:
+) -> PlainDict:
     """Train and test one student, and return its record."""
     s = t.entry.load()
     check_classes(s, f"the set {t.entry.name!r}")
@@ -280,7 +281,7 @@ def train_one(
 
 def _record(
     t: Training, config: StudentConfig, real_data: RealData, result: StudentResult, sizes: dict[str, int]
-) -> dict[str, Any]:
+) -> PlainDict:
     """Record of a training, with all that is needed to repeat it."""
     gpu = torch.cuda.get_device_name(real_data.device) if real_data.device.type == "cuda" else None
     return {
@@ -329,7 +330,7 @@ def _label_source(t: Training, data: StudentData, real_data: RealData, work: Wor
 
 def train_all(
     trainings: Sequence[Training], real_data: RealData, work: Work, *, what: str = "evaluate"
-) -> list[dict[str, Any]]:
+) -> list[PlainDict]:
     """Do all trainings, divided over processes; return their records in order.
 
     Each has one file. `what` is measured, for progress and trackers.
@@ -371,7 +372,7 @@ def train_all(
     return records
 
 
-def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
+def write_tables(records: list[PlainDict], work: Work) -> list[Row]:
     """Summarize trainings and write the tables of an evaluation.
 
     The main process writes `eval/summary.csv`, `comparisons.csv` and `trainings.jsonl`.
@@ -386,7 +387,7 @@ def write_tables(records: list[dict[str, Any]], work: Work) -> list[Row]:
     return rows
 
 
-def training_numbers(records: Sequence[Mapping[str, Any]], what: str = "evaluate") -> dict[str, float]:
+def training_numbers(records: Sequence[PlainMapping], what: str = "evaluate") -> dict[str, float]:
     """Accuracies and seconds of trainings, for trackers.
 
     Seeds are no steps: wandb drops a step that is not above the last.

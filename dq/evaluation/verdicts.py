@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from dq.config.students import Baseline
+from dq.core.plain import PlainMapping
 from dq.core.text import plural
 from dq.evaluation.results import Row, compare, recipe_names
 
@@ -101,7 +102,7 @@ class Ranking:
         return f"{best.set} {best.gap.points:+.1f} over random, {words}, {seeds}"
 
 
-def rankings(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> list[Ranking]:
+def rankings(records: Sequence[PlainMapping], comparisons: Sequence[PlainMapping]) -> list[Ranking]:
     """Group results by student and images per class.
 
     Args:
@@ -113,7 +114,7 @@ def rankings(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping
     for c in comparisons:
         gaps[str(c["recipe"]), c["ipc"], c["set"], c["against"]] = gap = _gap(c)
         gaps[str(c["recipe"]), c["ipc"], c["against"], c["set"]] = gap.reversed()
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[PlainMapping]] = {}
     for r in records:
         groups.setdefault((str(r["recipe"]), r["ipc"]), []).append(r)
     ranked = []
@@ -144,12 +145,12 @@ def best_of(scores: Sequence[Score]) -> Score | None:
     return max(scores, key=lambda s: s.mean, default=None)
 
 
-def _score(r: Mapping[str, Any], gap: Gap | None) -> Score:
+def _score(r: PlainMapping, gap: Gap | None) -> Score:
     std = None if r["last_std"] in (None, "") else 100 * float(r["last_std"])
     return Score(r["set"], int(r["images"]), 100 * float(r["last_mean"]), std, int(r["seeds"]), gap)
 
 
-def _gap(c: Mapping[str, Any]) -> Gap:
+def _gap(c: PlainMapping) -> Gap:
     low, high = (None if c[k] in (None, "") else 100 * float(c[k]) for k in ("low", "high"))
     verdict = c["verdict"]  # files of earlier versions have no corrected one
     return Gap(100 * float(c["difference"]), low, high, int(c["pairs"]), verdict, c.get("verdict_holm") or verdict)

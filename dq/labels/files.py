@@ -11,7 +11,6 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,9 @@ def shard_file(folder: Path, first: int) -> Path:
     return folder / f"epoch-{first + 1:05d}.safetensors"
 
 
-def write_manifest(folder: Path, images: Tensor, plan: LabelPlan, teachers: Sequence[Teacher], **facts: Any) -> None:
+def write_manifest(
+    folder: Path, images: Tensor, plan: LabelPlan, teachers: Sequence[Teacher], **facts: object
+) -> None:
     """Write the manifest of a folder of labels, unless it exists."""
     if is_done(folder / MANIFEST):
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 from dq.core.cards import (
     ANY_REPO,
@@ -17,9 +16,10 @@ from dq.core.cards import (
     split_card,
     template,
 )
+from dq.core.plain import PlainDict
 
 
-def teacher_card(facts: dict[str, Any], *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
+def teacher_card(facts: PlainDict, *, repo_id: str = ANY_REPO, old: str = "", license: str | None = None) -> str:
     """Render the README of a teacher from the facts that `dq train-teachers` wrote."""
     from huggingface_hub import EvalResult, ModelCardData
 

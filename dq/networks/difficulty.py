@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from dq.config.students import StudentConfig
 from dq.core.devices import resolve_dtype
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_json, read_tensors, write_tensors
+from dq.core.plain import PlainDict
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.data.image_cache import write_manifest
@@ -247,7 +247,7 @@ class DifficultyCache:
         return path
 
 
-def difficulty_identity(source: ImageSource, image_size: int, settings: DifficultyConfig) -> dict[str, Any]:
+def difficulty_identity(source: ImageSource, image_size: int, settings: DifficultyConfig) -> PlainDict:
     """Return what decides the scores of a run, for a digest."""
     return {
         "data": source.fingerprint,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError, RunError
 from dq.core.files import open_tensors
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.seeds import digest_of
 from dq.data.image_cache import ImageCache, Reading, fill, write_manifest
 from dq.data.source import ImageSource
@@ -56,7 +57,7 @@ def open_features(cache_dir: str | Path, source: ImageSource, image_size: int, t
     )
 
 
-def teacher_identity(source: ImageSource, image_size: int, teacher_digest: str) -> dict[str, Any]:
+def teacher_identity(source: ImageSource, image_size: int, teacher_digest: str) -> PlainDict:
     """Return what decides a teacher's features of the train images, for a digest."""
     return {
         "data": source.fingerprint,
@@ -68,7 +69,7 @@ def teacher_identity(source: ImageSource, image_size: int, teacher_digest: str) 
 
 
 def open_teacher_cache(
-    kind: type[C], name: str, cache_dir: str | Path, source: ImageSource, identity: Mapping[str, Any]
+    kind: type[C], name: str, cache_dir: str | Path, source: ImageSource, identity: PlainMapping
 ) -> C:
     """Open the cache of this identity, in a folder whose name begins with `name`."""
     key = digest_of(identity)

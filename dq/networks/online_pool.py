@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.seeds import derive_seed, generator
 from dq.networks.classic import Norm
 from dq.networks.teacher import evaluation_mode, head_inputs
@@ -145,7 +145,7 @@ class OnlinePool:
         member.counter += 1
         return loss.detach()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Tensor], PlainDict]:
         """Return tensors and plain data from which `restore` resumes bit for bit."""
         tensors: dict[str, Tensor] = {}
         for i, m in enumerate(self.members):
@@ -159,7 +159,7 @@ class OnlinePool:
         }
         return {k: v.detach().cpu().clone() for k, v in tensors.items()}, facts
 
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], facts: PlainMapping) -> None:
         """Restore a state returned by `state` of a pool with the same settings."""
         for i, (counter, generation) in enumerate(zip(facts["counters"], facts["generations"], strict=True)):
             member = self.members[i] = self._fresh(i, generation, counter)

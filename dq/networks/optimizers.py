@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict, PlainMapping
 
 
 def muon_groups(
@@ -53,7 +53,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, hidden: Sequence[nn.Parameter], others: Sequence[dict[str, Any]], *, lr: float, weight_decay: float
+        self, hidden: Sequence[nn.Parameter], others: Sequence[PlainDict], *, lr: float, weight_decay: float
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise InputError(f"optimizer=muon needs torch 2.9 or newer, not {torch.__version__}; take adamw")
@@ -62,7 +62,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([*hidden, *(p for group in others for p in group["params"])], {"lr": lr})
         self.hidden = tuple(hidden)
         self.matrices = tuple(nn.Parameter(as_matrix(p.detach(), p)) for p in hidden)
-        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        options: PlainDict = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         self.muon = torch.optim.Muon(self.matrices, **options)
         self.adamw = torch.optim.AdamW(others, lr=lr)
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
@@ -87,13 +87,13 @@ class MuonAdamW(torch.optim.Optimizer):
             p.grad = None
         self.adamw.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PlainDict:
         """Return states by number, hidden matrices first, and the groups of both."""
         first, second = self.muon.state_dict(), self.adamw.state_dict()
         states = first["state"] | {len(self.hidden) + i: state for i, state in second["state"].items()}
         return {"state": states, "param_groups": [*first["param_groups"], *second["param_groups"]]}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: PlainMapping) -> None:
         """Load the result of `state_dict`."""
         groups, n = state_dict["param_groups"], len(self.hidden)
         first = {i: state for i, state in state_dict["state"].items() if i < n}
@@ -127,7 +127,7 @@ def make_optimizer(net: nn.Module, config: StudentConfig) -> torch.optim.Optimiz
     taken = set(map(id, hidden))
     matrices = [p for p in net.parameters() if p.ndim > 1 and id(p) not in taken]
     vectors = [p for p in net.parameters() if p.ndim <= 1]  # biases and norms
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
+    groups: list[PlainDict] = [{"params": matrices, "weight_decay": config.weight_decay}]
     groups.append({"params": vectors, "weight_decay": config.weight_decay if decay_vectors else 0.0})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused_on(net))

@@ -7,13 +7,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dq.core.errors import InputError
 from dq.core.files import read_json, read_tensors
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.networks.zoo import move_net, net_of_weights
@@ -27,7 +27,7 @@ class TeacherPool:
 
     members: tuple[Teacher, ...]  # within the window of accuracies
     base: Teacher | None  # the fully trained network, which labels and is not matched
-    facts: dict[str, Any]  # of the manifest
+    facts: PlainDict  # of the manifest
 
     @staticmethod
     def load(folder: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu") -> TeacherPool:
@@ -73,9 +73,7 @@ def member_of_step(step: int, members: int, seed: int) -> int:
     return random.Random(derive_seed(seed, "teacher", step)).randrange(members)
 
 
-def _member(
-    folder: Path, record: dict[str, Any], facts: dict[str, Any], batch_size: int, device: torch.device | str
-) -> Teacher:
+def _member(folder: Path, record: PlainDict, facts: PlainDict, batch_size: int, device: torch.device | str) -> Teacher:
     state, _ = read_tensors(folder / record["file"])
     net = net_of_weights(facts["net"], len(facts["classes"]), facts["image_size"], state)
     resize_to(net, state)

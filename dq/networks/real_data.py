@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dq.config.students import TAUGHT, EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_tensors, write_tensors
+from dq.core.plain import PlainDict
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
 from dq.core.text import plural
@@ -53,7 +54,7 @@ class RealData:
     std: tuple[float, ...]
     # how the difficulty of train images is measured, for baselines that use it
     difficulty: DifficultyConfig = dataclasses.field(default_factory=DifficultyConfig)
-    _cache: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _cache: PlainDict = dataclasses.field(default_factory=dict)
 
     @property
     def classes(self) -> int:

@@ -20,6 +20,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json
 from dq.core.model_files import open_model
+from dq.core.plain import PlainDict
 from dq.core.progress import library_bars
 from dq.core.seeds import digest_of, digest_of_tensors, seeded
 from dq.data.source import ImageSource
@@ -230,7 +231,7 @@ class _Logits(nn.Module):
         return self.model(pixel_values=x).logits
 
 
-def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]]:
+def _from_transformers(config: TeacherConfig) -> tuple[nn.Module, PlainDict]:
     """The network and its configuration, which has what its weights do not (activations, epsilons)."""
     _need_transformers(config)
     from transformers import AutoModelForImageClassification
@@ -316,7 +317,7 @@ def _trained_normalization(config: TeacherConfig) -> Normalization | None:
     return None
 
 
-def _read_facts(file: Path) -> dict[str, Any]:
+def _read_facts(file: Path) -> PlainDict:
     """A mapping in a JSON file; empty if there is none."""
     if not file.is_file():
         return {}
@@ -364,7 +365,7 @@ def _processor_file_normalization(path: str) -> Normalization:
     return IMAGENET
 
 
-def _processor_normalization(processor: dict[str, Any]) -> Normalization:
+def _processor_normalization(processor: PlainDict) -> Normalization:
     """Normalization of [0, 1] pixels that equals an image processor's of pixels of 0 to 255."""
     if not processor:
         return IMAGENET

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from dq.core.files import (
     write_json,
     write_tensors,
 )
+from dq.core.plain import PlainDict
 from dq.core.processes import assign_units
 from dq.core.progress import duration, progress
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
@@ -60,7 +61,7 @@ class Planned:
     folder: Path
     settings: TrainExpertsConfig
     net: FlatNet
-    facts: dict[str, Any]  # what decides all trajectories
+    facts: PlainDict  # what decides all trajectories
     identity: str
     orders: list[Tensor] | None  # of the curriculum
     groups: list[list[int]]  # experts that are trained together, without finished ones

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from dq.config.schema import RunConfig
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import check_place, is_done, read_json, write_json, write_tensors
+from dq.core.plain import PlainDict
 from dq.core.processes import assign_units
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed, digest_of, generator
@@ -108,7 +109,7 @@ def train_pool(config: RunConfig, source: ImageSource, *, accelerator: Accelerat
 
 def check_pool(
     config: RunConfig, source: ImageSource, accelerator: Accelerator
-) -> tuple[RunConfig, Dtypes, dict[str, Any]]:
+) -> tuple[RunConfig, Dtypes, PlainDict]:
     """Check whether a pool of these settings can be made.
 
     Returns:
@@ -142,7 +143,7 @@ def check_pool(
 
 def _settings(
     config: RunConfig, source: ImageSource, accelerator: Accelerator, base: str | None
-) -> tuple[RunConfig, Dtypes, dict[str, Any]]:
+) -> tuple[RunConfig, Dtypes, PlainDict]:
     """What `check_pool` returns, for a network to be pruned of the digest `base`."""
     folder = Path(config.train_pool.output_dir)
     file = folder / SETTINGS
@@ -152,7 +153,7 @@ def _settings(
     recipe, pool = teacher_recipe(config.train_teachers), to_dict(config.train_pool)
     for key in ("output_dir", "window", "keep_base"):
         pool.pop(key)
-    settings: dict[str, Any] = {
+    settings: PlainDict = {
         "pool": pool,
         "world": teacher_data_identity(config, source, recipe),
         "recipe": to_dict(recipe),
@@ -272,8 +273,8 @@ def _save(
     pixels: Pixels,
     images: Tensor | None,
     config: RunConfig,
-    **facts: Any,
-) -> dict[str, Any]:
+    **facts: object,
+) -> PlainDict:
     """Write a member of the pool and its record, which is returned.
 
     Batch norm statistics are estimated again over `images`, if there are any.

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch.func import vmap
 from dq.config.trajectories import CurriculumConfig, TrainExpertsConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import Damaged, open_tensors, read_checksum, read_json, read_metadata, read_tensors, readable
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of, generator
 from dq.data.augment import augment
 from dq.data.splits import validation_rows
@@ -246,7 +246,7 @@ class Experts:
     """Trajectories of a folder, read an epoch at a time."""
 
     folder: Path
-    facts: dict[str, Any]  # identity of the trainings: data, network, preprocessing, optimizer, seed
+    facts: PlainDict  # identity of the trainings: data, network, preprocessing, optimizer, seed
     accuracies: tuple[float, ...]  # on held-out train images, after the last epoch
     whitening: Whitening
     digest: str  # of all of it

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dq.config.condensation import Condensation
 from dq.core.errors import InputError, RunError
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, generator
 from dq.data.augment import dsa
 from dq.data.zca import Whitening, fit_whitening, is_gray
@@ -183,7 +184,7 @@ def _start(problem: _Problem, batch: Batch, steps: int) -> tuple[Learned, dict[s
     config, rendering, batches = problem.config, problem.rendering, problem.batches
     first = first_values(config.start, batch.images, batch.labels, batches.real, rendering, batches.seed)
     x = Learned.of(first.to(problem.device))
-    facts: dict[str, Any] = {"whitening": rendering.whitening.summary(), "net": config.net}
+    facts: PlainDict = {"whitening": rendering.whitening.summary(), "net": config.net}
     facts |= {} if config.mode == "pixel" else {"latents": list(x.value.shape[1:])}
     pictures = [rendering.pixels(x.value[:SHOWN]).cpu()]
     return x, {}, Record(torch.zeros(steps, len(TERMS)), pictures, facts)
@@ -201,7 +202,7 @@ def _check(problem: _Problem, values: Tensor, labels: Tensor, seed: int) -> floa
     """Mean held-out accuracy of networks trained on the set."""
     assert problem.held_out is not None
     config, logits = problem.config, HARD_LOGIT * F.one_hot(labels, problem.classes).float().to(problem.device)
-    options: dict[str, Any] = {"epochs": config.check_epochs, "augment": config.augment}
+    options: PlainDict = {"epochs": config.check_epochs, "augment": config.augment}
     return classic_accuracy(problem.rendering.images(values), logits, problem.held_out, **options, seed=seed)
 
 

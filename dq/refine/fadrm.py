@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from dq.config.refinement import FADRM
 from dq.config.validation import unknown_key
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.networks.teacher import Teacher
 from dq.refine.anchors import make_pool, nearest_anchors
 from dq.refine.batches import largest_batch
@@ -45,9 +45,9 @@ from dq.refine.views import Schedule
 
 # Released recipes. `one` and `plus` change a preset for FADRM and FADRM+. CIFAR-10 has no recipe of its own: it takes
 # CIFAR-100's with a batch of its ten classes.
-_SMALL: dict[str, Any] = {"side": 32, "sizes": (32,) * 4, "steps": (500,) * 4, "lr": 0.25, "jitter": 4}
-_LARGE: dict[str, Any] = {"side": 224, "sizes": (200, 224, 200, 224), "steps": (500,) * 4, "lr": 0.25, "jitter": 32}
-PRESETS: dict[str, dict[str, Any]] = {
+_SMALL: PlainDict = {"side": 32, "sizes": (32,) * 4, "steps": (500,) * 4, "lr": 0.25, "jitter": 4}
+_LARGE: PlainDict = {"side": 224, "sizes": (200, 224, 200, 224), "steps": (500,) * 4, "lr": 0.25, "jitter": 32}
+PRESETS: dict[str, PlainDict] = {
     "cifar10": {**_SMALL, "batch_size": 10},
     "cifar100": {**_SMALL, "batch_size": 100},
     "tinyimagenet": {
@@ -100,7 +100,7 @@ def resolve(config: FADRM, *, side: int, teachers: int) -> FADRM:
     return dataclasses.replace(config, **settings)
 
 
-def _recipe(config: FADRM, side: int, teachers: int) -> dict[str, Any]:
+def _recipe(config: FADRM, side: int, teachers: int) -> PlainDict:
     """Open settings from the preset, or for images of this side."""
     if config.preset is None:
         small = side <= SINGLE_SIZE
@@ -222,7 +222,7 @@ class FadrmMethod(Method):
         groups = None if stage.groups == "none" else GroupNeeds(stage.groups, stage.statistics == "group")
         return Needs(class_features=stage.class_weight > 0, anchors=anchors, groups=groups)
 
-    def prepare(self, stage: FADRM, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
+    def prepare(self, stage: FADRM, resources: Resources, first: Batch, *, seed: int) -> PlainDict:
         if stage.start == "anchor" and first.anchors is not None:
             first = dataclasses.replace(first, images=first.anchors)
         return matching_facts(stage, schedule_of(stage), resources, first, seed=seed)

@@ -12,13 +12,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq.config.refinement import BUDGETS, FRePo
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, generator
 from dq.data.regression_labels import centered_targets, first_labels, probabilities_to_labels
 from dq.data.zca import Whitening, fit_whitening, is_gray, stride_of
@@ -173,13 +173,13 @@ def refine(batch: Batch, config: FRePo, resources: Resources, session: Session |
     )
 
 
-def _final_facts(problem: _Problem, end: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:
+def _final_facts(problem: _Problem, end: Tensor, x: Tensor, y: Tensor) -> PlainDict:
     """Facts of the last images, and the fitted temperature of labels y."""
     config, pool = problem.config, problem.pool
-    facts: dict[str, Any] = {"networks_replaced": sum(m.generation for m in pool.members)}
+    facts: PlainDict = {"networks_replaced": sum(m.generation for m in pool.members)}
     facts["end_std"] = round(float(problem.rendering.images(end).std()), 4)
     if problem.held_out is not None and config.fit_temperature:
-        options: dict[str, Any] = {"ridge": config.ridge, "weights": problem.objective.weights}
+        options: PlainDict = {"ridge": config.ridge, "weights": problem.objective.weights}
         temperature = label_temperature(pool, problem.rendering.images(x), y, problem.held_out, **options)
         facts["label_temperature"] = round(temperature, 6)
     return facts
@@ -280,7 +280,7 @@ def _start(problem: _Problem, batch: Batch, resources: Resources) -> tuple[Lamb,
     learns = problem.objective.learn_images
     start = config.start if learns else "drawn"
     first = first_values(start, batch.images, labels, problem.real, rendering, problem.seed).to(device)
-    facts: dict[str, Any] = {"whitening": rendering.whitening.summary(), "flip": problem.objective.flip}
+    facts: PlainDict = {"whitening": rendering.whitening.summary(), "flip": problem.objective.flip}
     facts["nets"] = list(config.nets)
     if rendering.codec is not None:
         facts["latents"] = list(first.shape[1:])

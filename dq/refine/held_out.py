@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from dq.config.protocols import student_config
 from dq.config.students import StudentConfig
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed
 from dq.data.regression_labels import fit_temperature
 from dq.data.splits import validation_rows
@@ -86,12 +86,12 @@ def classic_accuracy(
         lr: learning rate; None: the protocol's.
         seed: of the networks.
     """
-    spec: dict[str, Any] = {"protocol": "classic", "net": held_out.net, "labels": "fixed", "augment": augment}
+    spec: PlainDict = {"protocol": "classic", "net": held_out.net, "labels": "fixed", "augment": augment}
     spec |= {"epochs": epochs, "dtype": "float32"} | ({} if lr is None else {"lr": lr})
     return mean_accuracy(x, logits, held_out, _student(spec, x, logits), seed=seed)
 
 
-def _student(spec: dict[str, Any], x: Tensor, y: Tensor) -> StudentConfig:
+def _student(spec: PlainDict, x: Tensor, y: Tensor) -> StudentConfig:
     """Settings of a student for images x with label vectors y (n, C)."""
     classes = y.shape[1]
     ipc = max(1, round(len(x) / classes))

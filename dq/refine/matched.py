@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dq.config.refinement import MatchingConfig
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.networks.teacher import Teacher, evaluation_mode
 from dq.refine.matching import Layer, StatMatcher, layer_weights, trace_layers
 from dq.refine.method import Batch, Resources
@@ -40,7 +41,7 @@ class MatchedTeacher:
 
     def matcher(self, weights: Tensor, config: MatchingConfig, image_weights: Tensor | None) -> StatMatcher:
         """A matcher of the layers with weights (L,), for images with weights (B,)."""
-        options: dict[str, Any] = {"norm": config.norm, "image_weights": image_weights, "targets": self.targets}
+        options: PlainDict = {"norm": config.norm, "image_weights": image_weights, "targets": self.targets}
         return StatMatcher(self.layers, weights, **options)
 
 
@@ -234,7 +235,7 @@ def with_statistics(
 
 def matching_facts(
     config: MatchingConfig, schedule: Schedule, resources: Resources, first: Batch, *, seed: int
-) -> dict[str, Any]:
+) -> PlainDict:
     """Name, digest, layers and r_bn of every teacher, which all batches share."""
     matched = with_statistics(matched_teachers(config, schedule, resources, calibrated=False), first.statistics)
     rates = [t.r_bn for t in matched]

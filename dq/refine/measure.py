@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dq.core.plain import PlainDict
 from dq.networks.teacher import Teacher
 
 
 def measure(
     images: Tensor, labels: Tensor, anchor: Tensor, teachers: Sequence[Teacher], validation_teachers: Sequence[Teacher]
-) -> dict[str, Any]:
+) -> PlainDict:
     """Sum hits, cross-entropy, total variation and distance over a batch.
 
     Of float images (B, 3, S, S) in [0, 1]: hits and cross-entropy of every teacher and validation teacher, total
     variation, and root mean squared distance to the anchor, both in gray levels.
     """
 
-    def measured(t: Teacher) -> dict[str, Any]:
+    def measured(t: Teacher) -> PlainDict:
         logits = t.logits(images)
         hits = int((logits.argmax(1) == labels).sum())
         return {"name": t.name, "hits": hits, "cross_entropy": float(F.cross_entropy(logits, labels, reduction="sum"))}
@@ -35,10 +35,10 @@ def measure(
     }
 
 
-def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(records: Sequence[PlainDict]) -> PlainDict:
     """Means before and after of the measures of all batches."""
     total = sum(r["images"] for r in records)
-    summary: dict[str, Any] = {"images": total, "batches": len(records)}
+    summary: PlainDict = {"images": total, "batches": len(records)}
     for when in ("before", "after"):
         sums = [r[when] for r in records]
         summary[when] = {k: round(sum(s[k] for s in sums) / total, 4) for k in ("variation", "anchor_distance")}
@@ -54,7 +54,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def sentence(summary: dict[str, Any]) -> str:
+def sentence(summary: PlainDict) -> str:
     """One line on a stage, for a log."""
 
     def mean(when: str, group: str) -> str:

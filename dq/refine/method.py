@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dq.config.refinement import RefineConfig
 from dq.config.students import LabelKind
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.seeds import derive_seed
 from dq.diffusion.image_codec import ImageCodec
 from dq.networks.patches import Rank
@@ -106,7 +107,7 @@ class State:
     """State from which an interrupted batch resumes, kept in a file."""
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]  # plain data
+    facts: PlainDict  # plain data
     steps: int  # that are done
 
 
@@ -124,11 +125,11 @@ class Refined:
     precision: str = "float32"  # of the teachers
     bounded: bool = True  # False: pixels may leave [0, 1] and are stored as floats
     uniform_weights: bool = False  # the images weigh alike from now on, whatever the weights of their prototypes
-    facts: Mapping[str, Any] = field(default_factory=dict)  # plain data for the record of the stage
+    facts: PlainMapping = field(default_factory=dict)  # plain data for the record of the stage
     preprocessing: Mapping[str, Tensor] = field(default_factory=dict)  # by which networks see the images, for a file
 
 
-def _ignore(_: Any) -> None:
+def _ignore(_: object) -> None:
     pass
 
 
@@ -155,12 +156,12 @@ class Resources:
     teachers: tuple[Teacher, ...] = ()  # all of the stage; those with `matched` are matched, all may label
     candidates: tuple[Tensor, ...] | None = None  # (P_c, 3, S, S) uint8 by class
     class_means: tuple[Tensor, ...] | None = None  # (C, d) mean features of real images, by matched teacher
-    facts: Mapping[str, Any] = field(default_factory=dict)  # of `Method.prepare`
+    facts: PlainMapping = field(default_factory=dict)  # of `Method.prepare`
     real: RealImages | None = None  # of `Needs.real_images`
     experts: Experts | None = None  # of `Needs.experts`
     codec: ImageCodec | None = None  # of `Needs.codec`
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # for methods without teachers
-    _memory: dict[str, Any] = field(default_factory=dict)
+    _memory: PlainDict = field(default_factory=dict)
 
     @property
     def matched(self) -> tuple[Teacher, ...]:
@@ -201,7 +202,7 @@ class Method(Protocol):
         size = getattr(stage, "batch_size", None) or sum(counts)
         return compose_batches(counts, size, compose=stage.compose, min_classes=stage.min_classes)
 
-    def prepare(self, stage: Any, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
+    def prepare(self, stage: Any, resources: Resources, first: Batch, *, seed: int) -> PlainDict:
         """Plain data that all batches share, computed once from the first batch.
 
         An entry `teachers` has a mapping for each matched teacher.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dq.core.plain import PlainDict, PlainMapping
 from dq.refine.optimize import SHOWN
 from dq.refine.rendering import Rendering
 
@@ -23,12 +23,12 @@ class Record:
 
     trace: Tensor  # (steps, terms) float32 terms of the loss
     strips: list[Tensor]  # (<= SHOWN, 3, S, S) each: the first images at the start and STRIPS times
-    facts: dict[str, Any]  # plain data
+    facts: PlainDict  # plain data
     best: dict[str, Tensor] = field(default_factory=dict)  # learned tensors of the best check, by names in a state
     saved_s: float = field(default_factory=time.perf_counter)  # time of the last saved state
 
     @staticmethod
-    def restored(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> Record:
+    def restored(tensors: Mapping[str, Tensor], facts: PlainMapping, device: torch.device) -> Record:
         """The record of a saved state, with the best tensors on a device."""
         best = {k: v.to(device) for k, v in tensors.items() if k == "best" or k.startswith("best.")}
         return Record(tensors["trace"].clone(), list(tensors["strips"]), dict(facts), best)

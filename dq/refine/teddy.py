@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq.config.refinement import Teddy
+from dq.core.plain import PlainDict
 from dq.networks.pool import member_of_step
 from dq.networks.teacher import Teacher, pooled_logits
 from dq.refine.batches import largest_batch
@@ -89,7 +89,7 @@ class TeddyMethod(Method):
         groups = None if stage.groups == "none" else GroupNeeds(stage.groups, stage.statistics == "group")
         return Needs(class_features=stage.class_weight > 0, groups=groups)
 
-    def prepare(self, stage: Teddy, resources: Resources, first: Batch, *, seed: int) -> dict[str, Any]:
+    def prepare(self, stage: Teddy, resources: Resources, first: Batch, *, seed: int) -> PlainDict:
         return matching_facts(stage, schedule_of(stage, side=resources.side), resources, first, seed=seed)
 
     def run(self, batch: Batch, stage: Teddy, resources: Resources, session: Session) -> Refined:

@@ -15,7 +15,6 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from dq.config.trajectories import GENERAL, PRESETS, Trajectory
 from dq.config.validation import unknown_key
 from dq.core.errors import InputError
 from dq.core.files import read_json
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, generator
 from dq.data.zca import is_gray
 from dq.networks.trajectories import CHUNK, MANIFEST, Experts
@@ -63,7 +63,7 @@ def resolve(config: Trajectory, context: Context) -> Trajectory:
                 f"{context.ipc}; leave preset out"
             )
         published = preset[min(preset) if context.ipc is None else context.ipc]
-    settings: dict[str, Any] = {
+    settings: PlainDict = {
         k: v for k, v in published._asdict().items() if hasattr(config, k) and getattr(config, k) is None
     }
     if config.preset is None and config.alpha is None:
@@ -328,7 +328,7 @@ def _skipped(g: MetaGradient, config: Trajectory) -> str | None:
 def _start(problem: _Problem, batch: Batch) -> tuple[_Learning, Record]:
     """The tensors that are learned at the start, and the record."""
     config, experts, rendering = problem.config, problem.experts, problem.rendering
-    facts: dict[str, Any] = {"whitening": experts.whitening.summary(), "net": experts.net.name}
+    facts: PlainDict = {"whitening": experts.whitening.summary(), "net": experts.net.name}
     facts |= {"experts": experts.number, "skipped_by_threshold": 0, "skipped_not_finite": 0}
     facts["parameters"] = experts.net.size
     if config.select == "depth":
@@ -348,7 +348,7 @@ def _resumed(problem: _Problem, state: State) -> tuple[_Learning, Record]:
     return _Learning(x, y, step_size), Record.restored(state.tensors, state.facts, problem.device)
 
 
-def _warn(facts: dict[str, Any], steps: int, step_size: float) -> None:
+def _warn(facts: PlainDict, steps: int, step_size: float) -> None:
     """Warn of many skipped steps and of a large step size."""
     skipped = facts["skipped_by_threshold"] + facts["skipped_not_finite"]
     if 2 * skipped > steps:

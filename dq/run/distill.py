@@ -46,7 +46,7 @@ KINDS: dict[str, type] = {
 HUB_SETTINGS = tuple(f.name for f in dataclasses.fields(HubConfig) if f.name != "repo_id")
 
 
-def _as_tuple(value: Any, kind: type[V], message: str) -> tuple[V, ...]:
+def _as_tuple(value: object, kind: type[V], message: str) -> tuple[V, ...]:
     """One value or several of a kind as a tuple.
 
     Raises:
@@ -60,7 +60,7 @@ def _as_tuple(value: Any, kind: type[V], message: str) -> tuple[V, ...]:
     return values
 
 
-def _check_types(**values: Any) -> None:
+def _check_types(**values: object) -> None:
     """Refuse settings of another class than their name asks for."""
     for name, value in values.items():
         kind = KINDS[name]
@@ -69,7 +69,7 @@ def _check_types(**values: Any) -> None:
             raise InputError(f"{name} must be a {kind.__name__}, not {type(value).__name__}; give {hint}")
 
 
-def _check_folders(output_dir: Any, cache_dir: Any) -> None:
+def _check_folders(output_dir: object, cache_dir: object) -> None:
     for name, folder in (("output_dir", output_dir), ("cache_dir", cache_dir)):
         if not (isinstance(folder, (str, Path)) and str(folder)) and (name, folder) != ("cache_dir", None):
             raise InputError(f"{name} is the path of a folder such as 'runs/mine', not {folder!r}")
@@ -83,7 +83,7 @@ def _with_sections(base: RunConfig, *, teachers: Any, **sections: Any) -> RunCon
     return dataclasses.replace(base, **changes)
 
 
-def _with_method(base: RunConfig, method: MethodConfig | None, refine: Any) -> RunConfig:
+def _with_method(base: RunConfig, method: MethodConfig | None, refine: object) -> RunConfig:
     """Settings with one method, under the first name of `base`."""
     name = next(iter(base.methods))
     method = method or base.methods[name]
@@ -233,7 +233,7 @@ class DistillPipeline(LatentGenerator):
         safe_serialization: bool = True,
         variant: str | None = None,
         subfolder: str | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> CommitInfo:
         """Push as a stock folder with a model card to the Hugging Face Hub.
 

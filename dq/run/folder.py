@@ -20,6 +20,7 @@ from dq.config.reader import dump_config, to_dict
 from dq.config.schema import GenerateConfig, MethodConfig, RunConfig, load_config
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, check_place, is_done, read_json, write_json, write_text
+from dq.core.plain import PlainDict
 from dq.core.processes import assign_units
 from dq.core.trackers import report, stage_numbers
 from dq.data.source import ImageSource
@@ -94,7 +95,7 @@ def images_per_class(resolved: ResolvedMethod, ipc: int, class_counts: Sequence[
     return [(ipc if fixed else min(int(n), ipc)) * copies for n in class_counts]
 
 
-def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+def deciding(settings: PlainDict) -> PlainDict:
     """A section's settings without those that change speed alone, in it and in its selecting teacher."""
     decisive = {k: v for k, v in settings.items() if k not in SPEED}
     if decisive.get("select_teacher"):
@@ -140,7 +141,7 @@ def settle_dtypes(
     return resolve_dtypes(config, dtypes), dtypes
 
 
-def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _recorded(folder: Path) -> tuple[PlainDict, PlainDict | None]:
     """The provenance of a run folder, and the settings that it was begun with.
 
     The settings are None if there are none.
@@ -154,7 +155,7 @@ def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return facts, to_dict(resolve_dtypes(load_config(settings_file), dtypes))
 
 
-def check_folder(config: RunConfig, source: ImageSource) -> dict[str, Any]:
+def check_folder(config: RunConfig, source: ImageSource) -> PlainDict:
     """Whether `config.output_dir` may hold this run.
 
     Returns:
@@ -232,7 +233,7 @@ def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(f.name != "provenance.json" and f.name[0] != "." for f in folder.iterdir())
 
 
-def _changed(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+def _changed(a: PlainDict, b: PlainDict) -> Iterator[str]:
     for section in IDENTITY:
         if isinstance(a[section], dict) and isinstance(b[section], dict):
             old, new = deciding(a[section]), deciding(b[section])
@@ -248,7 +249,7 @@ def _changed(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
             yield f"{section}: {a[section]} -> {b[section]}"
 
 
-def provenance(run: Run) -> dict[str, Any]:
+def provenance(run: Run) -> PlainDict:
     """What made this run: versions, hardware, data."""
     import accelerate
     import datasets

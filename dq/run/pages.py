@@ -28,7 +28,7 @@ def _environment() -> Any:
     return environment
 
 
-def write_page(page: Path, template: str, *, title: str, **content: Any) -> Path:
+def write_page(page: Path, template: str, *, title: str, **content: object) -> Path:
     """Write a self-contained HTML page of a template in `dq/run/templates`; returns its path."""
     write_text(page, _environment().get_template(template).render(title=title, **content))
     return page

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dq.config.schema import RunConfig
 from dq.core.errors import InputError
 from dq.core.figures import save_image
 from dq.core.files import write_json, write_text
+from dq.core.plain import PlainDict
 from dq.core.processes import assign_units
 from dq.data.grid import image_grid
 from dq.data.images import read_images
@@ -59,7 +60,7 @@ def check_prior_report(config: RunConfig) -> None:
 
 def report_prior(
     config: RunConfig, source: ImageSource, pipe: LatentGenerator, *, accelerator: Accelerator
-) -> list[dict[str, Any]]:
+) -> list[PlainDict]:
     """Measure a prior, and write its report.
 
     The run folder `config.output_dir` gets `prior_quality.csv`, `prior_quality.jsonl` and `prior_report.html`; the

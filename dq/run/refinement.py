@@ -20,6 +20,7 @@ from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_json, read_tensors
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of
 from dq.data.images import read_images
 from dq.data.source import ImageSource
@@ -52,7 +53,7 @@ def setting_of(config: RunConfig, method: str, level: int) -> str:
     return f"refine.{level}" if config.methods[method].refine is None else f"methods.{method}.refine.{level}"
 
 
-def stage_settings(stage: RefineConfig) -> dict[str, Any]:
+def stage_settings(stage: RefineConfig) -> PlainDict:
     """The settings of a stage that determine its images, as plain data."""
     settings = to_dict(stage)
     for group in ("teachers", "validation_teachers"):
@@ -227,18 +228,18 @@ def _digest_of_file(path: Path, changed_ns: int, size: int) -> str:
         return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
 
 
-def requested_settings(config: RunConfig, method: str) -> list[dict[str, Any]]:
+def requested_settings(config: RunConfig, method: str) -> list[PlainDict]:
     """`stage_settings` of a method's stages, with the teachers of the run as default."""
     stages = stages_of(config, method)
     return [stage_settings(s if s.teachers else dataclasses.replace(s, teachers=config.teachers)) for s in stages]
 
 
-def provenance(run: Run, method: str, folder: Path) -> list[dict[str, Any]]:
+def provenance(run: Run, method: str, folder: Path) -> list[PlainDict]:
     """Record of the refinement of the images in `folder`, stage by stage.
 
     Settings as requested and as filled in, teachers, measures before and after.
     """
-    chain: list[dict[str, Any]] = []
+    chain: list[PlainDict] = []
     for settings in reversed(requested_settings(run.config, method)):
         summary, manifest = read_json(folder / "summary.json"), read_json(folder / "manifest.json")
         chain.insert(0, {"settings": settings, "resolved": manifest["settings"], "summary": summary})

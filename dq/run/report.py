@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dq.config.reader import dump_config
 from dq.core.errors import InputError, RunError
 from dq.core.figures import save_image
 from dq.core.files import read_json
+from dq.core.plain import PlainDict
 from dq.distilled.format import PROVENANCE
 from dq.distilled.snippet import training_snippet
 from dq.evaluation.results import read_records
@@ -84,12 +85,12 @@ def write_report(run: Run) -> Path:
     )
 
 
-def _of_latents(run: Run, ordered: list[tuple[int, str]], shown: int, notes: _Notes) -> dict[str, Any]:
+def _of_latents(run: Run, ordered: list[tuple[int, str]], shown: int, notes: _Notes) -> PlainDict:
     """Sections that need the latents of the run: images, selection, quantization."""
     cache = notes.attempt("the quantization", lambda: cache_of(run))
     if cache is None:
         return {"galleries": [], "selection": None, "quantization": None}
-    galleries: list[dict[str, Any]] = []
+    galleries: list[PlainDict] = []
     for ipc, method in ordered[:MAX_GALLERIES]:
         first = not galleries  # the others have the same real images
         make = functools.partial(gallery, run, cache, ipc, method, beside_real=first)
@@ -120,12 +121,12 @@ def _sets_line(present: list[tuple[int, str]]) -> str:
     return f"{', '.join(methods)} at IPC {', '.join(map(str, ipcs))}" if present else ""
 
 
-def _accuracy(run: Run, shown: int) -> dict[str, Any]:
+def _accuracy(run: Run, shown: int) -> PlainDict:
     describe_evaluation(run.folder)
     return accuracy_content(run.folder, outdated_rows(run.folder), shown_ipc=shown)
 
 
-def _verdict(accuracy: dict[str, Any]) -> str:
+def _verdict(accuracy: PlainDict) -> str:
     """The headline of the first panel."""
     panels = accuracy.get("panels")
     return panels[0].headline if panels else ""

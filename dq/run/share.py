@@ -72,7 +72,7 @@ def push_model(
     *,
     token: str | None = None,
     variant: str | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> CommitInfo:
     """Push a pipeline, a codec or a teacher with its card, in one commit.
 

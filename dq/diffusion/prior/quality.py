@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from dq.config.prior import PriorReportConfig
 from dq.config.schema import GenerateConfig
 from dq.core.errors import InputError
+from dq.core.plain import PlainDict
 from dq.core.seeds import generator
 from dq.core.version import __version__
 from dq.data.images import read_images
@@ -41,7 +41,7 @@ log = logging.getLogger("dq")
 class PriorQuality:
     """Measurements of a prior, and the images they were taken on."""
 
-    records: list[dict[str, Any]]  # one per row of the table
+    records: list[PlainDict]  # one per row of the table
     labels: Tensor  # (N,) class of every sample
     samples: dict[float, Tensor]  # by guidance scale: (N, 3, S, S) uint8
     distances: dict[float, Tensor]  # by guidance scale: (N,) to the nearest train image, in features
@@ -138,7 +138,7 @@ def measure_prior(
     reference = _reference(draw, real_data, test_images, config.neighbors)
     numbers = {**_nearness(reference, reference.test_distances[:, 0]), "accuracy": _accuracy(reference, test_images)}
     numbers["pixel_rmse"] = _smallest_rmse(reference, test_images, reference.test_neighbors)
-    rows: list[dict[str, Any]] = [{"row": "real test", **numbers}]
+    rows: list[PlainDict] = [{"row": "real test", **numbers}]
     for name, images in (("real train", train_images), ("codec", decoded)):
         numbers = _feature_distances(reference, teacher.features(images))
         rows.append({"row": name, "accuracy": _accuracy(reference, images), **numbers})
@@ -225,13 +225,13 @@ MEASURED = (
 )
 
 
-def _record(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def _record(row: PlainDict, facts: PlainDict) -> PlainDict:
     """A row with every column (None if missing) and the shared facts."""
     record = {k: row.get(k, facts.get(k)) for k in MEASURED} | facts
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
 
 
-def _facts(draw: Draw, real_data: RealData, config: PriorReportConfig, train: Sequence[int]) -> dict[str, Any]:
+def _facts(draw: Draw, real_data: RealData, config: PriorReportConfig, train: Sequence[int]) -> PlainDict:
     import diffusers
 
     return {

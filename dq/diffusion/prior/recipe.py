@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from dq.config.dtypes import USES, Dtypes, folder_dtypes
 from dq.core.errors import RunError
 from dq.core.files import is_done, read_json, read_metadata, write_json
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of
 from dq.core.text import plural
 
@@ -29,7 +30,7 @@ class Recipe:
     name: str  # "codec" or "denoiser"
     folder: Path  # the prior's folder
     product: Path  # the model folder that this training makes
-    identity: dict[str, Any]  # everything that decides the result
+    identity: PlainDict  # everything that decides the result
     steps: int
     batch_size: int  # over all processes
     lr: float
@@ -121,7 +122,7 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def publish(
-    recipe: Recipe, save: Callable[[Path], None], numbers: dict[str, Any], fitted: Fitted, accelerator: Accelerator
+    recipe: Recipe, save: Callable[[Path], None], numbers: PlainDict, fitted: Fitted, accelerator: Accelerator
 ) -> None:
     """Save the model folder atomically with its `training.json`; drop the checkpoint."""
     import diffusers

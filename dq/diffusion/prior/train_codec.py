@@ -19,6 +19,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import CodecConfig
 from dq.core.errors import InputError
 from dq.core.files import atomic_path
+from dq.core.plain import PlainDict
 from dq.core.progress import progress
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
@@ -100,7 +101,7 @@ def train_codec(
     if accelerator.is_main_process:
         rows = torch.randperm(len(images), generator=generator(prior.seed, "statistics"))[:STATISTICS]
         mean, std = latent_statistics(model, images[rows], bar=True)
-        numbers: dict[str, Any] = similarity(reconstruct(model, held_out), to_signed(held_out))
+        numbers: PlainDict = similarity(reconstruct(model, held_out), to_signed(held_out))
         numbers["settings"] = _recorded(recipe, model, settings.init is not None)
         if not settings.steps:  # nothing was trained: the time is that of the statistics
             numbers["seconds"] = round(time.perf_counter() - began, 1)
@@ -164,7 +165,7 @@ def prepare_codec(
     return recipe, model, classifier
 
 
-def _recorded(recipe: Recipe, model: Codec, fine_tuned: bool) -> dict[str, Any]:
+def _recorded(recipe: Recipe, model: Codec, fine_tuned: bool) -> PlainDict:
     """Settings for the record of a trained codec.
 
     The architecture is that of the model itself, and what the model to start from decides is left out.
@@ -235,7 +236,7 @@ def stage_features(classifier: Teacher, x: Tensor) -> list[Tensor]:
         net = parts[0]
     features: list[Tensor] = []
 
-    def store(module: nn.Module, args: Any, out: Any) -> None:
+    def store(module: nn.Module, args: object, out: object) -> None:
         if isinstance(out, Tensor) and out.ndim == 4:
             features.append(out)
 

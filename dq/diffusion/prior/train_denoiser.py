@@ -17,6 +17,7 @@ from dq.config.prior import PriorConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import atomic_path, write_json
 from dq.core.model_files import open_model
+from dq.core.plain import PlainDict
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
@@ -99,7 +100,7 @@ def train_denoiser(
     shift = time_shift(settings.time_shift, cache.shape)
     scheduler = new_scheduler(settings.objective, shift)
     head = new_head(model) if settings.intermediate_head else None
-    options: dict[str, Any] = {"contrastive": settings.contrastive, "head_weight": settings.intermediate_head}
+    options: PlainDict = {"contrastive": settings.contrastive, "head_weight": settings.intermediate_head}
     objective = DenoiserLoss(model, settings.objective, settings.weighting, head=head, **options)
     dtype = DTYPES[settings.save_dtype]
 
@@ -136,7 +137,7 @@ def train_denoiser(
     return folder
 
 
-def _numbers(model: nn.Module, data: DenoiserData) -> dict[str, Any]:
+def _numbers(model: nn.Module, data: DenoiserData) -> PlainDict:
     """Sizes and latent statistics for the record of a training."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -154,7 +155,7 @@ def _held_out_loss(objective: nn.Module, batch: dict[str, Tensor], size: int, de
     return sum(float(objective(**part)["error"].sum()) for part in named) / len(batch["latents"])
 
 
-def _save_samples(file: Path, model: Any, codec: Codec, scheduler: Any, *, classes: int, seed: int) -> None:
+def _save_samples(file: Path, model: Any, codec: Codec, scheduler: object, *, classes: int, seed: int) -> None:
     """Write a grid of samples, one row per class.
 
     The noise is the same at every step.
@@ -327,7 +328,7 @@ def _codec_to_save(path: Path, codec: Codec, mean: Tensor, std: Tensor) -> Codec
     return to_save
 
 
-def _sample(model: Any, scheduler: Any, labels: Tensor, noise: Tensor) -> Tensor:
+def _sample(model: Any, scheduler: object, labels: Tensor, noise: Tensor) -> Tensor:
     """Denoise latents (n, C, h, w) of classes (n,) with guidance."""
     device = next(model.parameters()).device
     sampler = fresh_scheduler(scheduler, SHOWN_STEPS)

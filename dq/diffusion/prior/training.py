@@ -24,6 +24,7 @@ from dq.config.dtypes import record_dtypes
 from dq.core.compilation import missing_compiler
 from dq.core.errors import InputError, RunError
 from dq.core.files import append_jsonl, is_done, read_metadata, read_tensors, write_tensors
+from dq.core.plain import PlainDict
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed
 from dq.core.text import plural
@@ -92,7 +93,7 @@ def fit(
     sums: dict[str, Tensor] = {}  # of the terms since the last save
     last_save = first
     began = time.perf_counter()
-    options: dict[str, Any] = {"total": recipe.steps, "unit": "step", "main": main and recipe.steps > 0}
+    options: PlainDict = {"total": recipe.steps, "unit": "step", "main": main and recipe.steps > 0}
     with progress([], desc=f"train {recipe.name}", **options) as bar:
         bar.initial = bar.n = first
         for step in range(first, recipe.steps):

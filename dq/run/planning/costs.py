@@ -8,10 +8,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dq.config.pruning import PruneConfig
 from dq.config.schema import ClusterConfig, GenerateConfig, RunConfig
+from dq.core.plain import PlainMapping
 from dq.core.processes import cut
 from dq.core.seeds import digest_of
 from dq.core.text import plural
@@ -248,7 +249,7 @@ def _refine(config: RunConfig, sets: Sequence[PlannedSet], counts: list[int], pr
     return plan
 
 
-def refine_operation(settings: Mapping[str, Any]) -> str:
+def refine_operation(settings: PlainMapping) -> str:
     """The name of a stage, with a digest of the settings that decide its cost."""
     return f"refine {settings['stage']} {digest_of(settings, size=4)}"
 

@@ -22,6 +22,7 @@ from dq.config.students import StudentConfig
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
+from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, generator
 from dq.run.planning.clock import Speed, random_pixels, timed
 from dq.run.planning.costs import (
@@ -54,7 +55,7 @@ class Speeds:
     """Speeds by operation, and what they were measured on."""
 
     speeds: dict[str, Speed]
-    facts: dict[str, Any]
+    facts: PlainDict
     unknown: tuple[str, ...] = ()  # why some are not there
 
     @property
@@ -102,7 +103,7 @@ def measure_speeds(
         unknown: reasons why operations cannot be timed.
         untrained: teachers that are trained before the run.
     """
-    facts: dict[str, Any] = {
+    facts: PlainDict = {
         "machine": f"{platform.machine()}, {platform.system()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -185,7 +186,7 @@ def _generator(
     pipe: LatentGenerator,
     device: torch.device,
     decode: Speed,
-    facts: dict[str, Any],
+    facts: PlainDict,
 ) -> Iterator[tuple[str, Speed]]:
     """Time a step of the denoiser with guidance, without decoding."""
     cfg = config.generate
@@ -221,7 +222,7 @@ def _generator(
     yield "denoise", Speed(middle, least, most, denoising.batch)
 
 
-def _walk_settings(config: RunConfig) -> dict[str, Any]:
+def _walk_settings(config: RunConfig) -> PlainDict:
     """What decides how many steps are denoiser_steps."""
     g = config.generate
     return {k: getattr(g, k) for k in ("mode", "num_inference_steps", "snr", "strength", "scheduler", "noise")}

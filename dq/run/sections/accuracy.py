@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dq.core.figures import new_figure, save_figure
+from dq.core.plain import PlainDict
 from dq.evaluation.figures import results_figures
 from dq.evaluation.results import read_records, recipe_names
 from dq.evaluation.verdicts import Ranking, Score, rankings
@@ -79,7 +79,7 @@ def panel(ranking: Ranking) -> Panel:
 
 def accuracy_content(
     folder: Path, outdated: Sequence[tuple[str, str]] = (), *, shown_ipc: int | None = None
-) -> dict[str, Any]:
+) -> PlainDict:
     """Verdicts, tables and figures of the results in a folder; nothing if there are none.
 
     Args:
@@ -92,7 +92,7 @@ def accuracy_content(
         return {}
     every = read_records(summary)
     records = [r for r in every if (r["set"], r["ipc"]) not in outdated]
-    accuracy: dict[str, Any] = {"outdated": "", "panels": [], "table": None, "figures": [], "differences": None}
+    accuracy: PlainDict = {"outdated": "", "panels": [], "table": None, "figures": [], "differences": None}
     if len(records) < len(every):
         accuracy["outdated"] = ", ".join(f"{name} at IPC {ipc}" for name, ipc in outdated)
         log.warning(

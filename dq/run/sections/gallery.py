@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq.core.plain import PlainDict
 from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.data.images import read_images
@@ -23,7 +24,7 @@ MAX_CLASSES, MAX_COLUMNS = 20, 10
 OPEN_CLASSES = 10  # that are shown without a click
 
 
-def gallery(run: Run, cache: LatentCache, ipc: int, method: str, *, beside_real: bool) -> dict[str, Any]:
+def gallery(run: Run, cache: LatentCache, ipc: int, method: str, *, beside_real: bool) -> PlainDict:
     """Images of a set by class.
 
     At most 20 classes and 10 images of each, heaviest first. The key `grid` is a picture of the set and its nearest

@@ -10,6 +10,7 @@ import torch
 
 from dq.cluster.prototypes import Prototypes
 from dq.core.figures import new_figure, save_figure
+from dq.core.plain import PlainDict
 from dq.core.seeds import generator
 from dq.diffusion.latents import LatentCache
 from dq.run.folder import Run
@@ -20,7 +21,7 @@ MAX_POINTS = 2000  # of the map of latents
 MAX_ROWS = 100  # of a table
 
 
-def quantization_content(run: Run, cache: LatentCache, shown_ipc: int) -> dict[str, Any]:
+def quantization_content(run: Run, cache: LatentCache, shown_ipc: int) -> PlainDict:
     """A table of every clustering, the figure of its sizes, and a map of the latents of some classes."""
     figures, parts = run.folder / "figures", []
     for ipc, resolved in sorted(clusterings(run), key=lambda c: c[0] != shown_ipc):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dq.core.figures import new_figure, save_figure, save_image
 from dq.core.files import read_json, read_tensors
+from dq.core.plain import PlainDict
 from dq.data.grid import image_grid
 from dq.run.folder import Run, class_file
 from dq.run.pages import Table
@@ -22,13 +23,13 @@ TRACE_PARTS = 5  # of the steps of a refinement, whose means are printed
 NOT_FACTS = ("method", "from", "checks", "images", "batches", "before", "after", "checksum")  # of a refined folder
 
 
-def refinement_content(run: Run, shown_ipc: int) -> list[dict[str, Any]]:
+def refinement_content(run: Run, shown_ipc: int) -> list[PlainDict]:
     """Content of every stage of refinement that is finished, those of the shown images per class first."""
     titles = sorted(refined_folders(run).items(), key=lambda item: f", IPC {shown_ipc}:" not in item[0])
     return [_stage(run, title, folder) for title, folder in titles]
 
 
-def _stage(run: Run, title: str, folder: Path) -> dict[str, Any]:
+def _stage(run: Run, title: str, folder: Path) -> PlainDict:
     """Facts of a refined folder.
 
     They are images and measures before and after, losses over steps, images after each block, and records of the
@@ -84,7 +85,7 @@ def _as_uint8(images: Tensor) -> Tensor:
     return images if images.dtype == torch.uint8 else (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _recorded(summary: dict[str, Any]) -> str:
+def _recorded(summary: PlainDict) -> str:
     """What a method records of its work on the whole set: skipped steps, ..."""
     shown = {k: v for k, v in summary.items() if k not in NOT_FACTS and not isinstance(v, dict)}
     parts = [f"{k.replace('_', ' ')} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in shown.items()]

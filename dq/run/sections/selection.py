@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dq.core.files import is_done, read_json, read_tensors
+from dq.core.plain import PlainDict
 from dq.diffusion.latents import LatentCache
 from dq.run.folder import Run, class_file
 from dq.run.sections.accuracy import varying
@@ -26,7 +26,7 @@ class Candidates:
     dropped: tuple[float, ...]
 
 
-def selection_content(run: Run, cache: LatentCache, present: Sequence[tuple[int, str]]) -> dict[str, Any]:
+def selection_content(run: Run, cache: LatentCache, present: Sequence[tuple[int, str]]) -> PlainDict:
     """Table, warnings and candidates of the sets that were selected.
 
     Empty without any.

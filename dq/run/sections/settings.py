@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.core.files import read_jsonl
+from dq.core.plain import PlainMapping
 from dq.core.progress import duration
 from dq.run.pages import Table
 
@@ -27,7 +28,7 @@ def changed_settings(config: RunConfig) -> Table:
     return ["setting", "value", "default"], rows
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: PlainMapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; lists stay whole."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:

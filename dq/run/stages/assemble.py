@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig, GenerateConfig, MethodConfig
 from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_checksum, read_json, read_metadata, read_tensors
+from dq.core.plain import PlainDict
 from dq.core.progress import progress
 from dq.core.seeds import digest_of
 from dq.diffusion.latents import LatentCache
@@ -94,7 +94,7 @@ class Parts:
         return label_folder(self.run, self.images)
 
     @functools.cached_property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> PlainDict:
         m, cluster_config, generate_config, prune_config = self.run.resolved(self.method)
         with open_tensors(class_file(self.images, 0)) as f:
             labeled = bool(set(SOFT_LABELS) & set(f.keys()))
@@ -163,17 +163,17 @@ def load_set_of_run(run: Run, ipc: int, method: str) -> DistilledSet:
     return s
 
 
-def _cluster_provenance(run: Run, cluster: ClusterConfig) -> dict[str, Any]:
+def _cluster_provenance(run: Run, cluster: ClusterConfig) -> PlainDict:
     """Settings of clustering, with the digest of the teacher whose features were used."""
     teacher = {"teacher": features_record(run)["digest"]} if cluster.uses_features else {}
     return {**to_dict(cluster), "engine": choose_engine(cluster.engine), **teacher}
 
 
-def _prune_provenance(run: Run, prune: PruneConfig) -> dict[str, Any]:
+def _prune_provenance(run: Run, prune: PruneConfig) -> PlainDict:
     """Settings of pruning with the digest of the scores; empty without pruning."""
     return {"prune": prune_identity(run, prune)} if prune.active else {}
 
 
-def _method_provenance(name: str, method: MethodConfig) -> dict[str, Any]:
+def _method_provenance(name: str, method: MethodConfig) -> PlainDict:
     """Name and settings of a method, without its stages, which `refine` records."""
     return {"name": name, **{k: v for k, v in to_dict(method).items() if k != "refine"}}

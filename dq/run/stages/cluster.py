@@ -10,10 +10,10 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from dq.config.schema import ClusterConfig
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, is_done, read_jsonl, write_json
 from dq.core.memory import list_in_pieces
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
 from dq.core.trackers import report
@@ -59,7 +60,7 @@ def prototype_folder(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedM
     return run.folder / "prototypes" / "-".join([*parts, digest_of(identity)])
 
 
-def cluster_settings(cluster: ClusterConfig) -> dict[str, Any]:
+def cluster_settings(cluster: ClusterConfig) -> PlainDict:
     """The settings that determine prototypes, with the name of the engine.
 
     Those that the space does not read are left out; that of the latents leaves none, so that it has the digests of
@@ -251,7 +252,7 @@ def _prototypes(
     prototypes = []
     for c, d, result in zip(labels, data, results, strict=True):
         numbers = quantization_stats(d.x, result, weights=d.weights, with_uniform=cfg.uniform_w2)
-        stats: dict[str, Any] = {**numbers, "engine": result.engine}
+        stats: PlainDict = {**numbers, "engine": result.engine}
         points = None if cfg.space == "latents" else d.x
         p = make_prototypes(c, run.source.class_names[c], d.z, d.rows, result, points=points, weights=d.weights)
         stats |= {"space": cfg.space, **latent_stats(d.z, result.labels, p.centroids)}
@@ -296,12 +297,12 @@ def report_distortion(accelerator: Accelerator, metrics: Path) -> None:
         report(accelerator, distortion_numbers(read_jsonl(metrics)))
 
 
-def distortion_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def distortion_numbers(records: Sequence[PlainMapping]) -> dict[str, float]:
     """Mean, minimum and maximum over classes in the records of metrics.jsonl.
 
     By ipc and engine.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[PlainMapping]] = {}
     for r in records:
         if r.get("stage") == "quantization":
             pruned = [r["policy"], r["where"]] if "policy" in r else []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
+from dq.core.plain import PlainDict
 from dq.networks.features import FeatureCache, extract_features, open_features
 from dq.networks.teacher import Teacher
 from dq.networks.teacher_check import check_teacher
@@ -59,7 +59,7 @@ def features_of(run: Run) -> FeatureCache:
     return FeatureCache(folder, run.source.class_names, key, len(run.source.train))
 
 
-def features_record(run: Run) -> dict[str, Any]:
+def features_record(run: Run) -> PlainDict:
     """Key of the feature cache, digest and settings of its teacher.
 
     Raises:
@@ -74,7 +74,7 @@ def features_record(run: Run) -> dict[str, Any]:
     return record
 
 
-def _first_teacher(config: RunConfig) -> dict[str, Any]:
+def _first_teacher(config: RunConfig) -> PlainDict:
     """The settings of the first teacher that determine its features."""
     settings = to_dict(config.teachers[0])
     return {k: v for k, v in settings.items() if k not in ("batch_size", "check_images", "weight")}

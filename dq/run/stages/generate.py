@@ -25,6 +25,7 @@ from dq.config.schema import GenerateConfig, MethodConfig
 from dq.core.errors import InputError
 from dq.core.files import is_done, open_tensors, read_json, read_metadata, read_tensors, write_json, write_tensors
 from dq.core.memory import run_with_batch_backoff
+from dq.core.plain import PlainDict
 from dq.core.processes import cut
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, generator
@@ -74,7 +75,7 @@ def image_identity(run: Run, cache: LatentCache, ipc: int, method: str) -> list[
     return [points, resolved.method.representative, run.config.image_size]
 
 
-def _deciding(config: GenerateConfig) -> dict[str, Any]:
+def _deciding(config: GenerateConfig) -> PlainDict:
     """The settings that determine images.
 
     Those of `ADDED` are left out at their defaults, so that folders from before they were added keep their digests.
@@ -154,7 +155,7 @@ def generate(run: Run, pipe: LatentGenerator, cache: LatentCache) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def folder_selection(folder: Path, classes: int) -> dict[str, Any]:
+def folder_selection(folder: Path, classes: int) -> PlainDict:
     """Summary of the selection among candidates in a folder, or empty."""
     metas = (read_metadata(class_file(folder, label)) for label in range(classes))
     facts = [m["selection"] for m in metas if "selection" in m]
@@ -300,7 +301,7 @@ def _draw_units(run: Run, pipe: LatentGenerator, todo: list[tuple[Draw, Unit]], 
             bar.update(len(images))
 
 
-def _start(draw: Draw, pipe: LatentGenerator) -> dict[str, Any] | None:
+def _start(draw: Draw, pipe: LatentGenerator) -> PlainDict | None:
     start = None if draw.real else pipe.start(draw.config)
     return dataclasses.asdict(start) if start else None
 

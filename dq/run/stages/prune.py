@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
 from dq.core.errors import InputError
 from dq.core.files import write_text
+from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of
 from dq.data.pruning import Pruned, prune_class, rank_band
 from dq.data.source import ImageSource
@@ -49,7 +50,7 @@ FILE = "pruning.csv"
 SHOWN = 20  # classes of the table that `dq prune` prints
 
 
-def prune_settings(prune: PruneConfig) -> dict[str, Any]:
+def prune_settings(prune: PruneConfig) -> PlainDict:
     """The settings of pruning beside the scores; empty without pruning."""
     if not prune.active:
         return {}
@@ -58,7 +59,7 @@ def prune_settings(prune: PruneConfig) -> dict[str, Any]:
     return {name: getattr(prune, name) for name in names}
 
 
-def prune_identity(run: Run, prune: PruneConfig) -> dict[str, Any]:
+def prune_identity(run: Run, prune: PruneConfig) -> PlainDict:
     """The settings with the digest of the scores; empty without pruning."""
     scores = {"scores": difficulty_of(run.config, run.source, prune).key} if prune.uses_scores else {}
     return prune_settings(prune) | scores
@@ -144,11 +145,11 @@ def prune(run: Run, *, always: bool = False) -> list[Path]:
         The files of the orders from easy to hard.
     """
     began = time.perf_counter()
-    numbers: dict[str, Any] = {}
+    numbers: PlainDict = {}
     orders: list[Path] = []
     for group in _by_agent(run.config, always):
         p = max(group, key=lambda p: p.runs)
-        options: dict[str, Any] = {"device": run.device, "local_units": run.local_units, "main": run.main}
+        options: PlainDict = {"device": run.device, "local_units": run.local_units, "main": run.main}
         cache = make_difficulty(run.config.cache_dir, run.source, run.config.image_size, p, **options)
         run.accelerator.wait_for_everyone()
         for score, runs in sorted({(q.score, q.runs) for q in group}):

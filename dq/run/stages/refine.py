@@ -29,6 +29,7 @@ from dq.core.files import (
     write_json,
     write_tensors,
 )
+from dq.core.plain import PlainDict
 from dq.core.progress import progress
 from dq.core.seeds import derive_seed
 from dq.diffusion.codec import Codec
@@ -136,7 +137,7 @@ def _advance(bar: Any, images: int, step: int) -> None:
     bar.update(images)
 
 
-def _summary(job: Job) -> dict[str, Any]:
+def _summary(job: Job) -> PlainDict:
     records = [read_metadata(job.batch_file(j)) for j in range(len(job.batches))]
     redone = sum(r["precision"] != job.stage.dtype for r in records) if job.cost.steps else 0
     facts = {"method": job.stage.stage, "from": job.inputs.source.name, "redone_in_float32": redone}
@@ -200,10 +201,10 @@ class Worker:
         write_tensors(job.batch_file(number), tensors, _measures(job, refined, batch, after))
 
 
-def _measures(job: Job, refined: Refined, batch: Batch, after: Tensor) -> dict[str, Any]:
+def _measures(job: Job, refined: Refined, batch: Batch, after: Tensor) -> PlainDict:
     """Metadata of a batch, with measures before and after."""
     anchors = batch.images if batch.anchors is None else batch.anchors
-    measures: dict[str, Any] = {
+    measures: PlainDict = {
         "images": len(batch.labels),
         "before": measure(batch.images, batch.labels, anchors, job.teachers, job.validation_teachers),
         "after": measure(after, batch.labels, anchors, job.teachers, job.validation_teachers),
@@ -224,7 +225,7 @@ def _gather_class(run: Run, job: Job, label: int) -> None:
     if is_done(path):
         return
     parts: dict[str, list[Tensor]] = {}
-    meta: dict[str, Any] = {
+    meta: PlainDict = {
         **read_metadata(class_file(job.inputs.source, label)),
         "refined_from": job.inputs.source.name,
     }

@@ -20,6 +20,7 @@ from dq.config.refinement import MatchingConfig
 from dq.core.devices import reader_threads
 from dq.core.errors import InputError, RunError
 from dq.core.files import is_done, read_metadata, read_tensors, write_tensors
+from dq.core.plain import PlainDict
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.data.image_cache import ImageCache, Reading, fill, write_manifest
@@ -46,7 +47,7 @@ class ScoreCache(ImageCache):
     verb: ClassVar[str] = "refine"
 
 
-def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
+def prepare_groups(run: Run, job: Job) -> PlainDict:
     """Write statistics and anchors of the groups of a job.
 
     Returns:
@@ -64,7 +65,7 @@ def prepare_groups(run: Run, job: Job) -> dict[str, Any]:
         raise InputError(f"groups need a teacher with batch norm, and {names} has none; add one, or set groups=none")
     groups = _groups_of(run, job, job.needs.groups.by, matched)
     sizes = [len(rows) for of_class in groups for rows in of_class.rows]
-    facts: dict[str, Any] = {"by": job.needs.groups.by, "groups": len(sizes), "images": [min(sizes), max(sizes)]}
+    facts: PlainDict = {"by": job.needs.groups.by, "groups": len(sizes), "images": [min(sizes), max(sizes)]}
     if job.needs.groups.statistics:
         folders = [_class_statistics(run, t, groups) if t.layers else None for t in matched]
         facts["statistics"] = [None if f is None else f.name for f in folders]
@@ -173,7 +174,7 @@ def _statistics(run: Run, matched: MatchedTeacher, rows: Tensor, bar: Any) -> di
     counts: list[int] = []
     for batch in rows.split(teacher.batch_size):
         side, threads = run.config.image_size, reader_threads(run.device)
-        options: dict[str, Any] = {"on_bad": source.on_bad_image, "threads": threads}
+        options: PlainDict = {"on_bad": source.on_bad_image, "threads": threads}
         images, read, _ = read_images(source.train, batch.tolist(), side, source.preprocess, **options)
         if read:
             each = image_moments(teacher, matched.layers, images)
@@ -225,7 +226,7 @@ def _group_anchors(run: Run, job: Job, label: int, groups: ClassGroups) -> Tenso
     recipe = dataclasses.replace(recipe, pool=recipe.pool // len(groups.rows))
     anchors = []
     for g in sorted(set(groups.of_image)):
-        options: dict[str, Any] = {"teacher": job.matched[0], "seed": run.config.seed}
+        options: PlainDict = {"teacher": job.matched[0], "seed": run.config.seed}
         options["candidates"] = groups.rows[g].numpy()
         anchors.append(patch_anchors(run.source, label, groups.of_image.count(g), recipe, **options))
     return torch.cat(anchors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dq.config.reader import to_dict
 from dq.config.refinement import RefineConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.files import is_done, open_tensors, read_json, read_metadata, write_json
+from dq.core.plain import PlainMapping
 from dq.core.seeds import derive_seed, digest_of, digest_of_tensors
 from dq.diffusion.codec import Codec, load_codec
 from dq.diffusion.image_codec import ImageCodec
@@ -156,7 +157,7 @@ def _weights_of(run: Run, inputs: Inputs) -> dict[int, Tensor]:
     return {p.label: p.image_weights(numbers[p.label], m.weights, m.normalize) for p in points}
 
 
-def prepare(run: Run, job: Job, facts: Mapping[str, Any]) -> None:
+def prepare(run: Run, job: Job, facts: PlainMapping) -> None:
     """Write anchors, candidates, class features and manifest of a job.
 
     `facts` of its groups go into the manifest.

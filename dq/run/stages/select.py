@@ -7,10 +7,10 @@ memory at a time, and of all others the outputs of the selecting teacher.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig, RunConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.files import read_tensors
+from dq.core.plain import PlainDict, PlainMapping
 from dq.core.seeds import digest_of
 from dq.diffusion.latents import LatentCache
 from dq.networks.features import FeatureCache
@@ -46,7 +47,7 @@ class Selected(NamedTuple):
     images: Tensor  # (M, 3, H, W), prototype by prototype
     numbers: list[int]  # images of every prototype
     record: dict[str, Tensor]  # of every candidate: pool_prototype, pool_draw, pool_probability, _correct, _kept (N,)
-    facts: dict[str, Any]
+    facts: PlainDict
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Selector:
         assert real.features is not None
         if self.config.select == "facility":
             one = self.config.one_per_prototype
-            options: dict[str, Any] = {"weights": real.weights, "one_per_prototype": one}
+            options: PlainDict = {"weights": real.weights, "one_per_prototype": one}
             return select_facility(real.features, features, prototype, numbers, **options)
         masses = p.counts if p.masses is None else p.masses
         return select_transport(
@@ -196,7 +197,7 @@ def select_setting(config: RunConfig, method: str) -> str:
     return f"methods.{method}.override.generate.select_teacher" if overrides else "generate.select_teacher"
 
 
-def selection_summary(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def selection_summary(facts: Iterable[PlainMapping]) -> PlainDict:
     """Summarize selections of classes: settings, summed counts, means of the rest."""
     classes = list(facts)
     summary = dict(classes[0])
@@ -209,7 +210,7 @@ def selection_summary(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def selection_sentences(summary: Mapping[str, Any]) -> list[str]:
+def selection_sentences(summary: PlainMapping) -> list[str]:
     """Warnings about a selection."""
     sentences = []
     if summary.get("lacking"):
