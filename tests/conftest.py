@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
+import filelock
 import hypothesis
 import pytest
 import torch
@@ -90,13 +91,16 @@ def made(toy_source, accelerator, tmp_path_factory):
     from dq.diffusion.prior.train_codec import train_codec
     from dq.diffusion.prior.train_denoiser import train_denoiser
 
-    folder = tmp_path_factory.mktemp("made")
+    # workers of xdist share one: the second finds a finished training
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made"
     prior = prior_in(folder / "prior")
     before = torch.get_rng_state()
-    vae = train_codec(toy_source, CODEC, prior, accelerator=accelerator)
-    codec = load_codec(vae)
-    cache = encoded(toy_source, folder / "cache", codec)
-    assert train_denoiser(cache, codec, prior, class_names=NAMES, accelerator=accelerator) == folder / "prior"
+    with filelock.FileLock(f"{folder}.lock"):
+        vae = train_codec(toy_source, CODEC, prior, accelerator=accelerator)
+        codec = load_codec(vae)
+        cache = encoded(toy_source, folder / "cache", codec)
+        assert train_denoiser(cache, codec, prior, class_names=NAMES, accelerator=accelerator) == folder / "prior"
     assert torch.equal(before, torch.get_rng_state())  # nothing drew from the global generator
     return SimpleNamespace(folder=folder / "prior", prior=prior, vae=vae, codec=codec, cache=cache)
 

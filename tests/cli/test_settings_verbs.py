@@ -134,7 +134,7 @@ def test_a_setting_given_by_an_option_and_by_set_is_refused(option: list[str], s
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if not VERBS[v].prints])
 def test_options_that_a_verb_lacks_are_absent_and_not_undefined(verb: str) -> None:
-    repo = {"pull": ["a/b"], "distill": ["images"]}.get(verb, [])
+    repo = {"pull": ["a/b"], "distill": ["images"], "export": ["set"]}.get(verb, [])
     args = build_parser().parse_args([verb, *repo, *(["--config", "demo"] if VERBS[verb].needs_config else [])])
     if args.config == "demo":
         assert resolve(args) == load_config("demo")

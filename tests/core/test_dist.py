@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from forking import Forked
 
 from dq.core.errors import RunError
 from dq.core.files import (
@@ -44,19 +46,26 @@ def test_import_loads_neither_torch_nor_another_heavy_library() -> None:
 
 def test_public_names_are_callables_on_every_access() -> None:
     """A submodule that is imported for a function may take the function's place on the second access."""
-    code = """
-import sys, types
-import dq
-assert {"kmeans", "evaluate", "DistilledSet"} <= set(dq.__all__)
-first = {name: getattr(dq, name) for name in dq.__all__}
-for name in dq.__all__:
-    exec(f"from dq import {name}")
-    assert callable(first[name]) and not isinstance(first[name], types.ModuleType), name
-    assert getattr(dq, name) is first[name] is globals()[name], name
-    assert getattr(sys.modules[first[name].__module__], name) is first[name], name
-assert set(dir(dq)) >= set(dq.__all__)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+    def check() -> None:
+        for module in [m for m in sys.modules if m.partition(".")[0] == "dq"]:
+            del sys.modules[module]
+        import dq
+
+        assert {"kmeans", "evaluate", "DistilledSet"} <= set(dq.__all__)
+        first = {name: getattr(dq, name) for name in dq.__all__}
+        for name, value in first.items():
+            assert callable(value), name
+            assert not isinstance(value, types.ModuleType), name
+            names: dict[str, object] = {}
+            exec(f"from dq import {name}", names)
+            assert getattr(dq, name) is value is names[name], name
+            assert getattr(sys.modules[value.__module__], name) is value, name
+        assert set(dir(dq)) >= set(dq.__all__)
+
+    done = Forked(check)  # from nothing of dq, and with its libraries
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
     import dq
 
     with pytest.raises(AttributeError, match="No dq attribute nothing"):
