@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dq.cli.flags import check_flags, resolve
 from dq.cli.jobs import Call, Checked, Job
+from dq.cli.logs import LogHandler
 from dq.cli.parser import build_parser
 from dq.cli.scoring import scores_sets
 from dq.cli.verbs import VERBS, Verb
@@ -80,11 +81,14 @@ def _do(args: argparse.Namespace) -> int:
     if verb.prints:
         return _print(verb, args)
     _set_up_logging(quiet=args.quiet, verbose=args.verbose, token=args.token)
-    if isinstance(verb.action, Job):
-        execute(args)
-        return 0
-    check_flags(args)
-    return verb.action(args) or 0
+    from dq.core.progress import without_loading_bars  # tqdm reads settings at its import
+
+    with without_loading_bars():
+        if isinstance(verb.action, Job):
+            execute(args)
+            return 0
+        check_flags(args)
+        return verb.action(args) or 0
 
 
 def _print(verb: Verb, args: argparse.Namespace) -> int:
@@ -99,13 +103,15 @@ def _print(verb: Verb, args: argparse.Namespace) -> int:
 
 def _set_up_logging(*, quiet: bool, verbose: bool, token: str | None) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[LogHandler(sys.stderr)], level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.addFilter(Redaction(token))
     # read by libraries at their import
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     if quiet or verbose:
         os.environ["TQDM_DISABLE"] = "1"
+    elif not sys.stderr.isatty():  # a log file gets lines, unless the user wants bars
+        os.environ.setdefault("TQDM_DISABLE", "1")
     log.setLevel(logging.WARNING if quiet or rank else logging.DEBUG if verbose else logging.INFO)
 
     def show(message: Warning | str, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -140,7 +141,8 @@ def run_stages(call: Call, verb: str, *, pipe: LatentGenerator | None = None) ->
     from dq.core.trackers import start_trackers
     from dq.run.checks import ENCODES, check_run
     from dq.run.folder import open_run
-    from dq.run.planning.timings import Speeds, expected_seconds
+    from dq.run.planning.remaining import expected_seconds, measured_seconds
+    from dq.run.planning.timings import Speeds
 
     source, accelerator, speeds = call.source, call.accelerator, call.args.speeds
     if pipe is None and verb in ENCODES:
@@ -150,13 +152,16 @@ def run_stages(call: Call, verb: str, *, pipe: LatentGenerator | None = None) ->
     start_trackers(accelerator, config.report_to, to_dict(config), run.folder)
     stages, idle = STAGES_OF.get(verb, (verb,)), _idle_stages(run, verb)
     seconds = expected_seconds(config, source, accelerator.num_processes, Speeds.load(speeds)) if speeds else {}
-    timer = StageTimer([s for s in stages if s not in idle], seconds)
+    measure = functools.partial(measured_seconds, run, pipe) if run.main else None
+    timer = StageTimer([s for s in stages if s not in idle], seconds, measure=measure)
     for stage in stages:
         if stage not in idle:
             with timer.stage(stage):
                 STEPS[stage](run, verb, pipe)
         elif stage == "refine":  # logs that there is nothing to refine
             STEPS[stage](run, verb, pipe)
+    if len(stages) > 1:
+        log.info("%s took %s", verb, timer.summary())
     if run.main:
         print(*(run.folder / name for name in PRINTED.get(verb, ("config.yaml",))), sep="\n")
 

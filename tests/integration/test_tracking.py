@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,14 +14,15 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
-from runs import config, launch
+from runs import config, launch, results
 
 from dq.cli.main import main
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig
+from dq.core import progress as stage_progress
 from dq.core.errors import InputError
-from dq.core.progress import StageTimer, duration, unit_done
+from dq.core.progress import StageTimer, duration, progress, unit_done
 from dq.core.trackers import check_trackers, end_trackers, flat_settings, report, start_trackers
 from dq.run.stages.cluster import distortion_numbers
 
@@ -269,7 +272,7 @@ def test_distortion_is_summarised_over_classes() -> None:
     }
 
 
-# --- headway ------------------------------------------------------------------------------------------------------
+# --- time by stage --------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -293,25 +296,140 @@ def walked(expected: dict[str, float], took: list[float], caplog: pytest.LogCapt
 def test_what_is_left_is_scaled_by_what_was_taken(caplog: pytest.LogCaptureFixture) -> None:
     lines = walked({"encode": 100, "cluster": 60, "report": 0}, [200, 60, 1], caplog)
     assert lines == [
-        "encode begins (1 of 3, about 100 s)",
-        "encode done in 3 min (1 of 3); about 2 min left in all",  # twice as slow as planned: 2 x 60 s
-        "cluster begins (2 of 3, about 2 min)",
-        "cluster done in 60 s (2 of 3)",
-        "report begins (3 of 3)",
-        "report done in 1.0 s (3 of 3)",
+        "encode (1 of 3) 3 min; about 2 min left in all",  # twice as slow as planned: 2 x 60 s
+        "cluster (2 of 3) 60 s",
+        "report (3 of 3) 1.0 s",
     ]
 
 
 def test_nothing_is_said_that_nobody_knows(caplog: pytest.LogCaptureFixture) -> None:
     assert "left" not in " ".join(walked({}, [2, 2, 2], caplog))
     lines = walked({"encode": 2, "report": 5}, [2, 2, 2], caplog)
-    assert "left" not in lines[1]  # cluster is not known
-    assert lines[3].endswith("; about 5.0 s left in all")
+    assert "left" not in lines[0]  # cluster is not known
+    assert lines[1].endswith("; about 5.0 s left in all")
 
 
 def test_a_resumed_stage_tells_no_speed(caplog: pytest.LogCaptureFixture) -> None:
-    lines = walked({"encode": 1000, "cluster": 60, "report": 0}, [0.5, 60, 1], caplog)
-    assert lines[1] == "encode done in 0.5 s (1 of 3); about 60 s left in all"
+    lines = walked({"encode": 500, "cluster": 60, "report": 0}, [0.5, 60, 1], caplog)
+    assert lines[0] == "encode (1 of 3) 0.5 s; about 60 s left in all"
+
+
+def test_a_long_stage_is_announced_by_its_estimate(caplog: pytest.LogCaptureFixture) -> None:
+    lines = walked({"encode": 10, "cluster": 400, "report": 0}, [20, 800, 1], caplog)
+    assert lines[:2] == ["encode (1 of 3) 20 s; about 13 min left in all", "cluster (2 of 3) takes about 13 min"]
+
+
+def test_speeds_of_stages_to_come_are_measured_once_some_time_is_spent(caplog: pytest.LogCaptureFixture) -> None:
+    clock, calls = Clock(), []
+
+    def measure() -> dict[str, float]:
+        calls.append(clock.now)
+        return {"encode": 10.0, "cluster": 8.0, "generate": 20.0, "report": 2.0}
+
+    timer = StageTimer(("encode", "cluster", "generate", "report"), {}, measure=measure, clock=clock)
+    with caplog.at_level(logging.INFO, "dq"):
+        for name, seconds in zip(timer.stages, (5, 8, 20, 2), strict=True):
+            with timer.stage(name):
+                clock.now += seconds
+    assert calls == [13.0]  # not after five seconds, and not again
+    lines = [r.getMessage() for r in caplog.records]
+    assert lines[0] == "encode (1 of 4) 5.0 s"
+    assert lines[1] == "cluster (2 of 4) 8.0 s; about 16 s left in all"  # 13 s for what was measured as 18 s
+    assert timer.summary() == "35 s: encode 5.0 s, cluster 8.0 s, generate 20 s, report 2.0 s"
+
+
+def stepped(timer: StageTimer, clock: Clock, each: float, items: int = 100, *, first: int = 0) -> list[str]:
+    """Text behind the bar of a loop after each item."""
+    shown = []
+    with timer.stage("encode"), progress([], desc="encode", total=items, unit="img") as bar:
+        bar.initial = bar.n = first
+        for _ in range(items - first):
+            clock.now += each
+            bar.update()
+            shown.append(bar.format_dict["in_all"])
+    return shown
+
+
+def test_a_loop_tells_the_remaining_time_of_all_stages(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    clock = Clock()
+    timer = StageTimer(("encode", "cluster"), {"cluster": 50.0}, clock=clock)
+    with caplog.at_level(logging.INFO, "dq"):
+        shown = stepped(timer, clock, 1.0)
+    assert shown[9] == " about 2 min left in all"  # 90 s here and 50 s there
+    assert shown[79] == " about 70 s left in all"
+    assert [r.getMessage() for r in caplog.records] == [
+        "encode: 60 %, about 40 s left, 90 s in all",  # once a minute at most, unless it is long
+        "encode (1 of 2) 100 s; about 50 s left in all",
+    ]
+
+
+def test_a_long_loop_is_announced_after_seconds(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    clock = Clock()
+    with caplog.at_level(logging.INFO, "dq"):
+        stepped(StageTimer(("encode",), clock=clock), clock, 100.0)
+    lines = [r.getMessage() for r in caplog.records]
+    assert lines[0] == "encode: 1 %, about 2 h 45 min left"
+    assert len(lines) == 8  # at 100 s, 200, 400, 800, 1600, 3200 and 6400, and at the end
+
+
+def test_a_resumed_loop_counts_only_items_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    clock = Clock()
+    shown = stepped(StageTimer(("encode",), clock=clock), clock, 2.0, first=90)
+    assert shown[0] == " about 18 s left in all"
+    assert shown[-1] == ""
+
+
+def test_a_bar_goes_away_within_a_stage_and_stays_outside(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    assert list(progress(range(3), desc="alone")) == [0, 1, 2]
+    assert capsys.readouterr().err.endswith("\n")
+    timer = StageTimer(("encode", "cluster"))
+    with timer.stage("cluster"):
+        assert list(progress(range(3), desc="classes")) == [0, 1, 2]
+    text = capsys.readouterr().err
+    assert "classes (2 of 2)" in text
+    assert "\n" not in text
+
+
+def test_speeds_measured_within_a_run_change_no_result(
+    tracked: Path, world: Path, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_progress, "MEASURED_AFTER_S", 0.0)
+    file = config(world, tmp_path, source__path=str(world / "images"))
+    with caplog.at_level(logging.INFO, "dq"):
+        assert main(["run", "--config", str(file), "--cpu"]) == 0
+    lines = [r.getMessage() for r in caplog.records if re.match(r"\w+ \(\d of 6\) ", r.getMessage())]
+    assert [line.split()[0] for line in lines] == ["encode", "cluster", "generate", "label", "evaluate", "report"]
+    assert re.search(r"; about \d.* left in all$", lines[0])
+    assert any(r.getMessage().startswith("run took ") for r in caplog.records)
+    assert results(tmp_path) == results(tracked)
+
+
+def test_lines_have_colors_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dq.cli.logs import LogHandler
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def written(stream: io.StringIO) -> list[str]:
+        handler = LogHandler(stream)
+        for level in (logging.INFO, logging.WARNING):
+            handler.emit(logging.LogRecord("dq", level, "", 0, "text", None, None))
+        return stream.getvalue().splitlines()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert written(Terminal()) == ["text", "\033[33mtext\033[0m"]
+    assert written(io.StringIO()) == ["text", "text"]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert written(Terminal()) == ["text", "text"]
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert written(Terminal()) == ["text", "text"]
 
 
 def test_durations_read_well() -> None:
@@ -328,19 +446,21 @@ def test_a_run_says_where_it_is(world: Path, tmp_path: Path) -> None:
         done = launch(file, "run", *more)
         _, errors = done.communicate(timeout=120)
         assert done.returncode == 0, errors
+        assert "%|" not in errors  # this is no terminal
         return [line for line in errors.splitlines() if " of 5" in line]
 
     stage_lines("--dry-run", "--save_speeds", str(speeds_file))
     lines = stage_lines("--speeds", str(speeds_file))
     stages = ("encode", "cluster", "generate", "label", "report")
-    assert [line.split()[0] for line in lines] == [s for s in stages for _ in range(2)]
+    assert [line.split()[0] for line in lines] == list(stages)  # one line for each
     # now as if a step of encoding took minutes
     speeds = json.loads(speeds_file.read_text())
     speeds["speeds"]["decode"]["seconds"] = 600.0
     speeds_file.write_text(json.dumps(speeds))
     lines = stage_lines("--output_dir", str(tmp_path / "again"), "--speeds", str(speeds_file))
     # encode and cluster; then generate is over
-    assert [line for line in lines if "left in all" in line] == lines[1:4:2]
+    assert [line for line in lines if "left in all" in line] == lines[:2]
+    assert "generate (3 of 5) takes about" in lines[2]
 
 
 @pytest.mark.slow
@@ -360,7 +480,7 @@ def test_quiet_leaves_results_and_warnings(start: Start, world: Path, tmp_path: 
     finally:
         bad.unlink()
     assert "1 unreadable image set aside" in done.stderr
-    assert "begins" not in done.stderr
+    assert " of " not in done.stderr
 
 
 @pytest.mark.slow

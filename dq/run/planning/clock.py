@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from dq.core.seeds import generator
 
-BUDGET_S = 6.0  # for the repeats of one operation
+BUDGET_S: ContextVar[float] = ContextVar("budget_s", default=6.0)  # for the repeats of one operation
 REPEATS = 3
 
 
@@ -32,7 +33,7 @@ def timed(
     *,
     device: torch.device,
     smallest: int = 1,
-    budget_s: float = BUDGET_S,
+    budget_s: float | None = None,
     prepare: Callable[[int], Any] = int,
 ) -> Speed:
     """Time one call of `work`, as the median of some repeats.
@@ -44,7 +45,7 @@ def timed(
         largest: calls at once, at most.
         device: where to compute.
         smallest: calls at once, at least.
-        budget_s: seconds for the repeats.
+        budget_s: seconds for the repeats; None: `BUDGET_S`.
         prepare: makes the input of so many calls, outside of the clock; by default their number.
     """
 
@@ -60,6 +61,7 @@ def timed(
         wait()
         return time.perf_counter() - began if reported is None else reported
 
+    budget_s = BUDGET_S.get() if budget_s is None else budget_s
     size = min(smallest, largest)
     once(size)
     taken = once(size)

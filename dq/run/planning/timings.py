@@ -31,7 +31,6 @@ from dq.run.planning.costs import (
     cluster_operation,
     estimate_lines,
     refine_operation,
-    seconds_of,
     select_operation,
     stage_plans,
 )
@@ -395,16 +394,6 @@ def plan_with_speeds(config: RunConfig, source: ImageSource, speeds: Speeds, *, 
         if need > free:
             lines.append(f"shortage    {folder} has {format_bytes(free)} free but {format_bytes(need)} are needed")
     return "\n".join(lines)
-
-
-def expected_seconds(config: RunConfig, source: ImageSource, processes: int, speeds: Speeds) -> dict[str, float]:
-    """Seconds by stage, without stages of unknown speed."""
-    plans = planned_stages(config, source, speeds, processes)
-    overlap = bool(speeds.facts.get("overlap"))
-    # what no plan speaks of takes no time worth speaking of
-    times: dict[str, float | None] = dict.fromkeys(("prune", "refine", "label", "evaluate", "report"), 0.0)
-    times |= {p.stage: seconds_of(p, speeds.seconds, overlap=overlap) for p in plans}
-    return {stage: seconds for stage, seconds in times.items() if seconds is not None}
 
 
 def planned_stages(config: RunConfig, source: ImageSource, speeds: Speeds, processes: int) -> list[StagePlan]:
