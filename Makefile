@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 RANDOM_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST := $(RANDOM_PYTEST) -p no:randomly
 
-.PHONY: demo test test-random test-slow test-all test-gpu test-fake-gpu test-vision faults fuzz lint bench clean
+.PHONY: demo test test-random test-slow test-all test-gpu test-fake-gpu test-vision faults fuzz lint docs bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,10 @@ lint: $(VENV)/.done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/structure.py
+
+# the site, into build/site; warnings such as a link to nowhere are errors
+docs: $(VENV)/.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.done
 	for b in import cluster encode memory student sample refine frepo; do $(BIN)/python benchmarks/$$b.py || exit 1; done
