@@ -35,7 +35,8 @@ def by_prototypes(
         predicts: one for every entry of `scheduler.timesteps`.
         scheduler: with its time grid set.
         start: where the trajectory begins.
-        points: (B, C, h, w), the prototype of each image; for guidance of a class these are all of its images.
+        points: (B, C, h, w), the prototype of each image. For `measure_guidance` and `repulsion` the batch holds all
+            images of a class.
         config: strengths and intervals.
         masses: (B,) of the images; None: uniform.
     """

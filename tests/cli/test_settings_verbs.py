@@ -113,7 +113,7 @@ def test_settings_that_help_names_exist(verb: str) -> None:
         (["run", "--config", "x", "--seed=3", "--seed=4"], "dq run: --seed is given twice, as 3 and 4"),
         (["push", "a", "--repo_id", "b", "--hub-model-id", "c"], "--hub-model-id is given twice, as b and c"),
         (["validate", "."], "dq validate: . is a folder; give the YAML file"),
-        (["validate", "no/such.yaml"], "dq validate: there is no configuration file no/such.yaml; give the path"),
+        (["validate", "no/such.yaml"], "dq validate: there is no configuration file no/such.yaml"),
     ],
 )
 def test_wrong_verbs_and_options_are_named(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

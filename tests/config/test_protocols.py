@@ -54,11 +54,11 @@ def test_every_published_data_set_of_a_protocol_may_be_named():
         for dataset in datasets:
             for ipc in (1, 10, 50, "full"):
                 assert preset(name, dataset, ipc).labels == "soft"
-    with pytest.raises(InputError, match=r"'edc' has settings for .*cifar100.*, not for 'cifar1000'; leave dataset"):
+    with pytest.raises(InputError, match=r"'edc' has settings for .*cifar100.*, not for 'cifar1000'"):
         student_config({"protocol": "edc", "dataset": "cifar1000"}, ipc="1", classes=10, image_size=32)
     with pytest.raises(InputError, match="'classic' has settings for no data set"):
         preset("classic", "cifar10")
-    with pytest.raises(InputError, match=r"'sre2l' has no settings for 'cifar10': SRe2L released no recipe .*; leave"):
+    with pytest.raises(InputError, match=r"'sre2l' has no settings for 'cifar10': SRe2L released no recipe"):
         preset("sre2l", "cifar10")
 
 

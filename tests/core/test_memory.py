@@ -44,7 +44,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(caplog: pytest.L
     result = run_with_batch_backoff("encode", 11, limited(encode, 3, sizes))
     assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
     assert torch.allclose(result, encode(slice(0, 11)), atol=1e-5)
-    assert "encode: a batch of 11 does not fit in memory; going on with 5" in caplog.text
+    assert "a batch of 11 does not fit in memory; going on with 5" in caplog.text
     # what has fitted is remembered, for this kind of work only
     sizes.clear()
     run_with_batch_backoff("encode", 4, limited(encode, 3, sizes))

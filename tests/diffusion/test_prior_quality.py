@@ -512,7 +512,7 @@ def test_a_card_of_anothers_is_kept_and_text_is_quoted(world: Path, tmp_path: Pa
     ("settings", "code", "message"),
     [
         ("generate.model=null", 2, "no prior is named; set generate.model to its folder"),
-        ("teachers=[]", 2, "a prior is measured in the features of a teacher; set teachers"),
+        ("teachers=[]", 2, "a prior is measured in the features of a teacher"),
         ("prior_report.guidance=[2, 2]", 2, "prior_report.guidance must list different scales"),
         ("prior_report.per_class=0", 2, "prior_report.per_class must be a whole number of at least 1"),
         ("prior_report.neighbors=12", 2, "has test and train images for 12 samples only"),

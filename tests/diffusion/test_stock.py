@@ -97,7 +97,7 @@ def test_a_learned_variance_is_not_handed_to_the_models_own_scheduler() -> None:
 def test_full_noise_and_predicted_noise_are_refused_with_the_reason() -> None:
     scheduler = DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     pipe = pipe_with(scheduler)
-    with pytest.raises(InputError, match=r"SNR of zero \(timestep 999\).* in any precision; start later"):
+    with pytest.raises(InputError, match=r"SNR of zero \(timestep 999\).* in any precision"):
         pipe([0], num_inference_steps=4)
     # what the message advises
     leading = DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading")
@@ -123,7 +123,7 @@ def test_full_noise_and_predicted_noise_are_refused_with_the_reason() -> None:
         ({"image_size": 0}, "image_size is a whole number of at least 1, not 0"),
         ({"generator": 3}, "generator is a torch.Generator or a list of them, not int"),
         ({"generator": [3]}, "generator is a torch.Generator or a list of them, not list"),
-        ({"generator": [torch.Generator()] * 2}, "there are 2 generators for 1 images; give one, or one for each"),
+        ({"generator": [torch.Generator()] * 2}, "there are 2 generators for 1 images"),
         ({"output_type": "latent"}, "output_type must be 'pil', 'np' or 'pt', not 'latent'"),
     ],
 )

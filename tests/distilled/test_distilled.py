@@ -155,7 +155,7 @@ def test_texts_in_a_provenance_stand_for_their_names(tmp_path: Path) -> None:
     [
         (
             {"source": ["CIFAR-10"]},
-            "source in the provenance .* is a mapping, not \\['CIFAR-10'\\]; give a dict such as",
+            "source in the provenance .* is a mapping, not \\['CIFAR-10'\\]",
         ),
         ({"method": 3}, "method in the provenance"),
         ({"licenses": "MIT"}, "licenses in the provenance .*; give a dict, or leave it out"),

@@ -839,9 +839,7 @@ def test_normalizer_by_hand():
 
 
 def test_a_diverging_student_is_named():
-    with pytest.raises(
-        RunError, match=r"student 'convnet3' \(seed 5\) is .* in epoch \d+ of 6; lower its lr, now 1e\+20"
-    ):
+    with pytest.raises(RunError, match=r"'convnet3' \(seed 5\) is .* in epoch \d+ of 6; lower its lr, now 1e\+20"):
         train(dataclasses.replace(PLAIN, lr=1e20), seed=5)
 
 

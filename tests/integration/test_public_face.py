@@ -121,7 +121,7 @@ def test_a_codec_alone_generates_no_classes() -> None:
     [
         (
             {"generate": {"snr": 0.1}},
-            r"generate must be a GenerateConfig, not dict; give GenerateConfig\(\*\*\{...\}\)",
+            r"generate must be a GenerateConfig, not dict",
         ),
         ({"method": "ddoq"}, "method must be a MethodConfig, not str"),
         ({"refine": ["fadrm"]}, r"refine must list stages such as FADRM\(...\), not str"),

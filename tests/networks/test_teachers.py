@@ -151,9 +151,7 @@ def test_missing_and_corrupt_files_are_named(convnet, tmp_path):
     whole = (tmp_path / "teacher.safetensors").read_bytes()
     for content in (whole[:-100], whole[:50], b"", b"<html>" * 20):
         (tmp_path / "teacher.safetensors").write_bytes(content)
-        with pytest.raises(
-            InputError, match=r"teacher.safetensors is not a readable safetensors file .*; get it again"
-        ):
+        with pytest.raises(InputError, match=r"teacher.safetensors is not a readable safetensors file"):
             load_teacher(config, 4, 8)
 
 
@@ -267,7 +265,7 @@ def test_weights_of_networks_that_changed_load_or_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"not a mobilenetv2 for 4 classes and 32 px"):
         load_teacher(config, 4, 32)
     (tmp_path / "teacher.json").write_text(json.dumps({"net": "mobilenetv2", "image_size": 32}))
-    with pytest.raises(InputError, match=r"as an earlier version of dq built it .*; train it again with"):
+    with pytest.raises(InputError, match=r"as an earlier version of dq built it"):
         load_teacher(config, 4, 32)
 
 
@@ -475,9 +473,7 @@ def test_a_network_without_published_weights_is_named():
 def test_published_weights_without_a_connection_are_named(tmp_path, monkeypatch):
     pytest.importorskip("timm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        InputError, match=r"weights of 'timm:test_vit' cannot be had .*; get them elsewhere, save them as safetensors"
-    ):
+    with pytest.raises(InputError, match=r"weights of 'timm:test_vit' cannot be had"):
         load_teacher(TeacherConfig(net="timm:test_vit", path="pretrained"), 10, 32)
 
 
@@ -510,9 +506,7 @@ def quarters():
 def test_permuted_teacher_is_stopped_and_the_order_it_is_told_repairs_it(convnet, quarters):
     _, config = convnet
     permuted = dataclasses.replace(load_teacher(config, 4, 8), net=Brightest())
-    with pytest.raises(
-        InputError, match=r"gets 0.0% of 60 .* class order \[2, 0, 3, 1\] it would get 100.0%; set teach"
-    ) as e:
+    with pytest.raises(InputError, match=r"gets 0.0% of 60 .* class order \[2, 0, 3, 1\] it would get 100.0%") as e:
         check_teacher(permuted, quarters, config, 8)
     assert "near the chance of 25.0%: its class order or input normalization" in str(e.value)
     changed = apply_settings(config, [str(e.value).rpartition("set teachers.N.")[2]])

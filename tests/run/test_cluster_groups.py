@@ -70,7 +70,7 @@ def test_classes_that_do_not_fit_together_are_clustered_in_halves(
     with caplog.at_level(logging.WARNING, "dq"):
         together = clustered(tmp_path / "together", toy_source, accelerator)
     assert sizes == [3, 1, 1, 1]  # halves of 3 are 1
-    assert "cluster: a batch of 3 does not fit in memory; going on with 1" in caplog.text
+    assert "a batch of 3 does not fit in memory; going on with 1" in caplog.text
     for a, b in zip(alone, together, strict=True):
         assert (a.label, a.name, a.stats) == (b.label, b.name, b.stats)
         assert torch.equal(a.centroids, b.centroids)
