@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dq.config.refinement import DepthConfig, MatchingConfig
 from dq.core.errors import InputError
+from dq.refine.batch_statistics import InputSums, NormAndSums, StatisticsDistance, Sums
 from dq.refine.method import Context
 from dq.refine.moments import Moments
 
@@ -49,69 +49,6 @@ class Layer:
     def var(self) -> Tensor:
         """(C,) running variance."""
         return self.norm.running_var  # type: ignore[return-value]
-
-
-class _Moments(torch.autograd.Function):
-    """Mean and biased variance of x (B, C, H, W) per channel, in float32.
-
-    The gradient of both is an affine function of x, so one pass gives it: d/dx = p (g_m + 2 g_v (x - m)) / HW with
-    image weights p. Deviations are taken from `center` (a value near the mean), so that nothing cancels.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, center: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor]:
-        first, second = _centered_moments(x, center, p)
-        mean = center + first
-        ctx.save_for_backward(x, mean, *([] if p is None else [p]))
-        return mean, second - first.square()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, mean, *p = ctx.saved_tensors
-        return _moment_gradient(x, mean, grads[0], grads[1], p[0] if p else None).to(x.dtype), None, None
-
-
-class _NormAndMoments(torch.autograd.Function):
-    """Batch norm in evaluation mode together with `_Moments` of its input.
-
-    One saved tensor and two passes backwards, where autograd would need six.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, p: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        norm, center = layer.norm, layer.mean
-        first, second = _centered_moments(x, center, p)
-        mean = center + first
-        ctx.save_for_backward(x, mean, scale, *([] if p is None else [p]))
-        y = F.batch_norm(x, center, layer.var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        return y, mean, second - first.square()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        x, mean, scale, *p = ctx.saved_tensors
-        total = _moment_gradient(x, mean, grads[1], grads[2], p[0] if p else None)
-        return total.addcmul_(grads[0], scale.view(1, -1, 1, 1)).to(x.dtype), None, None, None
-
-
-def _centered_moments(x: Tensor, center: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor]:
-    # The two-pass sum is up to forty times as fast on a CPU as torch.var, which goes channel by channel
-    d = x.float() - center.view(1, -1, 1, 1)
-    if p is None:
-        first = d.mean((0, 2, 3))
-        return first, d.square_().mean((0, 2, 3))
-    first = p @ d.mean((2, 3))
-    return first, p @ d.square_().mean((2, 3))
-
-
-def _moment_gradient(x: Tensor, mean: Tensor, g_mean: Tensor, g_var: Tensor, p: Tensor | None) -> Tensor:
-    b, _, h, w = x.shape
-    share = 1 / (b * h * w) if p is None else p.view(-1, 1, 1, 1) / (h * w)
-    slope = 2 * g_var
-    offset = (g_mean - slope * mean).view(1, -1, 1, 1)
-    slope = slope.view(1, -1, 1, 1)
-    if p is None:
-        return torch.addcmul(offset * share, x.float(), slope * share)
-    return torch.addcmul(offset, x.float(), slope).mul_(share)
 
 
 def trace_layers(net: nn.Module, see: Callable[[], Any]) -> list[Layer]:
@@ -223,14 +160,17 @@ class StatMatcher:
             image_weights: (B,) weights of the images of a batch in its statistics; None: all alike.
             targets: (C_l,) of every layer, on its device, in place of its running statistics; None: these.
         """
-        self.weights = weights.tolist()
+        read = weights.tolist()
         running = [Moments(a.mean, a.var) for a in layers] if targets is None else targets
-        self.targets = [m for m, w in zip(running, self.weights, strict=True) if w]
-        self.layers = [a for a, w in zip(layers, self.weights, strict=True) if w]
-        self.weights = [w for w in self.weights if w]
-        self.norm = norm
+        targets = [m for m, w in zip(running, read, strict=True) if w]
+        self.layers = [a for a, w in zip(layers, read, strict=True) if w]
         self.image_weights = None if image_weights is None else image_weights / image_weights.sum()
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._distance: StatisticsDistance | None = None
+        if self.layers:
+            centers = [a.mean for a in self.layers]
+            self._distance = StatisticsDistance.of(targets, centers, norm)
+            self._weights = torch.tensor([w for w in read if w]).to(centers[0].device)
+        self._seen: dict[str, tuple[Sums, int]] = {}
         self._hooks: list[Any] = []
         self._fused = [self._fuse(a) if type(a.norm) is nn.BatchNorm2d else None for a in self.layers]
 
@@ -259,35 +199,32 @@ class StatMatcher:
             scale = scale * layer.norm.weight.detach()
 
         def forward(x: Tensor) -> Tensor:
-            y, mean, var = _NormAndMoments.apply(x, layer, self.image_weights, scale)
-            self._seen[layer.name] = (mean, var)
+            y, *sums = NormAndSums.apply(x, layer.norm, self.image_weights, scale)
+            self._note(layer, x, sums)
             return y
 
         return forward
 
     def _reader(self, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._seen[layer.name] = _Moments.apply(args[0], layer.mean, self.image_weights)
+            self._note(layer, args[0], InputSums.apply(args[0], layer.mean, self.image_weights))
 
         return read
 
-    def terms(self) -> list[Tensor]:
-        """Distance of every read layer in the last forward pass, without its weight."""
-        terms = []
-        for layer, target in zip(self.layers, self.targets, strict=True):
-            mean, var = self._seen[layer.name]
-            differences = (target.var - var, target.mean - mean)
-            if self.norm == "l2":
-                terms.append(sum(torch.linalg.vector_norm(d) for d in differences))
-            else:
-                terms.append(sum(d.square().sum() for d in differences))
-        return terms
+    def _note(self, layer: Layer, x: Tensor, sums: Sequence[Tensor]) -> None:
+        # the weights of images sum to 1
+        values = x.shape[2] * x.shape[3] * (len(x) if self.image_weights is None else 1)
+        self._seen[layer.name] = ((sums[0], sums[1]), values)
+
+    def terms(self) -> Tensor:
+        """Distances (L,) of the read layers in the last forward pass, without their weights."""
+        if self._distance is None:
+            return torch.zeros(0)
+        seen = [self._seen[a.name] for a in self.layers]
+        return self._distance([sums for sums, _ in seen], tuple(values for _, values in seen))
 
     def distance(self) -> Tensor:
-        """S () of the last forward pass, 0 without batch norm; frees its moments."""
+        """S () of the last forward pass, 0 without batch norm; frees its sums."""
         terms = self.terms()
-        total = torch.zeros((), device=terms[0].device if terms else None)
-        for weight, term in zip(self.weights, terms, strict=True):
-            total = total + weight * term
         self._seen.clear()
-        return total
+        return (terms * self._weights).sum() if len(terms) else terms.sum()

@@ -18,7 +18,7 @@ from dq.diffusion.codec import DTYPES
 from dq.networks.teacher import Teacher, head_inputs
 from dq.refine.matched import MatchedTeacher, depth_ratio, evaluating
 from dq.refine.method import Refined, Session, State
-from dq.refine.views import Schedule, apply_view, draw_view, resample
+from dq.refine.views import Schedule, StepViews, resample
 
 log = logging.getLogger("dq")
 
@@ -201,14 +201,20 @@ class BatchLoss:
         if config.depth.renorm == "scale" and any((t.matched_weights != t.weights).any() for t in teachers):
             first = space.denormalize(resample(x0, schedule.sizes[0]))
             self.ratios = [depth_ratio(t, first, config, schedule, seed, i, weights) for i, t in enumerate(teachers)]
+        self.views: dict[int, StepViews] = {}  # by side in px
         self.matchers = [t.matcher(t.matched_weights, config, weights) for t in teachers]
+
+    def _views_at(self, size: int, device: torch.device) -> StepViews:
+        if size not in self.views:
+            jitter = self.matching.schedule.jitter
+            self.views[size] = StepViews(self.matching.config, size, jitter, seed=self.seed, device=device)
+        return self.views[size]
 
     def __call__(self, x: Tensor, step: int, precision: str) -> Tensor:
         """Weighted terms (4,) for normalized images (B, 3, D, D)."""
         config, i, size = self.matching.config, self.matching.teacher_of(step), x.shape[-1]
         matched = self.matching.teachers[i]
-        view = draw_view(config, size, self.matching.schedule.jitter, seed=self.seed, step=step)
-        images = self.space.denormalize(apply_view(x, view))
+        images = self.space.denormalize(self._views_at(size, x.device).apply(x, step))
         half = torch.autocast(x.device.type, DTYPES[precision], enabled=precision != "float32")
         heads = head_inputs(matched.teacher.net, enabled=matched.class_means is not None)
         with self.matchers[i] as matcher, heads as features:
@@ -272,27 +278,38 @@ def _attempt_block(
     config, schedule, scaled = loss.matching.config, loss.matching.schedule, precision == "float16"
     bounds = loss.space.bounds
     x = x.detach().clone().contiguous().requires_grad_(True)
-    optimizer = torch.optim.Adam([x], lr=schedule.lr, betas=config.betas)  # type: ignore[arg-type]
+    # one kernel on CUDA, where it also skips the steps of a scale that is too large without a wait of the host
+    fused = x.is_cuda or None
+    optimizer = torch.optim.Adam([x], lr=schedule.lr, betas=config.betas, fused=fused)  # type: ignore[arg-type]
     # The released code shares one scaler among all batches; here a batch has its own, as results must not depend on
     # which process did what before
     scaler = torch.amp.GradScaler(x.device.type, init_scale=scale, enabled=scaled)
     trace = torch.zeros(len(steps), len(TERMS), device=x.device)  # read at the end: no wait within a step
-    skipped = 0
+    skipped = torch.zeros((), device=x.device)
     for i, step in enumerate(steps):
         optimizer.param_groups[0]["lr"] = schedule.rate(step)
         terms = loss(x, step, precision)
         optimizer.zero_grad()
         scaler.scale(terms.sum()).backward()
         scaler.step(optimizer)
-        scaler.update()
         if scaled:
-            before, scale = scale, scaler.get_scale()  # read once in a step, since the host waits for it
-            skipped += scale < before
+            current = _scale_of(scaler)
+            before = current.clone()
+            scaler.update()
+            skipped += current < before
         with torch.no_grad():
             x.clamp_(*bounds)
             trace[i] = terms.detach()
         on_step(step)
-    return Block(x.detach(), trace.cpu(), scale, skipped > BAD_SHARE * len(steps), precision)
+    overflowed = float(skipped) > BAD_SHARE * len(steps)
+    return Block(x.detach(), trace.cpu(), scaler.get_scale() if scaled else scale, overflowed, precision)
+
+
+def _scale_of(scaler: torch.amp.GradScaler) -> Tensor:
+    """Return the scale () on the device, which `update` changes in place; `get_scale` waits for the device."""
+    scale = scaler._get_scale_async()
+    assert scale is not None, "no loss has been scaled yet"
+    return scale
 
 
 def class_distance(features: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

@@ -118,5 +118,5 @@ def score(images: Tensor, teachers: Sequence[Teacher], config: Teddy | None = No
         for t in match_teachers(teachers, config, side=side, sizes=(side,)):
             with StatMatcher(t.layers, torch.ones(len(t.layers)), norm=config.norm) as matcher:
                 t.teacher(images.to(next(t.teacher.net.parameters()).device))
-                rows.append(torch.stack([d.cpu() for d in matcher.terms()]) if t.layers else torch.zeros(0))
+                rows.append(matcher.terms().cpu())
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))

@@ -5,7 +5,9 @@ Batch statistics are matched over the batch, and one view keeps them those of im
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,10 @@ from torch import Tensor
 
 from dq.config.refinement import MatchingConfig
 from dq.core.seeds import derive_seed
+from dq.core.transfer import to_device
 from dq.data.views import draw_crops, resize_matrix
+
+MAX_VIEWS, VIEW_BYTES = 64, 16 << 20  # of views that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,45 @@ def apply_view(x: Tensor, view: View) -> Tensor:
     """
     side = x.shape[-1]
     down, right = view.shift
-    top, left, height, width = view.box
-    if (height, width) == (side, side):
+    if view.box[2:] == (side, side):
         x = x.flip(3) if view.flip else x
         return torch.roll(x, (down, right), (2, 3)) if down or right else x
-    # in one copy, for which the device must stop
-    start, length, mirror = torch.tensor([[top, left], [height, width], [0, view.flip]], device=x.device)
-    matrices = resize_matrix(start, length, side, mirror.bool())  # (2, S, S)
-    rows, columns = matrices[0].roll(down, 0), matrices[1].roll(right, 0)
+    rows, columns = _view_matrices([view], side, x.device)[0]
     return rows @ x @ columns.T
+
+
+def _view_matrices(views: Sequence[View], side: int, device: torch.device) -> Tensor:
+    """Return matrices (V, 2, S, S) of rows and of columns that crop, mirror and roll images of S px."""
+    numbers = [[view.box[:2], view.box[2:], (0, int(view.flip)), view.shift] for view in views]
+    start, length, mirror, shift = to_device(torch.tensor(numbers), device).transpose(0, 1).reshape(4, -1)
+    matrices = resize_matrix(start, length, side, mirror.bool())  # (2 V, S, S)
+    source = (torch.arange(side, device=device) - shift[:, None]) % side
+    return matrices.gather(1, source[..., None].expand_as(matrices)).view(-1, 2, side, side)
+
+
+class StepViews:
+    """Views of the steps at one size, of which many are drawn and copied to the device at once."""
+
+    def __init__(self, config: MatchingConfig, side: int, jitter: int, *, seed: int, device: torch.device) -> None:
+        """Draw as `draw_view` does with these arguments, for images on `device`."""
+        self._draw = functools.partial(draw_view, config, side, jitter, seed=seed)
+        self._side, self._device = side, device
+        self._number = max(1, min(MAX_VIEWS, VIEW_BYTES // (2 * 4 * side * side)))
+        self._views: dict[int, View] = {}
+        self._matrices: dict[int, Tensor] = {}  # (2, S, S) of the steps whose views crop
+
+    def apply(self, x: Tensor, step: int) -> Tensor:
+        """Return `apply_view` of images (B, C, S, S) in the view of a step."""
+        if step not in self._views:
+            self._views = {t: self._draw(step=t) for t in range(step, step + self._number)}
+            cropped = [t for t, view in self._views.items() if view.box[2:] != (self._side, self._side)]
+            views = [self._views[t] for t in cropped]
+            matrices = _view_matrices(views, self._side, self._device) if views else ()
+            self._matrices = dict(zip(cropped, matrices, strict=True))
+        if step not in self._matrices:
+            return apply_view(x, self._views[step])
+        rows, columns = self._matrices[step]
+        return rows @ x @ columns.T
 
 
 @dataclass(frozen=True)

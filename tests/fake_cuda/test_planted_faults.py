@@ -40,8 +40,8 @@ def test_a_tensor_left_on_the_host_is_reported_where_it_meets_the_device(monkeyp
 
 
 def test_a_sum_of_host_and_device_in_a_function_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    look = optimize.apply_view
-    monkeypatch.setattr(optimize, "apply_view", lambda x, view: look(x, view) + torch.zeros(1, 3, 1, 1))
+    look = optimize.StepViews.apply
+    monkeypatch.setattr(optimize.StepViews, "apply", lambda *args: look(*args) + torch.zeros(1, 3, 1, 1))
     with pytest.raises(
         DeviceMixError, match=r"aten\.add\.Tensor got cuda \(4, 3, 16, 16\), cpu \(1, 3, 1, 1\)"
     ) as error:
@@ -53,13 +53,13 @@ def test_a_sum_of_host_and_device_in_a_function_is_reported(monkeypatch: pytest.
 def test_a_wait_within_a_step_is_counted_at_its_line(monkeypatch: pytest.MonkeyPatch, device_log: DeviceLog) -> None:
     refine()
     before = device_log.counts().waits
-    look = optimize.apply_view
+    look = optimize.StepViews.apply
 
-    def reading(x: Tensor, view: Any) -> Tensor:
+    def reading(views: Any, x: Tensor, step: int) -> Tensor:
         assert float(x.detach().mean()) < 100
-        return look(x, view)
+        return look(views, x, step)
 
-    monkeypatch.setattr(optimize, "apply_view", reading)
+    monkeypatch.setattr(optimize.StepViews, "apply", reading)
     device_log.clear()
     refine()
     assert device_log.counts().waits - before == sum(SETTINGS.steps or ())

@@ -21,7 +21,7 @@ from dq.refine.matched import calibrate, match_teachers
 from dq.refine.measure import measure, total_variation
 from dq.refine.method import Batch, Session
 from dq.refine.optimize import class_distance
-from dq.refine.views import Schedule, View, apply_view, draw_view, resample
+from dq.refine.views import Schedule, StepViews, View, apply_view, draw_view, resample
 
 LABELS = torch.arange(8) % 4
 mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -490,6 +490,19 @@ def test_views_are_drawn_by_step_alone_and_within_their_ranges():
     assert all(
         v.box == (0, 0, 32, 32) for v in [draw_view(FADRM(crop_scale=()), 32, 4, seed=1, step=t) for t in (0, 1)]
     )
+
+
+@pytest.mark.parametrize("side", [8, 16])
+@pytest.mark.parametrize("number", [1, 5, 64])
+def test_views_of_many_steps_are_those_of_each_bit_for_bit(images, monkeypatch, side, number):
+    monkeypatch.setattr("dq.refine.views.VIEW_BYTES", number * 8 * side * side)
+    config, x = FADRM(crop_scale=(0.9, 1.0)), resample(images, side)
+    views = StepViews(config, side, 3, seed=1, device=x.device)
+    steps = [*range(70), 3, 4, 200, 5]  # a block that is done again goes back
+    drawn_views = [draw_view(config, side, 3, seed=1, step=t) for t in steps]
+    assert {v.box[2:] == (side, side) for v in drawn_views} == {True, False}
+    for step, view in zip(steps, drawn_views, strict=True):
+        assert torch.equal(views.apply(x, step), apply_view(x, view)), step
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

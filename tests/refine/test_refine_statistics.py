@@ -10,7 +10,9 @@ from torch import nn
 from dq.config.refinement import DepthConfig
 from dq.core.errors import InputError
 from dq.networks.zoo import make_net
+from dq.refine.batch_statistics import InputSums, StatisticsDistance
 from dq.refine.matching import StatMatcher, layer_weights, pad_drop, trace_layers
+from dq.refine.moments import Moments
 
 
 class OwnNorm(nn.BatchNorm2d):
@@ -59,6 +61,41 @@ def test_distance_and_gradient_are_those_of_plain_autograd(norm, kind):
     (own + logits.square().sum()).backward()
     (expected + net(b).square().sum()).backward()
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "squared"])
+def test_one_vector_of_all_layers_has_the_distances_of_each_in_float64(norm):
+    """Rounding alone, of layers of different widths and of inputs far from 0."""
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(7, c, s, s, generator=g, dtype=torch.float64) * 2 + 30 for c, s in ((3, 8), (17, 4), (1, 2))]
+    x = [t.float().requires_grad_() for t in inputs]
+    centers = [t.detach().mean((0, 2, 3)) + 0.1 for t in x]
+    targets = [Moments(c + 0.3, torch.rand(len(c), generator=g) + 3) for c in centers]
+    distances = StatisticsDistance.of(targets, centers, norm)
+    sums = [InputSums.apply(t, c, None) for t, c in zip(x, centers, strict=True)]
+    own = distances(sums, tuple(t[:, 0].numel() for t in x))
+    exact = [t.detach().double().requires_grad_() for t in x]
+    expected = []
+    for t, target in zip(exact, targets, strict=True):
+        parts = target.var.double() - t.var((0, 2, 3), unbiased=False), target.mean.double() - t.mean((0, 2, 3))
+        expected.append(sum(p.norm() if norm == "l2" else p.square().sum() for p in parts))
+    expected = torch.stack(expected)
+    torch.testing.assert_close(own.double(), expected, rtol=2e-6, atol=0)
+    scale = torch.tensor([10.0, 1.0, 2.0])
+    (own * scale).sum().backward()
+    (expected * scale).sum().backward()
+    for a, b in zip(x, exact, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_distance_of_zero_has_no_gradient():
+    x = torch.ones(2, 3, 4, 4, requires_grad=True)
+    zero = Moments(torch.ones(3), torch.zeros(3))
+    distances = StatisticsDistance.of([zero], [torch.ones(3)], "l2")
+    value = distances([InputSums.apply(x, torch.ones(3), None)], (32,))
+    value.sum().backward()
+    assert value.tolist() == [0.0]
+    assert torch.equal(x.grad, torch.zeros_like(x))
 
 
 def test_weights_of_images_are_repetitions():
