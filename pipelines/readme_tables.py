@@ -30,7 +30,7 @@ from refinement_tables import (
     unroll,
     with_ridge,
 )
-from result_tables import ROOT, accuracy, advantages, differences, read
+from result_tables import ROOT, accuracy, advantages, differences, read, records
 
 from dq.core.progress import duration
 from dq.core.text import format_bytes, markdown_table
@@ -248,6 +248,7 @@ TRAJECTORY_PAIRS = [("datm", "start"), ("pad", "start"), ("datm", "random-real")
 MATCHING_PAIRS = [(a, b) for a in ("distribution", "gradient") for b in ("nearest-real", "random")]
 
 TABLES = {
+    "records": records,
     "faults": faults,
     "scale": scale,
     "estimate_check": estimate_check,

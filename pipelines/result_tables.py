@@ -12,6 +12,7 @@ from dq.evaluation.results import recipe_names
 from dq.evaluation.statistics import holm, paired_difference
 
 ROOT = Path(__file__).parents[1]
+ABOVE = "as above"
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -20,10 +21,11 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def read_numbered(path: str) -> list[dict[str, str]]:
-    """Rows with the number of their recipe, which early files lack."""
+    """Rows with number, protocol and settings of their recipe, which early files lack."""
     rows = read(path)
     students = list(dict.fromkeys((r["student"], r["labels"]) for r in rows))
-    return [{"recipe": str(students.index((r["student"], r["labels"]))), **r} for r in rows]
+    early = {"protocol": "", "settings": ""}
+    return [{"recipe": str(students.index((r["student"], r["labels"]))), **early, **r} for r in rows]
 
 
 def accuracy(folder: str) -> str:
@@ -33,20 +35,14 @@ def accuracy(folder: str) -> str:
     ipcs = list(dict.fromkeys(r["ipc"] for r in rows if r["ipc"] != "full"))
     cells = {(r["set"], int(r["recipe"]), r["ipc"]): r for r in rows}
 
-    def cell(r: dict[str, str] | None) -> str:
-        if r is None:
-            return ""
-        std = f" ± {100 * float(r['last_std']):.1f}" if r["last_std"] else ""
-        return f"{100 * float(r['last_mean']):.1f}{std}"
-
     head = ["set", *[f"{name}, IPC {i}" for name in names.values() for i in ipcs]]
     body = []
     for name in dict.fromkeys(r["set"] for r in rows):
         if name == "full":
             full = [cells.get(("full", n, "full")) for n in names for _ in ipcs]
-            body.append(["full data", *[cell(r) if n % len(ipcs) == 0 else "" for n, r in enumerate(full)]])
+            body.append(["full data", *[percent(r) if n % len(ipcs) == 0 else "" for n, r in enumerate(full)]])
         else:
-            body.append([name, *[cell(cells.get((name, n, i))) for n in names for i in ipcs]])
+            body.append([name, *[percent(cells.get((name, n, i))) for n in names for i in ipcs]])
     lines = [markdown_table(head, body), ""]
     for n, name in names.items():
         protocols = {r["ipc"]: r for r in rows if int(r["recipe"]) == n}
@@ -56,6 +52,35 @@ def accuracy(folder: str) -> str:
                 f"- {name} labels, {where}: {plural(int(r['seeds']), 'seed')}, {r['protocol']}: {r['settings']}."
             )
     return "\n".join(lines)
+
+
+def records() -> str:
+    """The best set of every run of `results/` for each of its students, beside random images, with the command."""
+    body = []
+    for path in sorted((ROOT / "results").glob("*/accuracy.csv")):
+        rows = read_numbered(f"{path.parent.name}/accuracy.csv")
+        if "last_mean" not in rows[0]:
+            continue  # a table of its own, shown in results.md
+        names = recipe_names(rows)
+        run = path.with_name("run.json")
+        command = json.loads(run.read_text())["command"] if run.is_file() else ""
+        for recipe, ipc in dict.fromkeys((int(r["recipe"]), r["ipc"]) for r in rows if r["ipc"] != "full"):
+            column = {r["set"]: r for r in rows if (int(r["recipe"]), r["ipc"]) == (recipe, ipc)}
+            best = max(column.values(), key=lambda r: float(r["last_mean"]))
+            random = column.get("random", column.get("random-real"))
+            student = f"{names[recipe]}, IPC {ipc}"
+            cells = [f"`{path.parent.name}`", student, f"`{best['set']}`", percent(best), percent(random)]
+            body.append([*cells, command if command == ABOVE else f"`{command}`"])
+            command = ABOVE
+    return markdown_table(["results", "student", "best set", "accuracy, %", "random, %", "command"], body, left=3)
+
+
+def percent(row: dict[str, str] | None) -> str:
+    """Mean ± std of the last epoch in percent; nothing without a row."""
+    if row is None:
+        return ""
+    std = f" ± {100 * float(row['last_std']):.1f}" if row["last_std"] else ""
+    return f"{100 * float(row['last_mean']):.1f}{std}"
 
 
 def interval(mean: float, low: float, high: float, *, bold: bool) -> str:
