@@ -270,14 +270,11 @@ def quantization_stats(
     Raises:
         InputError: if x, weights and result do not belong together.
     """
-    x, c = _same_space(as_points(x, "x"), result.centroids)
+    uniform = uniform_quantization_w2(x, result, weights=weights) if with_uniform else math.nan
+    x, c = _centered(x, result)
     n = len(x)
-    if len(result.labels) != n:
-        raise InputError(f"the clustering is of {len(result.labels)} points, not of the {n} that are given")
     w = torch.ones(n) if weights is None else as_weights(weights, n, "weights of x")
     w = w.to(x.device, torch.float64)
-    shift = x.mean(0)  # before float64 is rounded
-    x, c = (x - shift).float(), (c - shift).float()
     labels = result.labels if result.engine != "barycenter" else assign(x[None], c[None])[0]
     total_weight = float(w.sum())
     distortion = float((squared_distances(x[None], c[None], labels[None])[0].double() * w).sum()) / total_weight
@@ -290,10 +287,26 @@ def quantization_stats(
         "k": len(c),
         "distortion": distortion,
         "w2_mass": math.sqrt(distortion),
-        "w2_uniform": uniform_w2(x, c, None if weights is None else w) if with_uniform else math.nan,
+        "w2_uniform": uniform,
         "ess_mass": float(masses.sum() ** 2 / masses.square().sum()),
         "ess_sqrt": float(masses.sqrt().sum() ** 2 / masses.sum()),
         "explained": 1 - distortion / variance if variance > 0 else 1.0,
         "n_iter": result.n_iter,
         "converged": float(result.converged),
     }
+
+
+def uniform_quantization_w2(x: Any, result: Clustering, *, weights: Any = None) -> float:
+    """Exact W2 between points (n, d) and the centroids of their clustering with weights 1/k, as in the statistics."""
+    points, c = _centered(x, result)
+    w = None if weights is None else as_weights(weights, len(points), "weights of x").to(points.device, torch.float64)
+    return uniform_w2(points, c, w)
+
+
+def _centered(x: Any, result: Clustering) -> tuple[Tensor, Tensor]:
+    """Points and centroids in float32, less the mean of the points."""
+    x, c = _same_space(as_points(x, "x"), result.centroids)
+    if len(result.labels) != len(x):
+        raise InputError(f"the clustering is of {len(result.labels)} points, not of the {len(x)} that are given")
+    shift = x.mean(0)  # before float64 is rounded
+    return (x - shift).float(), (c - shift).float()

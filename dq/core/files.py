@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dq.core.errors import InputError, RunError
 from dq.core.plain import PlainDict
-from dq.core.seeds import digest_of, digest_of_tensors
+from dq.core.seeds import digest_of, digest_of_tensors, hash_tensors
 
 log = logging.getLogger("dq")
 
@@ -158,16 +159,32 @@ def read_json(path: Path) -> Any:
     return data
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: PlainDict | None = None) -> None:
-    """Write tensors as safetensors, atomically, with JSON-encoded metadata and a checksum of all of it.
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: PlainDict | None = None, *, identity: bool = True
+) -> None:
+    """Write tensors as safetensors, atomically, with JSON-encoded metadata and checksums of all of it.
 
     All metadata goes under one key: safetensors writes several keys in random order, and the same result must give
-    the same bytes.
+    the same bytes. `integrity` is a fast checksum, of which reading makes sure, and `checksum` a cryptographic one, by
+    which digests of what is made of the file name its content. With `identity` False, for caches that no digest
+    names, the latter is left out.
     """
     contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     meta = json.loads(json.dumps(metadata or {}))
-    record = {"meta": meta, "checksum": _checksum(contiguous, meta)}
+    record = {"meta": meta, "integrity": f"{INTEGRITY}:{_integrity(contiguous, meta)}"}
+    if identity:
+        record["checksum"] = _checksum(contiguous, meta)
     write_bytes(path, save(contiguous, {"dq": json.dumps(record, sort_keys=True)}))
+
+
+INTEGRITY = "xxh3_128"  # before the checksum itself, so that it can be told from one of another algorithm
+
+
+def _integrity(tensors: dict[str, torch.Tensor], meta: object) -> str:
+    """XXH3 of tensors and metadata: a tenth of the time of a cryptographic checksum, against accidents alone."""
+    h = xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode())
+    hash_tensors(h, tensors)
+    return h.hexdigest()
 
 
 def _checksum(tensors: dict[str, torch.Tensor], meta: object) -> str:
@@ -189,7 +206,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], PlainDict]:
         Damaged: if it is missing, or anything in it is not as it was written.
     """
     with readable(path), safe_open(path, framework="pt") as f:
-        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, _compared(f)  # noqa: SIM118  (not a dict)
+        tensors, meta = _tensors(f), _compared(f)
     _intact[path] = _stamp(path)
     return tensors, meta
 
@@ -201,9 +218,10 @@ def read_metadata(path: Path) -> PlainDict:
 
 
 def read_checksum(path: Path) -> str:
-    """The checksum of a file written by `write_tensors`, which stands for all of its content."""
+    """The cryptographic checksum of a file written by `write_tensors`, which stands for all of its content."""
     with open_tensors(path) as f:
-        return str(_record(f)["checksum"])
+        record = _record(f)
+        return str(record.get("checksum") or _checksum(_tensors(f), record["meta"]))
 
 
 @contextlib.contextmanager
@@ -237,9 +255,18 @@ def _record(f: Any) -> PlainDict:
 def _compared(f: Any) -> PlainDict:
     """Metadata of an open file whose checksum is right."""
     record = _record(f)
-    if record.get("checksum") != _checksum({k: f.get_tensor(k) for k in f.keys()}, record["meta"]):  # noqa: SIM118
+    algorithm, _, expected = str(record.get("integrity", "")).partition(":")
+    if algorithm == INTEGRITY:
+        intact = expected == _integrity(_tensors(f), record["meta"])
+    else:  # a file from before there was a fast checksum, or of a version that has another
+        intact = record.get("checksum") == _checksum(_tensors(f), record["meta"])
+    if not intact:
         raise ValueError("its checksum is that of another content")
     return record["meta"]
+
+
+def _tensors(f: Any) -> dict[str, torch.Tensor]:
+    return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a dict)
 
 
 def is_done(path: Path) -> bool:

@@ -6,8 +6,15 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
+
+
+class Hash(Protocol):
+    """What hashlib's and xxhash's objects have in common."""
+
+    def update(self, data: memoryview | bytes, /) -> None: ...
 
 
 def derive_seed(*parts: object) -> int:
@@ -33,12 +40,17 @@ def digest_of(obj: object, *, size: int = 8) -> str:
 def digest_of_tensors(tensors: dict[str, torch.Tensor], *, size: int = 8) -> str:
     """Hex digest of named tensors: names, dtypes, shapes and bytes."""
     h = hashlib.blake2b(digest_size=size)
+    hash_tensors(h, tensors)
+    return h.hexdigest()
+
+
+def hash_tensors(h: Hash, tensors: dict[str, torch.Tensor]) -> None:
+    """Feed names, dtypes, shapes and bytes of tensors to a hash, in the order of the names."""
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         h.update(f"{name}|{t.dtype}|{tuple(t.shape)}".encode())
         if t.numel():
             h.update(t.flatten().view(torch.uint8).numpy().data)
-    return h.hexdigest()
 
 
 @contextlib.contextmanager

@@ -43,40 +43,42 @@ def reading_ahead(jobs: Sequence[J], read: Callable[[J], R], *, depth: int = 2) 
 
 
 class Writer:
-    """Context manager whose thread makes calls one after another, each while the next is prepared.
+    """Context manager whose threads make calls, while the next ones are prepared.
 
-    An error of a call is raised in the calling thread, by the next `submit` or at the end of the block. A block that
-    ends by another error, such as Ctrl-C, still waits for the call that was submitted.
+    At most as many calls as threads are pending; with one thread they are made in their order. An error of a call is
+    raised in the calling thread, by a later `submit` or at the end of the block. A block that ends by another error,
+    such as Ctrl-C, still waits for the calls that were submitted.
     """
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1)
-        self._pending: Future[object] | None = None
+    def __init__(self, threads: int = 1) -> None:
+        self._executor = ThreadPoolExecutor(threads)
+        self._threads = threads
+        self._pending: deque[Future[object]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
     def submit(self, call: Callable[[], object]) -> None:
-        """Start a call once the one before has ended."""
-        self._finish()
-        self._pending = self._executor.submit(call)
+        """Start a call, once fewer than all threads have one."""
+        self._finish(self._threads - 1)
+        self._pending.append(self._executor.submit(call))
 
-    def _finish(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+    def _finish(self, most: int = 0) -> None:
+        """Wait until at most so many calls are pending."""
+        while len(self._pending) > most:
+            self._pending.popleft().result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        pending = self._pending
         try:
             if kind is None:
                 self._finish()
         finally:
             self._executor.shutdown()
-        if kind is not None and pending is not None and (lost := pending.exception()) is not None:
-            log.warning("%s", lost)  # beside the error that ended the block
+        for future in self._pending if kind is not None else ():
+            if (lost := future.exception()) is not None:
+                log.warning("%s", lost)  # beside the error that ended the block
 
 
 def thread_map(function: Callable[[J], R], items: Iterable[J], *, threads: int | None = None) -> Iterator[R]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from dq.data.images import read_images
 from dq.data.source import ImageSource
 
 MIN_IMAGES, MAX_IMAGES = 8, 512  # of a file
+FEW_FILES = 4  # up to so many files a class is read by itself
+BUFFER_BYTES = 256 << 20  # of classes that are read in one pass over the files
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ImageCache:
     class_names: tuple[str, ...]
     key: str  # digest of all that decides the content
     images: int  # of the source's train split, readable or not
+    # classes in the order in which they will be loaded: those that lie in many files are then read several at once
+    order: tuple[int, ...] = field(default=(), kw_only=True, compare=False, repr=False)
 
     name: ClassVar[str] = "values"  # of the tensor in the files
     verb: ClassVar[str] = "encode"  # of the command that fills it
@@ -56,19 +61,54 @@ class ImageCache:
         Raises:
             InputError: if files are missing, or no image of the class could be read.
         """
-        first, last = np.searchsorted(self._index[:, 0], (label, label + 1))
-        spans = self._index[first:last]
-        if not len(spans):
+        if not len(self._spans(label)):
             raise InputError(
                 f"no image of class {label} {self.class_names[label]!r} can be read; replace them or drop the class"
             )
-        values, rows = [], []
-        for _, part, start, stop in spans.tolist():
+        if label not in self._buffer:
+            self._buffer.clear()
+            self._buffer.update(self._read(self._next_labels(label)))
+        return self._buffer.pop(label)
+
+    @functools.cached_property
+    def _buffer(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Classes that were read ahead."""
+        return {}
+
+    def _spans(self, label: int) -> np.ndarray:
+        first, last = np.searchsorted(self._index[:, 0], (label, label + 1))
+        return self._index[first:last]
+
+    def _next_labels(self, label: int) -> list[int]:
+        """The class and those after it in `order` that are read in the same pass over the files."""
+        spans = self._spans(label)
+        if len(spans) <= FEW_FILES or label not in self.order:
+            return [label]
+        with open_tensors(self.path(spans[0, 1])) as f:
+            row_bytes = f.get_slice(self.name)[:1].nbytes
+        labels: list[int] = []
+        size = 0
+        for following in dict.fromkeys(self.order[self.order.index(label) :]):
+            spans = self._spans(following)
+            size += int((spans[:, 3] - spans[:, 2]).sum()) * row_bytes
+            if labels and size > BUFFER_BYTES:
+                break
+            labels.append(following)
+        return labels
+
+    def _read(self, labels: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Values and rows of classes; every file is opened once."""
+        values: dict[int, list[Tensor]] = {label: [] for label in labels}
+        rows: dict[int, list[Tensor]] = {label: [] for label in labels}
+        spans = np.concatenate([self._spans(label) for label in labels])
+        spans = spans[spans[:, 1].argsort(kind="stable")]
+        for part, group in itertools.groupby(spans.tolist(), key=lambda span: span[1]):
             with open_tensors(self.path(part)) as f:
-                values.append(f.get_slice(self.name)[start:stop])
-                rows.append(f.get_slice("rows")[start:stop])
-        # either order takes the rows of a class in their order
-        return torch.cat(values), torch.cat(rows)
+                for label, _, start, stop in group:
+                    values[label].append(f.get_slice(self.name)[start:stop])
+                    rows[label].append(f.get_slice("rows")[start:stop])
+        # either order of a cache takes the rows of a class in their order
+        return {label: (torch.cat(values[label]), torch.cat(rows[label])) for label in labels if values[label]}
 
     def bad_images(self, parts: Iterable[int] | None = None) -> list[str]:
         """Return sentences on images set aside, in the given files.
@@ -89,7 +129,8 @@ class ImageCache:
                 f"{self.folder} lacks {len(missing)} of {len(self.parts)} files, first {self.path(missing[0]).name}; "
                 f"run `dq {self.verb}` first"
             )
-        for label in sorted(set(range(len(self.class_names))) - set(self._index[:, 0].tolist())):
+        present = np.unique(self._index[:, 0])
+        for label in np.setdiff1d(np.arange(len(self.class_names)), present).tolist():
             self.load(label)
 
     @functools.cached_property
@@ -104,6 +145,7 @@ class ImageCache:
             classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
             spans.append(np.stack([classes, np.full_like(classes, part), first, first + counts], 1).astype(np.int32))
         index = np.concatenate(spans)
+        del spans
         return index[index[:, 0].argsort(kind="stable")]
 
 
@@ -225,6 +267,6 @@ class _Part:
 
 
 def _write(cache: ImageCache, number: int, part: _Part, tensors: dict[str, Tensor], began: float) -> None:
-    write_tensors(cache.path(number), tensors, {"bad_images": part.bad})
+    write_tensors(cache.path(number), tensors, {"bad_images": part.bad}, identity=False)
     numbers = {"images": len(part.rows), "set_aside": len(part.bad)}
     unit_done(cache.verb, cache.path(number).name, time.perf_counter() - began, **numbers)

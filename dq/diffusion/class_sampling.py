@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from dq.core.errors import InputError
+from dq.core.memory import run_with_batch_backoff
 from dq.diffusion.sampling import (
     check_start,
     choose_start,
     denoise_noisy,
     dit_prediction,
-    fresh_scheduler,
     guided,
     null_class,
 )
+from dq.diffusion.time_grid import fresh_scheduler
 from dq.diffusion.weaker_models import ClassPredict
 
 
@@ -79,6 +80,26 @@ def sample_latents(
     predict = model.predict or dit_prediction(transformer)
     steps = guided(predict, cond, null_class(transformer, cond), guidance_scale)
     return denoise_noisy(steps, trajectory, sigma * noise.to(transformer.device), start, generators)
+
+
+def sample_in_pieces(
+    model: ClassModel,
+    classes: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    noise: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`sample_latents`, in pieces where memory is short; what a failed call drew is drawn again."""
+    states = [g.get_state() for g in generators]
+
+    def sample(s: slice) -> Tensor:
+        for g, state in zip(generators[s], states[s], strict=True):
+            g.set_state(state)
+        return sample_latents(model, classes[s], generators[s], noise=None if noise is None else noise[s], **options)
+
+    config = model.transformer.config
+    return run_with_batch_backoff("sample", len(classes), sample, like=(config.in_channels, config.sample_size))
 
 
 def noise_of_images(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dq.core.devices import default_device, resolve_dtype
 from dq.core.errors import InputError, RunError
+from dq.core.memory import run_with_batch_backoff
 from dq.core.model_files import ModelFiles, open_model
 from dq.core.plain import PlainMapping
 from dq.core.seeds import digest_of, digest_of_tensors
@@ -166,6 +167,21 @@ def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
     return images.clamp(-1, 1)
 
 
+def decode_images(
+    codec: Codec, latents: Tensor, size: int | None = None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Decode latents of the denoiser's space to images on the CPU, in pieces where memory is short.
+
+    Latents (n, C, h, w) become images (n, 3, S, S) in [0, 1], or uint8, rounded on the device; `size` as in `to_unit`.
+    """
+
+    def decode(s: slice) -> Tensor:
+        x = to_unit(decode_latents(codec, latents[s]), size)
+        return (to_bytes(x) if dtype == torch.uint8 else x).cpu()
+
+    return run_with_batch_backoff("decode", len(latents), decode, like=(size, *latents.shape[1:]))
+
+
 def _affine(codec: Codec, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """Shift and scale from the codec's latents to the denoiser's.
 
@@ -230,6 +246,11 @@ def normalized(codec: Codec, mean: Tensor, std: Tensor) -> Codec:
 def to_signed(images: Tensor) -> Tensor:
     """8-bit images to float32 in [-1, 1]."""
     return images.div(127.5).sub_(1.0)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, rounded."""
+    return (images * 255).round().to(torch.uint8)
 
 
 def to_unit(images: Tensor, size: int | None = None) -> Tensor:

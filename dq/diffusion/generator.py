@@ -32,8 +32,8 @@ from dq.core.numbers import whole_number
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, digest_of_tensors
 from dq.diffusion.class_names import class_indices, class_number
-from dq.diffusion.class_sampling import ClassModel, noise_of_images, sample_latents
-from dq.diffusion.codec import codec_digest, decode_latents, downscale, latent_shape, load_codec, to_unit
+from dq.diffusion.class_sampling import ClassModel, noise_of_images, sample_in_pieces
+from dq.diffusion.codec import codec_digest, decode_images, downscale, latent_shape, load_codec
 from dq.diffusion.guidance import by_prototypes, in_chunks
 from dq.diffusion.loading import FILES, WEIGHTS, check_components, check_options, loading, take_dtype
 from dq.diffusion.prompts import prompt_conditions
@@ -44,13 +44,13 @@ from dq.diffusion.sampling import (
     choose_scheduler,
     choose_start,
     denoise,
-    fresh_scheduler,
     guided,
     invert,
     is_random,
     limited,
     null_class,
 )
+from dq.diffusion.time_grid import fresh_scheduler
 from dq.diffusion.weaker_models import ClassPredict, WeakerModels
 
 IMAGES_AT_ONCE = 32
@@ -341,8 +341,8 @@ class LatentGenerator(DiffusionPipeline):
         starts = range(0, len(labels), IMAGES_AT_ONCE)
         for first in progress(starts, desc="generate", unit="batch", main=len(starts) > 1):
             rows = slice(first, first + IMAGES_AT_ONCE)
-            z = sample_latents(model, labels[rows], generators[rows], noise=noise[rows], **options)
-            parts.append(to_unit(decode_latents(self.vae, z), image_size).cpu())
+            z = sample_in_pieces(model, labels[rows], generators[rows], noise=noise[rows], **options)
+            parts.append(decode_images(self.vae, z, image_size))
         side = image_size or noise.shape[-1] * downscale(self.vae)
         return torch.cat(parts) if parts else torch.zeros(0, 3, side, side)
 
@@ -372,6 +372,7 @@ class LatentGenerator(DiffusionPipeline):
         condition_ids: Sequence[int] | None = None,
         image_size: int | None = None,
         masses: Tensor | None = None,
+        image_dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Draw images from latent points: noise, denoise, decode.
 
@@ -388,9 +389,10 @@ class LatentGenerator(DiffusionPipeline):
             condition_ids: the generator's index per class, from `check_inputs`.
             image_size: side in px of the result; None keeps the codec's.
             masses: (B,) of the images, where the prototypes of the class guide them as a measure; None: uniform.
+            image_dtype: uint8 rounds the images to bytes before they leave the device.
 
         Returns:
-            (B, 3, H, W) float32 in [0, 1] on the CPU.
+            (B, 3, H, W) on the CPU: float32 in [0, 1], or uint8.
         """
         if config.together and len(set(labels)) > 1:
             raise InputError("guidance of a class needs images of one class; call once for each class")
@@ -408,7 +410,7 @@ class LatentGenerator(DiffusionPipeline):
             z = self._denoise(z, both, plain, generators, config, masses)
         with torch.no_grad():
             parts = z.split(config.batch_size if config.together else max(1, len(z)))
-            return torch.cat([to_unit(decode_latents(self.vae, part), image_size).cpu() for part in parts])
+            return torch.cat([decode_images(self.vae, part, image_size, dtype=image_dtype) for part in parts])
 
     def _denoise(
         self,

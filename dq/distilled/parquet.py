@@ -23,6 +23,7 @@ from dq.core.files import Damaged, atomic_path, write_json
 from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of
 from dq.core.text import check_name, first_line
+from dq.core.threads import thread_map
 from dq.data.grid import image_grid
 from dq.data.images import open_image
 from dq.distilled.format import (
@@ -108,8 +109,7 @@ def _read_shard(data: bytes) -> PlainDict:
     rows = Dataset(table).cast_column("image", ImageFeature(decode=False))
     arrays = rows.with_format("numpy")
     columns: PlainDict = {"names": tuple(rows.features["label"].names)}
-    images = [np.asarray(open_image(cell["bytes"]).convert("RGB")).transpose(2, 0, 1) for cell in rows["image"]]
-    columns["image"] = torch.from_numpy(np.stack(images))
+    columns["image"] = torch.from_numpy(np.stack(list(thread_map(_pixels, rows["image"]))))
     for name in ("label", "prototype", "count", "source_row"):
         columns[name] = torch.tensor(rows[name][:], dtype=torch.int64)
     columns["weight"] = torch.tensor(rows["weight"][:], dtype=torch.float32)
@@ -286,8 +286,8 @@ def _row_groups(parts: Iterable[SetRows], kind: PlainDict) -> Iterator[Any]:
     rows: list[PlainDict] = []
     size = 0
     for part in parts:
-        for i, image in enumerate(part.images_uint8()):
-            row: PlainDict = {"image": {"bytes": _png(image), "path": None}}
+        for i, png in enumerate(thread_map(_png, part.images_uint8())):
+            row: PlainDict = {"image": {"bytes": png, "path": None}}
             for name, column in _COLUMNS.items():
                 row[name] = getattr(part, column)[i].item()
             if part.soft_labels is not None:
@@ -300,7 +300,7 @@ def _row_groups(parts: Iterable[SetRows], kind: PlainDict) -> Iterator[Any]:
                 rows, size = [], 0
             rows.append(row)
             size += row_size
-        del part, image  # which would hold it while the next is made
+        del part  # which would hold it while the next is made
     yield _table(rows, kind)
 
 
@@ -354,6 +354,11 @@ def _parquet_writer(path: Path, features: Any, kind: PlainDict) -> Iterator[Any]
 
 def _in_range(images: Tensor) -> bool:
     return bool(images.min() >= 0 and images.max() <= 1)
+
+
+def _pixels(cell: PlainDict) -> np.ndarray:
+    """The image (3, H, W) of a cell of a table."""
+    return np.asarray(open_image(cell["bytes"]).convert("RGB")).transpose(2, 0, 1)
 
 
 def _png(image: Tensor) -> bytes:

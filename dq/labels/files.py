@@ -72,7 +72,7 @@ def write_shard(folder: Path, images: Tensor, teachers: Sequence[Teacher], plan:
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     tensors = {name: torch.stack(values) for name, values in columns.items()}  # (epochs, ...)
-    write_tensors(shard_file(folder, epochs.start), tensors, {"epochs": [epochs.start, epochs.stop]})
+    write_tensors(shard_file(folder, epochs.start), tensors, {"epochs": [epochs.start, epochs.stop]}, identity=False)
 
 
 def read_labels(folder: str | Path, images: Tensor) -> LabelSource:

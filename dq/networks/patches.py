@@ -163,15 +163,13 @@ def best_crops(
     """
     size = images.shape[-1]
     side = size // factor
-    cut = torch.empty(len(images), crops, 3, side, side, dtype=torch.uint8)
-    for i, (image, row) in enumerate(zip(images.float(), rows, strict=True)):
-        for j, (top, left, width) in enumerate(crop_boxes(size, crops, generator(seed, "patch crops", row))):
-            square = image[None, :, top : top + width, left : left + width]
-            resized = F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0]
-            cut[i, j] = resized.round().clamp(0, 255).to(torch.uint8)
+    device = next(teacher.net.parameters()).device
+    boxes = torch.tensor([crop_boxes(size, crops, generator(seed, "patch crops", row)) for row in rows])
+    # the loop takes half the time of the products on a CPU, and products a small part of it on an accelerator
+    cut = cut_in_turn(images, boxes, side) if device.type == "cpu" else cut_together(images.to(device), boxes, side)
     shown = cut.flatten(0, 1).float() / 255
     if factor > 1:
-        canvas = torch.tensor(teacher.mean).view(1, 3, 1, 1).repeat(len(shown), 1, size, size)
+        canvas = torch.tensor(teacher.mean, device=device).view(1, 3, 1, 1).repeat(len(shown), 1, size, size)
         edge = (size - side) // 2
         canvas[:, :, edge : edge + side, edge : edge + side] = shown
         shown = canvas
@@ -184,7 +182,39 @@ def best_crops(
     loss = F.cross_entropy(logits, torch.full((len(logits),), label), reduction="none").view(len(images), crops)
     best = loss.argmin(1)
     index = torch.arange(len(images))
-    return cut[index, best], loss[index, best]
+    return cut[index, best].cpu(), loss[index, best]
+
+
+def cut_in_turn(images: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Cut boxes (n, m, 3) from images (n, 3, S, S) uint8, and resize them to (n, m, 3, side, side) uint8."""
+    cut = torch.empty(*boxes.shape[:2], 3, side, side, dtype=torch.uint8)
+    for i, image in enumerate(images.float()):
+        for j, (top, left, width) in enumerate(boxes[i].tolist()):
+            square = image[None, :, top : top + width, left : left + width]
+            resized = F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0]
+            cut[i, j] = resized.round().clamp(0, 255).to(torch.uint8)
+    return cut
+
+
+def cut_together(images: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Give `cut_in_turn` by two products with one matrix per crop and axis, up to rounding: a gray level at ties."""
+    top, left, width = boxes.to(images.device).unbind(2)  # (n, m) each
+    rows, columns = (crop_matrix(start, width, images.shape[-1], side) for start in (top, left))
+    resized = rows[:, :, None] @ images.float()[:, None] @ columns[:, :, None].mT
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def crop_matrix(start: Tensor, width: Tensor, size: int, side: int) -> Tensor:
+    """Weights (..., side, size) that resize `width` px from `start` to `side` px.
+
+    Bilinear with half-pixel centers, the kernel widened where a crop shrinks, as `interpolate` with antialias.
+    """
+    scale = width.double()[..., None, None] / side
+    centers = scale * (torch.arange(side, device=start.device)[:, None] + 0.5)
+    at = torch.arange(size, device=start.device) - start[..., None, None]  # px of the crop
+    weights = (1 - (at + 0.5 - centers).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((at >= 0) & (at < width[..., None, None]))
+    return (weights / weights.sum(-1, keepdim=True)).float()
 
 
 def rank_order(loss: Tensor, rank: Rank) -> Tensor:

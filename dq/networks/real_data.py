@@ -162,6 +162,7 @@ class RealData:
         t = self.teachers[0]
         cache = open_features(self.cache_dir, self.source, self.image_size, t.digest)
         extract_features(self.source, t, cache, self.image_size)
+        cache = dataclasses.replace(cache, order=tuple(range(self.classes)))
         shards = [cache.load(label) for label in range(self.classes)]
         return self._by_row(torch.cat([f for f, _ in shards]), torch.cat([rows for _, rows in shards]))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 import dq.core.files
-from dq.core.files import is_done, write_json, write_tensors
+from dq.core.files import Damaged, is_done, read_checksum, read_tensors, write_json, write_tensors
+from dq.core.seeds import digest_of, digest_of_tensors
 
 
 @pytest.mark.parametrize("name", ["unit.safetensors", "unit.json"])
@@ -56,3 +60,60 @@ def test_a_folder_is_no_finished_file(tmp_path: Path) -> None:
     (tmp_path / "unit.json").mkdir()
     assert not is_done(tmp_path / "unit.json")
     assert (tmp_path / "unit.json").is_dir()
+
+
+# --- checksums ----------------------------------------------------------------------------------------------------
+
+
+def header(path: Path) -> dict:
+    with safe_open(path, framework="pt") as f:
+        return json.loads(f.metadata()["dq"])
+
+
+def write_with(path: Path, record: dict) -> None:
+    """A file of tensors under a header of its own."""
+    path.write_bytes(save({"a": torch.arange(5.0)}, {"dq": json.dumps(record, sort_keys=True)}))
+
+
+BLAKE2B = digest_of([digest_of_tensors({"a": torch.arange(5.0)}), {"k": 1}])  # what versions before wrote
+
+
+def test_files_from_before_the_fast_checksum_open_and_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    write_with(path, {"meta": {"k": 1}, "checksum": BLAKE2B})
+    tensors, meta = read_tensors(path)
+    assert tensors["a"].tolist() == list(range(5))
+    assert meta == {"k": 1}
+    assert read_checksum(path) == BLAKE2B
+    write_with(path, {"meta": {"k": 2}, "checksum": BLAKE2B})
+    assert not is_done(path)
+
+
+@pytest.mark.parametrize("identity", [True, False])
+def test_a_fast_checksum_guards_and_a_cryptographic_one_names(tmp_path: Path, identity: bool) -> None:
+    path = tmp_path / "new.safetensors"
+    write_tensors(path, {"a": torch.arange(5.0)}, {"k": 1}, identity=identity)
+    record = header(path)
+    assert record["integrity"].startswith("xxh3_128:")
+    assert ("checksum" in record) == identity
+    assert read_checksum(path) == BLAKE2B  # digests stay what they were
+    flipped = bytearray(path.read_bytes())
+    flipped[-3] ^= 4
+    path.write_bytes(flipped)
+    with pytest.raises(Damaged, match="checksum is that of another content"):
+        read_tensors(path)
+
+
+def test_an_unknown_fast_checksum_leaves_the_other_one(tmp_path: Path) -> None:
+    path = tmp_path / "later.safetensors"
+    write_with(path, {"meta": {"k": 1}, "integrity": "xxh9:12", "checksum": BLAKE2B})
+    assert read_tensors(path)[1] == {"k": 1}
+    write_with(path, {"meta": {"k": 1}, "integrity": "xxh9:12"})
+    assert not is_done(path)
+
+
+def test_changed_metadata_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    write_tensors(path, {"a": torch.arange(5.0)}, {"k": 1})
+    write_with(path, {**header(path), "meta": {"k": 2}})
+    assert not is_done(path)

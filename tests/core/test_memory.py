@@ -219,3 +219,60 @@ def test_freed_blocks_are_kept_unless_the_environment_sets_the_allocator(monkeyp
         process = Forked(work)
         _, errors = process.communicate(60)
         assert process.returncode == 0, errors
+
+
+class Short:
+    """Raises out of memory for more than `most` images, like a device that is too small."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.sizes: list[int] = []
+
+    def __call__(self, module: object, args: tuple[torch.Tensor, ...]) -> None:
+        self.sizes.append(len(args[0]))
+        if len(args[0]) > self.most:
+            raise torch.OutOfMemoryError("injected")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@torch.no_grad()
+def test_images_are_decoded_in_pieces_when_memory_is_short(dtype: torch.dtype) -> None:
+    from dq.diffusion.codec import decode_images, decode_latents, to_unit
+
+    codec, z = tiny_kl(), torch.randn(7, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    whole = decode_images(codec, z, 9, dtype=dtype)
+    unit = to_unit(decode_latents(codec, z), 9)
+    assert torch.equal(whole, unit if dtype == torch.float32 else (unit * 255).round().to(torch.uint8))
+    short = Short(3)
+    codec.decoder.register_forward_pre_hook(short)
+    assert torch.allclose(decode_images(codec, z, 9, dtype=dtype).float(), whole.float(), atol=1e-5)
+    assert short.sizes == [7, 3, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_classes_are_sampled_alike_when_memory_is_short(name: str) -> None:
+    """A step that failed late has drawn noise from the generators of its images, which is drawn again."""
+    import diffusers
+    from models import tiny_dit
+
+    from dq.diffusion.class_sampling import ClassModel, sample_in_pieces, sample_latents
+
+    model = ClassModel(tiny_dit(), getattr(diffusers, name)())
+    options = {"guidance_scale": 2.0, "num_inference_steps": 3}
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in range(5)]
+
+    whole = sample_latents(model, [0, 1, 2, 0, 1], generators(), **options)
+    calls = 0
+
+    def short(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the last step of the whole batch
+            raise torch.OutOfMemoryError("injected")
+
+    model.transformer.register_forward_pre_hook(short)
+    pieces = sample_in_pieces(model, [0, 1, 2, 0, 1], generators(), **options)
+    assert calls > 3
+    assert (whole - pieces).abs().max() < 1e-5 * whole.abs().max()

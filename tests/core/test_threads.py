@@ -103,6 +103,27 @@ def test_what_was_submitted_is_written_in_spite_of_an_interruption(caplog: pytes
     assert "no space" in caplog.text
 
 
+def test_a_writer_of_several_threads_makes_all_calls_and_raises() -> None:
+    together = threading.Barrier(3, timeout=10)
+    done = []
+
+    def call(i: int) -> None:
+        together.wait()
+        done.append(i)
+
+    with Writer(3) as writer:
+        for i in range(6):
+            writer.submit(lambda i=i: call(i))
+    assert sorted(done) == list(range(6))
+
+    def fail() -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"), Writer(3) as writer:
+        for _ in range(9):
+            writer.submit(fail)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_map_on_threads_gives_results_in_order(threads: int) -> None:
     def slow_at_first(i: int) -> int:

@@ -20,7 +20,8 @@ from dq.core.seeds import generator
 from dq.core.sinkhorn import sinkhorn
 from dq.diffusion.codec import decode_latents, to_unit
 from dq.diffusion.guidance import in_chunks, measure_step, moved_by, repulsion_step, toward
-from dq.diffusion.sampling import choose_start, fresh_scheduler
+from dq.diffusion.sampling import choose_start
+from dq.diffusion.time_grid import fresh_scheduler
 from dq.run.distill import DistillPipeline
 from dq.run.folder import open_run
 from dq.run.stages.cluster import cluster
@@ -287,7 +288,8 @@ def test_each_candidate_of_a_class_is_guided_among_its_likes(tmp_path: Path, toy
         selector: Any = object() if candidates > 1 else None
         draw = Draw(run, tmp_path / "drawn", points, resolved.method, config, ids, selector)
         assert [len(piece) for _, piece, _ in draw.units] == [3] * 3 * candidates
-        return [images for unit, images in _generated(draw, pipe, draw.units) if unit[0] == 1]
+        units = [(draw, unit) for unit in draw.units]
+        return [images for _, unit, images in _generated(pipe, units) if unit[0] == 1]
 
     one, three = stretches(1), stretches(3)
     assert torch.equal(one[0], three[0])

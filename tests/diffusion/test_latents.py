@@ -89,10 +89,10 @@ def test_an_error_of_writing_stops_the_stage_and_loses_no_file(
     encode_source(toy_source, codec, whole, CODEC, seed=0)
     write = dq.data.image_cache.write_tensors
 
-    def full(path: Path, *args) -> None:
+    def full(path: Path, *args, **options) -> None:
         if path.name == "part-000001.safetensors":
             raise RunError(f"the disk is full while writing {path}")
-        write(path, *args)
+        write(path, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("dq.data.image_cache.write_tensors", full)
@@ -111,10 +111,10 @@ def test_a_file_is_written_while_the_next_is_computed(
     first_batch_of_second = threading.Event()
     write = dq.data.image_cache.write_tensors
 
-    def slow(path: Path, *args) -> None:
+    def slow(path: Path, *args, **options) -> None:
         if path.name == "part-000000.safetensors":
             assert first_batch_of_second.wait(10), "computation waits for the disk"
-        write(path, *args)
+        write(path, *args, **options)
 
     monkeypatch.setattr("dq.data.image_cache.write_tensors", slow)
 
@@ -125,6 +125,36 @@ def test_a_file_is_written_while_the_next_is_computed(
 
     fill(cache, toy_source, compute, Reading(8, 4))
     assert cache.missing() == []
+
+
+def test_classes_in_many_files_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes of a stream lie in all files: each is opened once for all of them, or as memory allows."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (96, 3, 8, 8), dtype=torch.uint8, generator=g)
+    source = dataclasses.replace(load_source((images, torch.randint(0, 3, (96,), generator=g))), sequential=True)
+    cache = cache_in(tmp_path, source, tiny_kl())
+    encode_source(source, tiny_kl(), cache, CODEC, seed=0)
+    assert len(cache.parts) == 12
+    alone = [cache.load(c) for c in range(3)]
+    opened: list[str] = []
+
+    def opening(path: Path):
+        opened.append(path.name)
+        return open_tensors(path)
+
+    planned = dataclasses.replace(cache, order=(2, 0, 1, 2, 0))
+    assert planned == cache
+    planned.check()
+    monkeypatch.setattr("dq.data.image_cache.open_tensors", opening)
+    for c in planned.order:
+        assert all(torch.equal(a, b) for a, b in zip(planned.load(c), alone[c], strict=True))
+    assert len(opened) <= 2 * 13 + 13  # two passes and a look at the size of a row in each; alone it is five
+    opened.clear()
+    monkeypatch.setattr("dq.data.image_cache.BUFFER_BYTES", 1)
+    little = dataclasses.replace(cache, order=(2, 0, 1))
+    for c in little.order:
+        assert torch.equal(little.load(c)[0], alone[c][0])
+    assert len(opened) > 3 * 10
 
 
 def test_bytes_become_the_same_floats() -> None:

@@ -13,7 +13,8 @@ from dq.config.schema import GenerateConfig, MethodConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.diffusion.codec import decode_latents, to_unit
-from dq.diffusion.sampling import choose_start, denoise, fresh_scheduler
+from dq.diffusion.sampling import choose_start, denoise
+from dq.diffusion.time_grid import fresh_scheduler
 from dq.run.distill import DistillPipeline
 
 NAMES = ("red", "green", "blue")

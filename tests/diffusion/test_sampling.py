@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
 import diffusers
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from dq.core.errors import InputError, RunError
 from dq.core.seeds import generator
+from dq.diffusion import time_grid
 from dq.diffusion.guidance import toward
 from dq.diffusion.sampling import (
     FLOW_SCHEDULERS,
@@ -18,7 +21,6 @@ from dq.diffusion.sampling import (
     choose_start,
     clean_and_noise,
     denoise,
-    fresh_scheduler,
     grid_levels,
     grid_snr,
     guided,
@@ -28,6 +30,7 @@ from dq.diffusion.sampling import (
     model_times,
     prediction_type,
 )
+from dq.diffusion.time_grid import fresh_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 DIT = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
@@ -194,6 +197,44 @@ CASES = [
     *((FLOW_GIVEN, name) for name in TO_FLOW),
     *((FLOW_DPM_GIVEN, name) for name in TO_FLOW),
 ]
+
+
+@pytest.mark.parametrize("name", NOISE_SCHEDULERS)
+def test_kept_grids_are_those_that_are_set_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    real = time_grid._with_grid
+
+    def counted(*args):
+        nonlocal made
+        made += 1
+        return real(*args)
+
+    monkeypatch.setattr(time_grid, "_with_grid", counted)
+    monkeypatch.setattr(time_grid, "_grids", {})
+    current = choose_scheduler(DDIMScheduler(clip_sample=False), name)
+    first, second = fresh_scheduler(current, 5), fresh_scheduler(current, 5)
+    assert made == 1
+    x = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for scheduler in (first, second, real(current, 5, "cpu")):  # the steps of one leave the others as they were
+        assert torch.equal(scheduler.timesteps, first.timesteps)
+        y = x
+        extra = {"generator": torch.Generator().manual_seed(1)}
+        extra = extra if "generator" in inspect.signature(scheduler.step).parameters else {}
+        for t in scheduler.timesteps:
+            y = scheduler.step(0.1 * scheduler.scale_model_input(y, t), t, y, **extra).prev_sample
+        ends.append(y)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+    assert len(fresh_scheduler(current, 6).timesteps) != len(first.timesteps)
+    other = choose_scheduler(DDIMScheduler(clip_sample=False, beta_end=0.03), name)
+    assert not torch.equal(fresh_scheduler(other, 5).alphas_cumprod, first.alphas_cumprod)
+
+
+def test_grids_of_a_second_table_of_betas_are_its_own() -> None:
+    tables = [torch.linspace(1e-4, end, 1000).tolist() for end in (0.02, 0.03)]
+    a, b = (fresh_scheduler(DDIMScheduler(trained_betas=table), 5) for table in tables)
+    assert not torch.equal(a.alphas_cumprod, b.alphas_cumprod)
 
 
 def walker(given, name: str | None, steps: int):

@@ -18,7 +18,8 @@ from models import tiny_dit, tiny_kl
 from dq.core.errors import InputError
 from dq.core.seeds import generator
 from dq.diffusion.class_sampling import ClassModel, sample_latents
-from dq.diffusion.sampling import choose_start, fresh_scheduler
+from dq.diffusion.sampling import choose_start
+from dq.diffusion.time_grid import fresh_scheduler
 from dq.run.distill import DistillPipeline
 
 SCHEDULERS = {

@@ -20,7 +20,16 @@ from dq.data.source import ImageSource
 from dq.data.tensors import from_tensors
 from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BASELINES, BY_SCORE, bps_rows, nearest_rows, select
-from dq.networks.patches import PatchRecipe, best_crops, crop_boxes, mosaics, patch_images, rank_order
+from dq.networks.patches import (
+    PatchRecipe,
+    best_crops,
+    crop_boxes,
+    cut_in_turn,
+    cut_together,
+    mosaics,
+    patch_images,
+    rank_order,
+)
 from dq.networks.teacher import Teacher
 
 ONE = np.zeros(5, np.int64)
@@ -249,6 +258,20 @@ def test_patches_repeat_and_do_not_depend_on_batches(toy_source, factor: int, mo
     assert one.rows.tolist() == two.rows.tolist()
     other = patch_images(toy_source, 1, recipe, teacher=conv_teacher(3), seed=1)
     assert not torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 32), (32, 16), (9, 3), (24, 24)])
+def test_crops_together_are_those_in_turn(size: int, side: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8, generator=g)
+    boxes = torch.tensor([crop_boxes(size, 5, g) for _ in range(6)])
+    boxes[0, 0] = torch.tensor([0, 0, size])
+    boxes[0, 1] = torch.tensor([size - 1, 0, 1])
+    in_turn, together = cut_in_turn(images, boxes, side), cut_together(images, boxes, side)
+    difference = (in_turn.int() - together.int()).abs()
+    assert difference.max() <= 1  # where a value lies between two levels
+    assert (difference > 0).float().mean() < 0.002
+    assert in_turn.float().std() > 10
 
 
 def test_patches_of_small_classes(toy_source) -> None:

@@ -118,3 +118,45 @@ def test_a_damaged_class_is_drawn_again_and_no_other(
     assert files(tmp_path) == before
     assert [f.stat().st_mtime_ns == s for f, s in zip(paths, stamps, strict=True)] == [True, False, True]
     assert f"{class_file(paths[1].parent, 1)} is damaged" in caplog.text
+
+
+def test_methods_and_sizes_of_equal_settings_share_batches(
+    tmp_path: Path, toy_source, accelerator, pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their images are those that each has alone, and another guidance has batches of its own."""
+    data = {
+        "output_dir": str(tmp_path / "run"),
+        "cache_dir": str(tmp_path / "cache"),
+        "codec": {"resolution": 8},
+        "generate": {"mode": "dit", "num_inference_steps": 3, "batch_size": 16},
+        "ipc": [1, 2],
+        "methods": {
+            "ddoq": {},
+            "medoids": {"representative": "medoid"},
+            "norm": {"override": {"generate.rescale": "norm"}},
+            "stronger": {"override": {"generate.guidance_scale": 7.0}},
+            "real": {"representative": "real"},
+        },
+    }
+    sizes: list[int] = []
+    synthesize = DistillPipeline.synthesize
+
+    def counted(self, latents, *args, **kwargs):
+        sizes.append(len(latents))
+        return synthesize(self, latents, *args, **kwargs)
+
+    monkeypatch.setattr(DistillPipeline, "synthesize", counted)
+    together = open_run(from_dict(RunConfig, data), toy_source, accelerator)
+    cluster(together, encode(together, pipe.vae))
+    generate(together, pipe, cache_of(together))
+    assert sizes == [16, 11, 9]  # three methods of 3 and 6 images, and one of its own
+    for method in data["methods"]:
+        alone = {**data, "output_dir": str(tmp_path / method / "run"), "methods": {method: data["methods"][method]}}
+        run = open_run(from_dict(RunConfig, alone), toy_source, accelerator)
+        cluster(run, encode(run, pipe.vae))
+        generate(run, pipe, cache_of(run))
+        assert files(tmp_path / method)
+    for folder in draw.drawn_folders(together, cache_of(together)).values():
+        for c in range(3):
+            own = next(tmp_path.glob(f"*/run/images/{folder.name}/{class_file(folder, c).name}"))
+            assert own.read_bytes() == class_file(folder, c).read_bytes()

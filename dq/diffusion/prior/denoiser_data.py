@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ def load_data(cache: LatentCache, flipped: LatentCache | None, *, held_out: int,
     Raises:
         InputError: if they exceed 8 GiB, or those of the mirrored images are of other images.
     """
-    caches = [cache] if flipped is None else [cache, flipped]
+    order = tuple(range(len(cache.class_names)))
+    caches = [dataclasses.replace(c, order=order) for c in (cache, flipped) if c is not None]
     shards: list[list[Tensor]] = [[] for _ in caches]
     size = 0
     for c in range(len(cache.class_names)):

@@ -19,7 +19,7 @@ from dq.core.seeds import generator
 from dq.core.version import __version__
 from dq.data.images import read_images
 from dq.data.source import ImageSource, Split
-from dq.diffusion.codec import decode_latents, encode_latents, to_signed, to_unit
+from dq.diffusion.codec import decode_images, encode_latents, to_signed
 from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.prior.metrics import (
     density_coverage,
@@ -277,7 +277,7 @@ def _through_codec(draw: Draw, images: Tensor) -> Tensor:
     def batches() -> Iterator[Tensor]:
         for x in images.split(draw.batch_size):
             z = encode_latents(draw.pipe.vae, to_signed(x))
-            yield (to_unit(decode_latents(draw.pipe.vae, z), draw.image_size) * 255).round().to(torch.uint8).cpu()
+            yield decode_images(draw.pipe.vae, z, draw.image_size, dtype=torch.uint8)
 
     with torch.no_grad():
         return torch.cat(list(batches()))

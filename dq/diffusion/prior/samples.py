@@ -13,8 +13,8 @@ from torch import Tensor
 from dq.core.files import is_done, read_tensors, write_tensors
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
-from dq.diffusion.class_sampling import ClassModel, sample_latents
-from dq.diffusion.codec import decode_latents, to_unit
+from dq.diffusion.class_sampling import ClassModel, sample_in_pieces
+from dq.diffusion.codec import decode_images
 from dq.diffusion.generator import LatentGenerator
 
 
@@ -70,7 +70,7 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
     starts = range(0, len(samples), draw.batch_size)
     for first in progress(starts, desc=f"samples, guidance {guidance_scale:g}", unit="batch", main=main):
         batch = samples[first : first + draw.batch_size]
-        latents = sample_latents(
+        latents = sample_in_pieces(
             model,
             [draw.condition_ids[c] for c, _ in batch],
             [generator(draw.seed, "prior sample", c, i) for c, i in batch],
@@ -78,8 +78,7 @@ def sample_images(draw: Draw, guidance_scale: float, *, main: bool = True) -> Te
             num_inference_steps=draw.num_inference_steps,
         )
         with torch.no_grad():
-            unit = to_unit(decode_latents(draw.pipe.vae, latents), draw.image_size)
-        parts.append((unit * 255).round().to(torch.uint8).cpu())
+            parts.append(decode_images(draw.pipe.vae, latents, draw.image_size, dtype=torch.uint8))
     return torch.cat(parts)
 
 

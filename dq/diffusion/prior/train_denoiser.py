@@ -33,7 +33,8 @@ from dq.diffusion.prior.denoiser_loss import DenoiserLoss, new_scheduler, time_s
 from dq.diffusion.prior.denoiser_recipe import denoiser_recipe, no_pipeline, open_denoiser
 from dq.diffusion.prior.recipe import Recipe, finished, publish
 from dq.diffusion.prior.training import fit, seeded
-from dq.diffusion.sampling import choose_start, denoise, dit_prediction, fresh_scheduler, guided, null_class
+from dq.diffusion.sampling import choose_start, denoise, dit_prediction, guided, null_class
+from dq.diffusion.time_grid import fresh_scheduler
 from dq.diffusion.weaker_models import new_head, save_early, save_head
 
 if TYPE_CHECKING:

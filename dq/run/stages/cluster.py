@@ -6,11 +6,12 @@ A class is a unit of work; classes are dealt out largest first.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,19 +20,21 @@ import torch
 from torch import Tensor
 
 from dq.cluster.engines import choose_engine
-from dq.cluster.kmeans import Clustering, kmeans_many, quantization_stats
+from dq.cluster.kmeans import Clustering, kmeans_many, quantization_stats, uniform_quantization_w2
 from dq.cluster.lloyd import peak_bytes
 from dq.cluster.prototypes import Prototypes, latent_stats, make_prototypes, select_clusters
 from dq.cluster.spaces import embed
 from dq.config.methods import ResolvedMethod
 from dq.config.reader import to_dict
 from dq.config.schema import ClusterConfig
+from dq.core.devices import reader_threads
 from dq.core.errors import InputError
 from dq.core.files import append_jsonl, is_done, read_jsonl, write_json
 from dq.core.memory import list_in_pieces
 from dq.core.plain import PlainDict, PlainMapping
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
+from dq.core.threads import Writer
 from dq.core.trackers import report
 from dq.data.pruning import Pruned, clusters_in_band
 from dq.diffusion.latents import LatentCache
@@ -99,9 +102,18 @@ def cluster(run: Run, cache: LatentCache) -> None:
     units = [(ipc, r, c) for ipc, r in clusterings(run) for c in range(len(counts))]
     assigned = [units[i] for i in run.local_units([float(counts[c]) * ipc for ipc, _, c in units])]
     todo = [u for u in assigned if not is_done(class_file(prototype_folder(run, cache, u[0], u[1]), u[2]))]
-    with progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar:
+    order = tuple(c for _, _, c in todo)
+    cache = dataclasses.replace(cache, order=order)
+    features = None
+    if any(r.cluster.uses_features for _, r in clusterings(run)):
+        features = dataclasses.replace(features_of(run), order=order)
+    with (
+        progress([], desc="cluster", total=len(todo), unit="class", main=run.main and bool(todo)) as bar,
+        Writer(reader_threads(run.device)) as writer,
+    ):
         for ipc, resolved, labels in _batches(run, cache, todo):
-            _cluster_classes(run, cache, ipc, resolved, labels, prunings[resolved.prune])
+            data = _Data(cache, features if resolved.cluster.uses_features else None, prunings[resolved.prune])
+            _cluster_classes(run, data, ipc, resolved, labels, writer)
             bar.update(len(labels))
     run.finish("cluster", began, units=len(units))
     if run.main:
@@ -154,23 +166,50 @@ def groups(classes: Iterable[tuple[int, int]], width: int, budget: int) -> Itera
         yield group
 
 
+@dataclass(frozen=True)
+class _Data:
+    """What is clustered."""
+
+    cache: LatentCache
+    features: FeatureCache | None
+    pruning: Pruning
+
+
 def _cluster_classes(
-    run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod, labels: list[int], pruning: Pruning
+    run: Run, data: _Data, ipc: int, resolved: ResolvedMethod, labels: list[int], writer: Writer
 ) -> None:
-    """Cluster classes and save their prototypes; in halves where memory is short."""
-    folder, cfg = prototype_folder(run, cache, ipc, resolved), resolved.cluster
+    """Cluster classes and save their prototypes; in halves where memory is short.
+
+    Threads of the writer compute the exact transport that is only logged, and save, while other classes are clustered.
+    """
+    folder, cfg = prototype_folder(run, data.cache, ipc, resolved), resolved.cluster
     began = time.perf_counter()
     largest = max(int(run.source.class_counts()[c]) for c in labels)
     pieces = list_in_pieces(
         "cluster",
         len(labels),
-        lambda piece: _prototypes(run, cache, ipc, cfg, labels[piece], pruning),
-        like=(choose_engine(cfg.engine), cfg.space, largest, *cache.shape),
+        lambda piece: _prototypes(run, data, ipc, cfg, labels[piece]),
+        like=(choose_engine(cfg.engine), cfg.space, largest, *data.cache.shape),
     )
-    for p in itertools.chain(*pieces):
-        p.save(class_file(folder, p.label))
-        numbers = {"images": p.stats["n"], "prototypes": len(p.counts), "w2": p.stats["w2_mass"]}
-        unit_done("cluster", p.name, (time.perf_counter() - began) / len(labels), **numbers)
+    seconds = (time.perf_counter() - began) / len(labels)
+    for quantized in itertools.chain(*pieces):
+        writer.submit(functools.partial(_save, quantized, folder, seconds))
+
+
+class _Quantized(NamedTuple):
+    """Prototypes of a class without the exact W2 of uniform weights, and what computes it; None: it is not logged."""
+
+    prototypes: Prototypes
+    uniform_w2: Callable[[], float] | None
+
+
+def _save(quantized: _Quantized, folder: Path, seconds: float) -> None:
+    p = quantized.prototypes
+    if quantized.uniform_w2 is not None:
+        p = dataclasses.replace(p, stats={**p.stats, "w2_uniform": quantized.uniform_w2()})
+    p.save(class_file(folder, p.label))
+    numbers = {"images": p.stats["n"], "prototypes": len(p.counts), "w2": p.stats["w2_mass"]}
+    unit_done("cluster", p.name, seconds, **numbers)
 
 
 @dataclass(frozen=True)
@@ -218,21 +257,17 @@ def class_images(
     return ClassImages(z, f, rows, pruned, weights)
 
 
-def _class_points(
-    run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, label: int, pruning: Pruning
-) -> _ClassPoints:
-    c = class_images(cache, label, ipc, pruning, features_of(run) if cfg.uses_features else None)
+def _class_points(run: Run, data: _Data, ipc: int, cfg: ClusterConfig, label: int) -> _ClassPoints:
+    c = class_images(data.cache, label, ipc, data.pruning, data.features)
     z = c.z.to(run.device)
     f = None if c.features is None else c.features.to(run.device)
     return _ClassPoints(z, embed(z, f, cfg), c.rows, c.pruned, c.weights)
 
 
-def _prototypes(
-    run: Run, cache: LatentCache, ipc: int, cfg: ClusterConfig, labels: list[int], pruning: Pruning
-) -> list[Prototypes]:
+def _prototypes(run: Run, inputs: _Data, ipc: int, cfg: ClusterConfig, labels: list[int]) -> list[_Quantized]:
     """Cluster classes at once."""
-    prune, number = pruning.settings, cfg.prototypes(ipc)
-    data = [_class_points(run, cache, ipc, cfg, c, pruning) for c in labels]
+    prune, number = inputs.pruning.settings, cfg.prototypes(ipc)
+    data = [_class_points(run, inputs, ipc, cfg, c) for c in labels]
     names = [f"class {c} {run.source.class_names[c]!r}" for c in labels]
     seeds = [derive_seed(run.config.seed, "cluster", ipc, c) for c in labels]
     results: list[Clustering] = []
@@ -249,9 +284,9 @@ def _prototypes(
     else:
         weights = [d.weights for d in data]
         results = kmeans_many([d.x for d in data], number, config=cfg, weights=weights, seeds=seeds, names=names)
-    prototypes = []
+    quantized = []
     for c, d, result in zip(labels, data, results, strict=True):
-        numbers = quantization_stats(d.x, result, weights=d.weights, with_uniform=cfg.uniform_w2)
+        numbers = quantization_stats(d.x, result, weights=d.weights, with_uniform=False)
         stats: PlainDict = {**numbers, "engine": result.engine}
         points = None if cfg.space == "latents" else d.x
         p = make_prototypes(c, run.source.class_names[c], d.z, d.rows, result, points=points, weights=d.weights)
@@ -259,8 +294,9 @@ def _prototypes(
         if d.pruned is not None:
             images = {"class_images": len(d.pruned.mask), "kept_images": len(d.pruned.band)}
             stats |= {"policy": prune.policy, "where": prune.where, **images}
-        prototypes.append(dataclasses.replace(p, stats=stats))
-    return prototypes
+        logged = functools.partial(uniform_quantization_w2, d.x, result, weights=d.weights)
+        quantized.append(_Quantized(dataclasses.replace(p, stats=stats), logged if cfg.uniform_w2 else None))
+    return quantized
 
 
 def _log_distortion(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMethod) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ log = logging.getLogger("dq")
 
 LONGEST = 32  # images of a unit
 SPOOL = 2 << 30  # bytes of candidates that wait on disk at a time, or those of one class
+# settings that say which points are drawn how often and which images are kept, not how a batch is drawn
+BEFORE_OR_BEHIND = (
+    *("class_map", "rescale", "images_per_prototype"),
+    *("candidates", "select", "select_teacher", "one_per_prototype"),
+)
 # settings that came later
 ADDED = (
     *("internal_guidance", "autoguidance", "candidates", "select", "select_teacher", "one_per_prototype"),
@@ -290,15 +295,25 @@ def _missing(run: Run, units: list[tuple[Draw, Unit]]) -> list[tuple[Draw, Unit]
 
 def _draw_units(run: Run, pipe: LatentGenerator, todo: list[tuple[Draw, Unit]], bar: Any) -> None:
     began = time.perf_counter()
-    for draw in dict.fromkeys(draw for draw, _ in todo):
-        units = [unit for d, unit in todo if d is draw]
-        start = _start(draw, pipe)
-        for unit, images in _copied(draw, units) if draw.real else _generated(draw, pipe, units):
-            meta = {"start": start, "copies": _copies(draw.numbers[unit[0]])}
+    starts = {draw: _start(draw, pipe) for draw, _ in todo}
+    shared: dict[str, list[tuple[Draw, Unit]]] = {}
+    for draw, unit in todo:
+        shared.setdefault(_batch_key(draw), []).append((draw, unit))
+    for units in shared.values():
+        for draw, unit, images in _copied(units) if units[0][0].real else _generated(pipe, units):
+            meta = {"start": starts[draw], "copies": _copies(draw.numbers[unit[0]])}
             write_tensors(draw.file(unit), {"images": images}, meta)
             unit_done("generate", run.source.class_names[unit[0]], time.perf_counter() - began, images=len(images))
             began = time.perf_counter()
             bar.update(len(images))
+
+
+def _batch_key(draw: Draw) -> str:
+    """Equal for draws whose images go through the generator in the same batches: those of equal settings."""
+    if draw.real:
+        return "real"
+    settings = {k: v for k, v in to_dict(draw.config).items() if k not in BEFORE_OR_BEHIND}
+    return digest_of([settings, draw.condition_ids])
 
 
 def _start(draw: Draw, pipe: LatentGenerator) -> PlainDict | None:
@@ -311,53 +326,70 @@ def _copies(numbers: list[int]) -> int | list[int]:
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
-def _batches(draw: Draw, todo: list[Unit]) -> Iterator[list[tuple[Unit, int, int]]]:
-    """Unit, prototype and number of the draws of each batch.
+class _Image(NamedTuple):
+    """A draw of a unit."""
 
-    Batches go across units and classes; a unit is a batch where the images of a class guide one another.
+    draw: Draw
+    unit: Unit
+    prototype: int
+    number: int
+
+    @property
+    def label(self) -> int:
+        return self.unit[0]
+
+
+def _batches(todo: list[tuple[Draw, Unit]]) -> Iterator[list[_Image]]:
+    """The images of each batch.
+
+    Batches go across units, classes, methods and sizes; a unit is a batch where the images of a class guide one
+    another.
     """
-    units = [[(unit, k, i) for k, i in draw.pool(unit[0])[unit[1].start : unit[1].stop]] for unit in todo]
-    if draw.together:
+    units = [
+        [_Image(draw, unit, k, i) for k, i in draw.pool(unit[0])[unit[1].start : unit[1].stop]] for draw, unit in todo
+    ]
+    if todo[0][0].together:
         yield from units
         return
-    queue = list(itertools.chain(*units))
-    for first in range(0, len(queue), draw.config.batch_size):
-        yield queue[first : first + draw.config.batch_size]
+    queue, size = list(itertools.chain(*units)), todo[0][0].config.batch_size
+    for first in range(0, len(queue), size):
+        yield queue[first : first + size]
 
 
-def _generated(draw: Draw, pipe: LatentGenerator, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
-    """Units with their images, drawn in batches."""
-    run, cfg = draw.run, draw.config
-    points: dict[int, tuple[Tensor, Tensor]] = {}
+def _generated(pipe: LatentGenerator, todo: list[tuple[Draw, Unit]]) -> Iterator[tuple[Draw, Unit, Tensor]]:
+    """Units of equal settings with their images, drawn in batches."""
+    first = todo[0][0]
+    run, cfg = first.run, first.config
+    points: dict[tuple[Draw, int], tuple[Tensor, Tensor]] = {}
     done: list[Tensor] = []
-    for batch in _batches(draw, todo):
-        labels = [unit[0] for unit, _, _ in batch]
-        points = {c: points[c] if c in points else _points(draw, c) for c in dict.fromkeys(labels)}
-        z = torch.stack([points[unit[0]][0][k] for unit, k, _ in batch])
-        masses = torch.stack([points[unit[0]][1][k] for unit, k, _ in batch])
+    for batch in _batches(todo):
+        labels = [image.label for image in batch]
+        cells = dict.fromkeys((image.draw, image.label) for image in batch)
+        points = {cell: points[cell] if cell in points else _points(*cell) for cell in cells}
+        z = torch.stack([points[image.draw, image.label][0][image.prototype] for image in batch])
+        masses = torch.stack([points[image.draw, image.label][1][image.prototype] for image in batch])
 
         def synthesize(s: slice, batch=batch, labels=labels, z=z, masses=masses) -> Tensor:
             return pipe.synthesize(
                 z[s],
                 labels[s],
-                [generator(run.config.seed, "generate", unit[0], k, i) for unit, k, i in batch[s]],
+                [generator(run.config.seed, "generate", x.label, x.prototype, x.number) for x in batch[s]],
                 cfg,
                 class_names=run.source.class_names,
-                condition_ids=draw.condition_ids,
+                condition_ids=first.condition_ids,
                 image_size=run.config.image_size,
                 masses=masses[s],
+                image_dtype=torch.uint8 if cfg.image_dtype == "uint8" else torch.float32,
             )
 
-        if draw.together:  # in chunks of its own
+        if first.together:  # in chunks of its own
             images = synthesize(slice(None))
         else:
             images = run_with_batch_backoff("generate", len(batch), synthesize, like=(cfg.mode, *z.shape[1:]))
-        if cfg.image_dtype == "uint8":
-            images = (images * 255).round().to(torch.uint8)
-        for (unit, _, _), image in zip(batch, images, strict=True):
+        for (draw, unit, _, _), image in zip(batch, images, strict=True):
             done.append(image)
             if len(done) == len(unit[1]):
-                yield unit, torch.stack(done)
+                yield draw, unit, torch.stack(done)
                 done = []
 
 
@@ -368,10 +400,10 @@ def _points(draw: Draw, label: int) -> tuple[Tensor, Tensor]:
     return p.points(draw.method.representative, rescale=draw.config.rescale), masses
 
 
-def _copied(draw: Draw, todo: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
-    for unit in todo:
+def _copied(todo: list[tuple[Draw, Unit]]) -> Iterator[tuple[Draw, Unit, Tensor]]:
+    for draw, unit in todo:
         label, piece, _ = unit
-        yield unit, nearest_images(draw.run, Prototypes.load(class_file(draw.prototypes, label)), piece)
+        yield draw, unit, nearest_images(draw.run, Prototypes.load(class_file(draw.prototypes, label)), piece)
 
 
 def _gather(run: Run, units: list[tuple[Draw, Unit]]) -> None:
