@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 RANDOM_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST := $(RANDOM_PYTEST) -p no:randomly
 
-.PHONY: demo test test-random test-slow test-all test-gpu test-fake-gpu test-vision faults fuzz lint docs bench clean
+.PHONY: demo test test-random test-slow test-all test-gpu test-fake-gpu test-vision gpu faults fuzz lint docs bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,12 @@ test-gpu: $(VENV)/.done
 # the same tests on a device that is not there, and what that device counts; needs a C++ compiler
 test-fake-gpu: $(VENV)/.done
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -p no:randomly --fake-cuda -m gpu
+
+# part 1, 2 or 3 of the measurements on a GPU, in less than ten minutes, with the machine's own torch; see docs/gpu.md
+PART ?= 1
+OUT ?= runs/gpu
+gpu:
+	$(PYTHON) pipelines/gpu_session.py --part $(PART) --budget 560 --output $(OUT)
 
 # a hundred faults at random points of whole runs; the slow tests have fourteen
 faults: $(VENV)/.done
