@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderDC, DDIMScheduler
 
-from dq.run.distill import DistillPipeline
+if TYPE_CHECKING:  # not imported, so that tests without a diffusion model run where diffusers is missing
+    from diffusers import AutoencoderDC
+
+    from dq.run.distill import DistillPipeline
 
 
 def tiny_kl(latent_channels: int = 4, seed: int = 0, **config):
@@ -66,6 +69,8 @@ def toy_splits():
 
 
 def tiny_dc() -> AutoencoderDC:
+    from diffusers import AutoencoderDC
+
     torch.manual_seed(0)
     return AutoencoderDC(
         latent_channels=4,
@@ -85,8 +90,10 @@ def sd_pipe(folder: Path) -> DistillPipeline:
     """A Stable Diffusion pipeline of tiny parts, whose tokenizer files lie in `folder`."""
     import json
 
-    from diffusers import UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from dq.run.distill import DistillPipeline
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
