@@ -9,11 +9,10 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -92,7 +91,7 @@ def version_of(name: str) -> str:
         return ABSENT
 
 
-def _versions(say: Any) -> dict[str, str]:
+def _versions(say: Callable[[str], None]) -> dict[str, str]:
     from dq.core.version import __version__
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
@@ -111,7 +110,7 @@ def _versions(say: Any) -> dict[str, str]:
     return versions
 
 
-def _faiss(say: Any) -> str:
+def _faiss(say: Callable[[str], None]) -> str:
     wheels = [name for name in FAISS_WHEELS if version_of(name) != ABSENT]
     if len(wheels) > 1:
         say(f"{' and '.join(wheels)} are both installed and overwrite each other; uninstall all of them but one")
@@ -129,7 +128,7 @@ def _faiss(say: Any) -> str:
     return f"{getattr(faiss, '__version__', '?')} ({build} build, sees {plural(seen, 'GPU')})"
 
 
-def _importable(name: str, say: Any) -> str:
+def _importable(name: str, say: Callable[[str], None]) -> str:
     """Version of a package that may be installed and yet not import.
 
     A CUDA torchvision over a CPU torch raises RuntimeError.
@@ -188,7 +187,7 @@ def _memory() -> int:
     return min(limits)
 
 
-def _launch(say: Any) -> dict[str, str]:
+def _launch(say: Callable[[str], None]) -> dict[str, str]:
     """Number of processes by the environment alone, which needs no other process."""
     env = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     world = os.environ.get("WORLD_SIZE", "1")
@@ -223,7 +222,7 @@ def _launch(say: Any) -> dict[str, str]:
 # --- disk and Hub -------------------------------------------------------------------------------------------------
 
 
-def _disk(config: RunConfig, say: Any, min_free: int) -> dict[str, str]:
+def _disk(config: RunConfig, say: Callable[[str], None], min_free: int) -> dict[str, str]:
     facts = {}
     for name in ("output_dir", "cache_dir"):
         path = Path(getattr(config, name))
@@ -234,7 +233,7 @@ def _disk(config: RunConfig, say: Any, min_free: int) -> dict[str, str]:
     return facts
 
 
-def _room(path: Path, name: str, say: Any) -> tuple[int | None, str]:
+def _room(path: Path, name: str, say: Callable[[str], None]) -> tuple[int | None, str]:
     """Free bytes where `path` is or will be, and what may be said of it."""
     parent = existing(path)
     if not parent.is_dir():
@@ -250,7 +249,7 @@ def _room(path: Path, name: str, say: Any) -> tuple[int | None, str]:
     return free, f"{format_bytes(free)} free, writable"
 
 
-def _hub(say: object) -> dict[str, str]:
+def _hub(say: Callable[[str], None]) -> dict[str, str]:
     try:
         from huggingface_hub import constants, get_token
     except ImportError:
@@ -270,7 +269,7 @@ def _hub(say: object) -> dict[str, str]:
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-def _used(config: RunConfig, say: Any, *, cpu: bool) -> dict[str, str]:
+def _used(config: RunConfig, say: Callable[[str], None], *, cpu: bool) -> dict[str, str]:
     from dq.cluster.engines import choose_engine
 
     device = "cuda" if not cpu and torch.cuda.is_available() else "cpu"
@@ -319,7 +318,7 @@ def named_paths(config: RunConfig) -> Iterator[tuple[str, str, str]]:
                 yield f"{where}.{i}.{name}", path, "file"
 
 
-def _paths(config: RunConfig, say: Any) -> dict[str, str]:
+def _paths(config: RunConfig, say: Callable[[str], None]) -> dict[str, str]:
     states: dict[str, str] = {}
     missing: dict[str, list[str]] = {}
     prior_folder = Path(config.prior.output_dir)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dq.core.errors import InputError
 from dq.core.numbers import whole_number
 from dq.core.text import plural
 
+T = TypeVar("T")
 RELOCATIONS = 3  # Lloyd iterations after the last one, while cells are empty
 
 
@@ -148,14 +149,14 @@ def kmeans_many(
     return [_report(p, r, config) for p, r in zip(problems, best, strict=True) if r is not None]
 
 
-def _listed(values: Any, name: str) -> list[Any]:
+def _listed(values: Iterable[T], name: str) -> list[T]:
     try:
         return list(values)
     except TypeError:
         raise InputError(f"{name} must list one for each class, not be of type {type(values).__name__}") from None
 
 
-def _one_each(values: Sequence[Any] | None, default: list[Any], name: str) -> list[Any]:
+def _one_each(values: Sequence[T] | None, default: list[T], name: str) -> list[T]:
     """Values of each class, or the default for None."""
     if values is None:
         return default

@@ -176,7 +176,7 @@ def _read_preset(name: str) -> PlainDict:
     return preset
 
 
-def _listed(value: object) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 

@@ -302,7 +302,7 @@ def _student_columns(students: object) -> Any:
         students = [students]
     if not isinstance(students, (list, tuple)):
         return students
-    columns: list[Any] = []
+    columns: list[object] = []
     for i, student in enumerate(students):
         student = {"net": student} if isinstance(student, str) else student
         try:

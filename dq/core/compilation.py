@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 log = logging.getLogger("dq")
 
@@ -129,7 +130,7 @@ def fixed_rows(model: nn.Module, sizes: Sequence[int]) -> Iterator[None]:
             h.remove()
 
 
-def fix_rows(model: nn.Module, sizes: Sequence[int]) -> list[Any]:
+def fix_rows(model: nn.Module, sizes: Sequence[int]) -> list[RemovableHandle]:
     """Pad batches to one of `sizes` rows by their last row, and cut the results, so that code is compiled once a size.
 
     Every tensor argument whose first axis is the batch is padded. Rows must not depend on one another. Batches larger

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -207,7 +206,7 @@ def _class_names(folder: Path) -> list[str]:
 def _training(records: list[PlainDict]) -> list[tuple[str, list[str]]]:
     """Lines of the table of trainings: a name and its values."""
 
-    def line(name: str, values: list[Any]) -> tuple[str, list[str]]:
+    def line(name: str, values: list[object]) -> tuple[str, list[str]]:
         return name, ["not recorded" if v in (None, "", {}) else str(v) for v in values]
 
     settings = [r.get("settings", {}) for r in records]

@@ -207,7 +207,7 @@ class LatentGenerator(DiffusionPipeline):
 
     def digest(self, mode: str) -> str:
         """Digest of the weights and settings that decide what `mode` draws."""
-        parts: list[Any] = [mode, codec_digest(self.vae)]
+        parts: list[object] = [mode, codec_digest(self.vae)]
         models = {"decode": [], "dit": [self.transformer], "img2img": [self.unet, self.text_encoder]}[mode]
         parts += [digest_of_tensors(m.state_dict()) for m in models if m is not None]
         if mode != "decode":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dq.core.cards import (
     ANY_REPO,
@@ -176,7 +175,7 @@ def _grid_fit(r: PlainDict) -> tuple[bool, int]:
     return r["ipc"] > GRID_COLUMNS, abs(GRID_COLUMNS - r["ipc"])
 
 
-def _natural(name: str) -> list[Any]:
+def _natural(name: str) -> list[object]:
     """Sort key in which ipc2 comes before ipc10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 

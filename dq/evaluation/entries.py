@@ -79,7 +79,7 @@ def baseline_entries(real_data: RealData, evaluate: EvaluateConfig, work: Work, 
             # only a random subset is another one for another seed
             for group in [(s,) for s in seeds] if name == "random" else [seeds]:
                 factor = evaluate.patch_factor or (2 if real_data.image_size >= 128 and ipc >= 2 else 1)
-                settings: list[Any] = [real_data.identity, name, ipc, group[0], factor]
+                settings: list[object] = [real_data.identity, name, ipc, group[0], factor]
                 if name in (*BY_FEATURES, *BY_PREDICTION, "patches"):
                     settings.append(real_data.teachers[0].digest if real_data.teachers else "pooled")
                 if name in BY_DIFFICULTY:

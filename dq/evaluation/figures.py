@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeAlias
 
 from dq.core.plain import PlainDict
 from dq.evaluation.results import recipe_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NewFigure: TypeAlias = "Callable[[float, float], Figure]"  # of width and height in inches
 
 COLORS = ("#3b6ea5", "#c8553d", "#588157", "#8d6a9f", "#b8860b", "#444444", "#2a9d8f", "#a23b72")
 MARKERS = "osD^vPX*"
 
 
-def results_figures(records: list[dict[str, str]], figure: object) -> Iterable[tuple[str, Any]]:
+def results_figures(records: list[dict[str, str]], new_figure: NewFigure) -> Iterable[tuple[str, Figure]]:
     """Yield (name, figure) for everything that `summary.csv` allows.
 
-    `records` are rows as read from the file; accuracies are fractions. `figure` makes an empty figure from its width
-    and height in inches.
+    `records` are rows as read from the file; accuracies are fractions. `new_figure` makes an empty figure.
     """
     names = recipe_names(records)
     by_recipe: dict[str, list[dict[str, str]]] = {}
     for r in records:
         by_recipe.setdefault(names[int(r["recipe"])], []).append(r)
     if len({r["ipc"] for r in records} - {"full"}) > 1:
-        yield "accuracy", against_ipc(by_recipe, figure)
+        yield "accuracy", against_ipc(by_recipe, new_figure)
     if len(by_recipe) > 1 and len({r["student"] for r in records}) > 1:
-        yield "networks", across_networks(records, figure)
+        yield "networks", across_networks(records, new_figure)
     if len({int(r["label_bytes"]) for r in records if int(r["label_bytes"])}) > 1:
-        yield "label-bytes", against_label_bytes(records, figure)
+        yield "label-bytes", against_label_bytes(records, new_figure)
 
 
-def against_ipc(by_recipe: dict[str, list[dict[str, str]]], figure: Any) -> Any:
+def against_ipc(by_recipe: dict[str, list[dict[str, str]]], new_figure: NewFigure) -> Figure:
     """Accuracy over images per class, one panel per recipe.
 
     Full data is a horizontal line.
     """
-    drawn = figure(5.2 * len(by_recipe), 4)
+    drawn = new_figure(5.2 * len(by_recipe), 4)
     for ax, (recipe, rows) in zip(drawn.subplots(1, len(by_recipe), squeeze=False)[0], by_recipe.items(), strict=True):
         for i, name in enumerate(_sets(rows)):
             points = sorted((r for r in rows if r["set"] == name), key=lambda r: int(r["ipc"]))
@@ -52,11 +56,11 @@ def against_ipc(by_recipe: dict[str, list[dict[str, str]]], figure: Any) -> Any:
     return drawn
 
 
-def across_networks(records: list[dict[str, str]], figure: Any) -> Any:
+def across_networks(records: list[dict[str, str]], new_figure: NewFigure) -> Figure:
     """Bars per network and set at each number of images per class."""
     ipcs = sorted({int(r["ipc"]) for r in records if r["ipc"] != "full"})
     names = recipe_names(records)
-    drawn = figure(max(7, 1.6 * len({r["student"] for r in records}) * len(ipcs)), 3.6)
+    drawn = new_figure(max(7, 1.6 * len({r["student"] for r in records}) * len(ipcs)), 3.6)
     for ax, ipc in zip(drawn.subplots(1, len(ipcs), squeeze=False)[0], ipcs, strict=True):
         rows = [r for r in records if r["ipc"] == str(ipc)]
         recipes = list(dict.fromkeys(int(r["recipe"]) for r in rows))
@@ -73,9 +77,9 @@ def across_networks(records: list[dict[str, str]], figure: Any) -> Any:
     return drawn
 
 
-def against_label_bytes(records: list[dict[str, str]], figure: Any) -> Any:
+def against_label_bytes(records: list[dict[str, str]], new_figure: NewFigure) -> Figure:
     """Accuracy over the bytes of stored labels, for sets with them."""
-    drawn = figure(7, 4)
+    drawn = new_figure(7, 4)
     ax = drawn.subplots()
     rows = [r for r in records if int(r["label_bytes"]) and r["ipc"] != "full"]
     for i, key in enumerate(dict.fromkeys((r["set"], r["ipc"]) for r in rows)):

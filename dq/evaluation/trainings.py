@@ -121,7 +121,7 @@ def trainings_of(
             settings = to_dict(config)
             settings["relabel"].pop("storage")
             settings.pop("learned_lr")
-            identity: list[Any] = [__version__, settings, real_data.identity, entry.identity]
+            identity: list[object] = [__version__, settings, real_data.identity, entry.identity]
             if config.labels != "hard":
                 identity.append([t.digest for t in real_data.teachers])
             if config.for_step_size(entry.step_size) != config:

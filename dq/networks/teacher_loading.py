@@ -65,7 +65,7 @@ def load_teacher(
     move_net(net, device)
     mean, std = _normalization(config)
     check_classes(config, _count_outputs(config, net, side), num_classes)
-    parts: list[Any] = [
+    parts: list[object] = [
         config.net,
         identity,
         digest_of_tensors(net.state_dict()),

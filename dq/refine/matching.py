@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dq.config.refinement import DepthConfig, MatchingConfig
 from dq.core.errors import InputError
@@ -171,7 +172,7 @@ class StatMatcher:
             self._distance = StatisticsDistance.of(targets, centers, norm)
             self._weights = torch.tensor([w for w in read if w]).to(centers[0].device)
         self._seen: dict[str, tuple[Sums, int]] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._fused = [self._fuse(a) if type(a.norm) is nn.BatchNorm2d else None for a in self.layers]
 
     def __enter__(self) -> StatMatcher:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dq.core.files import write_text
 
-Table = tuple[list[str], list[list[Any]]]  # head and rows
+Table = tuple[list[str], Sequence[Sequence[object]]]  # head and rows
 
 
 @functools.cache

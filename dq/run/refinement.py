@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -252,7 +252,7 @@ def provenance(run: Run, method: str, folder: Path) -> list[PlainDict]:
 
 def requested_digest(config: RunConfig, method: str, drawn: Path) -> str:
     """Digest of the requested settings, without loading a teacher."""
-    parts: list[Any] = [drawn.name, requested_settings(config, method)]
+    parts: list[object] = [drawn.name, requested_settings(config, method)]
     if any(s.weighted for s in stages_of(config, method)):
         m = config.methods[method]
         parts.append([m.weights, m.normalize])

@@ -50,7 +50,8 @@ def run_doctor() -> Iterator[Ask]:
 
     def ask(tmp_path: Path, *flags: str, cores: Iterable[int] = (), folder: Path | str = "", **env: str):
         arguments = ["doctor", "--json", "--cpu"]
-        arguments += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), *flags]
+        usual = {"--output_dir": str(tmp_path / "run"), "--cache_dir": str(tmp_path / "cache")}
+        arguments += [x for name, value in usual.items() if name not in flags for x in (name, value)] + [*flags]
         usable = ",".join(str(c) for c in cores or os.sched_getaffinity(0))
         done = server.run(CODE, usable, str(folder), *arguments, cwd=tmp_path, environment={**clean, **env})
         assert done.stdout, done.stderr

@@ -482,9 +482,11 @@ SOFT = [
 
 
 def arguments(world: Path, out: Path, *more: str) -> list[str]:
-    common = ["--data", str(world / "images"), "--distilled", f"mine={world / 'set'}", "--seeds", "2", "--cpu"]
-    folders = ["--output_dir", str(out / "run"), "--cache_dir", str(out / "cache")]
-    return ["evaluate", *common, *folders, "--baselines", "random", *more]
+    """A command, whose options `more` replace the usual ones."""
+    usual = {"--data": world / "images", "--output_dir": out / "run", "--cache_dir": out / "cache"}
+    usual |= {"--seeds": 2, "--baselines": "random"}
+    options = [str(x) for name, value in usual.items() if name not in more for x in (name, value)]
+    return ["evaluate", "--distilled", f"mine={world / 'set'}", "--cpu", *options, *more]
 
 
 def soft(world: Path) -> list[str]:
@@ -607,8 +609,8 @@ def test_a_record_names_its_set_and_its_software(evaluated, world):
 
 
 def test_another_seed_labels_no_named_set_again(world, tmp_path):
-    call = arguments(world, tmp_path, *soft(world), "--baselines", "random,nearest")
-    once = [*call, "--seeds", "1"]
+    call = [*soft(world), "--baselines", "random,nearest"]
+    once, call = arguments(world, tmp_path, *call, "--seeds", "1"), arguments(world, tmp_path, *call)
     assert main(once) == 0
     stamps = {f: f.stat().st_mtime_ns for f in tmp_path.glob("run/labels/*/*")}
     assert {f.parent.name.rpartition("-")[0] for f in stamps} == {"ipc2-mine", "ipc2-nearest", "ipc2-random-seed0"}
@@ -712,11 +714,13 @@ def test_a_dry_run_knows_the_bytes_of_labels(world, tmp_path, capsys):
     trainings, expected = planned(call, capsys)
     assert trainings == 2
     # two random subsets of all that train has, 10 images a class
-    more = planned([*call, "--baselines", "random"], capsys)
+    random = list(call)
+    random[call.index("--baselines") + 1] = "random"
+    more = planned(random, capsys)
     assert more[0] == 4
     assert more[1] - expected == pytest.approx(2 * 30 / 900 * expected, rel=0.2)  # printed with three digits
     # and at another number that is asked for
-    assert planned([*call, "--baselines", "random", "--ipc", "2"], capsys)[0] == 6
+    assert planned([*random, "--ipc", "2"], capsys)[0] == 6
     # a second student that differs in nothing that labels depend on shares them
     student = SOFT[1].partition("=")[2].strip("[]")
     student = student.replace(*shorter)
@@ -733,8 +737,9 @@ def test_kinds_of_labels_stand_side_by_side(world, tmp_path, capsys):
     student = (
         "{net: convnet3-bn, epochs: 2, batch_size: 6, optimizer: adamw, lr: 1e-3, augment: none, views: {mix: cutmix}}"
     )
-    call = arguments(world, tmp_path, "--teacher", f"convnet3-bn={world / 'teacher'}", "--labels", "hard,fixed,soft")
-    assert main([*call, "--seeds", "1", "--set", f"evaluate.students=[{student}]"]) == 0
+    teacher = f"convnet3-bn={world / 'teacher'}"
+    call = arguments(world, tmp_path, "--teacher", teacher, "--labels", "hard,fixed,soft", "--seeds", "1")
+    assert main([*call, "--set", f"evaluate.students=[{student}]"]) == 0
     table = capsys.readouterr().out
     for kind in ("hard", "fixed", "soft"):
         assert f"convnet3-bn, {kind}, IPC 2" in table

@@ -38,7 +38,7 @@ class Draw:
         """Class of every sample, (N,) int64: class by class."""
         return torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
 
-    def identity(self, guidance_scale: float) -> list[Any]:
+    def identity(self, guidance_scale: float) -> list[object]:
         """What the images depend on, for digests."""
         settings = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         numbers = [self.num_inference_steps, self.image_size, self.seed, guidance_scale]

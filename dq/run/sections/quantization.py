@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ def _quantization_table(points: list[Prototypes]) -> Table:
     head += ["ESS masses", "ESS roots"]
     formats = {"n": "", "k": "", "distortion": ".3f", "explained": ".1%", "w2_mass": ".3f", "w2_uniform": ".3f"}
     formats |= {"ess_mass": ".1f", "ess_sqrt": ".1f"}
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for p in points[:MAX_ROWS]:
         rows.append([p.name, *(f"{p.stats[k]:z{f}}" if f else p.stats[k] for k, f in formats.items())])
     means = {k: float(np.mean([p.stats[k] for p in points])) for k in formats if k not in ("n", "k")}
@@ -95,10 +94,11 @@ def _plot_latents(cache: LatentCache, points: list[Prototypes], path: Path) -> N
     for i, (p, s) in enumerate(zip(shown, samples, strict=True)):
         flat = (s - mean) @ axes
         prototypes = (p.centroids.flatten(1) - mean) @ axes
-        ax.scatter(*flat.T.numpy(), s=3, color=palette(i % 10), alpha=0.3)
+        ax.scatter(flat[:, 0].numpy(), flat[:, 1].numpy(), s=3, color=palette(i % 10), alpha=0.3)
         size = (30 + 170 * p.counts / p.counts.max()).numpy()
         color = palette(i % 10)
-        ax.scatter(*prototypes.T.numpy(), s=size, color=color, edgecolor="black", lw=0.7, label=plain_name(p.name))
+        px, py = prototypes.T.numpy()
+        ax.scatter(px, py, s=size, color=color, edgecolor="black", lw=0.7, label=plain_name(p.name))
     ax.set(xlabel="first principal axis", ylabel="second principal axis")
     ax.legend(fontsize=7, markerscale=0.5)
     save_figure(figure, path)

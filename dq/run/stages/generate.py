@@ -73,7 +73,7 @@ def image_folder(
     return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
 
 
-def image_identity(run: Run, cache: LatentCache, ipc: int, method: str) -> list[Any]:
+def image_identity(run: Run, cache: LatentCache, ipc: int, method: str) -> list[object]:
     """What determines the images of a method beside the generator."""
     resolved = run.resolved(method)
     points = prototype_folder(run, cache, ipc, resolved).name

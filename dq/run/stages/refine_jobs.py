@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,9 +126,9 @@ def _load_teachers(
     return loaded[key]
 
 
-def _identity(run: Run, job: Job) -> list[Any]:
+def _identity(run: Run, job: Job) -> list[object]:
     """What determines the images of a job."""
-    identity: list[Any] = [
+    identity: list[object] = [
         job.inputs.source.name,
         stage_settings(job.stage),
         [t.digest for t in job.teachers],
