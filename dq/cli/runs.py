@@ -158,7 +158,7 @@ def run_stages(call: Call, verb: str, *, pipe: LatentGenerator | None = None) ->
         if stage not in idle:
             with timer.stage(stage):
                 STEPS[stage](run, verb, pipe)
-        elif stage == "refine":  # logs that there is nothing to refine
+        elif stage == verb == "refine":  # logs that there is nothing to refine
             STEPS[stage](run, verb, pipe)
     if len(stages) > 1:
         log.info("%s took %s", verb, timer.summary())

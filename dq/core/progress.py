@@ -45,16 +45,18 @@ class Progress(tqdm):
 
     def __init__(self, items: Iterable[Any], *, timer: StageTimer | None = None, name: str = "", **options: Any):
         self.timer, self.name = timer, name
-        self.clock = timer.clock if timer else time.perf_counter
+        self.clock = timer.clock if timer else time.monotonic
         self.began, self.next_line = self.clock(), FIRST_LINE_S
         options.setdefault("bar_format", "{l_bar}{bar}{r_bar}{in_all}")
         super().__init__(items, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self.iterable:
-            yield item
-            self.update(1)
-        self.close()
+        try:
+            for item in self.iterable:
+                yield item
+                self.update(1)
+        finally:
+            self.close()
 
     def update(self, n: float | None = 1) -> bool | None:
         """Count finished items, and log the remaining time now and then."""
