@@ -105,3 +105,7 @@ def _decoding(s: Session) -> Iterator[tuple[str, float]]:
         calls = {"read": lambda n=threads: read_images(split, range(images), side, "crop", threads=n)}
         seconds = timed_in_turn(s, calls, repeats=1)["read"].facts["median_s"]
         yield f"images_per_s_of_{threads}_threads", images / seconds
+
+
+if __name__ == "__main__":
+    raise SystemExit("gpu_items_ceilings is a module of gpu_session.py; run that")

@@ -264,3 +264,7 @@ def profile_draw(s: Session) -> None:
     side = s.size(256, 16)
     x = torch.zeros(s.size(64, 2), 3, side, side, dtype=torch.uint8, device=s.device)
     profile(s, "encoding in bfloat16", functools.partial(_encode, kl(s, s.device, torch.bfloat16), x))
+
+
+if __name__ == "__main__":
+    raise SystemExit("gpu_items_draw is a module of gpu_session.py; run that")

@@ -238,3 +238,7 @@ def _greedy(s: Session) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         return torch.stack([torch.as_tensor(r.centroids) for piece in pieces for r in piece])
 
     yield "k-means of 16 classes", centroids
+
+
+if __name__ == "__main__":
+    raise SystemExit("gpu_items_label is a module of gpu_session.py; run that")

@@ -259,3 +259,7 @@ def profile_train(s: Session) -> None:
     config = fadrm_settings(side, s.size(10, 2), "bfloat16")
     matched = match_teachers([teacher], config, side=side, sizes=(side,))
     profile(s, "FADRM in bfloat16", _refining(batch, config, teacher, matched))
+
+
+if __name__ == "__main__":
+    raise SystemExit("gpu_items_train is a module of gpu_session.py; run that")

@@ -230,3 +230,7 @@ def _denoiser_seconds(s: Session, size: Any, compiled: bool, steps: int, batch: 
     trained = train_denoiser(cache, codec, folder, class_names=source.class_names, accelerator=accelerator)
     record = json.loads((trained / "transformer" / "training.json").read_text())
     return float(record["seconds"])
+
+
+if __name__ == "__main__":
+    raise SystemExit("gpu_items_whole is a module of gpu_session.py; run that")

@@ -109,3 +109,7 @@ def _outcomes(rows: Sequence[dict[str, Any]], items: Iterable[tuple[int, str, st
         reason = r["reason"].splitlines()[-1][-160:] if r["reason"] else None
         cells.append((name, part, r["status"], f"{r['seconds']:.0f}", reason, again))
     return _table(("item", "part", "outcome", "s", "why", "command that measures it"), cells)
+
+
+if __name__ == "__main__":
+    raise SystemExit("gpu_summary is a module of gpu_session.py; run that")

@@ -108,3 +108,7 @@ def _python() -> Iterator[str]:
     stub = (ROOT / "dq" / "__init__.pyi").read_text()
     for module, name in sorted(re.findall(r"from \.([\w.]+) import (\w+) as", stub), key=lambda pair: pair[1].lower()):
         yield f"::: dq.{module}.{name}\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit("site_pages is a module of `make docs`; run that")

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "pipelines").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-MODULES = {"frepo_sets", "membership_attacks", "refinement_tables", "result_tables"}  # read by scripts of pipelines/
+MODULES = {"frepo_sets", "membership_attacks", "refinement_tables", "result_tables", "gpu_summary", "site_pages"}
+MODULES |= {f"gpu_items_{name}" for name in ("ceilings", "draw", "label", "train", "whole")}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: f"{p.parent.name}-{p.stem}")
