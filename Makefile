@@ -76,7 +76,7 @@ docs: $(VENV)/.done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.done
-	for b in import cluster encode memory student sample refine frepo; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+	for b in import cluster encode memory files student sample refine frepo; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-vision runs build *.egg-info

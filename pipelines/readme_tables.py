@@ -203,6 +203,29 @@ def streaming() -> str:
     return markdown_table(head, body)
 
 
+def sampling_steps() -> str:
+    """Quality of a prior's samples by the number of steps."""
+    measures = ("accuracy", "frechet", "kernel", "density", "coverage")
+    head = ["images", "steps", "model calls", *measures]
+    body = [
+        [r["row"], r["steps"], r["model_calls"], *(f"{float(r[m]):.3g}" for m in measures)]
+        for r in read("sampling_steps.csv")
+    ]
+    return markdown_table(head, body)
+
+
+def file_speeds() -> str:
+    rows = read("files.csv")
+    names = {
+        "checksum": "checksum of 64 MB: BLAKE2, against XXH3",
+        "PNG coded": "PNG files coded: one thread, against all cores",
+        "PNG decoded": "PNG files decoded: one thread, against all cores",
+        "exact transport": "exact transport: one thread, against all cores",
+    }
+    head = ["work", "ratio of times", "least", "largest", "rounds"]
+    return markdown_table(head, [[names[r["work"]], r["ratio"], r["least"], r["largest"], r["rounds"]] for r in rows])
+
+
 def allocator() -> str:
     rows = read("allocator.csv")
     head = ["work", "time of the defaults, against kept", "peak memory, kept against defaults", "pages asked for"]
@@ -254,6 +277,8 @@ TABLES = {
     "estimate_check": estimate_check,
     "streaming": streaming,
     "allocator": allocator,
+    "sampling_steps": sampling_steps,
+    "file_speeds": file_speeds,
     "processes": processes,
     "difficulty": difficulty,
     "fuzz": fuzz,
