@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dq.config.refinement import FADRM
 from dq.config.teachers import TeacherConfig
+from dq.core.devices import default_device
 from dq.networks.teacher import IMAGENET, Teacher
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.zoo import make_net
@@ -120,6 +121,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--csv", type=Path)
     return parser.parse_args()
 
@@ -135,7 +137,7 @@ def open_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
 
 def main() -> None:
     args = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device
     teacher = open_teacher(args, device)
     plain_net = make_net(args.net, args.classes, args.side, seed=0).eval().requires_grad_(False).to(device)
     plain_net.load_state_dict(teacher.net.state_dict())

@@ -33,6 +33,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from diffusers.models.embeddings import LabelEmbedding
 
 from dq.config.schema import GenerateConfig
+from dq.core.devices import default_device
 from dq.core.seeds import generator
 from dq.diffusion.codec import DTYPES
 from dq.run.distill import DistillPipeline
@@ -48,10 +49,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     diffusers.utils.logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or random_model(Path(folder))
