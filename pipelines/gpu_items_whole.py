@@ -138,10 +138,12 @@ def run_differences(run: Path, other: Path) -> Iterator[tuple[str, float | int]]
 
 def estimates(s: Session) -> None:
     """Seconds of every stage that `--dry-run` expects, and what the run then takes."""
+    from dq.config.dtypes import device_dtypes, resolve_dtypes
     from dq.config.schema import load_config
     from dq.core.files import write_json
     from dq.data.load import load_source
-    from dq.run.planning.timings import Speeds, expected_seconds
+    from dq.run.planning.remaining import expected_seconds
+    from dq.run.planning.timings import Speeds
 
     folder = s.output / "verbs"
     file = (
@@ -151,7 +153,7 @@ def estimates(s: Session) -> None:
     speeds = s.output / "speeds.json"
     dq_run(file, *arguments, "--dry-run", "--save_speeds", str(speeds))
     dq_run(file, *arguments)
-    config = load_config(file)
+    config = resolve_dtypes(load_config(file), device_dtypes(s.device))
     expected = expected_seconds(config, load_source(config.source), 1, Speeds.load(speeds))
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     took = {r["stage"]: r["seconds"] for r in map(json.loads, lines) if "seconds" in r and "stage" in r}
