@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dq.core.text import markdown_table
+
 UNITS = {"gemm_bf16": "TFLOP/s", "gemm_tf32": "TFLOP/s", "gemm_float32": "TFLOP/s", "conv_bf16": "TFLOP/s"}
 UNITS |= {"conv_tf32": "TFLOP/s", "copy": "GB/s", "pageable": "GB/s", "pinned": "GB/s"}
 
@@ -48,9 +50,8 @@ def summary(records: Sequence[dict[str, Any]], items: Iterable[tuple[int, str, s
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    rows = [[("" if v is None else str(v)).replace("|", "/").replace("\n", " ") for v in row] for row in rows]
-    line = "| " + " | ".join(["---", *["---:"] * (len(head) - 1)]) + " |"
-    return ["| " + " | ".join(head) + " |", line, *("| " + " | ".join(row) + " |" for row in rows), ""]
+    cells = [[("" if v is None else str(v)).replace("|", "/").replace("\n", " ") for v in row] for row in rows]
+    return [markdown_table(head, cells), ""]
 
 
 def _ceilings(rows: Sequence[dict[str, Any]]) -> list[str]:
