@@ -175,21 +175,28 @@ MATCHED = {
     "CIFAR-10, IPC 1": "cifar10_{}_ipc1",
     "CIFAR-10, IPC 10": "cifar10_{}",
 }
+# further runs with the same start, students and controls, of which the column shows what its own run lacks
+BESIDE = {"fashion_matching": "fashion_gradient"}
 
 
-def matched_folders(kind: str) -> dict[str, str]:
-    """Existing folders of results of a kind of matching, by the name of their column."""
+def matched_rows(kind: str, table: str) -> dict[str, list[dict[str, str]]]:
+    """Rows of a CSV file of the existing results of a kind of matching, by the name of their column."""
     folders = {name: folder.format(kind) for name, folder in MATCHED.items()}
-    return {name: f for name, f in folders.items() if (ROOT / "results" / f / "accuracy.csv").exists()}
+    folders = {name: f for name, f in folders.items() if (ROOT / "results" / f / table).exists()}
+    return {name: [*_beside(f, table), *read(f"{f}/{table}")] for name, f in folders.items()}
+
+
+def _beside(folder: str, table: str) -> list[dict[str, str]]:
+    return read(f"{BESIDE[folder]}/{table}") if folder in BESIDE else []
 
 
 def matched(kind: str, labels: str) -> str:
     """Sets against data sets and ipc for one kind of labels: mean ± std in percent."""
-    folders = matched_folders(kind)
+    folders = matched_rows(kind, "accuracy.csv")
     cells = {
         (r["set"], name): f"{100 * float(r['last_mean']):.1f} ± {100 * float(r['last_std']):.1f}"
-        for name, folder in folders.items()
-        for r in read(f"{folder}/accuracy.csv")
+        for name, rows in folders.items()
+        for r in rows
         if r["labels"] == labels
     }
     sets = dict.fromkeys(name for name, _ in cells)
@@ -198,9 +205,9 @@ def matched(kind: str, labels: str) -> str:
 
 def matched_differences(kind: str, labels: str, pairs: Iterable[tuple[str, str]]) -> str:
     """Paired differences with 95 % intervals, in points; in bold where the interval leaves zero out."""
-    cells, folders = {}, matched_folders(kind)
-    for name, folder in folders.items():
-        for r in read(f"{folder}/comparisons.csv"):
+    cells, folders = {}, matched_rows(kind, "comparisons.csv")
+    for name, rows in folders.items():
+        for r in rows:
             if r["labels"] == labels:
                 d, low, high = (float(r[k]) for k in ("difference", "low", "high"))
                 bold = r["verdict"] != "undecided"
