@@ -4,7 +4,7 @@
         --prior checkpoints/fashion-mnist --csv results/sampling_steps.csv
 
 Noise and seeds are the same for every number of steps, so that rows differ by the sampler alone. The same command
-continues. Five hundred samples of Fashion-MNIST on one core take half a minute a step.
+continues.
 """
 
 from __future__ import annotations
