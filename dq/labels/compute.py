@@ -39,8 +39,8 @@ def label_epoch(
         plan: of the labels.
         epoch: label epoch, from 0.
         at_once: about how many images of parts go through the teachers together, each part with statistics of its
-            own; 1: one part after another. Logits differ at most by the rounding of products in
-            batches of another size. None: `TEACHER_BATCH` on an accelerator, 1 on the CPU, whose bits stay those of a part alone.
+            own; 1: one part after another. Logits differ at most by the rounding of products in batches of another
+            size. None: `TEACHER_BATCH` on an accelerator, 1 on the CPU, whose bits stay those of a part alone.
     """
     views = plan.draw(epoch)
     spans = batches(plan.images, plan.batch_size, plan.accumulate)
