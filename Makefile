@@ -73,7 +73,7 @@ lint: $(VENV)/.done
 
 # the site, into build/site; warnings such as a link to nowhere are errors
 docs: $(VENV)/.done
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.done
 	for b in import cluster encode memory files student sample refine frepo; do $(BIN)/python benchmarks/$$b.py || exit 1; done

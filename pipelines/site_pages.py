@@ -22,15 +22,22 @@ from dq.config.schema import PRESETS_FOLDER
 from dq.core.text import markdown_table
 
 ROOT = Path(__file__).parents[1]
+REPOSITORY_PAGES = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CITATION.cff": "CITATION.cff",
+}
 # links of Markdown to files of the repository, from the root or from docs/
-LINK = re.compile(r"\]\((?:\.\./)?((?:results|examples|configs)/[^)#]*|examples|LICENSE|CHANGELOG\.md)\)")
+LINK = re.compile(
+    r"\]\((?:\.\./)?((?:results|examples|configs)/[^)#]*|examples|CHANGELOG\.md|CITATION\.cff|CONTRIBUTING\.md)\)"
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and the pictures of results."""
     pages = {
-        "index.md": (ROOT / "README.md").read_text().replace("](docs/", "]("),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
+        "index.md": (ROOT / "README.md").read_text(),
+        **{page: (ROOT / name).read_text() for name, page in REPOSITORY_PAGES.items() if name.endswith(".md")},
         "examples.md": "\n".join(_examples()),
         "reference/cli.md": "\n".join(_command_line()),
         "reference/settings.md": "\n".join(_settings()),
@@ -38,7 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/python.md": "\n".join(_python()),
     }
     for path, text in pages.items():
-        files.append(File.generated(config, path, content=text))
+        files.append(File.generated(config, path, content=text.replace("](docs/", "](")))
+    files.append(File.generated(config, "CITATION.cff", abs_src_path=str(ROOT / "CITATION.cff")))
     for picture in sorted((ROOT / "results").rglob("*")):
         if picture.suffix in (".png", ".jpg", ".webp"):
             path = picture.relative_to(ROOT).as_posix()
@@ -55,8 +63,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if target.startswith("examples"):
             name = Path(target).stem.replace("_", "-") if "/" in target else ""
             return f"]({relpath('examples.md', folder)}{f'#{name}' if name else ''})"
-        if target == "CHANGELOG.md":
-            return f"]({relpath('changelog.md', folder)})"
+        if target in REPOSITORY_PAGES:
+            return f"]({relpath(REPOSITORY_PAGES[target], folder)})"
         return f"]({relpath(target, folder)})"
 
     return LINK.sub(link, markdown)

@@ -298,6 +298,11 @@ def fill_distill(call: Call) -> RunConfig:
 
     args, config, source = call.args, call.config, call.source
     given = partial(sets_key, args)
+    if len(source.class_names) < 2:
+        raise InputError(
+            f"{source.origin} holds one class, {source.class_names[0]!r}, which leaves nothing to learn; give the "
+            "folder above, with a folder for each of several classes"
+        )
     if not config.generate.model and args.prior is None and (prior := prior_of_classes(source.class_names)):
         log.info("the prior of these classes in %s draws the images (--prior none for real images)", prior)
         config = apply_settings(config, {"generate.model": str(prior)})

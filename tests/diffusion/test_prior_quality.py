@@ -309,7 +309,7 @@ def test_images_are_stored_by_what_decides_them(tmp_path: Path, monkeypatch) -> 
         stored_samples(draw(**change), 2.0, tmp_path)
     stored_samples(draw(), 3.0, tmp_path)
     assert len(list(tmp_path.iterdir())) == 6
-    monkeypatch.setattr("dq.diffusion.prior.samples.sample_latents", lambda *a, **k: pytest.fail("drawn again"))
+    monkeypatch.setattr("dq.diffusion.prior.samples.sample_in_pieces", lambda *a, **k: pytest.fail("drawn again"))
     assert torch.equal(stored_samples(draw(batch_size=5), 2.0, tmp_path), images)
 
 

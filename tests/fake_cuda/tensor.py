@@ -41,7 +41,8 @@ class FakeCudaTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._can_decompose():  # in inference mode an operation comes before it is taken apart, `to` for instance
+        # in inference mode an operation comes before it is taken apart, `to` for instance
+        if torch.is_inference_mode_enabled() and func._can_decompose():
             return func.decompose(*args, **(kwargs or {}))
         return run(func, args, kwargs or {})
 

@@ -107,7 +107,7 @@ def test_the_test_split_is_not_touched(taught, toy_images, toy_source, accelerat
 def test_a_killed_training_goes_on_and_gives_the_same_bytes(
     taught, toy_source, accelerator, tmp_path, monkeypatch
 ) -> None:
-    augment = train.augment
+    apply_steps = train.apply_steps
     calls = 0
 
     def killed(*args) -> torch.Tensor:
@@ -115,9 +115,9 @@ def test_a_killed_training_goes_on_and_gives_the_same_bytes(
         calls += 1
         if calls == 20:  # 21 images in batches of 8: in the seventh epoch
             raise KeyboardInterrupt
-        return augment(*args)
+        return apply_steps(*args)
 
-    monkeypatch.setattr(train, "augment", killed)
+    monkeypatch.setattr(train, "apply_steps", killed)
     with pytest.raises(KeyboardInterrupt):
         train_teachers(config(tmp_path), toy_source, accelerator=accelerator)
     folder = tmp_path / "teachers" / "convnet3"

@@ -154,8 +154,8 @@ def test_experts_bring_their_preprocessing_and_held_out_images(
     assert held == [int(experts.held_out_rows(y).sum())]
     assert "held_out" in config.unread()
     for settings, given, message in (
-        ({"experts": None}, experts, "takes experts where its settings name their folder"),
-        ({}, None, "takes experts where its settings name their folder"),
+        ({"experts": None}, experts, "experts"),
+        ({}, None, "experts"),
         ({"net": "convnet2w8"}, experts, "are convnet2w4, but spectral has net=convnet2w8; train others, or set net="),
     ):
         with pytest.raises(InputError, match=message):

@@ -132,6 +132,15 @@ def test_students_fit_the_side_of_the_images(side, net, epochs):
     assert (wide.evaluate.students[0]["net"][8:], wide.evaluate.students[0]["epochs"]) == ("w64", 300)
 
 
+def test_one_class_is_refused(tmp_path, capsys):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "photos" / "cat" / f"{i}.png")
+    assert main(distill(tmp_path / "photos", tmp_path)) == 2
+    assert "one class, 'cat'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_epochs_of_students_are_an_option(photos, tmp_path):
     file = tmp_path / "mine.yaml"
     assert main(distill(photos, tmp_path, str(file), "--epochs", "3", verb="init")) == 0

@@ -117,7 +117,7 @@ def test_equal_masses_are_images_per_prototype(tmp_path: Path, toy_source, accel
 
     ids = pipe.check_inputs(copied, 8, run.source.class_names)
     by_copies = Draw(run, tmp_path / "copies", points, resolved.method, copied, ids)
-    again = [images for _, images in _generated(by_copies, pipe, by_copies.units)]
+    again = [images for *_, images in _generated(pipe, [(by_copies, unit) for unit in by_copies.units])]
     assert torch.equal(torch.cat(again), torch.cat(made))
     assert {read_metadata(f)["copies"] for f in tmp_path.glob("run/images/*/class-*")} == {3}
 
