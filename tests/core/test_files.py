@@ -104,12 +104,17 @@ def test_a_fast_checksum_guards_and_a_cryptographic_one_names(tmp_path: Path, id
         read_tensors(path)
 
 
-def test_an_unknown_fast_checksum_leaves_the_other_one(tmp_path: Path) -> None:
+def test_an_unknown_fast_checksum_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "later.safetensors"
-    write_with(path, {"meta": {"k": 1}, "integrity": "xxh9:12", "checksum": BLAKE2B})
+    for record in ({"checksum": BLAKE2B}, {}):
+        write_with(path, {"meta": {"k": 1}, "integrity": "xxh9:12", **record})
+        assert not is_done(path)
+
+
+def test_a_file_without_a_fast_checksum_is_compared_by_the_other_one(tmp_path: Path) -> None:
+    path = tmp_path / "earlier.safetensors"
+    write_with(path, {"meta": {"k": 1}, "checksum": BLAKE2B})
     assert read_tensors(path)[1] == {"k": 1}
-    write_with(path, {"meta": {"k": 1}, "integrity": "xxh9:12"})
-    assert not is_done(path)
 
 
 def test_changed_metadata_is_damage(tmp_path: Path) -> None:

@@ -199,7 +199,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", NOISE_SCHEDULERS)
+# grids of KDPM2 take a second each
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("KDPM2") else n for n in NOISE_SCHEDULERS]
+)
 def test_kept_grids_are_those_that_are_set_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
     real = time_grid._with_grid

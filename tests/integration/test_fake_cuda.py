@@ -26,6 +26,7 @@ def on_fake_device(*arguments: str) -> None:
     assert all("needs a real GPU" in line for line in skipped), skipped
 
 
+@pytest.mark.slow
 def test_device_code_on_the_fake_device() -> None:
     on_fake_device("-m", "gpu and not slow", "tests/fake_cuda")
 
