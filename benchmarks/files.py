@@ -10,7 +10,6 @@ BLAKE2 against XXH3 of 64 MB; PNG files of noise in one thread against all cores
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
 import sys
@@ -23,9 +22,10 @@ import torch
 
 from dq.cluster.transport import uniform_w2
 from dq.core.devices import cores_per_process
-from dq.core.files import _checksum, _integrity
+from dq.core.files import _checksum, _integrity, write_text
 from dq.core.threads import thread_map
 from dq.distilled.parquet import _pixels, _png
+from dq.evaluation.results import to_csv
 
 
 def ways() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -71,11 +71,8 @@ def main() -> None:
         rows.append({**row, "largest": round(high, 2), "rounds": args.rounds})
         print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     if args.csv:
-        with open(args.csv, "w", newline="") as f:
-            f.write(f"# python {' '.join(sys.argv)}  ({platform.machine()}, {cores_per_process()} cores)\n")
-            writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        head = f"# python {' '.join(sys.argv)}  ({platform.machine()}, {cores_per_process()} cores)\n"
+        write_text(args.csv, head + to_csv(rows))
 
 
 if __name__ == "__main__":

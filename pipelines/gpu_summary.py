@@ -1,4 +1,8 @@
-"""Records of `gpu_session.py`, and the tables of what they say."""
+"""Records of `gpu_session.py`, and the tables of what they say.
+
+They are read and written without `dq.core.files`, which needs torch and xxhash, as a session records what a machine
+lacks.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -38,13 +39,17 @@ def validation_rows(labels: np.ndarray, total: int) -> np.ndarray:
     About `total` images, at most a fifth of a class. The same for every evaluation of a data set, so that sets are
     compared on the same images.
     """
-    classes = np.unique(labels)
+    share = total / len(np.unique(labels))
+    return _stratified_rows(labels, "validation", lambda n: min(max(1, round(share)), n // 5))
+
+
+def _stratified_rows(labels: np.ndarray, purpose: str, count: Callable[[int], int]) -> np.ndarray:
+    """Draw `count(n)` rows of every class of n, ascending; the same ones for a purpose and labels."""
     chosen = []
-    for label in classes:
+    for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        count = min(max(1, round(total / len(classes))), len(rows) // 5)
-        order = torch.randperm(len(rows), generator=generator("validation", int(label)))
-        chosen.append(rows[order[:count].numpy()])
+        order = torch.randperm(len(rows), generator=generator(purpose, int(label)))
+        chosen.append(rows[order[: count(len(rows))].numpy()])
     return np.sort(np.concatenate(chosen))
 
 
@@ -62,22 +67,17 @@ def with_test_split(source: ImageSource, share: float) -> ImageSource:
     if not share or source.test_name is not None:
         return source
     labels = source.train.labels
-    mask = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        count = min(max(1, int(share * len(rows))), len(rows) - 1)
-        order = torch.randperm(len(rows), generator=generator("test", int(label)))
-        mask[rows[order[:count].numpy()]] = True
-    if not mask.any():
+    test = _stratified_rows(labels, "test", lambda n: min(max(1, int(share * n)), n - 1))
+    if not len(test):
         raise InputError(
             f"{source.origin} has no test split, and one image a class, of which none can be held out; add images or "
             "set source.test_share=0"
         )
     log.info(
         "%s has no test split: %d of its %d images, about %.0f %% of every class, are held out (source.test_share)",
-        *(source.origin, mask.sum(), len(labels), 100 * share),
+        *(source.origin, len(test), len(labels), 100 * share),
     )
-    train, test = np.flatnonzero(~mask), np.flatnonzero(mask)
+    train = np.setdiff1d(np.arange(len(labels)), test)
     parts = {
         source.train_name: source.train.part(train, source.train_name),
         HELD_OUT: source.train.part(test, HELD_OUT),

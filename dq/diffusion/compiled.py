@@ -34,11 +34,11 @@ def compile_generator(pipe: Any, configs: Sequence[GenerateConfig], codec: Codec
         configs: settings of all draws.
         codec: settings of the codec.
     """
-    asked = [c for c in configs if c.compile == "auto" and c.mode == "dit"]
-    if any(c.internal_guidance != 1 for c in asked):
+    chosen = [c for c in configs if c.compile == "auto" and c.mode == "dit"]
+    if any(c.internal_guidance != 1 for c in chosen):
         log.info("compile: the denoiser is not compiled, as generate.internal_guidance reads its single blocks")
-    elif asked:
-        compile_denoiser(pipe.transformer, [n for c in asked for n in denoiser_rows(c)])
+    elif chosen:
+        compile_denoiser(pipe.transformer, [n for c in chosen for n in denoiser_rows(c)])
     if configs and codec.compile == "auto":
         rows = max(c.batch_size for c in configs)
         compile_codec(pipe.vae, "decoder", (rows, *latent_shape(pipe.vae, codec.resolution)))
