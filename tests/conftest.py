@@ -50,6 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
     install()  # before test modules are imported, which ask whether there is a device
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device, real or fake."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run with: make test-gpu"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     top = config.getoption("--device-report")
     if top and config.getoption("--fake-cuda"):

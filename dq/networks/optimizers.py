@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
+from dq.core.devices import is_slow
 from dq.core.errors import InputError
 from dq.core.plain import PlainDict, PlainMapping
 
@@ -42,18 +43,29 @@ class MuonAdamW(torch.optim.Optimizer):
     (out, in h w) that share their memory. Its updates are scaled to the size of AdamW's, 0.2 sqrt(max(out, in)) times
     the orthogonal matrix (Liu et al. 2025), so that both take the same learning rate and weight decay.
 
+    A step in bfloat16 is torch's, bit for bit. Where the device emulates bfloat16, the matrices are orthogonalized in
+    float32, which torch cannot. The dtype is part of the state: a training goes on in that in which it began.
+
     Args:
         hidden: parameters of two or four dimensions.
         others: groups of the other parameters, as `torch.optim.AdamW` takes them.
         lr: of both.
         weight_decay: of the hidden matrices.
+        dtype: in which matrices are orthogonalized, "bfloat16" or "float32". None: bfloat16 unless the device of the
+            hidden matrices emulates it.
 
     Raises:
         InputError: if nothing is hidden, or this torch has no Muon.
     """
 
     def __init__(
-        self, hidden: Sequence[nn.Parameter], others: Sequence[PlainDict], *, lr: float, weight_decay: float
+        self,
+        hidden: Sequence[nn.Parameter],
+        others: Sequence[PlainDict],
+        *,
+        lr: float,
+        weight_decay: float,
+        dtype: str | None = None,
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise InputError(f"optimizer=muon needs torch 2.9 or newer, not {torch.__version__}; take adamw")
@@ -64,6 +76,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self.matrices = tuple(nn.Parameter(as_matrix(p.detach(), p)) for p in hidden)
         options: PlainDict = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         self.muon = torch.optim.Muon(self.matrices, **options)
+        dtype = dtype or ("float32" if is_slow("bfloat16", hidden[0].device) else "bfloat16")
+        self.muon.param_groups[0]["dtype"] = dtype
         self.adamw = torch.optim.AdamW(others, lr=lr)
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
@@ -77,7 +91,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for matrix, p in zip(self.matrices, self.hidden, strict=True):
             matrix.data = as_matrix(p.detach(), p)
             matrix.grad = None if p.grad is None else as_matrix(p.grad, p)
-        self.muon.step()
+        for p in self.matrices:
+            if p.grad is not None:
+                _muon_step(p, p.grad, self.muon.state[p], self.muon.param_groups[0])
         self.adamw.step()
         return loss
 
@@ -98,9 +114,44 @@ class MuonAdamW(torch.optim.Optimizer):
         groups, n = state_dict["param_groups"], len(self.hidden)
         first = {i: state for i, state in state_dict["state"].items() if i < n}
         second = {i - n: state for i, state in state_dict["state"].items() if i >= n}
-        self.muon.load_state_dict({"state": first, "param_groups": groups[:1]})
+        # states from before the dtype was part of them are of bfloat16
+        self.muon.load_state_dict({"state": first, "param_groups": [{"dtype": "bfloat16"} | groups[0]]})
         self.adamw.load_state_dict({"state": second, "param_groups": groups[1:]})
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def _muon_step(p: nn.Parameter, gradient: Tensor, state: PlainDict, group: PlainDict) -> None:
+    """Step a matrix along its orthogonalized momentum, in place (`torch.optim.Muon`, Nesterov).
+
+    `group` has the settings of `torch.optim.Muon` and "dtype".
+    """
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(gradient)
+    buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+    update = orthogonalize(gradient.lerp(buffer, group["momentum"]), getattr(torch, group["dtype"]))
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    p.add_(update, alpha=-group["lr"] * (0.2 * max(p.shape) ** 0.5))
+
+
+def orthogonalize(x: Tensor, dtype: torch.dtype, *, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """Replace the singular values of a matrix by numbers between about 0.5 and 1.5 (Jordan et al. 2024).
+
+    Newton-Schulz iterations of the polynomial 3.4445 x - 4.775 x^3 + 2.0315 x^5, as in `torch.optim.Muon`, which
+    computes in bfloat16 alone.
+
+    Args:
+        x: (n, m).
+        dtype: of the products and of the result.
+        steps: number of iterations.
+        eps: least norm by which x is divided.
+    """
+    wide = len(x) <= x.shape[1]
+    y = (x if wide else x.T).to(dtype)
+    y = y / y.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), y, beta=3.4445)
+    return y if wide else y.T
 
 
 def as_matrix(x: Tensor, p: Tensor) -> Tensor:

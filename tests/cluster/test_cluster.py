@@ -522,7 +522,6 @@ def test_no_warning_in_the_ordinary_case() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu() -> None:
     xs = [blobs(n, 32, 6, seed, spread=0.4) for seed, n in enumerate((300, 500))]
     config = exact("torch", init="k-means++")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import needs_gpu
 from torch import Tensor
 
 from dq.cluster.kmeans import Clustering, kmeans_many
@@ -12,7 +11,7 @@ from dq.cluster.spaces import embed
 from dq.config.schema import ClusterConfig
 from dq.core.seeds import derive_seed
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = pytest.mark.gpu
 STARTS = ("k-means++", "random", "pca-multistart")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from gpu import float32_convolutions, needs_gpu, needs_real_gpu
+from gpu import float32_convolutions, needs_real_gpu
 from models import tiny_dit, tiny_kl, toy_splits
 from safetensors.torch import load_file
 from small_prior import NAMES, encoded, interrupted_at_save, prior_in
@@ -24,7 +24,7 @@ from dq.diffusion.generator import LatentGenerator
 from dq.diffusion.prior.train_denoiser import train_denoiser
 from dq.diffusion.sampling import FLOW_SCHEDULERS, NOISE_SCHEDULERS, dit_prediction
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = pytest.mark.gpu
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOW = {name: diffusers.FlowMatchEulerDiscreteScheduler() for name in FLOW_SCHEDULERS if "FlowMatch" in name}
 

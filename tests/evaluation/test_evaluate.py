@@ -1146,7 +1146,6 @@ def test_what_cannot_be_decided():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_student_on_the_gpu_sees_the_same_draws():
     config = dataclasses.replace(PLAIN, augment="dsa", dtype="float32")
     assert train(config, device="cuda")[1] == pytest.approx(train(config)[1], rel=1e-2)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import needs_gpu
 from tiny_teachers import TinyNet, drawn, images_of, teacher_of
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from dq.labels.files import read_labels, write_manifest, write_shard
 from dq.labels.plan import make_plan
 from dq.networks.training import Checkpoint, Fitted, TrainingSet, fit, normalizer
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = pytest.mark.gpu
 PIXELS = normalizer([0.5] * 3, [0.25] * 3)
 VIEWS = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5, mix="cutmix")
 SOFT = StudentConfig(

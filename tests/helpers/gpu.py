@@ -16,9 +16,6 @@ def is_real() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_name() != FAKE
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run with: make test-gpu")
-
-
 def needs_real_gpu(what: str) -> pytest.MarkDecorator:
     """Skip where the device is not there or the fake one, which lacks `what`."""
     return pytest.mark.skipif(not is_real(), reason=f"needs a real GPU for {what}; run with: make test-gpu")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from gpu import needs_gpu, needs_real_gpu
+from gpu import needs_real_gpu
 from launching import torchrun
 from models import tiny_dit
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ from dq.networks.zoo import make_net
 from dq.refine import fadrm
 from dq.refine.method import Batch
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 
 

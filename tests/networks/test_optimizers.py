@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dq.config.students import StudentConfig
+from dq.core import devices
 from dq.core.errors import InputError
-from dq.networks.optimizers import MuonAdamW, as_matrix, make_optimizer, muon_groups
+from dq.networks.optimizers import MuonAdamW, as_matrix, make_optimizer, muon_groups, orthogonalize
 from dq.networks.zoo import make_net
 
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1}
@@ -30,9 +31,10 @@ def gradients(net: nn.Module, step: int) -> None:
     net(x).square().sum().backward()
 
 
-def optimizer(net: nn.Module) -> MuonAdamW:
+def optimizer(net: nn.Module, dtype: str | None = "bfloat16") -> MuonAdamW:
     hidden, rest = muon_groups(net, convolutions=True)
-    return MuonAdamW(list(hidden.values()), [{"params": list(rest.values()), "weight_decay": 0.1}], **SETTINGS)
+    others = [{"params": list(rest.values()), "weight_decay": 0.1}]
+    return MuonAdamW(list(hidden.values()), others, dtype=dtype, **SETTINGS)
 
 
 def trained(net: nn.Module, own: torch.optim.Optimizer, steps: range) -> nn.Module:
@@ -51,12 +53,13 @@ def test_hidden_matrices_are_kernels_and_linear_weights_but_the_last() -> None:
     assert list(muon_groups(layers()[:4], convolutions=True)[0]) == NAMES[:1]  # the last layer is the output
 
 
-def test_a_matrix_takes_the_steps_of_torchs_muon() -> None:
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (1, 5), (5, 5)])
+def test_a_matrix_takes_the_steps_of_torchs_muon(shape: tuple[int, int]) -> None:
     g = torch.Generator().manual_seed(0)
-    start, gradient = torch.randn(6, 9, generator=g), torch.randn(3, 6, 9, generator=g)
+    start, gradient = torch.randn(*shape, generator=g), torch.randn(3, *shape, generator=g)
     ours, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     bias = nn.Parameter(torch.zeros(6))
-    both = MuonAdamW([ours], [{"params": [bias]}], **SETTINGS)
+    both = MuonAdamW([ours], [{"params": [bias]}], dtype="bfloat16", **SETTINGS)
     alone = torch.optim.Muon([other], adjust_lr_fn="match_rms_adamw", **SETTINGS)
     for step in range(3):
         ours.grad, other.grad = gradient[step].clone(), gradient[step].clone()
@@ -65,6 +68,44 @@ def test_a_matrix_takes_the_steps_of_torchs_muon() -> None:
         assert torch.equal(ours, other)
     assert not torch.equal(ours, start)
     assert bias.equal(torch.zeros(6))  # no gradient, no step
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_orthogonalization_in_float32_is_that_in_bfloat16_without_its_rounding(shape: tuple[int, int]) -> None:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    exact = orthogonalize(x, torch.float64)
+    rounded = orthogonalize(x, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert (orthogonalize(x, torch.float32).double() - exact).norm() < 1e-5 * exact.norm()
+    assert 1e-4 * exact.norm() < (rounded.double() - exact).norm() < 0.03 * exact.norm()
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(exact, u * s @ v)
+    assert orthogonalize(torch.zeros(3, 2), torch.float32).equal(torch.zeros(3, 2))
+
+
+def test_the_dtype_follows_the_machine_at_the_start_and_the_state_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = {dtype: layers() for dtype in ("bfloat16", "float32")}
+    states = {}
+    for dtype, net in nets.items():
+        monkeypatch.setattr(devices, "has_native_bfloat16", lambda device, native=dtype == "bfloat16": native)
+        own = optimizer(net, None)
+        assert own.param_groups[0]["dtype"] == dtype
+        trained(net, own, range(2))
+        states[dtype] = own.state_dict()
+    assert optimizer(layers()).param_groups[0]["dtype"] == "bfloat16"  # as told, also where it is emulated
+    a, b = (net[0].weight.detach() - layers()[0].weight.detach() for net in nets.values())
+    assert 0 < (a - b).norm() < 0.03 * a.norm()
+
+    moved = optimizer(layers(), None)
+    moved.load_state_dict(copy.deepcopy(states["bfloat16"]))
+    assert moved.param_groups[0]["dtype"] == "bfloat16"
+    del states["bfloat16"]["param_groups"][0]["dtype"]  # as states were before
+    moved = optimizer(layers(), None)
+    moved.load_state_dict(states["bfloat16"])
+    assert moved.param_groups[0]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -634,7 +634,6 @@ def test_a_schedule_is_one_cosine_to_zero():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run with: make test-gpu")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_gpu_walks_as_the_cpu_does(images, dtype):
     teacher = trained()
