@@ -31,6 +31,31 @@ class Selection:
     facts: PlainDict
 
 
+def nearest_of_cells(x: object, centroids: object, number: int) -> tuple[Tensor, Tensor]:
+    """Points nearest to each centroid, among those of its cell.
+
+    Args:
+        x: (n, d).
+        centroids: (K, d).
+        number: at most so many for each centroid; cells with fewer points give all.
+
+    Returns:
+        Rows (M,) of x and the centroid (M,) of each, int64, centroid by centroid, the nearest first. No row is there
+        twice.
+
+    Raises:
+        InputError: if a shape or value is another.
+    """
+    x, centroids = as_points(x, "x", finite=True), as_points(centroids, "centroids", finite=True)
+    distance, cell = squared_cost(x, centroids).min(1)
+    order = distance.argsort(stable=True)
+    order = order[cell[order].argsort(stable=True)]
+    sizes = torch.bincount(cell, minlength=len(centroids))
+    rank = torch.arange(len(x), device=x.device) - (sizes.cumsum(0) - sizes)[cell[order]]
+    near = order[rank < number]
+    return near.cpu(), cell[near].cpu()
+
+
 def select_correct(correct: object, probability: object, prototype: object, numbers: Sequence[int]) -> Selection:
     """Select the first correctly classified candidates (after CaO2, Wang et al. 2025).
 

@@ -133,14 +133,17 @@ def check_selection(config: RunConfig, method: str, *, selector: bool = True) ->
         InputError: for candidates without a rule, a rule without candidates or teacher, or a pool as teacher.
     """
     m, _, g, _ = resolved_method(config, method)
-    if m.representative == "real" or (g.candidates == 1 and g.select == "none"):
+    one = g.candidates == 1 and not g.real_candidates
+    if (m.representative == "real" and not g.real_candidates) or (one and g.select == "none"):
         return
     if g.select == "none":
+        name = "candidates" if g.candidates > 1 else "real_candidates"
         raise InputError(
-            f"method {method!r} has generate.candidates={g.candidates} and generate.select=none, which would keep the "
-            "first alone; set generate.select to correct, confident, facility or transport, or candidates=1"
+            f"method {method!r} has generate.{name}={getattr(g, name)} and generate.select=none, which would keep the "
+            "first alone; set generate.select to correct, confident, facility or transport, or "
+            f"{name}={0 if name == 'real_candidates' else 1}"
         )
-    if g.candidates == 1:
+    if one:
         raise InputError(
             f"method {method!r} has generate.select={g.select} and one candidate; set generate.candidates to 2 or more"
         )

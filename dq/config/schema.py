@@ -247,6 +247,10 @@ class GenerateConfig(Checked):
     candidates: Annotated[
         int, Field(ge=1, le=MOST_CANDIDATES, description="draws for every image, of which select keeps one")
     ] = 1
+    real_candidates: Annotated[
+        int,
+        Field(ge=0, le=MOST_CANDIDATES, description="nearest real images of every cell that are candidates too"),
+    ] = 0
     # correct: the first that `select_teacher` classifies rightly; confident: the one of highest p(y); facility: those
     # whose features cover the class's real images best; transport: those that are together nearest to them
     select: Annotated[

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dq.cluster.selection import lower_bounds, select_confident, select_correct, select_facility, select_transport
+from dq.cluster.selection import (
+    lower_bounds,
+    nearest_of_cells,
+    select_confident,
+    select_correct,
+    select_facility,
+    select_transport,
+)
 from dq.cluster.transport import exact_transport, squared_cost
 from dq.core.errors import InputError
 
@@ -32,6 +39,23 @@ def test_correct_keeps_the_first_that_is_right_and_fills_up_with_the_most_confid
     chosen = select_correct(right, P, PROTOTYPE, [3, 2, 1])
     assert chosen.rows.tolist() == [0, 3, 6, 1, 4, 5]
     assert chosen.facts == {"lacking": 2}
+
+
+def test_the_nearest_of_each_cell_are_in_order_and_no_point_twice() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, centroids = torch.randn(40, 3, generator=g), torch.randn(5, 3, generator=g)
+    centroids[4] = 100.0  # nobody's nearest
+    distance = torch.cdist(x.double(), centroids.double())
+    cell = distance.argmin(1)
+    rows, owner = nearest_of_cells(x, centroids, 3)
+    expected = []
+    for k in range(5):
+        own = (cell == k).nonzero()[:, 0]
+        expected += [(int(i), k) for i in own[distance[own, k].argsort()][:3]]
+    assert list(zip(rows.tolist(), owner.tolist(), strict=True)) == expected
+    assert len(expected) < 15
+    everything, _ = nearest_of_cells(x, centroids, 40)
+    assert sorted(everything.tolist()) == list(range(40))
 
 
 def test_too_few_candidates_are_refused() -> None:

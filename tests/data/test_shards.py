@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -430,6 +431,9 @@ def test_reading_starts_no_threads_of_arrow(tmp_path: Path) -> None:
         source = load_source(tmp_path / "x", streaming=True)
         read_images(source.train, range(6), 5, "crop", threads=1)
         DistilledSet.load(tmp_path)
+        end = time.monotonic() + 5
+        while threads() > before and time.monotonic() < end:  # joined threads leave the list of tasks a little later
+            time.sleep(0.01)
         print(threads() - before)
 
     forked = Forked(read)  # has none of the threads of the tests before it

@@ -18,6 +18,7 @@ from runs import full, launch
 
 from dq.cli.main import main
 from dq.cluster.prototypes import Prototypes
+from dq.cluster.transport import squared_cost
 from dq.config.methods import check_guidance, check_methods
 from dq.config.overrides import apply_settings
 from dq.config.pruning import PruneConfig
@@ -26,6 +27,7 @@ from dq.config.schema import GenerateConfig, RunConfig
 from dq.core.errors import InputError
 from dq.core.files import read_metadata, read_tensors
 from dq.core.seeds import digest_of
+from dq.data.images import read_images
 from dq.run.checks import check_plan, check_settings
 from dq.run.distill import DistillPipeline
 from dq.run.folder import Run, deciding, open_run
@@ -177,6 +179,69 @@ def test_a_killed_selection_and_small_spools_end_with_the_same_images(
     assert same_sets(tmp_path / "killed", tmp_path / "one")
 
 
+def test_real_images_of_a_cell_compete_with_its_draws(
+    tmp_path: Path, toy_source, accelerator, pipe, selecting
+) -> None:
+    settings = {"candidates": 2, "select": "transport", "select_teacher": selecting}
+    drawn(tmp_path / "draws", toy_source, accelerator, pipe, **settings)
+    run = drawn(tmp_path / "both", toy_source, accelerator, pipe, real_candidates=4, **settings)
+    assemble(run)
+    s = load_set_of_run(run, 3, "ddoq")
+    real_kept = 0
+    for label, ((alone, _), (both, meta)) in enumerate(
+        zip(classes(tmp_path / "draws"), classes(tmp_path / "both"), strict=True)
+    ):
+        rows, kept, prototype = both["pool_row"], both["pool_kept"], both["pool_prototype"]
+        assert torch.equal(both["pool_probability"][:6], alone["pool_probability"])  # the same draws
+        assert rows[:6].eq(-1).all()
+        assert torch.equal(both["pool_draw"][:6], alone["pool_draw"])
+        real = rows[6:]
+        assert len(real.unique()) == len(real) > 3
+        assert (toy_source.train.labels[real.numpy()] == label).all()
+        p = Prototypes.load(next(iter(run.folder.glob(f"prototypes/*/class-{label:05d}.safetensors"))))
+        z, cached = cache_of(run).load(label)
+        nearest = squared_cost(z.flatten(1).float(), p.centroids.flatten(1)).argmin(1)
+        assert torch.equal(nearest[[cached.tolist().index(int(row)) for row in real]], prototype[6:])
+        own = s.labels == label
+        chosen = torch.tensor(meta["source_rows"])
+        assert sorted(chosen[chosen >= 0].tolist()) == sorted(rows[kept & (rows >= 0)].tolist())
+        assert torch.equal(s.source_row[own], torch.where(chosen >= 0, chosen, p.medoid_rows))
+        images = read_images(toy_source.train, chosen[chosen >= 0].tolist(), 8, toy_source.preprocess)[0]
+        assert torch.equal(s.images[own][chosen >= 0], images)
+        assert meta["selection"]["real_kept"] == int((chosen >= 0).sum())
+        assert meta["selection"]["w2"] <= meta["selection"]["w2_first"]
+        real_kept += meta["selection"]["real_kept"]
+    assert real_kept > 0
+    assert s.provenance["generate"]["selection"]["real_kept"] == real_kept
+
+
+def test_real_representatives_are_selected_among_those_of_their_cells(
+    tmp_path: Path, toy_source, accelerator, selecting
+) -> None:
+    chosen = {"real_candidates": 5, "select": "transport", "select_teacher": selecting}
+    methods = {"medoids": {"representative": "real"}}
+    methods["chosen"] = {"representative": "real", "override": {"generate": chosen}}
+    data = {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "codec": {"resolution": 8}}
+    run = open_run(from_dict(RunConfig, data | {"ipc": [3], "methods": methods}), toy_source, accelerator)
+    cluster(run, encode(run, tiny_kl()))
+    generate(run, DistillPipeline(vae=tiny_kl()), cache_of(run))
+    assemble(run)
+    nearest, selected = (load_set_of_run(run, 3, method) for method in methods)
+    assert not torch.equal(nearest.images, selected.images)
+    rows = selected.source_row
+    assert len(rows.unique()) == len(rows) == 9
+    assert torch.equal(selected.images, read_images(toy_source.train, rows.tolist(), 8, toy_source.preprocess)[0])
+    folders = sorted(tmp_path.glob("run/images/*"))
+    for folder in (f for f in folders if f.is_dir()):
+        for path in sorted(folder.glob("class-*")):
+            tensors, meta = read_tensors(path)
+            if "selection" in meta:
+                pool = torch.where(tensors["pool_row"] < 0, -1, tensors["pool_row"])[3:]
+                medoids = nearest.source_row[nearest.labels == int(path.stem[6:])]
+                assert not torch.isin(pool, medoids).any()
+                assert meta["selection"]["w2"] < meta["selection"]["w2_first"]
+
+
 def test_prototypes_without_an_image_are_counted_and_their_weight_left_out(
     tmp_path: Path, toy_source, accelerator, pipe, selecting, caplog
 ) -> None:
@@ -233,7 +298,9 @@ def test_rules_by_features_see_what_pruning_keeps(
     features: Any = SimpleNamespace(load_rows=lambda label, own: ends[(~kept).long()])
     teacher: Any = None
     for pruning, row in ((Pruning(settings, scores, seed=0), 0), (Pruning(PruneConfig(), None, seed=0), 1)):
-        selector = Selector(GenerateConfig(mode="dit", select=rule), teacher, cache, 1, pruning, features)
+        selector = Selector(
+            GenerateConfig(mode="dit", select=rule), teacher, cache, 1, pruning, features, lambda rows: rows
+        )
         chosen = selector._by_features(quantizer(z.float().mean(0, keepdim=True)), ends, torch.tensor([0, 0]), [1])
         assert chosen.rows.tolist() == [row]
 
@@ -314,6 +381,8 @@ def test_what_does_not_go_together_is_refused_first(selecting) -> None:
 
     refused("candidates=4 and generate.select=none, which would keep the first alone", candidates=4)
     refused("select=correct and one candidate", select="correct", select_teacher=selecting)
+    refused("real_candidates=4 and generate.select=none, which would keep the first", real_candidates=4)
+    refused("which needs a teacher; set generate.select_teacher.net", real_candidates=2, select="confident")
     refused("which needs a teacher; set generate.select_teacher.net", candidates=2, select="confident")
     refused(
         "a pool as generate.select_teacher",
@@ -337,6 +406,12 @@ def test_candidates_multiply_the_cost_of_drawing(selecting) -> None:
     assert calls[f"select convnet3-bn {selecting['path']}"] == 2 * 24 + 80
     assert plans["generate"].units == "32 images, of which 16 are kept"
     assert plans["generate"].bytes == 16 * 3 * 64 * 64
+    assert calls["read"] == 80
+    real = apply_settings(config, ["methods.transport.override.generate.real_candidates=2"])
+    both = next(p for p in stage_plans(real, source, latent=(4, 8, 8), denoiser_steps=5) if p.stage == "generate")
+    assert both.calls[f"select convnet3-bn {selecting['path']}"] == 2 * (24 + 16) + 80
+    assert both.calls["read"] == 80 + 16
+    assert both.units == "32 images and 16 real ones, of which 16 are kept"
     assert "16 images, chosen from 32 draws, 0.2 MB of pixels, up to 1600 denoiser calls" in plan(config, source)
 
 

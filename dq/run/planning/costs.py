@@ -190,8 +190,12 @@ def _generate(
     distinct = {s.drawn: s for s in sets}
     total = sum(s.draws for s in distinct.values())
     images_kept = sum(s.images for s in distinct.values())
+    real = sum(s.real_candidates for s in distinct.values())
     plan = StagePlan(
-        "generate", plural(total, "image") + (f", of which {images_kept} are kept" if images_kept < total else "")
+        "generate",
+        plural(total, "image")
+        + (f" and {real} real ones" if real else "")
+        + (f", of which {images_kept} are kept" if images_kept < total + real else ""),
     )
     compared: set[str] = set()
     for s in distinct.values():
@@ -202,10 +206,12 @@ def _generate(
             if s.generate.mode != "decode":
                 steps = s.generate.num_inference_steps if denoiser_steps is None else denoiser_steps
                 plan.call("denoise", s.draws * steps)
-        if s.draws > s.images:
+        if s.real_candidates:
+            plan.call("read", s.real_candidates)
+        if s.draws + s.real_candidates > s.images:
             looks = 2 if s.generate.select in BY_FEATURES else 1  # probabilities, and features
             operation = select_operation(s.generate)
-            plan.call(operation, s.draws * looks)
+            plan.call(operation, (s.draws + s.real_candidates) * looks)
             if looks == 2 and operation not in compared:  # real images, once for each teacher
                 compared.add(operation)
                 plan.call("read", images)

@@ -45,7 +45,15 @@ class PlannedSet:
         """Images that are drawn, candidates included."""
         from dq.run.stages.select import selecting_teacher
 
-        return self.images * (self.generate.candidates if selecting_teacher(self.how, self.generate) else 1)
+        draws = self.generate.candidates if self.how.representative != "real" else 1
+        return self.images * (draws if selecting_teacher(self.how, self.generate) else 1)
+
+    @property
+    def real_candidates(self) -> int:
+        """Real images that compete with the draws, at most."""
+        from dq.run.stages.select import selecting_teacher
+
+        return self.images * self.generate.real_candidates if selecting_teacher(self.how, self.generate) else 0
 
     @property
     def points(self) -> str:

@@ -40,11 +40,15 @@ def selection_content(run: Run, cache: LatentCache, present: Sequence[tuple[int,
             p_drawn, p_kept = (f"{100 * s[name]:.1f} %" for name in ("probability_drawn", "probability_kept"))
             measures = ((n, s[f"{n}_first"], s[n]) for n in ("w2", "coverage") if n in s)
             change = ", ".join(f"{name} {first:.3f} to {last:.3f}" for name, first, last in measures)
-            rows.append([method, ipc, s["rule"], s["candidates"], s["teacher"], s["images"], p_drawn, p_kept, change])
+            candidates, images = s["candidates"], s["images"]
+            if "real_kept" in s:
+                candidates = f"{candidates} and {s['real_candidates']} real"
+                images = f"{images}, {s['real_kept']} of them real"
+            rows.append([method, ipc, s["rule"], candidates, s["teacher"], images, p_drawn, p_kept, change])
             sentences += [f"{method} at IPC {ipc}: {sentence}." for sentence in selection_sentences(s)]
-            candidates = _candidates(run, drawn[f"{ipc}/{method}"])
-            if candidates:
-                pools.append({"title": f"{method}, IPC {ipc}", "classes": candidates})
+            classes = _candidates(run, drawn[f"{ipc}/{method}"])
+            if classes:
+                pools.append({"title": f"{method}, IPC {ipc}", "classes": classes})
     if not rows:
         return {}
     head = ["method", "IPC", "rule", "candidates", "teacher", "images", "p(y) of all", "p(y) of the kept"]

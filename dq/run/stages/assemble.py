@@ -75,6 +75,10 @@ class Parts:
                 soft_labels = read_tensors(class_file(self.labels, p.label))[0]["logits"]
             weights = p.image_weights(meta["copies"], m.weights, m.normalize)
             copies = torch.as_tensor(meta["copies"]).expand(len(p.counts))
+            rows = p.medoid_rows.repeat_interleave(copies)
+            if "source_rows" in meta:  # images that are real ones
+                own = torch.tensor(meta["source_rows"])
+                rows = torch.where(own >= 0, own, rows)
             yield DistilledSet(
                 images=tensors["images"],
                 labels=torch.full_like(p.counts, p.label).repeat_interleave(copies),
@@ -82,7 +86,7 @@ class Parts:
                 class_names=self.run.source.class_names,
                 prototype=torch.arange(len(p.counts)).repeat_interleave(copies),
                 counts=p.counts.repeat_interleave(copies),
-                source_row=p.medoid_rows.repeat_interleave(copies),
+                source_row=rows,
                 soft_labels=soft_labels,
                 bounded=meta.get("bounded", True),
                 label_kind=meta.get("label_kind", "logits"),

@@ -45,13 +45,13 @@ SPOOL = 2 << 30  # bytes of candidates that wait on disk at a time, or those of 
 # settings that say which points are drawn how often and which images are kept, not how a batch is drawn
 BEFORE_OR_BEHIND = (
     *("class_map", "rescale", "images_per_prototype"),
-    *("candidates", "select", "select_teacher", "one_per_prototype"),
+    *("candidates", "real_candidates", "select", "select_teacher", "one_per_prototype"),
 )
 # settings that came later
 ADDED = (
     *("internal_guidance", "autoguidance", "candidates", "select", "select_teacher", "one_per_prototype"),
     *("measure_guidance", "measure_interval", "measure_entropy", "measure_iterations", "measure_weights"),
-    *("repulsion", "repulsion_interval", "repulsion_ridge"),
+    *("repulsion", "repulsion_interval", "repulsion_ridge", "real_candidates"),
 )
 
 
@@ -68,6 +68,8 @@ def image_folder(
     identity = image_identity(run, cache, ipc, method)
     if m.representative == "real":  # needs no generator
         identity.append(["real", run.source.preprocess])
+        rule = [generate_config.real_candidates, generate_config.select, generate_config.one_per_prototype]
+        identity += [[*rule, teacher_digest]] if teacher_digest else []
     else:
         identity.append([_deciding(generate_config), pipe_digest, *([teacher_digest] if teacher_digest else [])])
     return run.folder / "images" / f"ipc{ipc:05d}-{m.representative}-{digest_of(identity)}"
@@ -208,7 +210,7 @@ class Draw:
 
     @property
     def candidates(self) -> int:
-        return self.config.candidates if self.selector is not None else 1
+        return self.config.candidates if self.selector is not None and not self.real else 1
 
     @functools.cached_property
     def numbers(self) -> list[list[int]]:
@@ -432,6 +434,7 @@ def _gather_class(draw: Draw, label: int, parts: list[Path]) -> None:
     p = Prototypes.load(class_file(draw.prototypes, label))
     selected = draw.selector.select(p, draw.numbers[label], draw.pool(label), parts)
     meta |= {"copies": _copies(selected.numbers), "selection": selected.facts}
+    meta |= {"source_rows": selected.source_rows} if selected.source_rows else {}
     write_tensors(path, {"images": selected.images, **selected.record}, meta)
     unit_done("select", p.name, time.perf_counter() - began, candidates=len(draw.pool(label)))
 

@@ -7,7 +7,7 @@ memory at a time, and of all others the outputs of the selecting teacher.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from dq.cluster.prototypes import Prototypes, cell_means
-from dq.cluster.selection import Selection, select_confident, select_correct, select_facility, select_transport
+from dq.cluster.selection import (
+    Selection,
+    nearest_of_cells,
+    select_confident,
+    select_correct,
+    select_facility,
+    select_transport,
+)
 from dq.cluster.transport import squared_cost
 from dq.config.methods import ResolvedMethod
 from dq.config.reader import to_dict
@@ -25,6 +32,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.files import read_tensors
 from dq.core.plain import PlainDict, PlainMapping
 from dq.core.seeds import digest_of
+from dq.data.images import read_images
 from dq.diffusion.latents import LatentCache
 from dq.networks.features import FeatureCache
 from dq.networks.teacher import Teacher
@@ -38,7 +46,8 @@ from dq.run.stages.prune import Pruning, load_pruning
 log = logging.getLogger("dq")
 
 BY_FEATURES = ("facility", "transport")  # rules that compare candidates with the real images of the class
-SUMMED = ("prototypes", "images", "lacking", "changes", "unrepresented")  # over classes; other facts are averaged
+# over classes; other facts are averaged
+SUMMED = ("prototypes", "images", "lacking", "changes", "unrepresented", "real_kept")
 
 
 class Selected(NamedTuple):
@@ -48,6 +57,15 @@ class Selected(NamedTuple):
     numbers: list[int]  # images of every prototype
     record: dict[str, Tensor]  # of every candidate: pool_prototype, pool_draw, pool_probability, _correct, _kept (N,)
     facts: PlainDict
+    source_rows: list[int] | None = None  # of the images, in the train split; -1: a draw. None: all are draws
+
+
+class _RealCandidates(NamedTuple):
+    """Real images of a class that are candidates."""
+
+    rows: Tensor  # (n,) of the train split
+    prototype: Tensor  # (n,)
+    images: Tensor  # (n, 3, H, W) uint8
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,8 @@ class Selector:
     ipc: int
     pruning: Pruning
     features: FeatureCache | None  # None: the rule compares with no real images
+    read: Callable[[Tensor], Tensor]  # reads images (n, 3, H, W) uint8 of rows (n,) of the train split
+    real: bool = False  # whether the representatives are real images
 
     def select(
         self, p: Prototypes, numbers: Sequence[int], pool: Sequence[tuple[int, int]], parts: Sequence[Path]
@@ -78,24 +98,32 @@ class Selector:
             logits.append(self.teacher.logits(images))
             if self.features is not None:
                 features.append(self.teacher.features(images))
+        prototype, draw = (torch.tensor(numbers) for numbers in zip(*pool, strict=True))
+        real = self._real_candidates(p)
+        if len(real.rows):
+            logits.append(self.teacher.logits(real.images))
+            if self.features is not None:
+                features.append(self.teacher.features(real.images))
+        prototype = torch.cat([prototype, real.prototype])
         scores = torch.cat(logits)
         probability, correct = scores.softmax(1)[:, p.label], scores.argmax(1) == p.label
-        prototype = torch.tensor([k for k, _ in pool])
         if self.config.select == "correct":
             chosen = select_correct(correct, probability, prototype, numbers)
         elif self.config.select == "confident":
             chosen = select_confident(probability, prototype, numbers)
         else:
             chosen = self._by_features(p, torch.cat(features), prototype, numbers)
-        is_selected = torch.zeros(len(pool), dtype=torch.bool)
+        is_selected = torch.zeros(len(prototype), dtype=torch.bool)
         is_selected[chosen.rows] = True
         record = {
             "pool_prototype": prototype,
-            "pool_draw": torch.tensor([d for _, d in pool]),
+            "pool_draw": torch.cat([draw, torch.full_like(real.rows, -1)]),
             "pool_probability": probability,
             "pool_correct": correct,
             "pool_kept": is_selected,
         }
+        if self.config.real_candidates:
+            record["pool_row"] = torch.cat([torch.full_like(draw, -1), real.rows])  # of the source; -1: a draw
         facts = {
             "rule": self.config.select,
             "candidates": self.config.candidates,
@@ -107,8 +135,30 @@ class Selector:
             "probability_kept": float(probability[is_selected].mean()),
             **chosen.facts,
         }
+        if self.config.real_candidates:
+            facts |= {"real_candidates": self.config.real_candidates, "real_kept": int(is_selected[len(pool) :].sum())}
         each = torch.bincount(prototype[chosen.rows], minlength=len(numbers)).tolist()
-        return Selected(_picked(parts, chosen.rows), each, record, facts)
+        rows = record["pool_row"][chosen.rows].tolist() if self.config.real_candidates else None
+        return Selected(_picked(parts, chosen.rows, real.images), each, record, facts, rows)
+
+    def _real_candidates(self, p: Prototypes) -> _RealCandidates:
+        """The images nearest to the centroid of each cell, of those of the cell.
+
+        Without the representatives where these are real images themselves.
+        """
+        number = self.config.real_candidates
+        none = torch.zeros(0, dtype=torch.int64)
+        if not number:
+            return _RealCandidates(none, none, torch.zeros(0))
+        real = class_images(self.cache, p.label, self.ipc, self.pruning)
+        others = torch.ones(len(real.rows), dtype=torch.bool)
+        if self.real:
+            others = ~torch.isin(real.rows, p.medoid_rows)
+        if not others.any():
+            return _RealCandidates(none, none, torch.zeros(0))
+        index, prototype = nearest_of_cells(real.z[others].flatten(1).float(), p.centroids.flatten(1), number)
+        rows = real.rows[others][index]
+        return _RealCandidates(rows, prototype, self.read(rows))
 
     def _by_features(self, p: Prototypes, features: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Selection:
         real = class_images(self.cache, p.label, self.ipc, self.pruning, self.features)
@@ -144,14 +194,17 @@ def _cell_features(p: Prototypes, real: ClassImages) -> Tensor:
     return means
 
 
-def _picked(parts: Sequence[Path], rows: Tensor) -> Tensor:
-    """Read images of the pool in the order of `rows`, file by file."""
+def _picked(parts: Sequence[Path], rows: Tensor, real: Tensor) -> Tensor:
+    """Read images of the pool in the order of `rows`, file by file; its last are real images (n, 3, H, W) uint8."""
     images: dict[int, Tensor] = {}
     requested, first = set(rows.tolist()), 0
     for part in parts:
         batch = read_tensors(part)[0]["images"]
         images |= {first + i: batch[i].clone() for i in range(len(batch)) if first + i in requested}
         first += len(batch)
+    for row in sorted(row for row in requested if row >= first):
+        image = real[row - first]
+        images[row] = image if batch.dtype == torch.uint8 else image.to(batch.dtype) / 255
     return torch.stack([images[row] for row in rows.tolist()])
 
 
@@ -161,7 +214,17 @@ def make_selector(run: Run, cache: LatentCache, ipc: int, resolved: ResolvedMeth
     assert config.select_teacher is not None
     compares = config.select in BY_FEATURES
     features = features_by(run, teacher, config.select_teacher) if compares else None
-    return Selector(config, teacher, cache, ipc, load_pruning(run, resolved.prune), features)
+    source, side = run.source, run.config.image_size
+    return Selector(
+        config,
+        teacher,
+        cache,
+        ipc,
+        load_pruning(run, resolved.prune),
+        features,
+        lambda rows: read_images(source.train, rows.tolist(), side, source.preprocess)[0],
+        resolved.method.representative == "real",
+    )
 
 
 def selecting_teachers(run: Run) -> dict[str, Teacher]:
@@ -188,7 +251,8 @@ def selecting_teachers(run: Run) -> dict[str, Teacher]:
 
 def selecting_teacher(method: MethodConfig, generate: GenerateConfig) -> TeacherConfig | None:
     """Settings of the teacher that selects among candidates; None without candidates."""
-    return None if method.representative == "real" or generate.select == "none" else generate.select_teacher
+    one = method.representative == "real" and not generate.real_candidates
+    return None if one or generate.select == "none" else generate.select_teacher
 
 
 def select_setting(config: RunConfig, method: str) -> str:
