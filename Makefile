@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 RANDOM_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST := $(RANDOM_PYTEST) -p no:randomly
 
-.PHONY: demo test test-random test-slow test-all test-gpu test-fake-gpu test-vision gpu faults fuzz lint docs bench clean
+.PHONY: demo test test-random test-slow test-long test-all test-gpu test-fake-gpu test-vision gpu faults fuzz lint docs bench clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +31,11 @@ test-random: $(VENV)/.done
 
 # faults, fuzzing, launches, kills, and other tests of many seconds
 test-slow: $(VENV)/.done
-	$(PYTEST) --dist worksteal -m "slow and not gpu"
+	$(PYTEST) --dist worksteal -m "slow and not long and not gpu"
+
+# rehearsals of measurements, launchers and other tests that take long and that few changes can break
+test-long: $(VENV)/.done
+	$(PYTEST) --dist worksteal -m "long and not gpu"
 
 test-all: $(VENV)/.done
 	$(PYTEST) --dist worksteal -m "not gpu"

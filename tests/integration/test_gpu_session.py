@@ -145,6 +145,7 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_what_needs_no_absent_package_runs_without_it(tmp_path: Path) -> None:
@@ -162,6 +163,7 @@ def test_what_needs_no_absent_package_runs_without_it(tmp_path: Path) -> None:
     assert reasons["memory"] == "the end of memory needs a CUDA device"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.timeout(1800)

@@ -80,6 +80,7 @@ def test_accelerate_reads_every_file(file: str, machines: int, processes: int) -
     assert {f.name for f in CONFIGS.glob("*.yaml")} == {"cpu.yaml", "gpu1.yaml", "gpu8.yaml", "nodes2x8.yaml"}
 
 
+@pytest.mark.long
 def test_the_file_of_one_gpu_starts_one_process(tmp_path: Path) -> None:
     (tmp_path / "look.py").write_text(LOOK)
     finish([start([*launch("gpu1.yaml"), str(tmp_path / "look.py"), str(tmp_path)])])
@@ -103,6 +104,7 @@ def encodes(tmp_path: Path, alone: dict[str, bytes]) -> None:
     assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.multi_process
 def test_two_machines_of_accelerate(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:
     file = str(small(world, tmp_path))
@@ -113,6 +115,7 @@ def test_two_machines_of_accelerate(world: Path, tmp_path: Path, alone: dict[str
     encodes(tmp_path, alone)
 
 
+@pytest.mark.long
 @pytest.mark.multi_process
 def test_two_machines_of_torchrun(world: Path, tmp_path: Path, alone: dict[str, bytes]) -> None:
     file = str(small(world, tmp_path))
@@ -138,6 +141,7 @@ def test_a_launch_that_starts_one_process_for_two_says_so(world: Path, tmp_path:
     assert '"processes": 1' in (tmp_path / "run" / "provenance.json").read_text()
 
 
+@pytest.mark.long
 def test_a_launch_on_the_cpu_starts_one_process_as_well(tmp_path: Path) -> None:
     (tmp_path / "look.py").write_text(LOOK)
     flags = ["--num_processes", "2", "--cpu"]
@@ -147,6 +151,7 @@ def test_a_launch_on_the_cpu_starts_one_process_as_well(tmp_path: Path) -> None:
     assert note.startswith(NOTE)
 
 
+@pytest.mark.long
 @pytest.mark.multi_process
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_what_the_note_tells_to_type_starts_two(launcher: str, world: Path, tmp_path: Path) -> None:
@@ -158,6 +163,7 @@ def test_what_the_note_tells_to_type_starts_two(launcher: str, world: Path, tmp_
     assert '"processes": 2' in (tmp_path / "run" / "provenance.json").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.multi_process
 def test_a_dry_run_of_two_processes_prints_one_plan(world: Path, tmp_path: Path) -> None:
     program = [*torchrun(2), "-m", "dq.cli", "run", "--config", str(small(world, tmp_path)), "--cpu", "--dry-run"]

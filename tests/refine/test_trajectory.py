@@ -587,6 +587,7 @@ def test_experts_of_other_images_and_cut_off_files_are_refused(
 # --- on the digits ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_twenty_digits_are_distilled(accelerator: Any, tmp_path: Path) -> None:
     from dq.data.images import read_images

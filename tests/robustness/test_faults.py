@@ -39,6 +39,7 @@ def test_hurt_runs_end_like_one_that_nobody_hurt(tmp_path: Path) -> None:
     assert summary["units_finished_before"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.multi_process
 @pytest.mark.parametrize(
     ("bug", "seen", "seed"),
