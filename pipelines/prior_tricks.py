@@ -80,7 +80,7 @@ def measured(args: argparse.Namespace, name: str) -> dict[str, object]:
     report = args.work / f"report {name}"
     settings: dict[str, object] = {f"generate.{k}": v for k, v in sampling.items()}
     settings |= {"generate.model": folder, "output_dir": report, "prior_report.guidance": "[1, 2]"}
-    settings |= {"prior_report.num_inference_steps": args.steps, "prior_report.data": "", "prior_report.license": ""}
+    settings |= {"prior_report.num_inference_steps": args.steps, "prior_report.data": "''"}
     dq("prior-report", args, settings)
     record = read_json(folder / "transformer" / "training.json")
     row: dict[str, object] = {"variant": name, "cpu_s": args.seconds, "s_per_step": round(step, 4)}
