@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -36,6 +37,8 @@ HARMLESS = {"latents_mean", "latents_std"}
 OF_TINY = {"block_out_channels"}
 IGNORED = re.compile(r"The config attributes (\{.*?\}) were passed to (Autoencoder\w+), but are not expected")
 
+M = TypeVar("M", bound=torch.nn.Module)
+
 
 def dtype_of(value: object) -> torch.dtype:
     """A floating dtype of torch, given by name or itself.
@@ -54,6 +57,15 @@ def dtype_of(value: object) -> torch.dtype:
             f"{value!r}"
         )
     return dtype
+
+
+def cast(model: M, dtype: torch.dtype, device: torch.device | None = None) -> M:
+    """Cast a model of diffusers, in place.
+
+    Its own `to` warns of modules that should stay in float32 even where a model names none.
+    """
+    torch.nn.Module.to(model, device, dtype)
+    return model
 
 
 def take_dtype(options: PlainDict) -> torch.dtype | dict[str, torch.dtype]:

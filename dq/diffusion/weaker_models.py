@@ -27,6 +27,7 @@ from dq.core.devices import tf32_products
 from dq.core.errors import InputError
 from dq.core.files import write_json
 from dq.core.model_files import ModelFiles
+from dq.diffusion.loading import cast
 from dq.diffusion.sampling import dit_prediction
 
 ClassPredict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, C, h, w), t, classes (B,)) -> (B, C, h, w) float32
@@ -181,7 +182,7 @@ class WeakerModels:
             self._check_training(EARLY)
             options = {"subfolder": EARLY, "use_safetensors": True, **self.files.options}
             self._early = DiTTransformer2DModel.from_pretrained(self.files.path, **options)
-        return self._early.eval().requires_grad_(False).to(model.device, model.dtype)
+        return cast(self._early.eval().requires_grad_(False), model.dtype, model.device)
 
     def _check_training(self, folder: str) -> None:
         assert self.files is not None
@@ -211,7 +212,7 @@ def save_head(head: IntermediateHead, folder: Path, dtype: torch.dtype, digest: 
 def save_early(model: Any, folder: Path, dtype: torch.dtype, digest: str) -> None:
     """Write the parameters of a DiT as the early average; see `save_head`."""
     with _new_folder(folder / EARLY) as new:
-        copy.deepcopy(model).to(dtype).save_pretrained(new)
+        cast(copy.deepcopy(model), dtype).save_pretrained(new)
         write_json(new / "training.json", {"digest": digest})
 
 

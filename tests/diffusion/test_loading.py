@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from models import sd_pipe, tiny_dit, tiny_kl
 from dq.core.errors import InputError
 from dq.core.model_files import open_model
 from dq.diffusion.codec import load_codec
+from dq.diffusion.loading import cast
 from dq.run.distill import DistillPipeline
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +189,13 @@ def test_quiet_shows_no_bar_of_loading(
     assert "%|" not in shown
     assert diffusers_logging.is_progress_bar_enabled()
     assert transformers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("make", [tiny_dit, tiny_kl])
+def test_casting_says_nothing_where_diffusers_does(make: Callable[[], Any], diffusers_log) -> None:
+    model = cast(make(), torch.bfloat16)
+    assert not diffusers_log.records
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.dtype == torch.bfloat16
+    make().to(torch.bfloat16)
+    assert "should be kept in float32" in diffusers_log.text

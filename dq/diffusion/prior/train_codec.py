@@ -36,6 +36,7 @@ from dq.diffusion.codec import (
     normalized,
     to_signed,
 )
+from dq.diffusion.loading import cast
 from dq.diffusion.prior.recipe import Recipe, finished, publish, training_dtypes
 from dq.diffusion.prior.training import MAX_BYTES, fit, seeded
 from dq.networks.teacher import Teacher
@@ -106,7 +107,7 @@ def train_codec(
         if not settings.steps:  # nothing was trained: the time is that of the statistics
             numbers["seconds"] = round(time.perf_counter() - began, 1)
         numbers |= {"held_out_images": len(held_out), "channel_mean": mean.tolist(), "channel_std": std.tolist()}
-        saved = normalized(model, mean, std).to(DTYPES[settings.save_dtype])
+        saved = cast(normalized(model, mean, std), DTYPES[settings.save_dtype])
         publish(recipe, saved.save_pretrained, numbers, fitted, accelerator)
     accelerator.wait_for_everyone()
     return recipe.product

@@ -22,6 +22,7 @@ from dq.core.seeds import generator
 from dq.data.grid import image_grid
 from dq.diffusion.codec import DTYPES, Codec, codec_digest, decode_latents, load_codec, normalized, to_unit
 from dq.diffusion.latents import LatentCache
+from dq.diffusion.loading import cast
 from dq.diffusion.prior.denoiser_data import (
     DenoiserData,
     channel_statistics,
@@ -133,7 +134,8 @@ def train_denoiser(
         if head is not None:
             save_head(head, folder, dtype, recipe.digest)
         # last, because the denoiser's folder is what marks the training as done
-        publish(recipe, copy.deepcopy(model).to(dtype).save_pretrained, _numbers(model, data), fitted, accelerator)
+        saved = cast(copy.deepcopy(model), dtype)
+        publish(recipe, saved.save_pretrained, _numbers(model, data), fitted, accelerator)
     accelerator.wait_for_everyone()
     return folder
 
