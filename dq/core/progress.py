@@ -14,6 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 from tqdm.auto import tqdm
 
+from dq.core.plain import PlainDict
+
 T = TypeVar("T")
 
 
@@ -23,13 +25,20 @@ def progress(
     """Progress of a loop: a bar on standard error with the remaining time, or lines.
 
     The bar is shown by the main process only, and not with TQDM_DISABLE=1. Within a stage of a `StageTimer` it goes
-    away at its end and names the remaining time of all stages; without a bar, lines of the log do so, ever less often.
+    away at its end and names the remaining time of all stages. Without a bar, lines of the log tell the remaining
+    time, ever less often.
     """
     # tqdm itself asks the environment at its import, and not at all where `disable` is given
     hidden = not main or os.environ.get("TQDM_DISABLE") == "1"
     timer = StageTimer.current if main else None
-    options = {"desc": timer.label(desc) if timer else desc, "total": total, "unit": unit, "leave": timer is None}
-    return Progress(items, timer=timer, name=desc, disable=hidden, file=sys.stderr, dynamic_ncols=True, **options)
+    options: PlainDict = {
+        "desc": timer.label(desc) if timer else desc,
+        "total": total,
+        "unit": unit,
+        "leave": timer is None,
+    }
+    options |= {"disable": hidden, "file": sys.stderr, "dynamic_ncols": True}
+    return Progress(items, timer=timer, name=desc, logs=main and (timer is not None or hidden), options=options)
 
 
 log = logging.getLogger("dq")
@@ -41,14 +50,15 @@ MEASURED_AFTER_S = 10.0  # of work, after which the speeds of stages to come are
 
 
 class Progress(tqdm):
-    """A bar of tqdm that tells a `StageTimer` how far its stage is."""
+    """A bar of tqdm that tells a `StageTimer` how far its stage is, or logs lines where it is hidden."""
 
-    def __init__(self, items: Iterable[Any], *, timer: StageTimer | None = None, name: str = "", **options: Any):
-        self.timer, self.name = timer, name
+    def __init__(
+        self, items: Iterable[Any], *, timer: StageTimer | None, name: str, logs: bool, options: Mapping[str, Any]
+    ):
+        self.timer, self.name, self.logs = timer, name, logs
         self.clock = timer.clock if timer else time.monotonic
         self.began, self.next_line = self.clock(), FIRST_LINE_S
-        options.setdefault("bar_format", "{l_bar}{bar}{r_bar}{in_all}")
-        super().__init__(items, **options)
+        super().__init__(items, bar_format="{l_bar}{bar}{r_bar}{in_all}", **options)
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -63,7 +73,7 @@ class Progress(tqdm):
         shown = super().update(n)
         if self.disable:  # where tqdm counts nothing
             self.n += n or 0
-        if self.timer is not None:
+        if self.logs:
             self._log_remaining()
         return shown
 
@@ -84,12 +94,12 @@ class Progress(tqdm):
     def _log_remaining(self) -> None:
         """Log a long remaining time once, and without a bar from time to time."""
         elapsed = self.clock() - self.began
-        if elapsed < self.next_line or (left := self.seconds_left()) is None or self.timer is None:
+        if elapsed < self.next_line or (left := self.seconds_left()) is None:
             return
         first, self.next_line = self.next_line == FIRST_LINE_S, max(NEXT_LINE_S, 2 * elapsed)
         if left < LONG_S if first else not self.disable:
             return
-        in_all = self.timer.remaining(left)
+        in_all = self.timer.remaining(left) if self.timer else None
         rest = f", {duration(in_all)} in all" if in_all is not None and in_all > left + MIN_LOGGED_SECONDS else ""
         log.info("%s: %.0f %%, about %s left%s", self.name, 100 * self.n / self.total, duration(left), rest)
 

@@ -374,6 +374,23 @@ def test_a_long_loop_is_announced_after_seconds(caplog, monkeypatch: pytest.Monk
     assert len(lines) == 8  # at 100 s, 200, 400, 800, 1600, 3200 and 6400, and at the end
 
 
+@pytest.mark.parametrize(
+    ("disabled", "main", "expected"),
+    [("1", True, ["train: 60 %, about 40 s left"]), ("1", False, []), ("0", True, [])],
+)
+def test_a_loop_outside_of_stages_logs_where_it_has_no_bar(
+    disabled: str, main: bool, expected: list[str], caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", disabled)
+    clock = Clock()
+    with caplog.at_level(logging.INFO, "dq"), progress([], desc="train", total=100, main=main) as bar:
+        bar.clock, bar.began = clock, 0.0
+        for _ in range(100):
+            clock.now += 1.0
+            bar.update()
+    assert [r.getMessage() for r in caplog.records] == expected
+
+
 def test_a_resumed_loop_counts_only_items_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
     clock = Clock()
