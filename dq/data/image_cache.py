@@ -29,6 +29,38 @@ BUFFER_BYTES = 256 << 20  # of classes that are read in one pass over the files
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Neighboring rows of equal class in the files of a cache, by class; a class is contiguous in a file.
+
+    The columns are apart and the classes of spans are not kept: with a million images in random order there are nearly
+    as many spans.
+    """
+
+    starts: np.ndarray  # (C + 1,) where the spans of each class start
+    part: np.ndarray  # (S,) file
+    first: np.ndarray  # (S,) row of the file
+    number: np.ndarray  # (S,) rows
+
+    @classmethod
+    def by_class(cls, columns: Sequence[Sequence[np.ndarray]], classes: int) -> Spans:
+        """Sort the spans of all files by class, those of one class by file.
+
+        `columns` are the classes (s,), first rows and numbers of rows of the spans of each file.
+        """
+        label = np.concatenate([c[0] for c in columns])
+        order = label.argsort(kind="stable").astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(label, minlength=classes))])
+        del label
+        part = np.repeat(np.arange(len(columns), dtype=np.int32), [len(c[0]) for c in columns])[order]
+        first, number = (np.concatenate([c[i] for c in columns])[order] for i in (1, 2))
+        return cls(starts, part, first, number)
+
+    def of(self, label: int) -> slice:
+        """The spans of a class."""
+        return slice(int(self.starts[label]), int(self.starts[label + 1]))
+
+
+@dataclass(frozen=True)
 class ImageCache:
     """Folder of values that a network computed of train images."""
 
@@ -61,7 +93,8 @@ class ImageCache:
         Raises:
             InputError: if files are missing, or no image of the class could be read.
         """
-        if not len(self._spans(label)):
+        own = self._spans.of(label)
+        if own.start == own.stop:
             raise InputError(
                 f"no image of class {label} {self.class_names[label]!r} can be read; replace them or drop the class"
             )
@@ -75,22 +108,18 @@ class ImageCache:
         """Classes that were read ahead."""
         return {}
 
-    def _spans(self, label: int) -> np.ndarray:
-        first, last = np.searchsorted(self._index[:, 0], (label, label + 1))
-        return self._index[first:last]
-
     def _next_labels(self, label: int) -> list[int]:
         """The class and those after it in `order` that are read in the same pass over the files."""
-        spans = self._spans(label)
-        if len(spans) <= FEW_FILES or label not in self.order:
+        spans = self._spans
+        own = spans.of(label)
+        if own.stop - own.start <= FEW_FILES or label not in self.order:
             return [label]
-        with open_tensors(self.path(spans[0, 1])) as f:
+        with open_tensors(self.path(spans.part[own.start])) as f:
             row_bytes = f.get_slice(self.name)[:1].nbytes
         labels: list[int] = []
         size = 0
         for following in dict.fromkeys(self.order[self.order.index(label) :]):
-            spans = self._spans(following)
-            size += int((spans[:, 3] - spans[:, 2]).sum()) * row_bytes
+            size += int(spans.number[spans.of(following)].sum()) * row_bytes
             if labels and size > BUFFER_BYTES:
                 break
             labels.append(following)
@@ -100,13 +129,18 @@ class ImageCache:
         """Values and rows of classes; every file is opened once."""
         values: dict[int, list[Tensor]] = {label: [] for label in labels}
         rows: dict[int, list[Tensor]] = {label: [] for label in labels}
-        spans = np.concatenate([self._spans(label) for label in labels])
-        spans = spans[spans[:, 1].argsort(kind="stable")]
-        for part, group in itertools.groupby(spans.tolist(), key=lambda span: span[1]):
+        spans: list[tuple[int, int, int, int]] = []
+        for label in labels:
+            own = self._spans.of(label)
+            columns = (c[own].tolist() for c in (self._spans.part, self._spans.first, self._spans.number))
+            spans += [(part, label, first, first + number) for part, first, number in zip(*columns, strict=True)]
+        spans.sort(key=lambda span: span[0])
+        for part, group in itertools.groupby(spans, key=lambda span: span[0]):
             with open_tensors(self.path(part)) as f:
-                for label, _, start, stop in group:
-                    values[label].append(f.get_slice(self.name)[start:stop])
-                    rows[label].append(f.get_slice("rows")[start:stop])
+                # copies, since a slice keeps its file mapped
+                for _, label, start, stop in group:
+                    values[label].append(f.get_slice(self.name)[start:stop].clone())
+                    rows[label].append(f.get_slice("rows")[start:stop].clone())
         # either order of a cache takes the rows of a class in their order
         return {label: (torch.cat(values[label]), torch.cat(rows[label])) for label in labels if values[label]}
 
@@ -129,24 +163,20 @@ class ImageCache:
                 f"{self.folder} lacks {len(missing)} of {len(self.parts)} files, first {self.path(missing[0]).name}; "
                 f"run `dq {self.verb}` first"
             )
-        present = np.unique(self._index[:, 0])
-        for label in np.setdiff1d(np.arange(len(self.class_names)), present).tolist():
+        for label in np.flatnonzero(np.diff(self._spans.starts) == 0).tolist():
             self.load(label)
 
     @functools.cached_property
-    def _index(self) -> np.ndarray:
-        """Rows of (class, file, first, last + 1), int32, by class, which is contiguous in a file."""
+    def _spans(self) -> Spans:
         if self.missing():
             self.check()
-        spans = []
+        columns = []
         for part in range(len(self.parts)):
             with open_tensors(self.path(part)) as f:
                 labels = f.get_tensor("labels").numpy()
-            classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
-            spans.append(np.stack([classes, np.full_like(classes, part), first, first + counts], 1).astype(np.int32))
-        index = np.concatenate(spans)
-        del spans
-        return index[index[:, 0].argsort(kind="stable")]
+            of_part = np.unique(labels, return_index=True, return_counts=True)
+            columns.append([column.astype(np.int32) for column in of_part])
+        return Spans.by_class(columns, len(self.class_names))
 
 
 def cache_order(source: ImageSource) -> np.ndarray:

@@ -31,8 +31,7 @@ class FeatureCache(ImageCache):
 
     def width(self) -> int:
         """Return the number of features of an image."""
-        _, part, *_ = self._index[0].tolist()
-        with open_tensors(self.path(part)) as f:
+        with open_tensors(self.path(self._spans.part[0])) as f:
             return int(f.get_slice(self.name).get_shape()[1])
 
     def load_rows(self, label: int, rows: Tensor) -> Tensor:
