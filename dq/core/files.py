@@ -20,6 +20,7 @@ from safetensors.torch import save
 from dq.core.errors import InputError, RunError
 from dq.core.plain import PlainDict
 from dq.core.seeds import digest_of, digest_of_tensors, hash_tensors
+from dq.core.text import printable, similar_names
 
 log = logging.getLogger("dq")
 
@@ -332,3 +333,21 @@ def existing(path: Path) -> Path:
     """The path itself, or the nearest thing above it that is there."""
     path = path.expanduser().absolute()
     return next(p for p in (path, *path.parents) if p.exists())
+
+
+def suggest_folder(path: str | Path) -> str:
+    """Text such as " (did you mean photos or photos2?)" for a path that is no folder; empty without similar names.
+
+    The first part of the path that is not there is compared with the folders beside it.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return ""
+    missing = next((p for p in (path, *path.parents) if p.parent.is_dir()), path)
+    with contextlib.suppress(OSError):
+        names = sorted(p.name for p in missing.parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+        rest = path.relative_to(missing)
+        similar = [missing.with_name(name) for name in similar_names(missing.name, names, count=3, cutoff=0.6)]
+        folders = [printable(p / rest if (p / rest).is_dir() else p) for p in similar]
+        return f" (did you mean {' or '.join(folders)}?)" if folders else ""
+    return ""

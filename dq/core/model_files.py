@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dq.core.errors import InputError
-from dq.core.files import read_json
+from dq.core.files import read_json, suggest_folder
 from dq.core.plain import PlainDict
 
 log = logging.getLogger("dq")
@@ -81,14 +81,11 @@ def open_model(
     folder = Path(path)
     if folder.is_dir():
         return ModelFiles(str(path), None, local=True)
-    missing = f"there is no model folder {path}"
     if folder.exists():
         raise InputError(f"{path} is a file, not a model folder; give the folder that has its config.json")
+    missing = f"there is no model folder {path}{suggest_folder(folder)}"
     if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise InputError(
-            f"there is no model folder {path}; give a folder with config.json and safetensors, or a Hub id"
-        )
-    missing = f"there is no model folder {path}"
+        raise InputError(f"{missing}; give a folder with config.json and safetensors, or a Hub id")
     reason = "local_files_only=True" if local_files_only else _unreachable(str(path), revision, token, missing)
     files = ModelFiles(str(path), revision, False, bool(reason), token, cache_dir)
     if not reason:

@@ -11,8 +11,9 @@ from typing import Literal
 from dq.config.reader import from_dict, to_dict
 from dq.config.schema import SourceConfig
 from dq.core.errors import InputError
-from dq.core.files import as_path
+from dq.core.files import as_path, suggest_folder
 from dq.data.hf_datasets import open_with_datasets
+from dq.data.hub_lookup import check_hub_set
 from dq.data.image_folder import has_label_table, has_tables, open_image_folder
 from dq.data.source import ImageSource, Preprocess
 from dq.data.splits import with_test_split
@@ -90,5 +91,9 @@ def _open(config: SourceConfig) -> ImageSource:
         tables = has_tables(folder) or has_label_table(folder, config)
         return open_with_datasets(config) if tables else open_image_folder(folder, config)
     if folder.exists() or config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1:
-        raise InputError(f"{config.path} is not a folder; give a folder of images or Parquet files, or a Hub id")
+        raise InputError(
+            f"{config.path} is not a folder{suggest_folder(folder)}; give a folder of images or Parquet "
+            "files, or a Hub id"
+        )
+    check_hub_set(config)
     return open_shards(config) if config.streaming else open_with_datasets(config)

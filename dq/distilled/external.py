@@ -19,7 +19,7 @@ from torch import Tensor
 from dq.config.schema import SourceConfig
 from dq.config.students import LabelKind
 from dq.core.errors import InputError
-from dq.core.files import as_path
+from dq.core.files import as_path, suggest_folder
 from dq.core.text import plural, printable
 from dq.data.images import UNDECODABLE, open_image, read_images
 from dq.data.left_out import warn_of_keys
@@ -101,8 +101,8 @@ def _check_hub_id(path: Path, text: str) -> None:
         )
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         raise InputError(
-            f"{path} is not a distilled set that can be read; give a folder of images by class, a Parquet folder, a "
-            ".safetensors or .npz file, or a Hub id"
+            f"{path} is not a distilled set that can be read{suggest_folder(path)}; give a folder of images "
+            "by class, a Parquet folder, a .safetensors or .npz file, or a Hub id"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dq.config.students import is_library_net
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import read_json
+from dq.core.files import read_json, suggest_folder
 from dq.core.model_files import open_model
 from dq.core.plain import PlainDict
 from dq.core.progress import library_bars
@@ -149,7 +149,10 @@ def teacher_file(config: TeacherConfig) -> Path | None:
     path = Path(config.path)
     if config.net == POOL:
         if not (path / "pool.json").is_file():
-            raise InputError(f"there is no pool in {path}; make one with `dq train-pool`, or correct teachers.N.path")
+            raise InputError(
+                f"there is no pool in {path}{suggest_folder(path)}; make one with `dq train-pool`, or correct "
+                "teachers.N.path"
+            )
         return path / "pool.json"
     if not config.path:
         raise InputError(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dq.core.errors import InputError
+from dq.core.files import suggest_folder
 
 WRAPPERS = ("module", "_orig_mod")  # parts of names that DataParallel, DDP, weight averaging and torch.compile add
 COUNTERS = ("num_batches_tracked", "n_averaged")  # in no evaluation
@@ -41,7 +42,9 @@ def weights_file(path: Path) -> Path:
             f"{path} has no model.safetensors but {pickled[0].name}; a file of torch.save can run code and is not "
             f"opened: {CONVERT}"
         )
-    raise InputError(f"there is no teacher at {file}; set teachers.N.path to a safetensors file or its folder")
+    raise InputError(
+        f"there is no teacher at {file}{suggest_folder(path)}; set teachers.N.path to a safetensors file or its folder"
+    )
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dq.config.reader import from_dict
 from dq.config.schema import HubConfig
 from dq.core.cards import public
 from dq.core.errors import InputError
-from dq.core.files import read_json
+from dq.core.files import read_json, suggest_folder
 from dq.core.hub_client import Changes, Repo, Target, client, commit_to, open_repo, sentences
 from dq.diffusion.card import pipeline_card
 from dq.diffusion.generator import LatentGenerator
@@ -55,7 +55,9 @@ def push(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; give that of a run, of its dataset/, or of a model")
+        raise InputError(
+            f"there is no folder {folder}{suggest_folder(folder)}; give that of a run, of its dataset/, or of a model"
+        )
     if model_kind(folder):
         if only:
             raise InputError(f"{folder} holds a model and no sets; name no sets")
