@@ -23,13 +23,15 @@ from pathlib import Path
 from dq.core.files import read_json, write_json, write_text
 from dq.evaluation.results import to_csv
 
-BASE = {"patch_size": 2, "compile": "false", "optimizer": "adamw", "contrastive": 0, "time_shift": 1,
+BASE = {"patch_size": 2, "lr": 0.0005, "compile": "false", "optimizer": "adamw", "contrastive": 0, "time_shift": 1,
         "intermediate_head": 0, "early": 0, "warmup_steps": 100}  # fmt: skip
 # changes of the training, changes of its sampling
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "base": ({}, {}),
     "contrastive": ({"contrastive": 0.05}, {}),
+    "rate 0.002": ({"lr": 0.002}, {}),
     "muon": ({"optimizer": "muon"}, {}),
+    "muon, rate 0.002": ({"optimizer": "muon", "lr": 0.002}, {}),
     "time shift": ({"time_shift": "auto"}, {}),
     "head": ({"intermediate_head": 0.5}, {}),
     "head, internal guidance": ({"intermediate_head": 0.5}, {"internal_guidance": 1.5}),
