@@ -56,6 +56,8 @@ def fill_representatives(
 ) -> RunConfig:
     """Settings for data without a prior: real images nearest to the points of k-means, at a size that fits the images.
 
+    With `generate.real_candidates`, the recipe's rule selects among those of each cell, by a teacher that it trains.
+
     Args:
         config: the settings.
         source: the images.
@@ -67,6 +69,8 @@ def fill_representatives(
     """
     plain = {f"generate.{k}": v for k, v in to_dict(GenerateConfig(mode="decode")).items()}  # nothing is drawn
     plain |= {"train_teachers": to_dict(TrainTeachersConfig()), "methods.recommended.representative": "real"}
+    if config.generate.real_candidates:
+        plain = {k: v for k, v in plain.items() if k not in ("generate.select", "train_teachers")}
     changes = {key: value for key, value in plain.items() if not (given(key) or given(key.split(".")[0]))}
     if not config.codec.path:
         codec = shipped(CODEC)
@@ -90,7 +94,7 @@ def fill_representatives(
         changes["source.image_size"] = side
     if not given("codec.resolution"):
         changes["codec.resolution"] = max(32, -(-side // 8) * 8)
-    return apply_settings(config, changes)
+    return _fill_selector(apply_settings(config, changes))
 
 
 def fit_students(config: RunConfig, device: str) -> RunConfig:
@@ -153,15 +157,20 @@ def fill_recipe(
     changes["codec.resolution"] = side
     if image_size and config.source.image_size is None:
         changes["source.image_size"] = min(side, image_side(source.train))
-    if any(_selects_alone(config, method) for method in config.methods):
-        t = config.train_teachers
-        if not t.nets:
-            raise InputError("train_teachers.nets must name the network that selects, or set generate.select_teacher")
-        default = t.output_dir == TrainTeachersConfig().output_dir
-        folder = f"{Path(config.output_dir)}-teacher" if default else t.output_dir
-        changes["train_teachers.output_dir"] = folder
-        changes["generate.select_teacher"] = {"net": t.nets[0], "path": str(teacher_folder(folder, t.nets[0]))}
-    return apply_settings(config, changes)
+    return _fill_selector(apply_settings(config, changes))
+
+
+def _fill_selector(config: RunConfig) -> RunConfig:
+    """Settings whose selecting teacher, if one is needed and none is named, is the first of `train_teachers`."""
+    if not any(_selects_alone(config, method) for method in config.methods):
+        return config
+    t = config.train_teachers
+    if not t.nets:
+        raise InputError("train_teachers.nets must name the network that selects, or set generate.select_teacher")
+    default = t.output_dir == TrainTeachersConfig().output_dir
+    folder = f"{Path(config.output_dir)}-teacher" if default else t.output_dir
+    teacher = {"net": t.nets[0], "path": str(teacher_folder(folder, t.nets[0]))}
+    return apply_settings(config, {"train_teachers.output_dir": folder, "generate.select_teacher": teacher})
 
 
 def native_resolution(path: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dq.cli.main import main
+from dq.config.methods import check_methods
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
 from dq.core.errors import InputError
@@ -105,6 +106,20 @@ def test_what_the_user_sets_stays(photos):
     assert config.generate.select == "none"
     methods = {"mine": {"weights": "mass"}}
     assert list(filled(photos, given=("methods",), **{"methods": methods}).methods) == ["mine"]
+
+
+def test_real_candidates_are_selected_by_a_teacher_that_the_recipe_trains(photos):
+    config = filled(photos, **{"generate.real_candidates": 3})
+    recipe = load_config("recommended")
+    assert (config.generate.select, config.generate.candidates) == ("transport", 1)
+    assert config.train_teachers.nets == recipe.train_teachers.nets
+    assert config.generate.select_teacher.net == recipe.train_teachers.nets[0]
+    assert config.generate.select_teacher.path.startswith(f"{config.train_teachers.output_dir}/")
+    check_methods(config)
+    plain = filled(photos)
+    assert (plain.generate.select, plain.generate.select_teacher) == ("none", None)
+    with pytest.raises(InputError, match=r"train_teachers\.nets must name the network that selects"):
+        filled(photos, **{"generate.real_candidates": 3, "train_teachers.nets": []})
 
 
 def test_without_the_codec_of_the_repository_the_way_out_is_named(photos, monkeypatch):
