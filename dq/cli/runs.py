@@ -240,10 +240,12 @@ def _evaluate(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
 
 
 def _report(run: Run, verb: str, pipe: LatentGenerator | None) -> None:
+    from dq.run.page_inputs import is_current, note_inputs
     from dq.run.report import write_report
 
-    if run.main:
+    if run.main and (verb == "report" or not is_current(run)):
         write_report(run)
+        note_inputs(run)
 
 
 STEPS: dict[str, Callable[[Run, str, LatentGenerator | None], None]] = {

@@ -18,7 +18,7 @@ from dq.config.pruning import DifficultyConfig
 from dq.config.students import TAUGHT, EvaluateConfig, StudentConfig
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import is_done, read_tensors, write_tensors
+from dq.core.files import is_done, read_json, read_tensors, write_json, write_tensors
 from dq.core.plain import PlainDict
 from dq.core.progress import progress
 from dq.core.seeds import digest_of, generator
@@ -264,20 +264,29 @@ def load_real_data(
         image_size=image_size,
         cache_dir=cache_dir,
         device=device,
-        teachers=load_teachers(teachers, source, image_size, device) if teachers else (),
+        teachers=load_teachers(teachers, source, image_size, device, cache_dir=cache_dir),
         validation_rows=np.array([], np.int64) if validation_rows is None else validation_rows,
         mean=(),
         std=(),
         difficulty=DifficultyConfig() if difficulty is None else difficulty,
     )
-    sample = torch.randperm(len(source.train), generator=generator("statistics"))[:STATISTICS_IMAGES]
-    values = real_data.read(source.train, sample.numpy())[0].float() / 255
-    return dataclasses.replace(
-        real_data,
-        mean=tuple(values.mean((0, 2, 3)).tolist()),
+    mean, std = channel_statistics(real_data)
+    return dataclasses.replace(real_data, mean=mean, std=std)
+
+
+def channel_statistics(real_data: RealData) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels over some train images, in [0, 1], cached."""
+    source = real_data.source
+    identity = [source.fingerprint, real_data.image_size, source.preprocess, source.on_bad_image, STATISTICS_IMAGES]
+    path = real_data.cache_dir / f"statistics-{digest_of(identity)}.json"
+    if not is_done(path):
+        sample = torch.randperm(len(source.train), generator=generator("statistics"))[:STATISTICS_IMAGES]
+        values = real_data.read(source.train, sample.numpy())[0].float() / 255
         # a constant channel (white paper) would divide by zero
-        std=tuple(values.std((0, 2, 3)).clamp(min=1e-2).tolist()),
-    )
+        std = values.std((0, 2, 3)).clamp(min=1e-2).tolist()
+        write_json(path, {"mean": values.mean((0, 2, 3)).tolist(), "std": std})
+    record = read_json(path)
+    return tuple(record["mean"]), tuple(record["std"])
 
 
 def check_taught(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
-from dq.core.files import read_json
-from dq.core.seeds import generator
+from dq.core.files import is_done, read_json, write_json
+from dq.core.seeds import digest_of, generator
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.networks.teacher import TEACHER_FACTS, Teacher
+
+log = logging.getLogger("dq")
 
 TEACHERS = "teachers.N"  # the setting that messages name
 
@@ -66,6 +69,39 @@ def check_classes(config: TeacherConfig, outputs: int, num_classes: int) -> None
             f"teachers.N.classes lists output {strange} but those of {config.path} are 0 to {outputs - 1}; "
             "list one of them for each class, in order"
         )
+
+
+_ACCURACIES: dict[str, float] = {}  # of teachers that this process has checked
+
+
+def checked_accuracy(
+    teacher: Teacher,
+    source: ImageSource,
+    config: TeacherConfig,
+    image_size: int,
+    *,
+    cache_dir: str | Path | None = None,
+) -> float:
+    """Return the accuracy of `check_teacher`, measured once.
+
+    It is logged once per process, and with `cache_dir` kept there for later commands.
+
+    Raises:
+        InputError: see `check_teacher`.
+    """
+    identity = [teacher.digest, source.fingerprint, source.preprocess, source.on_bad_image]
+    key = digest_of([*identity, image_size, config.check_images])
+    if key not in _ACCURACIES:
+        file = None if cache_dir is None else Path(cache_dir) / f"teacher-check-{key}.json"
+        if file is not None and is_done(file):
+            accuracy = float(read_json(file)["accuracy"])
+        else:
+            accuracy = check_teacher(teacher, source, config, image_size)
+            if file is not None:
+                write_json(file, {"accuracy": accuracy})
+        log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * accuracy, config.check_images)
+        _ACCURACIES[key] = accuracy
+    return _ACCURACIES[key]
 
 
 def check_teacher(teacher: Teacher, source: ImageSource, config: TeacherConfig, image_size: int) -> float:

@@ -26,7 +26,7 @@ from dq.core.seeds import digest_of, digest_of_tensors, seeded
 from dq.data.source import ImageSource
 from dq.networks.external import library_net, library_of, published_outputs
 from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, head_of
-from dq.networks.teacher_check import check_classes, check_teacher
+from dq.networks.teacher_check import check_classes, checked_accuracy
 from dq.networks.teacher_weights import WRAPPERS, common_prefix, named_as, read_weights, weights_file
 from dq.networks.zoo import make_net, move_net, net_of_weights
 
@@ -85,28 +85,25 @@ def load_teachers(
     source: ImageSource,
     image_size: int,
     device: torch.device,
+    *,
+    cache_dir: str | Path | None = None,
 ) -> tuple[Teacher, ...]:
     """Load teachers and check each on real images.
 
-    A pool stands for all its teachers, of which the most accurate is checked: others may be weak on purpose.
+    A pool stands for all its teachers, of which the most accurate is checked: others may be weak on purpose. With
+    `cache_dir`, a check that an earlier command did is not repeated.
     """
     loaded: list[Teacher] = []
     for config in configs:
         if config.net == POOL:
             members = _load_pool(config, source, image_size, device)
             best = max(members, key=lambda t: t.weight)
-            accuracy = check_teacher(best, source, config, image_size)
-            log.info(
-                "pool of %d teachers: %.1f %% of %d real images at best",
-                len(members),
-                100 * accuracy,
-                config.check_images,
-            )
+            checked_accuracy(best, source, config, image_size, cache_dir=cache_dir)
+            log.debug("pool of %d teachers, of which %s is the best", len(members), best.name)
             loaded += members
             continue
         teacher = load_teacher(config, len(source.class_names), image_size, device)
-        accuracy = check_teacher(teacher, source, config, image_size)
-        log.info("teacher %s: %.1f %% of %d real images", teacher.name, 100 * accuracy, config.check_images)
+        checked_accuracy(teacher, source, config, image_size, cache_dir=cache_dir)
         loaded.append(teacher)
     return tuple(loaded)
 

@@ -13,9 +13,10 @@ from dq.config.teachers import TeacherConfig, TrainTeachersConfig
 from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, read_tensors
 from dq.data.splits import validation_rows
+from dq.networks import teacher_check
 from dq.networks import training as train
 from dq.networks.teacher_check import check_teacher
-from dq.networks.teacher_loading import load_teacher
+from dq.networks.teacher_loading import load_teacher, load_teachers
 from dq.networks.train_teachers import train_teachers
 
 
@@ -63,6 +64,29 @@ def test_it_loads_with_its_own_normalization(taught, toy_source, toy_images) -> 
     assert (other.mean, list(other.std)) == ((0.1,) * 3, facts["std"])
     with pytest.raises(InputError, match=r"convnet3; set teachers\.N\.net"):
         load_teacher(TeacherConfig(net="resnet20", path=str(folder)), 3, 8)
+
+
+def test_a_teacher_is_checked_and_logged_once_per_process_and_read_from_the_cache_later(
+    taught, toy_source, tmp_path, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(teacher_check, "_ACCURACIES", {})
+    path, cpu, cache = str(taught / "teachers" / "convnet3"), torch.device("cpu"), tmp_path / "cache"
+    configs = [TeacherConfig(net="convnet3", path=path)]
+    caplog.set_level("INFO", logger="dq")
+    for _ in range(3):
+        load_teachers(configs, toy_source, 8, cpu, cache_dir=cache)
+    assert [r.getMessage() for r in caplog.records] == ["teacher convnet3: 100.0 % of 500 real images"]
+
+    def unreadable(row: int) -> bytes:
+        raise OSError("gone")
+
+    gone = {name: dataclasses.replace(split, read=unreadable) for name, split in toy_source.splits.items()}
+    source = dataclasses.replace(toy_source, splits=gone)
+    monkeypatch.setattr(teacher_check, "_ACCURACIES", {})  # as in another process
+    load_teachers(configs, source, 8, cpu, cache_dir=cache)
+    for other in ({"check_images": 9}, {"mean": (0.1,) * 3}):  # which was not checked
+        with pytest.raises((InputError, OSError), match=r"gone|can be read"):
+            load_teachers([dataclasses.replace(configs[0], **other)], source, 8, cpu, cache_dir=cache)
 
 
 def test_a_second_call_does_nothing(taught, toy_source, accelerator, monkeypatch) -> None:

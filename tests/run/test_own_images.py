@@ -13,6 +13,7 @@ from dq.config.methods import check_methods
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
 from dq.core.errors import InputError
+from dq.data import images as images_module
 from dq.data.images import image_side, read_images
 from dq.data.load import load_source
 from dq.distilled.external import load_set
@@ -178,3 +179,38 @@ def test_a_run_takes_the_codec_of_its_prior(world, tmp_path):
     )
     assert main(["run", "--config", str(file), "--cpu"]) == 0
     assert load_set(tmp_path / "run").images.shape[-1] == 8
+
+
+def test_the_same_command_again_reads_no_image_and_writes_no_report(photos, tmp_path, monkeypatch):
+    command = distill(photos, tmp_path, "--image_size", "12", "--set", *QUICK)
+    assert main(command) == 0
+    page, reads = tmp_path / "run" / "report.html", []
+    made = page.stat().st_mtime_ns
+
+    def count(image, *args, **kwargs):
+        reads.append(image)
+        return open_image(image, *args, **kwargs)
+
+    open_image = images_module.open_image
+    monkeypatch.setattr(images_module, "open_image", count)
+    assert main(command) == 0
+    assert (reads, page.stat().st_mtime_ns) == ([], made)
+
+
+@pytest.mark.parametrize("change", ["page", "figure", "evaluation", "verb"])
+def test_a_report_is_made_again_when_it_or_what_it_shows_has_changed(photos, tmp_path, change):
+    command = distill(photos, tmp_path, "--set", *QUICK)
+    assert main(command) == 0
+    page = tmp_path / "run" / "report.html"
+    made = page.stat().st_mtime_ns
+    if change == "page":
+        page.unlink()
+    elif change == "figure":
+        next((tmp_path / "run" / "figures").iterdir()).unlink()
+    elif change == "evaluation":
+        command[command.index("evaluate.seeds=1")] = "evaluate.seeds=2"
+    if change == "verb":
+        config, cache = tmp_path / "run" / "config.yaml", tmp_path / "cache"
+        command = ["report", "--config", str(config), "--cache_dir", str(cache), "--cpu"]
+    assert main(command) == 0
+    assert page.stat().st_mtime_ns != made

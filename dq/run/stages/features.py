@@ -13,7 +13,7 @@ from dq.core.files import read_json, write_json
 from dq.core.plain import PlainDict
 from dq.networks.features import FeatureCache, extract_features, open_features
 from dq.networks.teacher import Teacher
-from dq.networks.teacher_check import check_teacher
+from dq.networks.teacher_check import checked_accuracy
 from dq.networks.teacher_loading import load_teacher
 from dq.run.folder import Run
 
@@ -46,7 +46,7 @@ def features_by(run: Run, teacher: Teacher, settings: TeacherConfig) -> FeatureC
     side = run.config.image_size
     cache = open_features(run.config.cache_dir, run.source, side, teacher.digest)
     if cache.missing():
-        check_teacher(teacher, run.source, settings, side)
+        checked_accuracy(teacher, run.source, settings, side, cache_dir=run.config.cache_dir)
     extract_features(run.source, teacher, cache, side, local_units=run.local_units, main=run.main)
     run.finish("features", began, images=int(run.source.class_counts().sum()), cache=cache.key)
     return cache

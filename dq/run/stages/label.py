@@ -31,7 +31,7 @@ def label(run: Run) -> None:
     if not c.teachers:
         return
     began = time.perf_counter()
-    teachers = load_teachers(c.teachers, run.source, c.image_size, run.device)
+    teachers = load_teachers(c.teachers, run.source, c.image_size, run.device, cache_dir=c.cache_dir)
     digest = digest_of([t.digest for t in teachers])
     meta = {"teachers": [t.name for t in teachers], "digest": digest, "digests": [t.digest for t in teachers]}
     folders = sorted(set(image_folders(run).values()))

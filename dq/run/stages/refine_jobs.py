@@ -122,7 +122,8 @@ def _load_teachers(
     if key not in loaded:
         setting = f"{setting_of(run.config, inputs.method, inputs.level)}.{group}.N"
         with naming(setting if getattr(stage, group) else TEACHERS):
-            loaded[key] = load_teachers(configs, run.source, run.config.image_size, run.device)
+            c = run.config
+            loaded[key] = load_teachers(configs, run.source, c.image_size, run.device, cache_dir=c.cache_dir)
     return loaded[key]
 
 

@@ -36,7 +36,7 @@ from dq.data.images import read_images
 from dq.diffusion.latents import LatentCache
 from dq.networks.features import FeatureCache
 from dq.networks.teacher import Teacher
-from dq.networks.teacher_check import check_teacher, naming
+from dq.networks.teacher_check import checked_accuracy, naming
 from dq.networks.teacher_loading import load_teacher
 from dq.run.folder import Run
 from dq.run.stages.cluster import ClassImages, class_images
@@ -244,7 +244,8 @@ def selecting_teachers(run: Run) -> dict[str, Teacher]:
                 side = run.config.image_size
                 with naming(select_setting(run.config, method)):
                     loaded[key] = load_teacher(settings, len(run.source.class_names), side, run.device)
-                    check_teacher(loaded[key], run.source, settings, side)
+                    cache_dir = run.config.cache_dir
+                    checked_accuracy(loaded[key], run.source, settings, side, cache_dir=cache_dir)
             by_method[method] = loaded[key]
     return by_method
 
