@@ -24,6 +24,7 @@ class Call:
     config: RunConfig
     source: ImageSource
     accelerator: Accelerator
+    began: float  # of the command, by time.perf_counter
 
     @property
     def verb(self) -> str:

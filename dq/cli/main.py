@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from operator import attrgetter
@@ -128,6 +129,7 @@ def execute(args: argparse.Namespace) -> None:
     from dq.core.locks import locked
     from dq.core.trackers import end_trackers
 
+    began = time.perf_counter()
     verb = VERBS[args.verb]
     config = resolve(args)
     check_flags(args)
@@ -140,7 +142,7 @@ def execute(args: argparse.Namespace) -> None:
         raise InputError(f"{folder} holds the images themselves; choose another folder to write to, as --output_dir")
     job = verb.sets_action if verb.sets_action and scores_sets(args) else verb.action
     assert isinstance(job, Job)
-    call = _open_call(args, job, config)
+    call = _open_call(args, job, config, began)
     _warn_of_slow_dtypes(verb, call)
     checked = job.check(call) if job.checks_counts or not args.like else Checked()
     if args.dry_run:
@@ -155,7 +157,7 @@ def execute(args: argparse.Namespace) -> None:
             end_trackers(call.accelerator)
 
 
-def _open_call(args: argparse.Namespace, job: Job, config: RunConfig) -> Call:
+def _open_call(args: argparse.Namespace, job: Job, config: RunConfig, began: float) -> Call:
     """Start the processes, open the images, and fill in settings that depend on them."""
     from dq.core.processes import check_launch, hardware_line, make_accelerator
     from dq.core.trackers import check_trackers
@@ -173,7 +175,7 @@ def _open_call(args: argparse.Namespace, job: Job, config: RunConfig) -> Call:
         log.warning("note: %s", note)
     with accelerator.main_process_first():  # one process fills the data set library's own cache
         source = like_source(args.like) if args.like else load_source(config.source)
-    call = Call(args, config, source, accelerator)
+    call = Call(args, config, source, accelerator, began)
     return dataclasses.replace(call, config=job.fill(call)) if job.fill else call
 
 

@@ -110,7 +110,10 @@ def plan(call: Call, checked: Checked, untrained: Sequence[TeacherConfig] = ()) 
         speeds = Speeds.load(args.speeds)
     else:
         pipe, unknown = checked.pipe, checked.unknown
-        speeds = measure_speeds(config, source, pipe, accelerator.device, unknown, untrained=untrained)
+        start_s = time.perf_counter() - call.began
+        speeds = measure_speeds(
+            config, source, pipe, accelerator.device, unknown, untrained=untrained, start_s=start_s
+        )
     if args.save_speeds and accelerator.is_main_process:
         speeds.save(Path(args.save_speeds))
     return plan_with_speeds(config, source, speeds, processes=args.processes or accelerator.num_processes)

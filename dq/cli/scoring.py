@@ -84,14 +84,18 @@ def _read_sets(call: Call) -> dict[str, DistilledSet]:
 
 
 def plan(call: Call, checked: Checked) -> str:
+    from dq.core.text import plural
     from dq.evaluation.dd_ranking import count_trainings
     from dq.run.planning.plan import plan_evaluation
 
     if call.args.protocol == "ddr":
         e = call.config.evaluate
-        return f"evaluate    up to {count_trainings(len(checked.sets), len(e.students), e.seeds)} trainings of ddr"
+        number = count_trainings(len(checked.sets), len(e.students), e.seeds)
+        return f"evaluate    up to {plural(number, 'training')} of ddr"
     sizes = {(name, str(s.ipc)): len(s) for name, s in checked.sets.items()}
-    return "\n".join(plan_evaluation(call.config, call.source.class_counts(), sizes, _ipcs(call)))
+    counts, sides = call.source.class_counts(), [s.images.shape[-1] for s in checked.sets.values()]
+    side = call.config.source.image_size or max(sides, default=call.config.image_size)
+    return "\n".join(plan_evaluation(call.config, counts, sizes, _ipcs(call), side=side))
 
 
 def work(call: Call, checked: Checked) -> None:

@@ -125,7 +125,7 @@ def _open_tables(config: SourceConfig, paths: list[Path], cache_dir: str | None,
             if facts.num_examples:
                 splits[str(split)] = builder.as_dataset(split=split)
             else:
-                left_out.add("splits without a row", split)
+                left_out.add("split", "without a row", split)
     train = choose_train(list(splits), config)
     features = splits[train].features
     image_column = choose_column("image", config.image_column, features, config.path)
@@ -184,14 +184,14 @@ def _unmatched_images(loaded: PlainDict, column: str, config: SourceConfig, path
     left_out = LeftOut()
     existing = {os.path.realpath(f): f for f in paths if f.suffix.lower() in IMAGE_SUFFIXES}
     for real in sorted(existing.keys() - named):
-        left_out.add("images without a row in the table", existing[real])
+        left_out.add("image", "without a row in the table", existing[real])
     for f in sorted(f for f in named - existing.keys() if not os.path.exists(f)):
         if config.on_bad_image == "raise":
             raise InputError(
                 f"{f} is named in the table of {config.path} and is not there; restore it, or set it aside with "
                 "--set source.on_bad_image=skip"
             )
-        left_out.add("rows whose image is not there", f)
+        left_out.add("row", "without its image", f)
     return left_out
 
 
@@ -312,7 +312,7 @@ def tables_outside(builder: Any, paths: list[Path]) -> LeftOut:
     used = {os.path.realpath(f) for names in (builder.config.data_files or {}).values() for f in names}
     for f in paths:
         if f.suffix in (".parquet", ".arrow", ".tar") and os.path.realpath(f) not in used:
-            left_out.add("tables that their names put in no split", f.name)
+            left_out.add("table", "in no split by name", f.name)
     return left_out
 
 

@@ -93,13 +93,13 @@ def walk_files(folder: Path, left_out: LeftOut, above: frozenset[str] = frozense
         if entry.name.lower() in LITTER:
             continue
         if entry.name[0] == ".":
-            left_out.add("hidden", path)
+            left_out.add("hidden item", "", path)
         elif not entry.is_dir():
             yield path
         elif os.path.realpath(path) in (above | {real_path}):
-            left_out.add("links to a folder above", path)
+            left_out.add("link", "to a folder above", path)
         elif made_by_dq(path):
-            left_out.add("runs, sets or models", path)
+            left_out.add("folder", "of a run, set or model", path)
         else:
             yield from walk_files(path, left_out, above | {real_path})
 
@@ -138,18 +138,18 @@ def images_below(folder: Path, left_out: LeftOut, on_bad_image: Literal["raise",
     files = []
     for f in walk_files(folder, left_out):
         if f.suffix.lower() not in IMAGE_SUFFIXES:
-            left_out.add("without the suffix of an image that is read", f)
+            left_out.add("file", "without the suffix of an image that is read", f)
         elif not f.exists():
             if on_bad_image == "raise":
                 raise InputError(
                     f"{printable(f)} points to a file that is not there; restore the file or remove the link, or set "
                     "it aside with --set source.on_bad_image=skip"
                 )
-            left_out.add("links to nothing", f)
+            left_out.add("link", "to nothing", f)
         elif f.is_file():
             files.append(f)
         else:
-            left_out.add("neither files nor folders", f)
+            left_out.add("item", "of another kind than files and folders", f)
     return sorted(files)
 
 
@@ -255,13 +255,13 @@ def _read_split(
         path = Path(entry.path)
         if entry.is_dir():
             if entry.name[0] == ".":
-                left_out.add("hidden", path)
+                left_out.add("hidden item", "", path)
             elif made_by_dq(path):
-                left_out.add("runs, sets or models", path)
+                left_out.add("folder", "of a run, set or model", path)
         elif path.suffix.lower() in IMAGE_SUFFIXES and entry.name[0] != ".":
-            left_out.add("images outside class folders", path)
+            left_out.add("image", "outside class folders", path)
         elif path.suffix.lower() in TABLES and (folder != root or path.name in METADATA):
-            left_out.add("tables beside class folders", path)
+            left_out.add("table", "beside class folders", path)
     classes = _subfolders(folder)
     if train:
         _check_class_folders(folder, classes, root, config.nested)
@@ -280,7 +280,7 @@ def _read_split(
                 f"class folder {printable(c)} holds no images: {why}; add images or move the folder elsewhere"
             )
         if not images[name]:
-            left_out.add("empty class folders", c)
+            left_out.add("empty class folder", "", c)
         left_out.merge(lost)
     return images
 
@@ -292,17 +292,17 @@ def open_image_folder(root: Path, config: SourceConfig) -> ImageSource:
     if split_folders:
         for other in _subfolders(root):
             if other.name not in split_folders:
-                left_out.add("folders beside the splits", other)
+                left_out.add("folder", "beside the splits", other)
         split_folders = {s: _unwrapped(d) for s, d in split_folders.items()}
         usable = [s for s, d in split_folders.items() if any(walk_files(d, LeftOut()))]
         for s in split_folders:
             if s not in usable:
-                left_out.add("empty folders of a split", split_folders[s])
+                left_out.add("empty folder", "of a split", split_folders[s])
         train = choose_train(usable, config)
         test = _test_folder(usable, train, split_folders, config, left_out)
         for s in usable:
             if s.casefold() in TRAIN_SPLITS and s not in (train, test):
-                left_out.add("other train splits", split_folders[s])
+                left_out.add("other train split", "", split_folders[s])
     else:
         split_folders = {config.train_split: root}
         train, test = config.train_split, None
@@ -342,7 +342,7 @@ def _test_folder(
     for split in candidates:
         if classes & {normalize_name(d.name) for d in _subfolders(folders[split])}:
             for other in candidates[: candidates.index(split)]:
-                left_out.add("splits without class folders", folders[other])
+                left_out.add("split", "without class folders", folders[other])
             return split
     return candidates[0] if candidates else None
 
@@ -391,6 +391,6 @@ def _check_test_classes(
         )
     for c in index:
         if c not in classes:
-            left_out.add("classes without a folder in the test split", c)
+            left_out.add("class", "without a folder in the test split", c)
     for c in [c for c in classes if not classes[c]]:
         del classes[c]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from dq.core.text import printable
+from dq.core.text import plural, printable
 
 log = logging.getLogger("dq")
 
@@ -14,21 +14,32 @@ class LeftOut:
     """Counts of items left out, by reason, with the first name of each."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._first: dict[str, str] = {}
+        self._counts: dict[tuple[str, str], int] = {}  # by noun and reason
+        self._first: dict[tuple[str, str], str] = {}
 
-    def add(self, reason: str, name: object, count: int = 1) -> None:
-        """Count `count` items that are left out for a reason such as "hidden"."""
-        self._counts[reason] = self._counts.get(reason, 0) + count
-        self._first.setdefault(reason, printable(name))
+    def add(self, noun: str, reason: str, name: object, count: int = 1) -> None:
+        """Count items that are left out.
+
+        Args:
+            noun: what one of them is, such as "image".
+            reason: why, after "1 image" as well as after "2 images", such as "outside class folders"; may be empty.
+            name: of the item.
+            count: of items.
+        """
+        key = (noun, reason)
+        self._counts[key] = self._counts.get(key, 0) + count
+        self._first.setdefault(key, printable(name))
 
     def merge(self, other: LeftOut) -> None:
         """Add the counts of `other`."""
-        for reason, n in other._counts.items():
-            self.add(reason, other._first[reason], n)
+        for key, n in other._counts.items():
+            self.add(*key, other._first[key], n)
 
     def __str__(self) -> str:
-        return ", ".join(f"{n} {reason} (first: {self._first[reason]})" for reason, n in self._counts.items())
+        return ", ".join(
+            f"{' '.join(filter(None, (plural(n, noun), reason)))} (first: {self._first[noun, reason]})"
+            for (noun, reason), n in self._counts.items()
+        )
 
     def __bool__(self) -> bool:
         return bool(self._counts)
@@ -39,10 +50,10 @@ class LeftOut:
             log.warning("%s: left out %s", printable(origin), self)
 
 
-def warn_of_keys(keys: Sequence[str], expected: Sequence[str], origin: str, what: str) -> None:
+def warn_of_keys(keys: Sequence[str], expected: Sequence[str], origin: str, noun: str) -> None:
     """Warn of keys that a loader does not use."""
     left_out = LeftOut()
     for key in keys:
         if key not in expected:
-            left_out.add(f"{what} that mean nothing here", key)
+            left_out.add(noun, "without a meaning here", key)
     left_out.warn(origin)

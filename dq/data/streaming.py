@@ -369,7 +369,7 @@ def _members(f: Any, shard: Shard, left_out: LeftOut) -> Iterator[tuple[int, int
             if image is not None:
                 yield (*image, _need_label(label, key, shard))
             elif key and label is not None:
-                left_out.add("labels without an image of a suffix that is read", f"{key[1]} in {shard.name}")
+                left_out.add("label", "without an image of a suffix that is read", f"{key[1]} in {shard.name}")
             key, image, label = (folder, stem), None, None
         suffix = suffix.lower()
         if f".{suffix}" in IMAGE_SUFFIXES:
@@ -377,14 +377,14 @@ def _members(f: Any, shard: Shard, left_out: LeftOut) -> Iterator[tuple[int, int
                 raise InputError(f"{shard.url} has two images {name!r} of one key; give every row a key of its own")
             image = (member.offset_data, member.size)
         elif f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES:
-            left_out.add("images whose names have several dots", f"{name} in {shard.name}")
+            left_out.add("image", "with several dots in the name", f"{name} in {shard.name}")
         elif suffix in ("cls", "json"):
             data = tar.extractfile(member).read()  # type: ignore[union-attr]
             label = _label(data, suffix, name, shard) if label is None or suffix == "cls" else label
     if image is not None:
         yield (*image, _need_label(label, key, shard))
     elif key and label is not None:
-        left_out.add("labels without an image of a suffix that is read", f"{key[1]} in {shard.name}")
+        left_out.add("label", "without an image of a suffix that is read", f"{key[1]} in {shard.name}")
 
 
 def _label(data: bytes, suffix: str, name: str, shard: Shard) -> int | str | None:

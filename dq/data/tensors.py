@@ -54,7 +54,7 @@ def from_tensors(
     left_out = LeftOut()
     for name in pairs:
         if name != train and name.casefold() not in TEST_SPLITS:
-            left_out.add("splits that are neither train nor test", name)
+            left_out.add("split", "beside train and test", name)
     left_out.warn(origin)
     h = hashlib.blake2b(digest_size=8)
     splits = {}

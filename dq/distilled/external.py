@@ -245,7 +245,7 @@ def _from_tensor_file(path: Path, class_names: tuple[str, ...] | None, label_kin
     tensors = read_tensor_file(path)
     if not {"images", "labels"} <= set(tensors):
         raise InputError(f"{path} needs the tensors images and labels; it has {', '.join(sorted(tensors)) or 'none'}")
-    warn_of_keys(sorted(tensors), TENSOR_KEYS, str(path), "tensors")
+    warn_of_keys(sorted(tensors), TENSOR_KEYS, str(path), "tensor")
     soft_labels = tensors.get("soft_labels")
     if soft_labels is not None and not soft_labels.is_floating_point():
         raise InputError(
@@ -303,7 +303,7 @@ def _from_folder(
     source = load_source(SourceConfig(path=str(path), on_bad_image=on_bad_image))
     names = source.class_names if class_names is None else _by_number(source.class_names, class_names, path)
     train = source.train
-    warn_of_keys(train.columns, [*itertools.chain(*COLUMNS), *BOOKKEEPING], str(path), "columns")
+    warn_of_keys(train.columns, [*itertools.chain(*COLUMNS), *BOOKKEEPING], str(path), "column")
     sizes: dict[int, tuple[int, int]] = {}
     size = image_size or _first_side(train, on_bad_image)
     measured = dataclasses.replace(train, read=functools.partial(_read_measured, train, sizes))

@@ -22,6 +22,7 @@ from dq.config.students import Baseline
 from dq.core.errors import InputError
 from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, digest_of
+from dq.core.text import plural
 from dq.core.version import __version__
 from dq.data.coresets import (
     boundary_prototype_rows,
@@ -220,7 +221,7 @@ def _rule_inputs(name: str, source: ImageSource, inputs: _RuleInputs) -> _RuleIn
     is_complete = _complete([v for v in (inputs.features, inputs.scores) if v is not None], source)
     if is_complete is not None:
         unreadable = len(is_complete) - int(is_complete.sum())
-        log.warning("%d train images that cannot be read are left out of the selection %r", unreadable, name)
+        log.warning("the selection %r leaves out %s, which cannot be read", name, plural(unreadable, "train image"))
         rows = np.arange(len(source.train)) if inputs.candidates is None else inputs.candidates
         candidates = rows[is_complete.numpy()]
         features, scores = (None if v is None else v[is_complete] for v in (inputs.features, inputs.scores))

@@ -23,7 +23,7 @@ from dq.core.files import is_done, read_json, write_json, write_text
 from dq.core.plain import PlainDict, PlainMapping
 from dq.core.progress import progress, unit_done
 from dq.core.seeds import derive_seed, digest_of
-from dq.core.text import format_bytes
+from dq.core.text import format_bytes, plural
 from dq.core.trackers import report
 from dq.core.version import __version__
 from dq.distilled.external import check_classes
@@ -228,7 +228,9 @@ def _check_space(work: Work, total: int, sets: int) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work.folder).free
     if work.main:
-        log.info("soft labels of %d sets: %s to write, %s free", sets, format_bytes(total), format_bytes(free))
+        log.info(
+            "soft labels of %s: %s to write, %s free", plural(sets, "set"), format_bytes(total), format_bytes(free)
+        )
     if total > free:
         raise RunError(
             f"the soft labels need {format_bytes(total)} but {work.folder} has {format_bytes(free)} left; "

@@ -118,7 +118,7 @@ class RealData:
         check_whitened(self.image_size, "frepo")
         path = self.cache_dir / f"whitening-{digest_of(self.identity)}.safetensors"
         if not is_done(path):
-            log.info("fitting whitening on %d train images", len(self.candidates))
+            log.info("fitting whitening on %s", plural(len(self.candidates), "train image"))
             write_tensors(path, fit_whitening(self.read(self.source.train, self.candidates)[0]).tensors())
         return Whitening(**read_tensors(path)[0]).to(self.device)
 
@@ -135,7 +135,7 @@ class RealData:
         check_whitened(self.image_size)
         path = self.cache_dir / f"zca-{digest_of(self.identity)}.safetensors"
         if not is_done(path):
-            log.info("fitting ZCA on %d train images", len(self.candidates))
+            log.info("fitting ZCA on %s", plural(len(self.candidates), "train image"))
             zca = fit_zca(self.read(self.source.train, self.candidates)[0])
             write_tensors(path, {"mean": zca.mean, "matrix": zca.matrix})
         tensors, _ = read_tensors(path)

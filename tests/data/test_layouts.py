@@ -108,7 +108,7 @@ def test_a_test_split_of_no_use_is_passed_over_or_can_be_switched_off(
 ) -> None:
     tree(tmp_path, "train/oak", "train/elm", "val/oak", "val/elm", "test/images")
     assert load_source(tmp_path).test_name == "val"
-    assert "1 splits without class folders" in warning(caplog)
+    assert "1 split without class folders" in warning(caplog)
     with pytest.raises(InputError, match=r"class folder 'images' of split 'test'.*source.test_split=none"):
         load_source(tmp_path, test_split="test")
     source = load_source(tmp_path, test_split="none")
@@ -271,13 +271,13 @@ def test_what_is_left_out_is_counted_once(tmp_path: Path, caplog: pytest.LogCapt
     assert source.class_counts().tolist() == [2, 2]
     message = warning(caplog)
     for part in (
-        "3 without the suffix of an image that is read (first: ",
+        "3 files without the suffix of an image that is read (first: ",
         "a.heic",
-        "2 hidden (first: ",
-        "1 images outside class folders",
-        "1 tables beside class folders",
-        "1 folders beside the splits",
-        "1 classes without a folder in the test split (first: elm)",
+        "2 hidden items (first: ",
+        "1 image outside class folders",
+        "1 table beside class folders",
+        "1 folder beside the splits",
+        "1 class without a folder in the test split (first: elm)",
     ):
         assert part in message
     caplog.clear()
@@ -291,7 +291,7 @@ def test_a_class_that_loses_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="birch holds no images: it is empty"):
         load_source(tmp_path)
     (tmp_path / "train" / "birch" / "0.heic").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"birch holds no images: only 1 without the suffix .*0\.heic"):
+    with pytest.raises(InputError, match=r"birch holds no images: only 1 file without the suffix .*0\.heic"):
         load_source(tmp_path)
     picture(tmp_path / "train" / "birch" / "0.png")
     tree(tmp_path, "test/oak", "test/elm")
@@ -329,13 +329,13 @@ def test_links_are_followed_and_broken_ones_named(tmp_path: Path, caplog: pytest
     (tmp_path / "data" / "oak" / "more").symlink_to(tmp_path / "elsewhere" / "more")
     (tmp_path / "data" / "elm" / "up").symlink_to(tmp_path / "data" / "elm")
     assert load_source(tmp_path / "data").class_counts().tolist() == [2, 5]
-    assert "1 links to a folder above" in warning(caplog)
+    assert "1 link to a folder above" in warning(caplog)
     (tmp_path / "data" / "oak" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"gone\.png .*on_bad_image=skip"):
         load_source(tmp_path / "data")
     caplog.clear()
     assert len(load_source(tmp_path / "data", on_bad_image="skip").train) == 7
-    assert "1 links to nothing" in warning(caplog)
+    assert "1 link to nothing" in warning(caplog)
 
 
 def test_own_results_inside_the_data_are_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -347,7 +347,7 @@ def test_own_results_inside_the_data_are_left_aside(tmp_path: Path, caplog: pyte
     small.save(root / "runs" / "dq" / "dataset", "ipc1-ddoq")
     after = load_source(root)
     assert (after.class_counts().tolist(), after.fingerprint) == ([2, 2], before.fingerprint)
-    assert "1 runs, sets or models" in warning(caplog)
+    assert "1 folder of a run, set or model" in warning(caplog)
     assert str(root / "runs") in warning(caplog)
     # the set itself is data, if it is asked for
     assert len(load_source(root / "runs" / "dq" / "dataset" / "ipc1-ddoq").train) == 2
@@ -364,13 +364,13 @@ def test_own_results_inside_the_data_are_left_aside(tmp_path: Path, caplog: pyte
 def test_tables_without_a_split_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table(tmp_path / "part0.parquet", [0, 1])
     table(tmp_path / "test_bench.parquet", [0, 1])
-    with pytest.raises(InputError, match=r"no split 'train': 1 tables .*part0\.parquet.*call the files train-"):
+    with pytest.raises(InputError, match=r"no split 'train': 1 table .*part0\.parquet.*call the files train-"):
         load_source(tmp_path)
     table(tmp_path / "train.parquet", [0, 1, 1])
     for streaming in (False, True):
         caplog.clear()
         assert len(load_source(tmp_path, streaming=streaming).train) == 3
-        assert "1 tables that their names put in no split (first: part0.parquet)" in warning(caplog)
+        assert "1 table in no split by name (first: part0.parquet)" in warning(caplog)
 
 
 def test_labels_of_a_tar_without_their_image_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -387,7 +387,7 @@ def test_labels_of_a_tar_without_their_image_are_counted(tmp_path: Path, caplog:
 def test_keys_that_mean_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     x, y = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
     load_source({"train": (x, y), "tset": (x, y)})
-    assert "1 splits that are neither train nor test (first: tset)" in warning(caplog)
+    assert "1 split beside train and test (first: tset)" in warning(caplog)
     caplog.clear()
     save_file({"images": x, "labels": y, "soft_label": torch.randn(4, 2)}, tmp_path / "set.safetensors")
     load_set(tmp_path / "set.safetensors")
@@ -406,9 +406,9 @@ def test_dotted_names_of_a_tar_are_counted(tmp_path: Path, caplog: pytest.LogCap
     write("a", "p.f")
     source = load_source(tmp_path, streaming=True)
     assert (len(source.train), source.class_names) == (1, ("1",))
-    assert "1 images whose names have several dots (first: p.f.png in train-0.tar)" in warning(caplog)
+    assert "1 image with several dots in the name (first: p.f.png in train-0.tar)" in warning(caplog)
     write("p.f")
-    with pytest.raises(InputError, match=r"no row .*: 1 images .*several dots"):
+    with pytest.raises(InputError, match=r"no row .*: 1 image .*several dots"):
         load_source(tmp_path, streaming=True)
 
 
@@ -455,7 +455,7 @@ def test_a_table_without_labels_leaves_the_class_folders(tmp_path: Path, caplog:
     tree(tmp_path, "oak", "elm")
     (tmp_path / "metadata.csv").write_text("file_name,caption\noak/0.png,a tree\n")
     assert load_source(tmp_path).class_names == ("elm", "oak")
-    assert "1 tables beside class folders" in warning(caplog)
+    assert "1 table beside class folders" in warning(caplog)
     flat = tree(tmp_path / "flat", ".")
     (flat / "labels.csv").write_text("name,label\n")
     with pytest.raises(InputError, match=r"labels\.csv .*metadata\.csv"):

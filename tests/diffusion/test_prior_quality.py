@@ -531,7 +531,7 @@ def test_what_is_missing_is_one_sentence(world: Path, tmp_path: Path, capsys, se
 def test_a_dry_run_counts_the_calls(world: Path, tmp_path: Path, capsys) -> None:
     assert main([*config(world, tmp_path), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "12 from pure noise at each of 2 guidance scales, 3 steps, 72 denoiser calls" in out
+    assert "12 images from pure noise at each of 2 guidance scales, 3 steps, 72 denoiser calls" in out
     assert not (tmp_path / "report").exists()
 
 

@@ -384,7 +384,7 @@ def test_parquet_columns_have_the_names_of_tensor_files_too_and_others_are_named
     assert "left out" not in caplog.text
     parquet(tmp_path / "b" / "train-00000-of-00001.parquet", logits=weights, count=weights, probabilities=weights)
     assert load_set(tmp_path / "b", NAMES).soft_labels is None
-    assert "left out 2 columns that mean nothing here (first: logits)" in caplog.text
+    assert "left out 2 columns without a meaning here (first: logits)" in caplog.text
     parquet(tmp_path / "c" / "train-00000-of-00001.parquet", weight=weights, weights=weights)
     with pytest.raises(InputError, match=r"columns weight and weights"):
         load_set(tmp_path / "c", NAMES)

@@ -17,11 +17,13 @@ from dq.cli.main import main, resolve
 from dq.cli.parser import build_parser
 from dq.config.overrides import apply_settings
 from dq.config.reader import from_dict
-from dq.config.schema import RunConfig
+from dq.config.schema import RunConfig, load_config
 from dq.core.errors import InputError
 from dq.run.planning.clock import Speed, timed
 from dq.run.planning.costs import StagePlan, busiest, seconds_of, stage_plans
+from dq.run.planning.page import report_plan
 from dq.run.planning.plan import LIKE, like_source
+from dq.run.planning.sets import planned_sets
 from dq.run.planning.timings import Speeds
 
 ROOT = Path(__file__).parents[2]
@@ -344,3 +346,33 @@ def test_a_run_is_compared_with_its_estimate(world: Path, tmp_path: Path, monkey
     assert [(r["stage"], r["estimated_s"], r["took_s"], r["took_by_estimated"]) for r in rows] == [
         ("encode", 24.0, 12.0, 0.5)
     ]
+
+
+def test_a_plan_names_the_side_of_students_and_counts_start_and_report(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config(world, tmp_path, ipc=[3])
+    saved = tmp_path / "speeds.json"
+    assert main(["run", "--config", str(file), "--cpu", "--dry-run", "--save_speeds", str(saved)]) == 0
+    text = capsys.readouterr().out
+    settings = load_config(file)
+    assert f"trainings at {settings.image_size} px" in text
+    rows = [line.split()[0] for line in text.partition("estimate")[2].splitlines()[1:]]
+    assert rows[0] == "start-up"
+    assert rows[rows.index("all") - 1] == "report"
+    # a file of an earlier version has no such speeds, and its plan no such rows
+    facts = json.loads(saved.read_text())
+    facts["speeds"] = {k: v for k, v in facts["speeds"].items() if k not in ("start", "figure", "picture")}
+    saved.write_text(json.dumps(facts))
+    assert main(["run", "--config", str(file), "--cpu", "--dry-run", "--speeds", str(saved)]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.partition("estimate")[2].splitlines()[1:]]
+    assert not {"start-up", "report"} & set(rows)
+
+
+def test_the_report_shows_at_most_what_its_plan_counts() -> None:
+    source, changes = like_source("30x20"), {"ipc": [1, 20], "source.image_size": 8}
+    settings = apply_settings(RunConfig(), changes)
+    plan = report_plan(settings, planned_sets(settings, source), 30)
+    methods = len(settings.methods)
+    assert plan.each["picture"] == methods * 20 * (1 + 10) + 2 * 20 * 10  # 20 classes, 10 images of each
+    assert plan.each["read"] == 2 * 20 * 10

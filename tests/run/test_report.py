@@ -14,6 +14,7 @@ from runs import config
 from dq.cli.main import main
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig
+from dq.core.text import plural
 from dq.distilled.set import DistilledSet
 from dq.distilled.snippet import training_snippet
 from dq.evaluation.verdicts import Gap, Ranking, Score
@@ -65,7 +66,7 @@ def test_every_image_says_what_it_is(finished: Path) -> None:
         rows = (s.labels == c).nonzero()[:, 0].tolist()
         for number, i in enumerate(rows):
             weight, count = float(s.weights[i]), int(s.counts[i])
-            alt = f"class {name}, image {number + 1}, weight {weight:.2f}, stands for {count} real images"
+            alt = f"class {name}, image {number + 1}, weight {weight:.2f}, stands for {plural(count, 'real image')}"
             assert alt in page.alts
         assert len([a for a in page.alts if a.startswith(f"random real image of class {name}, row ")]) > 3
     assert sum(a.startswith("real image nearest to image") for a in page.alts) == 9  # of the first set

@@ -153,9 +153,7 @@ def agent_operation(prune: PruneConfig) -> str:
 
 def _cluster(sets: Sequence[PlannedSet], counts: Sequence[int], cells: int | None, processes: int) -> StagePlan:
     distinct = {s.points: s for s in sets}
-    plan = StagePlan(
-        "cluster", f"{len(distinct) * len(counts)} classes and settings", bytes=None if cells is None else 0
-    )
+    plan = StagePlan("cluster", plural(len(distinct) * len(counts), "clustering"), bytes=None if cells is None else 0)
     costs: list[float] = []
     for s in distinct.values():
         plan.call(cluster_operation(s.cluster, s.prototypes), sum(counts))

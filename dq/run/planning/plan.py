@@ -76,7 +76,7 @@ def plan(config: RunConfig, source: ImageSource) -> str:
     if config.generate.mode != "decode":
         g = config.generate
         share = f"strength {g.strength}" if g.strength is not None else f"SNR {g.snr}"
-        lines.append(f"generate    {g.mode}, {g.num_inference_steps} nominal steps from {share}")
+        lines.append(f"generate    {g.mode}, {plural(g.num_inference_steps, 'nominal step')} from {share}")
         denoiser_steps = g.num_inference_steps
     pixels = config.image_size**2 * 3
     for ipc in config.ipc:
@@ -89,12 +89,12 @@ def plan(config: RunConfig, source: ImageSource) -> str:
             f"ipc {ipc:<7d} {plural(prototypes, 'prototype')}, {plural(len(config.methods), 'method')} "
             f"({', '.join(config.methods)}), {plural(images, 'image')}, "
             + (f"chosen from {draws} draws, " if draws > images else "")
-            + f"{images * pixels / 1e6:.1f} MB of pixels, up to {draws * denoiser_steps} denoiser calls"
+            + f"{images * pixels / 1e6:.1f} MB of pixels, up to {plural(draws * denoiser_steps, 'denoiser call')}"
             + (f"; fewer than {ipc} images in {', '.join(map(str, short[:5]))}" if short else "")
         )
     sizes = {(s.method, str(s.ipc)): s.images for s in sets}
     lines += _plan_refinement(config, sizes, counts.tolist())
-    lines += plan_evaluation(config, counts, sizes)
+    lines += plan_evaluation(config, counts, sizes, side=config.image_size)
     lines.append(f"writes to   {config.output_dir}, latents in {config.cache_dir}")
     return "\n".join(lines)
 
@@ -213,7 +213,7 @@ def trainings(
 
 
 def plan_evaluation(
-    config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = ()
+    config: RunConfig, counts: Any, sets: dict[tuple[str, str], int], more: Sequence[int] = (), *, side: int
 ) -> list[str]:
     """Trainings of sets and baselines, and bytes of the labels that they store.
 
@@ -222,6 +222,7 @@ def plan_evaluation(
         counts: train images of every class.
         sets: number of images by name and ipc.
         more: ipc of baselines beside those of the sets.
+        side: of the images that students see, in px.
     """
     from dq.core.text import format_bytes
 
@@ -233,7 +234,7 @@ def plan_evaluation(
             continue
         number += t.seeds
         stored.add(t.stored_labels(len(counts)))
-    lines = [f"evaluate    {plural(number, 'training')}, and {full} on the full data"]
+    lines = [f"evaluate    {plural(number, 'training')} at {side} px, and {full} on the full data"]
     total = sum(entry.bytes for entry in stored if entry is not None)
     return lines + [f"labels      {format_bytes(total)} of soft labels of views"] * (total > 0)
 
@@ -246,8 +247,10 @@ def plan_prior_report(config: RunConfig, source: ImageSource) -> str:
     images = int(sample_counts(source, r.per_class).sum())
     calls = images * r.num_inference_steps * len(r.guidance)
     return (
-        f"samples     {images} from pure noise at each of {len(r.guidance)} guidance scales, {r.num_inference_steps} "
-        f"steps, {calls} denoiser calls\nwrites to   {config.output_dir}, features in {config.cache_dir}"
+        f"samples     {plural(images, 'image')} from pure noise at each of "
+        f"{plural(len(r.guidance), 'guidance scale')}, {plural(r.num_inference_steps, 'step')}, "
+        f"{plural(calls, 'denoiser call')}\n"
+        f"writes to   {config.output_dir}, features in {config.cache_dir}"
     )
 
 
@@ -260,9 +263,13 @@ def plan_training(verb: str, config: RunConfig, source: ImageSource) -> str:
         side, folder = config.codec.resolution, prior.output_dir
         if verb == "train-denoiser":
             lines.append(f"encode      {n} images at {side} px, into {config.cache_dir}")
-            lines.append(f"train       a DiT, {d.steps} steps of {d.batch_size} latents, from {d.init or 'scratch'}")
+            lines.append(
+                f"train       a DiT, {plural(d.steps, 'step')} of {d.batch_size} latents, from {d.init or 'scratch'}"
+            )
         elif c.steps:
-            lines.append(f"train       an autoencoder at {side} px, {c.steps} steps of {c.batch_size} images")
+            lines.append(
+                f"train       an autoencoder at {side} px, {plural(c.steps, 'step')} of {c.batch_size} images"
+            )
         else:
             lines.append(
                 f"normalize   the latents of {c.init} by channel, over {min(n, STATISTICS)} images at {side} px"

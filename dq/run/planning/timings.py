@@ -24,6 +24,7 @@ from dq.core.errors import InputError
 from dq.core.files import read_json, write_json
 from dq.core.plain import PlainDict
 from dq.core.seeds import derive_seed, generator
+from dq.core.text import plural
 from dq.run.planning.clock import Speed, random_pixels, timed
 from dq.run.planning.costs import (
     StagePlan,
@@ -34,6 +35,7 @@ from dq.run.planning.costs import (
     select_operation,
     stage_plans,
 )
+from dq.run.planning.page import FIGURE, PICTURE, START, page_speeds, report_plan, start_plan
 from dq.run.planning.refining import refining_speed
 from dq.run.planning.sets import planned_sets
 
@@ -91,6 +93,7 @@ def measure_speeds(
     unknown: Sequence[str] = (),
     *,
     untrained: Sequence[TeacherConfig] = (),
+    start_s: float | None = None,
 ) -> Speeds:
     """Time the operations of a run; those that cannot be timed are listed in `unknown`.
 
@@ -101,6 +104,7 @@ def measure_speeds(
         device: where to run.
         unknown: reasons why operations cannot be timed.
         untrained: teachers that are trained before the run.
+        start_s: seconds that this process spent on imports, images and models; None: not known.
     """
     facts: PlainDict = {
         "machine": f"{platform.machine()}, {platform.system()}",
@@ -112,7 +116,9 @@ def measure_speeds(
         "resolution": config.codec.resolution,
         "image_size": config.image_size,
     }
-    speeds: dict[str, Speed] = {}
+    speeds = page_speeds(config.image_size, device)
+    if start_s is not None:
+        speeds[START] = Speed(start_s, start_s, start_s, 1)
     reasons = list(unknown)
     if not source.fingerprint.startswith("like "):
         speeds["read"] = _reading(config, source, device)
@@ -387,7 +393,7 @@ def plan_with_speeds(config: RunConfig, source: ImageSource, speeds: Speeds, *, 
     plans = planned_stages(config, source, speeds, processes)
     lines = [plan(config, source)]
     lines += estimate_lines(plans, speeds.seconds, overlap=bool(speeds.facts.get("overlap")), processes=processes)
-    lines.append(f"  measured on {speeds.facts.get('device')}, {speeds.facts.get('threads')} CPU threads")
+    lines.append(f"  measured on {speeds.facts.get('device')}, {plural(speeds.facts.get('threads', 0), 'CPU thread')}")
     lines += [f"  not timed: {reason}" for reason in speeds.unknown]
     for folder, need in _needs(config, plans).items():
         free = shutil.disk_usage(folder).free
@@ -405,9 +411,13 @@ def planned_stages(config: RunConfig, source: ImageSource, speeds: Speeds, proce
         latent = [latent[0], side, side]
     if facts.get("generate") == _walk_settings(config):
         denoiser_steps = facts.get("denoiser_steps")
-    return stage_plans(
-        config, source, latent=tuple(latent) if latent else None, denoiser_steps=denoiser_steps, processes=processes
-    )
+    shape = tuple(latent) if latent else None
+    plans = stage_plans(config, source, latent=shape, denoiser_steps=denoiser_steps, processes=processes)
+    if START in speeds.speeds:
+        plans.insert(0, start_plan())
+    if {FIGURE, PICTURE, "read"} <= speeds.speeds.keys():  # files of earlier versions lack some
+        plans.append(report_plan(config, planned_sets(config, source), len(source.class_names)))
+    return plans
 
 
 def _needs(config: RunConfig, plans: Sequence[Any]) -> dict[Path, float]:

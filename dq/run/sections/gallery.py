@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dq.core.plain import PlainDict
 from dq.core.seeds import generator
+from dq.core.text import plural
 from dq.data.grid import image_grid
 from dq.data.images import read_images
 from dq.diffusion.latents import LatentCache
@@ -75,7 +76,7 @@ def distilled_row(small: DistilledSet, label: int, index: list[int]) -> PictureR
     equal = bool((small.weights == small.weights[0]).all())
     alts, captions = [], []
     for number, i in enumerate(index):
-        stands = f"stands for {int(small.counts[i])} real images"
+        stands = f"stands for {plural(int(small.counts[i]), 'real image')}"
         alts.append(f"class {name}, image {number + 1}, weight {float(small.weights[i]):.2f}, {stands}")
         captions.append("" if equal else f"{float(small.weights[i]):.2f}")
     return picture_row("distilled", [images[i] for i in index], alts, captions)
