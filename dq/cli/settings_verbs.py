@@ -7,24 +7,35 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dq.core.errors import InputError
 
 if TYPE_CHECKING:
+    from dq.config.reference import Setting
     from dq.config.schema import RunConfig
 
 
 def config_verb(args: argparse.Namespace) -> None:
-    """Print all settings, a line each, or explain one or a section."""
-    from dq.config.reference import explain, reference
+    """Print all settings, a line each, explain one or a section, or print those whose name contains a word."""
+    from dq.config.reference import containing, explain, nearest_settings, reference
 
-    if args.key:
+    rows = containing(args.key) if args.key else reference()
+    if args.key and not rows:
         print(*explain(args.key), sep="\n")
         return
-    rows = [r for r in reference() if not re.match(r"refine\.N\.(teachers|validation_teachers)\.N", r.key)]
+    _print_settings([r for r in rows if not re.match(r"refine\.N\.(teachers|validation_teachers)\.N", r.key)])
+    if args.key:
+        listed = {r.key for r in rows}
+        print(f"no setting is called {args.key}; these names contain it, and `dq config NAME` explains one")
+        if near := [name for name in nearest_settings(args.key) if name not in listed]:
+            print(f"similar: {', '.join(near)}")
+
+
+def _print_settings(rows: Sequence[Setting]) -> None:
+    """Print settings, a line each."""
     names = [f"{r.key} ({r.stage})" if r.stage else r.key for r in rows]
     kinds = [", ".join(filter(None, (r.type, r.bound))) for r in rows]
     widths = [max(map(len, names)), min(44, max(map(len, kinds)))]

@@ -25,7 +25,7 @@ from dq.config.validation import (
 )
 from dq.core.bounded_yaml import write_yaml
 from dq.core.errors import InputError
-from dq.core.text import nearest_name
+from dq.core.text import similar_names
 
 NUMBER, NAME = "N", "NAME"  # stand for an index of a list and a key of a mapping
 
@@ -52,26 +52,41 @@ def reference() -> list[Setting]:
 
 
 def explain(key: str) -> list[Setting]:
-    """The setting of a dotted name, or all settings of a section.
-
-    The last part of a name suffices where it is unique.
+    """The setting of a dotted name, all settings of a section, or all of which it is the last part.
 
     Raises:
-        InputError: for a name that is none, with the nearest one.
+        InputError: for a name that is none, with the nearest ones.
     """
-    rows = reference()
-    parts = key.split(".")
-    chosen = [r for r in rows if _matches(r.key.split("."), parts)]
-    chosen = chosen or [r for r in rows if len(parts) == 1 and r.key.rpartition(".")[2] == key]
+    chosen = _named(key)
     if not chosen:
         if key.rpartition(".")[2] in RENAMED:
             raise InputError(f"{renamed_key(key)}; change the name")
-        names = {r.key.rpartition(".")[2]: r.key for r in reversed(rows)} | {r.key: r.key for r in rows}
-        names |= {section: section for r in rows for section in _sections(r.key)}
-        close = nearest_name(key, names)
-        hint = f"did you mean {names[close]!r}?" if close else "`dq config` lists all"
+        close = nearest_settings(key)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`dq config` lists all"
         raise InputError(f"unknown setting {key!r}; {hint}")
     return chosen
+
+
+def _named(key: str) -> list[Setting]:
+    """Settings that a name stands for exactly."""
+    rows, parts = reference(), key.split(".")
+    chosen = [r for r in rows if _matches(r.key.split("."), parts)]
+    return chosen or [r for r in rows if len(parts) == 1 and r.key.rpartition(".")[2] == key]
+
+
+def containing(word: str) -> list[Setting]:
+    """Settings whose dotted name contains a word; none if the word is a name itself, or one of earlier versions."""
+    exact = bool(_named(word)) or word.rpartition(".")[2] in RENAMED
+    return [] if exact else [r for r in reference() if word.casefold() in r.key.casefold()]
+
+
+def nearest_settings(key: str) -> list[str]:
+    """At most three names of settings or sections that are similar to one, the most similar first."""
+    rows = reference()
+    names = {r.key.rpartition(".")[2]: r.key for r in reversed(rows)} | {r.key: r.key for r in rows}
+    names |= {section: section for r in rows for section in _sections(r.key)}
+    close = similar_names(key, names, count=3, cutoff=0.7) or similar_names(key, names)
+    return list(dict.fromkeys(names[name] for name in close))
 
 
 def _matches(row: Sequence[str], parts: Sequence[str]) -> bool:

@@ -202,13 +202,31 @@ def test_config_explains_one_setting(capsys: pytest.CaptureFixture[str]) -> None
     for wrong, near in {**near_names, "prior.codek": "prior.codec", "refin.0.ridge": "refine.N.ridge"}.items():
         code, _, err = called("config", wrong, capsys=capsys)
         assert code == 2
-        assert f"did you mean '{near}'?" in err
+        assert f"did you mean '{near}'" in err
     for old, new in (("teacher", "teachers"), ("generate.guidance_snr", "generate.guidance_interval")):
         code, _, err = called("config", old, capsys=capsys)
         assert code == 2
         assert f"is now called '{new}'" in err
     code, out, _ = called("config", capsys=capsys)
     assert len(out.splitlines()) > 300
+
+
+def test_config_lists_the_settings_that_contain_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called("config", "Epoch", capsys=capsys)
+    lines = out.splitlines()
+    listed = {line.split()[0] for line in lines if " default " in line}
+    assert code == 0
+    assert listed == {r.key for r in reference() if "epoch" in r.key}
+    assert {"prune.score_epoch", "train_teachers.epochs", "evaluate.students.N.epochs"} <= listed
+    assert any(line.startswith("no setting is called Epoch; these names contain it") for line in lines)
+    code, out, _ = called("config", "clusters", capsys=capsys)  # nothing contains it
+    assert (code, out) == (2, "")
+    code, out, _ = called("config", "iter", capsys=capsys)
+    assert "cluster.n_iter" in out
+    # a name that several settings have is explained, and no other that contains it is listed
+    code, out, _ = called("config", "epochs", capsys=capsys)
+    assert "train_teachers.epochs\n    epochs of the training\n" in out
+    assert "recovery_epochs" not in out
 
 
 @pytest.mark.parametrize(
