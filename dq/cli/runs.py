@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -357,11 +358,11 @@ def report_results(config: RunConfig) -> None:
 
 
 def write_settings(call: Call, checked: Checked) -> str:
-    """Write the settings that are not the defaults, as `dq run` reads them; returns the path of the file."""
+    """Write the settings that are not the defaults, as `dq run` reads them from any folder; returns the path."""
     from dq.config.reader import dump_changes
     from dq.core.files import write_text
 
-    path, config = Path(call.args.file), call.config
+    path, config = Path(call.args.file), with_absolute_paths(call.config)
     if path.exists():
         raise InputError(f"{path} exists; choose a name that does not")
     lines = ["# Written by dq init. `dq config KEY` explains a setting."]
@@ -369,8 +370,25 @@ def write_settings(call: Call, checked: Checked) -> str:
         net = untrained[0].net
         lines.append(f"# {net} selects among the draws and is trained first: dq train-teachers --config {path}")
     if call.accelerator.is_main_process:
-        write_text(path, "\n".join([*lines, f"#   dq run --config {path}", dump_changes(config)]))
+        lines.append(f"#   dq run --config {shlex.quote(str(path))}")
+        write_text(path, "\n".join([*lines, dump_changes(config)]))
     return str(path)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Settings that read the same images and models from any working folder; results go to the folder of the day.
+
+    What is not on this machine, such as a name of the Hub or a teacher that is trained later, stays as it is.
+    """
+    from dq.config.overrides import apply_settings
+
+    paths = {"source.path": config.source.path, "codec.path": config.codec.path}
+    paths |= {"generate.model": config.generate.model or ""}
+    if config.generate.select_teacher:
+        paths["generate.select_teacher.path"] = config.generate.select_teacher.path
+    paths |= {f"teachers.{i}.path": teacher.path for i, teacher in enumerate(config.teachers)}
+    existing = {key: Path(path).expanduser() for key, path in paths.items() if path}
+    return apply_settings(config, {key: str(path.absolute()) for key, path in existing.items() if path.exists()})
 
 
 STAGE = Job(check, plan, work, fill=fill_stage, checks_counts=True)

@@ -69,6 +69,21 @@ def test_init_writes_what_distill_runs(photos, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_the_file_of_init_runs_from_any_folder(photos, tmp_path, monkeypatch):
+    folder = tmp_path / "here" / "my photos"
+    for name, directory in (("cat", "-a cat"), ("été & co", "Été: #1's")):
+        shutil.copytree(photos / name, folder / directory)
+    shutil.copytree(recipe.shipped(recipe.CODEC), tmp_path / "here" / "codec")
+    monkeypatch.chdir(tmp_path / "here")
+    settings = ["--ipc", "2", "--set", *QUICK, "codec.path=codec"]
+    assert main(["init", "my photos", "my file.yaml", "--cpu", *settings]) == 0
+    assert f"dq run --config '{'my file.yaml'}'" in (tmp_path / "here" / "my file.yaml").read_text()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["run", "--config", "../here/my file.yaml", "--output_dir", "run", "--cpu"]) == 0
+    assert load_set("run").class_names == ("-a cat", "Été: #1's")
+
+
 def filled(photos, given=(), device="cpu", **changes):
     config = apply_settings(load_config("recommended"), {"source.path": str(photos), **changes})
     return fill_representatives(config, load_source(config.source), device, lambda key: key in given)
