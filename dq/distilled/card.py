@@ -24,7 +24,7 @@ from dq.core.cards import (
 )
 from dq.core.files import is_done, read_json, write_text
 from dq.core.plain import PlainDict, PlainMapping
-from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, checked_provenance, set_features, set_names
+from dq.distilled.format import GRID, GRID_COLUMNS, PROVENANCE, checked_provenance, set_features, set_names, shown_ipc
 
 EVALUATION = "evaluation.json"  # beside the provenance of a set: accuracies of students
 SIZES = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
@@ -92,6 +92,11 @@ def dataset_card(
         if isinstance(e := evaluations.get(r["config_name"]), dict) and e.get("content") == r["content"]
         if (texts := [_evaluated(x) for x in _dicts(e.get("rows")) if _is_row(x)])
     }
+    verdicts = {
+        r["ipc"]: " ".join(verdict.split())[:300]
+        for r in records
+        if r["config_name"] in rows and isinstance(verdict := evaluations[r["config_name"]].get("verdict"), str)
+    }
     body = template("dq.distilled", "dataset_card.md").render(
         records=records,
         first=first,
@@ -99,6 +104,7 @@ def dataset_card(
         sources=sources,
         repo_id=repo_id,
         evaluated=rows,
+        verdict=verdicts[shown_ipc(list(verdicts))] if verdicts else "",
         grid=GRID,
         class_lists=_class_lists(records),
         statements=[_statement(r) for r in records],

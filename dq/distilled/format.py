@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -225,3 +226,8 @@ def parquet_kind(folder: Path) -> LabelKind | None:
         if kind in get_args(LabelKind):
             return kind  # type: ignore[return-value]
     return None
+
+
+def shown_ipc(ipcs: Sequence[int]) -> int:
+    """The images per class that a report or a card shows first: ten if available, else the most up to 20."""
+    return 10 if 10 in ipcs else max((i for i in ipcs if i <= 20), default=min(ipcs))

@@ -14,7 +14,7 @@ from dq.core.errors import InputError, RunError
 from dq.core.figures import save_image
 from dq.core.files import read_json
 from dq.core.plain import PlainDict
-from dq.distilled.format import PROVENANCE
+from dq.distilled.format import PROVENANCE, shown_ipc
 from dq.distilled.snippet import training_snippet
 from dq.evaluation.results import read_records
 from dq.run.folder import Run
@@ -165,8 +165,3 @@ def write_results_report(folder: Path) -> Path:
         accuracy=accuracy,
         dd_ranking=(list(rows[0]), [list(r.values()) for r in rows]) if rows else None,
     )
-
-
-def shown_ipc(ipcs: tuple[int, ...]) -> int:
-    """The images per class that a report shows first: ten if available, else the most up to 20."""
-    return 10 if 10 in ipcs else max((i for i in ipcs if i <= 20), default=min(ipcs))

@@ -22,11 +22,12 @@ from hub_server import Hub, Repository, running
 from sets import files_of, make, same
 
 from dq.core.cards import BEGIN, END, md, merge_card, public, split_card
-from dq.core.files import read_json, write_json
+from dq.core.files import read_json, read_jsonl, write_json
 from dq.core.hub_client import ATTEMPTS, backoff_seconds
 from dq.core.redaction import Redaction, redact
 from dq.distilled.card import dataset_card
 from dq.distilled.set import DistilledSet
+from dq.evaluation.results import compare, summarize, to_csv
 from dq.run.stages.evaluate import describe_evaluation
 
 READER, GUEST = "hf_reader00000000", "hf_guest000000000"
@@ -461,6 +462,24 @@ def finished_run(folder: Path) -> Path:
     (folder / "eval").mkdir()
     (folder / "eval" / "trainings.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
+
+
+def test_the_card_of_a_pushed_run_opens_with_its_verdict(hub: Hub, home: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    rows = summarize([r for r in read_jsonl(run / "eval" / "trainings.jsonl") if r["set"] != "d4m"])
+    (run / "eval" / "summary.csv").write_text(to_csv([row.record() for row in rows]))
+    (run / "eval" / "comparisons.csv").write_text(to_csv([c.record() for c in compare(rows)]))
+    done = hub.cli(home, "push", str(run), "--repo_id", "lab/verdict")
+    assert done.returncode == 0, done.stderr
+    opening = html.unescape(card_of(hub, "lab/verdict")[1]).partition("## Use")[0]
+    assert "**convnet3, hard, IPC 2: ddoq +25.0 over random, undecided, 1 seed**" in opening
+    # without an evaluation there is none, and one from elsewhere is text
+    evaluation = json.loads(hub.files("lab/verdict")["ipc2-ddoq/evaluation.json"])
+    record = json.loads(hub.files("lab/verdict")["ipc2-ddoq/provenance.json"])
+    for verdict, shown in (("<script> | x", True), (["x"], False), (None, False)):
+        body = split_card(dataset_card([record], {"ipc2-ddoq": {**evaluation, "verdict": verdict}}))[1]
+        assert "<script>" not in body
+        assert ("**" in body.partition("## Use")[0]) == shown
 
 
 @pytest.mark.slow

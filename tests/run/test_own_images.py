@@ -1,5 +1,6 @@
 """`dq distill FOLDER` for images without a prior, and often without a test split."""
 
+import html
 import json
 import shutil
 
@@ -17,6 +18,8 @@ from dq.data import images as images_module
 from dq.data.images import image_side, read_images
 from dq.data.load import load_source
 from dq.distilled.external import load_set
+from dq.evaluation.results import read_records
+from dq.evaluation.verdicts import rankings
 from dq.run import recipe
 from dq.run.recipe import fill_codec, fill_representatives, fit_students, prior_of_classes
 
@@ -229,3 +232,13 @@ def test_a_report_is_made_again_when_it_or_what_it_shows_has_changed(photos, tmp
         command = ["report", "--config", str(config), "--cache_dir", str(cache), "--cpu"]
     assert main(command) == 0
     assert page.stat().st_mtime_ns != made
+
+
+def test_the_card_of_the_sets_opens_with_the_verdict_of_the_report(photos, tmp_path):
+    settings = [s.replace("seeds=1", "seeds=2") for s in QUICK]
+    assert main(distill(photos, tmp_path, "--set", *settings)) == 0
+    ranking, *_ = rankings(*(read_records(tmp_path / "run" / "eval" / f) for f in ("summary.csv", "comparisons.csv")))
+    assert ranking.headline in (tmp_path / "run" / "report.html").read_text()
+    card = html.unescape((tmp_path / "run" / "dataset" / "README.md").read_text())
+    opening = card.partition("# A distilled image set")[2].partition("## Use")[0]
+    assert f"**convnet3w32, hard, IPC 2: {ranking.headline}**" in opening

@@ -18,7 +18,7 @@ from dq.distilled.card import EVALUATION, write_dataset_card
 from dq.distilled.format import PROVENANCE
 from dq.evaluation.entries import Entry, Work, baseline_entries, check_difficulty
 from dq.evaluation.redundancy import train_with_redundancy
-from dq.evaluation.results import Row
+from dq.evaluation.results import Row, read_records
 from dq.evaluation.student import check_bounded, check_label_kind
 from dq.evaluation.trainings import (
     Training,
@@ -27,6 +27,7 @@ from dq.evaluation.trainings import (
     write_labels,
     write_tables,
 )
+from dq.evaluation.verdicts import rankings
 from dq.networks.real_data import RealData, check_taught, load_real_data, rows_set_aside
 from dq.networks.teacher_loading import teacher_file
 from dq.run.folder import Run
@@ -146,10 +147,22 @@ def outdated_rows(run_folder: str | Path) -> list[tuple[str, str]]:
     return list(dict.fromkeys((t["set"], t["ipc"]) for t in outdated))
 
 
+def _verdicts(run_folder: Path) -> dict[str, str]:
+    """Headline of the first student by ipc, as the report has it, after the name of the student."""
+    tables = [run_folder / "eval" / name for name in ("summary.csv", "comparisons.csv")]
+    outdated = set(outdated_rows(run_folder))
+    rows, compared = (read_records(table) if table.is_file() else [] for table in tables)
+    rows = [r for r in rows if (r["set"], r["ipc"]) not in outdated]
+    compared = [r for r in compared if not {(r[k], r["ipc"]) for k in ("set", "against")} & outdated]
+    ranked = sorted(rankings(rows, compared), key=lambda r: r.recipe, reverse=True)
+    return {r.ipc: f"{r.student}, IPC {r.ipc}: {r.headline}" for r in ranked}
+
+
 def describe_evaluation(run_folder: str | Path) -> list[Path]:
     """Write `evaluation.json` of every set of a run that students were trained on.
 
-    Its rows of the table and those of the baselines at equal ipc; rows of other content are left out.
+    Its rows of the table and those of the baselines at equal ipc, and the verdict of the report at this ipc; rows of
+    other content are left out.
 
     Returns:
         The files that were written; the README of the sets follows them.
@@ -158,8 +171,7 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
 
     run_folder = Path(run_folder)
     log, base = run_folder / "eval" / "trainings.jsonl", run_folder / "dataset"
-    trainings = read_jsonl(log)
-    written = []
+    trainings, verdicts, written = read_jsonl(log), _verdicts(run_folder), []
     for path in sorted(base.glob(f"*/{PROVENANCE}")):
         record = read_json(path)
         # two methods may make the same set: at one image per class all weights are 1
@@ -169,7 +181,8 @@ def describe_evaluation(run_folder: str | Path) -> list[Path]:
         beside = [t for t in trainings if t["set"] in get_args(Baseline) and t["ipc"] in ipcs]
         if of_set:
             rows = [{**row.record(), "seed_list": list(row.seeds)} for row in summarize([*of_set, *beside])]
-            write_json(path.parent / EVALUATION, {"content": record["content"], "rows": public(rows)})
+            verdict = {"verdict": verdicts[ipc]} if (ipc := str(record.get("ipc"))) in verdicts else {}
+            write_json(path.parent / EVALUATION, {"content": record["content"], **verdict, "rows": public(rows)})
             written.append(path.parent / EVALUATION)
     if written:
         write_dataset_card(base)
