@@ -73,6 +73,7 @@ lint: $(VENV)/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 	$(BIN)/python benchmarks/structure.py
 
 # the site, into build/site; warnings such as a link to nowhere are errors
