@@ -356,6 +356,10 @@ class HubConfig(Checked):
     generator_license: Annotated[
         str | None, Field(description="license of the weights that drew it; null: what the card has")
     ] = None
+    view_labels: Annotated[
+        bool,
+        Field(description="push the stored labels of views of the sets of a run, too; their size is logged first"),
+    ] = False
 
 
 @settings

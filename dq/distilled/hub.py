@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, get_args
 
@@ -36,6 +36,7 @@ from dq.distilled.format import (
     set_names,
     shard_files,
 )
+from dq.distilled.view_labels import FOLDER, Files, announce, labels_bytes, view_labels
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -75,9 +76,11 @@ def push_folder(
     """
     folder, options = Path(folder), from_dict(HubConfig, settings, "hub")
     names = _checked_names(folder, only)
+    labels = view_labels(folder, names)
+    announce(labels, pushed=options.view_labels)
 
     def changes(repo: Repo) -> Changes:
-        return _changes(folder, names, options, repo)
+        return _changes(folder, names, options, repo, labels if options.view_labels else {})
 
     target = Target("dataset", repo_id, options.private, options.revision, options.create_pr)
     return commit_to(target, changes, message=options.commit_message or f"Add {', '.join(names)}", token=token)
@@ -98,15 +101,24 @@ def _checked_names(folder: Path, only: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _changes(folder: Path, names: list[str], options: HubConfig, repo: Repo) -> Changes:
+def _changes(folder: Path, names: list[str], options: HubConfig, repo: Repo, labels: Mapping[str, Files]) -> Changes:
     """Files to add to and delete from a repository."""
     records, evaluations = _remote_records(repo, replaced=names)
     files: dict[str, Path | bytes | None] = {}
     for name in names:
-        old_licenses = (records.get(name) or {}).get("licenses") or {}
+        old = records.get(name) or {}
+        old_licenses = old.get("licenses") or {}
         licenses = {"source": options.source_license, "generator": options.generator_license}
         record = public(read_json(folder / name / PROVENANCE))
         record["licenses"] = {k: v or old_licenses.get(k) or UNKNOWN for k, v in licenses.items()}
+        if name in labels:
+            files |= labels[name]
+            record[FOLDER] = {"bytes": labels_bytes(labels[name])}
+        elif FOLDER in old and old.get("content") == record["content"]:
+            record[FOLDER] = old[FOLDER]
+        if FOLDER not in record or name in labels:  # those of other images, or replaced
+            outdated = [f for f in repo.files if f.startswith(f"{name}/{FOLDER}/") and f not in files]
+            files |= dict.fromkeys(outdated)
         records[name] = record
         files |= {f"{name}/{path.name}": path for path, _ in shard_files(folder / name, record)}
         for extra in EXTRAS:
