@@ -30,7 +30,7 @@ from refinement_tables import (
     unroll,
     with_ridge,
 )
-from result_tables import ROOT, accuracy, advantages, differences, read, records
+from result_tables import ROOT, accuracy, advantages, differences, read, records, several_sets
 
 from dq.core.progress import duration
 from dq.core.text import format_bytes, markdown_table
@@ -165,6 +165,18 @@ def student_speed() -> str:
     return markdown_table(head, body)
 
 
+def prior_tricks() -> str:
+    """Options of training at equal CPU time: accuracy, Fréchet distance and coverage of samples at two guidances."""
+    measures = [f"{m}_{g}" for g in (1, 2) for m in ("accuracy", "frechet", "coverage")]
+    names = [f"{m.partition('_')[0].replace('frechet', 'Fréchet')}, guidance {m[-1]}" for m in measures]
+    body = [
+        [r["variant"], r["s_per_step"], r["steps"], f"{float(r['held_out_loss']):.3f}"]
+        + [f"{float(r[m]):.1f}" if m.startswith("frechet") else f"{float(r[m]):.2f}" for m in measures]
+        for r in read("prior_tricks.csv")
+    ]
+    return markdown_table(["options", "seconds per step", "steps", "held-out loss", *names], body)
+
+
 def faults() -> str:
     rows = read("scale/faults.csv")
     stages = ["opening", "encode", "cluster", "generate", "refine", "label", "assemble", "evaluate", "report"]
@@ -278,6 +290,7 @@ TABLES = {
     "streaming": streaming,
     "allocator": allocator,
     "sampling_steps": sampling_steps,
+    "prior_tricks": prior_tricks,
     "file_speeds": file_speeds,
     "processes": processes,
     "difficulty": difficulty,
@@ -324,6 +337,12 @@ TABLES = {
     "recommended_fashion_ipc50_differences": lambda: advantages("fashion_recommended_ipc50", "selected"),
     "cifar10_held_out": lambda: accuracy("cifar10_held_out"),
     "cifar10_held_out_guided": lambda: accuracy("cifar10_held_out_guided"),
+    "recommended_fashion_sets": lambda: several_sets(
+        ["fashion_recommended", "fashion_recommended_seed1", "fashion_recommended_seed2"],
+        "selected",
+        ("convnet3w32", "hard", "10"),
+    ),
+    "fashion_real_candidates": lambda: accuracy("fashion_real_candidates"),
     "cifar10_low_snr": lambda: accuracy("cifar10_low_snr"),
     "cifar10_low_snr_differences": lambda: advantages("cifar10_low_snr", "ddoq"),
     "recommended_cifar10": lambda: accuracy("cifar10_recommended"),

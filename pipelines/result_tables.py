@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -145,6 +146,30 @@ def advantages(folder: str, name: str) -> str:
 
     body = [[f"{name} - {o}", *[cell((o, *c)) for c in columns]] for o in others]
     return markdown_table(["difference, points", *[f"{names[r]}, IPC {ipc}" for r, ipc in columns]], body)
+
+
+def several_sets(folders: list[str], name: str, column: tuple[str, str, str]) -> str:
+    """Sets of runs with other seeds: each one's mean over students, and differences of `name` with sets as pairs.
+
+    `column` is the student, its labels and the images per class. Means and std are over sets, in percent.
+    """
+    columns = ("student", "labels", "ipc")
+    runs = [
+        {r["set"]: r for r in read(f"{f}/accuracy.csv") if tuple(r[c] for c in columns) == column} for f in folders
+    ]
+    tests = json.loads((ROOT / "results" / folders[0] / "trainings.jsonl").read_text().partition("\n")[0])[
+        "test_images"
+    ]
+    means = {s: [float(run[s]["last_mean"]) for run in runs] for s in runs[0] if all(s in run for run in runs)}
+    body = []
+    for other, values in means.items():
+        cells = [f"{100 * v:.1f}" for v in values]
+        summary = f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+        d = paired_difference(means[name], values, test_images=tests) if other != name else None
+        text = interval(d.mean, d.low, d.high, bold=d.verdict != "undecided") if d else ""
+        body.append([other, *cells, summary, text])
+    head = ["set", *[f"seed {i} of the run" for i in range(len(runs))], "mean over sets", f"{name} - it, points"]
+    return markdown_table(head, body)
 
 
 if __name__ == "__main__":
