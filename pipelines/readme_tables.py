@@ -342,6 +342,7 @@ TABLES = {
         "selected",
         ("convnet3w32", "hard", "10"),
     ),
+    "fashion_options": lambda: accuracy("fashion_options"),
     "fashion_real_candidates": lambda: accuracy("fashion_real_candidates"),
     "cifar10_low_snr": lambda: accuracy("cifar10_low_snr"),
     "cifar10_low_snr_differences": lambda: advantages("cifar10_low_snr", "ddoq"),
