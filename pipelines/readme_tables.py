@@ -345,6 +345,8 @@ TABLES = {
     "fashion_options": lambda: accuracy("fashion_options"),
     "fashion_real_candidates": lambda: accuracy("fashion_real_candidates"),
     "cifar10_low_snr": lambda: accuracy("cifar10_low_snr"),
+    "cifar10_low_snr_ipc50": lambda: accuracy("cifar10_low_snr_ipc50"),
+    "cifar10_low_snr_ipc50_differences": lambda: advantages("cifar10_low_snr_ipc50", "selected"),
     "cifar10_low_snr_differences": lambda: advantages("cifar10_low_snr", "ddoq"),
     "recommended_cifar10": lambda: accuracy("cifar10_recommended"),
     "recommended_cifar10_differences": lambda: advantages("cifar10_recommended", "selected"),
