@@ -232,6 +232,7 @@ def test_real_representatives_are_selected_among_those_of_their_cells(
     assert len(rows.unique()) == len(rows) == 9
     assert torch.equal(selected.images, read_images(toy_source.train, rows.tolist(), 8, toy_source.preprocess)[0])
     folders = sorted(tmp_path.glob("run/images/*"))
+    gains = []
     for folder in (f for f in folders if f.is_dir()):
         for path in sorted(folder.glob("class-*")):
             tensors, meta = read_tensors(path)
@@ -239,7 +240,9 @@ def test_real_representatives_are_selected_among_those_of_their_cells(
                 pool = torch.where(tensors["pool_row"] < 0, -1, tensors["pool_row"])[3:]
                 medoids = nearest.source_row[nearest.labels == int(path.stem[6:])]
                 assert not torch.isin(pool, medoids).any()
-                assert meta["selection"]["w2"] < meta["selection"]["w2_first"]
+                gains.append(meta["selection"]["w2_first"] - meta["selection"]["w2"])
+    assert min(gains) >= 0
+    assert max(gains) > 0  # the images differ
 
 
 def test_prototypes_without_an_image_are_counted_and_their_weight_left_out(
