@@ -126,10 +126,14 @@ def _padded(parts: list[Tensor]) -> Tensor:
 
 
 def fit_torch(problems: list[Problem], restart: int, config: ClusterConfig) -> list[Fit]:
-    """Lloyd on all classes at once, in groups of the same k."""
+    """Lloyd on all classes at once, in groups of the same k and d.
+
+    Classes differ in d where one has fewer principal directions than asked for.
+    """
     fits: dict[int, Fit] = {}
-    for k in {p.k for p in problems}:
-        group = [i for i, p in enumerate(problems) if p.k == k]
+    shapes = [(p.k, p.x.shape[1]) for p in problems]
+    for shape in dict.fromkeys(shapes):
+        group = [i for i, s in enumerate(shapes) if s == shape]
         members = [problems[i] for i in group]
         x, w = _padded([p.x for p in members]), _padded([p.weights for p in members])
         start = _start_points(members, x, w, restart, config)

@@ -267,8 +267,10 @@ def test_default_start_is_no_worse_than_scikit_learn() -> None:
     assert inertia <= 1.001 * theirs
 
 
-def test_batched_is_the_loop() -> None:
-    xs = [blobs(n, 6, 5, seed, spread=0.4) for seed, n in enumerate((40, 90, 65))]
+@pytest.mark.parametrize("dimensions", [(6, 6, 6), (6, 4, 6)])
+def test_batched_is_the_loop(dimensions: tuple[int, ...]) -> None:
+    """Also where classes differ in dimensions, as principal coordinates of few images do."""
+    xs = [blobs(n, d, 5, seed, spread=0.4) for seed, (n, d) in enumerate(zip((40, 90, 65), dimensions, strict=True))]
     config = exact("torch")
     together = kmeans_many(xs, 5, config=config, seeds=[7, 8, 9])
     for x, seed, r in zip(xs, (7, 8, 9), together, strict=True):

@@ -40,6 +40,7 @@ def test_groups_fill_the_budget_and_no_more() -> None:
     three = 3 * peak_bytes(100, 64)
     assert list(stage.groups(classes, 64, three)) == [[0, 1, 2], [3], [4], [5]]  # 4 is padded to 300
     assert list(stage.groups(classes, 64, 0)) == [[c] for c, _ in classes]
+    assert list(stage.groups(classes, 0, 0)) == [[c] for c, _ in classes]
     assert list(stage.groups(classes, 64, 6 * peak_bytes(300, 64))) == [[0, 1, 2, 3, 4, 5]]
     assert list(stage.groups([], 64, three)) == []
 
@@ -50,6 +51,18 @@ def test_the_budget_does_not_depend_on_what_is_free(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 << 30))
         assert stage.group_budget(cuda) == 5 << 30
     assert stage.group_budget(torch.device("cpu")) == 0
+
+
+def test_classes_go_one_at_a_time_without_a_budget(tmp_path: Path, toy_source, accelerator, monkeypatch) -> None:
+    sizes = []
+
+    def counted(xs, *args, **kwargs):
+        sizes.append(len(xs))
+        return kmeans_many(xs, *args, **kwargs)
+
+    monkeypatch.setattr(stage, "kmeans_many", counted)
+    clustered(tmp_path, toy_source, accelerator)
+    assert sizes == [1, 1, 1]
 
 
 @pytest.mark.parametrize("at_most", [1, 2])

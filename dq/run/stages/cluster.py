@@ -150,14 +150,14 @@ def group_budget(device: torch.device) -> int:
 
 
 def groups(classes: Iterable[tuple[int, int]], width: int, budget: int) -> Iterator[list[int]]:
-    """Group labels of consecutive classes within `budget` bytes, at least one each.
+    """Group labels of consecutive classes within `budget` bytes, at least one each; 0 bytes: one each.
 
     `classes` are (label, number of images), `width` the numbers of an image.
     """
     group: list[int] = []
     largest = 0
     for label, count in classes:
-        if group and (len(group) + 1) * peak_bytes(max(largest, count), width) > budget:
+        if group and (not budget or (len(group) + 1) * peak_bytes(max(largest, count), width) > budget):
             yield group
             group, largest = [], 0
         group.append(label)
