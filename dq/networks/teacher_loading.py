@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import logging
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dq.config.reader import to_dict
 from dq.config.students import is_library_net
 from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
@@ -23,6 +26,7 @@ from dq.core.model_files import open_model
 from dq.core.plain import PlainDict
 from dq.core.progress import library_bars
 from dq.core.seeds import digest_of, digest_of_tensors, seeded
+from dq.core.version import __version__
 from dq.data.source import ImageSource
 from dq.networks.external import library_net, library_of, published_outputs
 from dq.networks.teacher import IMAGENET, TEACHER_FACTS, Normalization, Teacher, head_of
@@ -156,6 +160,28 @@ def teacher_file(config: TeacherConfig) -> Path | None:
             f"the teacher {config.net!r} has no path; set teachers.N.path to a safetensors file or its folder"
         )
     return weights_file(path)
+
+
+def files_digest(config: TeacherConfig) -> str | None:
+    """Return a digest of what a teacher is loaded from, without loading it; None if a library may fetch some of it.
+
+    Raises:
+        InputError: see `teacher_file`.
+    """
+    file, path = teacher_file(config), Path(config.path)
+    if config.net == POOL or (config.net == "transformers" and path.is_dir()):
+        files = [f for f in sorted(path.rglob("*")) if f.suffix in (".json", ".safetensors")]
+    elif file is not None:
+        folder = path if path.is_dir() else path.parent
+        files = [f for f in (file, folder / TEACHER_FACTS, folder / TIMM_FACTS) if f.is_file()]
+    else:
+        return None
+    contents = []
+    for f in files:
+        with open(f, "rb") as opened:
+            contents.append([f.name, hashlib.file_digest(opened, "blake2b").hexdigest()])
+    library = config.net.partition(":")[0] if config.net == "transformers" or is_library_net(config.net) else ""
+    return digest_of([to_dict(config), contents, library and version(library), __version__])
 
 
 def check_fetched(config: TeacherConfig, num_classes: int) -> None:
