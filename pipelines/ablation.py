@@ -25,13 +25,15 @@ from collect_results import without_places
 
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
-from dq.config.schema import MethodConfig, RunConfig, load_config
-from dq.core.errors import InputError
+from dq.config.schema import CodecConfig, MethodConfig, RunConfig, load_config
+from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
 from dq.core.locks import locked
+from dq.core.model_files import open_model
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.diffusion.generator import LatentGenerator
+from dq.diffusion.loading import codec_folder
 from dq.evaluation.statistics import mean_std, paired_difference
 from dq.run.folder import open_run
 from dq.run.stages.assemble import assemble
@@ -108,13 +110,19 @@ def slug(factor: str, level: str) -> str:
     return "-".join(part for part in clean.split("-") if part)
 
 
+def has_posterior(codec: CodecConfig) -> bool:
+    """Whether latents can be drawn: TAESD and DC-AE have no posterior."""
+    files = open_model(codec.path, revision=codec.revision)
+    folder = codec.subfolder or codec_folder(files)
+    settings = files.json(f"{folder}/config.json" if folder else "config.json")
+    return settings is not None and settings.get("_class_name") == "AutoencoderKL"
+
+
 def folders(config: RunConfig, only: list[str] | None) -> list[RunConfig]:
     """One configuration per run folder."""
     base = Path(config.output_dir)
     runs = [dataclasses.replace(config, output_dir=str(base / "main"), methods=arms(config, only))]
-    # TAESD and DC-AE have no posterior to draw from
-    stochastic = read_json(Path(config.codec.path) / "config.json")["_class_name"] == "AutoencoderKL"
-    if stochastic and (not only or POSTERIOR[0] in only):
+    if (not only or POSTERIOR[0] in only) and has_posterior(config.codec):
         drawn = {slug(*POSTERIOR): config.methods["default"]}
         one = dataclasses.replace(config, output_dir=str(base / "posterior"), methods=drawn)
         one = apply_settings(one, {"codec.posterior": POSTERIOR[1], "evaluate.baselines": []})
@@ -205,5 +213,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, RunError) as e:
         sys.exit(f"ablation: {e}")

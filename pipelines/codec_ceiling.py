@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
+from collect_results import command_line
 
 from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError, RunError
 from dq.core.progress import progress
 from dq.data.images import read_images
 from dq.data.load import load_source
@@ -74,11 +76,14 @@ def main() -> None:
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as f:
-            f.write(f"# python {' '.join(sys.argv)}  ({platform.machine()}, torch {torch.__version__})\n")
+            f.write(f"{command_line(__file__)}  ({platform.machine()}, torch {torch.__version__})\n")
             writer = csv.DictWriter(f, fieldnames=list(table[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"codec_ceiling: {e}")

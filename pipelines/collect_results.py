@@ -13,14 +13,18 @@ import argparse
 import csv
 import json
 import re
+import shlex
 import shutil
 import statistics
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dq.core.files import read_json, write_json
+from dq.core.errors import InputError, RunError
+from dq.core.files import read_json, suggest_folder, write_json
 
 ABSOLUTE = re.compile(r"(?<!\S)/(?:[^/\s]+/)*(?=[^/\s]+$)")  # the folders of an absolute path at the end of a text
 MEANS = ("distortion", "explained", "w2_mass", "w2_uniform", "ess_mass", "ess_sqrt")
@@ -87,6 +91,26 @@ def without_places(value: Any) -> Any:
     return ABSOLUTE.sub("", value) if isinstance(value, str) else value
 
 
+def command_line(script: str, argv: Sequence[str] | None = None) -> str:
+    """The command that a result file names, without absolute paths.
+
+    Args:
+        script: file of the script.
+        argv: its arguments; None: those of this process.
+    """
+    words = ["=".join(without_places(w.split("=", 1))) for w in (sys.argv[1:] if argv is None else argv)]
+    return f"# python pipelines/{shlex.join([Path(script).name, *words])}"
+
+
+def check_evaluated(run: Path) -> None:
+    """Refuse a folder that is no run or has no accuracies."""
+    if not run.is_dir():
+        raise InputError(f"there is no folder {run}{suggest_folder(run)}; give the output_dir of a run")
+    for name in ("summary.csv", "trainings.jsonl"):
+        if not (run / "eval" / name).is_file():
+            raise InputError(f"there is no {run / 'eval' / name} to collect; evaluate the run first, by `dq evaluate`")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -94,6 +118,10 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="the command that made the run")
     parser.add_argument("--picture", default="figures/grid-ipc10-ddoq.png")
     args = parser.parse_args()
+    check_evaluated(args.run)
+    settings = next((p for p in (args.run / "config.yaml", args.run / "eval" / "config.yaml") if p.is_file()), None)
+    if settings is None:
+        raise InputError(f"{args.run} has no config.yaml; give the output_dir of a run or of `dq evaluate`")
     args.results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.run / "eval" / "summary.csv", args.results / "accuracy.csv")
     for name in ("comparisons.csv", "ddr.csv"):
@@ -102,12 +130,12 @@ def main() -> None:
     lines = (args.run / "eval" / "trainings.jsonl").read_text().splitlines()
     with open(args.results / "trainings.jsonl", "w") as f:
         f.writelines(json.dumps(without_places(json.loads(line))) + "\n" for line in lines)
-    settings = next(p for p in (args.run / "config.yaml", args.run / "eval" / "config.yaml") if p.is_file())
     plain = without_places(yaml.safe_load(settings.read_text()))
     (args.results / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
     facts = {"command": args.command}
     if (args.run / "metrics.jsonl").is_file():
-        write_csv(args.results / "quantization.csv", quantization_rows(args.run / "metrics.jsonl"))
+        if quantization := quantization_rows(args.run / "metrics.jsonl"):  # none where images were only selected
+            write_csv(args.results / "quantization.csv", quantization)
         if checks := check_rows(args.run):
             write_csv(args.results / "checks.csv", checks)
         if (args.run / args.picture).is_file():
@@ -118,4 +146,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"collect_results: {e}")

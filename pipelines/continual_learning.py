@@ -17,9 +17,10 @@ from collections.abc import Sequence
 
 import frepo_sets
 import torch
+from collect_results import command_line
 from torch import Tensor
 
-from dq.core.errors import InputError
+from dq.core.errors import InputError, RunError
 from dq.core.progress import progress
 from dq.core.seeds import generator
 from dq.data.load import load_source
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--larger", type=int, default=0, help="real images per class of a larger set; 0: none")
     parser.add_argument("--test_per_class", type=frepo_sets.count, default=100_000, help="at most")
     args = parser.parse_args(argv)
-    command = frepo_sets.command_line(__file__, argv)
+    command = command_line(__file__, argv)
     rows = frepo_sets.read_rows(args.csv, command)
     finished = {(int(r["part"]), r["set"], int(r["seed"])) for r in rows}
     source = load_source(args.data)
@@ -87,5 +88,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, RunError) as e:
         sys.exit(f"continual_learning: {e}")

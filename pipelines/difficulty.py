@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from collect_results import without_places
+from collect_results import command_line
 from torch import Tensor
 
 from dq.config.overrides import apply_settings
 from dq.config.pruning import DifficultyConfig
 from dq.config.schema import SourceConfig
-from dq.core.errors import InputError
+from dq.core.errors import InputError, RunError
 from dq.core.seeds import digest_of
 from dq.data.images import read_images
 from dq.data.load import load_source
@@ -87,8 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--classes", nargs="+", default=[])
     args = parser.parse_args(argv)
+    if args.picture and not args.classes:
+        parser.error("--picture shows the classes named by --classes; name some")
     settings = apply_settings(DifficultyConfig(dtype="float32"), args.set)
     source = load_source(SourceConfig(path=args.data))
+    unknown = [c for c in args.classes if c not in source.class_names]
+    if unknown:
+        raise InputError(f"there is no class {unknown[0]!r} in {args.data}; it has {', '.join(source.class_names)}")
     source = first_images(source, args.per_class) if args.per_class else source
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache = make_difficulty(args.cache_dir, source, args.image_size, settings, device=device)
@@ -104,8 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as f:
-            command = " ".join(without_places(argv if argv is not None else sys.argv[1:]))
-            f.write(f"# python pipelines/difficulty.py {command}  ({platform.machine()}, torch {torch.__version__})\n")
+            f.write(f"{command_line(__file__, argv)}  ({platform.machine()}, torch {torch.__version__})\n")
             writer = csv.DictWriter(f, list(records[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(records)
@@ -119,4 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"difficulty: {e}")

@@ -10,8 +10,10 @@ Prints the set, its folder and, with a test split, its accuracy beside random re
 from __future__ import annotations
 
 import argparse
+import sys
 
 from dq import DistillPipeline, evaluate, load_source
+from dq.core.errors import InputError, RunError
 from dq.core.processes import make_accelerator
 
 
@@ -37,4 +39,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"distill_images: {e}")

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dq.core.errors import InputError, RunError
 from dq.core.seeds import generator
 from dq.data.images import read_images
 from dq.data.load import load_source
@@ -201,6 +202,7 @@ def main() -> None:
         rows.append(row | {"expected": expected})
         print(", ".join(f"{k} {v}" for k, v in rows[-1].items() if v != ""), flush=True)
         if args.csv:
+            args.csv.parent.mkdir(parents=True, exist_ok=True)
             with open(args.csv, "w", newline="") as f:
                 command = f"python pipelines/frepo_anchors.py --seeds {args.seeds} --test_images {args.test_images}"
                 f.write(f"# {command} --cifar10 DIR --fashion_mnist DIR, torch {torch.__version__}\n")
@@ -208,8 +210,8 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows)
 
-    for name, path, side in (("fashion-mnist", args.fashion_mnist, 28), ("cifar10", args.cifar10, 32)):
-        source = load_source(path)
+    paths = (("fashion-mnist", args.fashion_mnist, 28), ("cifar10", args.cifar10, 32))
+    for name, source, side in [(name, load_source(path), side) for name, path, side in paths]:
         train, test = read(source.train, side), read(source.test, side)
         accuracies = linear_anchor(train, test)
         expected = PUBLISHED.get(name, "")
@@ -231,4 +233,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"frepo_anchors: {e}")

@@ -6,13 +6,11 @@ import argparse
 import csv
 import io
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from collect_results import without_places
 from torch import Tensor, nn
 
 from dq.config.protocols import student_config
@@ -124,12 +122,6 @@ def train(data: Set, whitening: Whitening, steps: int, seed: int, args: argparse
     config = student_config(spec, ipc="1", classes=classes, image_size=images.shape[-1])
     trained_on = TrainingSet(images, targets.argmax(1), classes, pixels, soft_labels=targets)
     return fit(trained_on, config, seed=derive_seed(seed, "student")).net
-
-
-def command_line(script: str, argv: Sequence[str] | None) -> str:
-    """The command that a result file names, without absolute paths."""
-    words = ["=".join(without_places(w.split("=", 1))) for w in (sys.argv[1:] if argv is None else argv)]
-    return f"# python pipelines/{' '.join([Path(script).name, *words])}"
 
 
 def read_rows(path: Path, command: str) -> list[dict[str, Any]]:

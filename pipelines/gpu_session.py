@@ -227,7 +227,10 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     output = args.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"{output} cannot be made a folder ({e.strerror}); choose another --output")
     options = Options(output, args.device, args.tiny, args.seed, args.budget, args.retry)
     if not args.summary:
         run_items(chosen_items(args.part, args.only), options)

@@ -32,6 +32,9 @@ def main() -> None:
     if not files:
         raise SystemExit(f"there is no train*.parquet below {args.data}")
     rows = pa.concat_tables([pq.read_table(f) for f in files])
+    if args.label_column not in rows.column_names:
+        names = ", ".join(rows.column_names)
+        raise SystemExit(f"{args.data} has no column {args.label_column!r} but {names}; give --label_column")
     labels = rows[args.label_column].to_numpy()
     classes, counts = np.unique(labels, return_counts=True)
     per_class = args.images // len(classes)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
 from dq.config.students import EvaluateConfig
 from dq.config.teachers import TeacherConfig
+from dq.core.errors import InputError, RunError
 from dq.core.processes import make_accelerator
 from dq.data.load import load_source
 from dq.distilled.external import load_set
@@ -49,10 +51,14 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
 
+    if args.epochs < 4:
+        parser.error(f"--epochs is at least 4, of which a quarter is labeled, not {args.epochs}")
+    net, equals, path = args.teacher.partition("=")
+    if not (net and equals and path):
+        raise InputError(f"--teacher is NET=PATH, such as resnet20=runs/teachers/resnet20, not {args.teacher!r}")
     source = load_source(args.data)
     accelerator = make_accelerator()
     small = load_set(args.set, source.class_names)
-    net, _, path = args.teacher.partition("=")
     student = {"protocol": args.protocol, "net": args.student, "dtype": args.dtype, "tests": 1, "epochs": args.epochs}
     if args.dataset:
         student["dataset"] = args.dataset
@@ -88,4 +94,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"label_storage: {e}")

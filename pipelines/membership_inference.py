@@ -21,10 +21,11 @@ from typing import Any
 
 import frepo_sets
 import numpy as np
+from collect_results import command_line
 from membership_attacks import attack, loss_auc, outputs
 from torch import nn
 
-from dq.core.errors import InputError
+from dq.core.errors import InputError, RunError
 from dq.core.progress import progress
 from dq.data.coresets import random_rows
 from dq.data.load import load_source
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ipc", type=frepo_sets.count, default=50, help="images per class of a set")
     parser.add_argument("--chunk", type=frepo_sets.count, default=1000, help="members, and others, of each class")
     args = parser.parse_args(argv)
-    command = frepo_sets.command_line(__file__, argv)
+    command = command_line(__file__, argv)
     rows = frepo_sets.read_rows(args.csv, command)
     finished = {(r["set"], int(r["steps"]), int(r["seed"])) for r in rows}
     source = load_source(args.data)
@@ -90,5 +91,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, RunError) as e:
         sys.exit(f"membership_inference: {e}")

@@ -14,12 +14,15 @@ import argparse
 import csv
 import os
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from collect_results import command_line
+
+from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json, write_text
 from dq.evaluation.results import to_csv
 
@@ -38,7 +41,6 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "patch 1": ({"patch_size": 1}, {}),
     "muon, patch 1": ({"optimizer": "muon", "patch_size": 1}, {}),
 }
-CALIBRATION = (5, 25)  # steps
 MEASURES = ("accuracy", "frechet", "coverage")
 
 
@@ -47,9 +49,25 @@ def dq(verb: str, args: argparse.Namespace, settings: dict[str, object]) -> floa
     command = [sys.executable, "-m", "dq.cli", verb, "--config", args.config, "--data", args.data, "--set", *args.set]
     command += [f"{k}={v}" for k, v in settings.items()]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(done.returncode)  # dq has said why
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def seconds_per_step(steps: Sequence[int], seconds: Sequence[float]) -> float:
+    """Seconds of a step by the difference of two trainings.
+
+    Raises:
+        InputError: if the longer one took no more time.
+    """
+    if seconds[1] <= seconds[0]:
+        raise InputError(
+            f"trainings of {steps[0]} and {steps[1]} steps took {seconds[0]:.2f} and {seconds[1]:.2f} s, which "
+            "gives no time of a step; give more steps as --calibration"
+        )
+    return (seconds[1] - seconds[0]) / (steps[1] - steps[0])
 
 
 def trained(args: argparse.Namespace, training: dict[str, object]) -> tuple[Path, float]:
@@ -62,14 +80,16 @@ def trained(args: argparse.Namespace, training: dict[str, object]) -> tuple[Path
     settings = {f"prior.denoiser.{k}": v for k, v in (BASE | training).items()}
     if not record.is_file():
         seconds = []
-        for steps in CALIBRATION:
+        for steps in args.calibration:
             probe = args.work / "probe"
             shutil.rmtree(probe, ignore_errors=True)  # also one that was broken off, whose rest would be too fast
             changes = {"prior.output_dir": probe, "prior.denoiser.steps": steps}
             seconds.append(dq("train-denoiser", args, settings | changes))
-        write_json(record, (seconds[1] - seconds[0]) / (CALIBRATION[1] - CALIBRATION[0]))
+        write_json(record, seconds_per_step(args.calibration, seconds))
     step = float(read_json(record))
     steps = round(args.seconds / step)
+    if not steps:
+        raise InputError(f"a step of {name} takes {step:.3g} s, more than --seconds {args.seconds:g}; give more")
     changes = {"prior.output_dir": folder, "prior.denoiser.steps": steps, "prior.denoiser.save_every": steps}
     dq("train-denoiser", args, settings | changes)
     return folder, step
@@ -101,19 +121,32 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--seconds", type=float, default=240, help="CPU time of every training")
     parser.add_argument("--steps", type=int, default=15, help="of sampling")
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        nargs=2,
+        default=[5, 25],
+        metavar="STEPS",
+        help="lengths of the two trainings by whose difference a step is timed (default: 5 25)",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/prior-tricks"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--csv", type=Path, default=Path("results/prior_tricks.csv"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings for dq")
     args = parser.parse_args()
+    if not 0 < args.calibration[0] < args.calibration[1]:
+        parser.error(f"--calibration needs two rising numbers of steps, not {' '.join(map(str, args.calibration))}")
     # latents are encoded before anything is timed
     dq("train-denoiser", args, {"prior.output_dir": args.work / "encoded", "prior.denoiser.steps": 1})
     rows = []
     for name in args.variants:
         rows.append(measured(args, name))
-        write_text(args.csv, f"# {shlex.join(['python', *sys.argv])}\n" + to_csv(rows))
+        write_text(args.csv, f"{command_line(__file__)}\n" + to_csv(rows))
         print(rows[-1], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"prior_tricks: {e}")

@@ -382,6 +382,8 @@ def main() -> int:
     args = parser.parse_args()
     differ = []
     for path in args.files or marked_files():
+        if not path.is_file():
+            parser.error(f"there is no file {path}; give Markdown files with marked tables")
         text = path.read_text()
         strange = next((n for n in names_in(text) if n not in TABLES), None)
         if strange:

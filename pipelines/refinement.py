@@ -29,7 +29,7 @@ from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import RunConfig, load_config
 from dq.config.teachers import TeacherConfig
-from dq.core.errors import InputError
+from dq.core.errors import InputError, RunError
 from dq.core.files import read_json, write_json
 from dq.core.locks import locked
 from dq.core.processes import make_accelerator
@@ -100,7 +100,14 @@ def labellers(config: RunConfig) -> dict[str, tuple[TeacherConfig, ...]]:
     """
 
     def teachers(method: str) -> tuple[TeacherConfig, ...]:
-        return (config.methods[method].refine or ())[0].teachers
+        settings = config.methods.get(method)
+        stages = None if settings is None else config.refine if settings.refine is None else settings.refine
+        if not stages:
+            raise InputError(
+                f"the configuration has no methods.{method} with a stage of refine, whose teachers label; "
+                "start from configs/cifar10_refine.yaml"
+            )
+        return stages[0].teachers
 
     return {"one": config.teachers, "plus": teachers("fadrm-plus"), "pool": (*teachers("teddy"), *config.teachers)}
 
@@ -148,7 +155,6 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def collect(config: RunConfig, out: Path, test_images: int) -> None:
     """Write what the evaluations found."""
     base = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
     values: dict[tuple[str, str, str, str], dict[int, float]] = {}
     trainings = []
     for name, (labeller, _, _) in SETS.items():
@@ -159,6 +165,9 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
             r = json.loads(line)
             values.setdefault((r["set"], labeller, r["student"], str(r["ipc"])), {})[r["seed"]] = r["last"]
             trainings.append({"labelled_by": labeller, **without_places(r)})
+    if not values:
+        raise InputError(f"there is no evaluation in {base} to collect; give the same command without --collect first")
+    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for (method, name, student, ipc), numbers in values.items():
         mean, std = mean_std(list(numbers.values()))
@@ -178,7 +187,8 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
                 differences.append({**row, "verdict": d.verdict, "p_value": d.p_value})
     corrected = iter(holm([r["p_value"] for r in differences if r["p_value"] is not None]))
     differences = [{**r, "p_holm": None if r["p_value"] is None else next(corrected)} for r in differences]
-    write_csv(out / "differences.csv", differences)
+    if differences:
+        write_csv(out / "differences.csv", differences)
     steps = []
     for method in config.methods:
         for ipc in config.ipc:
@@ -217,11 +227,15 @@ def main() -> None:
     args = parser.parse_args()
     settings = [*args.set, *([f"source.path={args.data}"] if args.data else [])]
     config = apply_settings(load_config(args.config), settings)
+    labellers(config)  # refuses a configuration without them before anything is made
     source = load_source(config.source)
     if args.collect:
         collect(config, args.collect, len(source.test))
         print(args.collect)
         return
+    unknown = [m for m in args.methods or () if m not in config.methods]
+    if unknown:
+        raise InputError(f"there is no method {unknown[0]!r} in the configuration; it has {', '.join(config.methods)}")
     accelerator = make_accelerator()
     methods = {k: v for k, v in config.methods.items() if not args.methods or k in args.methods}
     one = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "main"), methods=methods)
@@ -244,5 +258,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, RunError) as e:
         sys.exit(f"refinement: {e}")

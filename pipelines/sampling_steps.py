@@ -12,13 +12,15 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from dq.core.files import write_text
+from collect_results import command_line
+
+from dq.core.errors import InputError, RunError
+from dq.core.files import suggest_folder, write_text
 from dq.evaluation.results import to_csv
 
 MEASURES = ("accuracy", "frechet", "kernel", "density", "coverage")
@@ -40,7 +42,9 @@ def report(args: argparse.Namespace, prior: Path, steps: int) -> list[dict[str, 
     }
     command = [sys.executable, "-m", "dq.cli", "prior-report", "--config", args.config, "--data", args.data, "--set"]
     command += [f"{k}={v}" for k, v in settings.items()]
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(done.returncode)  # dq has said why
     with (folder / "prior_quality.csv").open() as f:
         records = list(csv.DictReader(f))
     rows: list[dict[str, object]] = []
@@ -66,16 +70,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sampling-steps"))
     parser.add_argument("--csv", type=Path, default=Path("results/sampling_steps.csv"))
     args = parser.parse_args()
+    if not args.prior.is_dir():
+        raise InputError(
+            f"there is no folder {args.prior}{suggest_folder(args.prior)}; give that of a prior as --prior"
+        )
     prior = args.work / "prior"  # a copy, since a report is also written into the prior's folder
     shutil.copytree(args.prior, prior, dirs_exist_ok=True)
     rows: list[dict[str, object]] = []
     for steps in args.steps:
         new = report(args, prior, steps)
         rows += new if not rows else [r for r in new if r["steps"]]
-        arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
-        write_text(args.csv, f"# {shlex.join(['python', 'pipelines/sampling_steps.py', *arguments])}\n" + to_csv(rows))
+        write_text(args.csv, f"{command_line(__file__)}\n" + to_csv(rows))
         print(rows[-1], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"sampling_steps: {e}")

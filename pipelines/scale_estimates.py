@@ -4,18 +4,21 @@
     python pipelines/scale_estimates.py --config configs/cifar10_scale.yaml --speeds FILE
     python pipelines/scale_estimates.py --config FILE --speeds FILE --data DIR --run DIR     # the check, of that run
 
-The first form writes results/scale/estimates.csv for sets and numbers of processes; the second adds the stages of a
-finished run, whose latents were not in the cache before, to results/scale/estimate_check.csv.
+The first form writes results/scale/estimates.csv for sets and numbers of processes; the second writes the stages of a
+finished run, whose latents were not in the cache before, to results/scale/estimate_check.csv. `--csv` names another
+file.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
 from dq.config.overrides import apply_settings
 from dq.config.schema import RunConfig, load_config
+from dq.core.errors import InputError, RunError
 from dq.core.files import read_jsonl
 from dq.data.load import load_source
 from dq.run.planning.costs import seconds_of
@@ -47,6 +50,8 @@ def check(config: RunConfig, speeds: Speeds, run: Path) -> list[dict[str, object
 
     Label and assemble are one stage here.
     """
+    if not (run / "metrics.jsonl").is_file():
+        raise InputError(f"there is no {run / 'metrics.jsonl'}; give the folder of a finished run as --run")
     source = load_source(config.source)
     events = read_jsonl(run / "metrics.jsonl")
     names = {"features": "cluster"}
@@ -63,6 +68,8 @@ def check(config: RunConfig, speeds: Speeds, run: Path) -> list[dict[str, object
             row = {"set": Path(config.source.path).name, "stage": p.stage, "units": p.units}
             rows.append(row | {"estimated_s": round(seconds, 1), "took_s": round(took[p.stage], 1)})
             rows[-1]["took_by_estimated"] = round(ratio, 2) if ratio else ""
+    if not rows:
+        raise InputError(f"no stage of the run {run} has both an estimate and a time; give the speeds of its config")
     return rows
 
 
@@ -72,12 +79,13 @@ def main() -> None:
     parser.add_argument("--speeds", required=True)
     parser.add_argument("--data")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run", type=Path, help="folder of a finished run")
+    parser.add_argument("--csv", type=Path, help="the file to write")
     args = parser.parse_args()
     settings = [*args.set, *([f"source.path={args.data}"] if args.data else [])]
     config, speeds = apply_settings(load_config(args.config), settings), Speeds.load(args.speeds)
     rows = check(config, speeds, args.run) if args.run else estimates(config, speeds)
-    path = RESULTS / ("estimate_check.csv" if args.run else "estimates.csv")
+    path = args.csv or RESULTS / ("estimate_check.csv" if args.run else "estimates.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
@@ -87,4 +95,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as e:
+        sys.exit(f"scale_estimates: {e}")
