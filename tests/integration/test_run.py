@@ -351,6 +351,7 @@ def test_sets_are_scored_where_a_run_was_refused(world: Path, tmp_path: Path, ca
     fails(["encode", "--config", str(config(world, tmp_path)), "--set", "codec.resolution=9"], capsys)
     student = ["--set", "evaluate.students=[{net: convnet3, epochs: 1, augment: none}]", "source.image_size=8"]
     given = ["--distilled", str(world / "images" / "test"), "--seeds", "1", "--baselines", "random"]
+    given += ["--cache_dir", str(tmp_path / "cache")]
     assert main(["evaluate", *data, *given, *student]) == 0, capsys.readouterr().err
 
 
