@@ -121,6 +121,11 @@ def check_prototypes(config: RunConfig, method: str) -> None:
         )
 
 
+def selects(method: MethodConfig, generate: GenerateConfig) -> bool:
+    """Whether a method selects among candidates: draws, or real images of its cells."""
+    return generate.select != "none" and (method.representative != "real" or generate.real_candidates > 0)
+
+
 def check_selection(config: RunConfig, method: str, *, selector: bool = True) -> None:
     """Check candidates of a method, their rule of selection and its teacher.
 

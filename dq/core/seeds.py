@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -35,6 +36,12 @@ def digest_of(obj: object, *, size: int = 8) -> str:
     """Hex digest of a JSON-serialisable object, independent of key order."""
     text = json.dumps(obj, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def digest_of_file(path: str | Path, *, size: int = 8) -> str:
+    """Hex digest of the bytes of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=size)).hexdigest()
 
 
 def digest_of_tensors(tensors: dict[str, torch.Tensor], *, size: int = 8) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from dq.core.bounded_yaml import MAX_DEPTH
 from dq.core.errors import InputError
 from dq.core.files import Damaged, is_done, read_json
 from dq.core.plain import PlainDict
+from dq.core.seeds import digest_of_file
 from dq.core.text import short
 
 log = logging.getLogger("dq")
@@ -182,9 +182,7 @@ def set_features(record: PlainDict) -> Any:
 
 def file_facts(path: Path) -> PlainDict:
     """Digest and size of a file."""
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
-    return {"blake2b": digest.hexdigest(), "bytes": path.stat().st_size}
+    return {"blake2b": digest_of_file(path, size=DIGEST_BYTES), "bytes": path.stat().st_size}
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def _intact(path: Path) -> Iterator[None]:
         ) from e
 
 
-def _read_shard(data: bytes) -> PlainDict:
+def read_shard(data: bytes) -> PlainDict:
     """The columns of a Parquet file as tensors, and the class names."""
     import pyarrow as pa
     import pyarrow.parquet as pq

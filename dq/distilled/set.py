@@ -24,7 +24,7 @@ from dq.core.text import check_name, plural
 from dq.distilled.card import write_dataset_card
 from dq.distilled.format import DIGEST_BYTES, PROVENANCE, find_set, recorded_kind, shard_files
 from dq.distilled.hub import download_set, push_folder
-from dq.distilled.parquet import _in_range, _intact, _read_shard, rows_as_dataset, write_set
+from dq.distilled.parquet import _in_range, _intact, read_shard, rows_as_dataset, write_set
 from dq.distilled.png import save_images
 
 log = logging.getLogger("dq")
@@ -163,7 +163,7 @@ class DistilledSet:
                 data = path.read_bytes()
                 if facts and hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest() != facts["blake2b"]:
                     raise ValueError("its bytes are not those that were written")
-                tables.append(_read_shard(data))
+                tables.append(read_shard(data))
         with _intact(folder / config_name):
             names = tables[0]["names"]
             if any(t["names"] != names for t in tables) or not all(isinstance(n, str) for n in names):

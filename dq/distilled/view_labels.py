@@ -13,10 +13,11 @@ from dq.config.reader import from_dict
 from dq.core.cards import public
 from dq.core.errors import InputError
 from dq.core.files import is_done, read_json
+from dq.core.plain import PlainMapping
 from dq.core.seeds import digest_of_tensors
 from dq.core.text import format_bytes, plural
 from dq.distilled.format import PROVENANCE, shard_files
-from dq.distilled.parquet import _read_shard
+from dq.distilled.parquet import read_shard
 from dq.labels.files import MANIFEST, shard_file
 from dq.labels.plan import LabelPlan
 
@@ -32,31 +33,42 @@ def view_labels(sets: Path, names: list[str]) -> dict[str, Files]:
     Labels of earlier images of a set of the same name are left out.
     """
     labels: dict[str, Files] = {}
+    digests: dict[str, str] = {}  # of images, by set
     for manifest in sorted((sets.parent / "labels").glob(f"*/{MANIFEST}")):
         record = read_json(manifest) if is_done(manifest) else {}
         name = f"ipc{record.get('ipc')}-{record.get('set')}"
-        if name in names:
-            labels.setdefault(name, {}).update(_files(sets, name, manifest.parent, record))
-    return {name: files for name, files in labels.items() if files}
+        plan = _plan(record) if name in names else None
+        if plan is None or not all(file.is_file() for file in _shards(plan, manifest.parent)):
+            continue
+        if name not in digests:
+            digests[name] = _image_digest(sets / name)
+        if plan.image_digest == digests[name]:
+            labels.setdefault(name, {}).update(_files(name, manifest.parent, record, plan))
+    return labels
 
 
-def _files(sets: Path, name: str, folder: Path, record: dict[str, object]) -> Iterator[tuple[str, Path | bytes]]:
+def _plan(record: PlainMapping) -> LabelPlan | None:
+    """The plan of a manifest, unless another version made it."""
     try:
-        plan = from_dict(LabelPlan, record["plan"])
+        return from_dict(LabelPlan, record["plan"])
     except (InputError, KeyError):
-        return
-    shards = [shard_file(folder, span.start) for span in plan.shards()]
-    if plan.image_digest != _image_digest(sets / name) or not all(s.is_file() for s in shards):
-        return
+        return None
+
+
+def _shards(plan: LabelPlan, folder: Path) -> list[Path]:
+    return [shard_file(folder, span.start) for span in plan.shards()]
+
+
+def _files(name: str, folder: Path, record: PlainMapping, plan: LabelPlan) -> Iterator[tuple[str, Path | bytes]]:
     plain = {k: v for k, v in public(record).items() if k != "checksum"}
     yield f"{name}/{FOLDER}/{folder.name}/{MANIFEST}", (json.dumps(plain, indent=2) + "\n").encode()
-    for shard in shards:
+    for shard in _shards(plan, folder):
         yield f"{name}/{FOLDER}/{folder.name}/{shard.name}", shard
 
 
 def _image_digest(folder: Path) -> str:
     """Digest of the images of a set whose files are intact, as a plan of labels has it."""
-    tables = [_read_shard(path.read_bytes()) for path, _ in shard_files(folder, read_json(folder / PROVENANCE))]
+    tables = [read_shard(path.read_bytes()) for path, _ in shard_files(folder, read_json(folder / PROVENANCE))]
     return digest_of_tensors(
         {"images": torch.cat([table["pixels" if "pixels" in table else "image"] for table in tables])}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import logging
@@ -25,7 +24,7 @@ from dq.core.files import read_json, suggest_folder
 from dq.core.model_files import open_model
 from dq.core.plain import PlainDict
 from dq.core.progress import library_bars
-from dq.core.seeds import digest_of, digest_of_tensors, seeded
+from dq.core.seeds import digest_of, digest_of_file, digest_of_tensors, seeded
 from dq.core.version import __version__
 from dq.data.source import ImageSource
 from dq.networks.external import library_net, library_of, published_outputs
@@ -176,10 +175,7 @@ def files_digest(config: TeacherConfig) -> str | None:
         files = [f for f in (file, folder / TEACHER_FACTS, folder / TIMM_FACTS) if f.is_file()]
     else:
         return None
-    contents = []
-    for f in files:
-        with open(f, "rb") as opened:
-            contents.append([f.name, hashlib.file_digest(opened, "blake2b").hexdigest()])
+    contents = [[f.name, digest_of_file(f)] for f in files]
     library = config.net.partition(":")[0] if config.net == "transformers" or is_library_net(config.net) else ""
     return digest_of([to_dict(config), contents, library and version(library), __version__])
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from dq.config.reader import dump_config
 from dq.core.files import is_done, read_json, write_json
-from dq.core.seeds import digest_of
+from dq.core.seeds import digest_of, digest_of_file
 from dq.core.version import __version__
 from dq.run.folder import Run
 
@@ -37,7 +36,7 @@ def _inputs(run: Run) -> str:
         parts = file.relative_to(run.folder).parts
         if file.is_file() and parts[0] not in OUTPUTS and not any(part.startswith(".") for part in parts):
             if file.suffix in TEXT:
-                facts.append([parts, hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()])
+                facts.append([parts, digest_of_file(file)])
             elif file.name != "README.md":
                 facts.append([parts, file.stat().st_size, file.stat().st_mtime_ns])
     return digest_of(facts)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dq.config.methods import resolved_method
+from dq.config.methods import resolved_method, selects
 from dq.config.overrides import apply_settings
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, RunConfig
@@ -70,7 +70,8 @@ def fill_representatives(
     plain = {f"generate.{k}": v for k, v in to_dict(GenerateConfig(mode="decode")).items()}  # nothing is drawn
     plain |= {"train_teachers": to_dict(TrainTeachersConfig()), "methods.recommended.representative": "real"}
     if config.generate.real_candidates:
-        plain = {k: v for k, v in plain.items() if k not in ("generate.select", "train_teachers")}
+        kept = ("generate.real_candidates", "generate.select", "train_teachers")
+        plain = {key: value for key, value in plain.items() if key not in kept}
     changes = {key: value for key, value in plain.items() if not (given(key) or given(key.split(".")[0]))}
     if not config.codec.path:
         codec = shipped(CODEC)
@@ -220,6 +221,6 @@ def train_selector(config: RunConfig, source: ImageSource, accelerator: Accelera
 
 
 def _selects_alone(config: RunConfig, method: str) -> bool:
-    """Whether a method selects among draws and names no teacher for it."""
-    generate = resolved_method(config, method).generate
-    return generate.select != "none" and generate.select_teacher is None
+    """Whether a method selects among candidates and names no teacher for it."""
+    m, _, generate, _ = resolved_method(config, method)
+    return selects(m, generate) and generate.select_teacher is None

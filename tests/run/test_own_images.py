@@ -137,6 +137,8 @@ def test_real_candidates_are_selected_by_a_teacher_that_the_recipe_trains(photos
     check_methods(config)
     plain = filled(photos)
     assert (plain.generate.select, plain.generate.select_teacher) == ("none", None)
+    unused = filled(photos, given=("generate.select",), **{"generate.select": "transport"})
+    assert unused.generate.select_teacher is None  # one real image each leaves nothing to select, and nobody to train
     with pytest.raises(InputError, match=r"train_teachers\.nets must name the network that selects"):
         filled(photos, **{"generate.real_candidates": 3, "train_teachers.nets": []})
 

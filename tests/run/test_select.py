@@ -412,7 +412,7 @@ def test_candidates_multiply_the_cost_of_drawing(selecting) -> None:
     assert calls["read"] == 80
     real = apply_settings(config, ["methods.transport.override.generate.real_candidates=2"])
     both = next(p for p in stage_plans(real, source, latent=(4, 8, 8), denoiser_steps=5) if p.stage == "generate")
-    assert both.calls[f"select convnet3-bn {selecting['path']}"] == 2 * (24 + 16) + 80
+    assert both.calls[f"select convnet3-bn {selecting['path']}"] == 2 * 24 + 16 + 80
     assert both.calls["read"] == 80 + 16
     assert both.units == "32 images and 16 real ones, of which 16 are kept"
     assert "16 images, chosen from 32 draws, 0.2 MB of pixels, up to 1600 denoiser calls" in plan(config, source)

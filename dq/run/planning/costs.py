@@ -209,7 +209,7 @@ def _generate(
         if s.draws + s.real_candidates > s.images:
             looks = 2 if s.generate.select in BY_FEATURES else 1  # probabilities, and features
             operation = select_operation(s.generate)
-            plan.call(operation, (s.draws + s.real_candidates) * looks)
+            plan.call(operation, s.draws * looks + s.real_candidates)  # whose features are those of real images
             if looks == 2 and operation not in compared:  # real images, once for each teacher
                 compared.add(operation)
                 plan.call("read", images)

@@ -25,7 +25,7 @@ from dq.cluster.selection import (
     select_transport,
 )
 from dq.cluster.transport import squared_cost
-from dq.config.methods import ResolvedMethod
+from dq.config.methods import ResolvedMethod, selects
 from dq.config.reader import to_dict
 from dq.config.schema import GenerateConfig, MethodConfig, RunConfig
 from dq.config.teachers import TeacherConfig
@@ -66,6 +66,7 @@ class _RealCandidates(NamedTuple):
     rows: Tensor  # (n,) of the train split
     prototype: Tensor  # (n,)
     images: Tensor  # (n, 3, H, W) uint8
+    features: Tensor | None  # (n, D) by the selecting teacher
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Selector:
         real = self._real_candidates(p)
         if len(real.rows):
             logits.append(self.teacher.logits(real.images))
-            if self.features is not None:
-                features.append(self.teacher.features(real.images))
+            if real.features is not None:
+                features.append(real.features)
         prototype = torch.cat([prototype, real.prototype])
         scores = torch.cat(logits)
         probability, correct = scores.softmax(1)[:, p.label], scores.argmax(1) == p.label
@@ -146,19 +147,19 @@ class Selector:
 
         Without the representatives where these are real images themselves.
         """
-        number = self.config.real_candidates
-        none = torch.zeros(0, dtype=torch.int64)
+        number, none = self.config.real_candidates, torch.zeros(0, dtype=torch.int64)
         if not number:
-            return _RealCandidates(none, none, torch.zeros(0))
-        real = class_images(self.cache, p.label, self.ipc, self.pruning)
-        others = torch.ones(len(real.rows), dtype=torch.bool)
+            return _RealCandidates(none, none, none, None)
+        real = class_images(self.cache, p.label, self.ipc, self.pruning, self.features)
+        others = torch.arange(len(real.rows))
         if self.real:
-            others = ~torch.isin(real.rows, p.medoid_rows)
-        if not others.any():
-            return _RealCandidates(none, none, torch.zeros(0))
-        index, prototype = nearest_of_cells(real.z[others].flatten(1).float(), p.centroids.flatten(1), number)
-        rows = real.rows[others][index]
-        return _RealCandidates(rows, prototype, self.read(rows))
+            others = others[~torch.isin(real.rows, p.medoid_rows)]
+        if not len(others):
+            return _RealCandidates(none, none, none, None)
+        near, prototype = nearest_of_cells(real.z[others].flatten(1).float(), p.centroids.flatten(1), number)
+        index = others[near]
+        rows, features = real.rows[index], None if real.features is None else real.features[index]
+        return _RealCandidates(rows, prototype, self.read(rows), features)
 
     def _by_features(self, p: Prototypes, features: Tensor, prototype: Tensor, numbers: Sequence[int]) -> Selection:
         real = class_images(self.cache, p.label, self.ipc, self.pruning, self.features)
@@ -252,8 +253,7 @@ def selecting_teachers(run: Run) -> dict[str, Teacher]:
 
 def selecting_teacher(method: MethodConfig, generate: GenerateConfig) -> TeacherConfig | None:
     """Settings of the teacher that selects among candidates; None without candidates."""
-    one = method.representative == "real" and not generate.real_candidates
-    return None if one or generate.select == "none" else generate.select_teacher
+    return generate.select_teacher if selects(method, generate) else None
 
 
 def select_setting(config: RunConfig, method: str) -> str:
