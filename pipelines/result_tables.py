@@ -61,7 +61,7 @@ def records() -> str:
     for path in sorted((ROOT / "results").glob("*/accuracy.csv")):
         rows = read_numbered(f"{path.parent.name}/accuracy.csv")
         if "last_mean" not in rows[0]:
-            continue  # a table of its own, shown in results.md
+            continue  # a table of its own, shown in docs/results/ingredients.md
         names = recipe_names(rows)
         run = path.with_name("run.json")
         command = json.loads(run.read_text())["command"] if run.is_file() else ""

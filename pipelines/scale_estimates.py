@@ -1,4 +1,4 @@
-"""Estimates of docs/scale.md from measured speeds, and their check against a run.
+"""Estimates of docs/how-to/many-machines.md from measured speeds, and their check against a run.
 
     dq run --config configs/cifar10_scale.yaml --ipc 10,50 --data DIR --dry-run --save_speeds FILE
     python pipelines/scale_estimates.py --config configs/cifar10_scale.yaml --speeds FILE

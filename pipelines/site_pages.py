@@ -29,7 +29,7 @@ REPOSITORY_PAGES = {
 }
 # links of Markdown to files of the repository, from the root or from docs/
 LINK = re.compile(
-    r"\]\((?:\.\./)?((?:results|examples|configs)/[^)#]*|examples|CHANGELOG\.md|CITATION\.cff|CONTRIBUTING\.md)\)"
+    r"\]\((?:\.\./)*((?:results|examples|configs)/[^)#]*|examples|CHANGELOG\.md|CITATION\.cff|CONTRIBUTING\.md)\)"
 )
 
 

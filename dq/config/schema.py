@@ -319,7 +319,8 @@ class MethodConfig(Checked):
         Literal["uniform", "mass", "sqrt"], Field(description="weight of an image by the images of its cluster")
     ] = "sqrt"
     normalize: Annotated[
-        Literal["none", "class", "sqrt_k"], Field(description="sum of the weights of a class: as it is, 1, or sqrt(k)")
+        Literal["none", "class", "sqrt_k"],
+        Field(description="sum of the weights of the K images of a class: as it is, K, or sqrt(K)"),
     ] = "none"
     override: Annotated[
         Named[Any],

@@ -111,7 +111,7 @@ def check_settings(config: RunConfig, source: ImageSource, verb: str, untrained:
 def warn_of_selectors(config: RunConfig, classes: int) -> None:
     """Warn where a teacher that selects among candidates also labels.
 
-    Students learn its labels, and gain by its mistakes (see `docs/generation.md`).
+    Students learn its labels, and gain by its mistakes (see `docs/how-to/draw-and-select.md`).
     """
     local = [t for t in config.teachers if t.net not in (POOL, "transformers") and t.path != PRETRAINED]
     labeling: set[str] = set()

@@ -612,6 +612,6 @@ def test_transparent_colors_are_laid_on_white_in_every_mode(tmp_path: Path) -> N
 def test_readme_and_code_agree_on_the_largest_image() -> None:
     from dq.data.images import MAX_PIXELS
 
-    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "many-machines.md").read_text()
     assert f"more than {MAX_PIXELS // 10**6} million pixels" in page
     assert np.isclose(MAX_PIXELS % 10**6, 0)

@@ -348,7 +348,7 @@ def test_a_finished_training_that_lost_a_part_is_not_done(made, flipped, weakene
 
 
 def test_the_stock_pipeline_of_few_classes_guides_only_at_a_scale_of_one(weakened):
-    pipe = DiTPipeline.from_pretrained(weakened)  # `docs/prior.md` says so
+    pipe = DiTPipeline.from_pretrained(weakened)  # `docs/how-to/train-a-prior.md` says so
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(IndexError):
         pipe([0, 2], num_inference_steps=2, output_type="np")

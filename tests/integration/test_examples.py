@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,15 @@ def test_a_method_of_its_own_changes_the_images(run, photos, tmp_path, monkeypat
     assert len(sharp) == 6
     before = load_set(tmp_path / "plain" / "run").images.float().std((2, 3)).mean()
     assert sharp.images.float().std((2, 3)).mean() > 1.1 * before
+
+
+def test_the_code_of_the_page_on_methods_is_that_of_the_example():
+    page = (ROOT / "docs" / "how-to" / "add-a-method.md").read_text()
+    example = (ROOT / "examples" / "add_a_method.py").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 4
+    for block in blocks:
+        assert block in example or textwrap.indent(block, "    ") in example
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

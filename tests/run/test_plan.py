@@ -59,7 +59,7 @@ def test_known_sets_have_their_counts() -> None:
 
 
 def test_the_worked_example_of_the_documentation() -> None:
-    """docs/scale.md works these out by hand."""
+    """docs/how-to/many-machines.md works these out by hand."""
     source = like_source("imagenet-1k")
     settings = apply_settings(RunConfig(), EXAMPLE)
     plans = by_stage(stage_plans(settings, source, latent=(4, 32, 32), denoiser_steps=28))

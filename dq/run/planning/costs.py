@@ -1,6 +1,6 @@
 """Seconds and bytes of stages: counts of operations times measured seconds of one.
 
-Symbols and a worked example are in docs/scale.md.
+Symbols and a worked example are in docs/how-to/many-machines.md.
 """
 
 from __future__ import annotations
