@@ -24,7 +24,7 @@ from dq.distilled.set import DistilledSet
 from dq.evaluation.baselines import BY_DIFFICULTY, BY_FEATURES, BY_PREDICTION, select
 from dq.networks.difficulty import DifficultyCache, find_difficulty, make_difficulty
 from dq.networks.real_data import RealData
-from dq.networks.zoo import make_net
+from dq.networks.zoo import check_net
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -156,7 +156,7 @@ def check_difficulty(
         InputError: for a network that does not fit the images, or runs too short for a deviation over epochs.
     """
     if set(baselines) & set(BY_DIFFICULTY):
-        make_net(difficulty.net, classes, image_size, seed=0)
+        check_net(difficulty.net, classes, image_size)
     if "facility_cad" in baselines and difficulty.trained_epochs < 2:
         raise InputError(
             "the baseline 'facility_cad' goes by a deviation over epochs and difficulty is scored after 1; set "

@@ -43,7 +43,7 @@ from dq.labels.files import MANIFEST, read_labels, shard_file, write_manifest, w
 from dq.labels.plan import LabelPlan, make_plan, plan_bytes, plan_labels
 from dq.networks.real_data import RealData, check_whitened
 from dq.networks.training import TrainingSet
-from dq.networks.zoo import make_net
+from dq.networks.zoo import check_net
 
 log = logging.getLogger("dq")
 
@@ -92,7 +92,7 @@ def students_of(
                 teacher=only_teacher(teachers),
                 where=where,
             )
-            make_net(student.net, classes, image_size, norm=student.norm, init=student.init, seed=0)
+            check_net(student.net, classes, image_size, norm=student.norm, init=student.init)
             if student.whiten:
                 check_whitened(image_size, student.zca)
             if student.warmup and student.warmup >= student.epochs:

@@ -36,7 +36,7 @@ from dq.networks.teacher_check import naming
 from dq.networks.teacher_loading import load_teacher
 from dq.networks.train_teachers import teacher_data, teacher_data_identity, teacher_recipe
 from dq.networks.training import Checkpoint, Pixels, TrainingSet, accuracy, fit, normalizer
-from dq.networks.zoo import make_net
+from dq.networks.zoo import check_net, make_net
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,7 +124,7 @@ def check_pool(
     check_place(p.output_dir, "train_pool.output_dir")
     check_place(config.cache_dir, "cache_dir", reads=True)
     if p.generation == "prior":
-        make_net(p.net, classes, size, seed=0)
+        check_net(p.net, classes, size)
         if max(p.epochs) >= t.epochs:
             raise InputError(
                 f"train_pool.epochs={list(p.epochs)} must end before the training does, at train_teachers.epochs="

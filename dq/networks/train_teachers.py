@@ -23,7 +23,7 @@ from dq.data.source import ImageSource
 from dq.networks.real_data import RealData, identity_of, load_real_data, rows_set_aside
 from dq.networks.teacher import TEACHER_FACTS
 from dq.networks.training import Checkpoint, TrainingSet, accuracy, fit
-from dq.networks.zoo import make_net
+from dq.networks.zoo import check_net
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,7 +87,7 @@ def check_teacher_training(config: RunConfig, source: ImageSource, accelerator: 
     if not nets or len(set(nets)) < len(nets):
         raise InputError(f"train_teachers.nets must name networks, each once, not {list(nets)}")
     for net in nets:
-        make_net(net, len(source.class_names), config.image_size, seed=0)
+        check_net(net, len(source.class_names), config.image_size)
     return [_planned(net, config, source, accelerator) for net in nets]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, get_args
@@ -146,6 +147,20 @@ def make_net(
     kind = norm or (SUFFIXES[suffix] if suffix else recipe.norm) or "batch"
     with seeded(seed):
         return recipe.build(num_classes, image_size, NORMS[kind], **({"init": init} if recipe.init else {}))
+
+
+def check_net(
+    name: str, num_classes: int, image_size: int, *, norm: Norm | None = None, init: Init | None = None
+) -> None:
+    """Check that `make_net` can build a network, without memory for its weights or time to draw them.
+
+    Networks of libraries are built as they are.
+
+    Raises:
+        InputError: as `make_net` does.
+    """
+    with contextlib.nullcontext() if is_library_net(name) else torch.device("meta"):
+        make_net(name, num_classes, image_size, norm=norm, init=init, seed=0)
 
 
 def has_norm_choice(name: str) -> bool:

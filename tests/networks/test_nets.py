@@ -9,7 +9,7 @@ from torch import nn
 
 from dq.core.errors import InputError
 from dq.networks.layers import counters_to, draws_randomly
-from dq.networks.zoo import fast_layout, make_net, net_of_weights
+from dq.networks.zoo import check_net, fast_layout, make_net, net_of_weights
 
 
 def images(n: int, side: int) -> torch.Tensor:
@@ -401,7 +401,28 @@ def test_unknown_names_list_the_known_ones():
 def test_images_too_small_for_the_depth_are_refused(name, side, least):
     with pytest.raises(InputError, match=f"at least {least} px, not {side}"):
         make_net(name, 10, side, seed=0)
+    with pytest.raises(InputError, match=f"at least {least} px, not {side}"):
+        check_net(name, 10, side)
     assert make_net(name, 10, least, seed=0).train()(images(2, least)).std() > 0
+
+
+@pytest.mark.parametrize("name", ["convnet6w9999", "resnet50", "vgg11-bn", "densenet121", "frepoconv5"])
+def test_a_check_draws_no_weights(name, monkeypatch):
+    """The first of these has 3.6 G weights."""
+    kinds = set()
+    build = nn.Module.__setattr__
+
+    def recorded(self, key, value):
+        if isinstance(value, nn.Parameter):
+            kinds.add(value.device.type)
+        build(self, key, value)
+
+    monkeypatch.setattr(nn.Module, "__setattr__", recorded)
+    before = torch.get_rng_state()
+    check_net(name, 1000, 224)
+    assert kinds == {"meta"}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert make_net("convnet3", 10, 32, seed=0).classifier.weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize("prefix", ["timm", "torchvision"])

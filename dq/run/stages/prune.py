@@ -41,7 +41,7 @@ from dq.networks.difficulty import (
     order_file,
     rank_agreement,
 )
-from dq.networks.zoo import make_net
+from dq.networks.zoo import check_net
 from dq.run.folder import Run
 
 log = logging.getLogger("dq")
@@ -98,7 +98,7 @@ def check_pruning(config: RunConfig, source: ImageSource, *, always: bool = Fals
             leaves fewer images of a class than there are to be.
     """
     for p in scored_settings(config, always=always):
-        make_net(p.net, len(source.class_names), config.image_size, seed=0)
+        check_net(p.net, len(source.class_names), config.image_size)
         difficulty_of(config, source, p)
     counts = source.class_counts().tolist()
     for method in config.methods:
