@@ -5,7 +5,7 @@ Images are labeled by one teacher, by several architectures, and by a pool of we
     torchrun --nproc_per_node 2 pipelines/refinement.py --config configs/cifar10_refine.yaml --data DIR
     python pipelines/refinement.py ... --collect results/cifar10_refine
 
-The configuration holds the methods with their stages. Every labeller below trains the students of the configuration
+The configuration holds the methods with their stages. Every labeler below trains the students of the configuration
 with soft labels on the sets that it is asked about; `hard` trains the first of them without a teacher. Everything
 continues where it was killed. `--collect` writes `accuracy.csv`, `differences.csv` (paired, with 95 % intervals),
 `refinement.csv` (teachers before and after), `blocks.png`, and every training.
@@ -66,7 +66,7 @@ SETS = {
     "plus-large": ("plus", ["ddoq", "fadrm-plus"], []),
 }
 LARGE, LARGE_SEEDS = ("resnet20", "mobilenetv2"), 3
-# what is compared: (set, labeller) against (set, labeller)
+# what is compared: (set, labeler) against (set, labeler)
 QUESTIONS = {
     "FADRM refines DDOQ": (("fadrm", "one"), ("ddoq", "one")),
     "FADRM by the released recipe": (("fadrm-released", "one"), ("ddoq", "one")),
@@ -92,7 +92,7 @@ QUESTIONS = {
 }
 
 
-def labellers(config: RunConfig) -> dict[str, tuple[TeacherConfig, ...]]:
+def labelers(config: RunConfig) -> dict[str, tuple[TeacherConfig, ...]]:
     """Teachers that label the images of a method.
 
     They are the run's teacher, those of FADRM+, or the pool with its fully trained network and the run's teacher as
@@ -113,10 +113,10 @@ def labellers(config: RunConfig) -> dict[str, tuple[TeacherConfig, ...]]:
 
 
 def evaluate(config: RunConfig, source: Any, accelerator: Any, only: list[str]) -> None:
-    """Train the students of every labeller on its sets."""
+    """Train the students of every labeler on its sets."""
     base = Path(config.output_dir)
     hard = {k: v for k, v in config.evaluate.students[0].items() if k in ("net", "epochs", "tests")}
-    for name, (labeller, methods, baselines) in SETS.items():
+    for name, (labeler, methods, baselines) in SETS.items():
         if only and name not in only:
             continue
         sets = {
@@ -136,7 +136,7 @@ def evaluate(config: RunConfig, source: Any, accelerator: Any, only: list[str]) 
             source,
             config=dataclasses.replace(config.evaluate, baselines=tuple(baselines), students=students, seeds=seeds),
             # the patches are cut by the run's teacher, whoever labels
-            teachers=labellers(config).get(labeller, config.teachers),
+            teachers=labelers(config).get(labeler, config.teachers),
             image_size=config.image_size,
             folder=base / name,
             cache_dir=Path(config.cache_dir),
@@ -157,14 +157,14 @@ def collect(config: RunConfig, out: Path, test_images: int) -> None:
     base = Path(config.output_dir)
     values: dict[tuple[str, str, str, str], dict[int, float]] = {}
     trainings = []
-    for name, (labeller, _, _) in SETS.items():
+    for name, (labeler, _, _) in SETS.items():
         file = base / name / "eval" / "trainings.jsonl"
         if not file.is_file():
             continue
         for line in file.read_text().splitlines():
             r = json.loads(line)
-            values.setdefault((r["set"], labeller, r["student"], str(r["ipc"])), {})[r["seed"]] = r["last"]
-            trainings.append({"labelled_by": labeller, **without_places(r)})
+            values.setdefault((r["set"], labeler, r["student"], str(r["ipc"])), {})[r["seed"]] = r["last"]
+            trainings.append({"labeled_by": labeler, **without_places(r)})
     if not values:
         raise InputError(f"there is no evaluation in {base} to collect; give the same command without --collect first")
     out.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = [*args.set, *([f"source.path={args.data}"] if args.data else [])]
     config = apply_settings(load_config(args.config), settings)
-    labellers(config)  # refuses a configuration without them before anything is made
+    labelers(config)  # refuses a configuration without them before anything is made
     source = load_source(config.source)
     if args.collect:
         collect(config, args.collect, len(source.test))

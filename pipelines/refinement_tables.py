@@ -9,11 +9,11 @@ from result_tables import ROOT, interval, read, read_numbered
 from dq.core.text import markdown_table, plural
 from dq.evaluation.statistics import format_mean_std
 
-LABELLERS = {"one": "soft, one teacher", "plus": "soft, three architectures", "pool": "soft, pool", "hard": "hard"}
+LABELERS = {"one": "soft, one teacher", "plus": "soft, three architectures", "pool": "soft, pool", "hard": "hard"}
 
 
 def refinement(folder: str) -> str:
-    """Sets against students and labellers; last epoch, mean ± std in percent."""
+    """Sets against students and labelers; last epoch, mean ± std in percent."""
     rows = read(f"{folder}/accuracy.csv")
     columns = list(dict.fromkeys((r["labels"], r["student"], r["ipc"]) for r in rows))
     cells = {(r["set"], r["labels"], r["student"], r["ipc"]): r for r in rows}
@@ -23,7 +23,7 @@ def refinement(folder: str) -> str:
 
     body = [[name, *[cell(cells.get((name, *c))) for c in columns]] for name in dict.fromkeys(r["set"] for r in rows)]
     return markdown_table(
-        ["set", *[f"{LABELLERS[kind]}: {student}, IPC {ipc}" for kind, student, ipc in columns]], body
+        ["set", *[f"{LABELERS[kind]}: {student}, IPC {ipc}" for kind, student, ipc in columns]], body
     )
 
 

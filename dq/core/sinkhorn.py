@@ -8,7 +8,7 @@ from torch import Tensor
 def sinkhorn(
     log_kernel: Tensor, *, log_a: Tensor | float, log_b: Tensor | float, n_iter: int, tol: float = 0.0
 ) -> Tensor:
-    """Entropic transport plans (B, n, k) of the kernels exp(-cost / regularisation) (Cuturi 2013).
+    """Entropic transport plans (B, n, k) of the kernels exp(-cost / regularization) (Cuturi 2013).
 
     The last update is on the side of b, so that columns sum to b up to rounding; rows come as near to a as `n_iter`
     or `tol` allow. It starts from the potential log b, so that a column that comes twice with halves of its mass is as

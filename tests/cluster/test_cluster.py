@@ -96,20 +96,20 @@ def test_weights_repair_what_kmeans_points_alone_get_wrong(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sse_over_n_is_exact_w2_squared(seed: int) -> None:
-    """Against a linear programme over all transport plans; uniform weights are never better."""
+    """Against a linear program over all transport plans; uniform weights are never better."""
     x = blobs(40, 3, 5, seed, spread=0.5).double()
     r = kmeans(x.float(), 4, config=exact("torch"), seed=seed)
     cost = squared_cost(x, r.centroids.double()).numpy()
     n, k = cost.shape
 
-    def programme(b: np.ndarray) -> float:
+    def program(b: np.ndarray) -> float:
         rows = np.kron(np.eye(n), np.ones((1, k)))
         columns = np.kron(np.ones((1, n)), np.eye(k))
         marginals = np.concatenate([np.full(n, 1 / n), b])
         return linprog(cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=marginals, method="highs").fun
 
-    assert r.inertia / n == pytest.approx(programme((r.counts / n).numpy()), rel=1e-5)
-    uniform = programme(np.full(k, 1 / k))
+    assert r.inertia / n == pytest.approx(program((r.counts / n).numpy()), rel=1e-5)
+    uniform = program(np.full(k, 1 / k))
     assert uniform_w2(x.float(), r.centroids) ** 2 == pytest.approx(uniform, rel=1e-4)
     assert r.inertia / n <= uniform + 1e-9
 

@@ -123,9 +123,7 @@ def test_a_test_split_of_no_use_is_passed_over_or_can_be_switched_off(
     assert load_source(tmp_path / "empty").test_name == "val"
 
 
-def test_an_unlabelled_test_split_gives_way_to_a_labelled_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unlabeled_test_split_gives_way_to_a_labeled_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table(tmp_path / "train.parquet", [0, 1, 0, 1])
     table(tmp_path / "test.parquet", [-1, -1])
     for streaming in (False, True):

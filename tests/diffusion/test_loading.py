@@ -1,4 +1,4 @@
-"""What `from_pretrained` honours and what it refuses, and names that are no model."""
+"""What `from_pretrained` obeys and what it refuses, and names that are no model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"dtype": {"transformer": torch.float16}}, torch.float32),
     ],
 )
-def test_dtypes_are_honoured(folder: Path, name: str, given: dict, dtype: torch.dtype) -> None:
+def test_dtypes_are_obeyed(folder: Path, name: str, given: dict, dtype: torch.dtype) -> None:
     assert DistillPipeline.from_pretrained(folder / name, **given).vae.dtype == dtype
 
 
@@ -69,7 +69,7 @@ def test_dtypes_are_honoured(folder: Path, name: str, given: dict, dtype: torch.
         ({"safety_checker": None}, "no argument 'safety_checker'"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(folder: Path, name: str, given: dict, message: str) -> None:
+def test_what_cannot_be_obeyed_is_refused(folder: Path, name: str, given: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         DistillPipeline.from_pretrained(folder / name, **given)
 
@@ -88,7 +88,7 @@ def test_an_autoencoder_alone_takes_the_other_components(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vae", "dit"])
-def test_variants_are_honoured(folder: Path, name: str) -> None:
+def test_variants_are_obeyed(folder: Path, name: str) -> None:
     first, second = (DistillPipeline.from_pretrained(folder / name, variant=v).vae for v in (None, "fp16"))
     assert not torch.equal(first.post_quant_conv.weight, second.post_quant_conv.weight)
     with pytest.raises(InputError, match=r"cannot be loaded .*bf16"):

@@ -245,7 +245,7 @@ def walker(given, name: str | None, steps: int):
 
 
 def posterior_mean(scheduler, mean=MEAN, std=STD):
-    """The exact model of data N(mean, std^2) in the scheduler's parameterisation, at any time that it is given."""
+    """The exact model of data N(mean, std^2) in the scheduler's parameterization, at any time that it is given."""
     kind = prediction_type(scheduler)
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

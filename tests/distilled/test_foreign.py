@@ -36,13 +36,13 @@ from dq.networks.training import TrainingSet, normalizer
 from dq.networks.zoo import make_net
 
 NAMES = ("blue", "green", "red")  # in folder order
-COLOURS = {"blue": 2, "green": 1, "red": 0}  # name -> channel that is bright
+COLORS = {"blue": 2, "green": 1, "red": 0}  # name -> channel that is bright
 
 
 def colored(name: str, n: int, seed: int, side: int = 8) -> torch.Tensor:
     """(n, 3, side, side) uint8 images of a class, no two alike."""
     x = 80 * torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    x[:, COLOURS[name]] += 150
+    x[:, COLORS[name]] += 150
     return x.round().to(torch.uint8)
 
 
@@ -101,7 +101,7 @@ def test_names_decide_where_the_data_has_another_order(tmp_path):
     assert s.class_names == names
     for label, name in enumerate(names):
         channel = s.images[s.labels == label].float().mean((0, 2, 3)).argmax()
-        assert channel == COLOURS[name]
+        assert channel == COLORS[name]
     assert s.labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -632,7 +632,7 @@ def test_two_students_of_one_network_are_told_apart(world, tmp_path, capsys):
     ]
 
 
-def test_images_out_of_range_are_labelled_trained_on_and_resized(world, tmp_path):
+def test_images_out_of_range_are_labeled_trained_on_and_resized(world, tmp_path):
     images, labels = small()
     file = tmp_path / "wide.safetensors"
     tensor_file(file, images=normalized(images.float() / 255 * 3 - 1), labels=labels, mean=MEAN, std=STD)

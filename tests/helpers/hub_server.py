@@ -1,5 +1,5 @@
 """A stand-in for the Hugging Face Hub over real HTTP, for unmodified clients: repositories with branches, commits and
-pull requests, LFS uploads, private repositories, organisations, tokens with and without the right to write.
+pull requests, LFS uploads, private repositories, organizations, tokens with and without the right to write.
 
 It binds the loopback address. A request that it does not know is answered 404 and kept in `unexpected`.
 """

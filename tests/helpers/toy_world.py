@@ -1,4 +1,4 @@
-"""A world of millimetres on disk: images by class, a codec, a DiT and teachers, and a run that uses all of them."""
+"""A world of millimeters on disk: images by class, a codec, a DiT and teachers, and a run that uses all of them."""
 
 from __future__ import annotations
 

@@ -431,7 +431,7 @@ def test_stage_before_its_time(world: Path, tmp_path: Path, capsys: pytest.Captu
     assert "No set is made yet" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_images_of_other_settings_are_not_refined_or_labelled(
+def test_images_of_other_settings_are_not_refined_or_labeled(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     file = ["--config", str(config(world, tmp_path, evaluate__students=[], ipc=[1, 2]))]

@@ -780,7 +780,7 @@ def test_recipes_share_labels_only_if_their_batches_are_the_same(bench, tmp_path
         assert len(source(1).views.kept) == len(batches(19, 8, t.config.accumulate))
 
 
-def test_a_set_smaller_than_announced_is_labelled_all_the_same(bench, tmp_path, monkeypatch):
+def test_a_set_smaller_than_announced_is_labeled_all_the_same(bench, tmp_path, monkeypatch):
     s, config = small_set(15), student(epochs=16)
     # three epochs of the announced images to a file, but four of the real ones
     monkeypatch.setattr("dq.labels.plan.SHARD_BYTES", 3 * label_bytes(22, 1, 3, config.relabel, 8, VIEWS).total)
