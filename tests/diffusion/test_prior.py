@@ -405,6 +405,44 @@ def test_resumed_denoiser_is_the_uninterrupted_one(made, accelerator, tmp_path, 
     assert_same_model_weights(tmp_path / "vae", made.vae)
 
 
+@pytest.mark.parametrize("steps", [5, 9])
+def test_an_unfinished_training_takes_another_number_of_steps(made, accelerator, tmp_path, monkeypatch, steps):
+    """With a constant rate it is the training that had this number from the start."""
+
+    def train(folder: str, number: int):
+        options = {"steps": number, "save_every": 2, "schedule": "constant", "early": 0.25}
+        prior = prior_in(tmp_path / folder, denoiser=options)
+        train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
+
+    with interrupted_at_save(monkeypatch, 2):
+        train("changed", 7)
+    train("changed", steps)
+    train("whole", steps)
+    assert_same_model_weights(tmp_path / "changed" / "transformer", tmp_path / "whole" / "transformer")
+    record, whole = (read_json(tmp_path / name / "transformer" / "training.json") for name in ("changed", "whole"))
+    assert record.pop("earlier_steps") == [[7, 2]]
+    assert record["digest"] == whole["digest"]
+    assert record.keys() == whole.keys()
+    assert read_json(tmp_path / "changed" / "transformer_early" / "training.json")["digest"] == whole["digest"]
+
+
+def test_fewer_steps_than_were_made_are_refused(made, accelerator, tmp_path, monkeypatch):
+    def train(number: int, **options):
+        options = {"steps": number, "save_every": 3, **options}
+        prior = prior_in(tmp_path, denoiser=options)
+        train_denoiser(made.cache, made.codec, prior, class_names=NAMES, accelerator=accelerator)
+
+    with interrupted_at_save(monkeypatch, 3):
+        train(20, early=0.5)
+    with pytest.raises(RunError, match=r"has made 6 steps; set prior\.denoiser\.steps to more"):
+        train(6, early=0.5)
+    with pytest.raises(RunError, match=r"past step 4, where its early average .*steps=8; set more steps"):
+        train(8, early=0.5)
+    with pytest.raises(RunError, match="other settings"):
+        train(30, early=0.5, lr=1.0)
+    train(14, early=0.5)
+
+
 def assert_same_model_weights(a: Path, b: Path) -> None:
     first, theirs = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (a, b))
     assert first.keys() == theirs.keys()

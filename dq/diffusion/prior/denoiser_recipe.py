@@ -49,6 +49,7 @@ def denoiser_recipe(
     identity = {k: v for k, v in to_dict(settings).items() if k not in ignored}
     if settings.init is not None:
         identity["init"] = digest_of_tensors(open_denoiser(settings.init).state_dict())
+    early = (f"{EARLY}/training.json",) if settings.early else ()
     return Recipe(
         name="denoiser",
         folder=folder,
@@ -66,10 +67,11 @@ def denoiser_recipe(
         emas=settings.ema,
         save_every=settings.save_every,
         dtype=settings.dtype,
+        early=early,
         parts=(
             *("model_index.json", "scheduler/scheduler_config.json", "vae/config.json"),
             *((f"{HEAD}/training.json",) if settings.intermediate_head else ()),
-            *((f"{EARLY}/training.json",) if settings.early else ()),
+            *early,
         ),
         auto=auto,
         schedule=settings.schedule,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -45,12 +45,17 @@ class Recipe:
     optimizer: Literal["adamw", "muon"] = "adamw"
     output_layers: tuple[str, ...] = ()  # muon: see `muon_groups`
     extra_saves: tuple[int, ...] = ()  # steps at which there is a save, whatever `save_every`
+    early: tuple[str, ...] = ()  # of `parts`, those that are written at `extra_saves`
     parts: tuple[str, ...] = ()  # files in `folder` that the training leaves beside the product
     auto: Dtypes | None = None  # what `dtype: auto` stands for in the folder
 
     @property
     def digest(self) -> str:
         return digest_of(self.identity)
+
+    @property
+    def digest_without_steps(self) -> str:
+        return digest_of({k: v for k, v in self.identity.items() if k != "steps"})
 
     @property
     def scratch(self) -> Path:
@@ -68,6 +73,7 @@ class Fitted:
     seconds: float  # over all interruptions, without the time between them
     ema: float
     held_out: float | None  # loss of that average on held-out data, None where nothing was held out
+    earlier_steps: Sequence[Sequence[int]]  # [steps, step]: numbers of steps set before, and until which step
 
 
 def training_dtypes(folder: Path, name: str, product: Path, where: Accelerator | torch.device | str) -> Dtypes:
@@ -84,6 +90,8 @@ def training_dtypes(folder: Path, name: str, product: Path, where: Accelerator |
 
 def finished(recipe: Recipe) -> bool:
     """Whether a training with this recipe is done.
+
+    A checkpoint of another number of steps belongs to it, too, if it has made fewer.
 
     Raises:
         RunError: if the folder holds a model or a checkpoint of another training, or lacks a part of this one.
@@ -105,11 +113,30 @@ def finished(recipe: Recipe) -> bool:
                 f"put it back, choose another prior.output_dir, or delete {recipe.product} to train again"
             )
         return True
-    if is_done(recipe.checkpoint) and read_metadata(recipe.checkpoint)["digest"] != recipe.digest:
+    if is_done(recipe.checkpoint):
+        _check_checkpoint(recipe, read_metadata(recipe.checkpoint), advice)
+    return False
+
+
+def _check_checkpoint(recipe: Recipe, saved: PlainDict, advice: str) -> None:
+    if saved["digest"] == recipe.digest:
+        return
+    if saved.get("digest_without_steps") != recipe.digest_without_steps:
         raise RunError(
             f"{recipe.scratch} holds an unfinished {recipe.name} of other settings, data or classes; {advice}"
         )
-    return False
+    done = int(saved["step"])
+    if done >= recipe.steps:
+        raise RunError(
+            f"{recipe.scratch} holds an unfinished {recipe.name} that has made {plural(done, 'step')}; set "
+            f"prior.{recipe.name}.steps to more than these, or {advice}"
+        )
+    passed = [step for step in recipe.extra_saves if step <= done]
+    if passed and not all((recipe.folder / part).is_file() for part in recipe.early):
+        raise RunError(
+            f"{recipe.scratch} holds an unfinished {recipe.name} that is past step {passed[0]}, where its early "
+            f"average is saved with prior.{recipe.name}.steps={recipe.steps}; set more steps, or {advice}"
+        )
 
 
 def hardware(accelerator: Accelerator) -> str:
@@ -140,8 +167,11 @@ def publish(
         "images_per_s": round(recipe.steps * recipe.batch_size / fitted.seconds, 1) if recipe.steps else None,
         "ema": fitted.ema,
         "held_out_loss": fitted.held_out,
+        **({"earlier_steps": fitted.earlier_steps} if fitted.earlier_steps else {}),
         **numbers,
     }
     write_json(complete / "training.json", record)
+    for part in recipe.early:  # it may have been saved when other steps were set
+        write_json(recipe.folder / part, {"digest": recipe.digest})
     os.replace(complete, recipe.product)
     shutil.rmtree(recipe.scratch)

@@ -11,10 +11,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ def fit(
     objective.to(accelerator.device).train()
     state = _new_state(recipe, objective)
     run = _Run(recipe, objective, state, accelerator, on_save, save, score)
-    first, seconds = _restore(recipe, state)
+    restored = _restore(recipe, state, main=main)
+    first = restored.step
     _check_disk(recipe, sum(p.numel() * 4 for p in state.trained.values()))
     # no process may write before all have read
     accelerator.wait_for_everyone()
@@ -110,14 +111,15 @@ def fit(
                 _check_finite(run, losses.items(), done)
                 if main:
                     _log(run, done, losses)
-                    _save(recipe, state, done, seconds + time.perf_counter() - began)
+                    seconds = restored.seconds + time.perf_counter() - began
+                    _save(recipe, state, restored._replace(step=done, seconds=seconds))
                 sums, last_save = {}, done
                 accelerator.wait_for_everyone()
     best, scores = _best(objective, state.averages, score) if main else (0, [])
     objective.load_state_dict(state.averages[best], strict=False)
     objective.eval()
-    spent = seconds + time.perf_counter() - began
-    return Fitted(spent, recipe.emas[best], scores[best] if scores else None)
+    spent = restored.seconds + time.perf_counter() - began
+    return Fitted(spent, recipe.emas[best], scores[best] if scores else None, restored.earlier_steps)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,14 @@ class _State:
     trained: dict[str, nn.Parameter]
     averages: list[dict[str, Tensor]]  # one per decay, by name of the parameter
     optimizer: torch.optim.Optimizer
+
+
+class _Progress(NamedTuple):
+    """How far a training is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    earlier_steps: Sequence[Sequence[int]] = ()  # see `Fitted`
 
 
 @dataclass(frozen=True)
@@ -330,19 +340,20 @@ def _check_disk(recipe: Recipe, model_bytes: int) -> None:
         )
 
 
-def _save(recipe: Recipe, state: _State, step: int, seconds: float) -> None:
+def _save(recipe: Recipe, state: _State, progress: _Progress) -> None:
     tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in state.trained.items()}
     for i, average in enumerate(state.averages):
         tensors |= {f"average.{i}.{name}": v for name, v in average.items()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"moment.{i}.{k}": v for k, v in moments.items()}
-    write_tensors(recipe.checkpoint, tensors, {"step": step, "digest": recipe.digest, "seconds": seconds})
+    digests = {"digest": recipe.digest, "digest_without_steps": recipe.digest_without_steps}
+    write_tensors(recipe.checkpoint, tensors, {**progress._asdict(), **digests, "steps": recipe.steps})
 
 
-def _restore(recipe: Recipe, state: _State) -> tuple[int, float]:
-    """Continue from an existing checkpoint; returns its step and seconds."""
+def _restore(recipe: Recipe, state: _State, *, main: bool) -> _Progress:
+    """Continue from an existing checkpoint."""
     if not is_done(recipe.checkpoint):
-        return 0, 0.0
+        return _Progress()
     tensors, metadata = read_tensors(recipe.checkpoint)
     with torch.no_grad():
         for name, p in state.trained.items():
@@ -355,4 +366,17 @@ def _restore(recipe: Recipe, state: _State) -> tuple[int, float]:
             _, number, name = key.split(".")
             moments.setdefault(int(number), {})[name] = v
     state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"]), float(metadata["seconds"])
+    step, steps, earlier = (
+        int(metadata["step"]),
+        metadata.get("steps", recipe.steps),
+        metadata.get("earlier_steps", []),
+    )
+    if steps != recipe.steps:
+        earlier = [*earlier, [steps, step]]
+        if main:
+            log.info(
+                "continuing an unfinished %s from step %d with %d steps in all in place of %d; its rate follows "
+                "from the new number from here on",
+                *(recipe.name, step, recipe.steps, steps),
+            )
+    return _Progress(step, float(metadata["seconds"]), earlier)
