@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import time
 from pathlib import Path
@@ -178,11 +180,18 @@ def dry(file: Path, *flags: str) -> list[str]:
     return ["run", "--config", str(file), "--cpu", "--dry-run", *flags]
 
 
-def test_a_dry_run_measures_saves_and_plans(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    file = full(world, tmp_path)
-    speeds = tmp_path / "speeds.json"
-    assert main(dry(file, "--save_speeds", str(speeds))) == 0
-    output = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def measured(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A configuration, the speeds that its dry run saved, and what that printed."""
+    folder = tmp_path_factory.mktemp("measured")
+    file, speeds, output = full(world, folder), folder / "speeds.json", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main(dry(file, "--save_speeds", str(speeds))) == 0
+    return file, speeds, output.getvalue()
+
+
+def test_a_dry_run_measures_saves_and_plans(measured: tuple[Path, Path, str], capsys: pytest.CaptureFixture) -> None:
+    file, speeds, output = measured
     for stage in ("encode", "cluster", "generate", "label", "evaluate", "all"):
         assert any(line.startswith(f"  {stage} ") for line in output.splitlines()), stage
     assert "not known" not in output
@@ -194,8 +203,8 @@ def test_a_dry_run_measures_saves_and_plans(world: Path, tmp_path: Path, capsys:
         assert 0 <= speed.least <= speed.seconds <= speed.most < 1
     assert speeds_read.facts["latent"] == [4, 4, 4]
     assert speeds_read.facts["versions"]["torch"] == torch.__version__
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "cache").exists()
+    assert not (file.parent / "run").exists()
+    assert not (file.parent / "cache").exists()
     # the same from the file, for another number of processes and another set
     assert main(dry(file, "--speeds", str(speeds), "--processes", "16", "--like", "imagenet-21k")) == 0
     output = capsys.readouterr().out
@@ -206,15 +215,14 @@ def test_a_dry_run_measures_saves_and_plans(world: Path, tmp_path: Path, capsys:
     assert "not timed" not in output
 
 
-def test_the_file_decides_the_seconds(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    file = full(world, tmp_path)
-    speeds = tmp_path / "speeds.json"
-    assert main(dry(file, "--save_speeds", str(speeds))) == 0
-    data = json.loads(speeds.read_text())
+def test_the_file_decides_the_seconds(
+    measured: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file, speeds = measured[0], tmp_path / "speeds.json"
+    data = json.loads(measured[1].read_text())
     data["speeds"]["read"]["seconds"] = 1.0
     data["speeds"]["encode"]["seconds"] = 4.0
     speeds.write_text(json.dumps(data))
-    capsys.readouterr()
     assert main(dry(file, "--speeds", str(speeds), "--like", "6x10")) == 0
     assert "60 images in 8 parts: about 5 min" in capsys.readouterr().out  # 60 x 5 s, no overlap on a CPU
     data["overlap"] = True
