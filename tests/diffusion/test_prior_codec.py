@@ -114,7 +114,7 @@ def test_the_perceptual_term_brings_features_together(made, toy_source, accelera
     save_file(make_net("convnet3", 3, 8, seed=0).state_dict(), tmp_path / "judge.safetensors")
     config = TeacherConfig(net="convnet3", path=str(tmp_path / "judge.safetensors"))
     judge, (images, _) = load_teacher(config, 3, 8), every_image(toy_source, "test")
-    start = {"init": str(made.vae), "steps": 60, "save_every": 60, "schedule": "cosine", "ema": 0.5}
+    start = {"init": str(made.vae), "steps": 30, "save_every": 30, "schedule": "cosine", "ema": 0.5}
 
     def trained(name: str, **changes) -> float:
         prior = prior_in(tmp_path / name, codec=start | changes)
@@ -124,12 +124,12 @@ def test_the_perceptual_term_brings_features_together(made, toy_source, accelera
 
     without = trained("without")
     assert trained("nothing", perceptual=config, perceptual_weight=0.0) == without
-    assert trained("much", perceptual=config, perceptual_weight=10.0) < 0.9 * without
+    assert trained("much", perceptual=config, perceptual_weight=40.0) < 0.9 * without
     assert metrics(tmp_path / "much", "codec")[-1]["perceptual"] > 0
     # the classifier is known by what it computes
     save_file(make_net("convnet3", 3, 8, seed=1).state_dict(), tmp_path / "judge.safetensors")
     with pytest.raises(RunError, match="holds a codec of other settings"):
-        trained("much", perceptual=config, perceptual_weight=10.0)
+        trained("much", perceptual=config, perceptual_weight=40.0)
 
 
 # --- measures -----------------------------------------------------------------------------------------------------
