@@ -47,7 +47,8 @@ test-gpu: $(VENV)/.done
 test-fake-gpu: $(VENV)/.done
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -p no:randomly --fake-cuda -m gpu
 
-# part 1, 2 or 3 of the measurements on a GPU, in less than ten minutes, with the machine's own torch; see docs/how-to/measure-on-a-gpu.md
+# part 1, 2 or 3 of the measurements on a GPU, in less than ten minutes, with the machine's own torch;
+# see docs/how-to/measure-on-a-gpu.md
 PART ?= 1
 OUT ?= runs/gpu
 gpu:

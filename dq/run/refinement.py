@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from dq.config.teachers import TeacherConfig
 from dq.core.errors import InputError
 from dq.core.files import open_tensors, read_json, read_tensors
 from dq.core.plain import PlainDict
-from dq.core.seeds import digest_of
+from dq.core.seeds import digest_of, digest_of_file
 from dq.data.images import read_images
 from dq.data.source import ImageSource
 from dq.networks.teacher_check import TEACHERS, naming
@@ -224,8 +223,7 @@ def _digest_of_files(path: Path) -> str | None:
 
 @functools.cache
 def _digest_of_file(path: Path, changed_ns: int, size: int) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
+    return digest_of_file(path, size=64)[:16]  # as in folders of earlier versions
 
 
 def requested_settings(config: RunConfig, method: str) -> list[PlainDict]:

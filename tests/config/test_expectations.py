@@ -1,4 +1,4 @@
-"""The comment at the head of every shipped configuration: what to expect of it, by a file of `results/`."""
+"""Configurations that come with the package and parts of them in the documentation say what is so."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 
+from dq.config.methods import resolved_method
 from dq.config.schema import PRESETS_FOLDER, load_config
 from dq.config.students import Baseline
 
@@ -66,3 +67,18 @@ def test_the_head_says_what_the_file_does_before_what_to_expect(file: Path) -> N
     for line in lines:
         if matched := re.match(r"# expect: results/\S+/accuracy\.csv: (\S+) / ", line):
             assert matched[1] in sets or file.stem == "cifar10_refine", line  # whose sets its pipeline makes
+
+
+def blocks_of_settings() -> list[tuple[str, str]]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    by_page = [(page, re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)) for page in pages]
+    return [(f"{page.stem}-{i}", block) for page, blocks in by_page for i, block in enumerate(blocks)]
+
+
+@pytest.mark.parametrize(("name", "block"), blocks_of_settings(), ids=[name for name, _ in blocks_of_settings()])
+def test_settings_in_pages_are_settings(name: str, block: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(block)
+    config = load_config(file)
+    for method in config.methods:
+        resolved_method(config, method)

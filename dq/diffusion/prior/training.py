@@ -340,14 +340,14 @@ def _check_disk(recipe: Recipe, model_bytes: int) -> None:
         )
 
 
-def _save(recipe: Recipe, state: _State, progress: _Progress) -> None:
+def _save(recipe: Recipe, state: _State, reached: _Progress) -> None:
     tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in state.trained.items()}
     for i, average in enumerate(state.averages):
         tensors |= {f"average.{i}.{name}": v for name, v in average.items()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"moment.{i}.{k}": v for k, v in moments.items()}
     digests = {"digest": recipe.digest, "digest_without_steps": recipe.digest_without_steps}
-    write_tensors(recipe.checkpoint, tensors, {**progress._asdict(), **digests, "steps": recipe.steps})
+    write_tensors(recipe.checkpoint, tensors, {**reached._asdict(), **digests, "steps": recipe.steps})
 
 
 def _restore(recipe: Recipe, state: _State, *, main: bool) -> _Progress:
@@ -366,17 +366,14 @@ def _restore(recipe: Recipe, state: _State, *, main: bool) -> _Progress:
             _, number, name = key.split(".")
             moments.setdefault(int(number), {})[name] = v
     state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
-    step, steps, earlier = (
-        int(metadata["step"]),
-        metadata.get("steps", recipe.steps),
-        metadata.get("earlier_steps", []),
-    )
+    reached = _Progress(**{field: metadata[field] for field in _Progress._fields if field in metadata})
+    step, steps = reached.step, metadata.get("steps", recipe.steps)
     if steps != recipe.steps:
-        earlier = [*earlier, [steps, step]]
+        reached = reached._replace(earlier_steps=[*reached.earlier_steps, [steps, step]])
         if main:
             log.info(
                 "continuing an unfinished %s from step %d with %d steps in all in place of %d; its rate follows "
                 "from the new number from here on",
                 *(recipe.name, step, recipe.steps, steps),
             )
-    return _Progress(step, float(metadata["seconds"]), earlier)
+    return reached
